@@ -1,0 +1,98 @@
+# Every target starts from a fresh clone with python3 and make alone: it creates .venv, installs
+# the versions of constraints.txt into it, and runs. `make help` lists the targets.
+#
+#   PYTHON=/path/to/python3.11   the Python to build .venv with (3.11 or newer)
+#   PYTHON312=/path/to/python    the Python for `make test-arviz1` (3.12 or newer)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+VENV_ARVIZ1 := .venv-arviz1
+
+PYTHON ?=
+PYTHON312 ?=
+PYTEST_ARGS ?=
+
+# Figures go to files, never to a window.
+export MPLBACKEND := Agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Settings of the user's shell that would send an installation elsewhere than into .venv, or other
+# packages into it.
+unexport PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
+
+.PHONY: help demo test test-slow test-arviz1 lint docs bench clean
+
+help:
+	@echo 'make demo         train on the digits, print the table of gaps, write demo-output/'
+	@echo 'make test         the fast tests'
+	@echo 'make test-slow    the slow tests'
+	@echo 'make test-arviz1  the ArviZ 1.x tests, where there is a Python 3.12 or newer'
+	@echo 'make lint         ruff and mypy'
+	@echo 'make docs         the documentation, into docs/_build/html'
+	@echo 'make bench        the scripts of benchmarks/'
+	@echo 'make clean        remove the environments and everything that was built'
+
+demo: $(VENV)/installed-plots
+	$(BIN)/pyro-vae demo --output demo-output
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/installed-plots
+	@shopt -s nullglob; for script in benchmarks/*.py; do \
+	    echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+# Without torch and Pyro: the only file these tests need is pyro_vae/arviz_bridge.py.
+test-arviz1:
+	@if ! python=$$(tools/find_python.sh 3.12 $(PYTHON312) python3 python3.12 python3.13 python3.14 pyenv); \
+	then \
+	    echo 'make test-arviz1: skipped. ArviZ 1.x needs Python 3.12 or newer and none was found;' \
+	        'name one with PYTHON312=/path/to/python.'; \
+	    exit 0; \
+	fi; \
+	if [ ! -e $(VENV_ARVIZ1)/installed ]; then \
+	    "$$python" -m venv --clear $(VENV_ARVIZ1); \
+	    $(VENV_ARVIZ1)/bin/python -m pip install --quiet 'arviz[h5netcdf,matplotlib]>=1,<2' pytest; \
+	    touch $(VENV_ARVIZ1)/installed; \
+	fi; \
+	$(VENV_ARVIZ1)/bin/python -m pytest --confcutdir=tests/arviz1 tests/arviz1 $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV_ARVIZ1) build dist demo-output docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/installed-test says that .[test] is installed as pyproject.toml and constraints.txt ask now.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	@if [ -n '$(PYTHON)' ]; then \
+	    candidates=('$(PYTHON)'); \
+	else \
+	    candidates=(python3 python3.11 python3.12 python3.13 python3.14 pyenv); \
+	fi; \
+	if ! python=$$(tools/find_python.sh 3.11 "$${candidates[@]}"); then \
+	    echo "pyro_vae needs Python 3.11 or newer with the venv module; tried $${candidates[*]}." \
+	        'Name one with make PYTHON=/path/to/python.' >&2; \
+	    exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV)

@@ -1,0 +1,69 @@
+"""The command ``pyro-vae``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    Args:
+        argv: the arguments; those of the process by default.
+    """
+    arguments = _parser().parse_args(argv)
+    # Here, for `pyro-vae --help` should not wait for PyTorch.
+    from pyro_vae.demo import Settings, run
+
+    settings = Settings.quick() if arguments.quick else Settings()
+    try:
+        run(
+            settings,
+            data=arguments.data,
+            output=arguments.output,
+            seed=arguments.seed,
+            device=arguments.device,
+            progress=sys.stderr.isatty() or not arguments.quick,
+        )
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"pyro-vae: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser(
+        prog="pyro-vae", description="Amortized variational inference in Pyro, checked."
+    )
+    parser.add_argument("--version", action="version", version=version("pyro-vae"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="train a VAE on images and say how wrong its posterior is",
+        description=(
+            "Train a VAE, compare its encoder with per-datum guides on training and held-out "
+            "images, and write the posterior for ArviZ, a table of gaps and figures."
+        ),
+    )
+    demo.add_argument(
+        "--data",
+        type=Path,
+        help="images: .npz, .npy, idx, idx.gz or a folder of MNIST's files "
+        "(default: the 8x8 digits that come with the package)",
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)"
+    )
+    demo.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""How wrong is a posterior, for which datum, and why: gaps between guides, in nats.
+
+.. math::
+    \\log p(x) - \\mathrm{ELBO}[\\text{guide}]
+    = \\underbrace{\\log p(x) - \\mathrm{ELBO}[\\text{refined}]}_{\\text{approximation gap}}
+    + \\underbrace{\\mathrm{ELBO}[\\text{refined}] - \\mathrm{ELBO}[\\text{guide}]}_{\\text{amortization gap}}
+
+(Cremer, Li & Duvenaud 2018). The first is the family's, the second the encoder's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_vae import arviz_bridge
+from pyro_vae.batches import Batch, as_batch
+from pyro_vae.estimators import (
+    effective_sample_size,
+    elbo,
+    elbo_influence,
+    iwae_bound,
+    iwae_influence,
+    mixture_log_guide,
+    std_error,
+)
+from pyro_vae.families import FactorizedFamily, Normal
+from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.logweights import Scorer
+from pyro_vae.refine import refine
+from pyro_vae.sites import inspect
+
+__all__ = ["Comparison", "compare"]
+
+PARETO_K_THRESHOLD = 0.7
+_MIXTURE = "mixture"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        dataset: dims (guide, datum). Of each guide and datum, in nats: elbo, iwae_bound,
+            approximation_gap, amortization_gap, each with its standard error ``<name>_se``;
+            pareto_k, ess, converged (of the guide's reference). Of each datum:
+            log_evidence and log_evidence_se. Coordinate ``reference`` names the refined
+            guide that each guide's gaps are measured against. The attribute
+            ``log_evidence_from`` says which estimate log_evidence is.
+        guides: name to guide, the refined ones too.
+    """
+
+    dataset: xr.Dataset
+    guides: Mapping[str, Callable[..., Any]]
+
+    def summary(self) -> pd.DataFrame:
+        """Return a row per guide: means over the data with Monte Carlo standard errors.
+
+        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7,
+        ``not_converged`` the number of data whose refined guide has not converged.
+        """
+        data = self.dataset
+        columns: dict[str, Any] = {}
+        for name in ("elbo", "log_evidence", "approximation_gap", "amortization_gap"):
+            mean, error = data[name].mean("datum"), _mean_error(data[f"{name}_se"])
+            if "guide" not in mean.dims:
+                mean, error = (v.broadcast_like(data["guide"]) for v in (mean, error))
+            columns[name], columns[f"{name}_se"] = mean.values, error.values
+        columns["pareto_k_max"] = data["pareto_k"].max("datum").values
+        columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
+        columns["ess_median"] = data["ess"].median("datum").values
+        columns["not_converged"] = (~data["converged"]).sum("datum").values
+        return pd.DataFrame(columns, index=pd.Index(data["guide"].values, name="guide"))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the gaps of each guide as bars; needs the extra ``plots``."""
+        from pyro_vae.plots import plot_gaps
+
+        return plot_gaps(self.dataset, ax=ax)
+
+    def __repr__(self) -> str:
+        return format_table({"": self})
+
+
+def format_table(comparisons: Mapping[str, Comparison]) -> str:
+    """Return the gap table of several comparisons (train, test) as text.
+
+    Args:
+        comparisons: a label of the data, possibly empty, to a comparison.
+    """
+    header = ["guide", "ELBO", "log p(x)", "approximation gap", "amortization gap",
+              "worst k-hat", "share k-hat > 0.7"]
+    rows = []
+    notes = []
+    for label, comparison in comparisons.items():
+        for guide, row in comparison.summary().iterrows():
+            rows.append([
+                f"{label} {guide}".strip(),
+                *(_with_error(row[name], row[f"{name}_se"]) for name in (
+                    "elbo", "log_evidence", "approximation_gap", "amortization_gap")),
+                f"{row['pareto_k_max']:.2f}",
+                f"{100 * row['pareto_k_bad']:.1f}%",
+            ])
+            if row["not_converged"] and _is_reference(comparison.dataset, guide):
+                notes.append(
+                    f"{label} {guide}: {int(row['not_converged'])} of "
+                    f"{comparison.dataset.sizes['datum']} data have not converged; their "
+                    "approximation gap is too large and their amortization gap too small".strip()
+                )
+        data = comparison.dataset
+        notes.append(
+            f"{label} log p(x): {data.attrs['log_evidence_from']}; {data.sizes['datum']} data, "
+            f"{data.attrs['num_particles']} particles each; nats per datum ± Monte Carlo "
+            "standard error".strip()
+        )
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [
+        " | ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [header, *rows]
+    ]
+    lines.insert(1, "-+-".join("-" * width for width in widths))
+    return "\n".join([*lines, *(note.strip() for note in notes)])
+
+
+def compare(
+    model: Callable[..., Any],
+    guides: Mapping[str, Any],
+    *batch: Any,
+    num_particles: int = 5000,
+    reference: str | None = None,
+    chunk_size: int | None = None,
+    data_plate: str | bool | None = None,
+    max_steps: int = 4000,
+    tolerance: float = 0.01,
+    seed: int | None = None,
+) -> Comparison:
+    """Compare guides of one model on one batch, datum by datum.
+
+    Every guide is drawn from on common random numbers, so that differences between
+    guides have paired standard errors. log p(x) is the tightest lower bound at hand,
+    by its mean over the data: importance sampling through one of the guides, or
+    through the equal mixture of all of them (balance heuristic); never through the
+    encoder alone unless it is the best.
+
+    Args:
+        model: a Pyro model.
+        guides: a name to a guide (amortized, local, hand-written), or to a family, for
+            which a LocalGuide is refined on this batch, from the first guide's answer.
+            For a guide whose family has no refined guide here, one is added, named
+            "<family> per datum".
+        *batch: arguments of model and guides.
+        num_particles: K, draws of each guide for each datum.
+        reference: the name that every guide's amortization gap is measured against; by
+            default the refined guide of the guide's own family.
+        chunk_size: pairs (particle, datum) scored at once; bounds memory only.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+        max_steps: of refine.
+        tolerance: of refine, in nats.
+        seed: of the draws; None takes one from the global random state.
+
+    Returns:
+        A Comparison. A guide of no family of ours (a hand-written one with other
+        distributions than Normal) and without ``reference`` has gaps of nan.
+
+    Raises:
+        ValueError: for what :func:`pyro_vae.log_weights` refuses, an empty mapping, or
+            a reference that is not in it.
+    """
+    arguments = as_batch(*batch)
+    if not guides:
+        raise ValueError("guides is empty: a mapping from names to guides or families is needed")
+    if reference is not None and reference not in guides:
+        raise ValueError(f"reference={reference!r} is not among the guides {sorted(guides)}")
+    seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    options: dict[str, Any] = {"data_plate": data_plate, "seed": seed}
+    budget = {"max_steps": max_steps, "tolerance": tolerance}
+    given, references = _with_references(
+        model, guides, arguments, reference, {**options, **budget}
+    )
+    scorers = {
+        name: Scorer(model, guide, arguments, **options) for name, guide in given.items()
+    }
+    blocks: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
+    reduced = []
+    crossed = all(a.can_score(b) for a in scorers.values() for b in scorers.values())
+    # Every scorer cuts the data and the particles alike.
+    for chunks in zip(*(s.chunks(num_particles, chunk_size) for s in scorers.values()), strict=True):
+        rows = chunks[0].rows
+        per_guide = blocks.setdefault(rows.start, [[] for _ in scorers])
+        for mine, chunk in enumerate(chunks):
+            log_guides = [
+                chunk.weights.log_guide if other == mine else scorer.score_guide(rows, chunk.values)
+                for other, scorer in enumerate(scorers.values())
+                if crossed or other == mine
+            ]
+            per_guide[mine].append((chunk.weights.log_joint, torch.stack(log_guides)))
+        if chunks[0].particles.stop == num_particles:
+            reduced.append(
+                _reduce(blocks.pop(rows.start), list(given), references, crossed)
+            )
+    dataset = _dataset(reduced, list(given), references, num_particles)
+    dataset["converged"] = (("guide", "datum"), _converged(given, references, dataset))
+    return Comparison(dataset, given)
+
+
+def _with_references(
+    model: Callable[..., Any],
+    guides: Mapping[str, Any],
+    batch: Batch,
+    reference: str | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Refine what is asked for; return all guides, and each guide's reference by name."""
+    hand = {n: g for n, g in guides.items() if not isinstance(g, FactorizedFamily)}
+    for name, guide in hand.items():
+        if not callable(guide):
+            raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
+    start = next(iter(hand.values()), None)
+    made: dict[str, Callable[..., Any]] = {}
+    by_family: dict[FactorizedFamily, str] = {}
+
+    def add(name: str, family: FactorizedFamily) -> None:
+        begin = start
+        if begin is None:
+            begin = LocalGuide(
+                model, num_data=_size(model, batch, options["data_plate"]), example=batch,
+                family=family, data_plate=options["data_plate"],
+            )
+        made[name] = refine(model, begin, batch, family=family, **options)
+        by_family.setdefault(family, name)
+
+    for name, guide in guides.items():
+        if isinstance(guide, FactorizedFamily):
+            add(name, guide)
+        else:
+            made[name] = guide
+    references: dict[str, str] = {}
+    for name in guides:
+        if reference is not None:
+            references[name] = reference
+            continue
+        if name not in hand:
+            references[name] = name
+            continue
+        family = _family_of(model, hand[name], batch, options)
+        if family is None:
+            continue
+        if family not in by_family:
+            add(f"{type(family).__name__} per datum", family)
+            references[by_family[family]] = by_family[family]
+        references[name] = by_family[family]
+    return made, references
+
+
+def _size(model: Callable[..., Any], batch: Batch, data_plate: str | bool | None) -> int:
+    return inspect(model, batch, data_plate=data_plate).num_data
+
+
+def _family_of(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    options: Mapping[str, Any],
+) -> FactorizedFamily | None:
+    """Return a guide's family: its own, or Normal for a hand-written mean field of them."""
+    if isinstance(guide, FamilyGuide):
+        return guide.family
+    if options["data_plate"] is False:
+        return None
+    scorer = Scorer(
+        model, guide, batch, data_plate=options["data_plate"], seed=options["seed"]
+    )
+    family = Normal()
+    for node in scorer.guide_nodes.values():
+        fn = node["fn"]
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        if family.params_of(fn) is None:
+            return None
+    return family
+
+
+def _reduce(
+    per_guide: list[list[tuple[Tensor, Tensor]]],
+    names: list[str],
+    references: Mapping[str, str],
+    crossed: bool,
+) -> dict[str, np.ndarray]:
+    """Reduce one block's log weights, [K, n] of each guide, to numbers for each datum."""
+    log_joint = [torch.cat([joint for joint, _ in chunks]) for chunks in per_guide]
+    log_guides = [torch.cat([density for _, density in chunks], 1) for chunks in per_guide]
+    own = [densities[i if crossed else 0] for i, densities in enumerate(log_guides)]
+    raw = [joint - density for joint, density in zip(log_joint, own, strict=True)]
+    weights = [weight.double() for weight in raw]
+    elbos = [(elbo(w), elbo_influence(w)) for w in weights]
+    bounds = [(iwae_bound(w), iwae_influence(w)) for w in weights]
+    evidences = list(bounds)
+    if crossed and len(names) > 1:
+        mixed = torch.stack([
+            joint.double() - mixture_log_guide(densities.double())
+            for joint, densities in zip(log_joint, log_guides, strict=True)
+        ])
+        value = iwae_bound(mixed.flatten(0, 1))
+        # One particle of the mixture estimate is one draw of every guide: common
+        # random numbers make those draws dependent, and the particles not.
+        evidences.append((value, torch.exp(mixed - value).mean(0) - 1.0))
+    found = {
+        "elbo": [value for value, _ in elbos],
+        "elbo_se": [std_error(influence) for _, influence in elbos],
+        "iwae_bound": [value for value, _ in bounds],
+        "iwae_bound_se": [std_error(influence) for _, influence in bounds],
+        "ess": [effective_sample_size(w) for w in weights],
+        "evidence": [value for value, _ in evidences],
+        "evidence_se": [std_error(influence) for _, influence in evidences],
+    }
+    nothing = torch.full_like(elbos[0][0], math.nan)
+    amortization, amortization_se, approximation_se = [], [], []
+    for name, (value, influence) in zip(names, elbos, strict=True):
+        if name not in references:
+            amortization.append(nothing)
+            amortization_se.append(nothing)
+            approximation_se.append(torch.stack([nothing] * len(evidences)))
+            continue
+        best, best_influence = elbos[names.index(references[name])]
+        amortization.append(best - value)
+        amortization_se.append(std_error(best_influence - influence))
+        approximation_se.append(
+            torch.stack([std_error(other - best_influence) for _, other in evidences])
+        )
+    found["amortization_gap"], found["amortization_gap_se"] = amortization, amortization_se
+    found["approximation_gap_se"] = approximation_se
+    arrays = {name: torch.stack(values).cpu().numpy() for name, values in found.items()}
+    arrays["pareto_k"] = np.stack([arviz_bridge.psis(w.T.cpu().numpy())[1] for w in raw])
+    return arrays
+
+
+def _dataset(
+    reduced: list[dict[str, np.ndarray]],
+    names: list[str],
+    references: Mapping[str, str],
+    num_particles: int,
+) -> xr.Dataset:
+    arrays = {
+        name: np.concatenate([block[name] for block in reduced], axis=-1) for name in reduced[0]
+    }
+    evidence, evidence_se = arrays.pop("evidence"), arrays.pop("evidence_se")
+    chosen = int(np.argmax(evidence.mean(1)))
+    labels = [f"IWAE-{num_particles} through {name!r}" for name in names]
+    labels.append(
+        f"IWAE through the mixture of {', '.join(map(repr, names))}, {num_particles} draws of each"
+    )
+    log_evidence = evidence[chosen]
+    reference_elbo = np.stack([
+        arrays["elbo"][names.index(references[name])] if name in references
+        else np.full_like(log_evidence, np.nan)
+        for name in names
+    ])
+    arrays["approximation_gap"] = log_evidence - reference_elbo
+    arrays["approximation_gap_se"] = arrays["approximation_gap_se"][:, chosen]
+    dims = ("guide", "datum")
+    return xr.Dataset(
+        {
+            **{name: (dims, value) for name, value in sorted(arrays.items())},
+            "log_evidence": ("datum", log_evidence),
+            "log_evidence_se": ("datum", evidence_se[chosen]),
+        },
+        coords={
+            "guide": names,
+            "datum": np.arange(log_evidence.shape[0]),
+            "reference": ("guide", [references.get(name, "") for name in names]),
+        },
+        attrs={
+            "log_evidence_from": labels[chosen],
+            "num_particles": num_particles,
+            "units": "nats",
+        },
+    )
+
+
+def _converged(
+    guides: Mapping[str, Callable[..., Any]], references: Mapping[str, str], dataset: xr.Dataset
+) -> np.ndarray:
+    """Return whether each guide's reference has converged; true where refine made none."""
+    rows = []
+    for name in dataset["guide"].values:
+        best = guides.get(references.get(str(name), ""))
+        rows.append(
+            best.converged.cpu().numpy()
+            if isinstance(best, LocalGuide)
+            else np.ones(dataset.sizes["datum"], dtype=bool)
+        )
+    return np.stack(rows)
+
+
+def _is_reference(dataset: xr.Dataset, name: Any) -> bool:
+    return bool(dataset["reference"].sel(guide=name) == name)
+
+
+def _mean_error(errors: xr.DataArray) -> xr.DataArray:
+    return np.sqrt((errors**2).sum("datum", skipna=False)) / errors.sizes["datum"]
+
+
+def _with_error(value: float, error: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f} ± {error:.3f}"

@@ -1,0 +1,485 @@
+"""Guides: a variational family and where its parameters come from.
+
+AmortizedGuide = family of an encoder's output; LocalGuide = family of a table
+with a row per datum. Both are nn.Modules and Pyro guides, made from the model's
+structure, and sample the model's local latent sites under their own names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.distributions import ComposeTransform, IndependentTransform, biject_to
+
+from pyro_vae.batches import Batch, as_batch
+from pyro_vae.families import FactorizedFamily, Normal
+from pyro_vae.handlers import register
+from pyro_vae.sites import Plate, Site, Structure, evaluation, inspect, preserved_rng
+
+__all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide"]
+
+# Draws from a latent's prior that place the start of its guide.
+_PRIOR_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one latent site's unconstrained coordinates lie in a guide's parameters.
+
+    Attributes:
+        name: the site.
+        transform: from the reals to the site's support.
+        inner: the plates inside the data plate that the site is in.
+        shape: the site's batch dimensions (data dimension excluded), then the event
+            dimensions of the unconstrained value.
+        data_axis: the data dimension's place among the batch dimensions.
+        columns: its slice of the D coordinates of a datum.
+    """
+
+    name: str
+    transform: Any
+    inner: tuple[Plate, ...]
+    shape: tuple[int, ...]
+    data_axis: int
+    columns: slice
+
+    @classmethod
+    def of(cls, site: Site, data_plate: Plate, start: int) -> Coordinates:
+        """Return the coordinates of a local latent site that begin at column ``start``."""
+        try:
+            transform = biject_to(site.support)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"latent site {site.name!r} ({site.distribution}) has the support "
+                f"{site.support}, which no bijection maps to the reals; a continuous guide "
+                "cannot propose it. Sum it out in the model, or write the guide by hand"
+            ) from error
+        event = transform.inverse_shape(site.event_shape)
+        data_axis = len(site.batch_shape) + data_plate.dim
+        batch = [size for axis, size in enumerate(site.batch_shape) if axis != data_axis]
+        shape = (*batch, *event)
+        return cls(
+            name=site.name,
+            transform=transform,
+            inner=tuple(plate for plate in site.plates if plate.name != data_plate.name),
+            shape=shape,
+            data_axis=data_axis,
+            columns=slice(start, start + math.prod(shape)),
+        )
+
+    def arrange(self, coordinates: Tensor, trailing: int) -> Tensor:
+        """Reshape [N, D, ...] (``trailing`` dims after D) to the site's batch and event."""
+        mine = coordinates[:, self.columns]
+        tail = mine.shape[mine.ndim - trailing :]
+        return mine.reshape(mine.shape[0], *self.shape, *tail).movedim(0, self.data_axis)
+
+    def flatten(self, value: Tensor, trailing: int) -> Tensor:
+        """Undo :meth:`arrange`: [N, d, ...] from the site's batch and event dimensions."""
+        tail = value.shape[value.ndim - trailing :]
+        return value.movedim(self.data_axis, 0).reshape(
+            value.shape[self.data_axis], math.prod(self.shape), *tail
+        )
+
+
+class FamilyGuide(nn.Module):
+    """What the guides of a family have in common; see the subclasses.
+
+    A subclass gives :meth:`family_params`, the parameters of each datum.
+
+    Attributes:
+        family: the variational family.
+        coordinates: where each latent site's coordinates lie.
+        num_coordinates: D, unconstrained coordinates of a datum.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        example: Any,
+        family: FactorizedFamily | None,
+        data_plate: str | bool | None,
+        *,
+        globals_allowed: bool,
+    ) -> None:
+        super().__init__()
+        batch = as_batch(example)
+        structure = inspect(model, batch, data_plate=data_plate)
+        if structure.data_plate is None:
+            raise ValueError(
+                f"{type(self).__name__} is for latents of each datum; with data_plate=False "
+                "there are none. Use a guide of Pyro's (pyro.infer.autoguide)"
+            )
+        if not structure.local_latents:
+            raise ValueError(f"no latent site lies inside the plate {structure.data_plate.name!r}")
+        if not globals_allowed:
+            names = [site.name for site in structure.global_latents]
+            if names:
+                raise ValueError(
+                    f"the latent sites {names} lie outside the data plate "
+                    f"{structure.data_plate.name!r}: they are global. Give a guide for them "
+                    "(global_guide=...), or condition the model on a value"
+                )
+        self.family = Normal() if family is None else family
+        if not isinstance(self.family, FactorizedFamily):
+            raise TypeError(
+                f"family={family!r}: an instance of a family is needed, such as "
+                "pyro_vae.families.Normal()"
+            )
+        self._data_plate = structure.data_plate
+        self._subsampled = _is_subsampled(model, batch, structure)
+        coordinates, start = [], 0
+        for site in structure.local_latents:
+            coordinates.append(Coordinates.of(site, structure.data_plate, start))
+            start = coordinates[-1].columns.stop
+        self.coordinates = tuple(coordinates)
+        self.num_coordinates = start
+        self.register_buffer("_prior_params", self._prior_moments(structure), persistent=False)
+
+    @abstractmethod
+    def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the family's parameters for a batch, [N, D, params_per_coordinate]."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every local latent site; the Pyro guide.
+
+        Returns:
+            Site name to value.
+        """
+        register(self)
+        if self._data_plate.drawn:
+            # The model draws its own minibatch from the whole data: draw it here,
+            # under the plate's name, so that the replayed model takes the same.
+            plate = pyro.plate(
+                self._data_plate.name,
+                self._data_plate.full_size,
+                subsample_size=self._data_plate.size,
+                dim=self._data_plate.dim,
+            )
+            with plate as index:
+                chosen = Batch(args, kwargs).rows(index)
+                params = self.family_params(*chosen.args, **chosen.kwargs)
+                return self._sample(params)
+        params = self.family_params(*args, **kwargs)
+        size = params.shape[0]
+        scale = self._data_plate.full_size / size if self._subsampled else 1.0
+        with poutine.block(hide=[self._data_plate.name]):
+            # Hidden, for a replayed model would take its indices for its own.
+            plate = pyro.plate(self._data_plate.name, size, dim=self._data_plate.dim)
+        with plate, poutine.scale(scale=scale):
+            return self._sample(params)
+
+    def _sample(self, params: Tensor) -> dict[str, Tensor]:
+        plates = {p.name: p for coordinates in self.coordinates for p in coordinates.inner}
+        made = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in plates.values()}
+        values = {}
+        for coordinates in self.coordinates:
+            with contextlib.ExitStack() as stack:
+                for plate in coordinates.inner:
+                    stack.enter_context(made[plate.name])
+                values[coordinates.name] = pyro.sample(
+                    coordinates.name, self._distribution(coordinates, params)
+                )
+        return values
+
+    def _distribution(self, coordinates: Coordinates, params: Tensor) -> Any:
+        base = self.family.marginal(coordinates.arrange(params, trailing=1))
+        base = base.to_event(coordinates.transform.domain.event_dim)
+        if _is_identity(coordinates.transform):
+            return base
+        return dist.TransformedDistribution(base, [coordinates.transform])
+
+    def _prior_moments(self, structure: Structure) -> Tensor:
+        """Return parameters with the prior's moments, over draws and data: [D, p]."""
+        moments = []
+        device = structure.local_latents[0].value.device
+        with torch.no_grad(), preserved_rng(device):
+            torch.manual_seed(0)  # the start of a guide is part of its definition
+            for coordinates in self.coordinates:
+                fn = structure.sites[coordinates.name].fn
+                draws = coordinates.transform.inv(fn.sample((_PRIOR_DRAWS,)))
+                flat = torch.stack([coordinates.flatten(draw, trailing=0) for draw in draws])
+                flat = flat.reshape(-1, flat.shape[-1])
+                moments.append(self.family.from_moments(flat.mean(0), flat.std(0)))
+        return torch.cat(moments)
+
+    def params_from(self, nodes: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
+        """Return the parameters that match another guide's proposals, [N, D, p].
+
+        Args:
+            nodes: the sites of one run of that guide, for each latent site's name. Where
+                the proposal is of this family on a real support its parameters are read
+                off; elsewhere the moments of the draws are matched.
+            values: draws of that guide, [K, batch..., event...] for each name.
+        """
+        columns = []
+        for coordinates in self.coordinates:
+            params = None
+            fn = nodes[coordinates.name]["fn"]
+            if _is_identity(coordinates.transform):
+                while isinstance(fn, torch.distributions.Independent):
+                    fn = fn.base_dist
+                params = self.family.params_of(fn)
+                if params is not None:
+                    params = coordinates.flatten(params, trailing=1)
+            if params is None:
+                draws = coordinates.transform.inv(values[coordinates.name])
+                flat = torch.stack([coordinates.flatten(draw, trailing=0) for draw in draws])
+                params = self.family.from_moments(flat.mean(0), flat.std(0))
+            columns.append(params)
+        return torch.cat(columns, 1)
+
+
+class AmortizedGuide(FamilyGuide):
+    """A guide whose parameters an encoder computes from the datum.
+
+    .. math:: q_\\phi(z | x) = \\mathrm{family}(z; \\mathrm{head}(\\mathrm{encoder}_\\phi(x)))
+
+    Made from the model: it samples every latent site of the data plate, under the
+    site's name, mapped to the site's support. The encoder returns features [N, F];
+    the guide adds the linear head. At the start every datum's proposal is close to
+    the prior. All parameters exist after construction.
+
+    Args:
+        model: a Pyro model with latent sites in the plate of its data.
+        encoder: called as encoder(*batch), or encoder(**batch) for a mapping; returns
+            features [N, F].
+        example: a batch (tensor, tuple or mapping) to read shapes from; a few rows do.
+        family: the variational family; families.Normal() by default.
+        data_plate: the name of the plate of the data, where it is not plain.
+        global_guide: a Pyro guide for the latent sites outside the data plate, if the
+            model has any, for example AutoNormal(poutine.block(model, expose=[...])).
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for a discrete latent site, global latents without a guide, or an
+            encoder whose features are not [N, F].
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z.repeat(1, 2), 1.0).to_event(1), obs=x)
+        >>> x = torch.zeros(5, 4)
+        >>> guide = pv.AmortizedGuide(model, torch.nn.Linear(4, 8), example=x)
+        >>> guide(x)["z"].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module,
+        *,
+        example: Any,
+        family: FactorizedFamily | None = None,
+        data_plate: str | bool | None = None,
+        global_guide: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model, example, family, data_plate, globals_allowed=global_guide is not None
+        )
+        self.encoder = encoder
+        self.global_guide = global_guide
+        batch = as_batch(example)
+        if self._data_plate.drawn:
+            batch = batch.rows(slice(0, self._data_plate.size))
+        with torch.no_grad(), evaluation(encoder):
+            features = self._features(batch.args, batch.kwargs)
+        prior = self._prior_params.to(features)
+        self.head = nn.Linear(
+            features.shape[1], prior.numel(), device=features.device, dtype=features.dtype
+        )
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.copy_(prior.flatten())
+        if global_guide is not None:
+            # Pyro's autoguides make their parameters at the first call.
+            with torch.no_grad(), poutine.block(), preserved_rng(features.device):
+                global_guide(*batch.args, **batch.kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site; the Pyro guide."""
+        values: dict[str, Tensor] = {}
+        if self.global_guide is not None:
+            returned = self.global_guide(*args, **kwargs)
+            values.update(returned if isinstance(returned, Mapping) else {})
+        return {**values, **super().forward(*args, **kwargs)}
+
+    def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the family's parameters for a batch, [N, D, params_per_coordinate]."""
+        head = self.head(self._features(args, kwargs))
+        return head.reshape(head.shape[0], self.num_coordinates, self.family.params_per_coordinate)
+
+    def _features(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        features = self.encoder(*args, **kwargs)
+        size = Batch(tuple(args), kwargs).size
+        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != size:
+            found = (
+                f"a tensor of shape {tuple(features.shape)}"
+                if isinstance(features, Tensor)
+                else type(features).__name__
+            )
+            raise ValueError(
+                f"the encoder returned {found}; features of shape [{size}, F] are needed, a row "
+                "for each datum of the batch"
+            )
+        return features
+
+
+class LocalGuide(FamilyGuide):
+    """A guide with a row of parameters for each datum: no encoder, no amortization.
+
+    Args:
+        model: a Pyro model with latent sites in the plate of its data.
+        num_data: rows of the table.
+        example: a batch to read shapes from; a few rows do.
+        family: the variational family; families.Normal() by default.
+        data_plate: the name of the plate of the data, where it is not plain.
+
+    Attributes:
+        table: the parameters, [num_data, D, params_per_coordinate].
+        converged: [num_data], whether :func:`pyro_vae.refine` found each row's optimum.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for a discrete or global latent site, or num_data < 1.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> with guide.rows(torch.tensor([0, 3])):
+        ...     guide(x[[0, 3]])["z"].shape
+        torch.Size([2])
+    """
+
+    converged: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_data: int,
+        example: Any,
+        family: FactorizedFamily | None = None,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if num_data < 1:
+            raise ValueError(f"num_data={num_data}: a table needs at least one row")
+        super().__init__(model, example, family, data_plate, globals_allowed=False)
+        self.table = nn.Parameter(self._prior_params.repeat(num_data, 1, 1))
+        self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))
+        self._rows: Tensor | None = None
+        self._trial: Tensor | None = None
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the table."""
+        return self.table.shape[0]
+
+    @contextlib.contextmanager
+    def rows(self, index: Tensor | slice) -> Iterator[None]:
+        """Say which rows of the table the batches inside the context hold.
+
+        Args:
+            index: [n] integers below num_data, or a slice; row i of the batch is
+                datum index[i].
+
+        Raises:
+            IndexError: for an index out of range.
+        """
+        if isinstance(index, slice):
+            index = torch.arange(self.num_data)[index]
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise IndexError(
+                f"rows: a 1-dimensional tensor of integers is needed, found {index.dtype} of "
+                f"shape {tuple(index.shape)}"
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_data:
+            raise IndexError(
+                f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
+                f"has rows 0 to {self.num_data - 1}"
+            )
+        before, self._rows = self._rows, index.to(self.table.device)
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    @contextlib.contextmanager
+    def using(self, table: Tensor) -> Iterator[None]:
+        """Take another table in place of the guide's own, to differentiate by it.
+
+        Args:
+            table: [num_data, D, params_per_coordinate].
+        """
+        before, self._trial = self._trial, table
+        try:
+            yield
+        finally:
+            self._trial = before
+
+    @property
+    def current_rows(self) -> Tensor:
+        """The rows that a batch holds now: those of :meth:`rows`, else all, [n]."""
+        if self._rows is not None:
+            return self._rows
+        return torch.arange(self.num_data, device=self.table.device)
+
+    def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the rows of the table for a batch, [N, D, params_per_coordinate]."""
+        self.check_size(Batch(args, kwargs).size)
+        table = self.table if self._trial is None else self._trial
+        return table if self._rows is None else table[self._rows]
+
+    def check_size(self, size: int | None) -> None:
+        """Raise ValueError if a batch of this size does not match the rows in force."""
+        wanted = self.num_data if self._rows is None else self._rows.shape[0]
+        if size is None or size == wanted:
+            return
+        if self._rows is None:
+            raise ValueError(
+                f"this LocalGuide has a row for each of {wanted} data but the batch has {size}; "
+                "say which rows a minibatch holds: with guide.rows(index): ..."
+            )
+        raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+
+
+def _is_subsampled(model: Callable[..., Any], batch: Batch, structure: Structure) -> bool:
+    """Whether the data plate keeps its full size when the batch is smaller."""
+    plate = structure.data_plate
+    assert plate is not None
+    if plate.size != plate.full_size:
+        return True
+    if batch.size is None or batch.size < 2:
+        return False
+    try:
+        fewer = inspect(model, batch.rows(slice(0, batch.size - 1)), data_plate=plate.name)
+    except (ValueError, RuntimeError):
+        return False  # the model takes batches of this one size only: no minibatches
+    return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
+
+
+def _is_identity(transform: Any) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts

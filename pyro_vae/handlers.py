@@ -1,0 +1,49 @@
+"""Pyro primitives of our own: an effect handler, and registration without shared names."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import pyro
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import nn
+
+__all__ = ["LatentScale", "register"]
+
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def register(module: nn.Module) -> None:
+    """Register a module's parameters with Pyro, as pyro.module does, under a name of its own.
+
+    Pyro keeps parameters by name in one store, where two modules of one name share
+    them. Each object gets a name that no other ever has, copies and unpickled ones
+    included.
+
+    Args:
+        module: called from within a model or guide; its parameters become param sites.
+    """
+    name = _names.get(module)
+    if name is None:
+        name = _names[module] = f"{type(module).__name__}-{next(_counter)}"
+    pyro.module(name, module)
+
+
+class LatentScale(Messenger):
+    """Scales the log density of every latent site; of model and guide alike, it scales the KL.
+
+    Args:
+        factor: the scale; may be changed between runs.
+    """
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.factor

@@ -1,0 +1,215 @@
+"""Posterior draws and what belongs with them, in ArviZ's own container."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae import arviz_bridge
+from pyro_vae.batches import as_batch
+from pyro_vae.logweights import Scorer
+from pyro_vae.sites import Structure
+
+__all__ = ["to_arviz"]
+
+_DATUM = "datum"
+
+
+def to_arviz(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    num_draws: int = 1000,
+    resample: str | None = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    data_plate: str | bool | None = None,
+    predictive: bool = True,
+    seed: int | None = None,
+) -> Any:
+    """Return draws of the guide in ArviZ's container, one chain.
+
+    InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. The groups: posterior
+    (local latents), log_likelihood (each observed site, a number per datum, as
+    ``az.loo`` wants it), sample_stats (log_p = log p(x, z), log_q, log_weight, per
+    datum), observed_data, prior, and with ``predictive`` posterior_predictive and
+    prior_predictive.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        *batch: their arguments.
+        num_draws: draws for each datum.
+        resample: None for draws of the guide; "psis" to resample them, datum by datum,
+            with Pareto-smoothed importance weights, which brings them closer to the
+            posterior (sample_stats then has no log_weight).
+        coords: dimension name to labels; "datum" labels the data.
+        dims: variable name to the names of its dimensions after (chain, draw, datum).
+        data_plate: as in :func:`pyro_vae.log_weights`.
+        predictive: whether to draw new data as well.
+        seed: of the draws; None takes one from the global random state.
+
+    Returns:
+        ArviZ's container. Arrays have dimensions (chain, draw, datum, ...); with
+        data_plate=False there is no datum dimension, and log_likelihood has the plates
+        of each observed site.
+
+    Raises:
+        ValueError: for what :func:`pyro_vae.log_weights` refuses, num_draws < 1,
+            another ``resample``, or coords and dims that do not fit.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws={num_draws}: at least 1 is needed")
+    if resample not in (None, "psis"):
+        raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
+    scorer = Scorer(model, guide, as_batch(*batch), data_plate=data_plate, seed=seed)
+    structure = scorer.structure
+    blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
+    for chunk in scorer.chunks(num_draws):
+        block = blocks.setdefault(chunk.rows.start, {})
+        key = (chunk.rows.start, chunk.particles.start)
+        size = chunk.weights.num_particles
+        found = {
+            "posterior": scorer.by_datum(
+                {n: v for n, v in chunk.values.items() if n in structure.sites}
+            ),
+            "log_likelihood": scorer.site_log_likelihood(chunk.rows, chunk.values),
+            "sample_stats": {
+                "log_p": chunk.weights.log_joint,
+                "log_q": chunk.weights.log_guide,
+                "log_weight": chunk.weights.total,
+            },
+        }
+        prior = scorer.predict(chunk.rows, size, None, (4, *key))
+        found["prior"] = {n: v for n, v in prior.items() if not _is_observed(structure, n)}
+        if predictive:
+            drawn = scorer.predict(chunk.rows, size, chunk.values, (3, *key))
+            found["posterior_predictive"] = {
+                n: v for n, v in drawn.items() if _is_observed(structure, n)
+            }
+            found["prior_predictive"] = {
+                n: v for n, v in prior.items() if _is_observed(structure, n)
+            }
+        for group, variables in found.items():
+            block.setdefault(group, []).append(variables)
+    groups = _join(list(blocks.values()), structure)
+    if data_plate is False:
+        groups["sample_stats"] = {
+            name: value[:, 0] for name, value in groups["sample_stats"].items()
+        }
+    if resample == "psis":
+        _resample(groups, structure, scorer.seed)
+    groups["observed_data"] = {
+        site.name: _leading_datum(site.value, structure, site.name).cpu().numpy()
+        for site in structure.observed
+    }
+    arrays = {
+        group: {
+            name: value if group == "observed_data" else value[np.newaxis]
+            for name, value in variables.items()
+        }
+        for group, variables in groups.items()
+    }
+    names, labels = _names(structure, groups, coords, dims)
+    return arviz_bridge.container(
+        arrays,
+        coords=labels,
+        dims=names,
+        attrs={
+            "inference_library": "pyro",
+            "inference_library_version": pyro.__version__,
+            "resampled": resample or "no",
+        },
+    )
+
+
+def _join(
+    blocks: list[dict[str, list[dict[str, Tensor]]]], structure: Structure
+) -> dict[str, dict[str, np.ndarray]]:
+    """Join chunks of draws along the first dimension, and blocks of data along the second."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for group in blocks[0]:
+        groups[group] = {}
+        for name in blocks[0][group][0]:
+            parts = [
+                np.concatenate([chunk[name].cpu().numpy() for chunk in block[group]])
+                for block in blocks
+            ]
+            groups[group][name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return groups
+
+
+def _resample(
+    groups: dict[str, dict[str, np.ndarray]], structure: Structure, seed: int
+) -> None:
+    """Replace the draws of each datum by a weighted resample of them."""
+    log_weight = groups["sample_stats"].pop("log_weight")
+    whole = log_weight.ndim == 1  # one datum, no datum dimension
+    smoothed, _ = arviz_bridge.psis(np.atleast_2d(log_weight.T))
+    generator = np.random.default_rng([seed, 5])
+    draws = smoothed.shape[1]
+    index = np.stack(
+        [generator.choice(draws, size=draws, p=_normalized(row)) for row in smoothed], axis=1
+    )
+    for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
+        for name, value in groups.get(group, {}).items():
+            groups[group][name] = (
+                value[index[:, 0]] if whole else value[index, np.arange(index.shape[1])]
+            )
+
+
+def _normalized(log_weights: np.ndarray) -> np.ndarray:
+    weights = np.exp(log_weights - log_weights.max())
+    return weights / weights.sum()
+
+
+def _leading_datum(value: Tensor, structure: Structure, name: str) -> Tensor:
+    """Bring a site's data dimension to the front."""
+    if structure.data_dim is None:
+        return value
+    axis = value.ndim - len(structure.sites[name].event_shape) + structure.data_dim
+    return value.movedim(axis, 0)
+
+
+def _is_observed(structure: Structure, name: str) -> bool:
+    return structure.sites[name].kind == "observed"
+
+
+def _names(
+    structure: Structure,
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    coords: Mapping[str, Any] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Return the dimension names of every variable, and the labels of the dimensions."""
+    labels = dict(coords or {})
+    lead = [] if structure.data_plate is None else [_DATUM]
+    if lead:
+        labels.setdefault(_DATUM, np.arange(structure.num_data))
+    given = dict(dims or {})
+    if unknown := set(given) - set(structure.sites):
+        raise ValueError(
+            f"dims names {sorted(unknown)}, which are not sites of the model: "
+            f"{sorted(structure.sites)}"
+        )
+    names: dict[str, list[str]] = {name: list(lead) for name in groups["sample_stats"]}
+    for name, site in structure.sites.items():
+        batch = len(site.batch_shape)
+        inner = {batch + p.dim: p.name for p in site.plates if p != structure.data_plate}
+        axes = [a for a in range(batch) if not lead or a != batch + (structure.data_dim or 0)]
+        tail = [inner.get(a, f"{name}_dim_{i}") for i, a in enumerate(axes)]
+        tail += [f"{name}_dim_{len(axes) + i}" for i in range(len(site.event_shape))]
+        if name in given:
+            if len(given[name]) != len(tail):
+                raise ValueError(
+                    f"dims[{name!r}]={list(given[name])}: {len(tail)} names are needed, for the "
+                    f"dimensions after {', '.join(['chain', 'draw', *lead])}"
+                )
+            tail = list(given[name])
+        names[name] = lead + tail
+    return names, labels

@@ -1,0 +1,732 @@
+"""The only runner of guide and replayed model for scoring: particles, chunks, refusals.
+
+The guide is drawn from in blocks whose size and seed depend on the data and the
+base seed alone, and the model scores the draws in chunks of any size; so a chunk
+bounds memory and never changes a result.
+
+Particles are a dimension outside the model's own plates. A network that cannot
+take it gets the batch repeated along the data plate, or a loop; which of the
+three is decided by comparing with a loop of single particles, model and guide
+each on its own, so that a wrong broadcast is found and not averaged over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_vae.batches import Batch, as_batch
+from pyro_vae.guides import LocalGuide
+from pyro_vae.results import LogWeights
+from pyro_vae.sites import (
+    Structure,
+    check_guide,
+    evaluation,
+    inspect,
+    latent_nodes,
+    plate_nesting,
+    preserved_rng,
+    sample_nodes,
+)
+
+__all__ = [
+    "Chunk",
+    "Scorer",
+    "log_weights",
+    "non_finite_sites",
+    "site_log_prob",
+    "trace_pair",
+]
+
+logger = logging.getLogger(__name__)
+
+_PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
+# Pairs (particle, datum) drawn at once, and data in a block. They decide which
+# random numbers a datum gets, so they are constants and not options.
+_DRAW_PAIRS = 8192
+_DRAW_DATA = 256
+# Pairs scored at once by default: activations of a few hundred units in cache.
+_CHUNK_PAIRS = 8192
+
+MODES = ("plate", "repeat", "loop")
+
+
+# --- one run of a guide and the replayed model -------------------------------------
+
+
+def trace_pair(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Run the guide, replay the model with its draws, and return both traces.
+
+    Raises:
+        ValueError: where the guide does not propose just the model's latent sites.
+    """
+    guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+    model_trace = poutine.trace(
+        poutine.replay(model, trace=guide_trace), graph_type="flat"
+    ).get_trace(*args, **kwargs)
+    check_guide(model_trace, guide_trace)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
+    """Return a site's log density, of its batch shape, masked, and scaled if asked.
+
+    Raises:
+        ValueError: for a value outside the support, naming the site.
+    """
+    fn = node["fn"]
+    try:
+        log_prob = fn.log_prob(node["value"])
+    except ValueError as error:
+        role = "observed" if node["is_observed"] else "latent"
+        raise ValueError(
+            f"{role} site {name!r}: no log density of its value under {fn}: {error}"
+        ) from error
+    return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
+
+
+def non_finite_sites(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
+) -> list[str]:
+    """Return the sites whose value or log density is not finite in one run, in order."""
+    found = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        for owner, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, node in sample_nodes(trace):
+                value, log_prob = node["value"], site_log_prob(name, node, scaled=True)
+                if not bool(torch.isfinite(value).all() & torch.isfinite(log_prob).all()):
+                    found.append(f"{name!r} of the {owner}")
+    return found
+
+
+# --- one callable, many particles -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Batch and event dimensions of a site in a single run, without particles."""
+
+    batch_ndim: int
+    event_ndim: int
+
+
+class _Runner:
+    """Runs a guide or a model on rows of a batch, for several particles at once.
+
+    Values are kept in one layout, [K, *plates, *event]: particles, then
+    ``nesting`` plate dimensions, then the event. Each mode folds it to what its
+    run takes and back.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        batch: Batch,
+        shapes: Mapping[str, _Shape],
+        nesting: int,
+        data_dim: int | None,
+    ) -> None:
+        self.fn = fn
+        self.batch = batch
+        self.shapes = shapes
+        self.nesting = nesting
+        self.data_dim = data_dim
+        self.mode = "plate"
+
+    def traces(
+        self, rows: slice, num_particles: int, values: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """Run in the mode: one trace, or a trace for each particle in a loop."""
+        batch = self.batch if self._whole(rows) else self.batch.rows(rows)
+        if self.mode == "loop":
+            return [
+                self._trace(self.fn, batch, rows, 1, self._fold(values, k))
+                for k in range(num_particles)
+            ]
+        if self.mode == "repeat":
+            repeated = batch.repeat(num_particles)
+            return [self._trace(self.fn, repeated, rows, num_particles, self._fold(values, None))]
+        plate = pyro.plate(_PARTICLE_PLATE, num_particles, dim=-1 - self.nesting)
+        return [self._trace(plate(self.fn), batch, rows, 1, values)]
+
+    def values(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
+        """Return the values of sites not observed in a run, [K, *plates, *event] each."""
+        return {
+            name: self._unfold(
+                name, [trace.nodes[name]["value"] for trace in traces], num_particles
+            )
+            for name, _ in latent_nodes(traces[0])
+        }
+
+    def log_prob(
+        self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
+    ) -> Tensor:
+        """Return the summed log density of the kept sites, unscaled: [K, N]."""
+        total: Tensor | None = None
+        for name, node in sample_nodes(traces[0]):
+            if keep(name, node):
+                term = self.site_log_prob(traces, name, num_particles)
+                total = term if total is None else total + term
+        if total is None:
+            raise ValueError("no site to score")
+        return total
+
+    def site_log_prob(self, traces: list[Any], name: str, num_particles: int) -> Tensor:
+        """Return one site's log density for each particle and datum, unscaled: [K, N]."""
+        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        if self.mode == "loop":
+            return torch.stack([self._reduce(term, leading=0) for term in terms])
+        (term,) = terms
+        if self.mode == "repeat":
+            return self._reduce(term, leading=0).reshape(num_particles, -1)
+        reduced = self._reduce(term, leading=1)
+        return reduced.expand(num_particles, reduced.shape[1])
+
+    def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
+        """Return one site's log density for each particle, not summed: [K, *batch]."""
+        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        if self.mode == "loop":
+            return torch.stack(terms)
+        (term,) = terms
+        missing = self.nesting - self.shapes[name].batch_ndim
+        return term.reshape(term.shape[:1] + term.shape[1 + missing :])
+
+    def _reduce(self, term: Tensor, leading: int) -> Tensor:
+        """Sum all dimensions but the data's (and ``leading`` particles' before the plates)."""
+        missing = self.nesting + leading - term.ndim
+        if missing > 0:
+            term = term.reshape((1,) * missing + term.shape)
+        data_axis = None if self.data_dim is None else term.ndim + self.data_dim
+        axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
+        term = term.sum(axes) if axes else term
+        return term if data_axis is not None else term.unsqueeze(-1)
+
+    def _fold(
+        self, values: Mapping[str, Tensor] | None, particle: int | None
+    ) -> dict[str, Tensor] | None:
+        """Bring values to the shape of a single run: one particle, or all along the data."""
+        if values is None:
+            return None
+        folded = {}
+        for name, value in values.items():
+            shape = self.shapes[name]
+            if particle is not None:
+                value = value[particle]
+            else:
+                axis = value.ndim - shape.event_ndim + self._data_dim() - 1
+                value = value.movedim(0, axis)
+                value = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
+            extra = self.nesting - shape.batch_ndim
+            folded[name] = value.reshape(value.shape[extra:])
+        return folded
+
+    def _unfold(self, name: str, found: list[Tensor], num_particles: int) -> Tensor:
+        """Bring the values of a run to [K, *plates, *event]."""
+        shape = self.shapes[name]
+        pad = (1,) * (self.nesting - shape.batch_ndim)
+        if self.mode == "loop":
+            return torch.stack([value.reshape(pad + value.shape) for value in found])
+        (value,) = found
+        if self.mode == "repeat":
+            axis = value.ndim - shape.event_ndim + self._data_dim()
+            value = value.reshape(
+                *value.shape[:axis], num_particles, -1, *value.shape[axis + 1 :]
+            ).movedim(axis, 0)
+            return value.reshape(value.shape[:1] + pad + value.shape[1:])
+        return value
+
+    def _data_dim(self) -> int:
+        if self.data_dim is None:
+            raise ValueError("particles='repeat' needs a data plate to repeat along")
+        return self.data_dim
+
+    def _trace(
+        self,
+        fn: Callable[..., Any],
+        batch: Batch,
+        rows: slice,
+        times: int,
+        values: Mapping[str, Tensor] | None,
+    ) -> Any:
+        if values is not None:
+            fn = poutine.replay(fn, trace=_values_trace(values))
+        with self._table_rows(rows, times):
+            return poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
+
+    @contextlib.contextmanager
+    def _table_rows(self, rows: slice, times: int) -> Iterator[None]:
+        """Keep a per-datum guide aligned with the rows of the batch."""
+        if not isinstance(self.fn, LocalGuide):
+            yield
+            return
+        with self.fn.rows(self.fn.current_rows[rows].repeat(times)):
+            yield
+
+    def _whole(self, rows: slice) -> bool:
+        size = self.batch.size
+        return size is None or (rows.start == 0 and rows.stop >= size)
+
+
+def _values_trace(values: Mapping[str, Tensor]) -> Any:
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(
+            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
+        )
+    return trace
+
+
+# --- a guide and a model ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Draws of some particles for some data, and their log weights.
+
+    Attributes:
+        rows: which data.
+        particles: which particles.
+        values: latent site (the guide's auxiliary ones too) to [K, *plates, *event].
+        weights: the LogWeights, [K, N] of this chunk.
+    """
+
+    rows: slice
+    particles: slice
+    values: Mapping[str, Tensor]
+    weights: LogWeights
+
+
+class Scorer:
+    """A model, a guide and a batch, made ready to draw and to score.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: the batch.
+        data_plate: as in :func:`pyro_vae.sites.inspect`.
+        particles: "plate", "repeat", "loop", or "auto" to take the first of them that
+            agrees with a loop.
+        seed: the base seed of the draws; None takes one from the global random state.
+        gradients: whether draws and densities carry gradients.
+
+    Raises:
+        ValueError: for what :func:`log_weights` refuses.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batch: Batch,
+        *,
+        data_plate: str | bool | None = None,
+        particles: str = "auto",
+        seed: int | None = None,
+        gradients: bool = False,
+    ) -> None:
+        if particles not in ("auto", *MODES):
+            raise ValueError(f"particles={particles!r}: one of 'auto', {MODES} is needed")
+        self.batch = batch
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.gradients = gradients
+        self._modules = (model, guide)
+        with evaluation(*self._modules), preserved_rng(batch.device):
+            self.structure = inspect(model, batch, data_plate=data_plate)
+            self.structure.require_no_globals()
+            plate = self.structure.data_plate
+            if plate is not None and plate.drawn:
+                raise ValueError(
+                    f"the model draws its own minibatch in plate {plate.name!r} "
+                    "(subsample_size=...); a result for each datum needs to know which. Pass the "
+                    "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
+                )
+            with torch.no_grad(), poutine.block():
+                model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+        self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
+        self._scorable = all(
+            not node["infer"].get("is_auxiliary") and not _hides_density(node["fn"])
+            for _, node in latent_nodes(guide_trace)
+        )
+        shapes = {
+            name: _Shape(len(node["fn"].batch_shape), node["fn"].event_dim)
+            for trace in (model_trace, guide_trace)
+            for name, node in sample_nodes(trace)
+        }
+        data_dim = self.structure.data_dim
+        self._guide = _Runner(guide, batch, shapes, self.nesting, data_dim)
+        self._model = _Runner(model, batch, shapes, self.nesting, data_dim)
+        self.guide_nodes = dict(latent_nodes(guide_trace))
+        with self._scoring(), torch.no_grad():
+            self._choose_modes(particles)
+
+    @property
+    def num_data(self) -> int:
+        """N: data in the batch, or 1 where it is treated as one datum."""
+        return self.structure.num_data
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How particles are run, for guide and model: "plate", "repeat" or "loop"."""
+        return {"guide": self._guide.mode, "model": self._model.mode}
+
+    def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
+        """Draw and score, block of data by block of data, particles inside.
+
+        Args:
+            num_particles: K, for each datum.
+            chunk_size: pairs (particle, datum) scored at once; bounds memory only.
+        """
+        if num_particles < 1:
+            raise ValueError(f"num_particles={num_particles}: at least 1 is needed")
+        pairs = _CHUNK_PAIRS if chunk_size is None else chunk_size
+        if pairs < 1:
+            raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
+        for block, rows in enumerate(self.data_blocks()):
+            size = rows.stop - rows.start
+            step = max(1, _DRAW_PAIRS // size)
+            starts = list(range(0, num_particles, step))
+            together = max(1, pairs // (step * size))
+            for first in range(0, len(starts), together):
+                blocks = starts[first : first + together]
+                drawn = [
+                    self.draw(rows, min(step, num_particles - start), (block, start // step))
+                    for start in blocks
+                ]
+                values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
+                log_guide = torch.cat([log_guide for _, log_guide in drawn])
+                log_likelihood, log_prior = self.score_model(rows, values, pairs)
+                start = blocks[0]
+                yield Chunk(
+                    rows=rows,
+                    particles=slice(start, start + log_guide.shape[0]),
+                    values=values,
+                    weights=LogWeights(log_likelihood, log_prior, log_guide),
+                )
+
+    def data_blocks(self) -> list[slice]:
+        """The data in blocks of rows; all at once where a model cannot be given fewer."""
+        if self.structure.data_plate is None or self.batch.size is None:
+            return [slice(0, self.num_data)]
+        return [
+            slice(start, min(start + _DRAW_DATA, self.num_data))
+            for start in range(0, self.num_data, _DRAW_DATA)
+        ]
+
+    def draw(
+        self, rows: slice, num_particles: int, key: tuple[int, ...]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw from the guide: values, and their log density [K, N].
+
+        The random numbers depend on the base seed and ``key`` alone.
+        """
+        with self._scoring():
+            self._reseed(*key)
+            traces = self._guide.traces(rows, num_particles)
+            values = self._guide.values(traces, num_particles)
+            return values, self._guide.log_prob(traces, num_particles, _is_latent)
+
+    def score_guide(self, rows: slice, values: Mapping[str, Tensor]) -> Tensor:
+        """Return log q(z | x) of given values under the guide, [K, N]."""
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            traces = self._guide.traces(rows, num_particles, values)
+            return self._guide.log_prob(traces, num_particles, _is_latent)
+
+    def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values as [K, N, *inner plates, *event]; [K, *batch, *event] for one datum."""
+        single = self.single_values(values)
+        dim = self.structure.data_dim
+        if dim is None:
+            return single
+        shapes = self._guide.shapes
+        return {
+            name: value.movedim(value.ndim - shapes[name].event_ndim + dim, 1)
+            for name, value in single.items()
+        }
+
+    def predict(
+        self,
+        rows: slice,
+        num_particles: int,
+        values: Mapping[str, Tensor] | None,
+        key: tuple[int, ...],
+    ) -> dict[str, Tensor]:
+        """Draw every site of the model that ``values`` does not give, observed ones too.
+
+        Returns:
+            Site name to draws, as :meth:`by_datum` shapes them.
+        """
+        model = self._model
+        runner = _Runner(
+            poutine.uncondition(model.fn), self.batch, model.shapes, self.nesting, model.data_dim
+        )
+        runner.mode = model.mode
+        with self._scoring():
+            self._reseed(*key)
+            traces = runner.traces(
+                rows, num_particles, None if values is None else self._latents(values)
+            )
+            drawn = runner.values(traces, num_particles)
+        return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
+
+    def single_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values as a single run shapes them, particles first: [K, *batch, *event]."""
+        shapes = self._guide.shapes
+        return {
+            name: value.reshape(
+                value.shape[:1] + value.shape[1 + self.nesting - shapes[name].batch_ndim :]
+            )
+            for name, value in values.items()
+        }
+
+    def can_score(self, other: Scorer) -> bool:
+        """Whether this guide's density of the other guide's draws is known."""
+        return (
+            self._scorable
+            and self.nesting == other.nesting
+            and self._guide_sites == other._guide_sites
+        )
+
+    def score_model(
+        self, rows: slice, values: Mapping[str, Tensor], pairs: int = _CHUNK_PAIRS
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p(x | z) and log p(z) of given values, [K, N] each."""
+        size = rows.stop - rows.start
+        particle_step = max(1, pairs // size)
+        can_split = self.batch.size is not None and self.structure.data_plate is not None
+        data_step = min(size, pairs) if can_split else size
+        by_particle = []
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            for k in range(0, num_particles, particle_step):
+                some = {name: value[k : k + particle_step] for name, value in values.items()}
+                by_data = [
+                    self._score(slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
+                                self._take_data(some, slice(n, n + data_step), size))
+                    for n in range(0, size, data_step)
+                ]
+                by_particle.append([torch.cat(terms, 1) for terms in zip(*by_data, strict=True)])
+        log_likelihood, log_prior = (
+            torch.cat(terms) for terms in zip(*by_particle, strict=True)
+        )
+        return log_likelihood, log_prior
+
+    def site_log_likelihood(
+        self, rows: slice, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return log p(x | z) of each observed site, [K, N]; [K, *batch] for one datum."""
+        num_particles = next(iter(values.values())).shape[0]
+        one_datum = self.structure.data_dim is None
+        with self._scoring():
+            traces = self._model.traces(rows, num_particles, self._latents(values))
+            return {
+                site.name: self._model.pointwise_log_prob(traces, site.name)
+                if one_datum
+                else self._model.site_log_prob(traces, site.name, num_particles)
+                for site in self.structure.observed
+            }
+
+    def _score(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        num_particles = next(iter(values.values())).shape[0]
+        traces = self._model.traces(rows, num_particles, self._latents(values))
+        return (
+            self._model.log_prob(traces, num_particles, _is_observed),
+            self._model.log_prob(traces, num_particles, _is_latent),
+        )
+
+    def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in values.items() if name in self.structure.sites}
+
+    def _take_data(
+        self, values: Mapping[str, Tensor], rows: slice, size: int
+    ) -> dict[str, Tensor]:
+        if rows.start == 0 and rows.stop >= size:
+            return dict(values)
+        dim = self._model._data_dim()
+        taken = {}
+        for name, value in values.items():
+            axis = value.ndim - self._model.shapes[name].event_ndim + dim
+            taken[name] = value.narrow(axis, rows.start, min(rows.stop, size) - rows.start)
+        return taken
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Eval mode, no value checks at every chunk, random state kept."""
+        with (
+            torch.set_grad_enabled(self.gradients),
+            evaluation(*self._modules),
+            pyro.validation_enabled(False),
+            preserved_rng(self.batch.device),
+            poutine.block(),
+        ):
+            yield
+
+    def _reseed(self, *key: int) -> None:
+        low, high = np.random.SeedSequence([self.seed, *key]).generate_state(2, np.uint32)
+        seed, device = int(high) << 32 | int(low), self.batch.device
+        # Not torch.manual_seed: it seeds every device, and takes a millisecond to.
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+
+    def _choose_modes(self, particles: str) -> None:
+        rows = self.data_blocks()[0]
+        count = 3 if self.num_data == 2 else 2
+        self._reseed(0, 0)
+        # The reference: single particles, run one by one.
+        self._guide.mode = self._model.mode = "loop"
+        traces = self._guide.traces(rows, count)
+        values = self._guide.values(traces, count)
+        log_guide = self._guide.log_prob(traces, count, _is_latent)
+        latents = self._latents(values)
+
+        def score_guide() -> Tensor:
+            return self._guide.log_prob(
+                self._guide.traces(rows, count, values), count, _is_latent
+            )
+
+        def score_model() -> Tensor:
+            return self._model.log_prob(
+                self._model.traces(rows, count, latents), count, lambda name, node: True
+            )
+
+        _choose_mode(self._guide, "guide", particles, log_guide, score_guide)
+        _choose_mode(self._model, "model", particles, score_model(), score_model)
+
+
+def _choose_mode(
+    runner: _Runner, role: str, particles: str, reference: Tensor, score: Callable[[], Tensor]
+) -> None:
+    """Set the runner's mode to the first that agrees with single particles."""
+    if runner.data_dim is None and particles == "repeat":
+        raise ValueError("particles='repeat' needs a data plate to repeat along")
+    modes = ("loop",) if particles == "loop" else MODES if particles == "auto" else (particles,)
+    if runner.data_dim is None or runner.batch.size is None:
+        modes = tuple(mode for mode in modes if mode != "repeat") or ("loop",)
+    reasons = []
+    for mode in modes:
+        runner.mode = mode
+        if mode == "loop" and reasons and _agree(reference, score()):
+            logger.warning(
+                "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
+            )
+            return
+        try:
+            found = score()
+        except (RuntimeError, ValueError, IndexError) as error:
+            # A shape that the network cannot take; the loop, which is the reference and
+            # has already run, is always left to fall back on, and says so.
+            reasons.append(f"{mode}: {type(error).__name__}: {error}")
+            continue
+        if _agree(reference, found):
+            return
+        gap = float((reference - found).abs().max())
+        reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
+    raise ValueError(
+        f"the {role}'s log density of several particles does not agree with that of each alone "
+        f"({'; '.join(reasons)}). If the {role} draws random numbers outside of sample "
+        "statements (dropout in training mode), call .eval() on its modules; else its "
+        "broadcasting over the particle dimension, the leftmost, is wrong"
+    )
+
+
+def _agree(reference: Tensor, found: Tensor) -> bool:
+    tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-4
+    return found.shape == reference.shape and torch.allclose(
+        reference, found, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def log_weights(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    num_particles: int,
+    chunk_size: int | None = None,
+    data_plate: str | bool | None = None,
+    particles: str = "auto",
+    seed: int | None = None,
+) -> LogWeights:
+    r"""Draw particles from the guide and return their log weights, datum by datum.
+
+    .. math:: \log w_{kn} = \log p(x_n | z_{kn}) + \log p(z_{kn}) - \log q(z_{kn} | x_n)
+
+    Scales (subsampling, poutine.scale) are stripped; masks are kept. Modules run in
+    eval mode, without gradients.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide of its latent sites, of any make.
+        *batch: their arguments: tensors with a row per datum; or one tuple or mapping.
+        num_particles: K, draws for each datum.
+        chunk_size: pairs (particle, datum) that the model scores at once: bounds
+            memory, changes no result.
+        data_plate: the name of the plate of the data, where it is not plain; False to
+            treat the whole batch as one datum (weights [K, 1]).
+        particles: how several particles are run at once: in a "plate" outside the
+            model's own, by "repeat" of the batch, in a "loop"; "auto" takes the first
+            that agrees with single particles.
+        seed: of the draws; None takes one from the global random state.
+
+    Returns:
+        LogWeights with log_likelihood, log_prior, log_guide and total, each [K, N], in
+        nats, in the dtype of the model.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for an empty batch, NaN in the data, observed values outside their
+            support, num_particles < 1, global latents, a guide whose sites are not the
+            model's, and a density that is not the same for particles together and alone.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def posterior(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> pv.log_weights(model, posterior, torch.zeros(3), num_particles=4).total.std().item() < 1e-6
+        True
+    """
+    scorer = Scorer(
+        model, guide, as_batch(*batch), data_plate=data_plate, particles=particles, seed=seed
+    )
+    by_block: dict[int, list[LogWeights]] = {}
+    for chunk in scorer.chunks(num_particles, chunk_size):
+        by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
+    blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
+    return LogWeights.concatenate(blocks, 1)
+
+
+def _is_observed(name: str, node: Any) -> bool:
+    return bool(node["is_observed"])
+
+
+def _is_latent(name: str, node: Any) -> bool:
+    return not node["is_observed"]
+
+
+def _hides_density(fn: Any) -> bool:
+    """Whether a guide's distribution is a Delta: its density is of one value alone."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, pyro.distributions.Delta)

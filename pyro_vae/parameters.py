@@ -1,0 +1,102 @@
+"""Where the parameters of a model and a guide live: nn.Modules and Pyro's parameter store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.batches import Batch
+from pyro_vae.logweights import trace_pair
+from pyro_vae.sites import evaluation, preserved_rng
+
+__all__ = ["Parameters"]
+
+
+class Parameters:
+    """The parameters and buffers of a model and a guide, each once.
+
+    nn.Modules hold some; plain functions keep theirs in Pyro's parameter store
+    (pyro.param, pyro.module). One run of the pair finds the latter.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: their arguments.
+
+    Raises:
+        ValueError: where there is nothing to train.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
+    ) -> None:
+        with (
+            torch.no_grad(),
+            preserved_rng(batch.device),
+            evaluation(model, guide),
+            poutine.block(),
+        ):
+            traces = trace_pair(model, guide, batch.args, batch.kwargs)
+        self._modules = {
+            role: module
+            for role, module in (("model", model), ("guide", guide))
+            if isinstance(module, nn.Module)
+        }
+        found = {
+            id(parameter): parameter
+            for module in self._modules.values()
+            for parameter in module.parameters()
+        }
+        store = dict(pyro.get_param_store().named_parameters())
+        names = {
+            name
+            for trace in traces
+            for name, node in trace.nodes.items()
+            if node["type"] == "param" and name in store
+        }
+        self._stored = {name: store[name] for name in sorted(names) if id(store[name]) not in found}
+        found.update((id(parameter), parameter) for parameter in self._stored.values())
+        self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
+        if not self.trained:
+            raise ValueError(
+                "model and guide have no parameters to train. Plain functions register theirs "
+                "with pyro.param or pyro.module(name, module); a module they merely close over "
+                "is invisible to Pyro"
+            )
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of all parameters and buffers."""
+        state = {
+            role: {name: value.detach().clone() for name, value in module.state_dict().items()}
+            for role, module in self._modules.items()
+        }
+        state["store"] = {name: value.detach().clone() for name, value in self._stored.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put a state back, in place.
+
+        Raises:
+            ValueError: where its names or shapes are not these.
+        """
+        mine = self.state()
+        for role in sorted(set(mine) | set(state)):
+            here = {name: tuple(value.shape) for name, value in mine.get(role, {}).items()}
+            there = {name: tuple(value.shape) for name, value in state.get(role, {}).items()}
+            differ = [n for n in sorted(here | there) if here.get(n) != there.get(n)]
+            if differ:
+                told = "; ".join(
+                    f"{n}: saved {there.get(n, 'none')}, here {here.get(n, 'none')}"
+                    for n in differ[:5]
+                )
+                raise ValueError(f"the saved parameters ({role}) are not this pair's: {told}")
+        for role, module in self._modules.items():
+            module.load_state_dict(state[role])
+        with torch.no_grad():
+            for name, value in self._stored.items():
+                value.copy_(state["store"][name])

@@ -1,0 +1,128 @@
+"""Frozen result types; every estimate carries its standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae import estimators
+
+__all__ = ["Bound", "FitResult", "LogWeights"]
+
+
+@dataclass(frozen=True)
+class LogWeights:
+    """The spine: three log densities of each particle of each datum, in nats.
+
+    Attributes:
+        log_likelihood: sum over observed sites of log p(x | z), [K, N].
+        log_prior: sum over latent sites of log p(z), [K, N].
+        log_guide: sum over latent sites of log q(z | x), [K, N].
+    """
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_guide: Tensor
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z), [K, N]."""
+        return self.log_likelihood + self.log_prior
+
+    @property
+    def total(self) -> Tensor:
+        """log w = log p(x, z) - log q(z | x), [K, N]."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+    @property
+    def num_particles(self) -> int:
+        """K."""
+        return self.log_likelihood.shape[0]
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return self.log_likelihood.shape[1]
+
+    @staticmethod
+    def concatenate(chunks: Sequence[LogWeights], dim: int) -> LogWeights:
+        """Join chunks along particles (dim 0) or data (dim 1)."""
+        return LogWeights(
+            torch.cat([chunk.log_likelihood for chunk in chunks], dim),
+            torch.cat([chunk.log_prior for chunk in chunks], dim),
+            torch.cat([chunk.log_guide for chunk in chunks], dim),
+        )
+
+    def __repr__(self) -> str:
+        return f"LogWeights(num_particles={self.num_particles}, num_data={self.num_data})"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A lower bound on log p(x) for each datum, in nats.
+
+    Attributes:
+        name: what it is, for example "ELBO" or "IWAE-5000".
+        value: [N], float64.
+        std_error: Monte Carlo standard error of each, [N].
+        num_particles: K.
+    """
+
+    name: str
+    value: Tensor
+    std_error: Tensor
+    num_particles: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, in nats per datum."""
+        return float(self.value.mean())
+
+    @property
+    def mean_std_error(self) -> float:
+        """Monte Carlo standard error of the mean for these data.
+
+        Draws of different data are independent. The spread over other data that
+        might have been drawn is not in it.
+        """
+        return float(estimators.mean_std_error(self.std_error))
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum "
+            f"({self.value.shape[0]} data)"
+        )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`pyro_vae.fit` did.
+
+    Attributes:
+        history: equally long lists, one entry per epoch: epoch, step, elbo,
+            elbo_std_error, validation_elbo, validation_elbo_std_error (ELBOs in nats
+            per datum; standard errors over minibatches; nan where there is nothing to
+            estimate from).
+        stopped_by: "epochs", "max_steps", "patience", "callback" or "interrupted".
+        steps: optimizer steps taken, those of resumed runs included.
+        elapsed: seconds spent in training and validation, likewise.
+        best_epoch: the epoch whose parameters the model and guide now hold, when
+            validation data were given; otherwise the last.
+    """
+
+    history: Mapping[str, list[float]]
+    stopped_by: str
+    steps: int
+    elapsed: float
+    best_epoch: int
+
+    def __repr__(self) -> str:
+        epochs = len(self.history["epoch"])
+        last = f", elbo={self.history['elbo'][-1]:.4f}" if epochs else ""
+        return (
+            f"FitResult(stopped_by={self.stopped_by!r}, epochs={epochs}, steps={self.steps}, "
+            f"elapsed={self.elapsed:.1f}s{last})"
+        )

@@ -1,0 +1,496 @@
+"""The only inspector of a model's structure: sites, supports, plates, and the data plate."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_vae.batches import Batch, as_batch, rows_text
+
+__all__ = [
+    "DataPlateError",
+    "Description",
+    "Plate",
+    "Site",
+    "Structure",
+    "check_guide",
+    "describe",
+    "evaluation",
+    "inspect",
+    "latent_nodes",
+    "plate_nesting",
+    "sample_nodes",
+]
+
+
+class DataPlateError(ValueError):
+    """The plate whose entries are the data could not be told."""
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorized plate as one run of the model saw it.
+
+    Attributes:
+        name: the plate's name.
+        dim: its batch dimension, negative.
+        size: entries in this run (the size of the minibatch where it is subsampled).
+        full_size: entries in all.
+        drawn: whether the model draws the subsample itself (subsample_size=...).
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample statement of the model, as one run saw it.
+
+    Attributes:
+        name: the site's name.
+        kind: "local latent", "global latent", "latent" (data plate unknown) or "observed".
+        fn: its distribution in that run.
+        batch_shape: plates and other batch dimensions.
+        event_shape: shape of one event.
+        plates: the vectorized plates around it.
+        value: its value in that run: drawn from the prior, or observed.
+        mask: the mask on it (poutine.mask, obs_mask); None where there is none.
+    """
+
+    name: str
+    kind: str
+    fn: Any
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    plates: tuple[Plate, ...]
+    value: Tensor
+    mask: Tensor | bool | None
+
+    @property
+    def support(self) -> Any:
+        """The constraint on its values."""
+        return self.fn.support
+
+    @property
+    def distribution(self) -> str:
+        """The name of its distribution, without Independent and Masked around it."""
+        fn = self.fn
+        while hasattr(fn, "base_dist") and type(fn).__name__ in (
+            "Independent",
+            "MaskedDistribution",
+            "ExpandedDistribution",
+        ):
+            fn = fn.base_dist
+        return type(fn).__name__
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model is made of.
+
+    Attributes:
+        sites: name to Site, in the order of the model.
+        data_plate: the plate of the data; None where the model is treated as one datum.
+        max_plate_nesting: number of batch dimensions that plates take up.
+        num_data: data in this batch (1 where the model is treated as one datum).
+    """
+
+    sites: Mapping[str, Site]
+    data_plate: Plate | None
+    max_plate_nesting: int
+    num_data: int
+    local_latents: tuple[Site, ...] = field(init=False)
+    global_latents: tuple[Site, ...] = field(init=False)
+    observed: tuple[Site, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for attribute, kind in (
+            ("local_latents", "local latent"),
+            ("global_latents", "global latent"),
+            ("observed", "observed"),
+        ):
+            found = tuple(site for site in self.sites.values() if site.kind == kind)
+            object.__setattr__(self, attribute, found)
+
+    @property
+    def data_dim(self) -> int | None:
+        """The data plate's batch dimension, negative; None for one datum."""
+        return None if self.data_plate is None else self.data_plate.dim
+
+    def require_no_globals(self) -> None:
+        """Raise ValueError if a latent site lies outside the data plate."""
+        if self.data_plate is not None and self.global_latents:
+            names = _names(self.global_latents)
+            raise ValueError(
+                f"the latent sites {names} lie outside the data plate "
+                f"{self.data_plate.name!r}: they are global, and a bound for each datum needs "
+                "them fixed. Condition the model on a value of theirs "
+                "(pyro.condition(model, data={...})), or pass data_plate=False to treat the "
+                "whole batch as one datum"
+            )
+
+
+@contextlib.contextmanager
+def evaluation(*modules: Any) -> Iterator[None]:
+    """Put the nn.Modules among the arguments in eval mode; restore each submodule after."""
+    training = [
+        submodule
+        for module in modules
+        if isinstance(module, nn.Module)
+        for submodule in module.modules()
+        if submodule.training
+    ]
+    for submodule in training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was found: looking must not change what is drawn next."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def inspect(
+    model: Callable[..., Any],
+    *batch: Any,
+    data_plate: str | bool | None = None,
+) -> Structure:
+    """Run the model once on a batch and return its structure.
+
+    The random state is left as it was found, and modules run in eval mode.
+
+    Args:
+        model: a Pyro model.
+        *batch: its arguments (see :func:`pyro_vae.batches.as_batch`).
+        data_plate: the name of the plate of the data, where it is not plain; False to
+            treat the whole batch as one datum.
+
+    Returns:
+        A Structure.
+
+    Raises:
+        DataPlateError: where no plate holds all observed sites and a latent one, or
+            several do, or its size is not the batch's.
+        ValueError: for NaN in the batch, and for observed values outside their support.
+    """
+    arguments = as_batch(*batch)
+    arguments.check_finite()
+    sites, nesting = _run(model, arguments)
+    _check_support(sites)
+    if data_plate is False:
+        kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
+        return Structure(kinds, None, nesting, 1)
+    plate = _find_data_plate(sites, None if data_plate is True else data_plate)
+    if arguments.size is not None and not plate.drawn and plate.size != arguments.size:
+        raise DataPlateError(
+            f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
+            f"{arguments.size} rows; let the plate take its size from the batch, as in "
+            f"pyro.plate({plate.name!r}, len(x)) or pyro.plate({plate.name!r}, num_data, "
+            "subsample=x), or name another plate with data_plate="
+        )
+    kinds = {
+        name: _with_kind(
+            site,
+            "local latent" if plate.name in {p.name for p in site.plates} else "global latent",
+        )
+        for name, site in sites.items()
+    }
+    return Structure(kinds, plate, nesting, plate.size)
+
+
+def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the (name, site) of a trace's sample statements, plates' subsamples left out."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            yield name, node
+
+
+def latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the (name, site) of a trace's sample statements that are not observed."""
+    for name, node in sample_nodes(trace):
+        if not node["is_observed"]:
+            yield name, node
+
+
+def plate_nesting(trace: Any) -> int:
+    """Return how many batch dimensions the vectorized plates of a trace take up."""
+    dims = [
+        frame.dim
+        for _, node in sample_nodes(trace)
+        for frame in node["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def check_guide(model_trace: Any, guide_trace: Any) -> None:
+    """Raise ValueError if a guide does not propose just the model's latent sites.
+
+    Sites that the guide observes, or marks auxiliary, are no proposals.
+    """
+    wanted = {name for name, _ in latent_nodes(model_trace)}
+    observed = {name for name, node in sample_nodes(model_trace) if node["is_observed"]}
+    proposed = {
+        name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
+    }
+    if missing := wanted - proposed:
+        raise ValueError(
+            f"the guide has no sample statement for the model's latent sites {sorted(missing)}; "
+            f"it has {sorted(proposed)}"
+        )
+    if unknown := proposed - wanted - observed:
+        raise ValueError(
+            f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
+            f"sites are {sorted(wanted)}. Rename them, or mark a helper variable with "
+            "infer={'is_auxiliary': True}"
+        )
+    if clash := proposed & observed:
+        raise ValueError(
+            f"the guide proposes {sorted(clash)}, which the model observes; observe them in the "
+            "guide too (obs=...), or leave them out"
+        )
+
+
+def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+    drawn = {
+        name
+        for name, node in trace.nodes.items()
+        if site_is_subsample(node)
+        and node["fn"].subsample_size not in (None, -1, node["fn"].size)
+    }
+    sites = {}
+    for name, node in sample_nodes(trace):
+        if node["infer"].get("_deterministic"):
+            continue
+        plates = tuple(
+            Plate(frame.name, frame.dim, frame.size, frame.full_size, frame.name in drawn)
+            for frame in node["cond_indep_stack"]
+            if frame.vectorized
+        )
+        sites[name] = Site(
+            name=name,
+            kind="observed" if node["is_observed"] else "latent",
+            fn=node["fn"],
+            batch_shape=node["fn"].batch_shape,
+            event_shape=node["fn"].event_shape,
+            plates=plates,
+            value=node["value"],
+            mask=node["mask"],
+        )
+    return sites, plate_nesting(trace)
+
+
+def _check_support(sites: Mapping[str, Site]) -> None:
+    for site in sites.values():
+        if site.kind != "observed" or not isinstance(site.value, Tensor):
+            continue
+        try:
+            support = site.support
+        except NotImplementedError:  # a distribution without a declared support
+            continue
+        inside = support.check(site.value)
+        if isinstance(site.mask, Tensor):
+            inside = inside | ~site.mask
+        elif site.mask is False:
+            continue
+        if not bool(inside.all()):
+            dims = {plate.dim: plate for plate in site.plates}
+            where = _outside_text(inside, dims)
+            raise ValueError(
+                f"observed site {site.name!r}: values outside the support of its "
+                f"{site.distribution} likelihood ({support}) in {where}; rescale or clean the "
+                "data, or choose another likelihood"
+            )
+
+
+def _outside_text(inside: Tensor, plates: Mapping[int, Plate]) -> str:
+    """Name the entries of the outermost plate that hold values outside the support."""
+    outermost = min((dim for dim in plates if -dim <= inside.ndim), default=None)
+    if outermost is None:
+        return "the data"
+    bad = ~inside.movedim(outermost, 0).reshape(inside.shape[outermost], -1).all(1)
+    return f"{rows_text(bad)} of plate {plates[outermost].name!r}"
+
+
+def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
+    observed = [site for site in sites.values() if site.kind == "observed"]
+    latents = [site for site in sites.values() if site.kind == "latent"]
+    if not observed:
+        raise DataPlateError(
+            "the model observes nothing: no sample statement has obs=...; its latent sites are "
+            f"{_names(latents)}"
+        )
+    if not latents:
+        raise DataPlateError(
+            f"the model has no latent site, only observed ones: {_names(observed)}"
+        )
+    if name is not None:
+        return _named_data_plate(sites, observed, latents, name)
+    shared = set.intersection(*({plate.name for plate in site.plates} for site in observed))
+    if not shared:
+        plates = "; ".join(
+            f"{site.name!r} is in {_names(site.plates) if site.plates else 'no plate'}"
+            for site in observed
+        )
+        raise DataPlateError(
+            f"no data plate: no vectorized plate holds every observed site ({plates}). Put the "
+            "data in one plate (with pyro.plate('data', len(x)): ...), or pass data_plate=False "
+            "to treat the whole batch as one datum"
+        )
+    candidates = {
+        plate.name: plate for site in latents for plate in site.plates if plate.name in shared
+    }
+    if not candidates:
+        raise DataPlateError(
+            f"no local latents: the latent sites {_names(latents)} lie outside the plates "
+            f"{sorted(shared)} of the observed sites {_names(observed)}. Pass data_plate=False to "
+            "treat the whole batch as one datum"
+        )
+    if len(candidates) > 1:
+        raise DataPlateError(
+            f"the data plate is not plain: {sorted(candidates)} each hold every observed site "
+            "and a latent one; name it with data_plate="
+        )
+    return next(iter(candidates.values()))
+
+
+def _named_data_plate(
+    sites: Mapping[str, Site], observed: list[Site], latents: list[Site], name: str
+) -> Plate:
+    found = {plate.name: plate for site in sites.values() for plate in site.plates}
+    if name not in found:
+        raise DataPlateError(
+            f"data_plate={name!r}: the model has no vectorized plate of that name; it has "
+            f"{sorted(found)}"
+        )
+    outside = [site for site in observed if name not in {plate.name for plate in site.plates}]
+    if outside:
+        raise DataPlateError(
+            f"the observed sites {_names(outside)} lie outside the data plate {name!r}; move "
+            "them inside it"
+        )
+    if all(name not in {plate.name for plate in site.plates} for site in latents):
+        raise DataPlateError(
+            f"no latent site lies inside the data plate {name!r}; the latent sites are "
+            f"{_names(latents)}. Pass data_plate=False to treat the whole batch as one datum"
+        )
+    return found[name]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A table of a model's sites; prints, and renders in a notebook.
+
+    Attributes:
+        rows: one mapping per site: site, kind, distribution, support, batch_shape,
+            event_shape, plates.
+        data_plate: the name of the data plate, or None.
+        note: what could not be told, or an empty string.
+    """
+
+    rows: tuple[Mapping[str, str], ...]
+    data_plate: str | None
+    note: str
+
+    def __repr__(self) -> str:
+        columns = list(self.rows[0]) if self.rows else []
+        widths = [max(len(c), *(len(row[c]) for row in self.rows)) for c in columns]
+        lines = [columns, *([row[c] for c in columns] for row in self.rows)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, self._footer()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in (self.rows[0] if self.rows else ()))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><tr>{head}</tr>{body}</table><p>{html.escape(self._footer())}</p>"
+
+    def _footer(self) -> str:
+        plate = "none" if self.data_plate is None else repr(self.data_plate)
+        return f"data plate: {plate}" + (f" ({self.note})" if self.note else "")
+
+
+def describe(
+    model: Callable[..., Any], *batch: Any, data_plate: str | bool | None = None
+) -> Description:
+    """Return a table of a model's sites.
+
+    Args:
+        model: a Pyro model.
+        *batch: its arguments; a minibatch is enough.
+        data_plate: as in :func:`inspect`.
+
+    Returns:
+        A Description. Where the data plate cannot be told the table says why, and
+        latent sites are shown as "latent".
+
+    Raises:
+        ValueError: for NaN in the batch, and for observed values outside their support.
+    """
+    note = ""
+    try:
+        structure = inspect(model, *batch, data_plate=data_plate)
+        sites, plate = structure.sites, structure.data_plate
+    except DataPlateError as error:
+        sites, _ = _run(model, as_batch(*batch))
+        plate, note = None, str(error)
+    rows = tuple(
+        {
+            "site": site.name,
+            "kind": site.kind,
+            "distribution": site.distribution,
+            "support": _support_text(site),
+            "batch_shape": str(tuple(site.batch_shape)),
+            "event_shape": str(tuple(site.event_shape)),
+            "plates": ", ".join(
+                f"{p.name}[{p.size}{'' if p.size == p.full_size else f' of {p.full_size}'}]"
+                for p in site.plates
+            ),
+        }
+        for site in sites.values()
+    )
+    return Description(rows, None if plate is None else plate.name, note)
+
+
+def _support_text(site: Site) -> str:
+    try:
+        support = site.support
+    except NotImplementedError:
+        return "not declared"
+    while type(support).__name__ == "_IndependentConstraint":
+        support = support.base_constraint
+    return str(support).removesuffix("()")
+
+
+def _with_kind(site: Site, latent_kind: str) -> Site:
+    return site if site.kind == "observed" else replace(site, kind=latent_kind)
+
+
+def _names(things: Iterable[Site | Plate]) -> list[str]:
+    return [thing.name for thing in things]
