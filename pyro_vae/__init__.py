@@ -14,6 +14,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.refine import refine
 from pyro_vae.results import Bound, FitResult, LogWeights
 from pyro_vae.sites import DataPlateError, describe
+
 from pyro_vae import datasets, zoo  # isort: skip - the edge, above all the rest
 
 __version__ = version("pyro-vae")

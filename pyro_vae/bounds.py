@@ -46,8 +46,16 @@ def elbo(
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
     return _bound(
-        "ELBO", StreamingELBO, model, guide, batch, num_particles, chunk_size, data_plate,
-        particles, seed,
+        "ELBO",
+        StreamingELBO,
+        model,
+        guide,
+        batch,
+        num_particles,
+        chunk_size,
+        data_plate,
+        particles,
+        seed,
     )
 
 
@@ -86,8 +94,16 @@ def iwae_bound(
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
     return _bound(
-        f"IWAE-{num_particles}", StreamingIWAE, model, guide, batch, num_particles, chunk_size,
-        data_plate, particles, seed,
+        f"IWAE-{num_particles}",
+        StreamingIWAE,
+        model,
+        guide,
+        batch,
+        num_particles,
+        chunk_size,
+        data_plate,
+        particles,
+        seed,
     )
 
 

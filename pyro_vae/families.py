@@ -22,7 +22,7 @@ __all__ = ["FactorizedFamily", "Normal"]
 class FactorizedFamily(ABC):
     """A family whose unconstrained coordinates are independent given the parameters.
 
-    To write one, give ``params_per_coordinate`` and the four methods. Parameters
+    To write one, give ``params_per_coordinate`` and the methods below. Parameters
     have any leading shape and end in ``params_per_coordinate``; they are
     unconstrained real numbers.
     """
@@ -38,6 +38,18 @@ class FactorizedFamily(ABC):
 
         Returns:
             A reparameterized distribution over the reals of batch shape [...].
+        """
+
+    @abstractmethod
+    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return draws made of standard normal noise, differentiable by the parameters.
+
+        Args:
+            params: [..., params_per_coordinate].
+            noise: [K, ...].
+
+        Returns:
+            [K, ...].
         """
 
     @abstractmethod
@@ -85,6 +97,10 @@ class Normal(FactorizedFamily):
     def marginal(self, params: Tensor) -> Any:
         """Return Normal(params[..., 0], exp(params[..., 1]))."""
         return dist.Normal(params[..., 0], params[..., 1].exp())
+
+    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return location + scale * noise, [K, ...]."""
+        return params[..., 0] + params[..., 1].exp() * noise
 
     def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return location and log scale, [..., 2]."""

@@ -93,7 +93,7 @@ def fit(
     patience: int | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
-    compile: str | bool = "auto",  # noqa: A002 - the word that users of PyTorch look for
+    compile: str | bool = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     callbacks: Iterable[Callable[[Epoch], bool | None]] = (),
@@ -193,7 +193,10 @@ def _check_arguments(
     compiled: str | bool,
 ) -> None:
     numbers = {
-        "batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "patience": patience,
     }
     for name, value in numbers.items():
         if value is not None and value < 1:
@@ -282,7 +285,7 @@ class _Trainer:
             self._full_size = 1
         else:
             seen = inspect(model, first, data_plate=plate.name).data_plate
-            if seen is not None and seen.size != seen.full_size or self.size is None:
+            if (seen is not None and seen.size != seen.full_size) or self.size is None:
                 self._full_size = plate.full_size
         self.optimizer = _optimizer(optim, self.parameters.trained)
         self.state = _Progress()
@@ -392,9 +395,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with self._rows(index):
-                loss = float(
-                    self.loss.loss_and_grads(*self._scaled, *batch.args, **batch.kwargs)
-                )
+                loss = float(self.loss.loss_and_grads(*self._scaled, *batch.args, **batch.kwargs))
         except Exception as error:
             if self.state.step:
                 error.add_note(
@@ -438,8 +439,10 @@ class _Trainer:
         if self.validation is None:
             return math.nan, math.nan
         losses, sizes = [], []
-        with torch.no_grad(), evaluation(self.model, self.guide), preserved_rng(
-            self.validation.device
+        with (
+            torch.no_grad(),
+            evaluation(self.model, self.guide),
+            preserved_rng(self.validation.device),
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)
             size = self.validation.size or 1

@@ -212,6 +212,23 @@ class FamilyGuide(nn.Module):
                 moments.append(self.family.from_moments(flat.mean(0), flat.std(0)))
         return torch.cat(moments)
 
+    def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Return draws made of standard normal noise, differentiable by the parameters.
+
+        Args:
+            params: [N, D, params_per_coordinate].
+            noise: [K, D], the same for every datum.
+
+        Returns:
+            Site name to values, [K, batch..., event...].
+        """
+        z = self.family.from_noise(params, noise.unsqueeze(1))
+        values = {}
+        for coordinates in self.coordinates:
+            arranged = coordinates.arrange(z.permute(1, 2, 0), trailing=1).movedim(-1, 0)
+            values[coordinates.name] = coordinates.transform(arranged)
+        return values
+
     def params_from(self, nodes: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
         """Return the parameters that match another guide's proposals, [N, D, p].
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_vae import arviz_bridge
@@ -144,9 +143,7 @@ def _join(
     return groups
 
 
-def _resample(
-    groups: dict[str, dict[str, np.ndarray]], structure: Structure, seed: int
-) -> None:
+def _resample(groups: dict[str, dict[str, np.ndarray]], structure: Structure, seed: int) -> None:
     """Replace the draws of each datum by a weighted resample of them."""
     log_weight = groups["sample_stats"].pop("log_weight")
     whole = log_weight.ndim == 1  # one datum, no datum dimension

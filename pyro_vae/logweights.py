@@ -30,7 +30,6 @@ from pyro_vae.batches import Batch, as_batch
 from pyro_vae.guides import LocalGuide
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
-    Structure,
     check_guide,
     evaluation,
     inspect,
@@ -494,6 +493,16 @@ class Scorer:
             for name, value in values.items()
         }
 
+    def from_single(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo :meth:`single_values`: [K, *plates, *event] from [K, *batch, *event]."""
+        shapes = self._guide.shapes
+        return {
+            name: value.reshape(
+                value.shape[:1] + (1,) * (self.nesting - shapes[name].batch_ndim) + value.shape[1:]
+            )
+            for name, value in values.items()
+        }
+
     def can_score(self, other: Scorer) -> bool:
         """Whether this guide's density of the other guide's draws is known."""
         return (
@@ -516,19 +525,17 @@ class Scorer:
             for k in range(0, num_particles, particle_step):
                 some = {name: value[k : k + particle_step] for name, value in values.items()}
                 by_data = [
-                    self._score(slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
-                                self._take_data(some, slice(n, n + data_step), size))
+                    self._score(
+                        slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
+                        self._take_data(some, slice(n, n + data_step), size),
+                    )
                     for n in range(0, size, data_step)
                 ]
                 by_particle.append([torch.cat(terms, 1) for terms in zip(*by_data, strict=True)])
-        log_likelihood, log_prior = (
-            torch.cat(terms) for terms in zip(*by_particle, strict=True)
-        )
+        log_likelihood, log_prior = (torch.cat(terms) for terms in zip(*by_particle, strict=True))
         return log_likelihood, log_prior
 
-    def site_log_likelihood(
-        self, rows: slice, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def site_log_likelihood(self, rows: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return log p(x | z) of each observed site, [K, N]; [K, *batch] for one datum."""
         num_particles = next(iter(values.values())).shape[0]
         one_datum = self.structure.data_dim is None
@@ -552,9 +559,7 @@ class Scorer:
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if name in self.structure.sites}
 
-    def _take_data(
-        self, values: Mapping[str, Tensor], rows: slice, size: int
-    ) -> dict[str, Tensor]:
+    def _take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
         if rows.start == 0 and rows.stop >= size:
             return dict(values)
         dim = self._model._data_dim()
@@ -596,9 +601,7 @@ class Scorer:
         latents = self._latents(values)
 
         def score_guide() -> Tensor:
-            return self._guide.log_prob(
-                self._guide.traces(rows, count, values), count, _is_latent
-            )
+            return self._guide.log_prob(self._guide.traces(rows, count, values), count, _is_latent)
 
         def score_model() -> Tensor:
             return self._model.log_prob(

@@ -32,9 +32,7 @@ class Parameters:
         ValueError: where there is nothing to train.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> None:
         with (
             torch.no_grad(),
             preserved_rng(batch.device),

@@ -276,8 +276,7 @@ def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]
     drawn = {
         name
         for name, node in trace.nodes.items()
-        if site_is_subsample(node)
-        and node["fn"].subsample_size not in (None, -1, node["fn"].size)
+        if site_is_subsample(node) and node["fn"].subsample_size not in (None, -1, node["fn"].size)
     }
     sites = {}
     for name, node in sample_nodes(trace):
