@@ -1,9 +1,11 @@
-"""How wrong is a posterior, for which datum, and why: gaps between guides, in nats.
+r"""How wrong is a posterior, for which datum, and why: gaps between guides, in nats.
 
 .. math::
-    \\log p(x) - \\mathrm{ELBO}[\\text{guide}]
-    = \\underbrace{\\log p(x) - \\mathrm{ELBO}[\\text{refined}]}_{\\text{approximation gap}}
-    + \\underbrace{\\mathrm{ELBO}[\\text{refined}] - \\mathrm{ELBO}[\\text{guide}]}_{\\text{amortization gap}}
+    \log p(x) - \mathrm{ELBO}[q]
+    = \underbrace{\log p(x) - \mathrm{ELBO}[q^*]}_{\text{approximation gap}}
+    + \underbrace{\mathrm{ELBO}[q^*] - \mathrm{ELBO}[q]}_{\text{amortization gap}}
+
+where :math:`q^*` is the refined guide, the best of the family for each datum
 
 (Cremer, Li & Duvenaud 2018). The first is the family's, the second the encoder's.
 """
@@ -426,7 +428,7 @@ def _is_reference(dataset: xr.Dataset, name: Any) -> bool:
 
 
 def _mean_error(errors: xr.DataArray) -> xr.DataArray:
-    return np.sqrt((errors**2).sum("datum", skipna=False)) / errors.sizes["datum"]
+    return (errors**2).sum("datum", skipna=False) ** 0.5 / errors.sizes["datum"]
 
 
 def _with_error(value: float, error: float) -> str:

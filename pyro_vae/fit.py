@@ -259,7 +259,7 @@ class _Trainer:
     ) -> None:
         self.model, self.guide = model, guide
         self.source, self.validation = source, validation
-        self.loss = ELBO() if loss is None else loss
+        self.loss: Any = ELBO() if loss is None else loss
         if not isinstance(self.loss, pyro.infer.ELBO):
             raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
         self.schedule = schedule
@@ -322,7 +322,8 @@ class _Trainer:
                     told = self._epoch(bar, int(total))
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
-                    if any([callback(told) for callback in callbacks]):
+                    answers = [callback(told) for callback in callbacks]
+                    if any(answers):
                         stopped_by = "callback"
                         break
             except KeyboardInterrupt:
@@ -528,7 +529,7 @@ def _optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
                 "pyro.optim.ClippedAdam, or a torch optimizer that clips"
             )
         return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
-    made = optim(parameters) if callable(optim) else None
+    made: Any = optim(parameters) if callable(optim) else None  # type: ignore[operator]
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
             f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "

@@ -136,7 +136,7 @@ class FamilyGuide(nn.Module):
                 "pyro_vae.families.Normal()"
             )
         self._data_plate = structure.data_plate
-        self._subsampled = _is_subsampled(model, batch, structure)
+        self._subsampled = _is_subsampled(model, batch, structure.data_plate)
         coordinates, start = [], 0
         for site in structure.local_latents:
             coordinates.append(Coordinates.of(site, structure.data_plate, start))
@@ -144,6 +144,8 @@ class FamilyGuide(nn.Module):
         self.coordinates = tuple(coordinates)
         self.num_coordinates = start
         self.register_buffer("_prior_params", self._prior_moments(structure), persistent=False)
+
+    _prior_params: Tensor
 
     @abstractmethod
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,7 +168,7 @@ class FamilyGuide(nn.Module):
                 dim=self._data_plate.dim,
             )
             with plate as index:
-                chosen = Batch(args, kwargs).rows(index)
+                chosen = Batch(args, kwargs).rows(torch.as_tensor(index))
                 params = self.family_params(*chosen.args, **chosen.kwargs)
                 return self._sample(params)
         params = self.family_params(*args, **kwargs)
@@ -257,9 +259,9 @@ class FamilyGuide(nn.Module):
 
 
 class AmortizedGuide(FamilyGuide):
-    """A guide whose parameters an encoder computes from the datum.
+    r"""A guide whose parameters an encoder computes from the datum.
 
-    .. math:: q_\\phi(z | x) = \\mathrm{family}(z; \\mathrm{head}(\\mathrm{encoder}_\\phi(x)))
+    .. math:: q_\phi(z | x) = \mathrm{family}(z; \mathrm{head}(\mathrm{encoder}_\phi(x)))
 
     Made from the model: it samples every latent site of the data plate, under the
     site's name, mapped to the site's support. The encoder returns features [N, F];
@@ -481,10 +483,8 @@ class LocalGuide(FamilyGuide):
         raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
 
 
-def _is_subsampled(model: Callable[..., Any], batch: Batch, structure: Structure) -> bool:
+def _is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool:
     """Whether the data plate keeps its full size when the batch is smaller."""
-    plate = structure.data_plate
-    assert plate is not None
     if plate.size != plate.full_size:
         return True
     if batch.size is None or batch.size < 2:

@@ -58,7 +58,7 @@ _DRAW_DATA = 256
 # Pairs scored at once by default: activations of a few hundred units in cache.
 _CHUNK_PAIRS = 8192
 
-MODES = ("plate", "repeat", "loop")
+MODES: tuple[str, ...] = ("plate", "repeat", "loop")
 
 
 # --- one run of a guide and the replayed model -------------------------------------
@@ -618,10 +618,10 @@ def _choose_mode(
     """Set the runner's mode to the first that agrees with single particles."""
     if runner.data_dim is None and particles == "repeat":
         raise ValueError("particles='repeat' needs a data plate to repeat along")
-    modes = ("loop",) if particles == "loop" else MODES if particles == "auto" else (particles,)
+    modes = MODES if particles == "auto" else (particles,)
     if runner.data_dim is None or runner.batch.size is None:
         modes = tuple(mode for mode in modes if mode != "repeat") or ("loop",)
-    reasons = []
+    reasons: list[str] = []
     for mode in modes:
         runner.mode = mode
         if mode == "loop" and reasons and _agree(reference, score()):
@@ -707,7 +707,8 @@ def log_weights(
         >>> def posterior(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> pv.log_weights(model, posterior, torch.zeros(3), num_particles=4).total.std().item() < 1e-6
+        >>> weights = pv.log_weights(model, posterior, torch.zeros(3), num_particles=4)
+        >>> weights.total.std().item() < 1e-6
         True
     """
     scorer = Scorer(

@@ -45,7 +45,7 @@ class Parameters:
             for role, module in (("model", model), ("guide", guide))
             if isinstance(module, nn.Module)
         }
-        found = {
+        found: dict[int, Tensor] = {
             id(parameter): parameter
             for module in self._modules.values()
             for parameter in module.parameters()

@@ -114,13 +114,12 @@ def refine(
 def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tensor:
     """Return the guide's own answer in the parameters of the local guide, [N, D, p]."""
     batch = scorer.batch
-    same = (
-        isinstance(guide, FamilyGuide)
-        and guide.family == local.family
-        and guide.coordinates == local.coordinates
-    )
     with evaluation(guide), torch.no_grad():
-        if same:
+        if (
+            isinstance(guide, FamilyGuide)
+            and guide.family == local.family
+            and guide.coordinates == local.coordinates
+        ):
             return guide.family_params(*batch.args, **batch.kwargs).clone()
         values, _ = scorer.draw(slice(0, scorer.num_data), _START_DRAWS, (0, 0))
         return local.params_from(scorer.guide_nodes, scorer.single_values(values))

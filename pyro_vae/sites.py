@@ -276,7 +276,7 @@ def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]
     drawn = {
         name
         for name, node in trace.nodes.items()
-        if site_is_subsample(node) and node["fn"].subsample_size not in (None, -1, node["fn"].size)
+        if site_is_subsample(node) and _draws_subsample(node["fn"])
     }
     sites = {}
     for name, node in sample_nodes(trace):
@@ -298,6 +298,10 @@ def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]
             mask=node["mask"],
         )
     return sites, plate_nesting(trace)
+
+
+def _draws_subsample(plate: Any) -> bool:
+    return plate.subsample_size not in (None, -1, plate.size)
 
 
 def _check_support(sites: Mapping[str, Site]) -> None:
