@@ -272,12 +272,15 @@ class _Runner:
         if not isinstance(self.fn, LocalGuide):
             yield
             return
-        with self.fn.rows(self.fn.current_rows[rows].repeat(times)):
+        index = self.fn.current_rows
+        with self.fn.rows((index if self._whole(rows) else index[rows]).repeat(times)):
             yield
 
     def _whole(self, rows: slice) -> bool:
         size = self.batch.size
-        return size is None or (rows.start == 0 and rows.stop >= size)
+        if self.data_dim is None or size is None:
+            return True
+        return rows.start == 0 and rows.stop >= size
 
 
 def _values_trace(values: Mapping[str, Tensor]) -> Any:

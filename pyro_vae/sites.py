@@ -136,9 +136,9 @@ class Structure:
             raise ValueError(
                 f"the latent sites {names} lie outside the data plate "
                 f"{self.data_plate.name!r}: they are global, and a bound for each datum needs "
-                "them fixed. Condition the model on a value of theirs "
-                "(pyro.condition(model, data={...})), or pass data_plate=False to treat the "
-                "whole batch as one datum"
+                "them fixed. Fix them at a value of yours, out of sight of the trace: "
+                "pyro.poutine.block(pyro.condition(model, data=values), hide=list(values)); or "
+                "pass data_plate=False to treat the whole batch as one datum"
             )
 
 
@@ -370,12 +370,21 @@ def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
             f"{sorted(shared)} of the observed sites {_names(observed)}. Pass data_plate=False to "
             "treat the whole batch as one datum"
         )
-    if len(candidates) > 1:
+    # A latent outside the data plate is global: the plate that holds every latent that
+    # another candidate holds, and more, makes the fewest so.
+    held = {
+        name: {site.name for site in latents if name in {plate.name for plate in site.plates}}
+        for name in candidates
+    }
+    widest = [
+        name for name in held if all(held[name] > held[other] for other in held if other != name)
+    ]
+    if len(widest) != 1:
         raise DataPlateError(
             f"the data plate is not plain: {sorted(candidates)} each hold every observed site "
             "and a latent one; name it with data_plate="
         )
-    return next(iter(candidates.values()))
+    return candidates[widest[0]]
 
 
 def _named_data_plate(

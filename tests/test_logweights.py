@@ -1,0 +1,484 @@
+"""The spine: exact weights, chunks, particles, refusals."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis, log_normal_evidence, log_normal_model
+from pyro import poutine
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.batches import as_batch
+from pyro_vae.logweights import Scorer, non_finite_sites
+
+
+@pytest.fixture
+def exact():
+    model = factor_analysis()
+    torch.manual_seed(1)
+    return model, model.data(7)
+
+
+# --- the exact posterior as guide ----------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 7, 23, 10_000])
+@pytest.mark.parametrize("particles", ["auto", "plate", "repeat", "loop"])
+def test_weights_of_the_exact_posterior_are_the_evidence(exact, particles, chunk_size):
+    model, x = exact
+    weights = pv.log_weights(
+        model, model.posterior, x, num_particles=11, particles=particles, chunk_size=chunk_size
+    )
+    assert weights.total.shape == (11, 7)
+    assert weights.total.std(0).max() < 1e-10
+    torch.testing.assert_close(
+        weights.total, model.log_evidence(x).expand(11, -1), rtol=0, atol=1e-10
+    )
+
+
+def test_the_three_parts_are_what_they_say(exact):
+    model, x = exact
+    scorer = Scorer(model, model.posterior, as_batch(x), seed=0)
+    (chunk,) = scorer.chunks(4)
+    z = chunk.values["z"]
+    likelihood = dist.Normal(z @ model.loadings.T + model.mean, model.noise).log_prob(x).sum(-1)
+    torch.testing.assert_close(chunk.weights.log_likelihood, likelihood)
+    torch.testing.assert_close(chunk.weights.log_prior, dist.Normal(0.0, 1.0).log_prob(z).sum(-1))
+    posterior = torch.distributions.MultivariateNormal(
+        model.posterior_mean(x), precision_matrix=model.posterior_precision
+    )
+    torch.testing.assert_close(chunk.weights.log_guide, posterior.log_prob(z))
+
+
+# --- chunks and seeds change nothing -------------------------------------------------
+
+
+@pytest.mark.parametrize("num_data", [3, 300])
+def test_chunk_size_changes_no_result(num_data):
+    model = factor_analysis()
+    x = model.data(num_data)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    whole = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=10**6)
+    assert whole.total.shape == (70, num_data)
+    for chunk_size in (1000, 64, 7) if num_data == 3 else (40_000, 5000, 100):
+        part = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=chunk_size)
+        torch.testing.assert_close(part.total, whole.total, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
+
+
+def test_one_seed_one_result_and_the_global_state_is_left_alone(exact):
+    model, x = exact
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = pv.log_weights(model, guide, x, num_particles=4, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first.total, pv.log_weights(model, guide, x, num_particles=4, seed=1).total)
+    other = pv.log_weights(model, guide, x, num_particles=4, seed=2)
+    assert not torch.equal(first.total, other.total)
+
+
+def test_without_a_seed_the_global_state_decides(exact):
+    model, x = exact
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
+        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
+    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+
+
+# --- how particles are run -------------------------------------------------------------
+
+
+class ConvModel(nn.Module):
+    """Needs [N, C, H, W]: cannot take a dimension of particles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (1, 2, 2)), nn.ConvTranspose2d(1, 1, 3), nn.BatchNorm2d(1)
+        ).double()
+
+    def forward(self, x):
+        pyro.module("conv", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(3), obs=x)
+
+
+def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
+    torch.manual_seed(0)
+    model, x = ConvModel(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
+    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    assert scorer.modes == {"guide": "plate", "model": "repeat"}
+    by_repeat = pv.log_weights(model, guide, x, num_particles=6, seed=0)
+    (chunk,) = scorer.chunks(6)
+    by_hand = [
+        poutine.trace(poutine.condition(model.eval(), data={"z": z})).get_trace(x).nodes
+        for z in chunk.values["z"]
+    ]
+    likelihood = torch.stack([n["x"]["fn"].log_prob(x) for n in by_hand])
+    torch.testing.assert_close(by_repeat.log_likelihood, likelihood)
+
+
+def test_evaluation_leaves_batch_norm_and_the_mode_as_they_were():
+    model, x = ConvModel().train(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
+    before = model.net[2].running_mean.clone()
+    pv.log_weights(model, guide, x, num_particles=3)
+    assert torch.equal(model.net[2].running_mean, before)
+    assert model.training and model.net[2].training
+
+
+def test_a_wrong_broadcast_is_found_and_another_way_taken():
+    """Reshaping by the batch size mixes data up, silently, once there are particles."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            location = z.reshape(len(x), -1).cumsum(0).reshape(z.shape)
+            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 2, dtype=torch.float64)
+    # cumsum over the data couples them: no way of running particles is right but the loop.
+    guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
+    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    assert scorer.modes == {"guide": "plate", "model": "loop"}
+    with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
+        pv.log_weights(model, guide, x, num_particles=2, particles="plate")
+
+
+def test_falling_back_to_a_loop_says_so(caplog):
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            if z.ndim != 2 or len(z) != 3:
+                raise ValueError("only [3, 2]")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(3, 2)
+    guide = pv.LocalGuide(model, num_data=3, example=x)
+    with caplog.at_level(logging.WARNING):
+        pv.log_weights(model, guide, x, num_particles=2)
+    assert "the model runs particle by particle" in caplog.text and "only [3, 2]" in caplog.text
+
+
+def test_a_random_density_is_refused():
+    class Dropping(nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                noise = torch.randn(len(x))
+                pyro.sample("x", dist.Normal(z + noise, 1.0), obs=x)
+
+    model, x = Dropping(), torch.zeros(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    with pytest.raises(ValueError, match=r"dropout in training mode"):
+        pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_dropout_in_a_module_is_switched_off():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.drop(z), 1.0), obs=x)
+
+    model, x = Dropping(), torch.zeros(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    a, b = (pv.log_weights(model, guide, x, num_particles=2, seed=0) for _ in range(2))
+    assert torch.equal(a.total, b.total)
+
+
+# --- plates, scales, masks ------------------------------------------------------------
+
+
+def test_plates_inside_the_data_plate_and_at_other_dims():
+    """Inner plates are summed; the data plate may stand at another dimension than -1."""
+
+    def model(x):  # x: [N, 3]
+        data = pyro.plate("data", len(x), dim=-2)
+        with data:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("features", 3, dim=-1):
+                w = pyro.sample("w", dist.Normal(z.expand(*z.shape[:-1], 3), 1.0))
+                pyro.sample("x", dist.Normal(w, 0.5), obs=x)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Linear(3, 4).double(), example=x)
+    assert {c.name: c.shape for c in guide.coordinates} == {"z": (1,), "w": (3,)}
+    results = [
+        pv.log_weights(model, guide, x, num_particles=6, particles=particles, seed=0).total
+        for particles in ("plate", "repeat")
+    ]
+    torch.testing.assert_close(*results)
+    # Exact: marginally x ~ Normal(0, J + (1 + 0.25) I).
+    covariance = torch.ones(3, 3) + 1.25 * torch.eye(3)
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros(3, dtype=x.dtype), covariance.double()
+    ).log_prob(x)
+    refined = pv.refine(model, guide, x, seed=0)
+    bound = pv.iwae_bound(model, refined, x, num_particles=20_000, seed=0)
+    assert ((bound.value - evidence).abs() < 5 * bound.std_error + 1e-3).all()
+
+
+def test_scales_are_stripped_and_masks_kept(exact):
+    model, x = exact
+    plain = pv.log_weights(model, model.posterior, x, num_particles=3, seed=0)
+
+    def scaled(x):
+        with poutine.scale(scale=7.0):
+            return model(x)
+
+    def subsampled(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            location = z @ model.loadings.T + model.mean
+            pyro.sample("x", dist.Normal(location, model.noise).to_event(1), obs=x)
+
+    for other in (scaled, subsampled):
+        found = pv.log_weights(other, model.posterior, x, num_particles=3, seed=0)
+        torch.testing.assert_close(found.total, plain.total)
+
+    mask = torch.tensor([True, False] * 3 + [True])
+
+    def masked(x):
+        with poutine.mask(mask=mask):
+            return model(x)
+
+    found = pv.log_weights(masked, model.posterior, x, num_particles=3, seed=0)
+    assert (found.log_likelihood[:, ~mask] == 0).all() and (found.log_prior[:, ~mask] == 0).all()
+    torch.testing.assert_close(found.total[:, mask], plain.total[:, mask])
+
+
+def test_a_model_as_one_datum(exact):
+    """data_plate=False: one weight for the whole batch, the sum of the data's."""
+    model, x = exact
+    weights = pv.log_weights(model, model.posterior, x, num_particles=5, data_plate=False)
+    assert weights.total.shape == (5, 1)
+    torch.testing.assert_close(weights.total, model.log_evidence(x).sum().expand(5, 1))
+
+
+def test_global_latents_alone_are_one_datum():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def posterior(x):
+        n = len(x)
+        pyro.sample("mu", dist.Normal(x.sum() / (n + 1), (n + 1) ** -0.5))
+
+    x = torch.randn(10, dtype=torch.float64)
+    covariance = torch.eye(10, dtype=x.dtype) + 1
+    exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=6, data_plate=False)
+    torch.testing.assert_close(weights.total, exact.expand(6, 1))
+    with pytest.raises(pv.DataPlateError, match=r"no local latents.*\['mu'\].*data_plate=False"):
+        pv.log_weights(model, posterior, x, num_particles=6)
+
+
+def test_global_latents_beside_local_ones_are_refused_by_name():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"\['mu'\] lie outside the data plate 'data'"):
+        pv.log_weights(model, guide, x, num_particles=2)
+    values = {"mu": torch.tensor(0.3)}
+    fixed = poutine.block(pyro.condition(model, data=values), hide=list(values))
+
+    def local_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 0.3) / 2, 0.5**0.5))
+
+    weights = pv.log_weights(fixed, local_guide, x, num_particles=2)
+    evidence = torch.distributions.Normal(0.3, 2**0.5).log_prob(x)
+    torch.testing.assert_close(weights.total, evidence.expand(2, 4))
+
+
+# --- guides of any make -----------------------------------------------------------------
+
+
+def test_a_delta_with_its_density_counts():
+    """AutoNormal on a constrained support: the density is in the Delta and an auxiliary site."""
+    x = torch.tensor([3.0, 0.5, 1.0], dtype=torch.float64)
+    guide = pyro.infer.autoguide.AutoNormal(
+        log_normal_model, init_scale=1.0, create_plates=lambda x: pyro.plate("data", len(x))
+    )
+    bound = pv.iwae_bound(log_normal_model, guide, x, num_particles=20_000, seed=0)
+    exact = torch.tensor([log_normal_evidence(v) for v in x.tolist()], dtype=torch.float64)
+    assert ((bound.value - exact).abs() < 4 * bound.std_error).all()
+    assert (bound.std_error < 0.05).all()
+
+
+def test_sites_that_the_guide_observes_are_no_proposals():
+    model = factor_analysis()
+    x = model.data(4)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x, 3.0).to_event(1), obs=x)
+            pyro.sample(
+                "z",
+                dist.MultivariateNormal(
+                    model.posterior_mean(x), precision_matrix=model.posterior_precision
+                ),
+            )
+
+    weights = pv.log_weights(model, guide, x, num_particles=3)
+    torch.testing.assert_close(weights.total, model.log_evidence(x).expand(3, 4))
+
+
+def test_a_hand_written_pair_in_the_param_store():
+    torch.manual_seed(0)
+    decoder, head = nn.Linear(2, 5), nn.Linear(5, 4)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("head", head)
+        location, log_scale = head(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(location, log_scale.exp()).to_event(1))
+
+    x = torch.randn(6, 5)
+    weights = pv.log_weights(model, guide, x, num_particles=50, seed=0)
+    particles = torch.stack(
+        [
+            pv.log_weights(model, guide, x, num_particles=50, seed=0, particles="loop").total.mean()
+            for _ in range(2)
+        ]
+    )
+    assert weights.total.shape == (50, 6) and particles[0] == particles[1]
+
+
+def test_two_latent_sites_and_two_observed_ones():
+    """Hierarchical latents: the weights are sums over sites, whatever their order."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+            b = pyro.sample("b", dist.Normal(a, 2.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(b, 0.5), obs=y)
+
+    x, y = torch.randn(2, 5, dtype=torch.float64)
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 1 + 4 + 0.25]], dtype=torch.float64)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(2).double(), covariance).log_prob(
+        torch.stack([x, y], -1)
+    )
+    # The prior is a guide like any other: naive Monte Carlo.
+    naive = pv.iwae_bound(
+        model, poutine.block(model, hide=["x", "y"]), x, y, num_particles=50_000, seed=0
+    )
+    assert ((naive.value - exact).abs() < 4 * naive.std_error).all()
+    by_name = pv.iwae_bound(
+        model, poutine.block(model, hide=["x", "y"]), {"x": x, "y": y}, num_particles=50_000, seed=0
+    )
+    assert torch.equal(naive.value, by_name.value)
+
+
+# --- refusals -----------------------------------------------------------------------------
+
+
+def guide_with(*names):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in names:
+                pyro.sample(name, dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "the guide has no sample statement for the model's latent sites ['z']; it has []"),
+        (("z", "u"), "the guide samples ['u'], which the model does not"),
+        (("z", "x"), "the guide proposes ['x'], which the model observes"),
+    ],
+)
+def test_a_guide_of_other_sites_is_refused(exact, names, message):
+    model, x = exact
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pv.log_weights(model, guide_with(*names), x, num_particles=2)
+
+
+def test_bad_numbers_are_refused(exact):
+    model, x = exact
+    with pytest.raises(ValueError, match="num_particles=0: at least 1 is needed"):
+        pv.log_weights(model, model.posterior, x, num_particles=0)
+    with pytest.raises(ValueError, match="chunk_size=0: at least 1 pair"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, chunk_size=0)
+    with pytest.raises(ValueError, match="particles='fast'"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, particles="fast")
+    with pytest.raises(ValueError, match=r"argument 0 .* NaN or infinite values in rows 2 \(1 of"):
+        pv.log_weights(
+            model, model.posterior, x.index_fill(0, torch.tensor([2]), torch.nan), num_particles=2
+        )
+    with pytest.raises(ValueError, match="the batch is empty"):
+        pv.log_weights(model, model.posterior, x[:0], num_particles=2)
+
+
+def test_a_model_that_draws_its_own_minibatch_is_refused(exact):
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"draws its own minibatch in plate 'data'"):
+        pv.log_weights(model, guide, torch.zeros(9), num_particles=2)
+
+
+def test_a_guide_of_another_size_is_refused(exact):
+    model, x = exact
+    guide = pv.LocalGuide(model, num_data=5, example=x)
+    with pytest.raises(ValueError, match="a row for each of 5 data but the batch has 7"):
+        pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_non_finite_sites_are_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z / 0, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert non_finite_sites(model, guide, as_batch(torch.zeros(2))) == ["'x' of the model"]
