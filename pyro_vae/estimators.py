@@ -161,7 +161,8 @@ class StreamingELBO:
         else:
             total = self.num_particles + size
             shift = mean - self._mean
-            self._mean = self._mean + shift * (size / total)
+            # Not mean + shift * share: that is nan where a weight of zero makes one -inf.
+            self._mean = self._mean * (self.num_particles / total) + mean * (size / total)
             self._squares = (
                 self._squares + squares + shift.square() * (self.num_particles * size / total)
             )

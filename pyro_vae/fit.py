@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import pyro.infer
@@ -23,7 +25,7 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
 from pyro_vae.logweights import non_finite_sites
 from pyro_vae.objectives import ELBO
-from pyro_vae.parameters import Parameters
+from pyro_vae.parameters import Parameters, all_finite
 from pyro_vae.results import FitResult
 from pyro_vae.sites import evaluation, inspect, preserved_rng
 
@@ -46,7 +48,8 @@ _HISTORY = (
 class NonFiniteLossError(ArithmeticError):
     """Training met a loss or gradient that is not finite, and stopped.
 
-    Model and guide keep the parameters of the last good step.
+    Model and guide keep the parameters of the last good step; of the last epoch, where
+    that step's update itself overflowed.
 
     Attributes:
         step: the step that failed, counted from 1.
@@ -127,8 +130,9 @@ def fit(
         device: where modules and minibatches go; as they are by default.
         compile: "auto" or False. Steps run eagerly in this version.
         checkpoint: a file written after each epoch, whole or not at all, with the last and
-            the best parameters. Where it exists, training resumes from it and goes on as
-            if it had not been interrupted.
+            the best parameters. Where it exists, training resumes from it, with the
+            optimizer's settings in it, and goes on as if it had not been interrupted. An
+            epoch that max_steps cut short is not taken up again.
         progress: whether to show a bar.
         callbacks: called with an Epoch after each; one that returns True ends training.
         data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
@@ -141,8 +145,9 @@ def fit(
         NonFiniteLossError: for a loss or gradient that is not finite, naming step and
             sites; the parameters are those of the last good step.
         ValueError: for data that are empty, hold NaN or lie outside the likelihood's
-            support, a guide that does not fit the model, or arguments that do not go
-            together.
+            support, a guide that does not fit the model, a checkpoint of another pair, or
+            arguments that do not go together.
+        FileNotFoundError: for a checkpoint in a folder that does not exist.
 
     Example:
         >>> import pyro, torch
@@ -157,30 +162,26 @@ def fit(
         >>> pv.fit(model, guide, x, epochs=2, progress=False).stopped_by
         'epochs'
     """
-    _check_arguments(batch_size, epochs, max_steps, patience, validation_data, compile)
+    _check_arguments(batch_size, epochs, max_steps, patience, validation_data, compile, checkpoint)
     if epochs is None and max_steps is None:
         epochs = _DEFAULT_EPOCHS
+    if validation_data is not None and isinstance(guide, LocalGuide):
+        raise ValueError(
+            "validation_data: a LocalGuide has parameters for the training data alone; "
+            "use an AmortizedGuide, or leave validation_data out"
+        )
     for module in (model, guide):
         if device is not None and isinstance(module, nn.Module):
             module.to(device)
-    source = _Source(data, device)
-    validation = None
-    if validation_data is not None:
-        if isinstance(guide, LocalGuide):
-            raise ValueError(
-                "validation_data: a LocalGuide has parameters for the training data alone; "
-                "use an AmortizedGuide, or leave validation_data out"
-            )
-        validation = _to(as_batch(validation_data), device)
-    with preserved_rng(source.batch.device) if seed is not None else contextlib.nullcontext():
+    training = _TrainingData(model, data, batch_size, device, data_plate)
+    validation = None if validation_data is None else training.validation(model, validation_data)
+    with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
-        trainer = _Trainer(
-            model, guide, source, validation, loss, optim, schedule, batch_size, seed, data_plate
-        )
+        trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed)
         if checkpoint is not None and os.path.exists(checkpoint):
             trainer.resume(checkpoint)
-        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress, callbacks)
+        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress, list(callbacks))
     return trainer.result(stopped_by)
 
 
@@ -191,6 +192,7 @@ def _check_arguments(
     patience: int | None,
     validation_data: Any,
     compiled: str | bool,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> None:
     numbers = {
         "batch_size": batch_size,
@@ -199,36 +201,99 @@ def _check_arguments(
         "patience": patience,
     }
     for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
     if patience is not None and validation_data is None:
         raise ValueError(
             "patience counts epochs without a better validation ELBO: give validation_data"
         )
+    if isinstance(validation_data, EpochData):
+        raise ValueError(
+            "validation_data is drawn anew for each epoch, so that epochs could not be compared; "
+            "pass one draw of it: validation_data.epoch(torch.Generator())"
+        )
     if compiled not in ("auto", False):
         raise ValueError(f"compile={compiled!r}: 'auto' or False is needed; steps run eagerly")
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
 
 
-def _to(batch: Batch, device: torch.device | str | None) -> Batch:
-    return batch if device is None else batch.to(device)
+class _TrainingData:
+    """Which data each step sees, and how many data its loss speaks for.
 
+    Attributes:
+        batch: all the data; of the first look, where they are drawn anew for each epoch.
+        whole: whether a step takes all of them, for there is one datum, or the model
+            draws its own minibatches.
+    """
 
-class _Source:
-    """The training data: the same at each epoch, or drawn anew."""
-
-    def __init__(self, data: Any, device: torch.device | str | None) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any,
+        batch_size: int,
+        device: torch.device | str | None,
+        data_plate: str | bool | None,
+    ) -> None:
         self._fresh = data if isinstance(data, EpochData) else None
         self._device = device
         # An epoch drawn to look at: the epochs to come have a generator of their own.
-        first = data.epoch(torch.Generator().manual_seed(0)) if self._fresh else data
-        self.batch = _to(as_batch(first), device)
-        self.batch.check_finite()
+        self.batch = self._made(
+            data.epoch(torch.Generator().manual_seed(0)) if self._fresh else data
+        )
+        # All of them at once: values outside a likelihood's support are refused here.
+        plate = inspect(model, self.batch, data_plate=data_plate).data_plate
+        size = self.batch.size
+        self.whole = size is None or plate is None or plate.drawn
+        self.batch_size = (size or 1) if self.whole else min(batch_size, size or 1)
+        self.steps_per_epoch = 1 if self.whole else math.ceil((size or 1) / self.batch_size)
+        self.first_rows = None if self.whole else torch.arange(self.batch_size)
+        self._plate: str | bool = False if plate is None else plate.name
+        # How many data the loss is scaled to; None where it is the sum of its minibatch.
+        self._full_size = 1 if plate is None else plate.full_size
+        if self.first_rows is not None:
+            few = inspect(model, self.batch.rows(self.first_rows), data_plate=self._plate)
+            if few.data_plate is not None and few.data_plate.size == few.data_plate.full_size:
+                self._full_size = None
 
-    def epoch(self) -> Batch:
-        if self._fresh is None:
-            return self.batch
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
-        return _to(as_batch(self._fresh.epoch(generator)), self._device)
+    def _made(self, data: Any) -> Batch:
+        batch = as_batch(data)
+        return batch if self._device is None else batch.to(self._device)
+
+    def validation(self, model: Callable[..., Any], data: Any) -> Batch:
+        """Return validation data, checked like the training data."""
+        batch = self._made(data)
+        try:
+            inspect(model, batch, data_plate=self._plate)
+        except ValueError as error:
+            error.add_note("in validation_data")
+            raise
+        return batch
+
+    def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
+        """Yield each minibatch of an epoch and its rows; None for all of them."""
+        batch = self.batch
+        if self._fresh is not None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
+            batch = self._made(self._fresh.epoch(generator))
+        if self.whole or batch.size is None:
+            yield None, batch
+            return
+        for index in torch.randperm(batch.size).split(self.batch_size):
+            yield index, batch.rows(index)
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a batch in parts of the size of a minibatch, in order."""
+        if self.whole or batch.size is None:
+            yield batch
+            return
+        for start in range(0, batch.size, self.batch_size):
+            yield batch.rows(slice(start, start + self.batch_size))
+
+    def elbo(self, loss: float, batch: Batch) -> tuple[float, int]:
+        """Return the ELBO per datum of a batch's loss, and the number of data in it."""
+        size = 1 if self.whole else batch.size or 1
+        return -loss / (size if self._full_size is None else self._full_size), size
 
 
 @dataclass
@@ -248,48 +313,33 @@ class _Trainer:
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        source: _Source,
+        data: _TrainingData,
         validation: Batch | None,
         loss: pyro.infer.ELBO | None,
         optim: Any,
         schedule: Callable[[int], float] | None,
-        batch_size: int,
         seed: int | None,
-        data_plate: str | bool | None,
     ) -> None:
         self.model, self.guide = model, guide
-        self.source, self.validation = source, validation
+        self.data, self.validation = data, validation
         self.loss: Any = ELBO() if loss is None else loss
         if not isinstance(self.loss, pyro.infer.ELBO):
             raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
-        self.schedule = schedule
-        self.seed = seed
-        self.size = source.batch.size
+        self.schedule, self.seed = schedule, seed
         self._latent_scale = LatentScale()
-        self._scaled = (
+        self._pair = (
             (model, guide)
             if schedule is None
             else (self._latent_scale(model), self._latent_scale(guide))
         )
-        # The whole data once: values outside a likelihood's support are refused here.
-        structure = inspect(model, source.batch, data_plate=data_plate)
-        plate = structure.data_plate
-        whole = self.size is None or plate is None or plate.drawn
-        self.batch_size = (self.size or 1) if whole else min(batch_size, self.size or 1)
-        self._whole = whole
-        first = source.batch if whole else source.batch.rows(slice(0, self.batch_size))
-        with self._rows(None if whole else torch.arange(self.batch_size)):
+        rows = data.first_rows
+        with self._rows(rows):
+            first = data.batch if rows is None else data.batch.rows(rows)
             self.parameters = Parameters(model, guide, first)
-        self._full_size: int | None = None  # where the loss is scaled to all the data
-        if plate is None:
-            self._full_size = 1
-        else:
-            seen = inspect(model, first, data_plate=plate.name).data_plate
-            if (seen is not None and seen.size != seen.full_size) or self.size is None:
-                self._full_size = plate.full_size
         self.optimizer = _optimizer(optim, self.parameters.trained)
         self.state = _Progress()
-        self.best: Any = None
+        self.last = self.parameters.state()  # at the end of the last epoch
+        self.best: Any = None  # at the end of the one that validated best
 
     # --- the loop
 
@@ -300,67 +350,58 @@ class _Trainer:
         patience: int | None,
         checkpoint: str | os.PathLike[str] | None,
         progress: bool,
-        callbacks: Iterable[Callable[[Epoch], bool | None]],
+        callbacks: list[Callable[[Epoch], bool | None]],
     ) -> str:
         """Train; return what ended it, and leave the best parameters in place."""
-        state, callbacks = self.state, list(callbacks)
-        per_epoch = 1 if self._whole else math.ceil((self.size or 1) / self.batch_size)
-        total = min(
-            math.inf if epochs is None else epochs * per_epoch,
-            math.inf if max_steps is None else max_steps,
-        )
-        bar = tqdm(
-            total=int(total), initial=state.step, disable=not progress, unit="step", leave=True
-        )
-        stopped_by = "epochs" if max_steps is None else "max_steps"
-        with bar:
+        limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
+        total = min(limit for limit in limits if limit is not None)
+        with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
-                while state.step < total:
-                    if patience is not None and state.epoch - state.best_epoch >= patience:
-                        stopped_by = "patience"
-                        break
-                    told = self._epoch(bar, int(total))
+                while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
+                    told = self._epoch(bar, max_steps)
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
-                    answers = [callback(told) for callback in callbacks]
-                    if any(answers):
+                    # All of them are told, whatever the first of them answers.
+                    if any([callback(told) for callback in callbacks]):
                         stopped_by = "callback"
                         break
             except KeyboardInterrupt:
                 stopped_by = "interrupted"
-        if state.step == total and epochs is not None and total == epochs * per_epoch:
-            stopped_by = "epochs" if stopped_by == "max_steps" else stopped_by
+        kept = f"step {self.state.step}"
         if self.best is not None:
             self.parameters.restore(self.best)
+            kept = f"epoch {self.state.best_epoch}, the best on the validation data"
         if stopped_by == "interrupted":
-            kept = (
-                f"the parameters of epoch {state.best_epoch}, the best on the validation data"
-                if self.best is not None
-                else f"the parameters of step {state.step}"
-            )
             logger.warning(
-                "interrupted in epoch %d at step %d; kept %s", state.epoch + 1, state.step, kept
+                "interrupted after step %d; model and guide keep the parameters of %s",
+                self.state.step,
+                kept,
             )
         return stopped_by
 
-    def _epoch(self, bar: Any, total: int) -> Epoch:
-        state, begin = self.state, time.perf_counter()
-        before = state.elapsed
-        losses: list[float] = []
-        sizes: list[int] = []
-        for index, batch in self._minibatches():
-            losses.append(self._step(index, batch))
-            sizes.append(self._data_in(batch))
-            state.step += 1
-            # On an interrupt the time of a broken epoch counts too.
+    def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
+        state = self.state
+        if max_steps is not None and state.step >= max_steps:
+            return "max_steps"
+        if epochs is not None and state.epoch >= epochs:
+            return "epochs"
+        if patience is not None and state.epoch - state.best_epoch >= patience:
+            return "patience"
+        return None
+
+    def _epoch(self, bar: Any, max_steps: int | None) -> Epoch:
+        state, before, begin = self.state, self.state.elapsed, time.perf_counter()
+        elbos: list[tuple[float, int]] = []
+        for index, batch in self.data.epoch():
+            elbos.append(self.data.elbo(self._step(index, batch), batch))
+            # At each step, for the time of an epoch that is broken off counts too.
             state.elapsed = before + time.perf_counter() - begin
             bar.update()
-            elbo, _ = _mean(losses[-_SHOWN:], sizes[-_SHOWN:])
-            bar.set_postfix(self._postfix(elbo), refresh=False)
-            if state.step >= total:
+            bar.set_postfix(self._postfix(_mean(elbos[-_SHOWN:])[0]), refresh=False)
+            if max_steps is not None and state.step >= max_steps:
                 break
-        elbo, elbo_error = _mean(losses, sizes)
-        validation, validation_error = self._validate()
+        (elbo, elbo_error), (validation, validation_error) = _mean(elbos), self._validate()
+        self.last = self.parameters.state()
         state.epoch += 1
         state.elapsed = before + time.perf_counter() - begin
         row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error)
@@ -369,8 +410,7 @@ class _Trainer:
         if self.validation is None:
             state.best_epoch = state.epoch
         elif validation > state.best_elbo:
-            state.best_elbo, state.best_epoch = validation, state.epoch
-            self.best = self.parameters.state()
+            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.last
         bar.set_postfix(self._postfix(elbo), refresh=True)
         return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
 
@@ -380,86 +420,89 @@ class _Trainer:
             shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
         return shown
 
-    def _minibatches(self) -> Iterator[tuple[Tensor | None, Batch]]:
-        batch = self.source.epoch()
-        if self._whole or batch.size is None:
-            yield None, batch
-            return
-        for index in torch.randperm(batch.size).split(self.batch_size):
-            yield index, batch.rows(index)
-
-    def _step(self, index: Tensor | None, batch: Batch) -> float:
-        """Take one step and return the loss; leave the parameters alone if it is not finite."""
-        if self.schedule is not None:
-            self._latent_scale.factor = self.schedule(self.state.step)
-        random_state = torch.get_rng_state()
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            with self._rows(index):
-                loss = float(self.loss.loss_and_grads(*self._scaled, *batch.args, **batch.kwargs))
-        except Exception as error:
-            if self.state.step:
-                error.add_note(
-                    f"in step {self.state.step + 1} of training; model and guide keep the "
-                    "parameters of the step before"
-                )
-            raise
-        gradients = [p.grad for p in self.parameters.trained if p.grad is not None]
-        finite = math.isfinite(loss) and (
-            not gradients
-            or bool(torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all())
-        )
-        if not finite:
-            self._refuse(loss, index, batch, random_state)
-        self.optimizer.step()
-        return loss
-
-    def _refuse(
-        self, loss: float, index: Tensor | None, batch: Batch, random_state: Tensor
-    ) -> None:
-        """Raise NonFiniteLossError, after a second look with the same random numbers."""
-        torch.set_rng_state(random_state)
-        with self._rows(index):
-            sites = non_finite_sites(self.model, self.guide, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        step = self.state.step + 1
-        what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
-        where = (
-            "at sites " + ", ".join(sites)
-            if sites
-            else "though every site's log density is finite: the derivative of one is not"
-        )
-        raise NonFiniteLossError(
-            f"{what} of step {step} is not finite, {where}. Model and guide keep the parameters "
-            "of the step before. Try a smaller learning rate, or bound the scale or logit there",
-            step,
-            sites,
-        )
-
     def _validate(self) -> tuple[float, float]:
         if self.validation is None:
             return math.nan, math.nan
-        losses, sizes = [], []
+        elbos = []
+        self._latent_scale.factor = 1.0
         with (
             torch.no_grad(),
             evaluation(self.model, self.guide),
             preserved_rng(self.validation.device),
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)
-            size = self.validation.size or 1
-            for start in range(0, size, self.batch_size):
-                batch = self.validation.rows(slice(start, start + self.batch_size))
-                losses.append(
-                    float(self.loss.loss(self.model, self.guide, *batch.args, **batch.kwargs))
-                )
-                sizes.append(self._data_in(batch))
-        return _mean(losses, sizes)
+            for batch in self.data.parts(self.validation):
+                loss = float(self.loss.loss(*self._pair, *batch.args, **batch.kwargs))
+                elbos.append(self.data.elbo(loss, batch))
+        return _mean(elbos)
 
-    def _data_in(self, batch: Batch) -> int:
-        """How many data a batch's loss speaks for."""
-        if self._full_size is not None:
-            return self._full_size
-        return batch.size or 1
+    # --- one step
+
+    def _step(self, index: Tensor | None, batch: Batch) -> float:
+        """Take a step and return the loss; leave the parameters alone if it is not finite."""
+        if self.schedule is not None:
+            self._latent_scale.factor = self.schedule(self.state.step)
+        random_state = _random_state()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with self._rows(index):
+                loss = float(self.loss.loss_and_grads(*self._pair, *batch.args, **batch.kwargs))
+        except (ValueError, RuntimeError) as error:
+            # A distribution refuses NaN itself, before there is a loss.
+            sites = self._non_finite_sites(index, batch, random_state)
+            if sites:
+                raise self._failure("the loss", sites) from error
+            error.add_note(f"in step {self.state.step + 1} of training")
+            raise
+        gradients = [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not gradients:
+            raise ValueError(
+                "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
+                "need modules registered, by pyro.module(name, module) or as a PyroModule"
+            )
+        if not math.isfinite(loss):
+            sites = self._non_finite_sites(index, batch, random_state)
+            raise self._failure(f"the loss ({loss})", sites)
+        if not all_finite(gradients):
+            raise self._failure("the gradient", self._non_finite_sites(index, batch, random_state))
+        self.optimizer.step()
+        self.state.step += 1
+        return loss
+
+    def _non_finite_sites(
+        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
+    ) -> list[str]:
+        """Look again, with the same random numbers."""
+        _set_random_state(random_state)
+        try:
+            with self._rows(index):
+                return non_finite_sites(self.model, self.guide, batch)
+        except (ValueError, RuntimeError):
+            return []  # it fails as the step did: the caller tells of that one
+
+    def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
+        self.optimizer.zero_grad(set_to_none=True)
+        step, kept = self.state.step + 1, "the step before"
+        if not self.parameters.finite():
+            # The update before this step overflowed, or a running mean in this one.
+            self.parameters.restore(self.last)
+            kept = f"the end of epoch {self.state.epoch}" if self.state.epoch else "the start"
+        where = (
+            "at sites " + ", ".join(sites)
+            if sites
+            else "though each site's log density is: a derivative, a sum or a KL overflows"
+        )
+        return NonFiniteLossError(
+            f"{what} of step {step} is not finite, {where}. Model and guide keep the parameters "
+            f"of {kept}. Try a smaller learning rate, or bound the scale or logit there",
+            step,
+            sites,
+        )
 
     def _rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.guide, LocalGuide) and index is not None:
@@ -469,30 +512,32 @@ class _Trainer:
     # --- checkpoints
 
     def _content(self) -> dict[str, Any]:
-        state = self.state
         return {
-            "last": self.parameters.state(),
+            "last": self.last,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
-            "progress": {name: getattr(state, name) for name in _Progress.__dataclass_fields__},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "optimizer_type": type(self.optimizer).__name__,
+            "progress": dict(vars(self.state)),
+            "random_state": _random_state(),
         }
 
     def resume(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: where it is not one, or of another pair.
+            ValueError: where it is not one, or of another pair or optimizer.
         """
         content = checkpoints.load(checkpoint)
+        here, there = type(self.optimizer).__name__, content["optimizer_type"]
+        if here != there:
+            raise ValueError(
+                f"{os.fspath(checkpoint)} was written with the optimizer {there}, not {here}"
+            )
         self.parameters.restore(content["last"])
-        self.best = content["best"]
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = _Progress(**content["progress"])
-        torch.set_rng_state(content["rng"])
-        if content["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["cuda_rng"])
+        self.last, self.best = content["last"], content["best"]
+        _set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
 
     def result(self, stopped_by: str) -> FitResult:
@@ -500,39 +545,63 @@ class _Trainer:
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
 
 
-def _mean(losses: list[float], sizes: list[int]) -> tuple[float, float]:
-    """Return the ELBO per datum and its standard error over minibatches."""
-    total = sum(sizes)
-    mean = -sum(losses) / total
-    if len(losses) < 2:
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _mean(elbos: list[tuple[float, int]]) -> tuple[float, float]:
+    """Return the mean of minibatches' ELBOs, weighted by their sizes, and its standard error."""
+    count, total = len(elbos), sum(size for _, size in elbos)
+    mean = sum(elbo * size for elbo, size in elbos) / total
+    if count < 2:
         return mean, math.nan
-    residuals = [(-loss - mean * size) ** 2 for loss, size in zip(losses, sizes, strict=True)]
-    count = len(losses)
-    return mean, math.sqrt(sum(residuals) * count / (count - 1)) / total
+    squares = sum(((elbo - mean) * size) ** 2 for elbo, size in elbos)
+    return mean, math.sqrt(squares * count / (count - 1)) / total
 
 
 def _optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
     """Return one torch optimizer for all parameters."""
     if optim is None:
         return torch.optim.Adam(parameters, lr=1e-3)
-    if isinstance(optim, torch.optim.Optimizer):
-        return optim
     if isinstance(optim, pyro.optim.PyroOptim):
-        if not isinstance(optim.pt_optim_args, dict):
-            raise ValueError(
-                "optim: a pyro.optim object whose arguments are a function of the parameter's "
-                "name cannot be translated; pass a function from parameters to a torch optimizer"
-            )
-        if optim.pt_clip_args:
-            raise ValueError(
-                "optim: clip_args of a pyro.optim object cannot be translated; use "
-                "pyro.optim.ClippedAdam, or a torch optimizer that clips"
-            )
-        return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
-    made: Any = optim(parameters) if callable(optim) else None  # type: ignore[operator]
+        return _from_pyro(optim, parameters)
+    make: Any = optim
+    made = (
+        optim if isinstance(optim, torch.optim.Optimizer) else callable(make) and make(parameters)
+    )
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
             f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
             "optimizer, or a pyro.optim object is needed"
         )
+    ours = {id(parameter) for parameter in parameters}
+    if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
+        raise ValueError(
+            "optim: none of its parameters is one of the model or the guide; pass a function "
+            "from parameters to an optimizer"
+        )
     return made
+
+
+def _from_pyro(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Return the torch optimizer that a pyro.optim object makes for each parameter."""
+    untranslatable = {
+        "a learning rate scheduler": isinstance(optim, pyro.optim.PyroLRScheduler),
+        "arguments that are a function of the parameter": not isinstance(optim.pt_optim_args, dict),
+        "clip_args": bool(optim.pt_clip_args),
+    }
+    for what, present in untranslatable.items():
+        if present:
+            raise ValueError(
+                f"optim: a pyro.optim object with {what} cannot be translated; pass a function "
+                "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
+                "clipping)"
+            )
+    return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -14,7 +14,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.logweights import trace_pair
 from pyro_vae.sites import evaluation, preserved_rng
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "all_finite"]
 
 
 class Parameters:
@@ -76,6 +76,10 @@ class Parameters:
         state["store"] = {name: value.detach().clone() for name, value in self._stored.items()}
         return state
 
+    def finite(self) -> bool:
+        """Return whether all parameters and buffers are finite."""
+        return all(all_finite(values.values()) for values in self.state().values())
+
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put a state back, in place.
 
@@ -98,3 +102,9 @@ class Parameters:
         with torch.no_grad():
             for name, value in self._stored.items():
                 value.copy_(state["store"][name])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no tensor holds NaN or an infinite value, by one transfer from the device."""
+    extremes = [t.abs().max() for t in tensors if t.is_floating_point() and t.numel()]
+    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

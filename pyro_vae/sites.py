@@ -322,7 +322,7 @@ def _check_support(sites: Mapping[str, Site]) -> None:
             where = _outside_text(inside, dims)
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
-                f"{site.distribution} likelihood ({support}) in {where}; rescale or clean the "
+                f"{site.distribution} likelihood ({_support_text(site)}) in {where}; rescale or clean the "
                 "data, or choose another likelihood"
             )
 
@@ -495,9 +495,20 @@ def _support_text(site: Site) -> str:
         support = site.support
     except NotImplementedError:
         return "not declared"
-    while type(support).__name__ == "_IndependentConstraint":
+    while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    return str(support).removesuffix("()")
+    bounds = [
+        _bound_text(getattr(support, name))
+        for name in ("lower_bound", "upper_bound")
+        if hasattr(support, name)
+    ]
+    name = type(support).__name__.removeprefix("_")
+    return f"{name}({', '.join(bounds)})" if bounds else name
+
+
+def _bound_text(bound: Any) -> str:
+    values = torch.as_tensor(bound).unique()
+    return f"{values.item():g}" if values.numel() == 1 else "varies"
 
 
 def _with_kind(site: Site, latent_kind: str) -> Site:

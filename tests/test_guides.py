@@ -1,0 +1,245 @@
+"""Guides: one family, two sources of parameters; nothing shared, nothing misaligned."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis, log_normal_model
+from pyro import poutine
+from torch import nn
+
+import pyro_vae as pv
+
+
+@pytest.fixture
+def setting():
+    model = factor_analysis()
+    torch.manual_seed(0)
+    return model, model.data(9)
+
+
+def guides(model, x):
+    return {
+        "amortized": pv.AmortizedGuide(model, encoder(6), example=x),
+        "local": pv.LocalGuide(model, num_data=len(x), example=x),
+    }
+
+
+@pytest.mark.parametrize("kind", ["amortized", "local"])
+def test_all_parameters_exist_and_each_gets_a_gradient(setting, kind):
+    model, x = setting
+    guide = guides(model, x)[kind]
+    before = {name: p.shape for name, p in guide.named_parameters()}
+    pv.ELBO(kl="sample")(model, guide)(x).backward()
+    assert {name: p.shape for name, p in guide.named_parameters()} == before
+    for name, parameter in guide.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["amortized", "local"])
+def test_save_and_load_without_a_training_step(setting, kind):
+    model, x = setting
+    guide, other = guides(model, x)[kind], guides(model, x)[kind]
+    if kind == "local":
+        nn.init.normal_(guide.table)
+    file = io.BytesIO()
+    torch.save(guide.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(other.family_params(x), guide.family_params(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["amortized", "local"])
+def test_a_new_guide_is_the_prior(setting, kind):
+    """The start has the prior's moments: exact up to 1,000 draws, and the encoder's noise."""
+    model, x = setting
+    trace = poutine.trace(guides(model, x)[kind]).get_trace(x)
+    fn = trace.nodes["z"]["fn"].base_dist
+    assert fn.loc.abs().max() < 0.4 and (fn.scale.log().abs() < 0.4).all()
+
+
+def test_the_prior_start_is_mapped_through_the_support():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            s = pyro.sample("s", dist.LogNormal(5.0, 0.1))
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x)
+
+    table = pv.LocalGuide(model, num_data=2, example=torch.zeros(2)).table
+    torch.testing.assert_close(table[:, 0, 0], torch.full((2,), 5.0), rtol=0, atol=0.02)
+    torch.testing.assert_close(table[:, 0, 1].exp(), torch.full((2,), 0.1), rtol=0, atol=0.01)
+
+
+def test_no_two_guides_share_parameters(setting):
+    """Two AutoNormal guides of Pyro's share parameters in the store; two of ours do not."""
+    model, x = setting
+    first, second = (pv.LocalGuide(model, num_data=9, example=x) for _ in range(2))
+    third = copy.deepcopy(first)
+    optim = pyro.optim.Adam({"lr": 0.1})
+    start = second.table.detach().clone()
+    pyro.infer.SVI(model, first, optim, loss=pv.ELBO()).step(x)
+    assert not torch.equal(first.table, start)
+    for other in (second, third):
+        pyro.infer.SVI(model, other, optim, loss=pv.ELBO()).loss(model, other, x)
+        assert torch.equal(other.table, start)
+
+
+def test_rows_keep_a_minibatch_aligned(setting):
+    model, x = setting
+    guide = pv.LocalGuide(model, num_data=9, example=x)
+    nn.init.normal_(guide.table)
+    index = torch.tensor([4, 0, 7])
+    with guide.rows(index):
+        assert torch.equal(guide.family_params(x[index]), guide.table[index])
+        fn = poutine.trace(guide).get_trace(x[index]).nodes["z"]["fn"].base_dist
+        assert torch.equal(fn.loc, guide.table[index][..., 0])
+        with guide.rows(slice(0, 2)):
+            assert torch.equal(guide.family_params(x[:2]), guide.table[:2])
+        assert torch.equal(guide.current_rows, index)
+    assert torch.equal(guide.family_params(x), guide.table)
+
+
+def test_rows_that_do_not_fit_are_refused(setting):
+    model, x = setting
+    guide = pv.LocalGuide(model, num_data=9, example=x)
+    with pytest.raises(ValueError, match="a row for each of 9 data but the batch has 3"):
+        guide(x[:3])
+    with (
+        guide.rows(torch.tensor([0, 1])),
+        pytest.raises(ValueError, match="names 2 rows but the batch has 3"),
+    ):
+        guide(x[:3])
+    for index, message in [
+        (torch.tensor([0, 9]), "indices run from 0 to 9, but the guide has rows 0 to 8"),
+        (torch.tensor([-1]), "indices run from -1"),
+        (torch.tensor([0.5]), "integers is needed, found torch.float32"),
+        (torch.tensor([True] * 9), "integers is needed, found torch.bool"),
+    ]:
+        with pytest.raises(IndexError, match=message), guide.rows(index):
+            pass
+
+
+def test_positive_latents_are_sampled_from_the_family_itself():
+    """No Delta: the density of the log-normal proposal is at the site."""
+    x = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    guide = pv.LocalGuide(log_normal_model, num_data=2, example=x)
+    node = poutine.trace(guide).get_trace(x).nodes["s"]
+    location, log_scale = guide.table[:, 0].unbind(-1)
+    expected = torch.distributions.LogNormal(location, log_scale.exp()).log_prob(node["value"])
+    torch.testing.assert_close(node["fn"].log_prob(node["value"]), expected)
+
+
+def test_a_simplex_latent():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Multinomial(5, p), obs=x)
+
+    x = torch.tensor([[5.0, 0, 0], [1, 2, 2]])
+    guide = pv.AmortizedGuide(model, nn.Linear(3, 4), example=x)
+    assert guide.num_coordinates == 2
+    exact = [
+        torch.distributions.Multinomial(5, torch.ones(3)).log_prob(v) for v in x
+    ]  # not the evidence: a Dirichlet-multinomial with unit concentration is uniform
+    assert len(exact) == 2
+    refined = pv.refine(model, guide, x, seed=0)
+    bound = pv.iwae_bound(model, refined, x, num_particles=20_000, seed=0)
+    # Uniform over the 21 count vectors that sum to 5.
+    uniform = -torch.log(torch.tensor(21.0, dtype=torch.float64))
+    assert ((bound.value - uniform).abs() < 4 * bound.std_error + 1e-4).all()
+
+
+@pytest.mark.parametrize("example_rows", [50, 10])
+def test_subsampled_plates_scale_the_guide_as_the_model(example_rows):
+    """Whether the example is a minibatch or the whole, q is scaled as p is."""
+
+    def model(x):
+        with pyro.plate("data", 50, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(50)
+    guide = pv.AmortizedGuide(
+        model, nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2)), example=x[:example_rows]
+    )
+    nodes = poutine.trace(guide).get_trace(x[:10]).nodes
+    assert nodes["z"]["scale"] == 5.0
+    assert poutine.trace(guide).get_trace(x).nodes["z"]["scale"] == 1.0
+
+
+def test_a_plate_that_follows_the_batch_is_not_scaled(setting):
+    model, x = setting
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    assert poutine.trace(guide).get_trace(x[:2]).nodes["z"]["scale"] == 1.0
+
+
+def test_a_model_that_draws_its_own_minibatch():
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=3) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    class Remember(nn.Linear):
+        def forward(self, x):
+            self.seen = x
+            return super().forward(x.unsqueeze(-1))
+
+    x = torch.arange(12.0)
+    guide = pv.AmortizedGuide(model, Remember(1, 2), example=x)
+    guide_trace = poutine.trace(guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
+    assert torch.equal(model_trace.nodes["x"]["value"], guide.encoder.seen)
+    assert guide_trace.nodes["z"]["scale"] == model_trace.nodes["z"]["scale"] == 4.0
+
+
+def test_global_latents_get_the_global_guide():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(5)
+    net = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2))
+    with pytest.raises(ValueError, match=r"\['mu'\] lie outside.*global_guide=\.\.\."):
+        pv.AmortizedGuide(model, net, example=x)
+    auto = pyro.infer.autoguide.AutoNormal(poutine.block(model, expose=["mu"]))
+    guide = pv.AmortizedGuide(model, net, example=x, global_guide=auto)
+    assert any("mu" in name for name, _ in guide.named_parameters())
+    assert set(guide(x)) == {"mu", "z"}
+    loss = pv.ELBO(kl="sample")(model, guide)(x)
+    loss.backward()
+    assert all(p.grad is not None for p in guide.parameters())
+
+
+def test_bad_guides_are_refused(setting):
+    model, x = setting
+    with pytest.raises(ValueError, match=r"encoder returned a tensor of shape \(9, 2, 3\)"):
+        pv.AmortizedGuide(model, nn.Unflatten(1, (2, 3)), example=x)
+    with pytest.raises(ValueError, match=r"encoder returned a tensor of shape \(6, 9\)"):
+        pv.AmortizedGuide(model, Transpose(), example=x)
+    with pytest.raises(TypeError, match="family='normal': an instance of a family is needed"):
+        pv.LocalGuide(model, num_data=9, example=x, family="normal")
+    with pytest.raises(ValueError, match="num_data=0"):
+        pv.LocalGuide(model, num_data=0, example=x)
+    with pytest.raises(ValueError, match="with data_plate=False there are none"):
+        pv.LocalGuide(model, num_data=9, example=x, data_plate=False)
+
+
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.T
+
+
+def test_discrete_latents_are_refused_by_name():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(c.float(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"latent site 'c' \(Categorical\)"):
+        pv.LocalGuide(model, num_data=2, example=torch.zeros(2))

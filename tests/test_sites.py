@@ -1,0 +1,178 @@
+"""Structure of models: kinds of sites, the data plate, and what is refused by name."""
+
+from __future__ import annotations
+
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import factor_analysis
+from pyro import poutine
+
+import pyro_vae as pv
+from pyro_vae.sites import inspect
+
+
+def hierarchical(x):
+    """A global scale, a latent per datum, one per datum and feature, a masked likelihood."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("features", x.shape[1], dim=-1):
+            w = pyro.sample("w", dist.Normal(z.sum(-1), scale))
+            with poutine.mask(mask=x > 0):
+                pyro.sample("x", dist.Poisson(w.exp()), obs=x)
+
+
+def test_describe_tells_every_site():
+    described = pv.describe(hierarchical, torch.ones(5, 3))
+    table = {row["site"]: row for row in described.rows}
+    assert {name: row["kind"] for name, row in table.items()} == {
+        "scale": "global latent",
+        "z": "local latent",
+        "w": "local latent",
+        "x": "observed",
+    }
+    assert table["z"]["event_shape"] == "(2,)" and table["w"]["plates"] == "data[5], features[3]"
+    assert table["x"]["distribution"] == "Poisson" and "data plate: 'data'" in repr(described)
+    assert repr(described).splitlines()[0].split() == [
+        "site", "kind", "distribution", "support", "batch_shape", "event_shape", "plates",
+    ]  # fmt: skip
+    html = described._repr_html_()
+    assert html.count("<tr>") == 5 and "GreaterThan" in html
+
+
+def test_describe_says_why_a_data_plate_is_not_told():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    described = pv.describe(model, torch.zeros(3))
+    assert described.data_plate is None
+    assert "no data plate" in described.note and "'x' is in no plate" in repr(described)
+    assert {row["kind"] for row in described.rows} == {"latent", "observed"}
+
+
+def test_a_subsampled_plate_shows_its_full_size():
+    def model(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    assert pv.describe(model, torch.zeros(4)).rows[0]["plates"] == "data[4 of 1000]"
+
+
+def test_inspection_leaves_the_random_state_and_the_modules_alone():
+    model = factor_analysis()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    inspect(model, torch.zeros(4, 6, dtype=torch.float64))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def plain(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def outside(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    pyro.sample("total", dist.Normal(z.sum(), 1.0), obs=x.sum())
+
+
+def no_observation(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def no_latent(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+
+def fixed_size(x):
+    with pyro.plate("data", 10, dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(10))
+
+
+def sequential(x):
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+
+def ambiguous(x):
+    rows, columns = pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 3, dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with columns:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with rows, columns:
+        pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (outside, {}, "no vectorized plate holds every observed site ('x' is in ['data']; 'total'"),
+        (outside, {"data_plate": "data"}, "observed sites ['total'] lie outside the data plate"),
+        (no_observation, {}, "the model observes nothing"),
+        (no_latent, {}, "the model has no latent site, only observed ones: ['x']"),
+        (fixed_size, {}, "data plate 'data' has 10 entries but the batch has 3 rows"),
+        (sequential, {}, "no vectorized plate holds every observed site"),
+        (ambiguous, {}, "['columns', 'rows'] each hold every observed site and a latent one"),
+        (plain, {"data_plate": "rows"}, "no vectorized plate of that name; it has ['data']"),
+    ],
+)
+def test_a_data_plate_that_is_not_plain_is_refused(model, options, message):
+    batch = torch.zeros(3, 3) if model is ambiguous else torch.zeros(3)
+    with pytest.raises(pv.DataPlateError, match=re.escape(message)):
+        inspect(model, batch, **options)
+
+
+def test_an_ambiguous_data_plate_can_be_named():
+    structure = inspect(ambiguous, torch.zeros(3, 3), data_plate="rows")
+    assert [site.name for site in structure.local_latents] == ["a"]
+    assert [site.name for site in structure.global_latents] == ["b"]
+
+
+def test_data_outside_the_support_are_refused_with_their_rows():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Binomial(16, logits=z.unsqueeze(-1)).to_event(1), obs=x)
+
+    x = torch.zeros(6, 2)
+    x[1, 0], x[4, 1] = 17, 0.5
+    with pytest.raises(ValueError, match=r"'x'.*Binomial.*\(0, 16\).*rows 1, 4 \(2 of 6\)"):
+        inspect(model, x)
+
+
+def test_masked_values_may_lie_outside_the_support():
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    x = torch.tensor([0.0, 1.0, 9.0])
+    inspect(model, x, torch.tensor([True, True, False]))
+    with pytest.raises(ValueError, match="rows 2"):
+        inspect(model, x, torch.tensor([True, True, True]))
+
+
+def test_deterministic_sites_are_no_observations():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    assert list(inspect(model, torch.zeros(2)).sites) == ["z", "x"]
