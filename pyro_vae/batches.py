@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -27,7 +28,7 @@ class EpochData(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of model and guide: model(*args, **kwargs).
+    """The arguments of one call of model and guide: ``model(*args, **kwargs)``.
 
     A tensor with at least one dimension holds a row per datum. Anything else
     (a flag, a 0-dimensional tensor, None) is handed on as it is.
@@ -88,7 +89,7 @@ class Batch:
         for name, value in self._named():
             if not _has_rows(value) or not (value.is_floating_point() or value.is_complex()):
                 continue
-            bad = ~torch.isfinite(value).reshape(value.shape[0], -1).all(1)
+            bad = ~torch.isfinite(value.reshape(value.shape[0], math.prod(value.shape[1:]))).all(1)
             if bool(bad.any()):
                 raise ValueError(
                     f"{name} of the batch holds NaN or infinite values in {rows_text(bad)}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["load", "save"]
+__all__ = ["load", "random_state", "save", "set_random_state"]
 
 _VERSION = 1
 
@@ -39,8 +38,23 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of whatever kind: torch.load meets bytes that are not its own
         raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit") from error
     if not isinstance(content, dict) or content.get("pyro_vae_checkpoint") != _VERSION:
         raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit")
     return content
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's random number generators, of all devices in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` returned; on a machine without CUDA, the CPU's."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=arguments.device,
             progress=sys.stderr.isatty() or not arguments.quick,
         )
-    except (FileNotFoundError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"pyro-vae: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,27 +7,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pyro.infer
-import pyro.optim
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
-from pyro_vae.batches import Batch, EpochData, as_batch
+from pyro_vae.batches import Batch, EpochData
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
 from pyro_vae.logweights import non_finite_sites
+from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO
-from pyro_vae.parameters import Parameters, all_finite
+from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
-from pyro_vae.sites import evaluation, inspect, preserved_rng
+from pyro_vae.sites import evaluation, preserved_rng
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]
 
@@ -173,7 +172,7 @@ def fit(
     for module in (model, guide):
         if device is not None and isinstance(module, nn.Module):
             module.to(device)
-    training = _TrainingData(model, data, batch_size, device, data_plate)
+    training = TrainingData(model, data, batch_size, device, data_plate)
     validation = None if validation_data is None else training.validation(model, validation_data)
     with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
         if seed is not None:
@@ -201,7 +200,7 @@ def _check_arguments(
         "patience": patience,
     }
     for name, value in numbers.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
+        if value is not None and (int(value) != value or value < 1):
             raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
     if patience is not None and validation_data is None:
         raise ValueError(
@@ -216,84 +215,6 @@ def _check_arguments(
         raise ValueError(f"compile={compiled!r}: 'auto' or False is needed; steps run eagerly")
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
-
-
-class _TrainingData:
-    """Which data each step sees, and how many data its loss speaks for.
-
-    Attributes:
-        batch: all the data; of the first look, where they are drawn anew for each epoch.
-        whole: whether a step takes all of them, for there is one datum, or the model
-            draws its own minibatches.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        data: Any,
-        batch_size: int,
-        device: torch.device | str | None,
-        data_plate: str | bool | None,
-    ) -> None:
-        self._fresh = data if isinstance(data, EpochData) else None
-        self._device = device
-        # An epoch drawn to look at: the epochs to come have a generator of their own.
-        self.batch = self._made(
-            data.epoch(torch.Generator().manual_seed(0)) if self._fresh else data
-        )
-        # All of them at once: values outside a likelihood's support are refused here.
-        plate = inspect(model, self.batch, data_plate=data_plate).data_plate
-        size = self.batch.size
-        self.whole = size is None or plate is None or plate.drawn
-        self.batch_size = (size or 1) if self.whole else min(batch_size, size or 1)
-        self.steps_per_epoch = 1 if self.whole else math.ceil((size or 1) / self.batch_size)
-        self.first_rows = None if self.whole else torch.arange(self.batch_size)
-        self._plate: str | bool = False if plate is None else plate.name
-        # How many data the loss is scaled to; None where it is the sum of its minibatch.
-        self._full_size = 1 if plate is None else plate.full_size
-        if self.first_rows is not None:
-            few = inspect(model, self.batch.rows(self.first_rows), data_plate=self._plate)
-            if few.data_plate is not None and few.data_plate.size == few.data_plate.full_size:
-                self._full_size = None
-
-    def _made(self, data: Any) -> Batch:
-        batch = as_batch(data)
-        return batch if self._device is None else batch.to(self._device)
-
-    def validation(self, model: Callable[..., Any], data: Any) -> Batch:
-        """Return validation data, checked like the training data."""
-        batch = self._made(data)
-        try:
-            inspect(model, batch, data_plate=self._plate)
-        except ValueError as error:
-            error.add_note("in validation_data")
-            raise
-        return batch
-
-    def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
-        """Yield each minibatch of an epoch and its rows; None for all of them."""
-        batch = self.batch
-        if self._fresh is not None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
-            batch = self._made(self._fresh.epoch(generator))
-        if self.whole or batch.size is None:
-            yield None, batch
-            return
-        for index in torch.randperm(batch.size).split(self.batch_size):
-            yield index, batch.rows(index)
-
-    def parts(self, batch: Batch) -> Iterator[Batch]:
-        """Yield a batch in parts of the size of a minibatch, in order."""
-        if self.whole or batch.size is None:
-            yield batch
-            return
-        for start in range(0, batch.size, self.batch_size):
-            yield batch.rows(slice(start, start + self.batch_size))
-
-    def elbo(self, loss: float, batch: Batch) -> tuple[float, int]:
-        """Return the ELBO per datum of a batch's loss, and the number of data in it."""
-        size = 1 if self.whole else batch.size or 1
-        return -loss / (size if self._full_size is None else self._full_size), size
 
 
 @dataclass
@@ -313,7 +234,7 @@ class _Trainer:
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        data: _TrainingData,
+        data: TrainingData,
         validation: Batch | None,
         loss: pyro.infer.ELBO | None,
         optim: Any,
@@ -336,7 +257,7 @@ class _Trainer:
         with self._rows(rows):
             first = data.batch if rows is None else data.batch.rows(rows)
             self.parameters = Parameters(model, guide, first)
-        self.optimizer = _optimizer(optim, self.parameters.trained)
+        self.optimizer = make_optimizer(optim, self.parameters.trained)
         self.state = _Progress()
         self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best
@@ -361,8 +282,8 @@ class _Trainer:
                     told = self._epoch(bar, max_steps)
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
-                    # All of them are told, whatever the first of them answers.
-                    if any([callback(told) for callback in callbacks]):
+                    answers = [callback(told) for callback in callbacks]
+                    if any(answers):
                         stopped_by = "callback"
                         break
             except KeyboardInterrupt:
@@ -397,10 +318,10 @@ class _Trainer:
             # At each step, for the time of an epoch that is broken off counts too.
             state.elapsed = before + time.perf_counter() - begin
             bar.update()
-            bar.set_postfix(self._postfix(_mean(elbos[-_SHOWN:])[0]), refresh=False)
+            bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
             if max_steps is not None and state.step >= max_steps:
                 break
-        (elbo, elbo_error), (validation, validation_error) = _mean(elbos), self._validate()
+        (elbo, elbo_error), (validation, validation_error) = mean_elbo(elbos), self._validate()
         self.last = self.parameters.state()
         state.epoch += 1
         state.elapsed = before + time.perf_counter() - begin
@@ -434,7 +355,7 @@ class _Trainer:
             for batch in self.data.parts(self.validation):
                 loss = float(self.loss.loss(*self._pair, *batch.args, **batch.kwargs))
                 elbos.append(self.data.elbo(loss, batch))
-        return _mean(elbos)
+        return mean_elbo(elbos)
 
     # --- one step
 
@@ -442,7 +363,7 @@ class _Trainer:
         """Take a step and return the loss; leave the parameters alone if it is not finite."""
         if self.schedule is not None:
             self._latent_scale.factor = self.schedule(self.state.step)
-        random_state = _random_state()
+        random_state = checkpoints.random_state()
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with self._rows(index):
@@ -478,7 +399,7 @@ class _Trainer:
         self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
     ) -> list[str]:
         """Look again, with the same random numbers."""
-        _set_random_state(random_state)
+        checkpoints.set_random_state(random_state)
         try:
             with self._rows(index):
                 return non_finite_sites(self.model, self.guide, batch)
@@ -518,7 +439,7 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_type": type(self.optimizer).__name__,
             "progress": dict(vars(self.state)),
-            "random_state": _random_state(),
+            "random_state": checkpoints.random_state(),
         }
 
     def resume(self, checkpoint: str | os.PathLike[str]) -> None:
@@ -537,71 +458,9 @@ class _Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = _Progress(**content["progress"])
         self.last, self.best = content["last"], content["best"]
-        _set_random_state(content["random_state"])
+        checkpoints.set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
 
     def result(self, stopped_by: str) -> FitResult:
         state = self.state
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _mean(elbos: list[tuple[float, int]]) -> tuple[float, float]:
-    """Return the mean of minibatches' ELBOs, weighted by their sizes, and its standard error."""
-    count, total = len(elbos), sum(size for _, size in elbos)
-    mean = sum(elbo * size for elbo, size in elbos) / total
-    if count < 2:
-        return mean, math.nan
-    squares = sum(((elbo - mean) * size) ** 2 for elbo, size in elbos)
-    return mean, math.sqrt(squares * count / (count - 1)) / total
-
-
-def _optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Return one torch optimizer for all parameters."""
-    if optim is None:
-        return torch.optim.Adam(parameters, lr=1e-3)
-    if isinstance(optim, pyro.optim.PyroOptim):
-        return _from_pyro(optim, parameters)
-    make: Any = optim
-    made = (
-        optim if isinstance(optim, torch.optim.Optimizer) else callable(make) and make(parameters)
-    )
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(
-            f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
-            "optimizer, or a pyro.optim object is needed"
-        )
-    ours = {id(parameter) for parameter in parameters}
-    if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
-        raise ValueError(
-            "optim: none of its parameters is one of the model or the guide; pass a function "
-            "from parameters to an optimizer"
-        )
-    return made
-
-
-def _from_pyro(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Return the torch optimizer that a pyro.optim object makes for each parameter."""
-    untranslatable = {
-        "a learning rate scheduler": isinstance(optim, pyro.optim.PyroLRScheduler),
-        "arguments that are a function of the parameter": not isinstance(optim.pt_optim_args, dict),
-        "clip_args": bool(optim.pt_clip_args),
-    }
-    for what, present in untranslatable.items():
-        if present:
-            raise ValueError(
-                f"optim: a pyro.optim object with {what} cannot be translated; pass a function "
-                "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
-                "clipping)"
-            )
-    return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)

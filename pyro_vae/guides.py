@@ -270,8 +270,8 @@ class AmortizedGuide(FamilyGuide):
 
     Args:
         model: a Pyro model with latent sites in the plate of its data.
-        encoder: called as encoder(*batch), or encoder(**batch) for a mapping; returns
-            features [N, F].
+        encoder: called as ``encoder(*batch)``, or ``encoder(**batch)`` for a mapping;
+            returns features [N, F].
         example: a batch (tensor, tuple or mapping) to read shapes from; a few rows do.
         family: the variational family; families.Normal() by default.
         data_plate: the name of the plate of the data, where it is not plain.

@@ -21,8 +21,7 @@ def register(module: nn.Module) -> None:
     """Register a module's parameters with Pyro, as pyro.module does, under a name of its own.
 
     Pyro keeps parameters by name in one store, where two modules of one name share
-    them. Each object gets a name that no other ever has, copies and unpickled ones
-    included.
+    them. Each object gets a name that no other ever has, copies included.
 
     Args:
         module: called from within a model or guide; its parameters become param sites.

@@ -234,7 +234,7 @@ class _Runner:
         return folded
 
     def _unfold(self, name: str, found: list[Tensor], num_particles: int) -> Tensor:
-        """Bring the values of a run to [K, *plates, *event]."""
+        """Bring the values of a run to ``[K, *plates, *event]``."""
         shape = self.shapes[name]
         pad = (1,) * (self.nesting - shape.batch_ndim)
         if self.mode == "loop":
@@ -302,7 +302,7 @@ class Chunk:
     Attributes:
         rows: which data.
         particles: which particles.
-        values: latent site (the guide's auxiliary ones too) to [K, *plates, *event].
+        values: latent site (the guide's auxiliary ones too) to ``[K, *plates, *event]``.
         weights: the LogWeights, [K, N] of this chunk.
     """
 
@@ -450,7 +450,10 @@ class Scorer:
             return self._guide.log_prob(traces, num_particles, _is_latent)
 
     def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return values as [K, N, *inner plates, *event]; [K, *batch, *event] for one datum."""
+        """Return values as ``[K, N, *inner plates, *event]``.
+
+        For one datum as ``[K, *batch, *event]``.
+        """
         single = self.single_values(values)
         dim = self.structure.data_dim
         if dim is None:
@@ -487,7 +490,7 @@ class Scorer:
         return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
 
     def single_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return values as a single run shapes them, particles first: [K, *batch, *event]."""
+        """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
         shapes = self._guide.shapes
         return {
             name: value.reshape(
@@ -497,7 +500,10 @@ class Scorer:
         }
 
     def from_single(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Undo :meth:`single_values`: [K, *plates, *event] from [K, *batch, *event]."""
+        """Undo :meth:`single_values`.
+
+        To ``[K, *plates, *event]`` from ``[K, *batch, *event]``.
+        """
         shapes = self._guide.shapes
         return {
             name: value.reshape(
@@ -539,7 +545,7 @@ class Scorer:
         return log_likelihood, log_prior
 
     def site_log_likelihood(self, rows: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return log p(x | z) of each observed site, [K, N]; [K, *batch] for one datum."""
+        """Return log p(x | z) of each observed site, [K, N]; ``[K, *batch]`` for one datum."""
         num_particles = next(iter(values.values())).shape[0]
         one_datum = self.structure.data_dim is None
         with self._scoring():

@@ -1,0 +1,121 @@
+"""Training data: minibatches shuffled or drawn anew, and ELBOs per datum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.batches import Batch, EpochData, as_batch
+from pyro_vae.sites import inspect
+
+__all__ = ["TrainingData", "mean_elbo"]
+
+
+class TrainingData:
+    """Which data each step sees, and how many data its loss speaks for.
+
+    Args:
+        model: a Pyro model.
+        data: a batch, or an object with ``epoch(generator)``.
+        batch_size: data in a minibatch.
+        device: where batches go; None leaves them.
+        data_plate: as in :func:`pyro_vae.sites.inspect`.
+
+    Attributes:
+        batch: all the data; of the first look, where they are drawn anew for each epoch.
+        whole: whether a step takes all of them, for there is one datum, or the model
+            draws its own minibatches.
+        batch_size: data in a minibatch.
+        steps_per_epoch: minibatches.
+        first_rows: the rows of the first minibatch that was looked at; None for all.
+
+    Raises:
+        ValueError: for data that are empty, hold NaN, or lie outside their support.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any,
+        batch_size: int,
+        device: torch.device | str | None,
+        data_plate: str | bool | None,
+    ) -> None:
+        self._fresh = data if isinstance(data, EpochData) else None
+        self._device = device
+        # An epoch drawn to look at: the epochs to come have a generator of their own.
+        self.batch = self._made(
+            data.epoch(torch.Generator().manual_seed(0)) if self._fresh else data
+        )
+        # All of them at once: values outside a likelihood's support are refused here.
+        plate = inspect(model, self.batch, data_plate=data_plate).data_plate
+        size = self.batch.size
+        self.whole = size is None or plate is None or plate.drawn
+        self.batch_size = (size or 1) if self.whole else min(batch_size, size or 1)
+        self.steps_per_epoch = 1 if self.whole else math.ceil((size or 1) / self.batch_size)
+        self.first_rows = None if self.whole else torch.arange(self.batch_size)
+        self._plate: str | bool = False if plate is None else plate.name
+        # How many data the loss is scaled to; None where it is the sum of its minibatch.
+        self._full_size: int | None = 1 if plate is None else plate.full_size
+        if self.first_rows is not None:
+            few = inspect(model, self.batch.rows(self.first_rows), data_plate=self._plate)
+            if few.data_plate is not None and few.data_plate.size == few.data_plate.full_size:
+                self._full_size = None
+
+    def _made(self, data: Any) -> Batch:
+        batch = as_batch(data)
+        return batch if self._device is None else batch.to(self._device)
+
+    def validation(self, model: Callable[..., Any], data: Any) -> Batch:
+        """Return validation data, checked like the training data."""
+        batch = self._made(data)
+        try:
+            inspect(model, batch, data_plate=self._plate)
+        except ValueError as error:
+            error.add_note("in validation_data")
+            raise
+        return batch
+
+    def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
+        """Yield each minibatch of an epoch and its rows; None for all of them."""
+        batch = self.batch
+        if self._fresh is not None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
+            batch = self._made(self._fresh.epoch(generator))
+        if self.whole or batch.size is None:
+            yield None, batch
+            return
+        for index in torch.randperm(batch.size).split(self.batch_size):
+            yield index, batch.rows(index)
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a batch in parts of the size of a minibatch, in order."""
+        if self.whole or batch.size is None:
+            yield batch
+            return
+        for start in range(0, batch.size, self.batch_size):
+            yield batch.rows(slice(start, start + self.batch_size))
+
+    def elbo(self, loss: float, batch: Batch) -> tuple[float, int]:
+        """Return the ELBO per datum of a batch's loss, and the number of data in it."""
+        size = 1 if self.whole else batch.size or 1
+        return -loss / (size if self._full_size is None else self._full_size), size
+
+
+def mean_elbo(elbos: list[tuple[float, int]]) -> tuple[float, float]:
+    """Return the mean of minibatches' ELBOs, weighted by their sizes, and its standard error.
+
+    Args:
+        elbos: what :meth:`TrainingData.elbo` returned for each; the standard error is nan
+            for a single one.
+    """
+    count, total = len(elbos), sum(size for _, size in elbos)
+    mean = sum(elbo * size for elbo, size in elbos) / total
+    if count < 2:
+        return mean, math.nan
+    squares = sum(((elbo - mean) * size) ** 2 for elbo, size in elbos)
+    return mean, math.sqrt(squares * count / (count - 1)) / total

@@ -1,0 +1,739 @@
+"""The training loop: where it arrives, how it stops, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyro_vae as pv
+
+HISTORY = [
+    "epoch",
+    "step",
+    "elbo",
+    "elbo_std_error",
+    "validation_elbo",
+    "validation_elbo_std_error",
+]
+
+
+def model(x):
+    """z ~ Normal(0, 1), x ~ Normal(z, 1): posterior Normal(x / 2, 1 / 2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def make_data(num_data=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 2**0.5 * torch.randn(num_data, 1, dtype=torch.float64, generator=generator)
+
+
+def make_guide(x, seed=0, fn=model):
+    """A linear encoder, whose optimum is the exact posterior."""
+    torch.manual_seed(seed)
+    return pv.AmortizedGuide(fn, nn.Linear(1, 1).double(), example=x)
+
+
+def log_evidence(x):
+    return dist.Normal(0.0, 2**0.5).log_prob(x).squeeze(-1)
+
+
+def exact_elbo(guide, x):
+    """Of the guide as it is, in closed form, [N]."""
+    params = guide.family_params(x).detach().squeeze(1)
+    found = dist.Normal(params[:, 0], params[:, 1].exp())
+    posterior = dist.Normal(x.squeeze(-1) / 2, 0.5**0.5)
+    return log_evidence(x) - torch.distributions.kl_divergence(found, posterior)
+
+
+def parameters_of(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def run(x, guide=None, fn=model, **options):
+    guide = make_guide(x, fn=fn) if guide is None else guide
+    options = {"epochs": 2, "batch_size": 16, "progress": False} | options
+    return pv.fit(fn, guide, x, **options), guide
+
+
+def equal_histories(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == pytest.approx(other[name], rel=0, abs=0, nan_ok=True), name
+
+
+# --- where training arrives ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss", [None, pv.ELBO(kl="sample"), Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO(0.5, 2)]
+)
+def test_reaches_the_evidence(loss):
+    """The optimum is the exact posterior: the ELBO is log p(x), within 0.01 nats."""
+    x = make_data()
+    guide = make_guide(x)
+    assert (log_evidence(x) - exact_elbo(guide, x)).mean() > 0.1
+    result, _ = run(x, guide, loss=loss, epochs=150, optim=lambda ps: torch.optim.Adam(ps, lr=0.02))
+    assert (log_evidence(x) - exact_elbo(guide, x)).mean() < 0.01
+    # The history agrees, within 5 standard errors of the last 20 epochs' mean; Rényi's
+    # bound of order 1/2 lies above the ELBO, but is tight here as well.
+    last = torch.tensor(result.history["elbo"][-20:])
+    error = last.std() / 20**0.5
+    assert abs(last.mean() - log_evidence(x).mean()) < 5 * error + 0.01
+
+
+def test_plain_functions_train():
+    """A pair with its parameters in Pyro's store: x ~ Normal(mu + z, 1), mu learned."""
+    x = make_data() + 3.0
+
+    def located(x):
+        mu = pyro.param("mu", torch.zeros((), dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.squeeze(-1))
+
+    def guide(x):
+        location = pyro.param("location", torch.zeros((), dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.squeeze(-1) / 2 + location, 0.5**0.5))
+
+    pv.fit(located, guide, x, epochs=100, optim=pyro.optim.Adam({"lr": 0.05}), progress=False)
+    # Maximum likelihood: mu = mean(x), and location = mu / 2. Tolerance of the noise of steps.
+    assert pyro.param("mu").item() == pytest.approx(x.mean().item(), abs=0.1)
+    assert pyro.param("location").item() == pytest.approx(x.mean().item() / 2, abs=0.1)
+
+
+def test_a_local_guide_stays_aligned_with_shuffled_minibatches():
+    """Each row arrives at its own datum's posterior, but for the noise of the steps.
+
+    The posterior means have a standard deviation of 1.4: a row that held another datum
+    would be off by 1.6 on average.
+    """
+    x = make_data(30) * 2
+    guide = pv.LocalGuide(model, num_data=30, example=x)
+    run(x, guide, epochs=150, batch_size=7, optim=lambda ps: torch.optim.Adam(ps, lr=0.03))
+    posterior_mean = x.squeeze(-1) / 2
+    assert (guide.table[:, 0, 0] - posterior_mean).abs().max() < 0.5
+    assert torch.corrcoef(torch.stack([guide.table[:, 0, 0].detach(), posterior_mean]))[0, 1] > 0.99
+
+
+def test_a_local_guide_with_particles_and_a_schedule():
+    x = make_data(30)
+    guide = pv.LocalGuide(model, num_data=30, example=x)
+    loss = pv.ELBO(num_particles=3)
+    run(x, guide, loss=loss, batch_size=7, schedule=lambda step: 0.5)
+    assert loss.vectorize_particles
+
+
+def test_one_datum_of_global_latents_with_an_autoguide():
+    """mu ~ Normal(0, 1), 10 data: the posterior is Normal(sum x / 11, 1 / 11)."""
+    x = make_data(10).squeeze(-1).float()
+
+    def regression(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    guide = AutoNormal(regression)
+    result = pv.fit(
+        regression,
+        guide,
+        x,
+        data_plate=False,
+        max_steps=600,
+        loss=pv.ELBO(num_particles=5),
+        optim=lambda ps: torch.optim.Adam(ps, lr=0.02),
+        progress=False,
+    )
+    assert result.steps == len(result.history["step"]) == 600
+    assert guide.median()["mu"].item() == pytest.approx(x.sum().item() / 11, abs=0.05)
+    evidence = torch.distributions.MultivariateNormal(torch.zeros(10), torch.eye(10) + 1).log_prob(
+        x
+    )
+    # The ELBO is of the whole, not per row.
+    last = sum(result.history["elbo"][-100:]) / 100
+    assert last == pytest.approx(evidence.item(), abs=0.1)
+    with pytest.raises(pv.DataPlateError, match="data_plate=False"):
+        pv.fit(regression, guide, x, epochs=1, progress=False)
+
+
+def test_a_model_that_closes_over_its_data():
+    x = make_data()
+    guide = pv.LocalGuide(lambda: model(x), num_data=40, example=())
+    result = pv.fit(lambda: model(x), guide, (), max_steps=3, progress=False)
+    assert result.steps == 3
+    assert -4 < result.history["elbo"][-1] < -1  # per datum
+
+
+def test_a_mapping_and_a_device():
+    x = make_data()
+    guide = pv.AmortizedGuide(model, Named(), example={"x": x})
+    result = pv.fit(model, guide, {"x": x}, epochs=1, device="cpu", progress=False)
+    assert result.steps == 1
+    moved = pv.fit(model, guide, {"x": x}, epochs=1, device=torch.device("cpu"), progress=False)
+    assert moved.stopped_by == "epochs"
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 2).double()
+
+    def forward(self, *, x):
+        return self.net(x)
+
+
+# --- per datum, whatever the plate says ------------------------------------------------
+
+
+def subsampled(x):
+    with pyro.plate("data", 40, subsample=x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def test_a_subsampled_plate_gives_elbos_per_datum():
+    """The same guide, plate scaled or not: the same history, with a remainder of 8 too."""
+    x, validation = make_data(), make_data(21, seed=3)
+    frozen = {"epochs": 2, "batch_size": 16, "validation_data": validation}
+    frozen["optim"] = lambda ps: torch.optim.SGD(ps, lr=0.0)
+    plain, _ = run(x, **frozen)
+    scaled, guide = run(x, fn=subsampled, **frozen)
+    for name in HISTORY:
+        assert plain.history[name] == pytest.approx(scaled.history[name], rel=1e-12), name
+    # And both are right: 5 standard errors, by the exact ELBO.
+    error = plain.history["elbo_std_error"][0]
+    assert plain.history["elbo"][0] == pytest.approx(
+        exact_elbo(guide, x).mean().item(), abs=5 * error + 0.05
+    )
+
+
+def test_a_model_that_draws_its_own_minibatch():
+    x = make_data()
+
+    def draws(x):
+        with pyro.plate("data", 40, subsample_size=10) as index:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[index])
+
+    result, _ = run(x, make_guide(x, fn=draws), fn=draws, epochs=None, max_steps=5)
+    assert result.steps == 5
+    assert all(-4 < elbo < -1 for elbo in result.history["elbo"])
+
+
+# --- one seed, one result --------------------------------------------------------------
+
+
+def test_one_seed_one_result_and_the_global_state_stays():
+    x = make_data()
+    guides = [make_guide(x) for _ in range(3)]
+    before = torch.get_rng_state()
+    results = [run(x, guides[0], seed=4)[0]]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(7)
+    results.append(run(x, guides[1], seed=4)[0])
+    equal_histories(results[0].history, results[1].history)
+    assert same(parameters_of(guides[0]), parameters_of(guides[1]))
+    run(x, guides[2], seed=5)
+    assert not same(parameters_of(guides[0]), parameters_of(guides[2]))
+
+
+def test_without_a_seed_the_global_state_decides():
+    x = make_data()
+    histories = []
+    for seed in (1, 1, 2):
+        guide = make_guide(x)
+        torch.manual_seed(seed)
+        histories.append(run(x, guide, seed=None)[0].history["elbo"])
+    assert histories[0] == histories[1] != histories[2]
+
+
+class Fresh:
+    """Data drawn anew for each epoch; remembers what it gave."""
+
+    def __init__(self, x):
+        self.x, self.given = x, []
+
+    def epoch(self, generator):
+        noise = torch.rand(self.x.shape, generator=generator, dtype=self.x.dtype)
+        self.given.append(self.x + 0.1 * noise)
+        return self.given[-1]
+
+
+def test_fresh_data_at_each_epoch():
+    x = make_data()
+    first, second = Fresh(x), Fresh(x)
+    run(first, make_guide(x), epochs=3)
+    run(second, make_guide(x), epochs=3)
+    assert len(first.given) == 4  # one to look at
+    assert same(first.given, second.given)
+    assert len({float(given[0]) for given in first.given}) == 4
+    other = Fresh(x)
+    run(other, make_guide(x), epochs=3, seed=1)
+    assert not torch.equal(first.given[1], other.given[1])
+
+
+# --- checkpoints -----------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """An encoder with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2)).double()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def ctrl_c(epoch):
+    def callback(told):
+        if told.epoch == epoch:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+def stop(epoch):
+    return lambda told: told.epoch == epoch
+
+
+@pytest.mark.parametrize(
+    ("end", "seed"), [("epochs", 0), ("ctrl_c", 0), ("callback", 0), ("ctrl_c", None)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, end, seed, caplog):
+    x, validation = make_data(), make_data(10, seed=2)
+    options = {
+        "seed": seed,
+        "validation_data": validation,
+        "schedule": lambda step: min(1.0, step / 8),
+        "checkpoint": tmp_path / "run.pt",
+    }
+
+    def fresh_guide():
+        torch.manual_seed(3)
+        return pv.AmortizedGuide(model, Normed(), example=x)
+
+    guide = fresh_guide()
+    torch.manual_seed(9)
+    whole, _ = run(x, guide, **(options | {"epochs": 5, "checkpoint": None}))
+    pieces = fresh_guide()
+    torch.manual_seed(9)
+    first = {
+        "epochs": {"epochs": 2},
+        "ctrl_c": {"epochs": 5, "callbacks": [ctrl_c(2)]},
+        "callback": {"epochs": 5, "callbacks": [stop(2)]},
+    }[end]
+    begun, _ = run(x, pieces, **(options | first))
+    assert begun.history["epoch"] == [1, 2]
+    assert begun.stopped_by == {"ctrl_c": "interrupted"}.get(end, end)
+    with torch.no_grad():
+        for parameter in pieces.parameters():
+            parameter.add_(1.0)  # the file decides, not what the guide holds
+    torch.randn(5)
+    resumed, _ = run(x, pieces, **(options | {"epochs": 5}))
+    equal_histories(whole.history, resumed.history)
+    assert resumed.steps == whole.steps == 15
+    assert resumed.best_epoch == whole.best_epoch
+    assert resumed.elapsed > begun.elapsed
+    for name, value in guide.state_dict().items():
+        assert torch.equal(value, pieces.state_dict()[name]), name
+    # There is nothing left to do: the result stands.
+    again, _ = run(x, pieces, **(options | {"epochs": 5}))
+    equal_histories(whole.history, again.history)
+    assert again.stopped_by == "epochs"
+
+
+def test_a_checkpoint_of_another_pair_or_optimizer_is_refused(tmp_path):
+    x, path = make_data(), tmp_path / "run.pt"
+    run(x, checkpoint=path)
+    other = pv.AmortizedGuide(model, nn.Linear(1, 3).double(), example=x)
+    with pytest.raises(ValueError, match=r"not this pair's: encoder.bias: saved \(1,\), here \(3,"):
+        run(x, other, checkpoint=path)
+    with pytest.raises(ValueError, match="written with the optimizer Adam, not SGD"):
+        run(x, checkpoint=path, optim=torch.optim.SGD)
+    path.write_text("a poem")
+    with pytest.raises(ValueError, match=r"run.pt is not a checkpoint"):
+        run(x, checkpoint=path)
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        run(x, checkpoint=tmp_path / "no" / "run.pt")
+
+
+# --- how it stops ----------------------------------------------------------------------
+
+
+def test_patience_stops_and_the_best_parameters_are_back():
+    """A rate that grows out of hand: validation gets worse after some epochs."""
+    x, validation = make_data(), make_data(20, seed=5)
+    guide, seen = make_guide(x), []
+
+    def optim(parameters):
+        return torch.optim.SGD(parameters, lr=2e-3)
+
+    def worsen(told):
+        seen.append((told.validation_elbo, parameters_of(guide)))
+        if told.epoch >= 4:
+            with torch.no_grad():
+                guide.head.bias.add_(0.5)
+
+    result, _ = run(
+        x,
+        guide,
+        epochs=50,
+        validation_data=validation,
+        patience=3,
+        optim=optim,
+        callbacks=[worsen],
+    )
+    scores = [score for score, _ in seen]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    assert result.stopped_by == "patience"
+    assert result.best_epoch == best + 1 == 4
+    assert len(seen) == best + 1 + 3
+    assert result.history["validation_elbo"] == scores
+    assert same(parameters_of(guide), seen[best][1])
+    assert not same(parameters_of(guide), seen[-1][1])
+
+
+def test_validation_is_right_and_the_same_numbers_each_time():
+    """Nothing moves at rate 0: one number for all epochs, near the exact ELBO."""
+    x, validation = make_data(), make_data(500, seed=5)
+    result, guide = run(
+        x,
+        epochs=3,
+        batch_size=40,
+        validation_data=validation,
+        optim=lambda ps: torch.optim.SGD(ps, lr=0.0),
+    )
+    values = result.history["validation_elbo"]
+    assert values[0] == values[1] == values[2]
+    error = result.history["validation_elbo_std_error"][0]
+    exact = exact_elbo(guide, validation).mean().item()
+    assert values[0] == pytest.approx(exact, abs=5 * error)
+    assert 0 < error < 0.1
+    assert result.best_epoch == 1
+
+
+def test_max_steps_within_an_epoch():
+    x = make_data()  # 3 steps an epoch
+    result, _ = run(x, epochs=None, max_steps=4)
+    assert result.stopped_by == "max_steps"
+    assert result.steps == 4
+    assert result.history["step"] == [3, 4]
+    result, _ = run(x, epochs=2, max_steps=100)
+    assert result.stopped_by == "epochs"
+    assert result.history["step"] == [3, 6]
+
+
+def test_history_and_callbacks():
+    x, told = make_data(), []
+    answers = iter([None, False, True])
+    result, _ = run(
+        x, epochs=9, callbacks=[lambda epoch: next(answers), lambda epoch: told.append(epoch)]
+    )
+    assert result.stopped_by == "callback"
+    assert list(result.history) == HISTORY
+    assert {len(column) for column in result.history.values()} == {3}
+    assert result.history["epoch"] == [epoch.epoch for epoch in told] == [1, 2, 3]
+    assert result.history["step"] == [epoch.step for epoch in told] == [3, 6, 9]
+    assert result.history["elbo"] == [epoch.elbo for epoch in told]
+    assert all(math.isnan(epoch.validation_elbo) for epoch in told)
+    assert all(error > 0 for error in result.history["elbo_std_error"])
+    elapsed = [epoch.elapsed for epoch in told]
+    assert 0 < elapsed[0] < elapsed[1] < elapsed[2] == result.elapsed
+    assert result.best_epoch == 3
+
+
+def test_a_single_step_has_no_standard_error():
+    result, _ = run(make_data(), batch_size=1000)
+    assert result.steps == 2
+    assert all(math.isnan(error) for error in result.history["elbo_std_error"])
+
+
+def test_the_bar(capsys):
+    run(make_data(), progress=True, validation_data=make_data(5))
+    told = capsys.readouterr().err
+    assert "6/6" in told
+    assert "ELBO=-" in told
+    assert "validation=-" in told
+    run(make_data())
+    assert capsys.readouterr().err == ""
+
+
+class Interrupting(Trace_ELBO):
+    def __init__(self, step):
+        super().__init__()
+        self.countdown = step
+
+    def loss_and_grads(self, *args, **kwargs):
+        self.countdown -= 1
+        if self.countdown == 0:
+            raise KeyboardInterrupt
+        return super().loss_and_grads(*args, **kwargs)
+
+
+def test_ctrl_c_in_a_step_keeps_what_was_learned(caplog):
+    x = make_data()
+    unbroken = make_guide(x)
+    run(x, unbroken, epochs=None, max_steps=4, loss=Trace_ELBO())
+    guide = make_guide(x)
+    with caplog.at_level(logging.WARNING, logger="pyro_vae"):
+        result, _ = run(x, guide, epochs=10, loss=Interrupting(5))
+    assert result.stopped_by == "interrupted"
+    assert result.steps == 4
+    assert result.history["step"] == [3]
+    assert "interrupted after step 4; model and guide keep the parameters of step 4" in caplog.text
+    assert same(parameters_of(guide), parameters_of(unbroken))
+    assert "interrupted" in repr(result)
+
+
+def test_ctrl_c_in_the_first_epoch_and_with_validation(caplog):
+    x = make_data()
+    start = make_guide(x)
+    result, guide = run(x, loss=Interrupting(1), validation_data=x)
+    assert result.steps == 0
+    assert {len(column) for column in result.history.values()} == {0}
+    assert same(parameters_of(guide), parameters_of(start))
+    caplog.clear()
+    result, _ = run(x, loss=Interrupting(5), validation_data=x)
+    assert "the parameters of epoch 1, the best on the validation data" in caplog.text
+
+
+# --- the schedule ----------------------------------------------------------------------
+
+
+def test_a_factor_of_zero_takes_the_kl_away():
+    """At rate 0: the loss without KL is the likelihood alone; validation keeps the KL."""
+    x = make_data()
+    options = {"epochs": 1, "validation_data": x, "optim": lambda ps: torch.optim.SGD(ps, lr=0.0)}
+    full, guide = run(x, **options)
+    none, _ = run(x, schedule=lambda step: 0.0, **options)
+    params = guide.family_params(x).detach().squeeze(1)
+    kl = torch.distributions.kl_divergence(
+        dist.Normal(params[:, 0], params[:, 1].exp()), dist.Normal(0.0, 1.0)
+    ).mean()
+    difference = none.history["elbo"][0] - full.history["elbo"][0]
+    assert difference == pytest.approx(kl.item(), rel=1e-9)
+    assert kl > 1e-4
+    assert none.history["validation_elbo"] == full.history["validation_elbo"]
+
+
+def test_the_schedule_is_asked_at_each_step():
+    asked = []
+    run(make_data(), schedule=lambda step: asked.append(step) or 1.0, epochs=2)
+    assert asked == list(range(6))
+
+
+def test_a_factor_of_one_changes_nothing():
+    x = make_data()
+    (plain, one), (scaled, other) = run(x), run(x, schedule=lambda step: 1.0)
+    equal_histories(plain.history, scaled.history)
+    assert same(parameters_of(one), parameters_of(other))
+
+
+# --- what is not finite ----------------------------------------------------------------
+
+
+class Breaking(nn.Module):
+    """Breaks at a given run in training mode, in the way that is asked for."""
+
+    def __init__(self, how, at):
+        super().__init__()
+        self.how, self.at, self.runs = how, at, 0
+        self.scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        pyro.module("breaking", self)
+        self.runs += self.training and torch.is_grad_enabled()
+        broken = self.runs == self.at
+        scale = self.scale.exp()
+        if broken and self.how == "overflow":
+            scale = (self.scale + 1000.0).exp()
+        if broken and self.how == "nan":
+            scale = scale * math.nan
+        if broken and self.how == "gradient":
+            scale = scale + (self.scale - self.scale).sqrt()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("how", "told", "sites"),
+    [
+        (
+            "overflow",
+            r"the loss \(inf\) of step 5 is not finite, at sites 'x'",
+            ["'x' of the model"],
+        ),
+        (
+            "nan",
+            r"the loss of step 5 is not finite, at sites 'x' of the model",
+            ["'x' of the model"],
+        ),
+        ("gradient", "the gradient of step 5 is not finite, though each site's", []),
+    ],
+)
+@pytest.mark.parametrize("loss", [None, Trace_ELBO()])
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's own, before ours
+def test_a_step_that_is_not_finite(how, told, sites, loss):
+    x = make_data()
+    unbroken, sound = make_guide(x), Breaking("not", 0)
+    run(x, unbroken, fn=sound, epochs=None, max_steps=4, loss=loss)
+    guide, broken = make_guide(x), Breaking(how, 5)
+    with pytest.raises(pv.NonFiniteLossError, match=told) as raised:
+        run(x, guide, fn=broken, loss=loss)
+    assert raised.value.step == 5
+    assert raised.value.sites == sites
+    assert "keep the parameters of the step before" in str(raised.value)
+    assert same(parameters_of(guide), parameters_of(unbroken))
+    assert same(parameters_of(broken), parameters_of(sound))
+    assert all(p.isfinite().all() for p in [*guide.parameters(), *broken.parameters()])
+
+
+def test_a_guide_that_is_not_finite_is_named():
+    x = make_data()
+    guide = make_guide(x)
+    with torch.no_grad():
+        guide.head.bias[1] = 800.0  # a log scale
+    with pytest.raises(pv.NonFiniteLossError, match="'z' of the guide") as raised:
+        run(x, guide)
+    assert raised.value.step == 1
+
+
+def test_an_update_that_overflows_is_taken_back():
+    """A rate that makes the parameters themselves infinite at step 4, in epoch 2."""
+    x = make_data()
+    guide, rates = make_guide(x), []
+    kept = []
+
+    def optim(parameters):
+        rates.append(torch.optim.SGD(parameters, lr=1e-3))
+        return rates[0]
+
+    def grow(told):
+        kept.extend(parameters_of(guide))
+        rates[0].param_groups[0]["lr"] = math.inf
+
+    with pytest.raises(pv.NonFiniteLossError, match="keep the parameters of the end of epoch 1"):
+        run(x, guide, optim=optim, callbacks=[grow])
+    assert same(parameters_of(guide), kept)
+
+
+def test_another_error_in_a_step_passes_with_the_step_noted():
+    class Failing(Trace_ELBO):
+        def loss_and_grads(self, *args, **kwargs):
+            raise RuntimeError("of the loss")
+
+    with pytest.raises(RuntimeError, match="of the loss") as raised:
+        run(make_data(), loss=Failing())
+    assert raised.value.__notes__ == ["in step 1 of training"]
+
+
+# --- what is refused -------------------------------------------------------------------
+
+
+def counts(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Poisson(z.exp()).to_event(1), obs=x)
+
+
+def test_data_outside_the_likelihood_s_support():
+    x = torch.ones(9, 1, dtype=torch.float64)
+    guide = make_guide(x, fn=counts)
+    bad = x.clone()
+    bad[[4, 7]] = -1.0
+    with pytest.raises(ValueError, match=r"'x'.*support.*Poisson.*rows 4, 7 \(2 of 9\)"):
+        run(bad, guide, fn=counts)
+    with pytest.raises(ValueError, match=r"rows 4, 7 \(2 of 9\)") as raised:
+        run(x, guide, fn=counts, validation_data=bad)
+    assert raised.value.__notes__ == ["in validation_data"]
+
+
+def test_data_that_are_not_finite_or_empty():
+    x = make_data()
+    guide = make_guide(x)
+    bad = x.clone()
+    bad[3] = math.nan
+    for options in ({"validation_data": bad}, {}):
+        with pytest.raises(ValueError, match=r"NaN or infinite values in rows 3 \(1 of 40\)"):
+            run(x if options else bad, guide, **options)
+    with pytest.raises(ValueError, match="the batch is empty"):
+        run(x[:0], guide)
+    with pytest.raises(TypeError, match="NumPy array"):
+        run(x.numpy(), guide)
+
+
+def test_validation_data_for_a_local_guide():
+    x = make_data()
+    guide = pv.LocalGuide(model, num_data=40, example=x)
+    with pytest.raises(ValueError, match="a LocalGuide has parameters for the training data alone"):
+        run(x, guide, validation_data=x)
+
+
+def test_a_guide_without_the_model_s_sites():
+    def other(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(pyro.param("y0", x.new_zeros(())), 1.0))
+
+    with pytest.raises(ValueError, match=r"no sample statement for .*\['z'\].*has \['y'\]"):
+        run(make_data(), other)
+
+
+def test_a_loss_that_sees_no_parameters():
+    """Pyro's losses look for param sites; a bare nn.Module makes none."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.location = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.location, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="no gradient by any parameter.*registered"):
+        run(make_data(), Bare(), loss=Trace_ELBO())
+    result, _ = run(make_data(), Bare())  # ours follows the gradient
+    assert result.stopped_by == "epochs"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0: a whole number of at least 1"),
+        ({"batch_size": 2.5}, ValueError, "batch_size=2.5: a whole number"),
+        ({"epochs": 0}, ValueError, "epochs=0"),
+        ({"max_steps": -1}, ValueError, "max_steps=-1"),
+        ({"patience": 0, "validation_data": make_data(3)}, ValueError, "patience=0"),
+        ({"patience": 3}, ValueError, "patience counts epochs.*give validation_data"),
+        ({"compile": True}, ValueError, "compile=True: 'auto' or False"),
+        ({"loss": Trace_ELBO}, TypeError, "an instance of a pyro.infer.ELBO is needed"),
+        ({"optim": "adam"}, TypeError, "optim='adam'"),
+        ({"validation_data": Fresh(make_data(3))}, ValueError, "drawn anew for each epoch"),
+        ({"data_plate": "rows"}, pv.DataPlateError, "data_plate='rows'.*it has .*'data'"),
+    ],
+)
+def test_bad_arguments(options, error, told):
+    x = make_data()
+    guide = make_guide(x)
+    before = parameters_of(guide)
+    with pytest.raises(error, match=told):
+        run(x, guide, **options)
+    assert same(parameters_of(guide), before)

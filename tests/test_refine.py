@@ -1,0 +1,164 @@
+"""Per-datum optimisation: to the family's optimum, told honestly, never below the start."""
+
+from __future__ import annotations
+
+import logging
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis, log_normal_model
+from torch import nn
+
+import pyro_vae as pv
+
+
+def exact_elbo(model, x, guide):
+    return model.elbo_of(x, guide.table[..., 0].detach(), guide.table[..., 1].exp().detach())
+
+
+def amortized(model, x):
+    torch.manual_seed(0)
+    return pv.AmortizedGuide(model, encoder(x.shape[1]), example=x)
+
+
+def test_where_the_family_holds_the_posterior_the_elbo_is_the_evidence():
+    """Orthogonal loadings: a diagonal posterior, so log p(x) within 1e-4 nats per datum."""
+    model = factor_analysis("orthogonal")
+    torch.manual_seed(1)
+    x = model.data(40)
+    guide = pv.refine(model, amortized(model, x), x, seed=0)
+    evidence = model.log_evidence(x)
+    assert guide.converged.all()
+    assert (evidence - exact_elbo(model, x, guide)).max() < 1e-4
+    for num_particles in (1, 10, 1000):
+        bound = pv.iwae_bound(model, guide, x, num_particles=num_particles, seed=0)
+        # One draw of a nearly exact guide: the weight is off by the root of its KL.
+        assert (bound.value - evidence).abs().max() < 0.02 / num_particles**0.5 + 1e-4
+
+
+def test_elsewhere_it_is_the_optimum_of_the_family():
+    """Correlated loadings: the closed form of the best diagonal Gaussian within 1e-3."""
+    model = factor_analysis("correlated")
+    torch.manual_seed(1)
+    x = model.data(40)
+    guide = pv.refine(model, amortized(model, x), x, seed=0)
+    optimum = model.log_evidence(x) - model.mean_field_gap
+    assert guide.converged.all() and model.mean_field_gap > 0.1
+    gap = optimum - exact_elbo(model, x, guide)
+    assert (gap > -1e-10).all() and gap.max() < 1e-3
+    # Reverse KL: the variances are 1 / diag of the precision.
+    variance = 1 / model.posterior_precision.diagonal()
+    torch.testing.assert_close(
+        (2 * guide.table[..., 1]).exp().detach(), variance.expand(40, -1), rtol=0.05, atol=0
+    )
+
+
+def test_posteriors_of_any_scale():
+    """Steps are in units of the guide's width: scales from 1e-3 to 1e3 all converge."""
+    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=x.dtype), scales).to_event(1))
+            pyro.sample("x", dist.Normal(z, scales).to_event(1), obs=x)
+
+    x = torch.randn(5, 3, dtype=torch.float64) * scales
+    guide = pv.refine(model, pv.LocalGuide(model, num_data=5, example=x), x, seed=0)
+    exact = torch.distributions.Normal(0.0, scales * 2**0.5).log_prob(x).sum(-1)
+    assert guide.converged.all()
+    bound = pv.elbo(model, guide, x, num_particles=100, seed=0)
+    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-4)
+
+
+def test_no_datum_ends_below_its_start():
+    """The exact optimum as the start: the noise of optimisation must not lose any of it."""
+    model = factor_analysis("correlated")
+    x = model.data(20)
+    start = pv.LocalGuide(model, num_data=20, example=x)
+    variance = 1 / model.posterior_precision.diagonal()
+    with torch.no_grad():
+        start.table.copy_(
+            torch.stack([model.posterior_mean(x), variance.sqrt().log().expand(20, -1)], -1)
+        )
+    guide = pv.refine(model, start, x, seed=0)
+    lost = exact_elbo(model, x, start) - exact_elbo(model, x, guide)
+    assert lost.max() < 1e-4 and guide.converged.all()
+
+
+def test_what_has_not_converged_is_said(caplog):
+    model = factor_analysis("correlated")
+    x = model.data(12)
+    with caplog.at_level(logging.WARNING):
+        guide = pv.refine(model, amortized(model, x), x, max_steps=3, seed=0)
+    assert not guide.converged.any()
+    assert "12 of 12 data have not converged to within 0.02 nats in 3 steps" in caplog.text
+
+
+def test_the_model_and_the_guide_it_starts_from_stay_as_they_are():
+    torch.manual_seed(0)
+    model = pv.zoo.VAE(5, 2, hidden=[4])
+    x = (torch.rand(6, 5) > 0.5).float()
+    guide = pv.AmortizedGuide(model, nn.Linear(5, 4), example=x)
+    before = {n: p.clone() for m in (model, guide) for n, p in m.named_parameters()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    pv.refine(model, guide, x, max_steps=20, seed=0)
+    for module in (model, guide):
+        for name, parameter in module.named_parameters():
+            assert torch.equal(parameter, before[name]) and parameter.grad is None
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_hand_written_guides_are_read_off_or_matched():
+    """A Normal guide is the exact start; another is matched by the moments of its draws."""
+    model = factor_analysis("correlated")
+    x = model.data(8)
+    location = torch.randn(8, 3, dtype=torch.float64)
+
+    def normal(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(location, 0.3).to_event(1))
+
+    table = pv.refine(model, normal, x, max_steps=1, seed=0).table
+    assert table.shape == (8, 3, 2)
+    from pyro_vae.batches import as_batch
+    from pyro_vae.logweights import Scorer
+    from pyro_vae.refine import _start
+
+    local = pv.LocalGuide(model, num_data=8, example=x)
+    start = _start(local, normal, Scorer(model, normal, as_batch(x), seed=0))
+    torch.testing.assert_close(start[..., 0], location)
+    torch.testing.assert_close(start[..., 1].exp(), torch.full_like(location, 0.3))
+    start = _start(local, model.posterior, Scorer(model, model.posterior, as_batch(x), seed=0))
+    deviation = torch.linalg.inv(model.posterior_precision).diagonal().sqrt()
+    # 256 draws: 5 standard errors.
+    assert ((start[..., 0] - model.posterior_mean(x)).abs() < 5 * deviation / 16).all()
+
+
+def test_a_positive_latent():
+    """The best Gaussian on log s of the LogNormal model has median 2.115 at x = 3."""
+    x = torch.tensor([3.0], dtype=torch.float64)
+    guide = pv.LocalGuide(log_normal_model, num_data=1, example=x)
+    refined = pv.refine(log_normal_model, guide, x, seed=0, tolerance=1e-3)
+    assert refined.table[0, 0, 0].exp().item() == pytest.approx(2.115, abs=0.01)
+
+
+def test_more_data_than_a_block():
+    model = factor_analysis("orthogonal")
+    x = model.data(300)
+    guide = pv.refine(model, amortized(model, x), x, seed=0)
+    assert (model.log_evidence(x) - exact_elbo(model, x, guide)).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_steps": 0}, "max_steps=0"), ({"tolerance": 0.0}, "tolerance=0.0: a positive")],
+)
+def test_bad_numbers_are_refused(options, message):
+    model = factor_analysis()
+    x = model.data(3)
+    with pytest.raises(ValueError, match=message):
+        pv.refine(model, model.posterior, x, **options)
