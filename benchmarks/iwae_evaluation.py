@@ -38,7 +38,9 @@ LOOP_PAIRS = (1000, 2000, 4000, 8000, 16000)
 MEMORY_PARTICLES = (50, 500, 5000)
 
 
-def make(data: str | None, seed: int) -> tuple[pv.datasets.ImageData, pv.zoo.VAE, pv.AmortizedGuide]:
+def make(
+    data: str | None, seed: int
+) -> tuple[pv.datasets.ImageData, pv.zoo.VAE, pv.AmortizedGuide]:
     """Return the images and an untrained pair."""
     images = pv.datasets.digits() if data is None else pv.datasets.load(data)
     num_features = images.train.shape[1]

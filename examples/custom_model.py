@@ -47,7 +47,7 @@ def simulate(num_trials: int, num_neurons: int) -> Tensor:
 def main() -> None:
     torch.manual_seed(0)
     counts = simulate(1200, 15)
-    train, validation, test = counts.split([900, 200, 100])
+    train, validation, test = counts.split([960, 200, 40])
     model = PopulationActivity(num_neurons=15, num_latents=2)
     guide = pv.AmortizedGuide(model, Encoder(15), example=train[:5])
     print(pv.describe(model, train))
@@ -57,15 +57,19 @@ def main() -> None:
         guide,
         train,
         optim=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-        epochs=40,
+        epochs=150,
         validation_data=validation,
-        patience=10,
+        patience=20,
         progress=False,
     )
     print(result)
     print(pv.iwae_bound(model, guide, test, num_particles=1000, seed=0))
     comparison = pv.compare(
-        model, {"encoder": guide, "mean-field": pv.families.Normal()}, test, num_particles=1000, seed=0
+        model,
+        {"encoder": guide, "mean-field": pv.families.Normal()},
+        test,
+        num_particles=1000,
+        seed=0,
     )
     print(comparison)
     tree = pv.to_arviz(

@@ -39,11 +39,12 @@ def exact_mean_field_kl() -> float:
 def main() -> None:
     draws = torch.randn(1000, 3, dtype=torch.float64) @ LOADINGS.T + MEAN
     x = draws + NOISE * torch.randn_like(draws)
-    train, test = x[:900], x[900:]
-    # Too small on purpose: one tanh unit cannot carry three posterior means.
-    encoder = nn.Sequential(nn.Linear(6, 1), nn.Tanh()).double()
+    train, test = x[:950], x[950:]
+    # Small on purpose, so that it leaves a gap: the exact posterior mean is linear in x.
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double()
     guide = pv.AmortizedGuide(model, encoder, example=train)
-    pv.fit(model, guide, train, epochs=20, progress=False)
+    adam = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
+    pv.fit(model, guide, train, optim=adam, epochs=100, progress=False)
     comparison = pv.compare(
         model,
         {"encoder": guide, "mean-field": pv.families.Normal()},

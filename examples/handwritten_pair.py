@@ -36,7 +36,7 @@ def guide(x: Tensor) -> None:
 
 def main() -> None:
     digits = pv.datasets.digits()
-    train, test = digits.train.float(), digits.test[:50].float()
+    train, test = digits.train.float(), digits.test[:32].float()
     svi = SVI(
         model,
         guide,

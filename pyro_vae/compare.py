@@ -54,8 +54,9 @@ class Comparison:
         dataset: dims (guide, datum). Of each guide and datum, in nats: elbo, iwae_bound,
             approximation_gap, amortization_gap, each with its standard error ``<name>_se``;
             pareto_k, ess, converged (of the guide's reference). Of each datum:
-            log_evidence and log_evidence_se. Coordinate ``reference`` names the refined
-            guide that each guide's gaps are measured against. The attribute
+            log_evidence, log_evidence_se and log_evidence_pareto_k, the k-hat of the weights
+            it was made from. Coordinate ``reference`` names the refined guide that each
+            guide's gaps are measured against. The attribute
             ``log_evidence_from`` says which estimate log_evidence is.
         guides: name to guide, the refined ones too.
     """
@@ -131,14 +132,9 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
                 notes.append(
                     f"{label} {guide}: {int(row['not_converged'])} of "
                     f"{comparison.dataset.sizes['datum']} data have not converged; their "
-                    "approximation gap is too large and their amortization gap too small".strip()
+                    "approximation gap is too large and their amortization gap too small"
                 )
-        data = comparison.dataset
-        notes.append(
-            f"{label} log p(x): {data.attrs['log_evidence_from']}; {data.sizes['datum']} data, "
-            f"{data.attrs['num_particles']} particles each; nats per datum ± Monte Carlo "
-            "standard error".strip()
-        )
+        notes.append(f"{label} {_evidence_text(comparison.dataset)}")
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [
         " | ".join(
@@ -149,6 +145,20 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
     ]
     lines.insert(1, "-+-".join("-" * width for width in widths))
     return "\n".join([*lines, *(note.strip() for note in notes)])
+
+
+def _evidence_text(data: xr.Dataset) -> str:
+    bad = float((data["log_evidence_pareto_k"] > PARETO_K_THRESHOLD).mean())
+    doubt = (
+        f"; a lower bound, and for {100 * bad:.1f}% of the data (k-hat > {PARETO_K_THRESHOLD}) one "
+        "whose standard error is not to be trusted"
+        if bad
+        else ""
+    )
+    return (
+        f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data; nats per datum "
+        f"± Monte Carlo standard error{doubt}"
+    )
 
 
 def compare(
@@ -321,6 +331,7 @@ def _reduce(
     elbos = [(elbo(w), elbo_influence(w)) for w in weights]
     bounds = [(iwae_bound(w), iwae_influence(w)) for w in weights]
     evidences = list(bounds)
+    k_hats = [_pareto_k(w) for w in raw]
     if crossed and len(names) > 1:
         mixed = torch.stack(
             [
@@ -332,6 +343,7 @@ def _reduce(
         # One particle of the mixture estimate is one draw of every guide: common
         # random numbers make those draws dependent, and the particles not.
         evidences.append((value, torch.exp(mixed - value).mean(0) - 1.0))
+        k_hats.append(_pareto_k(mixed.flatten(0, 1).to(raw[0].dtype)))
     found = {
         "elbo": [value for value, _ in elbos],
         "elbo_se": [std_error(influence) for _, influence in elbos],
@@ -358,8 +370,12 @@ def _reduce(
     found["amortization_gap"], found["amortization_gap_se"] = amortization, amortization_se
     found["approximation_gap_se"] = approximation_se
     arrays = {name: torch.stack(values).cpu().numpy() for name, values in found.items()}
-    arrays["pareto_k"] = np.stack([arviz_bridge.psis(w.T.cpu().numpy())[1] for w in raw])
+    arrays["pareto_k"], arrays["evidence_pareto_k"] = np.stack(k_hats[: len(raw)]), np.stack(k_hats)
     return arrays
+
+
+def _pareto_k(weights: Tensor) -> np.ndarray:
+    return arviz_bridge.psis(weights.T.cpu().numpy())[1]
 
 
 def _dataset(
@@ -372,10 +388,11 @@ def _dataset(
         name: np.concatenate([block[name] for block in reduced], axis=-1) for name in reduced[0]
     }
     evidence, evidence_se = arrays.pop("evidence"), arrays.pop("evidence_se")
+    evidence_pareto_k = arrays.pop("evidence_pareto_k")
     chosen = int(np.argmax(evidence.mean(1)))
     labels = [f"IWAE-{num_particles} through {name!r}" for name in names]
     labels.append(
-        f"IWAE through the mixture of {', '.join(map(repr, names))}, {num_particles} draws of each"
+        f"IWAE-{num_particles * len(names)} through the mixture of {' and '.join(map(repr, names))}"
     )
     log_evidence = evidence[chosen]
     reference_elbo = np.stack(
@@ -394,6 +411,7 @@ def _dataset(
             **{name: (dims, value) for name, value in sorted(arrays.items())},
             "log_evidence": ("datum", log_evidence),
             "log_evidence_se": ("datum", evidence_se[chosen]),
+            "log_evidence_pareto_k": ("datum", evidence_pareto_k[chosen]),
         },
         coords={
             "guide": names,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyro.infer
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
@@ -24,7 +24,7 @@ from pyro_vae.handlers import LatentScale
 from pyro_vae.logweights import non_finite_sites
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer
+from pyro_vae.parameters import Parameters, all_finite, make_optimizer, module_of
 from pyro_vae.results import FitResult
 from pyro_vae.sites import evaluation, preserved_rng
 
@@ -169,8 +169,8 @@ def fit(
             "validation_data: a LocalGuide has parameters for the training data alone; "
             "use an AmortizedGuide, or leave validation_data out"
         )
-    for module in (model, guide):
-        if device is not None and isinstance(module, nn.Module):
+    for module in (module_of(model), module_of(guide)):
+        if device is not None and module is not None:
             module.to(device)
     training = TrainingData(model, data, batch_size, device, data_plate)
     validation = None if validation_data is None else training.validation(model, validation_data)
@@ -246,6 +246,10 @@ class _Trainer:
         self.loss: Any = ELBO() if loss is None else loss
         if not isinstance(self.loss, pyro.infer.ELBO):
             raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
+        if isinstance(loss, pyro.infer.ReweightedWakeSleep):
+            raise TypeError(
+                "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
+            )
         self.schedule, self.seed = schedule, seed
         self._latent_scale = LatentScale()
         self._pair = (
@@ -348,7 +352,7 @@ class _Trainer:
         self._latent_scale.factor = 1.0
         with (
             torch.no_grad(),
-            evaluation(self.model, self.guide),
+            evaluation(module_of(self.model), module_of(self.guide)),
             preserved_rng(self.validation.device),
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)

@@ -15,7 +15,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.logweights import trace_pair
 from pyro_vae.sites import evaluation, preserved_rng
 
-__all__ = ["Parameters", "all_finite", "make_optimizer"]
+__all__ = ["Parameters", "all_finite", "make_optimizer", "module_of"]
 
 
 class Parameters:
@@ -37,15 +37,15 @@ class Parameters:
         with (
             torch.no_grad(),
             preserved_rng(batch.device),
-            evaluation(model, guide),
+            evaluation(module_of(model), module_of(guide)),
             poutine.block(),
         ):
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
-        self._modules = {
-            role: module
-            for role, module in (("model", model), ("guide", guide))
-            if isinstance(module, nn.Module)
-        }
+        self._modules: dict[str, nn.Module] = {}
+        for role, fn in (("model", model), ("guide", guide)):
+            module = module_of(fn)
+            if module is not None and all(module is not other for other in self._modules.values()):
+                self._modules[role] = module
         found: dict[int, Tensor] = {
             id(parameter): parameter
             for module in self._modules.values()
@@ -103,6 +103,12 @@ class Parameters:
         with torch.no_grad():
             for name, value in self._stored.items():
                 value.copy_(state["store"][name])
+
+
+def module_of(fn: Any) -> nn.Module | None:
+    """Return the nn.Module that a model or guide is, or is a method of; None for others."""
+    owner = getattr(fn, "__self__", fn)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -322,8 +322,8 @@ def _check_support(sites: Mapping[str, Site]) -> None:
             where = _outside_text(inside, dims)
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
-                f"{site.distribution} likelihood ({_support_text(site)}) in {where}; rescale or clean the "
-                "data, or choose another likelihood"
+                f"{site.distribution} likelihood ({_support_text(site)}) in {where}; rescale or "
+                "clean the data, or choose another likelihood"
             )
 
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
@@ -115,6 +115,37 @@ def test_plain_functions_train():
     # Maximum likelihood: mu = mean(x), and location = mu / 2. Tolerance of the noise of steps.
     assert pyro.param("mu").item() == pytest.approx(x.mean().item(), abs=0.1)
     assert pyro.param("location").item() == pytest.approx(x.mean().item() / 2, abs=0.1)
+
+
+class Methods(nn.Module):
+    """A model and a guide as methods of one module, as in Pyro's tutorial."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double()
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        location, log_scale = self.encoder(x).split(1, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(location, log_scale.exp()).to_event(1))
+
+
+def test_methods_of_a_module_are_the_module():
+    """Dropout is off in validation, and the running means belong to the best parameters."""
+    x, pair, seen = make_data(), Methods(), []
+
+    def record(told):
+        seen.append(pair.encoder[1].running_mean.clone())
+
+    options = {"validation_data": x, "optim": lambda ps: torch.optim.SGD(ps, lr=0.0)}
+    result, _ = run(x, pair.guide, epochs=4, callbacks=[record], **options)
+    assert pair.training
+    assert torch.equal(pair.encoder[1].running_mean, seen[result.best_epoch - 1])
+    assert not torch.equal(seen[0], seen[1])
+    pair.eval()  # the same validation ELBO again, so there was no dropout in it
+    frozen, _ = run(x, pair.guide, epochs=1, **options)
+    assert frozen.history["validation_elbo"] == [max(result.history["validation_elbo"])]
 
 
 def test_a_local_guide_stays_aligned_with_shuffled_minibatches():
@@ -316,7 +347,7 @@ def stop(epoch):
 @pytest.mark.parametrize(
     ("end", "seed"), [("epochs", 0), ("ctrl_c", 0), ("callback", 0), ("ctrl_c", None)]
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, end, seed, caplog):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, end, seed):
     x, validation = make_data(), make_data(10, seed=2)
     options = {
         "seed": seed,
@@ -725,6 +756,7 @@ def test_a_loss_that_sees_no_parameters():
         ({"patience": 3}, ValueError, "patience counts epochs.*give validation_data"),
         ({"compile": True}, ValueError, "compile=True: 'auto' or False"),
         ({"loss": Trace_ELBO}, TypeError, "an instance of a pyro.infer.ELBO is needed"),
+        ({"loss": ReweightedWakeSleep()}, TypeError, "ReweightedWakeSleep has two losses"),
         ({"optim": "adam"}, TypeError, "optim='adam'"),
         ({"validation_data": Fresh(make_data(3))}, ValueError, "drawn anew for each epoch"),
         ({"data_plate": "rows"}, pv.DataPlateError, "data_plate='rows'.*it has .*'data'"),
