@@ -57,7 +57,7 @@ def main() -> None:
         guide,
         train,
         optim=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-        epochs=150,
+        epochs=100,
         validation_data=validation,
         patience=20,
         progress=False,

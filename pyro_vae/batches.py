@@ -54,6 +54,13 @@ class Batch:
         if 0 in sizes.values():
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
 
+    def __str__(self) -> str:
+        told = {
+            name: f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            for name, value in self._named()
+        }
+        return "a batch of " + ", ".join(f"{name}: {text}" for name, text in told.items())
+
     @property
     def size(self) -> int | None:
         """Number of data; None where no tensor has rows (the model closes over its data)."""

@@ -190,12 +190,13 @@ def inspect(
     Raises:
         DataPlateError: where no plate holds all observed sites and a latent one, or
             several do, or its size is not the batch's.
-        ValueError: for NaN in the batch, and for observed values outside their support.
+        ValueError: for NaN in the batch, and for observed values of another shape than
+            their likelihood's, or outside its support.
     """
     arguments = as_batch(*batch)
     arguments.check_finite()
     sites, nesting = _run(model, arguments)
-    _check_support(sites)
+    _check_observed(sites)
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
         return Structure(kinds, None, nesting, 1)
@@ -272,7 +273,11 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
 
 def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
-        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        try:
+            trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        except Exception as error:
+            error.add_note(f"while running the model on {batch}")
+            raise
     drawn = {
         name
         for name, node in trace.nodes.items()
@@ -304,10 +309,12 @@ def _draws_subsample(plate: Any) -> bool:
     return plate.subsample_size not in (None, -1, plate.size)
 
 
-def _check_support(sites: Mapping[str, Site]) -> None:
+def _check_observed(sites: Mapping[str, Site]) -> None:
+    """Raise ValueError for observed values of another shape, or outside the support."""
     for site in sites.values():
         if site.kind != "observed" or not isinstance(site.value, Tensor):
             continue
+        _check_shape(site)
         try:
             support = site.support
         except NotImplementedError:  # a distribution without a declared support
@@ -325,6 +332,28 @@ def _check_support(sites: Mapping[str, Site]) -> None:
                 f"{site.distribution} likelihood ({_support_text(site)}) in {where}; rescale or "
                 "clean the data, or choose another likelihood"
             )
+
+
+def _check_shape(site: Site) -> None:
+    # Torch would broadcast a value of other event dimensions, and count it several times.
+    shape, wanted = tuple(site.value.shape), (*site.batch_shape, *site.event_shape)
+    events = len(site.event_shape)
+    batch = shape[: len(shape) - events]
+    if (
+        len(shape) < events
+        or any(
+            b not in (1, a)
+            for a, b in zip(shape[len(shape) - events :], site.event_shape, strict=True)
+        )
+        or len(batch) > len(site.batch_shape)
+        or any(a not in (1, b) for a, b in zip(batch[::-1], site.batch_shape[::-1], strict=False))
+    ):
+        raise ValueError(
+            f"observed site {site.name!r}: its value has shape {list(shape)}, but its "
+            f"{site.distribution} likelihood has shape {list(wanted)} (batch "
+            f"{list(site.batch_shape)}, event {events} dimensions); give data of that shape, or "
+            "mend the likelihood (.to_event(...))"
+        )
 
 
 def _outside_text(inside: Tensor, plates: Mapping[int, Plate]) -> str:

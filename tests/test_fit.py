@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import chain
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.minibatches import mean_elbo
 
 HISTORY = [
     "epoch",
@@ -293,6 +295,22 @@ def test_without_a_seed_the_global_state_decides():
     assert histories[0] == histories[1] != histories[2]
 
 
+def test_each_epoch_is_shuffled_anew():
+    x, batches = make_data(), []
+
+    class Recording(Trace_ELBO):
+        def loss_and_grads(self, model, guide, x):
+            batches.append(x.flatten().tolist())
+            return super().loss_and_grads(model, guide, x)
+
+    run(x, loss=Recording())
+    assert [len(batch) for batch in batches] == [16, 16, 8] * 2
+    first, second = (list(chain(*part)) for part in (batches[:3], batches[3:]))
+    assert first != second
+    assert first != x.flatten().tolist()
+    assert sorted(first) == sorted(second) == sorted(x.flatten().tolist())
+
+
 class Fresh:
     """Data drawn anew for each epoch; remembers what it gave."""
 
@@ -490,6 +508,13 @@ def test_history_and_callbacks():
     assert result.best_epoch == 3
 
 
+def test_the_mean_over_minibatches_by_hand():
+    """Sizes weigh: 30 data at 1 nat and 10 at 5 have the mean 2."""
+    assert mean_elbo([(1.0, 10), (3.0, 10)]) == pytest.approx((2.0, 1.0))
+    # sqrt(((1 - 2) * 30)^2 + ((5 - 2) * 10)^2) * sqrt(2 / 1) / 40
+    assert mean_elbo([(1.0, 30), (5.0, 10)]) == pytest.approx((2.0, 1.5))
+
+
 def test_a_single_step_has_no_standard_error():
     result, _ = run(make_data(), batch_size=1000)
     assert result.steps == 2
@@ -645,6 +670,23 @@ def test_a_guide_that_is_not_finite_is_named():
     with pytest.raises(pv.NonFiniteLossError, match="'z' of the guide") as raised:
         run(x, guide)
     assert raised.value.step == 1
+
+
+def test_the_second_look_has_the_same_random_numbers():
+    """The scale overflows for a latent beyond 2.5, which few minibatches of 4 hold."""
+
+    def rare(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            scale = torch.where(z > 2.5, math.inf, 1.0)
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    x = make_data() * 0.0
+    optim = {"optim": lambda ps: torch.optim.SGD(ps, lr=0.0)}
+    with pytest.raises(pv.NonFiniteLossError, match="loss") as raised:
+        run(x, fn=rare, batch_size=4, epochs=100, **optim)
+    assert raised.value.step > 5
+    assert raised.value.sites == ["'x' of the model"]
 
 
 def test_an_update_that_overflows_is_taken_back():

@@ -176,3 +176,34 @@ def test_deterministic_sites_are_no_observations():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     assert list(inspect(model, torch.zeros(2)).sites) == ["z", "x"]
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_observed_values_of_another_shape_are_refused(columns):
+    """One column would be broadcast, and silently count three times."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    inspect(model, torch.zeros(5, 3))
+    message = rf"'x': its value has shape \[5, {columns}\], but its Normal likelihood .* \[5, 3\]"
+    with pytest.raises(ValueError, match=message):
+        inspect(model, torch.zeros(5, columns))
+
+
+def test_an_error_in_the_model_says_what_it_was_run_on():
+    model = factor_analysis()
+    with pytest.raises(ValueError, match="shape") as caught:
+        inspect(model, torch.zeros(5, 4, dtype=torch.float64))
+    assert "its value has shape [5, 4]" in str(caught.value)
+
+    def broken(x):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError) as other:
+        inspect(broken, torch.zeros(5, 4))
+    assert other.value.__notes__ == [
+        "while running the model on a batch of argument 0: shape [5, 4]"
+    ]
