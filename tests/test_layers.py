@@ -39,7 +39,16 @@ LAYERS = {
         "parameters",
         "annealing",
     },
-    2: {"objectives", "svi", "fit", "refine", "bounds", "compare", "diagnostics"},
+    2: {
+        "objectives",
+        "minibatches",
+        "svi",
+        "fit",
+        "refine",
+        "bounds",
+        "compare",
+        "diagnostics",
+    },
     3: {"inference_data", "report", "datasets", "zoo", "demo", "cli"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
