@@ -30,13 +30,9 @@ class PopulationActivity(nn.Module):
             pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
 
 
-class Encoder(nn.Module):
-    def __init__(self, num_neurons: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(num_neurons, 32), nn.Tanh())
-
+class Encoder(nn.Sequential):
     def forward(self, counts: Tensor) -> Tensor:
-        return self.net(counts.log1p())
+        return super().forward(counts.log1p())
 
 
 def simulate(num_trials: int, num_neurons: int) -> Tensor:
@@ -49,7 +45,8 @@ def main() -> None:
     counts = simulate(1200, 15)
     train, validation, test = counts.split([960, 200, 40])
     model = PopulationActivity(num_neurons=15, num_latents=2)
-    guide = pv.AmortizedGuide(model, Encoder(15), example=train[:5])
+    encoder = Encoder(nn.Linear(15, 32), nn.Tanh())
+    guide = pv.AmortizedGuide(model, encoder, example=train[:5])
     print(pv.describe(model, train))
 
     result = pv.fit(

@@ -43,8 +43,8 @@ def main() -> None:
     # Small on purpose, so that it leaves a gap: the exact posterior mean is linear in x.
     encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double()
     guide = pv.AmortizedGuide(model, encoder, example=train)
-    adam = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
-    pv.fit(model, guide, train, optim=adam, epochs=100, progress=False)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
+    pv.fit(model, guide, train, optim=optimizer, epochs=100, progress=False)
     comparison = pv.compare(
         model,
         {"encoder": guide, "mean-field": pv.families.Normal()},

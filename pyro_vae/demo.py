@@ -281,7 +281,8 @@ def _meaning(comparisons: dict[str, Comparison]) -> str:
     return (
         f"On held-out images the amortized posterior falls {family + encoder:.2f} nats short of "
         f"log p(x), {family:.2f} of them because of the mean-field family and {encoder:.2f} "
-        f"because of the encoder, which loses {seen:.2f} on the images it was trained on: {remedy}. "
+        f"because of the encoder, which loses {seen:.2f} on the images it was trained on: "
+        f"{remedy}. "
         f"Importance weights through it are not to be trusted (k-hat > {PARETO_K_THRESHOLD}) for "
         f"{bad['amortized']:.0f}% of the held-out images, nor for {bad['mean-field']:.0f}% of them "
         "through the mean field fitted to each image alone."

@@ -24,9 +24,9 @@ from pyro_vae.handlers import LatentScale
 from pyro_vae.logweights import non_finite_sites
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer, module_of
+from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
-from pyro_vae.sites import evaluation, preserved_rng
+from pyro_vae.sites import evaluation, module_of, preserved_rng
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]
 
@@ -352,7 +352,7 @@ class _Trainer:
         self._latent_scale.factor = 1.0
         with (
             torch.no_grad(),
-            evaluation(module_of(self.model), module_of(self.guide)),
+            evaluation(self.model, self.guide),
             preserved_rng(self.validation.device),
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)

@@ -168,8 +168,10 @@ class FamilyGuide(nn.Module):
                 dim=self._data_plate.dim,
             )
             with plate as index:
-                chosen = Batch(args, kwargs).rows(torch.as_tensor(index))
-                params = self.family_params(*chosen.args, **chosen.kwargs)
+                drawn = torch.as_tensor(index)
+                chosen = Batch(args, kwargs).rows(drawn)
+                with self.rows(drawn) if isinstance(self, LocalGuide) else contextlib.nullcontext():
+                    params = self.family_params(*chosen.args, **chosen.kwargs)
                 return self._sample(params)
         params = self.family_params(*args, **kwargs)
         size = params.shape[0]
@@ -209,8 +211,8 @@ class FamilyGuide(nn.Module):
             for coordinates in self.coordinates:
                 fn = structure.sites[coordinates.name].fn
                 draws = coordinates.transform.inv(fn.sample((_PRIOR_DRAWS,)))
-                flat = torch.stack([coordinates.flatten(draw, trailing=0) for draw in draws])
-                flat = flat.reshape(-1, flat.shape[-1])
+                flat = coordinates.flatten(draws.movedim(0, -1), trailing=1)  # [N, d, draws]
+                flat = flat.movedim(1, -1).reshape(-1, flat.shape[1])
                 moments.append(self.family.from_moments(flat.mean(0), flat.std(0)))
         return torch.cat(moments)
 
@@ -252,8 +254,8 @@ class FamilyGuide(nn.Module):
                     params = coordinates.flatten(params, trailing=1)
             if params is None:
                 draws = coordinates.transform.inv(values[coordinates.name])
-                flat = torch.stack([coordinates.flatten(draw, trailing=0) for draw in draws])
-                params = self.family.from_moments(flat.mean(0), flat.std(0))
+                flat = coordinates.flatten(draws.movedim(0, -1), trailing=1)  # [N, d, K]
+                params = self.family.from_moments(flat.mean(-1), flat.std(-1))
             columns.append(params)
         return torch.cat(columns, 1)
 

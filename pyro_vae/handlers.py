@@ -23,13 +23,24 @@ def register(module: nn.Module) -> None:
     Pyro keeps parameters by name in one store, where two modules of one name share
     them. Each object gets a name that no other ever has, copies included.
 
+    The names leave the store with the object, for nothing else could find them.
+
     Args:
         module: called from within a model or guide; its parameters become param sites.
     """
     name = _names.get(module)
     if name is None:
         name = _names[module] = f"{type(module).__name__}-{next(_counter)}"
+        weakref.finalize(module, _forget, name).atexit = False
     pyro.module(name, module)
+
+
+def _forget(name: str) -> None:
+    store = pyro.get_param_store()
+    for param_name, value in list(store.named_parameters()):
+        # A parameter that is registered under another name as well is not ours to drop.
+        if param_name.startswith(f"{name}$$$") and store.param_name(value) == param_name:
+            del store[param_name]
 
 
 class LatentScale(Messenger):

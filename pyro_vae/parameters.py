@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
 from pyro_vae.logweights import trace_pair
-from pyro_vae.sites import evaluation, preserved_rng
+from pyro_vae.sites import evaluation, module_of, preserved_rng
 
-__all__ = ["Parameters", "all_finite", "make_optimizer", "module_of"]
+__all__ = ["Parameters", "all_finite", "make_optimizer"]
 
 
 class Parameters:
@@ -37,7 +37,7 @@ class Parameters:
         with (
             torch.no_grad(),
             preserved_rng(batch.device),
-            evaluation(module_of(model), module_of(guide)),
+            evaluation(model, guide),
             poutine.block(),
         ):
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
@@ -103,12 +103,6 @@ class Parameters:
         with torch.no_grad():
             for name, value in self._stored.items():
                 value.copy_(state["store"][name])
-
-
-def module_of(fn: Any) -> nn.Module | None:
-    """Return the nn.Module that a model or guide is, or is a method of; None for others."""
-    owner = getattr(fn, "__self__", fn)
-    return owner if isinstance(owner, nn.Module) else None
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "evaluation",
     "inspect",
     "latent_nodes",
+    "module_of",
     "plate_nesting",
     "sample_nodes",
 ]
@@ -142,13 +143,19 @@ class Structure:
             )
 
 
+def module_of(fn: Any) -> nn.Module | None:
+    """Return the nn.Module that a model or guide is, or is a method of; None for others."""
+    owner = getattr(fn, "__self__", fn)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 @contextlib.contextmanager
-def evaluation(*modules: Any) -> Iterator[None]:
-    """Put the nn.Modules among the arguments in eval mode; restore each submodule after."""
+def evaluation(*fns: Any) -> Iterator[None]:
+    """Put the nn.Modules of models and guides in eval mode; restore each submodule after."""
     training = [
         submodule
-        for module in modules
-        if isinstance(module, nn.Module)
+        for module in map(module_of, fns)
+        if module is not None
         for submodule in module.modules()
         if submodule.training
     ]

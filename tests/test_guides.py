@@ -243,3 +243,18 @@ def test_discrete_latents_are_refused_by_name():
 
     with pytest.raises(ValueError, match=r"latent site 'c' \(Categorical\)"):
         pv.LocalGuide(model, num_data=2, example=torch.zeros(2))
+
+
+def test_a_table_follows_the_minibatch_that_the_model_draws():
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=3) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    x = torch.arange(12.0)
+    guide = pv.LocalGuide(model, num_data=12, example=x)
+    with torch.no_grad():
+        guide.table[:, 0, 0] = x
+    guide_trace = poutine.trace(guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
+    assert torch.equal(guide_trace.nodes["z"]["fn"].loc, model_trace.nodes["x"]["value"])

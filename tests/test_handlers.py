@@ -89,3 +89,18 @@ def test_latent_scale_leaves_a_plate_s_subsample_alone():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     assert scales_of(LatentScale(0.0)(subsampled)) == {"data": 1.0, "z": 0.0}
+
+
+def test_names_leave_the_store_with_their_module():
+    def names():
+        return {name for name in pyro.get_param_store() if name.startswith("Linear-")}
+
+    kept, gone = nn.Linear(2, 1), nn.Linear(2, 1)
+    for module in (kept, gone):
+        register(module)
+    assert len(names()) == 4
+    del gone, module
+    gc.collect()
+    assert len(names()) == 2
+    register(kept)
+    assert len(names()) == 2

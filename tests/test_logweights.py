@@ -482,3 +482,24 @@ def test_non_finite_sites_are_named():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     assert non_finite_sites(model, guide, as_batch(torch.zeros(2))) == ["'x' of the model"]
+
+
+def test_methods_of_a_module_are_evaluated_in_eval_mode():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.drop(z), 1.0), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.drop(x), 1.0))
+
+    both, x = Both(), torch.ones(4)
+    a, b = (pv.log_weights(both.model, both.guide, x, num_particles=2, seed=0) for _ in range(2))
+    assert torch.equal(a.total, b.total)
+    assert both.drop.training
