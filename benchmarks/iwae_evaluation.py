@@ -85,7 +85,7 @@ def by_hand(
 def best_sizes(run: Callable[[int, int, int], Tensor], num_data: int) -> tuple[int, int]:
     """Return the (data, pairs) with which the loop is fastest, by short trials."""
     seconds: dict[tuple[int, int], float] = {}
-    for _ in range(2):
+    for _ in range(3):
         for data in LOOP_DATA:
             for pairs in LOOP_PAIRS:
                 if min(data, num_data) <= pairs:

@@ -21,12 +21,12 @@ from pyro_vae import checkpoints
 from pyro_vae.batches import Batch, EpochData
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
-from pyro_vae.logweights import non_finite_sites
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO
 from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
 from pyro_vae.sites import evaluation, module_of, preserved_rng
+from pyro_vae.traces import non_finite_sites
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]
 

@@ -8,10 +8,8 @@ structure, and sample the model's local latent sites under their own names.
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -19,76 +17,17 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, IndependentTransform, biject_to
 
 from pyro_vae.batches import Batch, as_batch
+from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Normal
 from pyro_vae.handlers import register
-from pyro_vae.sites import Plate, Site, Structure, evaluation, inspect, preserved_rng
+from pyro_vae.sites import Plate, Structure, evaluation, inspect, preserved_rng
 
 __all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide"]
 
 # Draws from a latent's prior that place the start of its guide.
 _PRIOR_DRAWS = 1000
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Where one latent site's unconstrained coordinates lie in a guide's parameters.
-
-    Attributes:
-        name: the site.
-        transform: from the reals to the site's support.
-        inner: the plates inside the data plate that the site is in.
-        shape: the site's batch dimensions (data dimension excluded), then the event
-            dimensions of the unconstrained value.
-        data_axis: the data dimension's place among the batch dimensions.
-        columns: its slice of the D coordinates of a datum.
-    """
-
-    name: str
-    transform: Any
-    inner: tuple[Plate, ...]
-    shape: tuple[int, ...]
-    data_axis: int
-    columns: slice
-
-    @classmethod
-    def of(cls, site: Site, data_plate: Plate, start: int) -> Coordinates:
-        """Return the coordinates of a local latent site that begin at column ``start``."""
-        try:
-            transform = biject_to(site.support)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"latent site {site.name!r} ({site.distribution}) has the support "
-                f"{site.support}, which no bijection maps to the reals; a continuous guide "
-                "cannot propose it. Sum it out in the model, or write the guide by hand"
-            ) from error
-        event = transform.inverse_shape(site.event_shape)
-        data_axis = len(site.batch_shape) + data_plate.dim
-        batch = [size for axis, size in enumerate(site.batch_shape) if axis != data_axis]
-        shape = (*batch, *event)
-        return cls(
-            name=site.name,
-            transform=transform,
-            inner=tuple(plate for plate in site.plates if plate.name != data_plate.name),
-            shape=shape,
-            data_axis=data_axis,
-            columns=slice(start, start + math.prod(shape)),
-        )
-
-    def arrange(self, coordinates: Tensor, trailing: int) -> Tensor:
-        """Reshape [N, D, ...] (``trailing`` dims after D) to the site's batch and event."""
-        mine = coordinates[:, self.columns]
-        tail = mine.shape[mine.ndim - trailing :]
-        return mine.reshape(mine.shape[0], *self.shape, *tail).movedim(0, self.data_axis)
-
-    def flatten(self, value: Tensor, trailing: int) -> Tensor:
-        """Undo :meth:`arrange`: [N, d, ...] from the site's batch and event dimensions."""
-        tail = value.shape[value.ndim - trailing :]
-        return value.movedim(self.data_axis, 0).reshape(
-            value.shape[self.data_axis], math.prod(self.shape), *tail
-        )
 
 
 class FamilyGuide(nn.Module):
@@ -198,7 +137,7 @@ class FamilyGuide(nn.Module):
     def _distribution(self, coordinates: Coordinates, params: Tensor) -> Any:
         base = self.family.marginal(coordinates.arrange(params, trailing=1))
         base = base.to_event(coordinates.transform.domain.event_dim)
-        if _is_identity(coordinates.transform):
+        if coordinates.is_identity:
             return base
         return dist.TransformedDistribution(base, [coordinates.transform])
 
@@ -246,7 +185,7 @@ class FamilyGuide(nn.Module):
         for coordinates in self.coordinates:
             params = None
             fn = nodes[coordinates.name]["fn"]
-            if _is_identity(coordinates.transform):
+            if coordinates.is_identity:
                 while isinstance(fn, torch.distributions.Independent):
                     fn = fn.base_dist
                 params = self.family.params_of(fn)
@@ -496,9 +435,3 @@ def _is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> boo
     except (ValueError, RuntimeError):
         return False  # the model takes batches of this one size only: no minibatches
     return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
-
-
-def _is_identity(transform: Any) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts

@@ -1,19 +1,13 @@
-"""The only runner of guide and replayed model for scoring: particles, chunks, refusals.
+"""The only runner of guide and replayed model for scoring: draws, chunks, refusals.
 
 The guide is drawn from in blocks whose size and seed depend on the data and the
 base seed alone, and the model scores the draws in chunks of any size; so a chunk
 bounds memory and never changes a result.
-
-Particles are a dimension outside the model's own plates. A network that cannot
-take it gets the batch repeated along the data plate, or a loop; which of the
-three is decided by comparing with a loop of single particles, model and guide
-each on its own, so that a wrong broadcast is found and not averaged over.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +16,12 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.guides import LocalGuide
+from pyro_vae.particles import MODES, Runner, SiteShape, choose_mode, is_latent, is_observed
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
-    check_guide,
     evaluation,
     inspect,
     latent_nodes,
@@ -38,261 +29,16 @@ from pyro_vae.sites import (
     preserved_rng,
     sample_nodes,
 )
+from pyro_vae.traces import trace_pair
 
-__all__ = [
-    "Chunk",
-    "Scorer",
-    "log_weights",
-    "non_finite_sites",
-    "site_log_prob",
-    "trace_pair",
-]
+__all__ = ["Chunk", "Scorer", "log_weights"]
 
-logger = logging.getLogger(__name__)
-
-_PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
 _DRAW_PAIRS = 8192
 _DRAW_DATA = 256
 # Pairs scored at once by default: activations of a few hundred units in cache.
 _CHUNK_PAIRS = 8192
-
-MODES: tuple[str, ...] = ("plate", "repeat", "loop")
-
-
-# --- one run of a guide and the replayed model -------------------------------------
-
-
-def trace_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[Any, Any]:
-    """Run the guide, replay the model with its draws, and return both traces.
-
-    Raises:
-        ValueError: where the guide does not propose just the model's latent sites.
-    """
-    guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
-    model_trace = poutine.trace(
-        poutine.replay(model, trace=guide_trace), graph_type="flat"
-    ).get_trace(*args, **kwargs)
-    check_guide(model_trace, guide_trace)
-    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-
-
-def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
-    """Return a site's log density, of its batch shape, masked, and scaled if asked.
-
-    Raises:
-        ValueError: for a value outside the support, naming the site.
-    """
-    fn = node["fn"]
-    try:
-        log_prob = fn.log_prob(node["value"])
-    except ValueError as error:
-        role = "observed" if node["is_observed"] else "latent"
-        raise ValueError(
-            f"{role} site {name!r}: no log density of its value under {fn}: {error}"
-        ) from error
-    return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
-
-
-def non_finite_sites(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
-) -> list[str]:
-    """Return the sites whose value or log density is not finite in one run, in order."""
-    found = []
-    with torch.no_grad(), pyro.validation_enabled(False):
-        model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
-        for owner, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, node in sample_nodes(trace):
-                value, log_prob = node["value"], site_log_prob(name, node, scaled=True)
-                if not bool(torch.isfinite(value).all() & torch.isfinite(log_prob).all()):
-                    found.append(f"{name!r} of the {owner}")
-    return found
-
-
-# --- one callable, many particles -----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Batch and event dimensions of a site in a single run, without particles."""
-
-    batch_ndim: int
-    event_ndim: int
-
-
-class _Runner:
-    """Runs a guide or a model on rows of a batch, for several particles at once.
-
-    Values are kept in one layout, [K, *plates, *event]: particles, then
-    ``nesting`` plate dimensions, then the event. Each mode folds it to what its
-    run takes and back.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        batch: Batch,
-        shapes: Mapping[str, _Shape],
-        nesting: int,
-        data_dim: int | None,
-    ) -> None:
-        self.fn = fn
-        self.batch = batch
-        self.shapes = shapes
-        self.nesting = nesting
-        self.data_dim = data_dim
-        self.mode = "plate"
-
-    def traces(
-        self, rows: slice, num_particles: int, values: Mapping[str, Tensor] | None = None
-    ) -> list[Any]:
-        """Run in the mode: one trace, or a trace for each particle in a loop."""
-        batch = self.batch if self._whole(rows) else self.batch.rows(rows)
-        if self.mode == "loop":
-            return [
-                self._trace(self.fn, batch, rows, 1, self._fold(values, k))
-                for k in range(num_particles)
-            ]
-        if self.mode == "repeat":
-            repeated = batch.repeat(num_particles)
-            return [self._trace(self.fn, repeated, rows, num_particles, self._fold(values, None))]
-        plate = pyro.plate(_PARTICLE_PLATE, num_particles, dim=-1 - self.nesting)
-        return [self._trace(plate(self.fn), batch, rows, 1, values)]
-
-    def values(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
-        """Return the values of sites not observed in a run, [K, *plates, *event] each."""
-        return {
-            name: self._unfold(
-                name, [trace.nodes[name]["value"] for trace in traces], num_particles
-            )
-            for name, _ in latent_nodes(traces[0])
-        }
-
-    def log_prob(
-        self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
-    ) -> Tensor:
-        """Return the summed log density of the kept sites, unscaled: [K, N]."""
-        total: Tensor | None = None
-        for name, node in sample_nodes(traces[0]):
-            if keep(name, node):
-                term = self.site_log_prob(traces, name, num_particles)
-                total = term if total is None else total + term
-        if total is None:
-            raise ValueError("no site to score")
-        return total
-
-    def site_log_prob(self, traces: list[Any], name: str, num_particles: int) -> Tensor:
-        """Return one site's log density for each particle and datum, unscaled: [K, N]."""
-        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
-        if self.mode == "loop":
-            return torch.stack([self._reduce(term, leading=0) for term in terms])
-        (term,) = terms
-        if self.mode == "repeat":
-            return self._reduce(term, leading=0).reshape(num_particles, -1)
-        reduced = self._reduce(term, leading=1)
-        return reduced.expand(num_particles, reduced.shape[1])
-
-    def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
-        """Return one site's log density for each particle, not summed: [K, *batch]."""
-        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
-        if self.mode == "loop":
-            return torch.stack(terms)
-        (term,) = terms
-        missing = self.nesting - self.shapes[name].batch_ndim
-        return term.reshape(term.shape[:1] + term.shape[1 + missing :])
-
-    def _reduce(self, term: Tensor, leading: int) -> Tensor:
-        """Sum all dimensions but the data's (and ``leading`` particles' before the plates)."""
-        missing = self.nesting + leading - term.ndim
-        if missing > 0:
-            term = term.reshape((1,) * missing + term.shape)
-        data_axis = None if self.data_dim is None else term.ndim + self.data_dim
-        axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
-        term = term.sum(axes) if axes else term
-        return term if data_axis is not None else term.unsqueeze(-1)
-
-    def _fold(
-        self, values: Mapping[str, Tensor] | None, particle: int | None
-    ) -> dict[str, Tensor] | None:
-        """Bring values to the shape of a single run: one particle, or all along the data."""
-        if values is None:
-            return None
-        folded = {}
-        for name, value in values.items():
-            shape = self.shapes[name]
-            if particle is not None:
-                value = value[particle]
-            else:
-                axis = value.ndim - shape.event_ndim + self._data_dim() - 1
-                value = value.movedim(0, axis)
-                value = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
-            extra = self.nesting - shape.batch_ndim
-            folded[name] = value.reshape(value.shape[extra:])
-        return folded
-
-    def _unfold(self, name: str, found: list[Tensor], num_particles: int) -> Tensor:
-        """Bring the values of a run to ``[K, *plates, *event]``."""
-        shape = self.shapes[name]
-        pad = (1,) * (self.nesting - shape.batch_ndim)
-        if self.mode == "loop":
-            return torch.stack([value.reshape(pad + value.shape) for value in found])
-        (value,) = found
-        if self.mode == "repeat":
-            axis = value.ndim - shape.event_ndim + self._data_dim()
-            value = value.reshape(
-                *value.shape[:axis], num_particles, -1, *value.shape[axis + 1 :]
-            ).movedim(axis, 0)
-            return value.reshape(value.shape[:1] + pad + value.shape[1:])
-        return value
-
-    def _data_dim(self) -> int:
-        if self.data_dim is None:
-            raise ValueError("particles='repeat' needs a data plate to repeat along")
-        return self.data_dim
-
-    def _trace(
-        self,
-        fn: Callable[..., Any],
-        batch: Batch,
-        rows: slice,
-        times: int,
-        values: Mapping[str, Tensor] | None,
-    ) -> Any:
-        if values is not None:
-            fn = poutine.replay(fn, trace=_values_trace(values))
-        with self._table_rows(rows, times):
-            return poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
-
-    @contextlib.contextmanager
-    def _table_rows(self, rows: slice, times: int) -> Iterator[None]:
-        """Keep a per-datum guide aligned with the rows of the batch."""
-        if not isinstance(self.fn, LocalGuide):
-            yield
-            return
-        index = self.fn.current_rows
-        with self.fn.rows((index if self._whole(rows) else index[rows]).repeat(times)):
-            yield
-
-    def _whole(self, rows: slice) -> bool:
-        size = self.batch.size
-        if self.data_dim is None or size is None:
-            return True
-        return rows.start == 0 and rows.stop >= size
-
-
-def _values_trace(values: Mapping[str, Tensor]) -> Any:
-    trace = poutine.Trace()
-    for name, value in values.items():
-        trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
-        )
-    return trace
-
-
-# --- a guide and a model ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -365,13 +111,13 @@ class Scorer:
             for _, node in latent_nodes(guide_trace)
         )
         shapes = {
-            name: _Shape(len(node["fn"].batch_shape), node["fn"].event_dim)
+            name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
             for trace in (model_trace, guide_trace)
             for name, node in sample_nodes(trace)
         }
         data_dim = self.structure.data_dim
-        self._guide = _Runner(guide, batch, shapes, self.nesting, data_dim)
-        self._model = _Runner(model, batch, shapes, self.nesting, data_dim)
+        self._guide = Runner(guide, batch, shapes, self.nesting, data_dim)
+        self._model = Runner(model, batch, shapes, self.nesting, data_dim)
         self.guide_nodes = dict(latent_nodes(guide_trace))
         with self._scoring(), torch.no_grad():
             self._choose_modes(particles)
@@ -440,14 +186,14 @@ class Scorer:
             self._reseed(*key)
             traces = self._guide.traces(rows, num_particles)
             values = self._guide.values(traces, num_particles)
-            return values, self._guide.log_prob(traces, num_particles, _is_latent)
+            return values, self._guide.log_prob(traces, num_particles, is_latent)
 
     def score_guide(self, rows: slice, values: Mapping[str, Tensor]) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""
         num_particles = next(iter(values.values())).shape[0]
         with self._scoring():
             traces = self._guide.traces(rows, num_particles, values)
-            return self._guide.log_prob(traces, num_particles, _is_latent)
+            return self._guide.log_prob(traces, num_particles, is_latent)
 
     def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values as ``[K, N, *inner plates, *event]``.
@@ -477,7 +223,7 @@ class Scorer:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
         model = self._model
-        runner = _Runner(
+        runner = Runner(
             poutine.uncondition(model.fn), self.batch, model.shapes, self.nesting, model.data_dim
         )
         runner.mode = model.mode
@@ -561,8 +307,8 @@ class Scorer:
         num_particles = next(iter(values.values())).shape[0]
         traces = self._model.traces(rows, num_particles, self._latents(values))
         return (
-            self._model.log_prob(traces, num_particles, _is_observed),
-            self._model.log_prob(traces, num_particles, _is_latent),
+            self._model.log_prob(traces, num_particles, is_observed),
+            self._model.log_prob(traces, num_particles, is_latent),
         )
 
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -571,7 +317,7 @@ class Scorer:
     def _take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
         if rows.start == 0 and rows.stop >= size:
             return dict(values)
-        dim = self._model._data_dim()
+        dim = self._model.require_data_dim()
         taken = {}
         for name, value in values.items():
             axis = value.ndim - self._model.shapes[name].event_ndim + dim
@@ -606,62 +352,19 @@ class Scorer:
         self._guide.mode = self._model.mode = "loop"
         traces = self._guide.traces(rows, count)
         values = self._guide.values(traces, count)
-        log_guide = self._guide.log_prob(traces, count, _is_latent)
+        log_guide = self._guide.log_prob(traces, count, is_latent)
         latents = self._latents(values)
 
         def score_guide() -> Tensor:
-            return self._guide.log_prob(self._guide.traces(rows, count, values), count, _is_latent)
+            return self._guide.log_prob(self._guide.traces(rows, count, values), count, is_latent)
 
         def score_model() -> Tensor:
             return self._model.log_prob(
                 self._model.traces(rows, count, latents), count, lambda name, node: True
             )
 
-        _choose_mode(self._guide, "guide", particles, log_guide, score_guide)
-        _choose_mode(self._model, "model", particles, score_model(), score_model)
-
-
-def _choose_mode(
-    runner: _Runner, role: str, particles: str, reference: Tensor, score: Callable[[], Tensor]
-) -> None:
-    """Set the runner's mode to the first that agrees with single particles."""
-    if runner.data_dim is None and particles == "repeat":
-        raise ValueError("particles='repeat' needs a data plate to repeat along")
-    modes = MODES if particles == "auto" else (particles,)
-    if runner.data_dim is None or runner.batch.size is None:
-        modes = tuple(mode for mode in modes if mode != "repeat") or ("loop",)
-    reasons: list[str] = []
-    for mode in modes:
-        runner.mode = mode
-        if mode == "loop" and reasons and _agree(reference, score()):
-            logger.warning(
-                "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
-            )
-            return
-        try:
-            found = score()
-        except (RuntimeError, ValueError, IndexError) as error:
-            # A shape that the network cannot take; the loop, which is the reference and
-            # has already run, is always left to fall back on, and says so.
-            reasons.append(f"{mode}: {type(error).__name__}: {error}")
-            continue
-        if _agree(reference, found):
-            return
-        gap = float((reference - found).abs().max())
-        reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
-    raise ValueError(
-        f"the {role}'s log density of several particles does not agree with that of each alone "
-        f"({'; '.join(reasons)}). If the {role} draws random numbers outside of sample "
-        "statements (dropout in training mode), call .eval() on its modules; else its "
-        "broadcasting over the particle dimension, the leftmost, is wrong"
-    )
-
-
-def _agree(reference: Tensor, found: Tensor) -> bool:
-    tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-4
-    return found.shape == reference.shape and torch.allclose(
-        reference, found, rtol=tolerance, atol=tolerance, equal_nan=True
-    )
+        choose_mode(self._guide, "guide", particles, log_guide, score_guide)
+        choose_mode(self._model, "model", particles, score_model(), score_model)
 
 
 def log_weights(
@@ -728,14 +431,6 @@ def log_weights(
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
     blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
     return LogWeights.concatenate(blocks, 1)
-
-
-def _is_observed(name: str, node: Any) -> bool:
-    return bool(node["is_observed"])
-
-
-def _is_latent(name: str, node: Any) -> bool:
-    return not node["is_observed"]
 
 
 def _hides_density(fn: Any) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.kl import analytic_kl
-from pyro_vae.logweights import Scorer, site_log_prob, trace_pair
+from pyro_vae.logweights import Scorer
 from pyro_vae.sites import inspect, latent_nodes, sample_nodes
+from pyro_vae.traces import site_log_prob, trace_pair
 
 __all__ = ["ELBO"]
 

@@ -12,8 +12,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
-from pyro_vae.logweights import trace_pair
 from pyro_vae.sites import evaluation, module_of, preserved_rng
+from pyro_vae.traces import trace_pair
 
 __all__ = ["Parameters", "all_finite", "make_optimizer"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +16,10 @@ from pyro_vae.batches import Batch, as_batch, rows_text
 
 __all__ = [
     "DataPlateError",
-    "Description",
     "Plate",
     "Site",
     "Structure",
     "check_guide",
-    "describe",
     "evaluation",
     "inspect",
     "latent_nodes",
@@ -83,6 +80,23 @@ class Site:
     def support(self) -> Any:
         """The constraint on its values."""
         return self.fn.support
+
+    @property
+    def support_text(self) -> str:
+        """The support in words, with its bounds."""
+        try:
+            support = self.support
+        except NotImplementedError:
+            return "not declared"
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        bounds = [
+            _bound_text(getattr(support, name))
+            for name in ("lower_bound", "upper_bound")
+            if hasattr(support, name)
+        ]
+        name = type(support).__name__.removeprefix("_")
+        return f"{name}({', '.join(bounds)})" if bounds else name
 
     @property
     def distribution(self) -> str:
@@ -202,7 +216,7 @@ def inspect(
     """
     arguments = as_batch(*batch)
     arguments.check_finite()
-    sites, nesting = _run(model, arguments)
+    sites, nesting = run_model(model, arguments)
     _check_observed(sites)
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
@@ -278,7 +292,8 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
         )
 
 
-def _run(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
+def run_model(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
+    """Run a model once; return its sites, latents not yet told apart, and its plate nesting."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
         try:
             trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
@@ -336,7 +351,7 @@ def _check_observed(sites: Mapping[str, Site]) -> None:
             where = _outside_text(inside, dims)
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
-                f"{site.distribution} likelihood ({_support_text(site)}) in {where}; rescale or "
+                f"{site.distribution} likelihood ({site.support_text}) in {where}; rescale or "
                 "clean the data, or choose another likelihood"
             )
 
@@ -444,102 +459,6 @@ def _named_data_plate(
             f"{_names(latents)}. Pass data_plate=False to treat the whole batch as one datum"
         )
     return found[name]
-
-
-@dataclass(frozen=True)
-class Description:
-    """A table of a model's sites; prints, and renders in a notebook.
-
-    Attributes:
-        rows: one mapping per site: site, kind, distribution, support, batch_shape,
-            event_shape, plates.
-        data_plate: the name of the data plate, or None.
-        note: what could not be told, or an empty string.
-    """
-
-    rows: tuple[Mapping[str, str], ...]
-    data_plate: str | None
-    note: str
-
-    def __repr__(self) -> str:
-        columns = list(self.rows[0]) if self.rows else []
-        widths = [max(len(c), *(len(row[c]) for row in self.rows)) for c in columns]
-        lines = [columns, *([row[c] for c in columns] for row in self.rows)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*table, self._footer()])
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in (self.rows[0] if self.rows else ()))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
-            for row in self.rows
-        )
-        return f"<table><tr>{head}</tr>{body}</table><p>{html.escape(self._footer())}</p>"
-
-    def _footer(self) -> str:
-        plate = "none" if self.data_plate is None else repr(self.data_plate)
-        return f"data plate: {plate}" + (f" ({self.note})" if self.note else "")
-
-
-def describe(
-    model: Callable[..., Any], *batch: Any, data_plate: str | bool | None = None
-) -> Description:
-    """Return a table of a model's sites.
-
-    Args:
-        model: a Pyro model.
-        *batch: its arguments; a minibatch is enough.
-        data_plate: as in :func:`inspect`.
-
-    Returns:
-        A Description. Where the data plate cannot be told the table says why, and
-        latent sites are shown as "latent".
-
-    Raises:
-        ValueError: for NaN in the batch, and for observed values outside their support.
-    """
-    note = ""
-    try:
-        structure = inspect(model, *batch, data_plate=data_plate)
-        sites, plate = structure.sites, structure.data_plate
-    except DataPlateError as error:
-        sites, _ = _run(model, as_batch(*batch))
-        plate, note = None, str(error)
-    rows = tuple(
-        {
-            "site": site.name,
-            "kind": site.kind,
-            "distribution": site.distribution,
-            "support": _support_text(site),
-            "batch_shape": str(tuple(site.batch_shape)),
-            "event_shape": str(tuple(site.event_shape)),
-            "plates": ", ".join(
-                f"{p.name}[{p.size}{'' if p.size == p.full_size else f' of {p.full_size}'}]"
-                for p in site.plates
-            ),
-        }
-        for site in sites.values()
-    )
-    return Description(rows, None if plate is None else plate.name, note)
-
-
-def _support_text(site: Site) -> str:
-    try:
-        support = site.support
-    except NotImplementedError:
-        return "not declared"
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    bounds = [
-        _bound_text(getattr(support, name))
-        for name in ("lower_bound", "upper_bound")
-        if hasattr(support, name)
-    ]
-    name = type(support).__name__.removeprefix("_")
-    return f"{name}({', '.join(bounds)})" if bounds else name
 
 
 def _bound_text(bound: Any) -> str:

@@ -1,0 +1,264 @@
+"""Several particles of a guide or a model at once: in a plate, by repeat, or in a loop.
+
+Particles are a dimension outside the model's own plates. A network that cannot
+take it gets the batch repeated along the data plate, or a loop; which of the
+three is decided by comparing with a loop of single particles, model and guide
+each on its own, so that a wrong broadcast is found and not averaged over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.guides import LocalGuide
+from pyro_vae.sites import latent_nodes, sample_nodes
+from pyro_vae.traces import site_log_prob
+
+__all__ = ["MODES", "Runner", "SiteShape", "choose_mode", "is_latent", "is_observed"]
+
+logger = logging.getLogger(__name__)
+
+MODES: tuple[str, ...] = ("plate", "repeat", "loop")
+
+_PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """Batch and event dimensions of a site in a single run, without particles."""
+
+    batch_ndim: int
+    event_ndim: int
+
+
+class Runner:
+    """Runs a guide or a model on rows of a batch, for several particles at once.
+
+    Values are kept in one layout, [K, *plates, *event]: particles, then
+    ``nesting`` plate dimensions, then the event. Each mode folds it to what its
+    run takes and back.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        batch: Batch,
+        shapes: Mapping[str, SiteShape],
+        nesting: int,
+        data_dim: int | None,
+    ) -> None:
+        self.fn = fn
+        self.batch = batch
+        self.shapes = shapes
+        self.nesting = nesting
+        self.data_dim = data_dim
+        self.mode = "plate"
+
+    def traces(
+        self, rows: slice, num_particles: int, values: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """Run in the mode: one trace, or a trace for each particle in a loop."""
+        batch = self.batch if self._whole(rows) else self.batch.rows(rows)
+        if self.mode == "loop":
+            return [
+                self._trace(self.fn, batch, rows, 1, self._fold(values, k))
+                for k in range(num_particles)
+            ]
+        if self.mode == "repeat":
+            repeated = batch.repeat(num_particles)
+            return [self._trace(self.fn, repeated, rows, num_particles, self._fold(values, None))]
+        plate = pyro.plate(_PARTICLE_PLATE, num_particles, dim=-1 - self.nesting)
+        return [self._trace(plate(self.fn), batch, rows, 1, values)]
+
+    def values(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
+        """Return the values of sites not observed in a run, [K, *plates, *event] each."""
+        return {
+            name: self._unfold(
+                name, [trace.nodes[name]["value"] for trace in traces], num_particles
+            )
+            for name, _ in latent_nodes(traces[0])
+        }
+
+    def log_prob(
+        self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
+    ) -> Tensor:
+        """Return the summed log density of the kept sites, unscaled: [K, N]."""
+        total: Tensor | None = None
+        for name, node in sample_nodes(traces[0]):
+            if keep(name, node):
+                term = self.site_log_prob(traces, name, num_particles)
+                total = term if total is None else total + term
+        if total is None:
+            raise ValueError("no site to score")
+        return total
+
+    def site_log_prob(self, traces: list[Any], name: str, num_particles: int) -> Tensor:
+        """Return one site's log density for each particle and datum, unscaled: [K, N]."""
+        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        if self.mode == "loop":
+            return torch.stack([self._reduce(term, leading=0) for term in terms])
+        (term,) = terms
+        if self.mode == "repeat":
+            return self._reduce(term, leading=0).reshape(num_particles, -1)
+        reduced = self._reduce(term, leading=1)
+        return reduced.expand(num_particles, reduced.shape[1])
+
+    def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
+        """Return one site's log density for each particle, not summed: [K, *batch]."""
+        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        if self.mode == "loop":
+            return torch.stack(terms)
+        (term,) = terms
+        missing = self.nesting - self.shapes[name].batch_ndim
+        return term.reshape(term.shape[:1] + term.shape[1 + missing :])
+
+    def _reduce(self, term: Tensor, leading: int) -> Tensor:
+        """Sum all dimensions but the data's (and ``leading`` particles' before the plates)."""
+        missing = self.nesting + leading - term.ndim
+        if missing > 0:
+            term = term.reshape((1,) * missing + term.shape)
+        data_axis = None if self.data_dim is None else term.ndim + self.data_dim
+        axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
+        term = term.sum(axes) if axes else term
+        return term if data_axis is not None else term.unsqueeze(-1)
+
+    def _fold(
+        self, values: Mapping[str, Tensor] | None, particle: int | None
+    ) -> dict[str, Tensor] | None:
+        """Bring values to the shape of a single run: one particle, or all along the data."""
+        if values is None:
+            return None
+        folded = {}
+        for name, value in values.items():
+            shape = self.shapes[name]
+            if particle is not None:
+                value = value[particle]
+            else:
+                axis = value.ndim - shape.event_ndim + self.require_data_dim() - 1
+                value = value.movedim(0, axis)
+                value = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
+            extra = self.nesting - shape.batch_ndim
+            folded[name] = value.reshape(value.shape[extra:])
+        return folded
+
+    def _unfold(self, name: str, found: list[Tensor], num_particles: int) -> Tensor:
+        """Bring the values of a run to ``[K, *plates, *event]``."""
+        shape = self.shapes[name]
+        pad = (1,) * (self.nesting - shape.batch_ndim)
+        if self.mode == "loop":
+            return torch.stack([value.reshape(pad + value.shape) for value in found])
+        (value,) = found
+        if self.mode == "repeat":
+            axis = value.ndim - shape.event_ndim + self.require_data_dim()
+            value = value.reshape(
+                *value.shape[:axis], num_particles, -1, *value.shape[axis + 1 :]
+            ).movedim(axis, 0)
+            return value.reshape(value.shape[:1] + pad + value.shape[1:])
+        return value
+
+    def require_data_dim(self) -> int:
+        """Return the data dimension; raise ValueError where the model is one datum."""
+        if self.data_dim is None:
+            raise ValueError("particles='repeat' needs a data plate to repeat along")
+        return self.data_dim
+
+    def _trace(
+        self,
+        fn: Callable[..., Any],
+        batch: Batch,
+        rows: slice,
+        times: int,
+        values: Mapping[str, Tensor] | None,
+    ) -> Any:
+        if values is not None:
+            fn = poutine.replay(fn, trace=_values_trace(values))
+        with self._table_rows(rows, times):
+            return poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
+
+    @contextlib.contextmanager
+    def _table_rows(self, rows: slice, times: int) -> Iterator[None]:
+        """Keep a per-datum guide aligned with the rows of the batch."""
+        if not isinstance(self.fn, LocalGuide):
+            yield
+            return
+        index = self.fn.current_rows
+        with self.fn.rows((index if self._whole(rows) else index[rows]).repeat(times)):
+            yield
+
+    def _whole(self, rows: slice) -> bool:
+        size = self.batch.size
+        if self.data_dim is None or size is None:
+            return True
+        return rows.start == 0 and rows.stop >= size
+
+
+def _values_trace(values: Mapping[str, Tensor]) -> Any:
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(
+            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
+        )
+    return trace
+
+
+def choose_mode(
+    runner: Runner, role: str, particles: str, reference: Tensor, score: Callable[[], Tensor]
+) -> None:
+    """Set the runner's mode to the first that agrees with single particles."""
+    if runner.data_dim is None and particles == "repeat":
+        raise ValueError("particles='repeat' needs a data plate to repeat along")
+    modes = MODES if particles == "auto" else (particles,)
+    if runner.data_dim is None or runner.batch.size is None:
+        modes = tuple(mode for mode in modes if mode != "repeat") or ("loop",)
+    reasons: list[str] = []
+    for mode in modes:
+        runner.mode = mode
+        if mode == "loop" and reasons and _agree(reference, score()):
+            logger.warning(
+                "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
+            )
+            return
+        try:
+            found = score()
+        except (RuntimeError, ValueError, IndexError) as error:
+            # A shape that the network cannot take; the loop, which is the reference and
+            # has already run, is always left to fall back on, and says so.
+            reasons.append(f"{mode}: {type(error).__name__}: {error}")
+            continue
+        if _agree(reference, found):
+            return
+        gap = float((reference - found).abs().max())
+        reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
+    raise ValueError(
+        f"the {role}'s log density of several particles does not agree with that of each alone "
+        f"({'; '.join(reasons)}). If the {role} draws random numbers outside of sample "
+        "statements (dropout in training mode), call .eval() on its modules; else its "
+        "broadcasting over the particle dimension, the leftmost, is wrong"
+    )
+
+
+def _agree(reference: Tensor, found: Tensor) -> bool:
+    tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-4
+    return found.shape == reference.shape and torch.allclose(
+        reference, found, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def is_observed(name: str, node: Any) -> bool:
+    """Keep the observed sites of a trace."""
+    return bool(node["is_observed"])
+
+
+def is_latent(name: str, node: Any) -> bool:
+    """Keep the sites of a trace that are not observed."""
+    return not node["is_observed"]
