@@ -37,8 +37,10 @@ __all__ = ["Chunk", "Scorer", "log_weights"]
 # random numbers a datum gets, so they are constants and not options.
 _DRAW_PAIRS = 8192
 _DRAW_DATA = 256
-# Pairs scored at once by default: activations of a few hundred units in cache.
+# Pairs, and observed numbers, scored at once by default. Larger tensors than these
+# leave the processor's cache, and go back to the system after each use.
 _CHUNK_PAIRS = 8192
+_CHUNK_ELEMENTS = 3 * 2**20
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,12 @@ class Scorer:
         """How particles are run, for guide and model: "plate", "repeat" or "loop"."""
         return {"guide": self._guide.mode, "model": self._model.mode}
 
+    @property
+    def chunk_pairs(self) -> int:
+        """Pairs (particle, datum) that the model scores at once by default."""
+        observed = sum(site.value.numel() for site in self.structure.observed)
+        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // max(1, observed)))
+
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
         """Draw and score, block of data by block of data, particles inside.
 
@@ -141,7 +149,7 @@ class Scorer:
         """
         if num_particles < 1:
             raise ValueError(f"num_particles={num_particles}: at least 1 is needed")
-        pairs = _CHUNK_PAIRS if chunk_size is None else chunk_size
+        pairs = self.chunk_pairs if chunk_size is None else chunk_size
         if pairs < 1:
             raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
         for block, rows in enumerate(self.data_blocks()):
@@ -267,10 +275,11 @@ class Scorer:
         )
 
     def score_model(
-        self, rows: slice, values: Mapping[str, Tensor], pairs: int = _CHUNK_PAIRS
+        self, rows: slice, values: Mapping[str, Tensor], pairs: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return log p(x | z) and log p(z) of given values, [K, N] each."""
         size = rows.stop - rows.start
+        pairs = self.chunk_pairs if pairs is None else pairs
         particle_step = max(1, pairs // size)
         can_split = self.batch.size is not None and self.structure.data_plate is not None
         data_step = min(size, pairs) if can_split else size

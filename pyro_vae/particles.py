@@ -44,7 +44,7 @@ class SiteShape:
 class Runner:
     """Runs a guide or a model on rows of a batch, for several particles at once.
 
-    Values are kept in one layout, [K, *plates, *event]: particles, then
+    Values are kept in one layout, ``[K, *plates, *event]``: particles, then
     ``nesting`` plate dimensions, then the event. Each mode folds it to what its
     run takes and back.
     """
@@ -81,7 +81,7 @@ class Runner:
         return [self._trace(plate(self.fn), batch, rows, 1, values)]
 
     def values(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
-        """Return the values of sites not observed in a run, [K, *plates, *event] each."""
+        """Return the values of sites not observed in a run, ``[K, *plates, *event]`` each."""
         return {
             name: self._unfold(
                 name, [trace.nodes[name]["value"] for trace in traces], num_particles
@@ -114,7 +114,7 @@ class Runner:
         return reduced.expand(num_particles, reduced.shape[1])
 
     def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
-        """Return one site's log density for each particle, not summed: [K, *batch]."""
+        """Return one site's log density for each particle, not summed: ``[K, *batch]``."""
         terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
         if self.mode == "loop":
             return torch.stack(terms)
