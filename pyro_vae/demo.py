@@ -31,6 +31,8 @@ __all__ = ["Settings", "run"]
 _LARGEST_COUNT = 16
 _VALIDATION_FRACTION = 0.1
 _IMAGES_SHOWN = 12
+# Pixels drawn for posterior.nc, of the posterior predictive and of the prior's each.
+_PIXELS_DRAWN = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,17 @@ class Settings:
         num_latents: latents of the VAE.
         hidden: widths of the two hidden layers of encoder and decoder.
         epochs: at most.
+        max_steps: of training at most, so that a large data set takes no longer.
         patience: epochs without a better validation ELBO.
         num_data: images of each part that get guides of their own.
         num_particles: K of the bounds.
-        num_draws: posterior draws written for ArviZ.
+        num_draws: posterior draws written for ArviZ; fewer for large images.
     """
 
     num_latents: int = 10
     hidden: tuple[int, int] = (200, 200)
     epochs: int = 300
+    max_steps: int = 8000
     patience: int = 20
     num_data: int = 256
     num_particles: int = 5000
@@ -120,6 +124,7 @@ def run(
             guide,
             ready.train,
             epochs=settings.epochs,
+            max_steps=settings.max_steps,
             validation_data=ready.validation,
             patience=settings.patience,
             seed=seed,
@@ -209,7 +214,7 @@ def _write(
         model,
         guide,
         data.parts["test"],
-        num_draws=settings.num_draws,
+        num_draws=max(1, min(settings.num_draws, _PIXELS_DRAWN // data.parts["test"].numel())),
         dims={"z": ["latent"], "x": ["pixel"]},
         seed=seed,
     )

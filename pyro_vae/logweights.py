@@ -40,7 +40,7 @@ _DRAW_DATA = 256
 # Pairs, and observed numbers, scored at once by default. Larger tensors than these
 # leave the processor's cache, and go back to the system after each use.
 _CHUNK_PAIRS = 8192
-_CHUNK_ELEMENTS = 3 * 2**20
+_CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -280,11 +280,12 @@ class Scorer:
         """Return log p(x | z) and log p(z) of given values, [K, N] each."""
         size = rows.stop - rows.start
         pairs = self.chunk_pairs if pairs is None else pairs
-        particle_step = max(1, pairs // size)
+        num_particles = next(iter(values.values())).shape[0]
+        # Equal pieces: a small one left over would cost as much as a full one.
+        particle_step = -(-num_particles // -(-num_particles // max(1, pairs // size)))
         can_split = self.batch.size is not None and self.structure.data_plate is not None
         data_step = min(size, pairs) if can_split else size
         by_particle = []
-        num_particles = next(iter(values.values())).shape[0]
         with self._scoring():
             for k in range(0, num_particles, particle_step):
                 some = {name: value[k : k + particle_step] for name, value in values.items()}
