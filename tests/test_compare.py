@@ -95,7 +95,10 @@ def test_the_evidence_says_where_it_is_from(compared):
     )
     assert (data.log_evidence_pareto_k < 0.7).all()
     assert data.attrs["log_evidence_from"] in repr(compared[3])
-    assert float(data.log_evidence.mean()) >= float(data.iwae_bound.mean("datum").max()) - 1e-12
+    # Two standard errors below, it is the largest.
+    below = data.iwae_bound.mean("datum") - 2 * (data.iwae_bound_se**2).sum("datum") ** 0.5 / 30
+    chosen = data.log_evidence.mean() - 2 * (data.log_evidence_se**2).sum() ** 0.5 / 30
+    assert float(chosen) >= float(below.max()) - 1e-12
     assert list(data.reference.values) == ["mean-field", "mean-field"]
 
 
@@ -245,5 +248,6 @@ def test_particles_by_repeat_are_compared_too():
     model, x = Model(), (torch.rand(5, 1, 4, 4) > 0.5).float()
     guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
     found = pv.compare(model, {"amortized": guide}, x, num_particles=300, seed=0).dataset
-    assert float(found.log_evidence.mean()) >= float(found.iwae_bound.mean("datum").max()) - 1e-9
+    refined = found.iwae_bound.sel(guide="Normal per datum")
+    assert (abs(found.log_evidence - refined) < 5 * found.iwae_bound_se.max("guide") + 0.05).all()
     assert (found.amortization_gap.sel(guide="amortized") > -0.05).all()
