@@ -56,7 +56,7 @@ class Batch:
 
     def __str__(self) -> str:
         told = {
-            name: f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            name: f"shape {list(value.shape)}" if isinstance(value, Tensor) else _short(value)
             for name, value in self._named()
         }
         return "a batch of " + ", ".join(f"{name}: {text}" for name, text in told.items())
@@ -100,7 +100,7 @@ class Batch:
             if bool(bad.any()):
                 raise ValueError(
                     f"{name} of the batch holds NaN or infinite values in {rows_text(bad)}; "
-                    "remove or impute them"
+                    "remove or impute them, or put any number there and mask it in the model"
                 )
 
     def _named(self) -> list[tuple[str, Any]]:
@@ -150,6 +150,11 @@ def rows_text(bad: Tensor) -> str:
     shown = ", ".join(str(i) for i in index[:_ROWS_SHOWN])
     more = ", ..." if len(index) > _ROWS_SHOWN else ""
     return f"rows {shown}{more} ({len(index)} of {bad.shape[0]})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:36]} ..."
 
 
 def _has_rows(value: Any) -> bool:

@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=arguments.device,
             progress=sys.stderr.isatty() or not arguments.quick,
         )
+    except KeyboardInterrupt:
+        print("pyro-vae: interrupted", file=sys.stderr)
+        return 130
     except (OSError, ValueError, ImportError) as error:
         print(f"pyro-vae: {error}", file=sys.stderr)
         return 1

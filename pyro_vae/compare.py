@@ -35,7 +35,7 @@ from pyro_vae.estimators import (
     std_error,
 )
 from pyro_vae.families import FactorizedFamily, Normal
-from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.guides import FamilyGuide, LocalGuide, own_params
 from pyro_vae.logweights import Scorer
 from pyro_vae.refine import refine
 from pyro_vae.sites import inspect
@@ -206,6 +206,11 @@ def compare(
             a reference that is not in it.
     """
     arguments = as_batch(*batch)
+    if not isinstance(guides, Mapping):
+        raise TypeError(
+            f"guides={guides!r}: a mapping from names to guides or families is needed, such as "
+            "{'amortized': guide}"
+        )
     if not guides:
         raise ValueError("guides is empty: a mapping from names to guides or families is needed")
     if reference is not None and reference not in guides:
@@ -248,7 +253,7 @@ def _with_references(
     """Refine what is asked for; return all guides, and each guide's reference by name."""
     hand = {n: g for n, g in guides.items() if not isinstance(g, FactorizedFamily)}
     for name, guide in hand.items():
-        if not callable(guide):
+        if not callable(guide) or isinstance(guide, type):
             raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     start = next(iter(hand.values()), None)
     made: dict[str, Callable[..., Any]] = {}
@@ -284,7 +289,13 @@ def _with_references(
         if family is None:
             continue
         if family not in by_family:
-            add(f"{type(family).__name__} per datum", family)
+            added = f"{type(family).__name__} per datum"
+            if added in guides:
+                raise ValueError(
+                    f"guides[{added!r}]: that is the name of the refined guide which the "
+                    "comparison adds; choose another, or give the family a name of its own"
+                )
+            add(added, family)
             references[by_family[family]] = by_family[family]
         references[name] = by_family[family]
     return made, references
@@ -300,20 +311,16 @@ def _family_of(
     batch: Batch,
     options: Mapping[str, Any],
 ) -> FactorizedFamily | None:
-    """Return a guide's family: its own, or Normal for a hand-written mean field of them."""
+    """Return a guide's family: its own, or Normal for independent Normals written by hand."""
     if isinstance(guide, FamilyGuide):
         return guide.family
     if options["data_plate"] is False:
         return None
     scorer = Scorer(model, guide, batch, data_plate=options["data_plate"], seed=options["seed"])
-    family = Normal()
-    for node in scorer.guide_nodes.values():
-        fn = node["fn"]
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        if family.params_of(fn) is None:
-            return None
-    return family
+    family, runs = Normal(), scorer.guide_runs(2)
+    if all(own_params(family, [run[name] for run in runs]) is not None for name in runs[0]):
+        return family
+    return None
 
 
 def _reduce(

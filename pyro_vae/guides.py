@@ -24,7 +24,7 @@ from pyro_vae.families import FactorizedFamily, Normal
 from pyro_vae.handlers import register
 from pyro_vae.sites import Plate, Structure, evaluation, inspect, preserved_rng
 
-__all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide"]
+__all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide", "own_params"]
 
 # Draws from a latent's prior that place the start of its guide.
 _PRIOR_DRAWS = 1000
@@ -172,23 +172,23 @@ class FamilyGuide(nn.Module):
             values[coordinates.name] = coordinates.transform(arranged)
         return values
 
-    def params_from(self, nodes: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
+    def params_from(
+        self, runs: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]
+    ) -> Tensor:
         """Return the parameters that match another guide's proposals, [N, D, p].
 
         Args:
-            nodes: the sites of one run of that guide, for each latent site's name. Where
-                the proposal is of this family on a real support its parameters are read
-                off; elsewhere the moments of the draws are matched.
+            runs: the latent nodes of two runs of that guide. Where a proposal is of this
+                family, on a real support, and the same in both (it does not depend on
+                another draw), its parameters are read off; elsewhere the moments of the
+                draws are matched.
             values: draws of that guide, [K, batch..., event...] for each name.
         """
         columns = []
         for coordinates in self.coordinates:
             params = None
-            fn = nodes[coordinates.name]["fn"]
             if coordinates.is_identity:
-                while isinstance(fn, torch.distributions.Independent):
-                    fn = fn.base_dist
-                params = self.family.params_of(fn)
+                params = own_params(self.family, [nodes[coordinates.name] for nodes in runs])
                 if params is not None:
                     params = coordinates.flatten(params, trailing=1)
             if params is None:
@@ -422,6 +422,20 @@ class LocalGuide(FamilyGuide):
                 "say which rows a minibatch holds: with guide.rows(index): ..."
             )
         raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+
+
+def own_params(family: FactorizedFamily, nodes: Sequence[Any]) -> Tensor | None:
+    """Return a site's parameters if it is of the family, and alike in several runs."""
+    found = []
+    for node in nodes:
+        fn = node["fn"]
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        found.append(family.params_of(fn))
+    first = found[0]
+    if first is None or any(p is None or not torch.equal(p, first) for p in found):
+        return None
+    return first
 
 
 def _is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-__all__ = ["LatentScale", "register"]
+__all__ = ["LatentScale", "register", "unobserve"]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -41,6 +43,26 @@ def _forget(name: str) -> None:
         # A parameter that is registered under another name as well is not ours to drop.
         if param_name.startswith(f"{name}$$$") and store.param_name(value) == param_name:
             del store[param_name]
+
+
+class _Unobserve(Messenger):
+    """Draws observed sites anew; deterministic sites and factors stay what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fixed = msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)
+        if msg["is_observed"] and not fixed:
+            msg["is_observed"] = False
+            msg["value"] = None
+            msg["done"] = False
+
+
+def unobserve(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model that draws what it would observe.
+
+    pyro.poutine.uncondition would draw the Deltas of pyro.deterministic anew as well,
+    expanded to the plates.
+    """
+    return _Unobserve()(fn)
 
 
 class LatentScale(Messenger):

@@ -35,9 +35,12 @@ def to_arviz(
 
     InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. The groups: posterior
     (local latents), log_likelihood (each observed site, a number per datum, as
-    ``az.loo`` wants it), sample_stats (log_p = log p(x, z), log_q, log_weight, per
+    ``az.loo`` takes it), sample_stats (log_p = log p(x, z), log_q, log_weight, per
     datum), observed_data, prior, and with ``predictive`` posterior_predictive and
     prior_predictive.
+
+    Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of a model
+    with local latents reports k-hat above 0.7, and rightly.
 
     Args:
         model: a Pyro model.
@@ -136,7 +139,7 @@ def _join(
         groups[group] = {}
         for name in blocks[0][group][0]:
             parts = [
-                np.concatenate([chunk[name].cpu().numpy() for chunk in block[group]])
+                np.concatenate([chunk[name].detach().cpu().numpy() for chunk in block[group]])
                 for block in blocks
             ]
             groups[group][name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

@@ -8,6 +8,8 @@ bounds memory and never changes a result.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +21,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.particles import MODES, Runner, SiteShape, choose_mode, is_latent, is_observed
+from pyro_vae.handlers import unobserve
+from pyro_vae.particles import MODES, Runner, SiteShape, agree, choose_mode, is_latent, is_observed
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
+    Structure,
     evaluation,
     inspect,
     latent_nodes,
@@ -29,7 +33,7 @@ from pyro_vae.sites import (
     preserved_rng,
     sample_nodes,
 )
-from pyro_vae.traces import trace_pair
+from pyro_vae.traces import latent_masks, trace_pair
 
 __all__ = ["Chunk", "Scorer", "log_weights"]
 
@@ -41,6 +45,8 @@ _DRAW_DATA = 256
 # leave the processor's cache, and go back to the system after each use.
 _CHUNK_PAIRS = 8192
 _CHUNK_ELEMENTS = 2**22
+# First in the key of every random stream: what it is for.
+_DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,10 @@ class Scorer:
     ) -> None:
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {MODES} is needed")
+        if seed is not None and (int(seed) != seed or seed < 0):
+            raise ValueError(f"seed={seed!r}: a whole number of at least 0 is needed")
         self.batch = batch
-        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
         self.gradients = gradients
         self._modules = (model, guide)
         with evaluation(*self._modules), preserved_rng(batch.device):
@@ -106,6 +114,7 @@ class Scorer:
                 )
             with torch.no_grad(), poutine.block():
                 model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        _check_per_datum(self.structure, model_trace, guide_trace)
         self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
         self._scorable = all(
@@ -118,9 +127,10 @@ class Scorer:
             for name, node in sample_nodes(trace)
         }
         data_dim = self.structure.data_dim
-        self._guide = Runner(guide, batch, shapes, self.nesting, data_dim)
+        self._guide = Runner(
+            guide, batch, shapes, self.nesting, data_dim, latent_masks(model_trace)
+        )
         self._model = Runner(model, batch, shapes, self.nesting, data_dim)
-        self.guide_nodes = dict(latent_nodes(guide_trace))
         with self._scoring(), torch.no_grad():
             self._choose_modes(particles)
 
@@ -147,8 +157,8 @@ class Scorer:
             num_particles: K, for each datum.
             chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         """
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}: at least 1 is needed")
+        if num_particles < 1 or int(num_particles) != num_particles:
+            raise ValueError(f"num_particles={num_particles}: at least 1 is needed, a whole number")
         pairs = self.chunk_pairs if chunk_size is None else chunk_size
         if pairs < 1:
             raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
@@ -157,31 +167,83 @@ class Scorer:
             step = max(1, _DRAW_PAIRS // size)
             starts = list(range(0, num_particles, step))
             together = max(1, pairs // (step * size))
-            for first in range(0, len(starts), together):
-                blocks = starts[first : first + together]
+            for group in range(0, len(starts), together):
+                blocks = starts[group : group + together]
                 drawn = [
-                    self.draw(rows, min(step, num_particles - start), (block, start // step))
-                    for start in blocks
+                    self.draw(rows, min(step, num_particles - k), (_DRAWS, block, k // step))
+                    for k in blocks
                 ]
                 values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
                 log_guide = torch.cat([log_guide for _, log_guide in drawn])
                 log_likelihood, log_prior = self.score_model(rows, values, pairs)
+                weights = LogWeights(log_likelihood, log_prior, log_guide)
+                self._refuse_nan(rows, weights)
                 start = blocks[0]
                 yield Chunk(
                     rows=rows,
-                    particles=slice(start, start + log_guide.shape[0]),
+                    particles=slice(start, start + weights.num_particles),
                     values=values,
-                    weights=LogWeights(log_likelihood, log_prior, log_guide),
+                    weights=weights,
                 )
+
+    def _refuse_nan(self, rows: slice, weights: LogWeights) -> None:
+        """Raise ValueError for weights that are NaN or +inf; -inf is a density of zero."""
+        bad = (weights.total.isnan() | (weights.total == math.inf)).any(0)
+        if not bool(bad.any()):
+            return
+        parts = {
+            "log p(x | z)": weights.log_likelihood,
+            "log p(z)": weights.log_prior,
+            "log q(z | x)": weights.log_guide,
+        }
+        told = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+        index = torch.nonzero(bad).flatten()[:5] + rows.start
+        raise ValueError(
+            f"the log weights of data {index.tolist()} ({int(bad.sum())} of {bad.shape[0]} in the "
+            f"block) are NaN or infinite, through {', '.join(told)}: a draw is at the edge of a "
+            "support, or overflows. Try float64, or bound the scale there"
+        )
 
     def data_blocks(self) -> list[slice]:
         """The data in blocks of rows; all at once where a model cannot be given fewer."""
-        if self.structure.data_plate is None or self.batch.size is None:
+        if self.num_data <= _DRAW_DATA or not self.splittable:
             return [slice(0, self.num_data)]
         return [
             slice(start, min(start + _DRAW_DATA, self.num_data))
             for start in range(0, self.num_data, _DRAW_DATA)
         ]
+
+    @functools.cached_property
+    def splittable(self) -> bool:
+        """Whether guide and model, given some of the rows, say of them what they say of all.
+
+        Not so where a plate has a fixed size, or a function closes over data of its own.
+        """
+        if self.structure.data_plate is None or self.batch.size is None or self.num_data < 2:
+            return False
+        whole, half = slice(0, self.num_data), slice(self.num_data // 2, self.num_data)
+        with torch.no_grad():
+            values, log_guide = self.draw(whole, 2, (_CHECKS, 1))
+            with self._scoring():
+                log_joint = torch.stack(self._score(whole, values)).sum(0)
+                some = self._take_data(values, half, self.num_data)
+                try:
+                    found = self.score_guide(half, some)
+                    found_joint = torch.stack(self._score(half, some)).sum(0)
+                except (RuntimeError, ValueError, IndexError):
+                    return False  # it takes batches of this one size
+        return agree(log_guide[:, half], found) and agree(log_joint[:, half], found_joint)
+
+    def guide_runs(self, count: int) -> list[dict[str, Any]]:
+        """Return the guide's latent nodes in independent runs on the whole batch."""
+        runs = []
+        with self._scoring():
+            for run in range(count):
+                self._reseed(_RUNS, run)
+                batch = self.batch
+                trace = poutine.trace(self._guide.fn).get_trace(*batch.args, **batch.kwargs)
+                runs.append(dict(latent_nodes(trace)))
+        return runs
 
     def draw(
         self, rows: slice, num_particles: int, key: tuple[int, ...]
@@ -194,14 +256,14 @@ class Scorer:
             self._reseed(*key)
             traces = self._guide.traces(rows, num_particles)
             values = self._guide.values(traces, num_particles)
-            return values, self._guide.log_prob(traces, num_particles, is_latent)
+            return values, self._guide.log_prob(traces, rows, num_particles, is_latent)
 
     def score_guide(self, rows: slice, values: Mapping[str, Tensor]) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""
         num_particles = next(iter(values.values())).shape[0]
         with self._scoring():
             traces = self._guide.traces(rows, num_particles, values)
-            return self._guide.log_prob(traces, num_particles, is_latent)
+            return self._guide.log_prob(traces, rows, num_particles, is_latent)
 
     def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values as ``[K, N, *inner plates, *event]``.
@@ -231,9 +293,7 @@ class Scorer:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
         model = self._model
-        runner = Runner(
-            poutine.uncondition(model.fn), self.batch, model.shapes, self.nesting, model.data_dim
-        )
+        runner = Runner(unobserve(model.fn), self.batch, model.shapes, self.nesting, model.data_dim)
         runner.mode = model.mode
         with self._scoring():
             self._reseed(*key)
@@ -283,8 +343,7 @@ class Scorer:
         num_particles = next(iter(values.values())).shape[0]
         # Equal pieces: a small one left over would cost as much as a full one.
         particle_step = -(-num_particles // -(-num_particles // max(1, pairs // size)))
-        can_split = self.batch.size is not None and self.structure.data_plate is not None
-        data_step = min(size, pairs) if can_split else size
+        data_step = pairs if pairs < size and self.splittable else size
         by_particle = []
         with self._scoring():
             for k in range(0, num_particles, particle_step):
@@ -309,7 +368,7 @@ class Scorer:
             return {
                 site.name: self._model.pointwise_log_prob(traces, site.name)
                 if one_datum
-                else self._model.site_log_prob(traces, site.name, num_particles)
+                else self._model.site_log_prob(traces, rows, site.name, num_particles)
                 for site in self.structure.observed
             }
 
@@ -317,8 +376,8 @@ class Scorer:
         num_particles = next(iter(values.values())).shape[0]
         traces = self._model.traces(rows, num_particles, self._latents(values))
         return (
-            self._model.log_prob(traces, num_particles, is_observed),
-            self._model.log_prob(traces, num_particles, is_latent),
+            self._model.log_prob(traces, rows, num_particles, is_observed),
+            self._model.log_prob(traces, rows, num_particles, is_latent),
         )
 
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -357,24 +416,49 @@ class Scorer:
     def _choose_modes(self, particles: str) -> None:
         rows = self.data_blocks()[0]
         count = 3 if self.num_data == 2 else 2
-        self._reseed(0, 0)
+        self._reseed(_CHECKS)
         # The reference: single particles, run one by one.
         self._guide.mode = self._model.mode = "loop"
         traces = self._guide.traces(rows, count)
         values = self._guide.values(traces, count)
-        log_guide = self._guide.log_prob(traces, count, is_latent)
+        log_guide = self._guide.log_prob(traces, rows, count, is_latent)
         latents = self._latents(values)
 
         def score_guide() -> Tensor:
-            return self._guide.log_prob(self._guide.traces(rows, count, values), count, is_latent)
+            return self._guide.log_prob(
+                self._guide.traces(rows, count, values), rows, count, is_latent
+            )
 
         def score_model() -> Tensor:
             return self._model.log_prob(
-                self._model.traces(rows, count, latents), count, lambda name, node: True
+                self._model.traces(rows, count, latents), rows, count, lambda name, node: True
             )
 
         choose_mode(self._guide, "guide", particles, log_guide, score_guide)
         choose_mode(self._model, "model", particles, score_model(), score_model)
+
+
+def _check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
+    """Raise ValueError for a guide's site whose density is not one number per datum."""
+    plate = structure.data_plate
+    if plate is None:
+        return
+    for name, node in latent_nodes(guide_trace):
+        shape = node["fn"].batch_shape
+        within = plate.name in {frame.name for frame in node["cond_indep_stack"]}
+        if not within and (len(shape) < -plate.dim or shape[plate.dim] != structure.num_data):
+            raise ValueError(
+                f"the guide's site {name!r} has batch shape {list(shape)}: its density is one "
+                f"number for the whole batch, not one for each of the {structure.num_data} data "
+                f"of plate {plate.name!r} (dim {plate.dim}). Sample it in that plate, or pass "
+                "data_plate=False to treat the whole batch as one datum"
+            )
+        model_node = model_trace.nodes.get(name)
+        if model_node is not None and model_node["fn"].event_dim != node["fn"].event_dim:
+            raise ValueError(
+                f"latent site {name!r} has {model_node['fn'].event_dim} event dimensions in the "
+                f"model and {node['fn'].event_dim} in the guide; mend with .to_event(...)"
+            )
 
 
 def log_weights(

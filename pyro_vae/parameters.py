@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
-from pyro_vae.sites import evaluation, module_of, preserved_rng
+from pyro_vae.sites import called_modules, evaluation, module_of, preserved_rng
 from pyro_vae.traces import trace_pair
 
 __all__ = ["Parameters", "all_finite", "make_optimizer"]
@@ -39,6 +39,7 @@ class Parameters:
             preserved_rng(batch.device),
             evaluation(model, guide),
             poutine.block(),
+            called_modules() as called,
         ):
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
         self._modules: dict[str, nn.Module] = {}
@@ -60,6 +61,14 @@ class Parameters:
         }
         self._stored = {name: store[name] for name in sorted(names) if id(store[name]) not in found}
         found.update((id(parameter), parameter) for parameter in self._stored.values())
+        held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
+        # Buffers (running means) of modules that plain functions call; by order of call.
+        self._buffers: dict[str, Tensor] = {}
+        for module in called.values():
+            for buffer in module.buffers():
+                if id(buffer) not in held:
+                    held.add(id(buffer))
+                    self._buffers[str(len(self._buffers))] = buffer
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
             raise ValueError(
@@ -74,6 +83,7 @@ class Parameters:
             role: {name: value.detach().clone() for name, value in module.state_dict().items()}
             for role, module in self._modules.items()
         }
+        state["buffers"] = {name: value.clone() for name, value in self._buffers.items()}
         state["store"] = {name: value.detach().clone() for name, value in self._stored.items()}
         return state
 
@@ -101,6 +111,8 @@ class Parameters:
         for role, module in self._modules.items():
             module.load_state_dict(state[role])
         with torch.no_grad():
+            for name, value in self._buffers.items():
+                value.copy_(state["buffers"][name])
             for name, value in self._stored.items():
                 value.copy_(state["store"][name])
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.batches import Batch
@@ -24,7 +25,7 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob
 
-__all__ = ["MODES", "Runner", "SiteShape", "choose_mode", "is_latent", "is_observed"]
+__all__ = ["MODES", "Runner", "SiteShape", "agree", "choose_mode", "is_latent", "is_observed"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,14 @@ class Runner:
         shapes: Mapping[str, SiteShape],
         nesting: int,
         data_dim: int | None,
+        masks: Mapping[str, Tensor | bool] | None = None,
     ) -> None:
         self.fn = fn
         self.batch = batch
         self.shapes = shapes
         self.nesting = nesting
         self.data_dim = data_dim
+        self.masks = masks or {}
         self.mode = "plate"
 
     def traces(
@@ -90,21 +93,31 @@ class Runner:
         }
 
     def log_prob(
-        self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
+        self,
+        traces: list[Any],
+        rows: slice,
+        num_particles: int,
+        keep: Callable[[str, Any], bool],
     ) -> Tensor:
         """Return the summed log density of the kept sites, unscaled: [K, N]."""
         total: Tensor | None = None
         for name, node in sample_nodes(traces[0]):
             if keep(name, node):
-                term = self.site_log_prob(traces, name, num_particles)
+                term = self.site_log_prob(traces, rows, name, num_particles)
                 total = term if total is None else total + term
         if total is None:
             raise ValueError("no site to score")
         return total
 
-    def site_log_prob(self, traces: list[Any], name: str, num_particles: int) -> Tensor:
+    def site_log_prob(
+        self, traces: list[Any], rows: slice, name: str, num_particles: int
+    ) -> Tensor:
         """Return one site's log density for each particle and datum, unscaled: [K, N]."""
         terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        if name in self.masks:
+            times = num_particles if self.mode == "repeat" else 1
+            mask = self._mask(self.masks[name], rows, times)
+            terms = [scale_and_mask(term, 1.0, mask) for term in terms]
         if self.mode == "loop":
             return torch.stack([self._reduce(term, leading=0) for term in terms])
         (term,) = terms
@@ -121,6 +134,16 @@ class Runner:
         (term,) = terms
         missing = self.nesting - self.shapes[name].batch_ndim
         return term.reshape(term.shape[:1] + term.shape[1 + missing :])
+
+    def _mask(self, mask: Tensor | bool, rows: slice, times: int) -> Tensor | bool:
+        """Return the rows of a mask of the whole batch, repeated as the batch is."""
+        if not isinstance(mask, Tensor) or self.data_dim is None or mask.ndim < -self.data_dim:
+            return mask
+        axis = mask.ndim + self.data_dim
+        if mask.shape[axis] == 1:
+            return mask
+        mask = mask.narrow(axis, rows.start, rows.stop - rows.start)
+        return torch.cat([mask] * times, axis)
 
     def _reduce(self, term: Tensor, leading: int) -> Tensor:
         """Sum all dimensions but the data's (and ``leading`` particles' before the plates)."""
@@ -223,7 +246,7 @@ def choose_mode(
     reasons: list[str] = []
     for mode in modes:
         runner.mode = mode
-        if mode == "loop" and reasons and _agree(reference, score()):
+        if mode == "loop" and reasons and agree(reference, score()):
             logger.warning(
                 "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
             )
@@ -235,7 +258,7 @@ def choose_mode(
             # has already run, is always left to fall back on, and says so.
             reasons.append(f"{mode}: {type(error).__name__}: {error}")
             continue
-        if _agree(reference, found):
+        if agree(reference, found):
             return
         gap = float((reference - found).abs().max())
         reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
@@ -247,7 +270,8 @@ def choose_mode(
     )
 
 
-def _agree(reference: Tensor, found: Tensor) -> bool:
+def agree(reference: Tensor, found: Tensor) -> bool:
+    """Return whether two log densities are equal to rounding."""
     tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-4
     return found.shape == reference.shape and torch.allclose(
         reference, found, rtol=tolerance, atol=tolerance, equal_nan=True

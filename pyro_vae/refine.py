@@ -56,8 +56,10 @@ def refine(
     After each, a datum's gain in ELBO is measured on random numbers common to before
     and after; a datum has converged when a further cycle gained it less than
     ``tolerance``, two standard errors included. Those that have not go on, with
-    more particles. A row never ends below the start: where a cycle
-    gains it nothing, the row stays as it was.
+    more particles. A row never ends below the start, as far as the measurement can tell:
+    where a cycle gains it nothing, the row stays as it was. (The start is the guide's own
+    answer where the guide is of the family, and has the moments of its draws elsewhere.)
+    What converges is a local optimum: another mode stays unseen.
 
     Args:
         model: a Pyro model.
@@ -95,7 +97,15 @@ def refine(
     for rows in scorer.data_blocks():
         block = arguments if arguments.size is None else arguments.rows(rows)
         table, converged = _refine_block(
-            model, block, start[rows], local.family, data_plate, max_steps, tolerance, scorer.seed
+            model,
+            block,
+            start[rows],
+            local.family,
+            data_plate,
+            max_steps,
+            tolerance,
+            scorer.seed,
+            splittable=scorer.splittable,
         )
         with torch.no_grad():
             local.table[rows] = table
@@ -121,8 +131,8 @@ def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tens
             and guide.coordinates == local.coordinates
         ):
             return guide.family_params(*batch.args, **batch.kwargs).clone()
-        values, _ = scorer.draw(slice(0, scorer.num_data), _START_DRAWS, (0, 0))
-        return local.params_from(scorer.guide_nodes, scorer.single_values(values))
+        values, _ = scorer.draw(slice(0, scorer.num_data), _START_DRAWS, (3,))
+        return local.params_from(scorer.guide_runs(2), scorer.single_values(values))
 
 
 def _refine_block(
@@ -134,6 +144,8 @@ def _refine_block(
     max_steps: int,
     tolerance: float,
     seed: int,
+    *,
+    splittable: bool,
 ) -> tuple[Tensor, Tensor]:
     """Optimise the rows of a block; return them, [n, D, p], and which converged, [n]."""
     table = table.clone()
@@ -142,7 +154,7 @@ def _refine_block(
     while left > 0 and not bool(converged.all()):
         # Data that have converged leave the batch, where the model takes fewer.
         active = torch.nonzero(~converged).flatten()
-        if batch.size is None:
+        if not splittable:
             active = torch.arange(table.shape[0], device=table.device)
         some = batch if active.numel() == table.shape[0] else batch.rows(active)
         guide = LocalGuide(

@@ -27,6 +27,14 @@ class LogWeights:
     log_prior: Tensor
     log_guide: Tensor
 
+    def __post_init__(self) -> None:
+        shapes = {self.log_likelihood.shape, self.log_prior.shape, self.log_guide.shape}
+        if len(shapes) != 1:
+            raise ValueError(
+                "log_likelihood, log_prior and log_guide need one shape [K, N], found "
+                f"{sorted(tuple(shape) for shape in shapes)}"
+            )
+
     @property
     def log_joint(self) -> Tensor:
         """log p(x, z), [K, N]."""

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.batches import Batch, as_batch, rows_text
 
@@ -19,6 +21,7 @@ __all__ = [
     "Plate",
     "Site",
     "Structure",
+    "called_modules",
     "check_guide",
     "evaluation",
     "inspect",
@@ -165,7 +168,11 @@ def module_of(fn: Any) -> nn.Module | None:
 
 @contextlib.contextmanager
 def evaluation(*fns: Any) -> Iterator[None]:
-    """Put the nn.Modules of models and guides in eval mode; restore each submodule after."""
+    """Put the nn.Modules of models and guides in eval mode; restore each submodule after.
+
+    Plain functions close over modules that cannot be seen: each is put in eval mode as it
+    is called, and restored likewise.
+    """
     training = [
         submodule
         for module in map(module_of, fns)
@@ -175,11 +182,32 @@ def evaluation(*fns: Any) -> Iterator[None]:
     ]
     for submodule in training:
         submodule.training = False
+
+    def switch(module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            module.training = False
+            training.append(module)
+
+    hook = register_module_forward_pre_hook(switch)
     try:
         yield
     finally:
+        hook.remove()
         for submodule in training:
             submodule.training = True
+
+
+@contextlib.contextmanager
+def called_modules() -> Iterator[dict[int, nn.Module]]:
+    """Collect the nn.Modules that are called inside the context, by identity."""
+    found: dict[int, nn.Module] = {}
+    hook = register_module_forward_pre_hook(
+        lambda module, inputs: found.__setitem__(id(module), module)
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -274,6 +302,16 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     proposed = {
         name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
     }
+    factors = [
+        name
+        for name, node in sample_nodes(guide_trace)
+        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
+    ]
+    if factors:
+        raise ValueError(
+            f"the guide has pyro.factor statements {factors}, whose term in log q would be lost; "
+            "put them in the distribution that the guide samples from"
+        )
     if missing := wanted - proposed:
         raise ValueError(
             f"the guide has no sample statement for the model's latent sites {sorted(missing)}; "

@@ -13,15 +13,19 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.batches import Batch
-from pyro_vae.sites import check_guide, sample_nodes
+from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
 
-__all__ = ["non_finite_sites", "site_log_prob", "trace_pair"]
+__all__ = ["latent_masks", "non_finite_sites", "site_log_prob", "trace_pair"]
 
 
 def trace_pair(
     model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
     """Run the guide, replay the model with its draws, and return both traces.
+
+    A latent that the model masks is not there, nor is its proposal: the model's mask is
+    put on the guide's site as well. Otherwise its density would count for nothing, and
+    the bound grow with the guide's entropy past log p(x).
 
     Raises:
         ValueError: where the guide does not propose just the model's latent sites.
@@ -31,7 +35,19 @@ def trace_pair(
         poutine.replay(model, trace=guide_trace), graph_type="flat"
     ).get_trace(*args, **kwargs)
     check_guide(model_trace, guide_trace)
+    for name, mask in latent_masks(model_trace).items():
+        node = guide_trace.nodes[name]
+        node["mask"] = mask if node["mask"] is None else node["mask"] & mask
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def latent_masks(model_trace: Any) -> dict[str, Tensor | bool]:
+    """Return the masks that a model puts on its latent sites."""
+    return {
+        name: node["mask"]
+        for name, node in latent_nodes(model_trace)
+        if node["mask"] is not None and node["mask"] is not True
+    }
 
 
 def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:

@@ -239,3 +239,45 @@ def test_an_encoder_in_the_loop():
     guide = pv.AmortizedGuide(model, encoder(6), example=x)
     a, b = (pv.to_arviz(model, guide, x, num_draws=3, seed=4)["posterior"]["z"] for _ in range(2))
     np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_deterministic_sites_do_not_stand_in_the_way():
+    """Predictive draws follow the deterministic value: the residual has the noise's deviation."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            twice = pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(twice, 1.0), obs=x)
+
+    x = torch.randn(10, dtype=torch.float64)
+    guide = pv.LocalGuide(model, num_data=10, example=x)
+    tree = pv.to_arviz(model, guide, x, num_draws=500, seed=0)
+    residual = tree["posterior_predictive"]["x"] - 2 * tree["posterior"]["z"]
+    assert residual.shape == (1, 500, 10)
+    assert abs(float(residual.std()) - 1) < 5 / (2 * 5000) ** 0.5
+
+
+def test_non_centred_eight_schools_as_one_datum():
+    """Partial pooling with a deterministic effect, through Pyro's own autoguides."""
+    sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 8):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + tau * eta)
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+    for auto in (
+        pyro.infer.autoguide.AutoNormal,
+        pyro.infer.autoguide.AutoMultivariateNormal,
+        pyro.infer.autoguide.AutoDelta,
+    ):
+        guide = auto(model)
+        guide(y)
+        tree = pv.to_arviz(model, guide, y, data_plate=False, num_draws=50, seed=0)
+        assert tree["posterior"]["eta"].dims == ("chain", "draw", "schools")
+        assert tree["posterior_predictive"]["y"].shape == (1, 50, 8)

@@ -504,3 +504,188 @@ def test_methods_of_a_module_are_evaluated_in_eval_mode():
     a, b = (pv.log_weights(both.model, both.guide, x, num_particles=2, seed=0) for _ in range(2))
     assert torch.equal(a.total, b.total)
     assert both.drop.training
+
+
+# --- what is not one density per datum -------------------------------------------------
+
+
+def test_guides_joint_over_the_data_are_refused():
+    """AutoDiagonalNormal's one site is the whole batch's: no bound of a datum is in it."""
+    model = factor_analysis()
+    x = model.data(5)
+    for auto in (
+        pyro.infer.autoguide.AutoDiagonalNormal,
+        pyro.infer.autoguide.AutoMultivariateNormal,
+    ):
+        with pytest.raises(
+            ValueError, match=r"'_AutoD?i?a?.*_latent' has batch shape \[\].* 5 data"
+        ):
+            pv.log_weights(model, auto(model), x, num_particles=2)
+
+    def no_plate(x):
+        pyro.sample("z", dist.Normal(x.new_zeros(5, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=r"'z' has batch shape \[\]"):
+        pv.log_weights(model, no_plate, x, num_particles=2)
+
+
+def test_another_event_dimension_in_the_guide_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.unsqueeze(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"'z' has 0 event dimensions .* 1 in the guide"):
+        pv.log_weights(model, guide, torch.zeros(4, 3), num_particles=2, data_plate="data")
+
+
+def test_a_factor_in_the_guide_is_refused():
+    model = factor_analysis()
+
+    def guide(x):
+        model.posterior(x)
+        with pyro.plate("more", len(x)):
+            pyro.factor("adjust", torch.ones(len(x)), has_rsample=True)
+
+    with pytest.raises(ValueError, match=r"pyro.factor statements \['adjust'\]"):
+        pv.log_weights(model, guide, model.data(3), num_particles=2)
+
+
+@pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
+def test_a_latent_that_the_model_masks_is_not_there(particles):
+    """Masked rows weigh nothing; the others are as in the model without those rows."""
+    model = factor_analysis()
+    x = model.data(300)  # two blocks
+    mask = torch.arange(300) % 3 != 0
+
+    def masked(x, mask):
+        with poutine.mask(mask=mask):
+            return model(x)
+
+    def guide(x, mask):
+        return model.posterior(x)
+
+    found = pv.log_weights(
+        masked, guide, x, mask, num_particles=4, particles=particles, chunk_size=100
+    )
+    assert (found.total[:, ~mask] == 0).all()
+    evidence = model.log_evidence(x)[mask].expand(4, -1)
+    torch.testing.assert_close(found.total[:, mask], evidence)
+
+
+def test_partly_observed_data_by_obs_mask():
+    """y seen for some data: the bounds are log p of what is seen, by closed form."""
+
+    def model(x, y, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=seen)
+
+    x, y = torch.randn(2, 6, dtype=torch.float64)
+    seen = torch.tensor([True, False, True, True, False, False])
+    pair = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), torch.tensor([[2.0, 1], [1, 2]]).double()
+    )
+    alone = torch.distributions.Normal(0.0, 2**0.5)
+    exact = torch.where(seen, pair.log_prob(torch.stack([x, y], -1)), alone.log_prob(x))
+    guide = pv.LocalGuide(model, num_data=6, example=(x, y, seen))
+    refined = pv.refine(model, guide, x, y, seen, seed=0)
+    bound = pv.iwae_bound(model, refined, x, y, seen, num_particles=5000, seed=0)
+    assert refined.converged[seen].all()
+    # Where y is missing the model has it as a latent of its own, to be integrated out.
+    assert ((bound.value - exact).abs() < 5 * bound.std_error + 1e-3).all()
+
+
+# --- models that take one size of batch ---------------------------------------------------
+
+
+def test_a_plate_of_fixed_size_and_data_closed_over_are_not_cut():
+    torch.manual_seed(0)
+    covariate = torch.randn(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", 300):
+            z = pyro.sample("z", dist.Normal(covariate, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", 300):
+            pyro.sample("z", dist.Normal((x + covariate) / 2, 0.5**0.5))
+
+    x = torch.randn(300, dtype=torch.float64)
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3, chunk_size=100)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+
+
+def test_data_closed_over_are_not_misaligned():
+    """covariate[: len(x)] runs on any rows, and is wrong on all but the first."""
+    covariate = torch.arange(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(covariate[: len(x)], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + covariate[: len(x)]) / 2, 0.5**0.5))
+
+    x = covariate + 1
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+    refined = pv.refine(model, posterior, x, seed=0)
+    bound = pv.elbo(model, refined, x, num_particles=10, seed=0)
+    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-3)
+
+
+def test_modules_that_plain_functions_close_over_run_in_eval_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double().train()
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            location = net(z.reshape(-1, 2)).reshape(z.shape)
+            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(300, 2, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
+    before = net[1].running_mean.clone()
+    a, b = (
+        pv.log_weights(model, guide, x, num_particles=4, seed=0, chunk_size=c).total
+        for c in (None, 100)
+    )
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert torch.equal(net[1].running_mean, before)
+    assert net.training
+    assert all(module.training for module in net.modules())
+
+
+def test_weights_that_are_not_numbers_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("bad", torch.where(z > 4, torch.nan, 0.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(2.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"log weights of data .* through log p\(x \| z\)"):
+        pv.elbo(model, guide, torch.zeros(3), num_particles=50, seed=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_a_bad_seed_is_refused(exact, seed):
+    model, x = exact
+    with pytest.raises(ValueError, match="whole number of at least 0"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, seed=seed)

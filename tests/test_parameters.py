@@ -246,3 +246,23 @@ def test_an_optimizer_is_taken_as_it_is():
 def test_what_is_no_optimizer(optim, error, told):
     with pytest.raises(error, match=told):
         make_optimizer(optim, some_parameters())
+
+
+def test_buffers_of_modules_that_functions_close_over_are_kept():
+    net = nn.BatchNorm1d(2)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    parameters = Parameters(model, guide, as_batch(torch.zeros(4, 2)))
+    state = parameters.state()
+    net.running_mean += 3
+    parameters.restore(state)
+    assert torch.equal(net.running_mean, torch.zeros(2))
