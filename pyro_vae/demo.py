@@ -46,6 +46,7 @@ class Settings:
         max_steps: of training at most, so that a large data set takes no longer.
         patience: epochs without a better validation ELBO.
         num_data: images of each part that get guides of their own.
+        refine_steps: steps of a datum's own guide at most.
         num_particles: K of the bounds.
         num_draws: posterior draws written for ArviZ; fewer for large images.
     """
@@ -56,6 +57,7 @@ class Settings:
     max_steps: int = 8000
     patience: int = 20
     num_data: int = 256
+    refine_steps: int = 4000
     num_particles: int = 5000
     num_draws: int = 500
 
@@ -63,7 +65,13 @@ class Settings:
     def quick(cls) -> Settings:
         """Return settings of a run of seconds."""
         return cls(
-            hidden=(64, 64), epochs=15, patience=5, num_data=32, num_particles=500, num_draws=100
+            hidden=(64, 64),
+            epochs=15,
+            patience=5,
+            num_data=32,
+            refine_steps=1000,
+            num_particles=500,
+            num_draws=100,
         )
 
 
@@ -143,6 +151,7 @@ def run(
                 {"amortized": guide, "mean-field": Normal()},
                 x,
                 num_particles=settings.num_particles,
+                max_steps=settings.refine_steps,
                 seed=seed,
             )
     with clock("write"):
