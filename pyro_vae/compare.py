@@ -223,7 +223,10 @@ def compare(
     blocks: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     reduced = []
     crossed = all(a.can_score(b) for a in scorers.values() for b in scorers.values())
-    # Every scorer cuts the data and the particles alike.
+    # Every scorer must cut the data and the particles alike: as the least divisible one does.
+    if len({len(scorer.data_blocks()) for scorer in scorers.values()}) > 1:
+        for scorer in scorers.values():
+            scorer.splittable = False
     for chunks in zip(
         *(s.chunks(num_particles, chunk_size) for s in scorers.values()), strict=True
     ):

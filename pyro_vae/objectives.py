@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.kl import analytic_kl
 from pyro_vae.logweights import Scorer
-from pyro_vae.sites import inspect, latent_nodes, sample_nodes
+from pyro_vae.sites import evaluation, inspect, latent_nodes, preserved_rng, sample_nodes
 from pyro_vae.traces import site_log_prob, trace_pair
 
 __all__ = ["ELBO"]
@@ -128,7 +128,8 @@ class ELBO(pyro.infer.ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, str]:
         """Return, for each latent site, whether its KL is analytic or sampled, and why."""
-        with torch.no_grad():
+        device = Batch(args, kwargs).device
+        with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
         told = {}
         for name, node in latent_nodes(guide_trace):

@@ -304,3 +304,28 @@ def test_names_and_kinds_of_guides_are_checked(compared):
 )
 def test_the_tightest_bound(means, errors, chosen):
     assert _tightest(np.array(means), np.array(errors)) == chosen
+
+
+def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():
+    """300 data are two blocks for one guide and one for the other: rows must stay aligned."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    torch.manual_seed(0)
+    data = torch.randn(300, dtype=torch.float64)
+
+    def whole(x):
+        with pyro.plate("data", 300):
+            pyro.sample("z", dist.Normal(data / 2, data.new_tensor(0.5).sqrt()))
+
+    net = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2).double())
+    guide = pv.AmortizedGuide(model, net, example=data)
+    found = pv.compare(
+        model, {"cut": guide, "whole": whole}, data, reference="whole", num_particles=50, seed=0
+    ).dataset
+    evidence = torch.distributions.Normal(0.0, data.new_tensor(2.0).sqrt()).log_prob(data).numpy()
+    assert abs(found.elbo.sel(guide="whole").values - evidence).max() < 1e-9
+    assert abs(found.log_evidence.values - evidence).max() < 1e-9
