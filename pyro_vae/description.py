@@ -21,7 +21,8 @@ class Description:
         rows: one mapping per site: site, kind, distribution, support, batch_shape,
             event_shape, plates.
         data_plate: the name of the data plate, or None.
-        note: what could not be told, or an empty string.
+        note: what could not be told, or which discrete latents need no guide, or an empty
+            string.
     """
 
     rows: tuple[Mapping[str, str], ...]
@@ -72,6 +73,9 @@ def describe(
     try:
         structure = inspect(model, *batch, data_plate=data_plate)
         sites, plate = structure.sites, structure.data_plate
+        local = structure.local_latents if plate else structure.global_latents
+        if discrete := [site.name for site in local if site.enumerable]:
+            note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
         sites, _ = run_model(model, as_batch(*batch))
         plate, note = None, str(error)

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["FactorizedFamily", "Normal"]
+__all__ = ["Delta", "FactorizedFamily", "Normal"]
 
 
 class FactorizedFamily(ABC):
@@ -25,9 +25,14 @@ class FactorizedFamily(ABC):
     To write one, give ``params_per_coordinate`` and the methods below. Parameters
     have any leading shape and end in ``params_per_coordinate``; they are
     unconstrained real numbers.
+
+    Attributes:
+        params_per_coordinate: parameters of one coordinate.
+        has_density: whether a member is a distribution with a density; a point has none.
     """
 
     params_per_coordinate: int
+    has_density: bool = True
 
     @abstractmethod
     def marginal(self, params: Tensor) -> Any:
@@ -39,6 +44,19 @@ class FactorizedFamily(ABC):
         Returns:
             A reparameterized distribution over the reals of batch shape [...].
         """
+
+    def mapped(self, params: Tensor, transform: Any) -> Any:
+        """Return the distribution of the coordinates mapped to a constrained support.
+
+        Args:
+            params: [..., params_per_coordinate].
+            transform: a bijection from the reals.
+
+        Returns:
+            A distribution over the transform's codomain.
+        """
+        base = self.marginal(params).to_event(transform.domain.event_dim)
+        return dist.TransformedDistribution(base, [transform])
 
     @abstractmethod
     def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
@@ -115,3 +133,55 @@ class Normal(FactorizedFamily):
         if not isinstance(marginal, torch.distributions.Normal):
             return None
         return self.from_moments(marginal.loc, marginal.scale)
+
+
+@dataclass(frozen=True)
+class Delta(FactorizedFamily):
+    r"""A single point (maximum a posteriori): a location per coordinate.
+
+    .. math:: \hat z = \arg\max_z \log p(x, z)
+
+    The density that is maximised is that of z as the model writes it: on a constrained
+    support the point is transform(location), and the log determinant of the transform is
+    left out, as in Pyro's AutoDelta. So the answer is the mode in the user's
+    parametrization; in another one (log s for s) it is another point.
+
+    A point has no entropy. What stands in the place of the ELBO is
+    :math:`\log p(x, \hat z)`, the height of a density: it is **not** a bound on log p(x), lies
+    above it wherever the posterior is narrow, depends on the units of z, and is the same
+    for every number of particles. Compare it with other values of its own kind only.
+
+    Example:
+        >>> import torch
+        >>> Delta().marginal(torch.tensor([[0.5], [2.0]])).sample()
+        tensor([0.5000, 2.0000])
+    """
+
+    params_per_coordinate = 1
+    has_density = False
+
+    def marginal(self, params: Tensor) -> Any:
+        """Return Delta(params[..., 0])."""
+        return dist.Delta(params[..., 0])
+
+    def mapped(self, params: Tensor, transform: Any) -> Any:
+        """Return Delta(transform(params[..., 0])), its log density zero."""
+        return dist.Delta(transform(params[..., 0]), event_dim=transform.codomain.event_dim)
+
+    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return the location, whatever the noise, [K, ...]."""
+        return params[..., 0] + torch.zeros_like(noise)
+
+    def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Return the mean as the location, [..., 1]; a point has no width."""
+        return mean.unsqueeze(-1)
+
+    def units(self, params: Tensor) -> Tensor:
+        """Return ones: a point has no width to step by."""
+        return torch.ones_like(params)
+
+    def params_of(self, marginal: Any) -> Tensor | None:
+        """Return the point of a Delta without a density of its own, [..., 1]; else None."""
+        if not isinstance(marginal, dist.Delta) or bool((marginal.log_density != 0).any()):
+            return None
+        return marginal.v.unsqueeze(-1)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Normal
 from pyro_vae.handlers import register
-from pyro_vae.sites import Plate, Structure, evaluation, inspect, preserved_rng
+from pyro_vae.sites import Structure, evaluation, inspect, is_subsampled, preserved_rng
 
 __all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide", "own_params"]
 
@@ -75,9 +74,20 @@ class FamilyGuide(nn.Module):
                 "pyro_vae.families.Normal()"
             )
         self._data_plate = structure.data_plate
-        self._subsampled = _is_subsampled(model, batch, structure.data_plate)
+        self._subsampled = is_subsampled(model, batch, structure.data_plate)
+        proposed = [site for site in structure.local_latents if not site.enumerable]
+        if not proposed:
+            discrete = ", ".join(
+                f"latent site {site.name!r} ({site.distribution})"
+                for site in structure.local_latents
+            )
+            raise ValueError(
+                f"no latent site is continuous, only {discrete}: {type(self).__name__} proposes "
+                "continuous sites, and leaves discrete ones of finite support to be "
+                "summed out. Use pyro_vae.ExactGuide(model, example=batch)"
+            )
         coordinates, start = [], 0
-        for site in structure.local_latents:
+        for site in proposed:
             coordinates.append(Coordinates.of(site, structure.data_plate, start))
             start = coordinates[-1].columns.stop
         self.coordinates = tuple(coordinates)
@@ -91,7 +101,7 @@ class FamilyGuide(nn.Module):
         """Return the family's parameters for a batch, [N, D, params_per_coordinate]."""
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every local latent site; the Pyro guide.
+        """Sample every continuous local latent site; the Pyro guide.
 
         Returns:
             Site name to value.
@@ -135,11 +145,10 @@ class FamilyGuide(nn.Module):
         return values
 
     def _distribution(self, coordinates: Coordinates, params: Tensor) -> Any:
-        base = self.family.marginal(coordinates.arrange(params, trailing=1))
-        base = base.to_event(coordinates.transform.domain.event_dim)
-        if coordinates.is_identity:
-            return base
-        return dist.TransformedDistribution(base, [coordinates.transform])
+        mine = coordinates.arrange(params, trailing=1)
+        if not coordinates.is_identity:
+            return self.family.mapped(mine, coordinates.transform)
+        return self.family.marginal(mine).to_event(coordinates.transform.domain.event_dim)
 
     def _prior_moments(self, structure: Structure) -> Tensor:
         """Return parameters with the prior's moments, over draws and data: [D, p]."""
@@ -204,10 +213,10 @@ class AmortizedGuide(FamilyGuide):
 
     .. math:: q_\phi(z | x) = \mathrm{family}(z; \mathrm{head}(\mathrm{encoder}_\phi(x)))
 
-    Made from the model: it samples every latent site of the data plate, under the
-    site's name, mapped to the site's support. The encoder returns features [N, F];
-    the guide adds the linear head. At the start every datum's proposal is close to
-    the prior. All parameters exist after construction.
+    Made from the model: it samples every continuous latent site of the data plate, under
+    the site's name, mapped to the site's support; discrete ones are left to be summed out. The
+    encoder returns features [N, F]; the guide adds the linear head. At the start every
+    datum's proposal is close to the prior. All parameters exist after construction.
 
     Args:
         model: a Pyro model with latent sites in the plate of its data.
@@ -221,8 +230,8 @@ class AmortizedGuide(FamilyGuide):
 
     Raises:
         DataPlateError: where the data plate cannot be told.
-        ValueError: for a discrete latent site, global latents without a guide, or an
-            encoder whose features are not [N, F].
+        ValueError: where no latent site is continuous, for a discrete one of infinitely many
+            values, global latents without a guide, or an encoder whose features are not [N, F].
 
     Example:
         >>> import pyro, torch
@@ -315,7 +324,8 @@ class LocalGuide(FamilyGuide):
 
     Raises:
         DataPlateError: where the data plate cannot be told.
-        ValueError: for a discrete or global latent site, or num_data < 1.
+        ValueError: where no latent site is continuous, for a discrete one of infinitely many
+            values, a global one, or num_data < 1.
 
     Example:
         >>> import pyro, torch
@@ -436,16 +446,3 @@ def own_params(family: FactorizedFamily, nodes: Sequence[Any]) -> Tensor | None:
     if first is None or any(p is None or not torch.equal(p, first) for p in found):
         return None
     return first
-
-
-def _is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool:
-    """Whether the data plate keeps its full size when the batch is smaller."""
-    if plate.size != plate.full_size:
-        return True
-    if batch.size is None or batch.size < 2:
-        return False
-    try:
-        fewer = inspect(model, batch.rows(slice(0, batch.size - 1)), data_plate=plate.name)
-    except (ValueError, RuntimeError):
-        return False  # the model takes batches of this one size only: no minibatches
-    return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["LatentScale", "register", "unobserve"]
 
@@ -69,13 +69,16 @@ class LatentScale(Messenger):
     """Scales the log density of every latent site; of model and guide alike, it scales the KL.
 
     Args:
-        factor: the scale; may be changed between runs.
+        factor: the scale; may be changed between runs. A 0-d tensor stays an input of a
+            graph that is traced from a run, where a float would become a constant of it.
     """
 
-    def __init__(self, factor: float = 1.0) -> None:
+    def __init__(self, factor: float | Tensor = 1.0) -> None:
         super().__init__()
         self.factor = factor
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.factor
+            # Told, for a discrete latent that is summed out has no KL to scale.
+            msg["infer"] = {**msg["infer"], "_latent_scale": self.factor}

@@ -39,6 +39,10 @@ def to_arviz(
     datum), observed_data, prior, and with ``predictive`` posterior_predictive and
     prior_predictive.
 
+    Discrete latents that the guide leaves out are summed out of log_p and log_weight, and
+    drawn from their exact posterior, given each draw of the others, for the posterior;
+    posterior_predictive and log_likelihood go on from these draws.
+
     Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of a model
     with local latents reports k-hat above 0.7, and rightly.
 
@@ -76,11 +80,11 @@ def to_arviz(
         block = blocks.setdefault(chunk.rows.start, {})
         key = (chunk.rows.start, chunk.particles.start)
         size = chunk.weights.num_particles
+        summed = scorer.draw_summed_out(chunk.rows, chunk.values, (6, *key))
+        values = {**chunk.values, **summed}
         found = {
-            "posterior": scorer.by_datum(
-                {n: v for n, v in chunk.values.items() if n in structure.sites}
-            ),
-            "log_likelihood": scorer.site_log_likelihood(chunk.rows, chunk.values),
+            "posterior": scorer.by_datum({n: v for n, v in values.items() if n in structure.sites}),
+            "log_likelihood": scorer.site_log_likelihood(chunk.rows, values),
             "sample_stats": {
                 "log_p": chunk.weights.log_joint,
                 "log_q": chunk.weights.log_guide,
@@ -90,7 +94,7 @@ def to_arviz(
         prior = scorer.predict(chunk.rows, size, None, (4, *key))
         found["prior"] = {n: v for n, v in prior.items() if not _is_observed(structure, n)}
         if predictive:
-            drawn = scorer.predict(chunk.rows, size, chunk.values, (3, *key))
+            drawn = scorer.predict(chunk.rows, size, values, (3, *key))
             found["posterior_predictive"] = {
                 n: v for n, v in drawn.items() if _is_observed(structure, n)
             }

@@ -21,8 +21,18 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
+from pyro_vae.enumeration import summed_out, with_placeholder
 from pyro_vae.handlers import unobserve
-from pyro_vae.particles import MODES, Runner, SiteShape, agree, choose_mode, is_latent, is_observed
+from pyro_vae.particles import (
+    MODES,
+    Runner,
+    SiteShape,
+    agree,
+    choose_mode,
+    is_any,
+    is_latent,
+    is_observed,
+)
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
     Structure,
@@ -114,6 +124,11 @@ class Scorer:
                 )
             with torch.no_grad(), poutine.block():
                 model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                name = plate.name if plate else None
+                self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
+                if self.summed_out and not list(latent_nodes(guide_trace)):
+                    guide = with_placeholder(guide, plate)
+                    model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
         _check_per_datum(self.structure, model_trace, guide_trace)
         self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
@@ -121,6 +136,11 @@ class Scorer:
             not node["infer"].get("is_auxiliary") and not _hides_density(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
+        # Points, where no auxiliary site carries the density (as AutoNormal's do).
+        auxiliary = any(node["infer"].get("is_auxiliary") for _, node in latent_nodes(guide_trace))
+        self.point_sites = [
+            name for name, node in latent_nodes(guide_trace) if not auxiliary and _is_point(node)
+        ]
         shapes = {
             name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
             for trace in (model_trace, guide_trace)
@@ -130,7 +150,7 @@ class Scorer:
         self._guide = Runner(
             guide, batch, shapes, self.nesting, data_dim, latent_masks(model_trace)
         )
-        self._model = Runner(model, batch, shapes, self.nesting, data_dim)
+        self._model = Runner(model, batch, shapes, self.nesting, data_dim, summed=self.summed_out)
         with self._scoring(), torch.no_grad():
             self._choose_modes(particles)
 
@@ -148,7 +168,8 @@ class Scorer:
     def chunk_pairs(self) -> int:
         """Pairs (particle, datum) that the model scores at once by default."""
         observed = sum(site.value.numel() for site in self.structure.observed)
-        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // max(1, observed)))
+        elements = max(1, observed) * self._model.num_values
+        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // elements))
 
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
         """Draw and score, block of data by block of data, particles inside.
@@ -375,10 +396,29 @@ class Scorer:
     def _score(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         num_particles = next(iter(values.values())).shape[0]
         traces = self._model.traces(rows, num_particles, self._latents(values))
-        return (
-            self._model.log_prob(traces, rows, num_particles, is_observed),
-            self._model.log_prob(traces, rows, num_particles, is_latent),
-        )
+        log_prior = self._model.log_prob(traces, rows, num_particles, is_latent)
+        if not self.summed_out:
+            return self._model.log_prob(traces, rows, num_particles, is_observed), log_prior
+        # The discrete sites tie likelihood and prior: p(x | z) = p(x, z) / p(z).
+        log_joint = self._model.log_prob(traces, rows, num_particles, is_any)
+        never = log_prior == -math.inf
+        return log_joint.masked_fill(never, 0.0) - log_prior.masked_fill(never, 0.0), log_prior
+
+    def draw_summed_out(
+        self, rows: slice, values: Mapping[str, Tensor], key: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """Draw what is summed out from its exact posterior given x and the values.
+
+        Returns:
+            Site name to draws, shaped as the values are.
+        """
+        if not self.summed_out:
+            return {}
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            self._reseed(*key)
+            traces = self._model.traces(rows, num_particles, self._latents(values))
+            return self._model.draw_summed(traces, num_particles)[0]
 
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if name in self.structure.sites}
@@ -423,6 +463,8 @@ class Scorer:
         values = self._guide.values(traces, count)
         log_guide = self._guide.log_prob(traces, rows, count, is_latent)
         latents = self._latents(values)
+        if self.summed_out:
+            self._model.check_summed(rows, latents)
 
         def score_guide() -> Tensor:
             return self._guide.log_prob(
@@ -431,7 +473,7 @@ class Scorer:
 
         def score_model() -> Tensor:
             return self._model.log_prob(
-                self._model.traces(rows, count, latents), rows, count, lambda name, node: True
+                self._model.traces(rows, count, latents), rows, count, is_any
             )
 
         choose_mode(self._guide, "guide", particles, log_guide, score_guide)
@@ -476,7 +518,8 @@ def log_weights(
     .. math:: \log w_{kn} = \log p(x_n | z_{kn}) + \log p(z_{kn}) - \log q(z_{kn} | x_n)
 
     Scales (subsampling, poutine.scale) are stripped; masks are kept. Modules run in
-    eval mode, without gradients.
+    eval mode, without gradients. Discrete latents c of finite support that the guide does
+    not propose are summed out: p(z) is the sum over c of p(c, z), and p(x | z) = p(x, z) / p(z).
 
     Args:
         model: a Pyro model.
@@ -532,3 +575,8 @@ def _hides_density(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)
+
+
+def _is_point(node: Any) -> bool:
+    """Whether a guide's site is a Delta that carries no density of a distribution."""
+    return _hides_density(node["fn"]) and bool((node["fn"].log_prob(node["value"]) == 0).all())

@@ -21,11 +21,28 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.enumeration import (
+    conditionals,
+    contract,
+    draw,
+    enumerated,
+    unmasked_log_prob,
+)
 from pyro_vae.guides import LocalGuide
 from pyro_vae.sites import latent_nodes, sample_nodes
-from pyro_vae.traces import site_log_prob
+from pyro_vae.traces import site_log_prob, values_trace
 
-__all__ = ["MODES", "Runner", "SiteShape", "agree", "choose_mode", "is_latent", "is_observed"]
+__all__ = [
+    "MODES",
+    "Runner",
+    "SiteShape",
+    "agree",
+    "choose_mode",
+    "is_any",
+    "is_latent",
+    "is_observed",
+    "per_datum",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +64,8 @@ class Runner:
 
     Values are kept in one layout, ``[K, *plates, *event]``: particles, then
     ``nesting`` plate dimensions, then the event. Each mode folds it to what its
-    run takes and back.
+    run takes and back. Discrete sites that are summed out are enumerated in every run
+    that does not give their values.
     """
 
     def __init__(
@@ -58,6 +76,7 @@ class Runner:
         nesting: int,
         data_dim: int | None,
         masks: Mapping[str, Tensor | bool] | None = None,
+        summed: tuple[str, ...] = (),
     ) -> None:
         self.fn = fn
         self.batch = batch
@@ -65,6 +84,8 @@ class Runner:
         self.nesting = nesting
         self.data_dim = data_dim
         self.masks = masks or {}
+        self.summed = summed
+        self.num_values = 1  # of the discrete sites, those that one density depends on
         self.mode = "plate"
 
     def traces(
@@ -99,7 +120,12 @@ class Runner:
         num_particles: int,
         keep: Callable[[str, Any], bool],
     ) -> Tensor:
-        """Return the summed log density of the kept sites, unscaled: [K, N]."""
+        """Return the summed log density of the kept sites, unscaled: [K, N].
+
+        Of discrete sites that are summed out, the log of the sum over their values.
+        """
+        if self.summed:
+            return self._contracted(traces, num_particles, keep)
         total: Tensor | None = None
         for name, node in sample_nodes(traces[0]):
             if keep(name, node):
@@ -118,13 +144,88 @@ class Runner:
             times = num_particles if self.mode == "repeat" else 1
             mask = self._mask(self.masks[name], rows, times)
             terms = [scale_and_mask(term, 1.0, mask) for term in terms]
+        return self._by_particle(terms, num_particles)
+
+    def _by_particle(self, terms: list[Tensor], num_particles: int) -> Tensor:
+        """Bring a log density of each run to [K, N]."""
         if self.mode == "loop":
-            return torch.stack([self._reduce(term, leading=0) for term in terms])
+            return torch.stack(
+                [per_datum(term, self.nesting, self.data_dim, leading=0) for term in terms]
+            )
         (term,) = terms
         if self.mode == "repeat":
-            return self._reduce(term, leading=0).reshape(num_particles, -1)
-        reduced = self._reduce(term, leading=1)
+            return per_datum(term, self.nesting, self.data_dim, leading=0).reshape(
+                num_particles, -1
+            )
+        reduced = per_datum(term, self.nesting, self.data_dim, leading=1)
         return reduced.expand(num_particles, reduced.shape[1])
+
+    def _contracted(
+        self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
+    ) -> Tensor:
+        groups = [contract(trace, _log_probs(trace, keep), self._plate_dims) for trace in traces]
+        total: Tensor | None = None
+        for names in groups[0]:
+            term = self._by_particle([group[names] for group in groups], num_particles)
+            total = term if total is None else total + term
+        if total is None:
+            raise ValueError("no site to score")
+        return total
+
+    def draw_summed(
+        self, traces: list[Any], num_particles: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw the sites that are summed out from their exact posterior, given all else.
+
+        Returns:
+            Site name to values, ``[K, *plates, *event]``, and their log probability, [K, N].
+        """
+        found = [
+            draw(conditionals(trace, _log_probs(trace, is_any), self._plate_dims))
+            for trace in traces
+        ]
+        drawn, chosen = {}, []
+        for name in found[0][0]:
+            shape = self.shapes[name]
+            ndim = shape.batch_ndim if self.mode != "plate" else 1 + self.nesting
+            values = [v[name] for v, _ in found]
+            missing = (1,) * (ndim + shape.event_ndim - values[0].ndim)
+            values = [v.reshape(missing + v.shape) for v in values]
+            drawn[name] = self._unfold(name, values, num_particles)
+            chosen.append(self._by_particle([terms[name] for _, terms in found], num_particles))
+        return drawn, torch.stack(chosen).sum(0)
+
+    def check_summed(self, rows: slice, values: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where the values of a site do not run together as each alone.
+
+        With c drawn from p(c | z, x), the model run with that c alone must say
+        log p(x, z, c) = log p(x, z) + log p(c | z, x).
+        """
+        first = {name: value[:1] for name, value in values.items()}
+        traces = self.traces(rows, 1, first)
+        drawn, chosen = self.draw_summed(traces, 1)
+        terms = _log_probs(traces[0], is_any)
+        self.num_values = max(
+            t.shape[: max(0, t.ndim - self.nesting)].numel() for t in terms.values()
+        )
+        together = self.log_prob(traces, rows, 1, is_any) + chosen
+        (trace,) = self.traces(rows, 1, {**first, **drawn})
+        terms = _log_probs(trace, is_any)
+        terms |= {name: unmasked_log_prob(trace.nodes[name]) for name in self.summed}
+        alone = torch.stack([self._by_particle([t], 1) for t in terms.values()]).sum(0)
+        if not agree(alone, together):
+            gap = float((alone - together).abs().max())
+            raise ValueError(
+                f"the model's log density with all values of {list(self.summed)} at once differs "
+                f"from that of single values by {gap:.3g} nats: its broadcasting over dimensions "
+                "left of the plates, where the values lie, is wrong. Mend it, or propose the "
+                "sites in the guide"
+            )
+
+    @property
+    def _plate_dims(self) -> int:
+        """Batch dimensions of a run that plates take up, the particles' too."""
+        return self.nesting + (self.mode == "plate")
 
     def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
         """Return one site's log density for each particle, not summed: ``[K, *batch]``."""
@@ -144,16 +245,6 @@ class Runner:
             return mask
         mask = mask.narrow(axis, rows.start, rows.stop - rows.start)
         return torch.cat([mask] * times, axis)
-
-    def _reduce(self, term: Tensor, leading: int) -> Tensor:
-        """Sum all dimensions but the data's (and ``leading`` particles' before the plates)."""
-        missing = self.nesting + leading - term.ndim
-        if missing > 0:
-            term = term.reshape((1,) * missing + term.shape)
-        data_axis = None if self.data_dim is None else term.ndim + self.data_dim
-        axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
-        term = term.sum(axes) if axes else term
-        return term if data_axis is not None else term.unsqueeze(-1)
 
     def _fold(
         self, values: Mapping[str, Tensor] | None, particle: int | None
@@ -203,8 +294,10 @@ class Runner:
         times: int,
         values: Mapping[str, Tensor] | None,
     ) -> Any:
+        if summed := [name for name in self.summed if values is None or name not in values]:
+            fn = enumerated(fn, summed, -1 - self._plate_dims)
         if values is not None:
-            fn = poutine.replay(fn, trace=_values_trace(values))
+            fn = poutine.replay(fn, trace=values_trace(values))
         with self._table_rows(rows, times):
             return poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
 
@@ -225,13 +318,33 @@ class Runner:
         return rows.start == 0 and rows.stop >= size
 
 
-def _values_trace(values: Mapping[str, Tensor]) -> Any:
-    trace = poutine.Trace()
-    for name, value in values.items():
-        trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
-        )
-    return trace
+def per_datum(term: Tensor, nesting: int, data_dim: int | None, leading: int) -> Tensor:
+    """Sum all dimensions but the data's, and ``leading`` ones of particles before the plates.
+
+    Args:
+        term: of a site's batch shape.
+        nesting: plate dimensions, particles' excluded.
+        data_dim: the data's, negative; None for one datum.
+        leading: 0 or 1.
+
+    Returns:
+        [N], or [K, N]; N is 1 for a site outside the data plate, or for one datum.
+    """
+    missing = nesting + leading - term.ndim
+    if missing > 0:
+        term = term.reshape((1,) * missing + term.shape)
+    data_axis = None if data_dim is None else term.ndim + data_dim
+    axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
+    term = term.sum(axes) if axes else term
+    return term if data_axis is not None else term.unsqueeze(-1)
+
+
+def _log_probs(trace: Any, keep: Callable[[str, Any], bool]) -> dict[str, Tensor]:
+    return {
+        name: site_log_prob(name, node, scaled=False)
+        for name, node in sample_nodes(trace)
+        if keep(name, node)
+    }
 
 
 def choose_mode(
@@ -276,6 +389,11 @@ def agree(reference: Tensor, found: Tensor) -> bool:
     return found.shape == reference.shape and torch.allclose(
         reference, found, rtol=tolerance, atol=tolerance, equal_nan=True
     )
+
+
+def is_any(name: str, node: Any) -> bool:
+    """Keep every site of a trace."""
+    return True
 
 
 def is_observed(name: str, node: Any) -> bool:

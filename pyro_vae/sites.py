@@ -25,8 +25,11 @@ __all__ = [
     "check_guide",
     "evaluation",
     "inspect",
+    "is_enumerable",
+    "is_subsampled",
     "latent_nodes",
     "module_of",
+    "plain_distribution",
     "plate_nesting",
     "sample_nodes",
 ]
@@ -104,14 +107,12 @@ class Site:
     @property
     def distribution(self) -> str:
         """The name of its distribution, without Independent and Masked around it."""
-        fn = self.fn
-        while hasattr(fn, "base_dist") and type(fn).__name__ in (
-            "Independent",
-            "MaskedDistribution",
-            "ExpandedDistribution",
-        ):
-            fn = fn.base_dist
-        return type(fn).__name__
+        return type(plain_distribution(self.fn)).__name__
+
+    @property
+    def enumerable(self) -> bool:
+        """Whether it is discrete, of finite support, and so can be summed out."""
+        return is_enumerable(self.fn)
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,43 @@ def inspect(
     return Structure(kinds, plate, nesting, plate.size)
 
 
+def plain_distribution(fn: Any) -> Any:
+    """Return a distribution without Independent, Masked and Expanded around it."""
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "MaskedDistribution",
+        "ExpandedDistribution",
+    ):
+        fn = fn.base_dist
+    return fn
+
+
+def is_enumerable(fn: Any) -> bool:
+    """Whether a distribution is discrete and its finitely many values can be listed."""
+    if not getattr(fn, "has_enumerate_support", False):
+        return False
+    if isinstance(plain_distribution(fn), dist.Empirical):
+        return False  # lists its samples, of which several may be one value
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError:  # total counts of a Binomial that differ, event dimensions
+        return False
+    return True
+
+
+def is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool:
+    """Return whether the data plate keeps its full size when the batch is smaller."""
+    if plate.size != plate.full_size:
+        return True
+    if batch.size is None or batch.size < 2:
+        return False
+    try:
+        fewer = inspect(model, batch.rows(slice(0, batch.size - 1)), data_plate=plate.name)
+    except (ValueError, RuntimeError):
+        return False  # the model takes batches of this one size only: no minibatches
+    return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
+
+
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the (name, site) of a trace's sample statements, plates' subsamples left out."""
     for name, node in trace.nodes.items():
@@ -295,7 +333,8 @@ def plate_nesting(trace: Any) -> int:
 def check_guide(model_trace: Any, guide_trace: Any) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
-    Sites that the guide observes, or marks auxiliary, are no proposals.
+    Discrete sites of finite support need no proposal: they are summed out. Sites that the
+    guide observes, or marks auxiliary, are no proposals.
     """
     wanted = {name for name, _ in latent_nodes(model_trace)}
     observed = {name for name, node in sample_nodes(model_trace) if node["is_observed"]}
@@ -312,10 +351,16 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
             f"the guide has pyro.factor statements {factors}, whose term in log q would be lost; "
             "put them in the distribution that the guide samples from"
         )
-    if missing := wanted - proposed:
+    missing = {
+        name
+        for name, node in latent_nodes(model_trace)
+        if name not in proposed and not is_enumerable(node["fn"])
+    }
+    if missing:
         raise ValueError(
             f"the guide has no sample statement for the model's latent sites {sorted(missing)}; "
-            f"it has {sorted(proposed)}"
+            f"it has {sorted(proposed)}. Only discrete sites of finite support need none: they "
+            "are summed out"
         )
     if unknown := proposed - wanted - observed:
         raise ValueError(

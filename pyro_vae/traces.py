@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.handlers import unobserve
 from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
 
-__all__ = ["latent_masks", "non_finite_sites", "site_log_prob", "trace_pair"]
+__all__ = [
+    "ReplaceDraws",
+    "dream",
+    "latent_masks",
+    "non_finite_sites",
+    "site_log_prob",
+    "trace_given",
+    "trace_guide",
+    "trace_model",
+    "trace_pair",
+    "values_trace",
+]
 
 
 def trace_pair(
     model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
     """Run the guide, replay the model with its draws, and return both traces.
+
+    Raises:
+        ValueError: where the guide does not propose just the model's latent sites.
+    """
+    guide_trace = trace_guide(guide, args, kwargs)
+    model_trace = trace_model(model, guide_trace, args, kwargs)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run the guide; return its trace, the subsamples of plates included."""
+    return poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+
+
+def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
+    """Replay the model with the values of a guide's trace; return its trace.
 
     A latent that the model masks is not there, nor is its proposal: the model's mask is
     put on the guide's site as well. Otherwise its density would count for nothing, and
@@ -30,15 +59,54 @@ def trace_pair(
     Raises:
         ValueError: where the guide does not propose just the model's latent sites.
     """
-    guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
     model_trace = poutine.trace(
         poutine.replay(model, trace=guide_trace), graph_type="flat"
     ).get_trace(*args, **kwargs)
     check_guide(model_trace, guide_trace)
     for name, mask in latent_masks(model_trace).items():
-        node = guide_trace.nodes[name]
-        node["mask"] = mask if node["mask"] is None else node["mask"] & mask
-    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        node = guide_trace.nodes.get(name)
+        if node is not None:  # None: a discrete latent that is summed out
+            node["mask"] = mask if node["mask"] is None else node["mask"] & mask
+    return model_trace
+
+
+class ReplaceDraws(Messenger):
+    """Replaces each latent draw, as soon as it is made, by a function of it.
+
+    Args:
+        replace: from a draw to what the program goes on with.
+    """
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.replace = replace
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["value"] = self.replace(msg["value"])
+
+
+def dream(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run the model with observed sites drawn as well; return its trace, unseen from outside."""
+    with poutine.block():
+        return poutine.trace(unobserve(model)).get_trace(*args, **kwargs)
+
+
+def trace_given(
+    fn: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
+) -> Any:
+    """Run a model or guide with the values of its latent sites given; return its trace."""
+    return trace_guide(poutine.replay(fn, trace=values_trace(values)), args, kwargs)
+
+
+def values_trace(values: Mapping[str, Tensor]) -> Any:
+    """Return a trace that holds nothing but the values of sites, to replay."""
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(
+            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
+        )
+    return trace
 
 
 def latent_masks(model_trace: Any) -> dict[str, Tensor | bool]:

@@ -1,0 +1,158 @@
+"""Factors over named axes, from which discrete variables are summed out one by one.
+
+A variable's factors are multiplied and summed over its values: those of the innermost
+plates first, and of one plate the last of the model first. A plate that a variable is not
+in is a product over its entries, taken just before the variable is summed.
+
+Sums are logsumexps of whole products. Pyro's own contraction multiplies two tensors after
+scaling each by its own maximum, and underflows where their maxima lie apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Axis", "Factor", "Variable", "eliminate", "to_plates"]
+
+# ("plate", its name) or ("enum", Pyro's number of an enumerated dimension).
+Axis = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An enumerated site.
+
+    Attributes:
+        name: the site.
+        axis: that of its values.
+        frames: the plates it is in, as in Pyro's cond_indep_stack.
+    """
+
+    name: str
+    axis: Axis
+    frames: tuple[Any, ...]
+
+    @property
+    def plates(self) -> frozenset[Axis]:
+        """The axes of its plates."""
+        return frozenset(("plate", frame.name) for frame in self.frames)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A log density over named axes.
+
+    Attributes:
+        axes: of the tensor's dimensions.
+        tensor: the log density.
+        sites: whose densities went into it.
+    """
+
+    axes: tuple[Axis, ...]
+    tensor: Tensor
+    sites: frozenset[str]
+
+    @property
+    def plates(self) -> frozenset[Axis]:
+        """Those of its axes that are plates."""
+        return frozenset(axis for axis in self.axes if axis[0] == "plate")
+
+    @property
+    def enum_axes(self) -> frozenset[Axis]:
+        """Those of its axes that are values of discrete sites."""
+        return frozenset(axis for axis in self.axes if axis[0] == "enum")
+
+    def reduce(self, axis: Axis) -> Factor:
+        """Add up an axis: the product over a plate."""
+        place = self.axes.index(axis)
+        axes = self.axes[:place] + self.axes[place + 1 :]
+        return Factor(axes, self.tensor.sum(place), self.sites)
+
+
+def eliminate(
+    factors: Sequence[Factor], variables: Mapping[Axis, Variable], *, conditionals: bool = False
+) -> tuple[list[Factor], list[tuple[Variable, Factor]]]:
+    """Sum out every variable, the last first.
+
+    Args:
+        factors: the log densities.
+        variables: by axis; outer plates first, and the order in which they are drawn.
+        conditionals: whether to keep the distribution of each variable given those before.
+
+    Returns:
+        One factor for each connected group of what was given, without the variables; and
+        (variable, log probabilities) of each variable eliminated, the last first.
+
+    Raises:
+        ValueError: for variables in plates that are not nested, with a factor in common.
+    """
+    rest = list(factors)
+    tables = []
+    for axis, variable in reversed(list(variables.items())):
+        touching = [factor for factor in rest if axis in factor.axes]
+        if not touching:
+            continue
+        rest = [factor for factor in rest if axis not in factor.axes]
+        joint = _product([_within(factor, variable, variables) for factor in touching])
+        place = joint.axes.index(axis)
+        total = _logsumexp(joint.tensor, place)
+        axes = joint.axes[:place] + joint.axes[place + 1 :]
+        rest.append(Factor(axes, total, joint.sites))
+        if conditionals:
+            dead = total == -torch.inf  # impossible whatever the value: any conditional will do
+            table = joint.tensor - total.masked_fill(dead, 0.0).unsqueeze(place)
+            table = table.masked_fill(dead.unsqueeze(place), 0.0)
+            tables.append((variable, Factor(joint.axes, table, joint.sites)))
+    return rest, tables
+
+
+def _within(factor: Factor, variable: Variable, variables: Mapping[Axis, Variable]) -> Factor:
+    """Multiply a factor over the plates that the variable is not in."""
+    for axis in factor.enum_axes:
+        if not variables[axis].plates <= variable.plates:
+            raise ValueError(
+                f"the discrete sites {variable.name!r} and {variables[axis].name!r} lie in plates "
+                f"that are not nested, and {sorted(factor.sites)} depend on both: the sum over "
+                "their values grows exponentially. Propose one of them in the guide"
+            )
+    for axis in factor.plates - variable.plates:
+        factor = factor.reduce(axis)
+    return factor
+
+
+def _product(factors: Sequence[Factor]) -> Factor:
+    axes = tuple(dict.fromkeys(axis for factor in factors for axis in factor.axes))
+    tensor = _aligned(factors[0], axes)
+    for factor in factors[1:]:
+        tensor = tensor + _aligned(factor, axes)
+    return Factor(axes, tensor, frozenset().union(*(factor.sites for factor in factors)))
+
+
+def _aligned(factor: Factor, axes: Sequence[Axis]) -> Tensor:
+    """Return a factor's tensor with its axes in this order, of size 1 where it has none."""
+    tensor = factor.tensor.permute(
+        [factor.axes.index(axis) for axis in axes if axis in factor.axes]
+    )
+    return tensor[tuple(slice(None) if axis in factor.axes else None for axis in axes)]
+
+
+def _logsumexp(tensor: Tensor, axis: int) -> Tensor:
+    """Return the logsumexp, with a gradient of zero where every entry is -inf."""
+    dead = (tensor == -torch.inf).all(axis)
+    total = torch.logsumexp(tensor.masked_fill(dead.unsqueeze(axis), 0.0), axis)
+    return total.masked_fill(dead, -torch.inf)
+
+
+def to_plates(factor: Factor, dims: Mapping[str, int], trailing: Sequence[Axis] = ()) -> Tensor:
+    """Lay a factor out as the plates are, with other axes after them."""
+    plates = sorted(factor.plates, key=lambda axis: dims[axis[1]])
+    tensor = _aligned(factor, (*plates, *trailing))
+    shape = [1] * -min((dims[name] for _, name in plates), default=0)
+    for (_, name), size in zip(plates, tensor.shape, strict=False):
+        shape[dims[name]] = size
+    return tensor.reshape([*shape, *tensor.shape[len(plates) :]])
