@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
-from pyro_vae.objectives import ELBO
+from pyro_vae.objectives import Objective
 from pyro_vae.results import LogWeights
 
 __all__ = ["explain", "pareto_k"]
@@ -46,7 +46,7 @@ def pareto_k(log_weights: LogWeights | Tensor) -> Tensor:
 
 
 def explain(
-    loss: ELBO, model: Callable[..., Any], guide: Callable[..., Any], *batch: Any
+    loss: Objective, model: Callable[..., Any], guide: Callable[..., Any], *batch: Any
 ) -> dict[str, str]:
     """Return, for each latent site, whether a loss takes its KL analytically, and why.
 
@@ -62,7 +62,7 @@ def explain(
     Raises:
         TypeError: for a loss that is not ours.
     """
-    if not isinstance(loss, ELBO):
+    if not isinstance(loss, Objective):
         raise TypeError(f"explain knows the losses of pyro_vae, not {type(loss).__name__}")
     arguments = as_batch(*batch)
     return loss.explain(model, guide, *arguments.args, **arguments.kwargs)

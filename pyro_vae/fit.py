@@ -22,9 +22,10 @@ from pyro_vae.batches import Batch, EpochData
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
 from pyro_vae.minibatches import TrainingData, mean_elbo
-from pyro_vae.objectives import ELBO
+from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
+from pyro_vae.schedules import factor_at, shortfall
 from pyro_vae.sites import evaluation, module_of, preserved_rng
 from pyro_vae.traces import non_finite_sites
 
@@ -41,6 +42,7 @@ _HISTORY = (
     "elbo_std_error",
     "validation_elbo",
     "validation_elbo_std_error",
+    "beta",
 )
 
 
@@ -116,8 +118,10 @@ def fit(
         optim: a function from parameters to a torch optimizer (a class will do), a torch
             optimizer, or a pyro.optim object with plain arguments; Adam with a learning
             rate of 0.001 by default.
-        schedule: the factor on the latent terms of model and guide (KL warm-up) at each
-            step, counted from 0; validation is never scaled.
+        schedule: the factor on the latent terms of model and guide at each step, counted
+            from 0: one of pyro_vae.schedules (KL warm-up), or any function. Validation is
+            never scaled. The history has the factor of each epoch's last step as beta; a
+            warm-up that training cuts short is told in a logged warning.
         batch_size: data in a minibatch; the last of an epoch may be smaller.
         epochs: passes over the data at most; 100 where max_steps is not given either.
         max_steps: optimizer steps at most.
@@ -144,8 +148,9 @@ def fit(
         NonFiniteLossError: for a loss or gradient that is not finite, naming step and
             sites; the parameters are those of the last good step.
         ValueError: for data that are empty, hold NaN or lie outside the likelihood's
-            support, a guide that does not fit the model, a checkpoint of another pair, or
-            arguments that do not go together.
+            support, a guide that does not fit the model, a checkpoint of another pair, a
+            factor of the schedule that is negative or not finite, or arguments that do not
+            go together.
         FileNotFoundError: for a checkpoint in a folder that does not exist.
 
     Example:
@@ -250,7 +255,13 @@ class _Trainer:
             raise TypeError(
                 "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
             )
-        self.schedule, self.seed = schedule, seed
+        self.schedule: Any = schedule
+        if schedule is not None and (isinstance(schedule, type) or not callable(self.schedule)):
+            raise TypeError(
+                f"schedule={schedule!r}: a function from a step to the factor is needed; one "
+                "factor for all steps is pyro_vae.schedules.Constant(beta)"
+            )
+        self.seed = seed
         self._latent_scale = LatentScale()
         self._pair = (
             (model, guide)
@@ -280,13 +291,15 @@ class _Trainer:
         """Train; return what ended it, and leave the best parameters in place."""
         limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
         total = min(limit for limit in limits if limit is not None)
+        if total > self.state.step and (told := shortfall(self.schedule, total)):
+            logger.warning("training will end by %s", told)
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
                 while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
-                    told = self._epoch(bar, max_steps)
+                    epoch = self._epoch(bar, max_steps)
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
-                    answers = [callback(told) for callback in callbacks]
+                    answers = [callback(epoch) for callback in callbacks]
                     if any(answers):
                         stopped_by = "callback"
                         break
@@ -302,6 +315,8 @@ class _Trainer:
                 self.state.step,
                 kept,
             )
+        if told := shortfall(self.schedule, self.state.step):
+            logger.warning("training ended (%s) at %s", stopped_by, told)
         return stopped_by
 
     def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
@@ -325,11 +340,12 @@ class _Trainer:
             bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
             if max_steps is not None and state.step >= max_steps:
                 break
+        beta = float(self._latent_scale.factor)  # before validation, which has none
         (elbo, elbo_error), (validation, validation_error) = mean_elbo(elbos), self._validate()
         self.last = self.parameters.state()
         state.epoch += 1
         state.elapsed = before + time.perf_counter() - begin
-        row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error)
+        row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error, beta)
         for name, value in zip(_HISTORY, row, strict=True):
             state.history[name].append(value)
         if self.validation is None:
@@ -366,7 +382,7 @@ class _Trainer:
     def _step(self, index: Tensor | None, batch: Batch) -> float:
         """Take a step and return the loss; leave the parameters alone if it is not finite."""
         if self.schedule is not None:
-            self._latent_scale.factor = self.schedule(self.state.step)
+            self._latent_scale.factor = factor_at(self.schedule, self.state.step)
         random_state = checkpoints.random_state()
         self.optimizer.zero_grad(set_to_none=True)
         try:
@@ -442,6 +458,7 @@ class _Trainer:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "optimizer_type": type(self.optimizer).__name__,
+            "loss": self.loss.state_dict() if isinstance(self.loss, Objective) else {},
             "progress": dict(vars(self.state)),
             "random_state": checkpoints.random_state(),
         }
@@ -460,7 +477,11 @@ class _Trainer:
             )
         self.parameters.restore(content["last"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if isinstance(self.loss, Objective):
+            self.loss.load_state_dict(content.get("loss", {}))
         self.state = _Progress(**content["progress"])
+        for name in _HISTORY:  # a column that an earlier version did not write is unknown
+            self.state.history.setdefault(name, [math.nan] * self.state.epoch)
         self.last, self.best = content["last"], content["best"]
         checkpoints.set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)

@@ -1,8 +1,8 @@
-"""Pyro ELBO subclasses over the spine of log weights."""
+"""What the losses have in common, and the evidence lower bound with its gradient estimators."""
 
 from __future__ import annotations
 
-import logging
+import abc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,101 +12,60 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.batches import Batch
-from pyro_vae.kl import analytic_kl
-from pyro_vae.logweights import Scorer
-from pyro_vae.sites import evaluation, inspect, latent_nodes, preserved_rng, sample_nodes
-from pyro_vae.traces import site_log_prob, trace_pair
+from pyro_vae.kl import analytic_kl, kl_per_dimension
+from pyro_vae.layouts import Layout, plan
+from pyro_vae.sites import evaluation, latent_nodes, preserved_rng
+from pyro_vae.spine import Run
+from pyro_vae.traces import trace_pair
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "Objective", "not_reparameterized", "without_value"]
 
-logger = logging.getLogger(__name__)
+_BASELINE_DECAY = 0.9
 
 
-class ELBO(pyro.infer.ELBO):
-    r"""The evidence lower bound, with an analytic KL wherever there is one.
+class Objective(pyro.infer.ELBO, abc.ABC):
+    """A loss of Pyro's over the spine of log weights; see the subclasses.
 
-    .. math::
-        \mathbb{E}_q[\log p(x | z)] - \mathrm{KL}(q(z | x), p(z))
-        \quad\text{or}\quad \mathbb{E}_q[\log p(x, z) - \log q(z | x)]
-
-    Site by site, a latent whose guide and model distributions have a closed-form KL
-    gets it; the others are sampled (:func:`pyro_vae.explain` says which and why).
-    Gradients are pathwise (Kingma & Welling 2014). The loss is the negative ELBO,
-    summed over the data, with scales and masks applied, as Pyro's is:
-    ``pyro.infer.SVI(model, guide, optim, loss=pv.ELBO())`` and
-    ``pv.ELBO()(model, guide)(x).backward()`` both work.
+    Works in ``pyro.infer.SVI(model, guide, optim, loss=...)``, as an nn.Module through
+    ``loss(model, guide)``, and in :func:`pyro_vae.fit`. A subclass gives
+    :meth:`differentiable_loss`.
 
     Args:
         num_particles: draws of the guide for an estimate.
-        kl: "analytic", or "sample" for the same estimate as pyro.infer.Trace_ELBO.
-        estimator: of the gradient: "pathwise".
-        vectorize_particles: whether several particles run at once, in a plate outside
-            the model's own. The first call compares them with single particles and
-            falls back to a loop, with a logged warning, if the networks cannot take
+        vectorize_particles: whether several particles run at once. The first call with a
+            pair compares them with single particles and falls back, first to the batch
+            repeated, then to a loop with a logged warning, if the networks cannot take
             the extra dimension.
-
-    Raises:
-        ValueError: for an unknown option, num_particles < 1, a guide that does not
-            propose just the model's latent sites, or one whose draws cannot be
-            reparameterized.
-
-    Example:
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> import pyro_vae as pv
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> x = torch.zeros(5)
-        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
-        >>> optim = pyro.optim.Adam({"lr": 0.01})
-        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=pv.ELBO()).step(x), float)
-        True
+        data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
+    # What it has to know of the data plate, and what it does with discrete proposals that ask
+    # to be enumerated: see pyro_vae.layouts.plan.
+    _data = "no"
+    _enumeration = "no"
+
     def __init__(
-        self,
-        num_particles: int = 1,
-        kl: str = "analytic",
-        estimator: str = "pathwise",
-        *,
-        vectorize_particles: bool = True,
+        self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}: at least 1 is needed")
-        if kl not in ("analytic", "sample"):
-            raise ValueError(f"kl={kl!r}: 'analytic' or 'sample' is needed")
-        if estimator != "pathwise":
-            raise ValueError(f"estimator={estimator!r}: 'pathwise' is needed")
-        super().__init__(
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles and num_particles > 1,
-        )
-        self.kl = kl
-        self.estimator = estimator
-        self._may_vectorize = self.vectorize_particles
-        self._checked: tuple[Any, Any] | None = None
+        if num_particles < 1 or int(num_particles) != num_particles:
+            raise ValueError(f"num_particles={num_particles}: at least 1 is needed, a whole number")
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        self.data_plate = data_plate
+        self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
+        self._pair: tuple[Any, Any] | None = None
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
 
-    def __repr__(self) -> str:
-        return (
-            f"ELBO(num_particles={self.num_particles}, kl={self.kl!r}, "
-            f"estimator={self.estimator!r})"
-        )
-
+    @abc.abstractmethod
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
-        if self._may_vectorize:
-            self._check_vectorized(model, guide, args, kwargs)
-        total: Tensor | float = 0.0
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            for _, term in self._terms(model_trace, guide_trace):
-                total = total + term.sum()
-        if not isinstance(total, Tensor):
-            raise ValueError("the model has no sample statement: there is nothing to fit")
-        return -total / self.num_particles
+        """Return the loss, a scalar to differentiate, in nats."""
+
+    @abc.abstractmethod
+    def explain(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, str]:
+        """Return, for each latent site, how its part of the loss is computed, and why."""
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -124,6 +83,170 @@ class ELBO(pyro.infer.ELBO):
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is carried from step to step, for a checkpoint: running baselines."""
+        return dict(self._baselines)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._baselines = dict(state)
+
+    def _get_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        return trace_pair(model, guide, args, kwargs)
+
+    def _layout(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Layout:
+        """How this pair runs on arguments of this kind; looked at once."""
+        if self._pair is None or not all(map(_same, self._pair, (model, guide))):
+            self._pair, self._layouts = (model, guide), {}
+        named = (*enumerate(args), *sorted(kwargs.items()))
+        kind = tuple((name, type(v), getattr(v, "ndim", None)) for name, v in named)
+        if kind not in self._layouts:
+            self._layouts[kind] = plan(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=self.num_particles,
+                vectorize=self.vectorize_particles,
+                data_plate=self.data_plate,
+                data=self._data,
+                enumeration=self._enumeration,
+            )
+        return self._layouts[kind]
+
+
+class ELBO(Objective):
+    r"""The evidence lower bound, with an analytic KL wherever there is one.
+
+    .. math::
+        \mathbb{E}_q[\log p(x | z)] - \mathrm{KL}(q(z | x), p(z))
+        \quad\text{or}\quad \mathbb{E}_q[\log p(x, z) - \log q(z | x)]
+
+    Site by site, a latent whose guide and model distributions have a closed-form KL
+    gets it; the others are sampled (:func:`pyro_vae.explain` says which and why).
+    The loss is the negative ELBO, summed over the data, with scales and masks applied,
+    as Pyro's is: ``pyro.infer.SVI(model, guide, optim, loss=pv.ELBO())`` and
+    ``pv.ELBO()(model, guide)(x).backward()`` both work.
+
+    Its gradient by the guide's parameters is estimated
+
+    - "pathwise": through the draws (Kingma & Welling 2014);
+    - "stl": through the draws alone, without the score of log q, whose expectation is
+      zero (sticking the landing, Roeder, Wu & Duvenaud 2017): no noise at all where the
+      guide is the exact posterior. The KL is then sampled, for that is what makes the
+      noise cancel. A guide whose proposals may depend on one another runs twice;
+    - "score": for latents that cannot be reparameterized, by the derivative of log q
+      times what the draw earned (REINFORCE, Williams 1992; Ranganath, Gerrish & Blei
+      2014), datum by datum, less a baseline: the mean of the other particles', or, of a
+      single particle, a running mean. Latents that can be reparameterized stay pathwise.
+
+    Args:
+        num_particles: K, draws of the guide for an estimate.
+        kl: "analytic", or "sample" for the same estimate as pyro.infer.Trace_ELBO;
+            by default analytic, and sampled for "stl".
+        estimator: of the gradient: "pathwise", "stl" or "score".
+        free_bits: nats of KL per latent dimension, on average over the batch, below which
+            a dimension is not pressed further (Kingma et al. 2016, eq. 15). Changes the
+            gradient, never the value.
+        vectorize_particles: whether several particles run at once, in a plate outside
+            the model's own. The first call compares them with single particles and
+            falls back, to the batch repeated or to a loop with a logged warning, if the
+            networks cannot take the extra dimension.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+
+    Raises:
+        ValueError: for an unknown option, num_particles < 1, a guide that does not
+            propose the model's latent sites, one whose draws cannot be reparameterized
+            (unless estimator="score"), or free bits of a site whose KL has no closed form
+            per dimension.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> optim = pyro.optim.Adam({"lr": 0.01})
+        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=pv.ELBO()).step(x), float)
+        True
+    """
+
+    _enumeration = "expectation"
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        kl: str | None = None,
+        estimator: str = "pathwise",
+        *,
+        free_bits: float = 0.0,
+        vectorize_particles: bool = True,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if kl not in (None, "analytic", "sample"):
+            raise ValueError(f"kl={kl!r}: 'analytic' or 'sample' is needed")
+        if estimator not in ("pathwise", "stl", "score"):
+            raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'score' is needed")
+        if kl == "analytic" and estimator == "stl":
+            raise ValueError(
+                "estimator='stl' needs kl='sample': without the sampled log q there is no score "
+                "to leave out, and the noise does not vanish at the exact posterior"
+            )
+        kl = ("sample" if estimator == "stl" else "analytic") if kl is None else kl
+        if not 0 <= free_bits < float("inf"):
+            raise ValueError(f"free_bits={free_bits}: a number of nats of at least 0 is needed")
+        if free_bits and kl == "sample":
+            raise ValueError("free_bits need kl='analytic': a KL of each latent dimension")
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
+        )
+        self.kl = kl
+        self.estimator = estimator
+        self.free_bits = free_bits
+        if estimator == "score" or free_bits:
+            self._data = "wanted"
+
+    def __repr__(self) -> str:
+        return (
+            f"ELBO(num_particles={self.num_particles}, kl={self.kl!r}, "
+            f"estimator={self.estimator!r})"
+        )
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
+        run = Run(
+            self._layout(model, guide, args, kwargs),
+            model,
+            guide,
+            args,
+            kwargs,
+            self.num_particles,
+            draws="gated" if self.estimator == "stl" else "attached",
+        )
+        kls = self._analytic(run)
+        terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
+        terms.update((("kl", name), -kl) for name, kl in kls.items())
+        terms.update((("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls))
+        if not terms:
+            raise ValueError("the model has no sample statement: there is nothing to fit")
+        elbo = torch.stack([term.sum() for term in terms.values()]).sum() / self.num_particles
+        if torch.is_grad_enabled():
+            if self.estimator == "score":
+                elbo = elbo + without_value(self._score(run, terms))
+            if self.free_bits:
+                elbo = elbo + without_value(self._freed(run))
+        return -elbo
+
     def explain(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, str]:
@@ -131,67 +254,138 @@ class ELBO(pyro.infer.ELBO):
         device = Batch(args, kwargs).device
         with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-        told = {}
+        told = {
+            name: "summed out: discrete, and not proposed by the guide"
+            for name, _ in latent_nodes(model_trace)
+            if name not in guide_trace.nodes
+        }
         for name, node in latent_nodes(guide_trace):
             if name not in model_trace.nodes:
                 told[name] = "sampled: auxiliary site of the guide"
             elif self.kl == "sample":
-                told[name] = "sampled: kl='sample'"
+                stl = self.estimator == "stl"
+                told[name] = "sampled: stl leaves out its score" if stl else "sampled: kl='sample'"
             else:
                 found, reason = analytic_kl(node, model_trace.nodes[name])
                 told[name] = f"{'sampled' if found is None else 'analytic'}: {reason}"
         return told
 
-    def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Any, Any]:
-        return trace_pair(model, guide, args, kwargs)
-
-    def _terms(self, model_trace: Any, guide_trace: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the terms of the ELBO: for each site, of its batch shape."""
-        analytic: dict[str, Tensor] = {}
-        for name, node in latent_nodes(guide_trace):
-            _require_pathwise(name, node)
-            if self.kl == "analytic" and name in model_trace.nodes:
-                found, _ = analytic_kl(node, model_trace.nodes[name])
-                if found is not None:
-                    analytic[name] = found
-        for name, node in sample_nodes(model_trace):
-            if name not in analytic:
-                yield name, site_log_prob(name, node, scaled=True)
-        for name, node in latent_nodes(guide_trace):
-            if name in analytic:
-                yield name, -scale_and_mask(analytic[name], node["scale"], node["mask"])
+    def _analytic(self, run: Run) -> dict[str, Tensor]:
+        """Return the scaled KL, [K, N], of each latent site that has a closed form."""
+        if self.kl == "sample":
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, nodes in run.proposals():
+            terms = []
+            for guide_node, model_node in nodes:
+                kl = None if model_node is None else analytic_kl(guide_node, model_node)[0]
+                if kl is None:
+                    break
+                terms.append(scale_and_mask(kl, run.scale(guide_node), guide_node["mask"]))
             else:
-                yield name, -site_log_prob(name, node, scaled=True)
+                found[name] = run.per_datum(terms)
+        return found
 
-    def _check_vectorized(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> None:
-        """Compare a plate of particles with single ones, once for a pair."""
-        if self._checked is not None and self._checked == (model, guide):
-            return
-        batch = Batch(args, kwargs)
-        structure = inspect(model, batch, data_plate=False)
-        if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
-            reason = "the model draws its own minibatch, another at each run"
-        else:
-            scorer = Scorer(model, guide, batch, data_plate=False, seed=0)
-            self.max_plate_nesting = scorer.nesting + 1
-            modes = scorer.modes
-            reason = "" if set(modes.values()) == {"plate"} else f"modes are {modes}"
-        self.vectorize_particles = not reason
-        if reason:
-            logger.warning("particles run in a loop, which is slow: %s", reason)
-        self._checked = (model, guide)
+    def _sampled_guide_terms(
+        self, run: Run, kls: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield log q, scaled, [K, N], of the sites without an analytic KL."""
+        stopped = run.stopped_guide_terms(scaled=True) if self.estimator == "stl" else {}
+        for name, nodes in run.guide_nodes():
+            reparameterized = nodes[0]["fn"].has_rsample or name in run.layout.enumerated
+            if not reparameterized and self.estimator != "score":
+                raise not_reparameterized(name, nodes[0])
+            if name in kls:
+                continue
+            if name in stopped and name not in run.layout.enumerated:
+                yield name, stopped[name]
+                continue
+            term = run.log_prob(name, nodes, scaled=True)
+            # The derivative of log q at a fixed draw is zero on average: noise to leave out.
+            yield name, term if reparameterized else term.detach()
 
+    def _score(self, run: Run, terms: dict[tuple[str, Any], Tensor]) -> Tensor:
+        """Return a term whose derivative is that of the draws' probability, times their gain."""
+        num_data = max(term.shape[1] for term in terms.values())
+        total = torch.zeros((), dtype=next(iter(terms.values())).dtype)
+        for name, nodes in run.guide_nodes():
+            if nodes[0]["fn"].has_rsample or name in run.layout.enumerated:
+                continue
+            log_guide = run.log_prob(name, nodes, scaled=False)
+            # What a draw of one datum earns is that datum's; a KL of its own it cannot change.
+            earned = [t.detach() for (kind, n), t in terms.items() if (kind, n) != ("kl", name)]
+            local = sum((t for t in earned if t.shape[1] == num_data), torch.zeros_like(earned[0]))
+            common = sum(
+                (t for t in earned if t.shape[1] != num_data), torch.zeros_like(local[:, :1])
+            )
+            if log_guide.shape[1] == num_data:
+                signal = local + common
+            else:
+                signal = local.sum(1, keepdim=True) + common
+            total = total + ((signal - self._baseline(name, signal)) * log_guide).sum()
+        return total / self.num_particles
 
-def _require_pathwise(name: str, node: Any) -> None:
-    fn = node["fn"]
-    if not fn.has_rsample:
-        raise ValueError(
-            f"the guide's site {name!r} ({type(fn).__name__}) cannot be reparameterized, which "
-            "pathwise gradients need; sum a discrete latent out "
-            "(pyro.infer.TraceEnum_ELBO) or use score-function gradients "
-            "(pyro.infer.Trace_ELBO)"
+    def _baseline(self, name: str, signal: Tensor) -> Tensor:
+        """Return what a draw was expected to earn, independent of that draw: [K, N]."""
+        count = signal.shape[0]
+        if count > 1:
+            return (signal.sum(0, keepdim=True) - signal) / (count - 1)
+        before = self._baselines.get(name)
+        mean = signal.mean()
+        self._baselines[name] = (
+            mean if before is None else _BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean
         )
+        return torch.zeros_like(signal) if before is None else before.to(signal).expand_as(signal)
+
+    def _freed(self, run: Run) -> Tensor:
+        """Return what free bits give back: KL below the floor, over the latent dimensions."""
+        given = []
+        for name, nodes in run.proposals():
+            kls, counts = [], []
+            for guide_node, model_node in nodes:
+                kl, reason = (
+                    (None, "auxiliary site of the guide")
+                    if model_node is None
+                    else kl_per_dimension(guide_node, model_node)
+                )
+                if kl is None:
+                    raise ValueError(
+                        f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
+                    )
+                event = kl.ndim - len(guide_node["fn"].batch_shape)
+                scale, mask = run.scale(guide_node), guide_node["mask"]
+                kls.append(_scaled_per_dimension(kl, scale, mask, event))
+                counts.append(_scaled_per_dimension(torch.ones_like(kl), scale, mask, event))
+            event = nodes[0][0]["fn"].event_dim
+            kl = run.per_dimension(kls, event)
+            floor = self.free_bits * run.per_dimension(counts, event)
+            # A dimension under the floor gets its KL back: no pressure, no gradient.
+            given.append(torch.where(kl < floor, kl, torch.zeros_like(kl)).sum())
+        return torch.stack(given).sum()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two callables are one; a bound method is a new object at each look."""
+    own = getattr(a, "__func__", a) is getattr(b, "__func__", b)
+    return own and getattr(a, "__self__", None) is getattr(b, "__self__", None)
+
+
+def _scaled_per_dimension(term: Tensor, scale: Any, mask: Any, event: int) -> Tensor:
+    """Scale and mask a tensor of batch and event dimensions by batch dimensions."""
+    moved = term.movedim(tuple(range(term.ndim - event, term.ndim)), tuple(range(event)))
+    moved = scale_and_mask(moved, scale, mask)
+    return moved.movedim(tuple(range(event)), tuple(range(term.ndim - event, term.ndim)))
+
+
+def without_value(term: Tensor) -> Tensor:
+    """Return zero, with the gradient of a term."""
+    return term - term.detach()
+
+
+def not_reparameterized(name: str, node: Any) -> ValueError:
+    """Return the error for a proposal that pathwise gradients cannot go through."""
+    return ValueError(
+        f"the guide's site {name!r} ({type(node['fn']).__name__}) cannot be reparameterized, which "
+        "pathwise gradients need. If it is discrete with few values, leave it out of the guide, "
+        "and it is summed out; else use pv.ELBO(estimator='score') or pv.WakeSleep"
+    )

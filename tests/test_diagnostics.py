@@ -72,12 +72,14 @@ def test_explain_names_each_site():
     }
     assert pv.explain(pv.ELBO(kl="sample"), model, guide, x) == {"z": "sampled: kl='sample'"}
     told = pv.explain(pv.ELBO(), model, model.posterior, x)
-    assert told == {"z": "sampled: no closed form between MultivariateNormal and Normal"}
+    assert told == {"z": "analytic: closed form between MultivariateNormal and Normal"}
+    assert pv.explain(pv.ELBO(estimator="stl"), model, guide, x)["z"].startswith("sampled: stl")
+    assert pv.explain(pv.IWAE(3), model, guide, x)["z"].startswith("sampled: an importance weight")
     auto = pyro.infer.autoguide.AutoNormal(
         log_normal_model, create_plates=lambda x: pyro.plate("data", len(x))
     )
     told = pv.explain(pv.ELBO(), log_normal_model, auto, torch.ones(2))
-    assert told["s"].startswith("sampled: the guide's site is a Delta")
+    assert told["s"].startswith("analytic: a point")
     assert told["s_unconstrained"] == "sampled: auxiliary site of the guide"
     with pytest.raises(TypeError, match="not Trace_ELBO"):
         pv.explain(Trace_ELBO(), model, guide, x)

@@ -11,12 +11,18 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from models import factor_analysis
+from pyro import poutine
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
+from pyro_vae import checkpoints
+from pyro_vae.handlers import LatentScale
 from pyro_vae.minibatches import mean_elbo
+from pyro_vae.schedules import Constant, Cyclical, LinearWarmup, Schedule
 
 HISTORY = [
     "epoch",
@@ -25,6 +31,7 @@ HISTORY = [
     "elbo_std_error",
     "validation_elbo",
     "validation_elbo_std_error",
+    "beta",
 ]
 
 
@@ -370,7 +377,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, end, seed):
     options = {
         "seed": seed,
         "validation_data": validation,
-        "schedule": lambda step: min(1.0, step / 8),
+        "schedule": LinearWarmup(8),
         "checkpoint": tmp_path / "run.pt",
     }
 
@@ -501,6 +508,7 @@ def test_history_and_callbacks():
     assert result.history["epoch"] == [epoch.epoch for epoch in told] == [1, 2, 3]
     assert result.history["step"] == [epoch.step for epoch in told] == [3, 6, 9]
     assert result.history["elbo"] == [epoch.elbo for epoch in told]
+    assert result.history["beta"] == [1.0, 1.0, 1.0]
     assert all(math.isnan(epoch.validation_elbo) for epoch in told)
     assert all(error > 0 for error in result.history["elbo_std_error"])
     elapsed = [epoch.elapsed for epoch in told]
@@ -573,12 +581,77 @@ def test_ctrl_c_in_the_first_epoch_and_with_validation(caplog):
 # --- the schedule ----------------------------------------------------------------------
 
 
+def still(parameters):
+    """An optimizer that moves nothing."""
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+class Diagonal(nn.Module):
+    """A guide with one location and scale for all data; remembers its last data and draw."""
+
+    def __init__(self, latents):
+        super().__init__()
+        self.location = nn.Parameter(torch.linspace(-0.5, 0.5, latents, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.linspace(-1.0, 0.0, latents, dtype=torch.float64))
+
+    def forward(self, x):
+        pyro.module("diagonal", self)
+        with pyro.plate("data", len(x)):
+            fn = dist.Normal(self.location, self.log_scale.exp()).to_event(1)
+            self.seen, self.draw = x, pyro.sample("z", fn).detach()
+
+
+@pytest.mark.parametrize(
+    ("loss", "analytic"),
+    [
+        (pv.ELBO(), True),
+        (pv.ELBO(kl="sample"), False),
+        (Trace_ELBO(), False),
+        (TraceMeanField_ELBO(), True),
+    ],
+)
+def test_the_factor_scales_latent_terms_and_not_the_likelihood(loss, analytic):
+    """One step at 1/4: the ELBO and its gradient by hand, log p(x | z) + (log p - log q) / 4."""
+    fa = factor_analysis()
+    x, guide = fa.data(30), Diagonal(fa.num_latents)
+    before = parameters_of(guide)
+    result = pv.fit(
+        fa,
+        guide,
+        x,
+        loss=loss,
+        max_steps=1,
+        schedule=Constant(0.25),
+        optim=lambda ps: torch.optim.SGD(ps, lr=1e-4),
+        progress=False,
+    )
+    # The same draw as a function of the parameters before the step.
+    location, scale = before[0].requires_grad_(), before[1].requires_grad_()
+    q = torch.distributions.Normal(location, scale.exp())
+    p = torch.distributions.Normal(0.0, 1.0)
+    with torch.no_grad():
+        noise = (guide.draw - q.loc) / q.scale
+    z = q.loc + q.scale * noise
+    likelihood = torch.distributions.Normal(z @ fa.loadings.T + fa.mean, fa.noise)
+    kl = (
+        torch.distributions.kl_divergence(q, p).expand(z.shape)
+        if analytic
+        else q.log_prob(z) - p.log_prob(z)
+    )
+    by_hand = likelihood.log_prob(guide.seen).sum() - 0.25 * kl.sum()
+    assert result.history["elbo"] == [pytest.approx(by_hand.item() / 30, rel=1e-12)]
+    gradients = torch.autograd.grad(-by_hand, [location, scale])
+    for old, new, gradient in zip(before, guide.parameters(), gradients, strict=True):
+        torch.testing.assert_close(new.detach(), old.detach() - 1e-4 * gradient)
+    assert result.history["beta"] == [0.25]
+
+
 def test_a_factor_of_zero_takes_the_kl_away():
-    """At rate 0: the loss without KL is the likelihood alone; validation keeps the KL."""
+    """At rate 0: the loss without KL is the likelihood alone."""
     x = make_data()
-    options = {"epochs": 1, "validation_data": x, "optim": lambda ps: torch.optim.SGD(ps, lr=0.0)}
+    options = {"epochs": 1, "optim": still}
     full, guide = run(x, **options)
-    none, _ = run(x, schedule=lambda step: 0.0, **options)
+    none, _ = run(x, schedule=Constant(0.0), **options)
     params = guide.family_params(x).detach().squeeze(1)
     kl = torch.distributions.kl_divergence(
         dist.Normal(params[:, 0], params[:, 1].exp()), dist.Normal(0.0, 1.0)
@@ -586,7 +659,55 @@ def test_a_factor_of_zero_takes_the_kl_away():
     difference = none.history["elbo"][0] - full.history["elbo"][0]
     assert difference == pytest.approx(kl.item(), rel=1e-9)
     assert kl > 1e-4
-    assert none.history["validation_elbo"] == full.history["validation_elbo"]
+
+
+@pytest.mark.parametrize("loss", [None, Trace_ELBO()])
+def test_evaluation_is_never_scaled(loss):
+    x = make_data()
+    options = {"epochs": 3, "validation_data": x, "optim": still, "loss": loss}
+    plain, guide = run(x, **options)
+    before = pv.elbo(model, guide, x, seed=1).value
+    scaled, same_guide = run(x, schedule=LinearWarmup(5), **options)
+    assert scaled.history["validation_elbo"] == plain.history["validation_elbo"]
+    assert scaled.history["elbo"] != plain.history["elbo"]
+    assert torch.equal(pv.elbo(model, same_guide, x, seed=1).value, before)
+    assert torch.equal(
+        pv.log_weights(model, guide, x, num_particles=3, seed=1).log_prior,
+        pv.log_weights(model, same_guide, x, num_particles=3, seed=1).log_prior,
+    )
+
+
+@pytest.mark.parametrize("beta", [0.25, torch.tensor(0.25), torch.tensor(0.25).double()])
+def test_pyro_s_losses_with_a_scale_of_either_kind(beta):
+    """By the handler alone, without fit: a number and a tensor give the same."""
+    fa = factor_analysis()
+    x, guide, scale = fa.data(20), Diagonal(fa.num_latents), LatentScale(beta)
+    loss = Trace_ELBO().loss(scale(fa), scale(guide), x)
+    likelihood = dist.Normal(guide.draw @ fa.loadings.T + fa.mean, fa.noise).log_prob(x).sum()
+    q = dist.Normal(guide.location.detach(), guide.log_scale.exp().detach())
+    latent = (dist.Normal(0.0, 1.0).log_prob(guide.draw) - q.log_prob(guide.draw)).sum()
+    assert loss == pytest.approx(-(likelihood + 0.25 * latent).item(), rel=1e-12)
+
+
+def test_a_tensor_factor_stays_an_input_of_a_traced_graph():
+    fa = factor_analysis()
+    x, scale = fa.data(5), LatentScale()
+    scaled = scale(fa)
+
+    def log_joint(beta):
+        scale.factor = beta
+        return poutine.trace(scaled).get_trace(x).log_prob_sum()
+
+    def run_at(fn, beta):
+        torch.manual_seed(0)
+        return fn(torch.tensor(beta, dtype=torch.float64))
+
+    with pyro.validation_enabled(False):  # it looks at values, which a graph does not have yet
+        graph = make_fx(log_joint)(x.new_tensor(0.25))
+        found = [run_at(graph, beta) for beta in (0.0, 0.25, 1.0)]
+        wanted = [run_at(log_joint, beta) for beta in (0.0, 0.25, 1.0)]
+    torch.testing.assert_close(found, wanted)
+    assert wanted[0] != wanted[2]
 
 
 def test_the_schedule_is_asked_at_each_step():
@@ -600,6 +721,170 @@ def test_a_factor_of_one_changes_nothing():
     (plain, one), (scaled, other) = run(x), run(x, schedule=lambda step: 1.0)
     equal_histories(plain.history, scaled.history)
     assert same(parameters_of(one), parameters_of(other))
+
+
+def test_the_history_has_the_factor_of_each_epoch_s_last_step():
+    x = make_data()  # 3 steps an epoch
+    for validation in ({}, {"validation_data": x}):
+        result, _ = run(x, epochs=4, schedule=LinearWarmup(8, start=0.5), **validation)
+        assert result.history["beta"] == [0.625, 0.8125, 1.0, 1.0]
+
+
+class Recording(Schedule):
+    """A warm-up of 8 steps that remembers at which it was asked."""
+
+    def __init__(self):
+        self.asked, self.warmup = [], LinearWarmup(8)
+
+    def __call__(self, step):
+        self.asked.append(step)
+        return self.warmup(step)
+
+    def full_at(self, since=0):
+        return self.warmup.full_at(since)
+
+
+def test_a_resumed_run_goes_on_at_its_step_of_the_schedule(tmp_path):
+    """Broken off in step 5, within epoch 2, which is taken again."""
+    x, path, begun, resumed = make_data(), tmp_path / "run.pt", Recording(), Recording()
+    run(x, epochs=4, schedule=begun, checkpoint=path, loss=Interrupting(5))
+    assert begun.asked[:5] == [0, 1, 2, 3, 4]
+    result, _ = run(x, epochs=4, schedule=resumed, checkpoint=path, loss=Trace_ELBO())
+    assert resumed.asked == list(range(3, 12))
+    assert result.history["beta"] == [0.25, 0.625, 1.0, 1.0]
+
+
+def test_a_checkpoint_without_the_column(tmp_path):
+    """What an earlier version wrote: its factors are unknown, what follows is not."""
+    x, path = make_data(), tmp_path / "run.pt"
+    run(x, epochs=2, schedule=LinearWarmup(8), checkpoint=path)
+    content = checkpoints.load(path)
+    del content["progress"]["history"]["beta"]
+    checkpoints.save(content, path)
+    result, _ = run(x, epochs=4, schedule=LinearWarmup(8), checkpoint=path)
+    assert list(result.history) == HISTORY
+    assert result.history["beta"] == pytest.approx([math.nan, math.nan, 1.0, 1.0], nan_ok=True)
+
+
+# --- a warm-up that training cuts short ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "stopped_by", "step", "factor"),
+    [
+        ({"epochs": 2}, "epochs", 6, "0.25"),
+        ({"epochs": None, "max_steps": 4}, "max_steps", 4, "0.15"),
+        ({"epochs": 50, "patience": 2}, "patience", 9, "0.4"),
+        ({"epochs": 50, "callbacks": [lambda epoch: True]}, "callback", 3, "0.1"),
+        ({"epochs": 50, "callbacks": [ctrl_c(2)]}, "interrupted", 6, "0.25"),
+        ({"epochs": 50, "loss": Interrupting(5)}, "interrupted", 4, "0.15"),
+    ],
+)
+def test_a_warm_up_cut_short_is_said_at_the_end(caplog, options, stopped_by, step, factor):
+    x = make_data()
+    warmup = LinearWarmup(20)
+    result, _ = run(x, schedule=warmup, validation_data=x, optim=still, **options)
+    assert result.stopped_by == stopped_by
+    assert caplog.messages[-1] == (
+        f"training ended ({stopped_by}) at step {step}, with the factor {factor} on the latent "
+        f"terms; {warmup!r} comes to 1 at step 21. Train longer, or shorten it"
+    )
+    assert caplog.records[-1].name == "pyro_vae.fit"
+    assert caplog.records[-1].levelname == "WARNING"
+    assert caplog.text.count("training ended") == 1
+
+
+def test_a_warm_up_that_cannot_be_done_is_said_at_the_start(caplog):
+    messages = []
+    seen = [lambda epoch: messages.append(list(caplog.messages))]
+    x, told = make_data(), "training will end by step 6, with the factor 0.25 on"
+    run(x, schedule=LinearWarmup(20), epochs=2, callbacks=seen)
+    assert len(messages[0]) == len(messages[1]) == 1
+    assert messages[0][0].startswith(told)
+    assert "comes to 1 at step 21" in messages[0][0]
+    caplog.clear()
+    run(x, schedule=LinearWarmup(20), epochs=50, max_steps=6)  # the sooner of the two
+    assert caplog.messages[0].startswith(told)
+    caplog.clear()
+    run(x, schedule=Cyclical(10), max_steps=11, epochs=None)  # in the second rise
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "training will end by step 11",
+        "training ended (max_steps) at step 11",
+    ]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None,
+        Constant(0.25),
+        LinearWarmup(5),  # the sixth step, the last, is the first at 1
+        Cyclical(4, cycles=1),
+        Cyclical(2),
+        lambda step: step / 1000,
+    ],
+)
+def test_nothing_is_said_of_a_schedule_that_is_done(caplog, schedule):
+    run(make_data(), schedule=schedule, epochs=2)
+    assert caplog.messages == []
+
+
+def test_one_step_too_few_is_said(caplog):
+    run(make_data(), schedule=LinearWarmup(6), epochs=2)
+    assert "comes to 1 at step 7" in caplog.messages[-1]
+
+
+def test_nothing_but_the_interrupt_is_said_before_the_first_step(caplog):
+    run(make_data(), schedule=LinearWarmup(5), loss=Interrupting(1), epochs=9)
+    assert [message.split(";")[0] for message in caplog.messages] == ["interrupted after step 0"]
+
+
+def test_a_finished_run_that_is_opened_again_says_how_it_ended(caplog, tmp_path):
+    x, path = make_data(), tmp_path / "run.pt"
+    options = {"schedule": LinearWarmup(20), "checkpoint": path}
+    run(x, epochs=2, **options)
+    caplog.clear()
+    run(x, epochs=2, **options)
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "training ended (epochs) at step 6"
+    ]
+    caplog.clear()
+    run(x, epochs=7, **options)
+    assert caplog.messages == []
+
+
+# --- schedules that are refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("found", [-0.5, math.nan, math.inf, None])
+def test_a_factor_that_is_not_finite_or_negative(found):
+    x = make_data()
+    unbroken, guide = make_guide(x), make_guide(x)
+    run(x, unbroken, epochs=None, max_steps=4)
+    with pytest.raises(ValueError, match="factor at step 4, counted from 0, is") as raised:
+        run(x, guide, schedule=lambda step: 1.0 if step < 4 else found)
+    assert f"is {found!r}; a finite number of at least 0 is needed" in str(raised.value)
+    assert same(parameters_of(guide), parameters_of(unbroken))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's own, before ours
+def test_a_factor_of_zero_does_not_hide_an_infinite_prior():
+    """0 times -inf is nan: the step stops, and the site is named."""
+
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Uniform(x.new_zeros(1), 1.0, validate_args=False).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            location = pyro.param("location", x.new_tensor([-5.0]))
+            pyro.sample("z", dist.Normal(location, 0.1).to_event(1))
+
+    with pytest.raises(pv.NonFiniteLossError) as raised:
+        run(make_data(), guide, fn=positive, schedule=Constant(0.0), loss=Trace_ELBO())
+    assert raised.value.sites == ["'z' of the model"]
 
 
 # --- what is not finite ----------------------------------------------------------------
@@ -800,6 +1085,8 @@ def test_a_loss_that_sees_no_parameters():
         ({"loss": Trace_ELBO}, TypeError, "an instance of a pyro.infer.ELBO is needed"),
         ({"loss": ReweightedWakeSleep()}, TypeError, "ReweightedWakeSleep has two losses"),
         ({"optim": "adam"}, TypeError, "optim='adam'"),
+        ({"schedule": 0.5}, TypeError, r"schedule=0.5: a function from .*Constant\(beta\)"),
+        ({"schedule": LinearWarmup}, TypeError, "schedule=<class .*a function from a step"),
         ({"validation_data": Fresh(make_data(3))}, ValueError, "drawn anew for each epoch"),
         ({"data_plate": "rows"}, pv.DataPlateError, "data_plate='rows'.*it has .*'data'"),
     ],

@@ -1,0 +1,370 @@
+"""Objectives of importance weights, one for each datum: IWAE and reweighted wake-sleep."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.batches import Batch, as_batch
+from pyro_vae.estimators import iwae_bound
+from pyro_vae.layouts import Layout
+from pyro_vae.objectives import Objective, not_reparameterized, without_value
+from pyro_vae.particles import per_datum
+from pyro_vae.sites import evaluation, latent_nodes, preserved_rng
+from pyro_vae.spine import Run
+from pyro_vae.traces import dream, latent_masks, site_log_prob, trace_given
+
+__all__ = ["IWAE", "WakeSleep"]
+
+
+class _Importance(Objective):
+    """What the objectives of one importance weight per datum have in common."""
+
+    _data = "needed"
+    _enumeration = "no"
+
+    def explain(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, str]:
+        """Return, for each latent site, that its part of the weight is sampled."""
+        device = Batch(args, kwargs).device
+        with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
+            run = self._run(model, guide, args, kwargs, "attached")
+        told = dict.fromkeys(
+            run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
+        )
+        for name, _ in run.guide_nodes():
+            told[name] = "sampled: an importance weight has no analytic part"
+        return told
+
+    def _run(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        draws: str,
+    ) -> Run:
+        return Run(
+            self._layout(model, guide, args, kwargs),
+            model,
+            guide,
+            args,
+            kwargs,
+            self.num_particles,
+            draws=draws,
+            one_minibatch=True,
+        )
+
+
+class IWAE(_Importance):
+    r"""The importance-weighted bound of each datum (Burda, Grosse & Salakhutdinov 2016).
+
+    .. math:: \sum_n s_n \log \frac{1}{K} \sum_k w_{kn},
+        \quad w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} | x_n)}
+
+    The loss is its negative. The scale s of a datum (of a subsampled plate, or of
+    pyro.poutine.scale) stands outside the logarithm: inside, the sum would not bound
+    log p(x) any more. It is the model's; what the guide says of scales is not needed. A
+    latent site whose scale is not that of the likelihood (KL warm-up) has the ratio in the
+    weight, in model and guide alike. Discrete latents that the guide does not propose are
+    summed out.
+
+    Its gradient by the model's parameters is the derivative of what was drawn; by the
+    guide's parameters it is estimated
+
+    - "pathwise": by that derivative too. Its signal falls below its noise as K grows
+      (Rainforth et al. 2018);
+    - "dreg": doubly reparameterized (Tucker et al. 2019): through the draws alone, each
+      path weighted by the square of its normalized weight. The same expectation, without
+      that fault, and no noise at all where the guide is the exact posterior;
+    - "stl": through the draws alone, with the normalized weights (Roeder, Wu & Duvenaud
+      2017). No noise at the exact posterior, but for K > 1 another expectation than the
+      derivative of the bound (Tucker et al. 2019).
+
+    "stl" and "dreg" run a guide twice if its proposals may depend on one another.
+
+    Args:
+        num_particles: K, at least 1.
+        estimator: of the gradient by the guide's parameters: "pathwise", "stl" or "dreg".
+        vectorize_particles: as in :class:`pyro_vae.ELBO`.
+        data_plate: as in :func:`pyro_vae.log_weights`; False for one weight of all the data.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for an unknown option, global latents, a subsampled plate inside a
+            datum, or a proposal that cannot be reparameterized.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> optim = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = pv.IWAE(50, estimator="dreg")
+        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=loss).step(x), float)
+        True
+    """
+
+    _enumeration = "sum"
+
+    def __init__(
+        self,
+        num_particles: int,
+        estimator: str = "pathwise",
+        *,
+        vectorize_particles: bool = True,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if estimator not in ("pathwise", "stl", "dreg"):
+            raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'dreg' is needed")
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
+        )
+        self.estimator = estimator
+
+    def __repr__(self) -> str:
+        return f"IWAE(num_particles={self.num_particles}, estimator={self.estimator!r})"
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate: the negative bound in nats."""
+        through_draws = self.estimator != "pathwise"
+        run = self._run(model, guide, args, kwargs, "gated" if through_draws else "attached")
+        for name, nodes in run.guide_nodes():
+            if not nodes[0]["fn"].has_rsample:
+                raise not_reparameterized(name, nodes[0])
+        terms = run.stopped_guide_terms(scaled=False) if through_draws else run.guide_terms()
+        scale, log_joint, log_guide = _weighted(run, terms)
+        log_weights = log_joint - log_guide
+        bound = (scale * iwae_bound(log_weights)).sum()
+        if self.estimator == "dreg" and torch.is_grad_enabled():
+            shares = torch.softmax(log_weights.detach(), 0)
+            run.scale_gradients(shares)
+            bound = bound.detach() + without_value((scale * shares * log_weights).sum())
+        return -bound
+
+
+class WakeSleep(_Importance):
+    r"""Reweighted wake-sleep, with weights of each datum (Bornschein & Bengio 2015).
+
+    With normalized weights :math:`\bar w_{kn}` of K draws of the guide, a step goes along
+
+    - wake-theta: the derivative of the importance-weighted bound by the model's
+      parameters;
+    - wake-phi: that of :math:`\sum_k \bar w_{kn} \log q(z_{kn} | x_n)` by the guide's, the
+      forward KL from the posterior, up to the error of the weights;
+    - sleep-phi: that of :math:`\log q(z | x)` at (z, x) dreamt by the model, the forward
+      KL for the model's own data.
+
+    The draws carry no gradient, so discrete proposals are as good as any, and neither
+    needs the other's: one loss serves both sets of parameters. Its value is the negative
+    importance-weighted bound; scales are treated as in :class:`pyro_vae.IWAE`.
+
+    Args:
+        num_particles: K, at least 2, for a single weight is always 1.
+        insomnia: the share of wake-phi; the rest is sleep-phi.
+        dream: where the batch is not just the observed values: from a mapping (observed
+            site to dreamt value) to the batch that holds them. By default each observed
+            value is found among the batch's tensors.
+        vectorize_particles: as in :class:`pyro_vae.ELBO`.
+        data_plate: as in :func:`pyro_vae.log_weights`; False for one weight of all the data.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for unknown options, what :class:`pyro_vae.IWAE` refuses (but for
+            proposals that cannot be reparameterized), or a sleep phase that cannot be had.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> optim = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = pv.WakeSleep(10, insomnia=0.8)
+        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=loss).step(x), float)
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        insomnia: float = 1.0,
+        *,
+        dream: Callable[[Mapping[str, Tensor]], Any] | None = None,
+        vectorize_particles: bool = True,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if not 0 <= insomnia <= 1:
+            raise ValueError(f"insomnia={insomnia}: a share of wake-phi from 0 to 1 is needed")
+        if num_particles < 2 and insomnia > 0:
+            raise ValueError(
+                f"num_particles={num_particles}: wake-phi needs at least 2, for the normalized "
+                "weight of a single draw is always 1"
+            )
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
+        )
+        self.insomnia = insomnia
+        self.dream = dream
+        self._sources: dict[Layout, dict[str, int | str]] = {}
+
+    def __repr__(self) -> str:
+        return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate: the negative bound in nats."""
+        run = self._run(model, guide, args, kwargs, "detached")
+        scale, log_joint, log_guide = _weighted(run, run.guide_terms())
+        log_weights = log_joint - log_guide.detach()
+        bound = (scale * iwae_bound(log_weights)).sum()
+        if not torch.is_grad_enabled():
+            return -bound
+        if self.insomnia > 0:
+            shares = torch.softmax(log_weights.detach(), 0)
+            wake = (scale * shares * log_guide).sum()
+            bound = bound + self.insomnia * without_value(wake)
+        if self.insomnia < 1:
+            asleep = (scale * self._sleep(run, model, guide, args, kwargs)).sum()
+            bound = bound + (1 - self.insomnia) * without_value(asleep)
+        return -bound
+
+    def _sleep(
+        self, run: Run, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Tensor:
+        """Return log q(z | x) of a dream for each datum, [N]."""
+        layout = run.layout
+        if layout.draws_minibatch:
+            raise ValueError(
+                "a sleep phase needs the minibatch as the batch; the model draws its own "
+                "(subsample_size=...). Pass pyro.plate(name, num_data, subsample=x), or insomnia=1"
+            )
+        with torch.no_grad():
+            dreamt = dream(model, args, kwargs)
+        values = {name: node["value"] for name, node in latent_nodes(dreamt)}
+        observed = {name: values.pop(name) for name, _ in run.observed_nodes() if name in values}
+        if self.dream is not None:
+            batch = as_batch(self.dream(observed))
+            args, kwargs = batch.args, batch.kwargs
+        else:
+            args, kwargs = self._with(run, observed, args, kwargs)
+        guide_trace = trace_given(guide, values, args, kwargs)
+        masks = latent_masks(dreamt)
+        total: Tensor | float = 0.0
+        for name, node in latent_nodes(guide_trace):
+            _require_density(name, node)
+            if name in masks:
+                node["mask"] = masks[name] if node["mask"] is None else node["mask"] & masks[name]
+            log_prob = site_log_prob(name, node, scaled=False)
+            total = total + per_datum(log_prob, layout.nesting, layout.data_dim, leading=0)
+        return torch.as_tensor(total)
+
+    def _with(
+        self, run: Run, observed: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with dreamt values in the place of the observed ones."""
+        if run.layout not in self._sources:
+            self._sources[run.layout] = _sources(run, observed)
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for name, key in self._sources[run.layout].items():
+            holder: Any = new_args if isinstance(key, int) else new_kwargs
+            holder[key] = observed[name].reshape(holder[key].shape).to(holder[key])
+        return tuple(new_args), new_kwargs
+
+
+def _sources(run: Run, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
+    """Return which argument of the batch each observed site's value is."""
+    found: dict[str, int | str] = {}
+    for name, nodes in run.observed_nodes():
+        if name not in observed:
+            continue  # a deterministic site, or a factor: it is not drawn
+        value = nodes[0]["value"]
+        for key, argument in (*enumerate(run.args), *run.kwargs.items()):
+            if value is argument or (
+                isinstance(argument, Tensor)
+                and argument.numel() == value.numel()
+                and torch.equal(argument.reshape(value.shape).to(value), value)
+            ):
+                found[name] = key
+                break
+        else:
+            raise ValueError(
+                f"the sleep phase cannot tell which argument of the batch holds the values of the "
+                f"observed site {name!r}; give dream=, a function from "
+                "{site: dreamt value} to a batch, or insomnia=1"
+            )
+    return found
+
+
+def _require_density(name: str, node: Any) -> None:
+    fn = node["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if node["infer"].get("is_auxiliary") or isinstance(fn, dist.Delta):
+        raise ValueError(
+            f"the sleep phase needs the guide's density of given latents, which its site {name!r} "
+            "hides (an auxiliary site, or a Delta); use insomnia=1, or a guide of pyro_vae"
+        )
+
+
+def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
+    """Return the scale of each datum, [N] or a number, and log p(x, z) and log q(z | x), [K, N].
+
+    The scale of a datum is that of its likelihood. A latent site of another scale enters
+    with the ratio of the two.
+    """
+    scales = {name: run.datum_scale(name, nodes[0]) for name, nodes in run.model_nodes()}
+    observed = [scales[name] for name, _ in run.observed_nodes()]
+    # Observed sites of different scales are tempered: what is left is what a datum counts for.
+    scale = observed[0] if all(_same(s, observed[0]) for s in observed) else run.plate_scale
+    ratios = {name: 1.0 if _same(s, scale) else s / scale for name, s in scales.items()}
+    latent = [ratios[name] for name, _ in run.latent_nodes()]
+    log_joint = _sum(
+        term if _same(ratios[name], 1.0) else ratios[name] * term
+        for name, term in run.model_terms(scaled=False)
+    )
+
+    def ratio(name: str) -> Any:
+        if name in ratios:
+            return ratios[name]
+        if all(_same(r, latent[0]) for r in latent):
+            return latent[0]
+        raise ValueError(
+            f"the guide's auxiliary site {name!r} stands for latent sites of different scales; "
+            "give them one scale"
+        )
+
+    proposed = [ratio(name) * term for name, term in guide_terms.items()]
+    # Nothing is proposed where every latent is summed out.
+    log_guide = _sum(proposed) if proposed else torch.zeros_like(log_joint)
+    return scale, log_joint, log_guide
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a == b).all())
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

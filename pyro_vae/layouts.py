@@ -1,0 +1,249 @@
+"""How the particles of a pair run in training, and where its data lie: looked at once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.enumeration import enumerated, summed_out
+from pyro_vae.logweights import Scorer
+from pyro_vae.sites import (
+    DataPlateError,
+    Structure,
+    evaluation,
+    inspect,
+    is_enumerable,
+    is_subsampled,
+    latent_nodes,
+    plate_nesting,
+    preserved_rng,
+)
+from pyro_vae.traces import trace_guide, trace_pair
+
+__all__ = ["Layout", "device_of", "hide", "plan"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the particles of a pair run, and where its data lie.
+
+    Attributes:
+        mode: "plate" (a plate of particles outside the model's own), "repeat" (the batch
+            repeated along the data plate), or "loop" (one after the other).
+        nesting: plate dimensions of guide and model, without the particles'.
+        structure: what :func:`pyro_vae.sites.inspect` found; None where it was not needed.
+        subsampled: whether the data plate keeps its full size as the batch grows.
+        summed_out: discrete latents of the model that the guide does not propose.
+        enumerated: discrete proposals of which all values are run, weighted by the guide.
+        hidden: discrete proposals that are left to be summed out in the model.
+    """
+
+    mode: str
+    nesting: int
+    structure: Structure | None
+    subsampled: bool
+    summed_out: tuple[str, ...]
+    enumerated: tuple[str, ...]
+    hidden: tuple[str, ...]
+
+    @property
+    def first_enum_dim(self) -> int:
+        """The first dimension left of all plates, negative."""
+        return -1 - self.nesting - (self.mode == "plate")
+
+    @property
+    def data_dim(self) -> int | None:
+        """The data plate's batch dimension, negative; None where all is one datum."""
+        return None if self.structure is None else self.structure.data_dim
+
+    @property
+    def draws_minibatch(self) -> bool:
+        """Whether the model draws its own minibatch."""
+        plate = None if self.structure is None else self.structure.data_plate
+        return plate is not None and plate.drawn
+
+
+def plan(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    num_particles: int,
+    vectorize: bool,
+    data_plate: str | bool | None,
+    data: str,
+    enumeration: str,
+) -> Layout:
+    """Look at a pair, and decide how its particles are run.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        args: their arguments.
+        kwargs: their keyword arguments.
+        num_particles: K.
+        vectorize: whether particles may run together.
+        data_plate: as in :func:`pyro_vae.sites.inspect`.
+        data: "needed" where each datum has a weight of its own: the data plate must be told,
+            and global latents are refused; "wanted" where the pair is one datum if there is
+            no such plate; "no" if nothing depends on it.
+        enumeration: what becomes of discrete proposals that ask to be enumerated
+            (infer={"enumerate": "parallel"}): an "expectation" over the guide, a "sum" over
+            the model instead, or "no" enumeration: they are drawn.
+
+    Raises:
+        ValueError: for what the particles, the plates or an enumeration cannot be done with.
+    """
+    with (
+        torch.no_grad(),
+        preserved_rng(device_of(args, kwargs)),
+        evaluation(model, guide),
+        poutine.block(),
+    ):
+        model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+    nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+    structure, subsampled, mode = None, False, "loop"
+    asked = () if enumeration == "no" else _asked(guide_trace)
+    hidden, enumerated_sites = ((), asked) if enumeration == "expectation" else (asked, ())
+    if hidden:
+        _check_hidden(guide, guide_trace, hidden, nesting, args, kwargs)
+    guide = hide(guide, hidden)
+    if num_particles > 1 or data != "no":
+        batch = Batch(args, kwargs)
+        structure = _structure(model, batch, data_plate, needed=data == "needed")
+        plate = structure.data_plate
+        subsampled = plate is not None and not plate.drawn and is_subsampled(model, batch, plate)
+        if num_particles > 1 and vectorize:
+            mode, reason = _choose_mode(model, guide, batch, structure, needed=data == "needed")
+            if reason:
+                logger.warning("particles run in a loop, which is slow: %s", reason)
+    plate = None if structure is None else structure.data_plate
+    proposed = poutine.Trace()
+    for name, node in guide_trace.nodes.items():
+        if name not in hidden:
+            proposed.add_node(name, **node)
+    layout = Layout(
+        mode,
+        nesting,
+        structure,
+        subsampled,
+        summed_out(model_trace, proposed, data_plate=None if plate is None else plate.name),
+        enumerated_sites,
+        hidden,
+    )
+    if layout.enumerated and layout.summed_out:
+        raise ValueError(
+            f"the guide enumerates {list(layout.enumerated)} and does not propose "
+            f"{list(layout.summed_out)}; propose all discrete latents, or none"
+        )
+    return layout
+
+
+def _asked(guide_trace: Any) -> tuple[str, ...]:
+    """Return the proposals that ask to be enumerated."""
+    return tuple(
+        name
+        for name, node in latent_nodes(guide_trace)
+        if node["infer"].get("enumerate") == "parallel" and is_enumerable(node["fn"])
+    )
+
+
+def _check_hidden(
+    guide: Callable[..., Any],
+    guide_trace: Any,
+    hidden: tuple[str, ...],
+    nesting: int,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raise ValueError where a proposal depends on one that is to be summed out instead."""
+    run = enumerated(guide, hidden, -1 - nesting)
+    with torch.no_grad(), preserved_rng(device_of(args, kwargs)), poutine.block():
+        trace = trace_guide(run, args, kwargs)
+    for name, node in latent_nodes(trace):
+        if name not in hidden and len(node["fn"].batch_shape) > nesting:
+            raise ValueError(
+                f"the guide's site {name!r} depends on {list(hidden)}, which ask to be "
+                "enumerated; an importance weight sums them out in the model, and has no "
+                "draw of them. Leave infer={'enumerate': ...} out in the guide, and they are drawn"
+            )
+
+
+def hide(guide: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """Return a guide without some of its proposals."""
+    return poutine.block(guide, hide=list(names)) if names else guide
+
+
+def _structure(
+    model: Callable[..., Any], batch: Batch, data_plate: str | bool | None, *, needed: bool
+) -> Structure:
+    if not needed:
+        try:
+            structure = inspect(model, batch, data_plate=data_plate)
+        except DataPlateError:
+            return inspect(model, batch, data_plate=False)
+        return structure if structure.local_latents else inspect(model, batch, data_plate=False)
+    structure = inspect(model, batch, data_plate=data_plate)
+    structure.require_no_globals()
+    for site in structure.sites.values():
+        for plate in site.plates:
+            own = structure.data_plate is not None and plate.name == structure.data_plate.name
+            if not own and plate.size != plate.full_size:
+                raise ValueError(
+                    f"site {site.name!r} is in plate {plate.name!r}, of which a datum sees "
+                    f"{plate.size} of {plate.full_size} entries: its weight would be an estimate, "
+                    "whose logarithm bounds nothing. Subsample the data plate alone, or train "
+                    "with ELBO"
+                )
+    return structure
+
+
+def _choose_mode(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    structure: Structure,
+    *,
+    needed: bool,
+) -> tuple[str, str]:
+    """Return the first mode that agrees with single particles, and why it is the loop."""
+    if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
+        return "loop", "the model draws its own minibatch, another at each run"
+    plate = structure.data_plate
+    by_name = plate is not None and not structure.global_latents
+    scorer = functools.partial(Scorer, model, guide, batch, seed=0)
+    try:
+        modes = scorer(data_plate=plate.name if by_name and plate is not None else False).modes
+    except ValueError:
+        # Without a weight for each datum, the guide may be joint over the data.
+        if needed or not by_name:
+            raise
+        by_name, modes = False, scorer(data_plate=False).modes
+    found = set(modes.values())
+    if found == {"plate"}:
+        return "plate", ""
+    if "loop" not in found and plate is not None:
+        try:
+            scorer(data_plate=plate.name, particles="repeat")
+        except ValueError:
+            return "loop", f"modes are {modes}, and the batch cannot be repeated for both"
+        return "repeat", ""
+    return "loop", f"modes are {modes}"
+
+
+def device_of(args: Any, kwargs: Any) -> torch.device:
+    """Return the device of the first tensor among the arguments; the CPU where there is none."""
+    tensors: Iterable[Any] = (*args, *kwargs.values())
+    found = [value.device for value in tensors if isinstance(value, Tensor)]
+    return found[0] if found else torch.device("cpu")

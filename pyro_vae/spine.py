@@ -1,0 +1,378 @@
+"""One run of a pair in training: the terms of its sites, per particle and datum, with gradients.
+
+:mod:`pyro_vae.logweights` is for evaluation: modules in eval mode, scales stripped,
+fixed random streams. Here modules are as the user left them, the random numbers are the
+global ones, and scales are kept beside the terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.enumeration import contract, enumerated, scaled_by
+from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.layouts import Layout, device_of, hide
+from pyro_vae.particles import per_datum
+from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes
+from pyro_vae.traces import ReplaceDraws, site_log_prob, trace_guide, trace_model
+
+__all__ = ["Run"]
+
+
+class Run:
+    """K particles of a guide, and the model replayed with them.
+
+    Args:
+        layout: from :func:`plan`.
+        model: a Pyro model.
+        guide: a Pyro guide.
+        args: their arguments.
+        kwargs: their keyword arguments.
+        num_particles: K.
+        draws: "attached" to the guide's parameters; "gated", which is attached, with the
+            draws that the model and :meth:`stopped_guide_terms` see each a tensor of its
+            own, so that what flows back there can be scaled; or "detached".
+        one_minibatch: whether all particles share the minibatch that the model draws.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        num_particles: int,
+        *,
+        draws: str = "attached",
+        one_minibatch: bool = False,
+    ) -> None:
+        self.layout = layout
+        self.num_particles = num_particles
+        self._draws = draws
+        # For a second run of the guide, on the same random numbers.
+        self._again: list[tuple[Callable[[], Any], Any]] = []
+        guide = hide(guide, layout.hidden)
+        alone = getattr(guide, "global_guide", None) is None
+        self._simple = isinstance(guide, FamilyGuide) and alone
+        self._pairs: list[tuple[Any, Any]] = []
+        if layout.mode == "plate":
+            plate = pyro.plate("num_particles_vectorized", num_particles, dim=-1 - layout.nesting)
+            model, guide = plate(model), plate(guide)
+        elif layout.mode == "repeat":
+            repeated = Batch(args, kwargs).repeat(num_particles)
+            guide = _repeat_rows(guide, num_particles)
+            args, kwargs = repeated.args, repeated.kwargs
+        if layout.summed_out:
+            model = enumerated(model, layout.summed_out, layout.first_enum_dim)
+        if layout.enumerated:
+            guide = enumerated(guide, layout.enumerated, layout.first_enum_dim)
+        self.args, self.kwargs = args, kwargs
+        for _ in range(num_particles if layout.mode == "loop" else 1):
+            shared = self._pairs[0][1] if one_minibatch and self._pairs else None
+            self._pairs.append(self._pair(model, guide, args, kwargs, shared))
+
+    def _pair(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        shared: Any,
+    ) -> tuple[Any, Any]:
+        if shared is not None:
+            guide = poutine.replay(guide, trace=_subsamples(shared))
+        if self._draws == "gated":
+            state = _random_state(device_of(args, kwargs))
+
+            def again() -> Any:
+                with ReplaceDraws(_leaf), _random_state_of(state):
+                    return trace_guide(guide, args, kwargs)
+
+        # Around the trace: what is inside of it replaces a draw after it is recorded.
+        detached = self._draws == "detached"
+        with ReplaceDraws(torch.Tensor.detach) if detached else contextlib.nullcontext():
+            guide_trace = trace_guide(guide, args, kwargs)
+        if self._draws == "gated":
+            for _, node in latent_nodes(guide_trace):
+                node["value"] = node["value"].view_as(node["value"])
+            self._again.append((again, guide_trace))
+        return trace_model(model, guide_trace, args, kwargs), guide_trace
+
+    # --- sites
+
+    def model_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each sample statement of the model, with its node in each trace."""
+        for name, _ in sample_nodes(self._pairs[0][0]):
+            yield name, [model_trace.nodes[name] for model_trace, _ in self._pairs]
+
+    def guide_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each proposal of the guide, with its node in each trace."""
+        for name, _ in latent_nodes(self._pairs[0][1]):
+            yield name, [guide_trace.nodes[name] for _, guide_trace in self._pairs]
+
+    def observed_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each observed site of the model, with its node in each trace."""
+        return ((name, n) for name, n in self.model_nodes() if n[0]["is_observed"])
+
+    def latent_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each latent site of the model that is not summed out, likewise."""
+        out = self.layout.summed_out
+        nodes = self.model_nodes()
+        return ((name, n) for name, n in nodes if not n[0]["is_observed"] and name not in out)
+
+    def proposals(self) -> Iterator[tuple[str, list[tuple[Any, Any]]]]:
+        """Yield each proposal with its (guide, model) nodes; None for no site of the model."""
+        for name, _ in latent_nodes(self._pairs[0][1]):
+            yield name, [(g.nodes[name], m.nodes.get(name)) for m, g in self._pairs]
+
+    # --- terms
+
+    def per_datum(self, terms: list[Tensor]) -> Tensor:
+        """Return a site's term, of its batch shape in each trace, as [K, N].
+
+        [K, 1] for a site that is not in the data plate.
+        """
+        if self.layout.enumerated:
+            terms = [self._expected(t, g) for t, (_, g) in zip(terms, self._pairs, strict=True)]
+        dim, nesting = self.layout.data_dim, self.layout.nesting
+        if self.layout.mode == "loop":
+            return torch.stack([per_datum(term, nesting, dim, leading=0) for term in terms])
+        (term,) = terms
+        if self.layout.mode == "repeat":
+            return per_datum(term, nesting, dim, leading=0).reshape(self.num_particles, -1)
+        reduced = per_datum(term, nesting, dim, leading=1)
+        return reduced.expand(self.num_particles, reduced.shape[1])
+
+    def _expected(self, term: Tensor, guide_trace: Any) -> Tensor:
+        """Return the expectation of a term over the enumerated proposals of its trace.
+
+        Proposals are normalized one given the others before: the last is summed first.
+        """
+        for name in reversed(self.layout.enumerated):
+            node = guide_trace.nodes[name]
+            dim = node["infer"]["_enumerate_dim"]
+            if term.ndim >= -dim and term.shape[dim] > 1:
+                probability = site_log_prob(name, node, scaled=False).exp()
+                term = (probability * term).sum(dim, keepdim=True)
+        plates = -1 - self.layout.first_enum_dim
+        return term.reshape(term.shape[max(0, term.ndim - plates) :])
+
+    def per_dimension(self, terms: list[Tensor], event_dim: int) -> Tensor:
+        """Sum a site's term, of its batch and event shape in each trace, over the data.
+
+        Returns:
+            The mean over particles, for each latent dimension: batch and event dimensions
+            but those of particles and data (or these with size 1).
+        """
+        total = torch.stack([self._over_data(term, event_dim) for term in terms]).sum(0)
+        return total / self.num_particles
+
+    def _over_data(self, term: Tensor, event_dim: int) -> Tensor:
+        batch = term.ndim - event_dim
+        summed = [] if self.layout.data_dim is None else [batch + self.layout.data_dim]
+        if self.layout.mode == "plate":
+            summed.append(batch - 1 - self.layout.nesting)
+        summed = [axis for axis in summed if axis >= 0]
+        return term.sum(summed, keepdim=True) if summed else term
+
+    def scale(self, node: Any) -> Any:
+        """Return the scale of a node, a number or a tensor, for a batch that is not repeated."""
+        if self.layout.mode == "repeat" and self.layout.subsampled:
+            return node["scale"] * self.num_particles
+        return node["scale"]
+
+    @property
+    def plate_scale(self) -> float:
+        """What a datum counts for in a subsampled data plate: its full size over its size."""
+        if self.layout.structure is None or self.layout.structure.data_plate is None:
+            return 1.0
+        name = self.layout.structure.data_plate.name
+        _, nodes = next(self.observed_nodes())
+        (frame,) = (f for f in nodes[0]["cond_indep_stack"] if f.name == name)
+        times = self.num_particles if self.layout.mode == "repeat" else 1
+        if not self.layout.subsampled and not self.layout.draws_minibatch:
+            return 1.0
+        return times * frame.full_size / frame.size
+
+    def datum_scale(self, name: str, node: Any) -> Any:
+        """Return the scale of a datum at a site: a number, a 0-dimensional tensor, or [N].
+
+        Raises:
+            ValueError: for a scale that varies within a datum.
+        """
+        scale, dim = self.scale(node), self.layout.data_dim
+        if not isinstance(scale, Tensor):
+            return scale
+        data_axis = None if dim is None else scale.ndim + dim
+        if any(size != 1 for axis, size in enumerate(scale.shape) if axis != data_axis):
+            raise ValueError(
+                f"site {name!r} has a scale of shape {tuple(scale.shape)}, which varies within a "
+                "datum; one number for each datum is needed"
+            )
+        if self.layout.mode == "repeat" and scale.numel() > 1:
+            return scale.reshape(self.num_particles, -1)[0]
+        return scale.reshape(-1) if scale.numel() > 1 else scale.reshape(())
+
+    def log_prob(self, name: str, nodes: list[Any], *, scaled: bool) -> Tensor:
+        """Return a site's log density, masked, [K, N]."""
+        terms = [site_log_prob(name, node, scaled=False) for node in nodes]
+        if scaled:
+            terms = [
+                scale_and_mask(term, self.scale(node))
+                for term, node in zip(terms, nodes, strict=True)
+            ]
+        return self.per_datum(terms)
+
+    def model_terms(
+        self, *, scaled: bool, skip: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the log density of the model's sample statements, masked, [K, N].
+
+        Sites that depend on a latent that is summed out come as one, the logarithm of the
+        sum, under the name of the site whose scale they have.
+        """
+        nodes_of = dict(self.model_nodes())
+        if not self.layout.summed_out:
+            for name, nodes in nodes_of.items():
+                if name not in skip:
+                    yield name, self.log_prob(name, nodes, scaled=scaled)
+            return
+        found: dict[str, list[Tensor]] = {}
+        for model_trace, _ in self._pairs:
+            log_probs = {
+                name: site_log_prob(name, model_trace.nodes[name], scaled=False)
+                for name in nodes_of
+                if name not in skip
+            }
+            nesting = -1 - self.layout.first_enum_dim
+            for group, term in contract(model_trace, log_probs, nesting).items():
+                name = scaled_by(model_trace, group)
+                scale = self.scale(model_trace.nodes[name]) if scaled else 1.0
+                found.setdefault(name, []).append(scale_and_mask(term, scale))
+        for name, terms in found.items():
+            yield name, self.per_datum(terms)
+
+    def guide_terms(self) -> dict[str, Tensor]:
+        """Return the log density of each proposal, masked, unscaled, [K, N]."""
+        return {name: self.log_prob(name, n, scaled=False) for name, n in self.guide_nodes()}
+
+    def stopped_guide_terms(self, *, scaled: bool) -> dict[str, Tensor]:
+        """Return the log density of each proposal as a function of the draws alone, [K, N].
+
+        Its gradient flows to the draws, and from there to the guide's parameters, but not
+        to the parameters by which the density itself depends on them (sticking the
+        landing). Each is the density to first order about the draws: the value, and the
+        derivative by every draw of its trace. Masked; of gated draws.
+        """
+        by_name: dict[str, list[Tensor]] = {}
+        for again, guide_trace in self._again:
+            for name, term in self._stopped(again, guide_trace, scaled=scaled):
+                by_name.setdefault(name, []).append(term)
+        return {name: self.per_datum(terms) for name, terms in by_name.items()}
+
+    def _stopped(
+        self, again: Callable[[], Any], guide_trace: Any, *, scaled: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        nodes = dict(latent_nodes(guide_trace))
+        if self._simple or len(nodes) == 1:
+            # No proposal depends on another draw: the distributions at hand will do.
+            copies = {name: {**node, "value": _leaf(node["value"])} for name, node in nodes.items()}
+        else:
+            copies = {
+                name: {**node, "mask": nodes[name]["mask"]} for name, node in latent_nodes(again())
+            }
+        densities = {
+            name: scale_and_mask(
+                site_log_prob(name, copy, scaled=False), self.scale(copy) if scaled else 1.0
+            )
+            for name, copy in copies.items()
+        }
+        leaves = {name: c["value"] for name, c in copies.items() if c["value"].requires_grad}
+        total = torch.stack([density.sum() for density in densities.values()]).sum()
+        slopes: dict[str, Tensor | None] = {}
+        if total.requires_grad and leaves:
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            slopes = dict(zip(leaves, found, strict=True))
+        for name, density in densities.items():
+            term, slope, value = density.detach(), slopes.get(name), nodes[name]["value"]
+            if slope is not None:
+                change = slope * (value - value.detach())
+                event = tuple(range(change.ndim - nodes[name]["fn"].event_dim, change.ndim))
+                term = term + (change.sum(event) if event else change)
+            yield name, term
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply what flows back to gated draws by a factor [K, N] of particle and datum."""
+        for k, (_, guide_trace) in enumerate(self._pairs):
+            for _, node in latent_nodes(guide_trace):
+                value, event_dim = node["value"], node["fn"].event_dim
+                if value.requires_grad:
+                    spread = self._like_draw(factor, k, value.ndim - event_dim)
+                    spread = spread.reshape(*spread.shape, *[1] * event_dim)
+                    value.register_hook(functools.partial(torch.mul, spread))
+
+    def _like_draw(self, by_datum: Tensor, particle: int, batch_ndim: int) -> Tensor:
+        """Bring [K, N] to the batch dimensions of a draw in one of the traces."""
+        layout = self.layout
+        if layout.mode == "repeat":
+            by_datum = by_datum.reshape(1, -1)
+        elif layout.mode == "loop":
+            by_datum = by_datum[particle : particle + 1]
+        shape = [1] * layout.nesting
+        if layout.data_dim is not None:
+            shape[layout.data_dim] = by_datum.shape[1]
+        shape = [by_datum.shape[0], *shape]
+        return by_datum.reshape(shape[len(shape) - batch_ndim :])
+
+
+def _leaf(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.requires_grad_() if value.is_floating_point() else value
+
+
+def _repeat_rows(guide: Callable[..., Any], times: int) -> Callable[..., Any]:
+    if not isinstance(guide, LocalGuide):
+        return guide
+    local = guide
+
+    def repeated(*args: Any, **kwargs: Any) -> Any:
+        with local.rows(local.current_rows.repeat(times)):
+            return local(*args, **kwargs)
+
+    return repeated
+
+
+def _subsamples(trace: Any) -> Any:
+    found = poutine.Trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            found.add_node(name, **node.copy())
+    return found
+
+
+def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return device, torch.get_rng_state(), cuda
+
+
+@contextlib.contextmanager
+def _random_state_of(state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
+    """Go back to a random state, and leave the present one as it was."""
+    device, cpu, cuda = state
+    with preserved_rng(device):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        yield
