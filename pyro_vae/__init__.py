@@ -2,18 +2,21 @@
 
 from importlib.metadata import version
 
-from pyro_vae import families, nets
+from pyro_vae import families, nets, schedules
 from pyro_vae.bounds import elbo, iwae_bound
 from pyro_vae.compare import Comparison, compare
 from pyro_vae.description import describe
 from pyro_vae.diagnostics import explain, pareto_k
+from pyro_vae.em import NonFiniteHalfStepError, em
+from pyro_vae.exact import ExactGuide
 from pyro_vae.fit import Epoch, NonFiniteLossError, fit
 from pyro_vae.guides import AmortizedGuide, LocalGuide
+from pyro_vae.importance import IWAE, WakeSleep
 from pyro_vae.inference_data import to_arviz
 from pyro_vae.logweights import log_weights
 from pyro_vae.objectives import ELBO
 from pyro_vae.refine import refine
-from pyro_vae.results import Bound, FitResult, LogWeights
+from pyro_vae.results import Bound, EMResult, FitResult, LogWeights
 from pyro_vae.sites import DataPlateError
 
 from pyro_vae import datasets, zoo  # isort: skip - the edge, above all the rest
@@ -22,19 +25,25 @@ __version__ = version("pyro-vae")
 
 __all__ = [
     "ELBO",
+    "IWAE",
     "AmortizedGuide",
     "Bound",
     "Comparison",
     "DataPlateError",
+    "EMResult",
     "Epoch",
+    "ExactGuide",
     "FitResult",
     "LocalGuide",
     "LogWeights",
+    "NonFiniteHalfStepError",
     "NonFiniteLossError",
+    "WakeSleep",
     "compare",
     "datasets",
     "describe",
     "elbo",
+    "em",
     "explain",
     "families",
     "fit",
@@ -43,6 +52,7 @@ __all__ = [
     "nets",
     "pareto_k",
     "refine",
+    "schedules",
     "to_arviz",
     "zoo",
 ]

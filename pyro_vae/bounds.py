@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from pyro_vae.logweights import Scorer
 from pyro_vae.results import Bound
 
 __all__ = ["elbo", "iwae_bound"]
+
+logger = logging.getLogger(__name__)
 
 
 def elbo(
@@ -122,6 +125,13 @@ def _bound(
     scorer = Scorer(
         model, guide, as_batch(*batch), data_plate=data_plate, particles=particles, seed=seed
     )
+    if scorer.point_sites:
+        logger.warning(
+            "%s: the guide proposes one point for %s, and a point has no entropy: the value is "
+            "log p(x, z) there, the height of a density, and no bound on log p(x)",
+            name,
+            ", ".join(map(repr, scorer.point_sites)),
+        )
     streams: dict[int, StreamingELBO | StreamingIWAE] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):
         streams.setdefault(chunk.rows.start, stream()).update(chunk.weights.total)

@@ -220,6 +220,12 @@ def compare(
     budget = {"max_steps": max_steps, "tolerance": tolerance}
     given, references = _with_references(model, guides, arguments, reference, {**options, **budget})
     scorers = {name: Scorer(model, guide, arguments, **options) for name, guide in given.items()}
+    for name, scorer in scorers.items():
+        if scorer.point_sites:
+            raise ValueError(
+                f"guides[{name!r}] proposes one point for {scorer.point_sites}: log p(x, z) there "
+                "is the height of a density, no bound on log p(x), with no gap to it. Leave it out"
+            )
     blocks: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     reduced = []
     crossed = all(a.can_score(b) for a in scorers.values() for b in scorers.values())

@@ -15,10 +15,11 @@ from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.families import FactorizedFamily
 from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.lbfgs import minimize_rows
 from pyro_vae.logweights import Scorer
 from pyro_vae.sites import evaluation
 
-__all__ = ["refine"]
+__all__ = ["refine", "refine_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,9 @@ def refine(
     answer where the guide is of the family, and has the moments of its draws elsewhere.)
     What converges is a local optimum: another mode stays unseen.
 
+    A family of points (families.Delta) has no noise: log p(x, z) is maximised by L-BFGS,
+    each datum by itself, and the gain of a cycle is exact.
+
     Args:
         model: a Pyro model.
         guide: a Pyro guide to start from: amortized, local, or hand-written.
@@ -94,22 +98,12 @@ def refine(
     local = local.to(start)
     with torch.no_grad():
         local.table.copy_(start)
-    for rows in scorer.data_blocks():
-        block = arguments if arguments.size is None else arguments.rows(rows)
-        table, converged = _refine_block(
-            model,
-            block,
-            start[rows],
-            local.family,
-            data_plate,
-            max_steps,
-            tolerance,
-            scorer.seed,
-            splittable=scorer.splittable,
-        )
-        with torch.no_grad():
-            local.table[rows] = table
-            local.converged[rows] = converged
+    table, converged = refine_table(
+        model, scorer, start, local.family, data_plate, max_steps, tolerance
+    )
+    with torch.no_grad():
+        local.table.copy_(table)
+        local.converged.copy_(converged)
     if not bool(local.converged.all()):
         logger.warning(
             "refine: %d of %d data have not converged to within %g nats in %d steps",
@@ -119,6 +113,48 @@ def refine(
             max_steps,
         )
     return local
+
+
+def refine_table(
+    model: Callable[..., Any],
+    scorer: Scorer,
+    start: Tensor,
+    family: FactorizedFamily,
+    data_plate: str | bool | None,
+    max_steps: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Optimise a table of parameters; what :func:`refine` does from a start.
+
+    Args:
+        model: a Pyro model.
+        scorer: of the model on the batch, with any guide; its seed is that of the draws.
+        start: [N, D, params_per_coordinate].
+        family: the variational family.
+        data_plate: as in :func:`refine`.
+        max_steps: as in :func:`refine`.
+        tolerance: as in :func:`refine`.
+
+    Returns:
+        The table, [N, D, params_per_coordinate], and which rows converged, [N].
+    """
+    tables, converged = [], []
+    for rows in scorer.data_blocks():
+        block = scorer.batch if scorer.batch.size is None else scorer.batch.rows(rows)
+        table, reached = _refine_block(
+            model,
+            block,
+            start[rows],
+            family,
+            data_plate,
+            max_steps,
+            tolerance,
+            scorer.seed,
+            splittable=scorer.splittable,
+        )
+        tables.append(table)
+        converged.append(reached)
+    return torch.cat(tables), torch.cat(converged)
 
 
 def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tensor:
@@ -132,7 +168,9 @@ def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tens
         ):
             return guide.family_params(*batch.args, **batch.kwargs).clone()
         values, _ = scorer.draw(slice(0, scorer.num_data), _START_DRAWS, (3,))
-        return local.params_from(scorer.guide_runs(2), scorer.single_values(values))
+        start = local.params_from(scorer.guide_runs(2), scorer.single_values(values))
+        # The draws of a point have no width to match: the prior's stands in.
+        return torch.where(torch.isfinite(start), start, local.table.to(start))
 
 
 def _refine_block(
@@ -163,8 +201,12 @@ def _refine_block(
         scorer = Scorer(model, guide, some, data_plate=data_plate, seed=seed, gradients=True)
         steps, doublings = min(_CYCLE, left), min(cycle, _DOUBLINGS)
         before = table[active]
-        after = _climb(scorer, guide, before, steps, _PARTICLES << doublings, cycle)
-        gain, error = _gain(scorer, guide, before, after, _CHECK_PARTICLES << doublings)
+        if family.has_density:
+            after = _climb(scorer, guide, before, steps, _PARTICLES << doublings, cycle)
+            gain, error = _gain(scorer, guide, before, after, _CHECK_PARTICLES << doublings)
+        else:
+            after, gain = _climb_points(scorer, guide, before, steps)
+            error = torch.zeros_like(gain)
         table[active] = torch.where((gain > 0)[:, None, None], after, before)
         converged[active] = gain + 2 * error < tolerance
         left, cycle = left - steps, cycle + 1
@@ -194,6 +236,22 @@ def _climb(
     return start + units * average
 
 
+def _climb_points(
+    scorer: Scorer, guide: LocalGuide, start: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Run one cycle of L-BFGS on every row's log p(x, z); return the rows and their gains."""
+    noise = start.new_zeros(1, start.shape[1])
+
+    def loss(rows: Tensor) -> Tensor:
+        return -_log_weights(scorer, guide, rows.reshape(start.shape), noise)[0]
+
+    flat = start.flatten(1)
+    after, _ = minimize_rows(loss, flat, steps)
+    with torch.no_grad():
+        gain = (loss(flat) - loss(after)).double()
+    return after.reshape(start.shape), torch.nan_to_num(gain, nan=-math.inf)
+
+
 @torch.no_grad()
 def _gain(
     scorer: Scorer, guide: LocalGuide, before: Tensor, after: Tensor, num_particles: int
@@ -220,9 +278,11 @@ def _log_weights(scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor
     """
     rows = slice(0, scorer.num_data)
     values = scorer.from_single(guide.from_noise(table, noise))
+    log_likelihood, log_prior = scorer.score_model(rows, values)
+    if not guide.family.has_density:
+        return log_likelihood + log_prior
     with guide.using(table.detach()):
         log_guide = scorer.score_guide(rows, values)
-    log_likelihood, log_prior = scorer.score_model(rows, values)
     return log_likelihood + log_prior - log_guide
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from models import encoder, factor_analysis
+from pyro import poutine
 
 import pyro_vae as pv
 
@@ -97,3 +98,16 @@ def test_float32_models_get_float32_weights_and_float64_bounds():
     torch.testing.assert_close(
         bound.value, model.log_evidence(x).double(), rtol=0, atol=1e-4
     )  # float32 rounding of numbers near 10
+
+
+def test_a_point_is_said_to_be_no_bound(caplog):
+    model = factor_analysis()
+    x = model.data(3)
+    guide = pv.LocalGuide(model, num_data=3, example=x, family=pv.families.Delta())
+    found = pv.elbo(model, guide, x, num_particles=2)
+    assert "'z', and a point has no entropy" in caplog.text
+    trace = poutine.trace(poutine.condition(model, {"z": guide(x)["z"]})).get_trace(x)
+    log_joint = sum(trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]) for name in "zx")
+    torch.testing.assert_close(found.value, log_joint.detach())
+    with pytest.raises(ValueError, match=r"guides\['map'\] proposes one point for \['z'\]"):
+        pv.compare(model, {"map": guide}, x, num_particles=10)

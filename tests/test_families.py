@@ -5,12 +5,14 @@ from __future__ import annotations
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import kl_divergence
+from torch.distributions import biject_to, constraints, kl_divergence
 
 from pyro_vae import families
 
-FAMILIES = [families.Normal()]
+DENSITIES = [families.Normal()]
+FAMILIES = [*DENSITIES, families.Delta()]
 law = pytest.mark.parametrize("family", FAMILIES, ids=repr)
+density_law = pytest.mark.parametrize("family", DENSITIES, ids=repr)
 
 
 def some_params(family):
@@ -30,7 +32,8 @@ def test_moments_come_back(family):
     mean, std = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.1
     marginal = family.marginal(family.from_moments(mean, std))
     torch.testing.assert_close(marginal.mean, mean)
-    torch.testing.assert_close(marginal.stddev, std)
+    wanted = std if family.has_density else torch.zeros_like(std)
+    torch.testing.assert_close(marginal.variance.sqrt(), wanted)
 
 
 @law
@@ -40,7 +43,7 @@ def test_params_come_back(family):
     assert family.params_of(dist.Gamma(torch.ones(2), 1.0)) is None
 
 
-@law
+@density_law
 def test_from_noise_draws_from_the_marginal(family):
     """Quantile for quantile: standard normal noise at a level gives the marginal's quantile."""
     params = some_params(family)
@@ -57,14 +60,54 @@ def test_from_noise_draws_from_the_marginal(family):
 def test_gradient_reaches_every_parameter(family):
     params = some_params(family).requires_grad_()
     value = family.from_noise(params, torch.randn(1, 4, 3, dtype=torch.float64))
-    family.marginal(params).log_prob(value.detach()).sum().backward()
-    assert (params.grad != 0).all()
-    params.grad = None
     value.sum().backward()
     assert (params.grad != 0).all()
 
 
+@density_law
+def test_gradient_of_the_density_reaches_every_parameter(family):
+    params = some_params(family).requires_grad_()
+    value = family.marginal(params).sample()
+    family.marginal(params).log_prob(value).sum().backward()
+    assert (params.grad != 0).all()
+
+
 @law
+@pytest.mark.parametrize(
+    "support",
+    [constraints.real, constraints.positive, constraints.unit_interval, constraints.simplex],
+    ids=str,
+)
+def test_mapped_to_a_support(family, support):
+    """Draws lie in the support and have the density that the change of variables gives."""
+    transform = biject_to(support)
+    params = some_params(family)
+    mapped = family.mapped(params, transform)
+    value = mapped.sample()
+    assert support.check(value).all()
+    base = family.marginal(params).to_event(transform.domain.event_dim)
+    if not family.has_density:
+        assert torch.equal(value, transform(params[..., 0]))
+        assert torch.equal(mapped.log_prob(value), torch.zeros(mapped.batch_shape))
+        return
+    z = transform.inv(value)
+    expected = base.log_prob(z) - transform.log_abs_det_jacobian(z, value)
+    torch.testing.assert_close(mapped.log_prob(value), expected)
+
+
+def test_a_point_ignores_noise():
+    params = some_params(families.Delta())
+    drawn = families.Delta().from_noise(params, torch.randn(5, 4, 3, dtype=torch.float64))
+    assert torch.equal(drawn, params[..., 0].expand(5, 4, 3))
+
+
+def test_a_delta_that_carries_a_density_is_no_point():
+    """AutoNormal's Delta on a constrained support stands for a distribution."""
+    carrier = dist.Delta(torch.ones(2), log_density=torch.tensor([0.0, -0.3]))
+    assert families.Delta().params_of(carrier) is None
+
+
+@density_law
 def test_a_unit_is_the_same_change_at_any_scale(family):
     """A small step of a unit costs the same KL, whatever the parameters."""
     params = some_params(family)

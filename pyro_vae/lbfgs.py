@@ -1,0 +1,137 @@
+"""Many small deterministic problems at once: L-BFGS with a problem in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["minimize_rows"]
+
+_HISTORY = 10
+_TRIALS = 30  # of the step length
+_DECREASE, _CURVATURE = 1e-4, 0.9  # the weak Wolfe conditions
+
+
+def minimize_rows(
+    objective: Callable[[Tensor], Tensor], start: Tensor, max_steps: int
+) -> tuple[Tensor, int]:
+    """Minimise every row's objective by itself, all rows in one evaluation.
+
+    L-BFGS (Nocedal & Wright 2006, algorithm 7.4) with a step length of each row by
+    bisection until the weak Wolfe conditions hold (Lewis & Overton 2013). No row ends
+    above its start. A value that is not finite counts as too long a step.
+
+    Args:
+        objective: from [n, d] to [n]; each value depends on its own row alone.
+        start: [n, d], where the objective is finite.
+        max_steps: iterations at most.
+
+    Returns:
+        The rows, [n, d], and the iterations taken.
+
+    Example:
+        >>> import torch
+        >>> rows, _ = minimize_rows(lambda x: (x - 3).square().sum(1), torch.zeros(2, 1), 50)
+        >>> rows
+        tensor([[3.],
+                [3.]])
+    """
+    x = start.detach()
+    value, slope_at = _value_and_gradient(objective, x)
+    steps: list[Tensor] = []
+    changes: list[Tensor] = []
+    done = torch.zeros_like(value, dtype=torch.bool)
+    taken = 0
+    while taken < max_steps and not bool(done.all()):
+        direction = _direction(slope_at, steps, changes)
+        slope = _dot(slope_at, direction)
+        if steps:  # a fall below the rounding of the objective cannot be seen
+            done |= -slope < torch.finfo(x.dtype).eps * value.abs()
+        uphill = ~(slope < 0)
+        direction = torch.where(uphill[:, None], -slope_at, direction)
+        slope = torch.where(uphill, -_dot(slope_at, slope_at), slope)
+        first = 1 / slope_at.abs().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
+        length = torch.ones_like(value) if steps else first.clamp_max(1.0)
+        length = torch.where(done | (slope == 0), 0.0, length)
+        new, new_value, new_slope_at = _search(objective, x, value, direction, slope, length)
+        better = new_value < value
+        new = torch.where(better[:, None], new, x)
+        new_slope_at = torch.where(better[:, None], new_slope_at, slope_at)
+        steps, changes = (
+            [*steps, new - x][-_HISTORY:],
+            [*changes, new_slope_at - slope_at][-_HISTORY:],
+        )
+        x, value, slope_at = new, torch.where(better, new_value, value), new_slope_at
+        # A row that no step improves has reached the rounding of its objective.
+        done |= ~better
+        taken += 1
+    return x, taken
+
+
+def _search(
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
+    value: Tensor,
+    direction: Tensor,
+    slope: Tensor,
+    length: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best trial of each row: its place, value and gradient."""
+    best, best_value, best_gradient = x, value, torch.zeros_like(x)
+    low, high = torch.zeros_like(length), torch.full_like(length, torch.inf)
+    settled = length == 0
+    for _ in range(_TRIALS):
+        trial = x + length[:, None] * direction
+        found, gradient = _value_and_gradient(objective, trial)
+        enough = found <= value + _DECREASE * length * slope
+        better = (found < best_value) & ~settled & torch.isfinite(gradient).all(1)
+        best = torch.where(better[:, None], trial, best)
+        best_value = torch.where(better, found, best_value)
+        best_gradient = torch.where(better[:, None], gradient, best_gradient)
+        flat = _dot(gradient, direction) >= _CURVATURE * slope
+        settled = settled | (enough & flat)
+        if bool(settled.all()):
+            break
+        high = torch.where(settled | enough, high, length)
+        low = torch.where(~settled & enough, length, low)
+        longer = torch.where(torch.isinf(high), 2 * length, (low + high) / 2)
+        length = torch.where(settled, length, longer)
+    return best, best_value, best_gradient
+
+
+def _direction(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> Tensor:
+    """Return minus the inverse Hessian's estimate times the gradient, row by row."""
+    q = gradient.clone()
+    kept = []
+    scale = torch.ones_like(gradient[:, 0])
+    for step, change in zip(steps, changes, strict=True):
+        curvature = _dot(step, change)
+        # A pair without positive curvature says nothing of the inverse Hessian.
+        good = curvature > torch.finfo(gradient.dtype).eps * _dot(change, change).sqrt() * _dot(
+            step, step
+        ).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+        kept.append(torch.where(good, 1 / torch.where(good, curvature, 1.0), 0.0))
+        scale = torch.where(good, curvature / _dot(change, change), scale)
+    weights = []
+    for step, change, inverse in reversed(list(zip(steps, changes, kept, strict=True))):
+        weight = inverse * _dot(step, q)
+        weights.append(weight)
+        q = q - weight[:, None] * change
+    q = scale[:, None] * q
+    for step, change, inverse, weight in zip(steps, changes, kept, reversed(weights), strict=True):
+        q = q + (weight - inverse * _dot(change, q))[:, None] * step
+    return -q
+
+
+def _value_and_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        value = objective(x)
+        (gradient,) = torch.autograd.grad(value.sum(), [x])
+    return value.detach(), gradient
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1)
