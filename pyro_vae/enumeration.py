@@ -270,8 +270,8 @@ class Conditional:
         frames: the plates it is in, as in Pyro's cond_indep_stack.
         mask: the model's mask on it.
         parents: the sites before it that it depends on.
-        logits: normalized, ``[*plates, *values of each parent, values]``.
-        support: its values, [values, *event].
+        logits: normalized, ``[*plates, *parents, values]``.
+        support: its values, ``[values, *event]``.
     """
 
     name: str
@@ -358,7 +358,7 @@ def draw(chain: Sequence[Conditional]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
-    """Return the posterior probabilities of each enumerated site, [*plates, values].
+    """Return the posterior probabilities of each enumerated site, ``[*plates, values]``.
 
     They are the derivatives of the log evidence by the log prior of each value.
 

@@ -116,7 +116,7 @@ class ExactGuide(nn.Module):
             *batch: the model's arguments.
 
         Returns:
-            Site name to probabilities, [*batch shape, values]: each site's own marginals.
+            Site name to probabilities, ``[*batch shape, values]``: each site's own marginals.
         """
         with self._isolated():
             trace, log_probs = self._run(as_batch(*batch))

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
 from pyro_vae.sites import evaluation, latent_nodes, preserved_rng
 from pyro_vae.spine import Run
-from pyro_vae.traces import dream, latent_masks, site_log_prob, trace_given
+from pyro_vae.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
 
 __all__ = ["IWAE", "WakeSleep"]
 
@@ -102,8 +101,7 @@ class IWAE(_Importance):
 
     Example:
         >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> import pyro_vae as pv
+        >>>         >>> import pyro_vae as pv
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -188,8 +186,7 @@ class WakeSleep(_Importance):
 
     Example:
         >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> import pyro_vae as pv
+        >>>         >>> import pyro_vae as pv
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -267,12 +264,10 @@ class WakeSleep(_Importance):
         else:
             args, kwargs = self._with(run, observed, args, kwargs)
         guide_trace = trace_given(guide, values, args, kwargs)
-        masks = latent_masks(dreamt)
+        mask_proposals(dreamt, guide_trace)
         total: Tensor | float = 0.0
         for name, node in latent_nodes(guide_trace):
             _require_density(name, node)
-            if name in masks:
-                node["mask"] = masks[name] if node["mask"] is None else node["mask"] & masks[name]
             log_prob = site_log_prob(name, node, scaled=False)
             total = total + per_datum(log_prob, layout.nesting, layout.data_dim, leading=0)
         return torch.as_tensor(total)
@@ -315,10 +310,7 @@ def _sources(run: Run, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
 
 
 def _require_density(name: str, node: Any) -> None:
-    fn = node["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    if node["infer"].get("is_auxiliary") or isinstance(fn, dist.Delta):
+    if node["infer"].get("is_auxiliary") or is_point(node["fn"]):
         raise ValueError(
             f"the sleep phase needs the guide's density of given latents, which its site {name!r} "
             "hides (an auxiliary site, or a Delta); use insomnia=1, or a guide of pyro_vae"

@@ -169,7 +169,12 @@ def _check_hidden(
 ) -> None:
     """Raise ValueError where a proposal depends on one that is to be summed out instead."""
     run = enumerated(guide, hidden, -1 - nesting)
-    with torch.no_grad(), preserved_rng(device_of(args, kwargs)), poutine.block():
+    with (
+        torch.no_grad(),
+        preserved_rng(device_of(args, kwargs)),
+        evaluation(guide),
+        poutine.block(),
+    ):
         trace = trace_guide(run, args, kwargs)
     for name, node in latent_nodes(trace):
         if name not in hidden and len(node["fn"].batch_shape) > nesting:

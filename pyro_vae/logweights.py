@@ -43,7 +43,7 @@ from pyro_vae.sites import (
     preserved_rng,
     sample_nodes,
 )
-from pyro_vae.traces import latent_masks, trace_pair
+from pyro_vae.traces import is_point, proposal_masks, trace_pair
 
 __all__ = ["Chunk", "Scorer", "log_weights"]
 
@@ -133,13 +133,13 @@ class Scorer:
         self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
         self._scorable = all(
-            not node["infer"].get("is_auxiliary") and not _hides_density(node["fn"])
+            not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
         # Points, where no auxiliary site carries the density (as AutoNormal's do).
         auxiliary = any(node["infer"].get("is_auxiliary") for _, node in latent_nodes(guide_trace))
         self.point_sites = [
-            name for name, node in latent_nodes(guide_trace) if not auxiliary and _is_point(node)
+            name for name, node in latent_nodes(guide_trace) if not auxiliary and _bare_point(node)
         ]
         shapes = {
             name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
@@ -148,7 +148,7 @@ class Scorer:
         }
         data_dim = self.structure.data_dim
         self._guide = Runner(
-            guide, batch, shapes, self.nesting, data_dim, latent_masks(model_trace)
+            guide, batch, shapes, self.nesting, data_dim, proposal_masks(model_trace, guide_trace)
         )
         self._model = Runner(model, batch, shapes, self.nesting, data_dim, summed=self.summed_out)
         with self._scoring(), torch.no_grad():
@@ -454,11 +454,12 @@ class Scorer:
         torch.default_generator.manual_seed(seed)
 
     def _choose_modes(self, particles: str) -> None:
+        # The reference: single particles, run one by one. It takes any network, and so comes
+        # before all else that runs the pair.
+        self._guide.mode = self._model.mode = "loop"
         rows = self.data_blocks()[0]
         count = 3 if self.num_data == 2 else 2
         self._reseed(_CHECKS)
-        # The reference: single particles, run one by one.
-        self._guide.mode = self._model.mode = "loop"
         traces = self._guide.traces(rows, count)
         values = self._guide.values(traces, count)
         log_guide = self._guide.log_prob(traces, rows, count, is_latent)
@@ -570,13 +571,6 @@ def log_weights(
     return LogWeights.concatenate(blocks, 1)
 
 
-def _hides_density(fn: Any) -> bool:
-    """Whether a guide's distribution is a Delta: its density is of one value alone."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, pyro.distributions.Delta)
-
-
-def _is_point(node: Any) -> bool:
+def _bare_point(node: Any) -> bool:
     """Whether a guide's site is a Delta that carries no density of a distribution."""
-    return _hides_density(node["fn"]) and bool((node["fn"].log_prob(node["value"]) == 0).all())
+    return is_point(node["fn"]) and bool((node["fn"].log_prob(node["value"]) == 0).all())

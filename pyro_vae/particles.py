@@ -29,7 +29,7 @@ from pyro_vae.enumeration import (
     unmasked_log_prob,
 )
 from pyro_vae.guides import LocalGuide
-from pyro_vae.sites import latent_nodes, sample_nodes
+from pyro_vae.sites import latent_nodes, sample_nodes, unwrapped
 from pyro_vae.traces import site_log_prob, values_trace
 
 __all__ = [
@@ -304,11 +304,12 @@ class Runner:
     @contextlib.contextmanager
     def _table_rows(self, rows: slice, times: int) -> Iterator[None]:
         """Keep a per-datum guide aligned with the rows of the batch."""
-        if not isinstance(self.fn, LocalGuide):
+        guide = unwrapped(self.fn)
+        if not isinstance(guide, LocalGuide):
             yield
             return
-        index = self.fn.current_rows
-        with self.fn.rows((index if self._whole(rows) else index[rows]).repeat(times)):
+        index = guide.current_rows
+        with guide.rows((index if self._whole(rows) else index[rows]).repeat(times)):
             yield
 
     def _whole(self, rows: slice) -> bool:

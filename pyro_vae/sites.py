@@ -32,6 +32,7 @@ __all__ = [
     "plain_distribution",
     "plate_nesting",
     "sample_nodes",
+    "unwrapped",
 ]
 
 
@@ -165,6 +166,13 @@ def module_of(fn: Any) -> nn.Module | None:
     """Return the nn.Module that a model or guide is, or is a method of; None for others."""
     owner = getattr(fn, "__self__", fn)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def unwrapped(fn: Any) -> Any:
+    """Return the model or guide inside Pyro's handlers."""
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    return fn
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from pyro_vae.enumeration import contract, enumerated, scaled_by
 from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes
+from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes, unwrapped
 from pyro_vae.traces import ReplaceDraws, site_log_prob, trace_guide, trace_model
 
 __all__ = ["Run"]
@@ -63,9 +63,9 @@ class Run:
         self._draws = draws
         # For a second run of the guide, on the same random numbers.
         self._again: list[tuple[Callable[[], Any], Any]] = []
+        own = unwrapped(guide)
+        self._simple = isinstance(own, FamilyGuide) and getattr(own, "global_guide", None) is None
         guide = hide(guide, layout.hidden)
-        alone = getattr(guide, "global_guide", None) is None
-        self._simple = isinstance(guide, FamilyGuide) and alone
         self._pairs: list[tuple[Any, Any]] = []
         if layout.mode == "plate":
             plate = pyro.plate("num_particles_vectorized", num_particles, dim=-1 - layout.nesting)
@@ -343,13 +343,13 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _repeat_rows(guide: Callable[..., Any], times: int) -> Callable[..., Any]:
-    if not isinstance(guide, LocalGuide):
+    local = unwrapped(guide)
+    if not isinstance(local, LocalGuide):
         return guide
-    local = guide
 
     def repeated(*args: Any, **kwargs: Any) -> Any:
         with local.rows(local.current_rows.repeat(times)):
-            return local(*args, **kwargs)
+            return guide(*args, **kwargs)
 
     return repeated
 

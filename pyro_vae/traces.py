@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -20,8 +21,10 @@ from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
 __all__ = [
     "ReplaceDraws",
     "dream",
-    "latent_masks",
+    "is_point",
+    "mask_proposals",
     "non_finite_sites",
+    "proposal_masks",
     "site_log_prob",
     "trace_given",
     "trace_guide",
@@ -63,11 +66,15 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
         poutine.replay(model, trace=guide_trace), graph_type="flat"
     ).get_trace(*args, **kwargs)
     check_guide(model_trace, guide_trace)
-    for name, mask in latent_masks(model_trace).items():
-        node = guide_trace.nodes.get(name)
-        if node is not None:  # None: a discrete latent that is summed out
-            node["mask"] = mask if node["mask"] is None else node["mask"] & mask
+    mask_proposals(model_trace, guide_trace)
     return model_trace
+
+
+def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
+    """Put the masks of a model's latent sites on their proposals too."""
+    for name, mask in proposal_masks(model_trace, guide_trace).items():
+        node = guide_trace.nodes[name]
+        node["mask"] = mask if node["mask"] is None else node["mask"] & mask
 
 
 class ReplaceDraws(Messenger):
@@ -109,13 +116,38 @@ def values_trace(values: Mapping[str, Tensor]) -> Any:
     return trace
 
 
-def latent_masks(model_trace: Any) -> dict[str, Tensor | bool]:
-    """Return the masks that a model puts on its latent sites."""
-    return {
-        name: node["mask"]
-        for name, node in latent_nodes(model_trace)
-        if node["mask"] is not None and node["mask"] is not True
-    }
+def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | bool]:
+    """Return the masks that a model puts on its latent sites, by the proposals they are for.
+
+    Raises:
+        ValueError: for a masked latent whose density an auxiliary site holds that other
+            latents may share.
+    """
+    auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
+    found = {}
+    for name, node in latent_nodes(model_trace):
+        # A discrete latent that is summed out has no proposal.
+        if node["mask"] is None or node["mask"] is True or name not in guide_trace.nodes:
+            continue
+        found[name] = node["mask"]
+        if not auxiliary or not is_point(guide_trace.nodes[name]["fn"]):
+            continue
+        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
+        if holder not in auxiliary:
+            raise ValueError(
+                f"the model masks the latent site {name!r}, but the guide holds its density in "
+                f"{sorted(auxiliary)}, of which no part can be masked. Use a guide that samples "
+                f"{name!r} itself, such as pyro_vae's, or pyro.infer.autoguide.AutoNormal"
+            )
+        found[holder] = node["mask"]
+    return found
+
+
+def is_point(fn: Any) -> bool:
+    """Return whether a distribution is a Delta, which may hide a density."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:

@@ -690,3 +690,18 @@ def test_a_bad_seed_is_refused(exact, seed):
     model, x = exact
     with pytest.raises(ValueError, match="whole number of at least 0"):
         pv.log_weights(model, model.posterior, x, num_particles=2, seed=seed)
+
+
+def test_many_data_and_a_network_that_takes_no_particles():
+    """More data than a block: what looks for blocks must not need the particles' dimension."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if z.ndim != 2:
+                raise ValueError("only matrices")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(300, 2)
+    guide = pv.LocalGuide(model, num_data=300, example=x)
+    assert Scorer(model, guide, as_batch(x)).modes["model"] == "repeat"
