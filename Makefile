@@ -57,6 +57,7 @@ docs: $(VENV)/installed-docs
 bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/demo_time.py
 	$(BIN)/python benchmarks/iwae_evaluation.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/objective_steps.py $(if $(DATA),--data '$(DATA)')
 
 # Without torch and Pyro: the only file these tests need is pyro_vae/arviz_bridge.py.
 test-arviz1:

@@ -101,7 +101,8 @@ class IWAE(_Importance):
 
     Example:
         >>> import pyro, torch
-        >>>         >>> import pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -186,7 +187,8 @@ class WakeSleep(_Importance):
 
     Example:
         >>> import pyro, torch
-        >>>         >>> import pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -221,6 +223,9 @@ class WakeSleep(_Importance):
         self.insomnia = insomnia
         self.dream = dream
         self._sources: dict[Layout, dict[str, int | str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sources": {}}
 
     def __repr__(self) -> str:
         return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"

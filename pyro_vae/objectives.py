@@ -55,6 +55,10 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self._pair: tuple[Any, Any] | None = None
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was found out about a pair holds the pair: a copy looks for itself.
+        return {**vars(self), "_pair": None, "_layouts": {}}
+
     @abc.abstractmethod
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

@@ -705,3 +705,25 @@ def test_many_data_and_a_network_that_takes_no_particles():
     x = torch.zeros(300, 2)
     guide = pv.LocalGuide(model, num_data=300, example=x)
     assert Scorer(model, guide, as_batch(x)).modes["model"] == "repeat"
+
+
+def test_a_mask_reaches_the_density_that_a_delta_hides():
+    """AutoNormal's proposals are Deltas; the density is at an auxiliary site of another name."""
+    seen = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    auto = pyro.infer.autoguide.AutoNormal(
+        model, create_plates=lambda x: pyro.plate("data", len(x), dim=-1)
+    )
+    weights = pv.log_weights(model, auto, x, num_particles=4, seed=0)
+    assert (weights.total[:, ~seen] == 0).all()
+    assert (weights.total[:, seen] != 0).all()
+
+    joint = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    with pytest.raises(ValueError, match=r"masks the latent site 'z', but .*AutoMultivariate"):
+        pv.ELBO().loss(model, joint, x)

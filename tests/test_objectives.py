@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -686,3 +687,14 @@ def test_global_latents_are_trained_as_well():
     covariance = torch.eye(8, dtype=x.dtype) + 1
     exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
     assert pv.ELBO(kl="sample").loss(model, guide, x) == pytest.approx(-exact.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [pv.ELBO(2), pv.IWAE(2, "dreg"), pv.WakeSleep(2, insomnia=0.5)])
+def test_a_used_loss_is_pickled_without_the_pair(loss, setting):
+    model, guide, x = setting
+    torch.manual_seed(0)
+    value = loss.loss(model, guide, x)
+    copy = pickle.loads(pickle.dumps(loss))
+    assert copy._pair is None
+    torch.manual_seed(0)
+    assert copy.loss(model, guide, x) == value
