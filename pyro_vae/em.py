@@ -34,7 +34,8 @@ from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.m_step import MStep, NonFiniteHalfStepError, failure
 from pyro_vae.parameters import Parameters
 from pyro_vae.results import EMResult
-from pyro_vae.sites import Structure, inspect, preserved_rng
+from pyro_vae.sites import Structure, evaluation, inspect, preserved_rng
+from pyro_vae.traces import dream
 
 __all__ = ["NonFiniteHalfStepError", "em"]
 
@@ -132,6 +133,8 @@ def em(
     kind = _check(e_step, guide, num_iterations, tolerance, num_particles, e_steps, m_steps)
     arguments = as_batch(*batch)
     structure = _check_model(model, arguments, data_plate)
+    if kind != "exact":
+        _refuse_scales(model, structure, arguments, kind)
     if kind == "nuts":
         _require_continuous(structure)
     parameters = _parameters(model, structure, arguments)
@@ -226,6 +229,20 @@ def _check_model(
                     "by minibatches with pyro_vae.fit"
                 )
     return structure
+
+
+def _refuse_scales(
+    model: Callable[..., Any], structure: Structure, batch: Batch, kind: str
+) -> None:
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model):
+        trace = dream(model, batch.args, batch.kwargs)
+    for name in structure.sites:
+        scale = trace.nodes[name]["scale"]
+        if bool((torch.as_tensor(scale) != 1).any()):
+            raise ValueError(
+                f"site {name!r} has the scale {scale} (poutine.scale), which the draws of "
+                f"e_step={kind!r} do not carry; leave it out, or use an ExactGuide"
+            )
 
 
 def _require_continuous(structure: Structure) -> None:

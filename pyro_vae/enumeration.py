@@ -268,6 +268,7 @@ class Conditional:
         name: the site.
         fn: the model's distribution, in the enumerated run.
         frames: the plates it is in, as in Pyro's cond_indep_stack.
+        scale: the model's scale on it (subsampling, poutine.scale).
         mask: the model's mask on it.
         parents: the sites before it that it depends on.
         logits: normalized, ``[*plates, *parents, values]``.
@@ -277,6 +278,7 @@ class Conditional:
     name: str
     fn: Any
     frames: tuple[Any, ...]
+    scale: Any
     mask: Tensor | bool | None
     parents: tuple[str, ...]
     logits: Tensor
@@ -330,6 +332,7 @@ def conditionals(
                 name=variable.name,
                 fn=fn,
                 frames=variable.frames,
+                scale=nodes[variable.name]["scale"],
                 mask=nodes[variable.name]["mask"],
                 parents=tuple(variables[axis].name for axis in parents),
                 logits=to_plates(table, dims, (*parents, variable.axis)),

@@ -98,7 +98,7 @@ class ExactGuide(nn.Module):
             with contextlib.ExitStack() as stack:
                 for frame in conditional.frames:
                     stack.enter_context(plates[frame.name])
-                    stack.enter_context(poutine.scale(scale=frame.full_size / frame.size))
+                stack.enter_context(poutine.scale(scale=conditional.scale))
                 mask: Any = conditional.mask
                 if mask is not None:
                     stack.enter_context(poutine.mask(mask=mask))

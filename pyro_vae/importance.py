@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import iwae_bound
+from pyro_vae.guides import LocalGuide
 from pyro_vae.layouts import Layout
 from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import evaluation, latent_nodes, preserved_rng
+from pyro_vae.sites import evaluation, latent_nodes, preserved_rng, unwrapped
 from pyro_vae.spine import Run
 from pyro_vae.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
 
@@ -33,32 +34,13 @@ class _Importance(Objective):
         """Return, for each latent site, that its part of the weight is sampled."""
         device = Batch(args, kwargs).device
         with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
-            run = self._run(model, guide, args, kwargs, "attached")
+            run = self._run(model, guide, args, kwargs)
         told = dict.fromkeys(
             run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
         )
         for name, _ in run.guide_nodes():
             told[name] = "sampled: an importance weight has no analytic part"
         return told
-
-    def _run(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        draws: str,
-    ) -> Run:
-        return Run(
-            self._layout(model, guide, args, kwargs),
-            model,
-            guide,
-            args,
-            kwargs,
-            self.num_particles,
-            draws=draws,
-            one_minibatch=True,
-        )
 
 
 class IWAE(_Importance):
@@ -86,7 +68,9 @@ class IWAE(_Importance):
       2017). No noise at the exact posterior, but for K > 1 another expectation than the
       derivative of the bound (Tucker et al. 2019).
 
-    "stl" and "dreg" run a guide twice if its proposals may depend on one another.
+    "stl" and "dreg" run a guide twice if its proposals may depend on one another. They
+    refuse what the two cannot do: a point made of other draws and of parameters
+    (AutoStructured), and for "dreg" latents of different scales.
 
     Args:
         num_particles: K, at least 1.
@@ -140,17 +124,25 @@ class IWAE(_Importance):
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
         through_draws = self.estimator != "pathwise"
-        run = self._run(model, guide, args, kwargs, "gated" if through_draws else "attached")
+        draws = "gated" if through_draws else "attached"
+        run = self._run(model, guide, args, kwargs, draws=draws, one_minibatch=True)
         for name, nodes in run.guide_nodes():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])
         terms = run.stopped_guide_terms(scaled=False) if through_draws else run.guide_terms()
-        scale, log_joint, log_guide = _weighted(run, terms)
+        scale, log_joint, log_guide, ratio = _weighted(run, terms)
         log_weights = log_joint - log_guide
         bound = (scale * iwae_bound(log_weights)).sum()
         if self.estimator == "dreg" and torch.is_grad_enabled():
             shares = torch.softmax(log_weights.detach(), 0)
-            run.scale_gradients(shares)
+            if ratio is None:
+                raise ValueError(
+                    "estimator='dreg' needs one scale for all latent sites of a datum; use "
+                    "'pathwise'"
+                )
+            # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
+            # of a path from its share.
+            run.scale_gradients(1 - ratio + ratio * shares)
             bound = bound.detach() + without_value((scale * shares * log_weights).sum())
         return -bound
 
@@ -173,7 +165,8 @@ class WakeSleep(_Importance):
 
     Args:
         num_particles: K, at least 2, for a single weight is always 1.
-        insomnia: the share of wake-phi; the rest is sleep-phi.
+        insomnia: the share of wake-phi; the rest is sleep-phi, which teaches an encoder
+            and is refused for a LocalGuide, whose rows belong to the data.
         dream: where the batch is not just the observed values: from a mapping (observed
             site to dreamt value) to the batch that holds them. By default each observed
             value is found among the batch's tensors.
@@ -194,7 +187,8 @@ class WakeSleep(_Importance):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = torch.zeros(5)
-        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> encoder = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), torch.nn.Linear(1, 4))
+        >>> guide = pv.AmortizedGuide(model, encoder, example=x)
         >>> optim = pyro.optim.Adam({"lr": 0.01})
         >>> loss = pv.WakeSleep(10, insomnia=0.8)
         >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=loss).step(x), float)
@@ -234,8 +228,8 @@ class WakeSleep(_Importance):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
-        run = self._run(model, guide, args, kwargs, "detached")
-        scale, log_joint, log_guide = _weighted(run, run.guide_terms())
+        run = self._run(model, guide, args, kwargs, draws="detached", one_minibatch=True)
+        scale, log_joint, log_guide, _ = _weighted(run, run.guide_terms())
         log_weights = log_joint - log_guide.detach()
         bound = (scale * iwae_bound(log_weights)).sum()
         if not torch.is_grad_enabled():
@@ -254,6 +248,11 @@ class WakeSleep(_Importance):
     ) -> Tensor:
         """Return log q(z | x) of a dream for each datum, [N]."""
         layout = run.layout
+        if isinstance(unwrapped(guide), LocalGuide):
+            raise ValueError(
+                "a sleep phase teaches an encoder what the model dreams; the rows of a LocalGuide "
+                "belong to the data, and would learn the prior. Use insomnia=1"
+            )
         if layout.draws_minibatch:
             raise ValueError(
                 "a sleep phase needs the minibatch as the batch; the model draws its own "
@@ -293,25 +292,36 @@ class WakeSleep(_Importance):
 def _sources(run: Run, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
+    arguments = {
+        key: value
+        for key, value in (*enumerate(run.args), *run.kwargs.items())
+        if isinstance(value, Tensor)
+    }
     for name, nodes in run.observed_nodes():
         if name not in observed:
-            continue  # a deterministic site, or a factor: it is not drawn
+            continue  # a factor: it is not drawn
         value = nodes[0]["value"]
-        for key, argument in (*enumerate(run.args), *run.kwargs.items()):
-            if value is argument or (
-                isinstance(argument, Tensor)
-                and argument.numel() == value.numel()
-                and torch.equal(argument.reshape(value.shape).to(value), value)
-            ):
-                found[name] = key
-                break
-        else:
+        # The argument itself, or a view of it; else whatever is equal, if nothing else is.
+        keys = [key for key, argument in arguments.items() if _is_view(value, argument)] or [
+            key
+            for key, argument in arguments.items()
+            if argument.numel() == value.numel()
+            and torch.equal(argument.reshape(value.shape).to(value), value)
+        ]
+        if len(keys) != 1 or keys[0] in found.values():
             raise ValueError(
                 f"the sleep phase cannot tell which argument of the batch holds the values of the "
-                f"observed site {name!r}; give dream=, a function from "
+                f"observed site {name!r} (candidates: {keys}); give dream=, a function from "
                 "{site: dreamt value} to a batch, or insomnia=1"
             )
+        found[name] = keys[0]
     return found
+
+
+def _is_view(value: Tensor, argument: Tensor) -> bool:
+    return value is argument or (
+        value.data_ptr() == argument.data_ptr() and value.numel() == argument.numel()
+    )
 
 
 def _require_density(name: str, node: Any) -> None:
@@ -322,18 +332,23 @@ def _require_density(name: str, node: Any) -> None:
         )
 
 
-def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
-    """Return the scale of each datum, [N] or a number, and log p(x, z) and log q(z | x), [K, N].
+def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor, Tensor, Any]:
+    """Return the scale of each datum, its log p(x, z) and log q(z | x), and the latents' ratio.
 
-    The scale of a datum is that of its likelihood. A latent site of another scale enters
-    with the ratio of the two.
+    The scale of a datum, [N] or a number, is that of its likelihood. A latent site of another
+    scale enters the densities, [K, N], with the ratio of the two; the ratio is None where it
+    is not one for all latent sites.
     """
     scales = {name: run.datum_scale(name, nodes[0]) for name, nodes in run.model_nodes()}
     observed = [scales[name] for name, _ in run.observed_nodes()]
     # Observed sites of different scales are tempered: what is left is what a datum counts for.
-    scale = observed[0] if all(_same(s, observed[0]) for s in observed) else run.plate_scale
+    alike = bool(observed) and all(_same(s, observed[0]) for s in observed)
+    scale = observed[0] if alike else run.plate_scale
     ratios = {name: 1.0 if _same(s, scale) else s / scale for name, s in scales.items()}
     latent = [ratios[name] for name, _ in run.latent_nodes()]
+    common = latent[0] if latent and all(_same(r, latent[0]) for r in latent) else None
+    if not latent:
+        common = 1.0
     log_joint = _sum(
         term if _same(ratios[name], 1.0) else ratios[name] * term
         for name, term in run.model_terms(scaled=False)
@@ -342,17 +357,17 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
     def ratio(name: str) -> Any:
         if name in ratios:
             return ratios[name]
-        if all(_same(r, latent[0]) for r in latent):
-            return latent[0]
-        raise ValueError(
-            f"the guide's auxiliary site {name!r} stands for latent sites of different scales; "
-            "give them one scale"
-        )
+        if common is None:
+            raise ValueError(
+                f"the guide's auxiliary site {name!r} stands for latent sites of different "
+                "scales; give them one scale"
+            )
+        return common
 
     proposed = [ratio(name) * term for name, term in guide_terms.items()]
     # Nothing is proposed where every latent is summed out.
     log_guide = _sum(proposed) if proposed else torch.zeros_like(log_joint)
-    return scale, log_joint, log_guide
+    return scale, log_joint, log_guide, common
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import enumerated, summed_out
@@ -18,6 +18,7 @@ from pyro_vae.logweights import Scorer
 from pyro_vae.sites import (
     DataPlateError,
     Structure,
+    called_modules,
     evaluation,
     inspect,
     is_enumerable,
@@ -26,11 +27,21 @@ from pyro_vae.sites import (
     plate_nesting,
     preserved_rng,
 )
-from pyro_vae.traces import trace_guide, trace_pair
+from pyro_vae.traces import trace_guide, trace_model
 
 __all__ = ["Layout", "device_of", "hide", "plan"]
 
 logger = logging.getLogger(__name__)
+
+_NORMALIZATIONS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +122,10 @@ def plan(
         evaluation(model, guide),
         poutine.block(),
     ):
-        model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+        with called_modules() as in_guide:
+            guide_trace = trace_guide(guide, args, kwargs)
+        with called_modules() as in_model:
+            model_trace = trace_model(model, guide_trace, args, kwargs)
     nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
     structure, subsampled, mode = None, False, "loop"
     asked = () if enumeration == "no" else _asked(guide_trace)
@@ -125,7 +139,14 @@ def plan(
         plate = structure.data_plate
         subsampled = plate is not None and not plate.drawn and is_subsampled(model, batch, plate)
         if num_particles > 1 and vectorize:
-            mode, reason = _choose_mode(model, guide, batch, structure, needed=data == "needed")
+            # Over a plate of particles they would normalize another dimension than the data's,
+            # and in eval mode, in which particles are compared, it need not show.
+            dependent = len(list(latent_nodes(guide_trace))) > 1
+            seen = [*in_model.values(), *(in_guide.values() if dependent else ())]
+            normalized = any(isinstance(module, _NORMALIZATIONS) for module in seen)
+            mode, reason = _choose_mode(
+                model, guide, batch, structure, needed=data == "needed", normalized=normalized
+            )
             if reason:
                 logger.warning("particles run in a loop, which is slow: %s", reason)
     plate = None if structure is None else structure.data_plate
@@ -221,6 +242,7 @@ def _choose_mode(
     structure: Structure,
     *,
     needed: bool,
+    normalized: bool,
 ) -> tuple[str, str]:
     """Return the first mode that agrees with single particles, and why it is the loop."""
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
@@ -228,23 +250,24 @@ def _choose_mode(
     plate = structure.data_plate
     by_name = plate is not None and not structure.global_latents
     scorer = functools.partial(Scorer, model, guide, batch, seed=0)
-    try:
-        modes = scorer(data_plate=plate.name if by_name and plate is not None else False).modes
-    except ValueError:
-        # Without a weight for each datum, the guide may be joint over the data.
-        if needed or not by_name:
-            raise
-        by_name, modes = False, scorer(data_plate=False).modes
-    found = set(modes.values())
-    if found == {"plate"}:
-        return "plate", ""
-    if "loop" not in found and plate is not None:
+    modes = {}
+    if not normalized:
+        try:
+            modes = scorer(data_plate=plate.name if by_name and plate is not None else False).modes
+        except ValueError:
+            # Without a weight for each datum, the guide may be joint over the data.
+            if needed or not by_name:
+                raise
+            by_name, modes = False, scorer(data_plate=False).modes
+        if set(modes.values()) == {"plate"}:
+            return "plate", ""
+    if by_name and plate is not None and "loop" not in modes.values():
         try:
             scorer(data_plate=plate.name, particles="repeat")
-        except ValueError:
-            return "loop", f"modes are {modes}, and the batch cannot be repeated for both"
+        except ValueError as error:
+            return "loop", f"they cannot run in a plate, nor with the batch repeated ({error})"
         return "repeat", ""
-    return "loop", f"modes are {modes}"
+    return "loop", "the model normalizes over the batch" if normalized else f"modes are {modes}"
 
 
 def device_of(args: Any, kwargs: Any) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro.infer
@@ -21,6 +21,7 @@ from pyro_vae.traces import trace_pair
 __all__ = ["ELBO", "Objective", "not_reparameterized", "without_value"]
 
 _BASELINE_DECAY = 0.9
+_LAYOUTS = 16  # remembered at most
 
 
 class Objective(pyro.infer.ELBO, abc.ABC):
@@ -52,12 +53,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
-        self._pair: tuple[Any, Any] | None = None
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[Any, tuple[Layout, Any, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found out about a pair holds the pair: a copy looks for itself.
-        return {**vars(self), "_pair": None, "_layouts": {}}
+        return {**vars(self), "_layouts": {}}
 
     @abc.abstractmethod
     def differentiable_loss(
@@ -100,27 +100,42 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     ) -> tuple[Any, Any]:
         return trace_pair(model, guide, args, kwargs)
 
-    def _layout(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Layout:
-        """How this pair runs on arguments of this kind; looked at once."""
-        if self._pair is None or not all(map(_same, self._pair, (model, guide))):
-            self._pair, self._layouts = (model, guide), {}
-        named = (*enumerate(args), *sorted(kwargs.items()))
-        kind = tuple((name, type(v), getattr(v, "ndim", None)) for name, v in named)
-        if kind not in self._layouts:
-            self._layouts[kind] = plan(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=self.num_particles,
-                vectorize=self.vectorize_particles,
-                data_plate=self.data_plate,
-                data=self._data,
-                enumeration=self._enumeration,
-            )
-        return self._layouts[kind]
+    def _run(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        **options: Any,
+    ) -> Run:
+        """Run a pair as its layout says, which is made anew where it does not fit."""
+        pair = tuple(map(_identity, (model, guide)))
+        key = (pair, _kind(args), _kind(kwargs))
+        for _ in range(2):
+            if key not in self._layouts:
+                while len(self._layouts) >= _LAYOUTS:
+                    del self._layouts[next(iter(self._layouts))]
+                layout = plan(
+                    model,
+                    guide,
+                    args,
+                    kwargs,
+                    num_particles=self.num_particles,
+                    vectorize=self.vectorize_particles,
+                    data_plate=self.data_plate,
+                    data=self._data,
+                    enumeration=self._enumeration,
+                )
+                # With the pair, so that no other object takes its identity.
+                self._layouts[key] = (layout, model, guide)
+            layout = self._layouts[key][0]
+            run = Run(layout, model, guide, args, kwargs, self.num_particles, **options)
+            if run.as_planned:
+                return run
+            del self._layouts[key]
+        raise ValueError(
+            "the latent sites of the model are not the same in two runs on the same arguments"
+        )
 
 
 class ELBO(Objective):
@@ -228,15 +243,8 @@ class ELBO(Objective):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
-        run = Run(
-            self._layout(model, guide, args, kwargs),
-            model,
-            guide,
-            args,
-            kwargs,
-            self.num_particles,
-            draws="gated" if self.estimator == "stl" else "attached",
-        )
+        draws = "gated" if self.estimator == "stl" else "attached"
+        run = self._run(model, guide, args, kwargs, draws=draws)
         kls = self._analytic(run)
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
@@ -287,7 +295,7 @@ class ELBO(Objective):
                     break
                 terms.append(scale_and_mask(kl, run.scale(guide_node), guide_node["mask"]))
             else:
-                found[name] = run.per_datum(terms)
+                found[name] = run.per_datum(terms, local=run.is_local(name, nodes[0][0]))
         return found
 
     def _sampled_guide_terms(
@@ -344,6 +352,12 @@ class ELBO(Objective):
     def _freed(self, run: Run) -> Tensor:
         """Return what free bits give back: KL below the floor, over the latent dimensions."""
         given = []
+        if run.layout.enumerated:
+            raise ValueError(
+                f"free_bits: the guide enumerates {list(run.layout.enumerated)}, of which a "
+                "dimension's KL is no plain mean over data. Leave them out of the guide, and they "
+                "are summed out"
+            )
         for name, nodes in run.proposals():
             kls, counts = [], []
             for guide_node, model_node in nodes:
@@ -360,18 +374,28 @@ class ELBO(Objective):
                 scale, mask = run.scale(guide_node), guide_node["mask"]
                 kls.append(_scaled_per_dimension(kl, scale, mask, event))
                 counts.append(_scaled_per_dimension(torch.ones_like(kl), scale, mask, event))
-            event = nodes[0][0]["fn"].event_dim
-            kl = run.per_dimension(kls, event)
-            floor = self.free_bits * run.per_dimension(counts, event)
+            event, local = nodes[0][0]["fn"].event_dim, run.is_local(name, nodes[0][0])
+            kl = run.per_dimension(kls, event, local=local)
+            floor = self.free_bits * run.per_dimension(counts, event, local=local)
             # A dimension under the floor gets its KL back: no pressure, no gradient.
             given.append(torch.where(kl < floor, kl, torch.zeros_like(kl)).sum())
         return torch.stack(given).sum()
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two callables are one; a bound method is a new object at each look."""
-    own = getattr(a, "__func__", a) is getattr(b, "__func__", b)
-    return own and getattr(a, "__self__", None) is getattr(b, "__self__", None)
+def _identity(fn: Any) -> tuple[int, int]:
+    """Tell callables apart; a bound method is a new object at each look."""
+    return id(getattr(fn, "__func__", fn)), id(getattr(fn, "__self__", None))
+
+
+def _kind(value: Any) -> Any:
+    """Return what a model may branch on of an argument: its kind, not its numbers."""
+    if isinstance(value, Mapping):
+        return tuple((name, _kind(value[name])) for name in sorted(value, key=str))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    return type(value), getattr(value, "ndim", None)
 
 
 def _scaled_per_dimension(term: Tensor, scale: Any, mask: Any, event: int) -> Tensor:

@@ -367,7 +367,7 @@ def choose_mode(
             return
         try:
             found = score()
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             # A shape that the network cannot take; the loop, which is the reference and
             # has already run, is always left to fall back on, and says so.
             reasons.append(f"{mode}: {type(error).__name__}: {error}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -20,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch
-from pyro_vae.enumeration import contract, enumerated, scaled_by
+from pyro_vae.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
 from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
@@ -63,6 +64,7 @@ class Run:
         self._draws = draws
         # For a second run of the guide, on the same random numbers.
         self._again: list[tuple[Callable[[], Any], Any]] = []
+        self._points: set[str] = set()  # proposals that are parameters themselves
         own = unwrapped(guide)
         self._simple = isinstance(own, FamilyGuide) and getattr(own, "global_guide", None) is None
         guide = hide(guide, layout.hidden)
@@ -82,6 +84,25 @@ class Run:
         for _ in range(num_particles if layout.mode == "loop" else 1):
             shared = self._pairs[0][1] if one_minibatch and self._pairs else None
             self._pairs.append(self._pair(model, guide, args, kwargs, shared))
+        dims = [
+            self._pairs[0][1].nodes[name]["infer"]["_enumerate_dim"]
+            for name in layout.enumerated
+            if name in self._pairs[0][1].nodes
+        ]
+        if len(set(dims)) < len(dims):
+            raise ValueError(
+                f"the guide enumerates {list(layout.enumerated)} in dimensions that some share "
+                "(pyro.markov), for which there is no expectation here. Leave them out of the "
+                "guide, and they are summed out; or use pyro.infer.TraceEnum_ELBO"
+            )
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether the pair has the discrete latents that its layout was made for."""
+        model_trace, guide_trace = self._pairs[0]
+        left = {name for name, _ in latent_nodes(model_trace) if name not in guide_trace.nodes}
+        proposed = all(name in guide_trace.nodes for name in self.layout.enumerated)
+        return proposed and left == set(self.layout.summed_out)
 
     def _pair(
         self,
@@ -113,8 +134,13 @@ class Run:
     # --- sites
 
     def model_nodes(self) -> Iterator[tuple[str, list[Any]]]:
-        """Yield each sample statement of the model, with its node in each trace."""
-        for name, _ in sample_nodes(self._pairs[0][0]):
+        """Yield each sample statement of the model, with its node in each trace.
+
+        Deterministic sites, which have no term, are left out.
+        """
+        for name, node in sample_nodes(self._pairs[0][0]):
+            if node["infer"].get("_deterministic"):
+                continue
             yield name, [model_trace.nodes[name] for model_trace, _ in self._pairs]
 
     def guide_nodes(self) -> Iterator[tuple[str, list[Any]]]:
@@ -139,14 +165,14 @@ class Run:
 
     # --- terms
 
-    def per_datum(self, terms: list[Tensor]) -> Tensor:
+    def per_datum(self, terms: list[Tensor], *, local: bool) -> Tensor:
         """Return a site's term, of its batch shape in each trace, as [K, N].
 
         [K, 1] for a site that is not in the data plate.
         """
         if self.layout.enumerated:
             terms = [self._expected(t, g) for t, (_, g) in zip(terms, self._pairs, strict=True)]
-        dim, nesting = self.layout.data_dim, self.layout.nesting
+        dim, nesting = self.layout.data_dim if local else None, self.layout.nesting
         if self.layout.mode == "loop":
             return torch.stack([per_datum(term, nesting, dim, leading=0) for term in terms])
         (term,) = terms
@@ -164,24 +190,39 @@ class Run:
             node = guide_trace.nodes[name]
             dim = node["infer"]["_enumerate_dim"]
             if term.ndim >= -dim and term.shape[dim] > 1:
-                probability = site_log_prob(name, node, scaled=False).exp()
+                # Whole, where a mask leaves the proposal's own term out.
+                probability = unmasked_log_prob(node).exp()
                 term = (probability * term).sum(dim, keepdim=True)
         plates = -1 - self.layout.first_enum_dim
         return term.reshape(term.shape[max(0, term.ndim - plates) :])
 
-    def per_dimension(self, terms: list[Tensor], event_dim: int) -> Tensor:
+    def is_local(self, name: str, node: Any) -> bool:
+        """Return whether a site of the model or the guide is in the data plate."""
+        structure = self.layout.structure
+        if structure is None or structure.data_plate is None:
+            return False
+        plate = structure.data_plate
+        if name in structure.sites:
+            return plate.name in {p.name for p in structure.sites[name].plates}
+        # An auxiliary site of the guide, whose plate may have a name of its own.
+        shape = node["fn"].batch_shape
+        own = plate.name in {frame.name for frame in node["cond_indep_stack"]}
+        return own or (len(shape) >= -plate.dim and shape[plate.dim] > 1)
+
+    def per_dimension(self, terms: list[Tensor], event_dim: int, *, local: bool) -> Tensor:
         """Sum a site's term, of its batch and event shape in each trace, over the data.
 
         Returns:
             The mean over particles, for each latent dimension: batch and event dimensions
             but those of particles and data (or these with size 1).
         """
-        total = torch.stack([self._over_data(term, event_dim) for term in terms]).sum(0)
+        dim = self.layout.data_dim if local else None
+        total = torch.stack([self._over_data(term, event_dim, dim) for term in terms]).sum(0)
         return total / self.num_particles
 
-    def _over_data(self, term: Tensor, event_dim: int) -> Tensor:
+    def _over_data(self, term: Tensor, event_dim: int, data_dim: int | None) -> Tensor:
         batch = term.ndim - event_dim
-        summed = [] if self.layout.data_dim is None else [batch + self.layout.data_dim]
+        summed = [] if data_dim is None else [batch + data_dim]
         if self.layout.mode == "plate":
             summed.append(batch - 1 - self.layout.nesting)
         summed = [axis for axis in summed if axis >= 0]
@@ -198,12 +239,12 @@ class Run:
         """What a datum counts for in a subsampled data plate: its full size over its size."""
         if self.layout.structure is None or self.layout.structure.data_plate is None:
             return 1.0
-        name = self.layout.structure.data_plate.name
-        _, nodes = next(self.observed_nodes())
-        (frame,) = (f for f in nodes[0]["cond_indep_stack"] if f.name == name)
-        times = self.num_particles if self.layout.mode == "repeat" else 1
         if not self.layout.subsampled and not self.layout.draws_minibatch:
             return 1.0
+        name = self.layout.structure.data_plate.name
+        times = self.num_particles if self.layout.mode == "repeat" else 1
+        stacks = (nodes[0]["cond_indep_stack"] for _, nodes in self.observed_nodes())
+        frame = next(frame for stack in stacks for frame in stack if frame.name == name)
         return times * frame.full_size / frame.size
 
     def datum_scale(self, name: str, node: Any) -> Any:
@@ -233,7 +274,7 @@ class Run:
                 scale_and_mask(term, self.scale(node))
                 for term, node in zip(terms, nodes, strict=True)
             ]
-        return self.per_datum(terms)
+        return self.per_datum(terms, local=self.is_local(name, nodes[0]))
 
     def model_terms(
         self, *, scaled: bool, skip: Container[str] = ()
@@ -262,7 +303,7 @@ class Run:
                 scale = self.scale(model_trace.nodes[name]) if scaled else 1.0
                 found.setdefault(name, []).append(scale_and_mask(term, scale))
         for name, terms in found.items():
-            yield name, self.per_datum(terms)
+            yield name, self.per_datum(terms, local=self.is_local(name, nodes_of[name][0]))
 
     def guide_terms(self) -> dict[str, Tensor]:
         """Return the log density of each proposal, masked, unscaled, [K, N]."""
@@ -280,7 +321,11 @@ class Run:
         for again, guide_trace in self._again:
             for name, term in self._stopped(again, guide_trace, scaled=scaled):
                 by_name.setdefault(name, []).append(term)
-        return {name: self.per_datum(terms) for name, terms in by_name.items()}
+        nodes = dict(self.guide_nodes())
+        return {
+            name: self.per_datum(terms, local=self.is_local(name, nodes[name][0]))
+            for name, terms in by_name.items()
+        }
 
     def _stopped(
         self, again: Callable[[], Any], guide_trace: Any, *, scaled: bool
@@ -293,13 +338,25 @@ class Run:
             copies = {
                 name: {**node, "mask": nodes[name]["mask"]} for name, node in latent_nodes(again())
             }
+        leaves = {name: c["value"] for name, c in copies.items() if c["value"].requires_grad}
+        self._check_points(copies, list(leaves.values()))
         densities = {
             name: scale_and_mask(
                 site_log_prob(name, copy, scaled=False), self.scale(copy) if scaled else 1.0
             )
             for name, copy in copies.items()
+            if name not in self.layout.enumerated  # an expectation of its own
         }
-        leaves = {name: c["value"] for name, c in copies.items() if c["value"].requires_grad}
+        plates = -1 - self.layout.first_enum_dim
+        for name, density in densities.items():
+            if density.ndim > plates and len(leaves) > 1:
+                raise ValueError(
+                    f"the guide's site {name!r} depends on {list(self.layout.enumerated)}, which "
+                    "are enumerated, next to other draws: its density cannot be held at fixed "
+                    "parameters. Use pathwise gradients"
+                )
+        if not densities:
+            return
         total = torch.stack([density.sum() for density in densities.values()]).sum()
         slopes: dict[str, Tensor | None] = {}
         if total.requires_grad and leaves:
@@ -313,12 +370,37 @@ class Run:
                 term = term + (change.sum(event) if event else change)
             yield name, term
 
+    def _check_points(self, copies: Mapping[str, Any], leaves: list[Tensor]) -> None:
+        """Sort the Deltas: those that are parameters, and those that are functions of draws.
+
+        Raises:
+            ValueError: for one that is both, or whose log density depends on parameters: what
+                flows to them is no score, and cannot be left out or weighted as one.
+        """
+        for name, copy in copies.items():
+            point = point_of(copy["fn"])
+            if point is None:
+                continue
+            of_parameters = depends_on_parameters(point.v, leaves)
+            of_draws = depends_on(point.v, leaves)
+            if of_parameters:
+                self._points.add(name)
+            if (of_parameters and of_draws) or depends_on_parameters(point.log_density, leaves):
+                raise ValueError(
+                    f"the guide's site {name!r} is a point made of other draws and of parameters; "
+                    "gradients through the draws alone ('stl', 'dreg') would miss a part. Use "
+                    "pathwise gradients"
+                )
+
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply what flows back to gated draws by a factor [K, N] of particle and datum."""
+        """Multiply what flows back to gated draws by a factor [K, N] of particle and datum.
+
+        Not to points that are parameters: they have no density, hence no score.
+        """
         for k, (_, guide_trace) in enumerate(self._pairs):
-            for _, node in latent_nodes(guide_trace):
+            for name, node in latent_nodes(guide_trace):
                 value, event_dim = node["value"], node["fn"].event_dim
-                if value.requires_grad:
+                if value.requires_grad and name not in self._points:
                     spread = self._like_draw(factor, k, value.ndim - event_dim)
                     spread = spread.reshape(*spread.shape, *[1] * event_dim)
                     value.register_hook(functools.partial(torch.mul, spread))
@@ -335,6 +417,41 @@ class Run:
             shape[layout.data_dim] = by_datum.shape[1]
         shape = [by_datum.shape[0], *shape]
         return by_datum.reshape(shape[len(shape) - batch_ndim :])
+
+
+def point_of(fn: Any) -> Any:
+    """Return the Delta that a distribution is, or wraps; None for another."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn if isinstance(fn, dist.Delta) else None
+
+
+def depends_on(value: Any, leaves: list[Tensor]) -> bool:
+    """Return whether a tensor is a function of one of the leaves."""
+    return bool(_sources(value) & {id(leaf) for leaf in leaves})
+
+
+def depends_on_parameters(value: Any, leaves: list[Tensor]) -> bool:
+    """Return whether a tensor is a function of anything that learns but the leaves."""
+    return bool(_sources(value) - {id(leaf) for leaf in leaves})
+
+
+def _sources(value: Any) -> set[int]:
+    """Return the leaves of a tensor's graph, by identity."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return set()
+    if value.grad_fn is None:
+        return {id(value)}
+    found, seen, stack = set(), set(), [value.grad_fn]
+    while stack:
+        node: Any = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(function for function, _ in node.next_functions if function is not None)
+    return found
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -539,7 +539,7 @@ def test_no_noise_where_a_hierarchical_guide_is_exact(loss, run, num_particles):
     x = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
     phi = model.posterior.expand(4, 5).clone().requires_grad_()
     value = objective.loss_and_grads(model, chain_guide, x, phi)
-    (layout,) = objective._layouts.values()
+    ((layout, *_),) = objective._layouts.values()
     assert layout.mode == (mode if num_particles > 1 else "loop")
     assert phi.grad.abs().max() < 1e-10
     std = math.sqrt(model.alpha**2 + model.tau**2 + model.sigma**2)
@@ -618,7 +618,7 @@ def test_no_noise_where_a_correlated_guide_is_exact(loss, run):
     model = Picky(exact) if run == "repeat" else exact
     objective = NOISELESS[loss](6, run != "loop")
     value = objective.loss_and_grads(model, guide, x)
-    (layout,) = objective._layouts.values()
+    ((layout, *_),) = objective._layouts.values()
     assert layout.mode == run
     assert value == pytest.approx(-exact.log_evidence(x).sum().item(), abs=1e-9)
     assert max(loc.grad.abs().max(), tril.grad.abs().max()) < 1e-10

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import factor_analysis
+from models import encoder, factor_analysis
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
 from torch import nn
@@ -302,7 +302,7 @@ def test_scales_where_the_batch_is_repeated(name, num_data):
     x = exact.data(6)
     loss = LOSSES[name](5)
     found = value(loss, Matrices(exact, 2.0, num_data), exact.posterior, x)
-    (layout,) = loss._layouts.values()
+    ((layout, *_),) = loss._layouts.values()
     assert layout.mode == "repeat"
     times = 2.0 * (1 if num_data is None else 10)
     assert found == pytest.approx(-times * exact.log_evidence(x).sum().item(), rel=1e-12)
@@ -315,7 +315,7 @@ def test_weights_of_the_data_where_the_batch_is_repeated(name):
     x, weights = exact.data(6), torch.linspace(0.5, 3.0, 6, dtype=torch.float64)
     loss = LOSSES[name](5)
     found = value(loss, Matrices(exact), lambda x, weights: exact.posterior(x), x, weights)
-    (layout,) = loss._layouts.values()
+    ((layout, *_),) = loss._layouts.values()
     assert layout.mode == "repeat"
     assert found == pytest.approx(-(weights * exact.log_evidence(x)).sum().item(), rel=1e-12)
 
@@ -537,7 +537,7 @@ def test_in_pyros_svi_and_as_a_module(loss):
     exact = factor_analysis("orthogonal")
     torch.manual_seed(0)
     x = exact.data(6)
-    amortized = pv.LocalGuide(exact, num_data=6, example=x)
+    amortized = pv.AmortizedGuide(exact, encoder(6), example=x)
     svi = SVI(exact, amortized, pyro.optim.Adam({"lr": 0.05}), loss=loss)
     before = svi.evaluate_loss(x)
     for _ in range(60):
