@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -123,7 +124,7 @@ class IWAE(_Importance):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
-        through_draws = self.estimator != "pathwise"
+        through_draws = self.estimator != "pathwise" and torch.is_grad_enabled()
         draws = "gated" if through_draws else "attached"
         run = self._run(model, guide, args, kwargs, draws=draws, one_minibatch=True)
         for name, nodes in run.guide_nodes():
@@ -133,7 +134,7 @@ class IWAE(_Importance):
         scale, log_joint, log_guide, ratio = _weighted(run, terms)
         log_weights = log_joint - log_guide
         bound = (scale * iwae_bound(log_weights)).sum()
-        if self.estimator == "dreg" and torch.is_grad_enabled():
+        if self.estimator == "dreg" and through_draws:
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
                 raise ValueError(
@@ -216,10 +217,16 @@ class WakeSleep(_Importance):
         )
         self.insomnia = insomnia
         self.dream = dream
-        self._sources: dict[Layout, dict[str, int | str]] = {}
+        # Which argument an observed site is, as long as its layout is remembered.
+        self._sources = weakref.WeakKeyDictionary[Layout, dict[str, int | str]]()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sources": {}}
+        state = super().__getstate__()
+        del state["_sources"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _sources=weakref.WeakKeyDictionary())
 
     def __repr__(self) -> str:
         return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"

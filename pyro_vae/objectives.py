@@ -243,7 +243,8 @@ class ELBO(Objective):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
-        draws = "gated" if self.estimator == "stl" else "attached"
+        stl = self.estimator == "stl" and torch.is_grad_enabled()
+        draws = "gated" if stl else "attached"
         run = self._run(model, guide, args, kwargs, draws=draws)
         kls = self._analytic(run)
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
@@ -302,14 +303,14 @@ class ELBO(Objective):
         self, run: Run, kls: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield log q, scaled, [K, N], of the sites without an analytic KL."""
-        stopped = run.stopped_guide_terms(scaled=True) if self.estimator == "stl" else {}
+        stopped = run.stopped_guide_terms(scaled=True)
         for name, nodes in run.guide_nodes():
             reparameterized = nodes[0]["fn"].has_rsample or name in run.layout.enumerated
             if not reparameterized and self.estimator != "score":
                 raise not_reparameterized(name, nodes[0])
             if name in kls:
                 continue
-            if name in stopped and name not in run.layout.enumerated:
+            if name in stopped:
                 yield name, stopped[name]
                 continue
             term = run.log_prob(name, nodes, scaled=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -26,7 +25,7 @@ from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
 from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes, unwrapped
-from pyro_vae.traces import ReplaceDraws, site_log_prob, trace_guide, trace_model
+from pyro_vae.traces import ReplaceDraws, point_of, site_log_prob, trace_guide, trace_model
 
 __all__ = ["Run"]
 
@@ -315,7 +314,8 @@ class Run:
         Its gradient flows to the draws, and from there to the guide's parameters, but not
         to the parameters by which the density itself depends on them (sticking the
         landing). Each is the density to first order about the draws: the value, and the
-        derivative by every draw of its trace. Masked; of gated draws.
+        derivative by every draw of its trace. Masked; of gated draws, none else. Enumerated
+        proposals are left out.
         """
         by_name: dict[str, list[Tensor]] = {}
         for again, guide_trace in self._again:
@@ -349,7 +349,7 @@ class Run:
         }
         plates = -1 - self.layout.first_enum_dim
         for name, density in densities.items():
-            if density.ndim > plates and len(leaves) > 1:
+            if self.layout.enumerated and density.ndim > plates and len(leaves) > 1:
                 raise ValueError(
                     f"the guide's site {name!r} depends on {list(self.layout.enumerated)}, which "
                     "are enumerated, next to other draws: its density cannot be held at fixed "
@@ -381,11 +381,11 @@ class Run:
             point = point_of(copy["fn"])
             if point is None:
                 continue
-            of_parameters = depends_on_parameters(point.v, leaves)
-            of_draws = depends_on(point.v, leaves)
+            of_parameters = _depends_on_parameters(point.v, leaves)
+            of_draws = _depends_on(point.v, leaves)
             if of_parameters:
                 self._points.add(name)
-            if (of_parameters and of_draws) or depends_on_parameters(point.log_density, leaves):
+            if (of_parameters and of_draws) or _depends_on_parameters(point.log_density, leaves):
                 raise ValueError(
                     f"the guide's site {name!r} is a point made of other draws and of parameters; "
                     "gradients through the draws alone ('stl', 'dreg') would miss a part. Use "
@@ -419,19 +419,12 @@ class Run:
         return by_datum.reshape(shape[len(shape) - batch_ndim :])
 
 
-def point_of(fn: Any) -> Any:
-    """Return the Delta that a distribution is, or wraps; None for another."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn if isinstance(fn, dist.Delta) else None
-
-
-def depends_on(value: Any, leaves: list[Tensor]) -> bool:
+def _depends_on(value: Any, leaves: list[Tensor]) -> bool:
     """Return whether a tensor is a function of one of the leaves."""
     return bool(_sources(value) & {id(leaf) for leaf in leaves})
 
 
-def depends_on_parameters(value: Any, leaves: list[Tensor]) -> bool:
+def _depends_on_parameters(value: Any, leaves: list[Tensor]) -> bool:
     """Return whether a tensor is a function of anything that learns but the leaves."""
     return bool(_sources(value) - {id(leaf) for leaf in leaves})
 

@@ -24,6 +24,7 @@ __all__ = [
     "is_point",
     "mask_proposals",
     "non_finite_sites",
+    "point_of",
     "proposal_masks",
     "site_log_prob",
     "trace_given",
@@ -145,9 +146,14 @@ def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | boo
 
 def is_point(fn: Any) -> bool:
     """Return whether a distribution is a Delta, which may hide a density."""
+    return point_of(fn) is not None
+
+
+def point_of(fn: Any) -> Any:
+    """Return the Delta that a distribution is, or wraps; None for another."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return fn if isinstance(fn, dist.Delta) else None
 
 
 def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
