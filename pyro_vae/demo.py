@@ -22,7 +22,7 @@ from pyro_vae.guides import AmortizedGuide
 from pyro_vae.inference_data import to_arviz
 from pyro_vae.nets import MLP
 from pyro_vae.results import FitResult
-from pyro_vae.zoo import VAE
+from pyro_vae.zoo.images import VAE
 
 __all__ = ["Settings", "run"]
 

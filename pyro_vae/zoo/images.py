@@ -1,4 +1,4 @@
-"""Reference models, each an ordinary Pyro model."""
+"""Variational autoencoders of images and other vectors."""
 
 from __future__ import annotations
 
