@@ -12,8 +12,10 @@ from pyro_vae.exact import ExactGuide
 from pyro_vae.fit import Epoch, NonFiniteLossError, fit
 from pyro_vae.guides import AmortizedGuide, LocalGuide
 from pyro_vae.importance import IWAE, WakeSleep
+from pyro_vae.impute import Imputation, impute
 from pyro_vae.inference_data import to_arviz
 from pyro_vae.logweights import log_weights
+from pyro_vae.missing import MissingData, MissingEncoder
 from pyro_vae.objectives import ELBO
 from pyro_vae.refine import refine
 from pyro_vae.results import Bound, EMResult, FitResult, LogWeights
@@ -34,8 +36,11 @@ __all__ = [
     "Epoch",
     "ExactGuide",
     "FitResult",
+    "Imputation",
     "LocalGuide",
     "LogWeights",
+    "MissingData",
+    "MissingEncoder",
     "NonFiniteHalfStepError",
     "NonFiniteLossError",
     "WakeSleep",
@@ -47,6 +52,7 @@ __all__ = [
     "explain",
     "families",
     "fit",
+    "impute",
     "iwae_bound",
     "log_weights",
     "nets",

@@ -91,16 +91,22 @@ class Batch:
         """Return the batch on a device."""
         return self._map(lambda value: value.to(device))
 
-    def check_finite(self) -> None:
-        """Raise ValueError, naming argument and rows, if there are NaN or infinite values."""
+    def check_finite(self, *, missing: bool = False) -> None:
+        """Raise ValueError, naming argument and rows, if there are NaN or infinite values.
+
+        Args:
+            missing: whether NaN is allowed, as a missing value.
+        """
         for name, value in self._named():
             if not _has_rows(value) or not (value.is_floating_point() or value.is_complex()):
                 continue
-            bad = ~torch.isfinite(value.reshape(value.shape[0], math.prod(value.shape[1:]))).all(1)
+            by_row = value.reshape(value.shape[0], math.prod(value.shape[1:]))
+            bad = (by_row.isinf() if missing else ~by_row.isfinite()).any(1)
             if bool(bad.any()):
+                what = "infinite values" if missing else "NaN or infinite values"
                 raise ValueError(
-                    f"{name} of the batch holds NaN or infinite values in {rows_text(bad)}; "
-                    "remove or impute them, or put any number there and mask it in the model"
+                    f"{name} of the batch holds {what} in {rows_text(bad)}; remove them, or mark "
+                    "them as missing: NaN in observed values is, for pyro_vae.MissingData(model)"
                 )
 
     def _named(self) -> list[tuple[str, Any]]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
+from pyro_vae.impute import inner_dims, leading_datum, resampled
 from pyro_vae.logweights import Scorer
-from pyro_vae.sites import Structure
+from pyro_vae.sites import Site, Structure
 
 __all__ = ["to_arviz"]
 
@@ -111,7 +112,7 @@ def to_arviz(
     if resample == "psis":
         _resample(groups, structure, scorer.seed)
     groups["observed_data"] = {
-        site.name: _leading_datum(site.value, structure, site.name).cpu().numpy()
+        site.name: leading_datum(_with_missing(site), site, structure).cpu().numpy()
         for site in structure.observed
     }
     arrays = {
@@ -154,12 +155,8 @@ def _resample(groups: dict[str, dict[str, np.ndarray]], structure: Structure, se
     """Replace the draws of each datum by a weighted resample of them."""
     log_weight = groups["sample_stats"].pop("log_weight")
     whole = log_weight.ndim == 1  # one datum, no datum dimension
-    smoothed, _ = arviz_bridge.psis(np.atleast_2d(log_weight.T))
-    generator = np.random.default_rng([seed, 5])
-    draws = smoothed.shape[1]
-    index = np.stack(
-        [generator.choice(draws, size=draws, p=_normalized(row)) for row in smoothed], axis=1
-    )
+    draws = len(log_weight)
+    index, _, _ = resampled(np.atleast_2d(log_weight.T), draws, [seed, 5])
     for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
         for name, value in groups.get(group, {}).items():
             groups[group][name] = (
@@ -167,17 +164,9 @@ def _resample(groups: dict[str, dict[str, np.ndarray]], structure: Structure, se
             )
 
 
-def _normalized(log_weights: np.ndarray) -> np.ndarray:
-    weights = np.exp(log_weights - log_weights.max())
-    return weights / weights.sum()
-
-
-def _leading_datum(value: Tensor, structure: Structure, name: str) -> Tensor:
-    """Bring a site's data dimension to the front."""
-    if structure.data_dim is None:
-        return value
-    axis = value.ndim - len(structure.sites[name].event_shape) + structure.data_dim
-    return value.movedim(axis, 0)
+def _with_missing(site: Site) -> Tensor:
+    """Return a site's observed value, NaN where it is missing."""
+    return site.value if site.missing is None else site.value.masked_fill(site.missing, np.nan)
 
 
 def _is_observed(structure: Structure, name: str) -> bool:
@@ -203,11 +192,7 @@ def _names(
         )
     names: dict[str, list[str]] = {name: list(lead) for name in groups["sample_stats"]}
     for name, site in structure.sites.items():
-        batch = len(site.batch_shape)
-        inner = {batch + p.dim: p.name for p in site.plates if p != structure.data_plate}
-        axes = [a for a in range(batch) if not lead or a != batch + (structure.data_dim or 0)]
-        tail = [inner.get(a, f"{name}_dim_{i}") for i, a in enumerate(axes)]
-        tail += [f"{name}_dim_{len(axes) + i}" for i in range(len(site.event_shape))]
+        tail = inner_dims(site, structure)
         if name in given:
             if len(given[name]) != len(tail):
                 raise ValueError(

@@ -72,6 +72,7 @@ class Site:
         plates: the vectorized plates around it.
         value: its value in that run: drawn from the prior, or observed.
         mask: the mask on it (poutine.mask, obs_mask); None where there is none.
+        missing: which of its values are missing; None where the model takes no missing data.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Site:
     plates: tuple[Plate, ...]
     value: Tensor
     mask: Tensor | bool | None
+    missing: Tensor | None = None
 
     @property
     def support(self) -> Any:
@@ -248,12 +250,17 @@ def inspect(
     Raises:
         DataPlateError: where no plate holds all observed sites and a latent one, or
             several do, or its size is not the batch's.
-        ValueError: for NaN in the batch, and for observed values of another shape than
-            their likelihood's, or outside its support.
+        ValueError: for NaN in the batch (but see :class:`pyro_vae.MissingData`), and for observed
+            values of another shape than their likelihood's, or outside its support.
     """
     arguments = as_batch(*batch)
-    arguments.check_finite()
-    sites, nesting = run_model(model, arguments)
+    try:
+        with called_modules() as called:
+            sites, nesting = run_model(model, arguments)
+    finally:
+        # First of all errors, for it is the cause of most; but only a run tells what takes NaN.
+        missing = any(getattr(module, "takes_missing", False) for module in called.values())
+        arguments.check_finite(missing=missing)
     _check_observed(sites)
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
@@ -414,6 +421,7 @@ def run_model(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site],
             plates=plates,
             value=node["value"],
             mask=node["mask"],
+            missing=node["infer"].get("_missing"),
         )
     return sites, plate_nesting(trace)
 

@@ -71,3 +71,110 @@ def test_handwritten_pair():
     assert "{'z': 'analytic: closed form between Normal and Normal'}" in printed
     rows = dict(re.findall(r"^(by hand|Normal per datum) +\| +(-[0-9.]+) ±", printed, re.MULTILINE))
     assert float(rows["by hand"]) < float(rows["Normal per datum"])
+
+
+@pytest.mark.slow
+def test_factor_analysis():
+    printed = run("factor_analysis.py")
+    elbo, exact = number("ELBO", printed), number("exact log p(x)", printed)
+    assert exact - 0.02 < elbo < exact
+    best = number("best log p(x) of all models", printed)
+    assert best - 0.02 < exact < best
+
+
+@pytest.mark.slow
+def test_topic_model():
+    printed = run("topic_model.py")
+    assert "topics matched           4 of 4" in printed
+    assert number("overlap before training", printed) < 0.5
+    assert number("overlap after", printed) > 0.9
+
+
+@pytest.mark.slow
+def test_single_cell_counts():
+    printed = run("single_cell_counts.py")
+    assert number("cells nearest to their type's mean", printed) > 0.95
+    assert number("correlation of log sizes", printed) > 0.9
+    assert number("correlation of log dispersions", printed) > 0.9
+
+
+@pytest.mark.slow
+def test_deep_markov_model():
+    printed = run("deep_markov_model.py")
+    assert number("noise, learned", printed) == pytest.approx(0.1, abs=0.05)
+    predicted, repeated = (
+        number(f"error of the {what}", printed) for what in ("prediction", "last step")
+    )
+    assert predicted < 0.4 * repeated
+
+
+@pytest.mark.slow
+def test_item_response():
+    printed = run("item_response.py")
+    assert number("mean error of difficulty", printed) < 0.15
+    assert number("correlation of discrimination", printed) > 0.9
+
+
+@pytest.mark.slow
+def test_eye_colour():
+    printed = run("eye_colour.py")
+    assert number("exact log p(x)", printed) == number("mean of the log weights", printed)
+    assert "blue   Finland 0.852, Italy 0.136, Japan 0.011" in printed
+    found = re.search(r"^largest error of a share ([0-9.e-]+)$", printed, re.MULTILINE)
+    assert found
+    assert float(found[1]) < 1e-6
+
+
+@pytest.mark.slow
+def test_gaussian_vae():
+    printed = run("gaussian_vae.py")
+    sigma = number("sigma of the data", printed)
+    assert number("learned sigma", printed) == pytest.approx(sigma, rel=0.2)
+    learned, fixed = (number(f"log p(x), {s}", printed) for s in ("learned sigma", "sigma of one"))
+    assert learned > fixed + 7
+
+
+@pytest.mark.slow
+def test_categorical_vae():
+    printed = run("categorical_vae.py")
+    assert number("gain in nats per person", printed) > 0.8
+
+
+@pytest.mark.slow
+def test_conv_vae():
+    printed = run("conv_vae.py")
+    assert "one seed, one number: True" in printed
+    independent = number("log p(x), independent pixels", printed)
+    assert number("log p(x), convolutional VAE", printed) > independent + 125
+
+
+@pytest.mark.slow
+def test_two_layers():
+    printed = run("two_layers.py")
+    assert number("gain of the second", printed) > 0.1
+    assert number("log p(x), two layers", printed) > -24.5
+
+
+@pytest.mark.slow
+def test_conditional_vae():
+    printed = run("conditional_vae.py")
+    assert number("accuracy of p(y | x)", printed) > 0.88
+    median = number("log p(x | y), the median one", printed)
+    assert number("log p(x | y), right class", printed) > median + 50
+
+
+@pytest.mark.slow
+def test_mixture_vae():
+    printed = run("mixture_vae.py")
+    assert "discrete ['c']: summed out where no guide proposes them" in printed
+    assert number("purity of the components", printed) > 0.9
+
+
+@pytest.mark.slow
+def test_missing_data():
+    printed = run("missing_data.py")
+    assert number("log p(lower half)", printed) > 2
+    assert "3200 of 6400 values missing, in 100 of 100 data" in printed
+    mean_image = number("mean image, RMSE", printed)
+    assert number("imputed upper half, RMSE", printed) < 0.85 * mean_image
+    assert Path(printed.split("figure: ")[1].strip()).stat().st_size > 10_000

@@ -27,6 +27,7 @@ LAYERS = {
         "lbfgs",
         "arviz_bridge",
         "image_files",
+        "imputation_plot",
         "plots",
         "schedules",
     },
@@ -38,6 +39,7 @@ LAYERS = {
         "families",
         "nets",
         "handlers",
+        "missing",
         "coordinates",
         "guides",
         "elimination",
@@ -63,6 +65,7 @@ LAYERS = {
         "bounds",
         "compare",
         "diagnostics",
+        "impute",
     },
     3: {"inference_data", "report", "datasets", "zoo", "demo", "cli"},
 }
@@ -199,7 +202,7 @@ def test_layer_0_imports_no_pyro(name: str):
     assert not pyro, f"{name} is layer 0 and imports {pyro}"
 
 
-@pytest.mark.parametrize("name", ["arviz_bridge", "image_files", "plots"])
+@pytest.mark.parametrize("name", ["arviz_bridge", "image_files", "imputation_plot", "plots"])
 def test_arrays_need_no_torch(name: str):
     source = MODULES[name].read_text(encoding="utf-8")
     assert "torch" not in {imported.split(".")[0] for imported in imported_names(source)}

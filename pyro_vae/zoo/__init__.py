@@ -5,6 +5,25 @@ whose features suit :class:`pyro_vae.AmortizedGuide`, and ``simulate`` draws a b
 the model itself.
 """
 
-from pyro_vae.zoo.images import VAE
+from pyro_vae.zoo import likelihoods
+from pyro_vae.zoo.counts import SingleCellCounts, TopicModel
+from pyro_vae.zoo.images import VAE, ConditionalVAE, ConvVAE, MixtureVAE, TwoLayerVAE
+from pyro_vae.zoo.linear import FactorAnalysis, ProbabilisticPCA
+from pyro_vae.zoo.sequences import DeepMarkovModel
+from pyro_vae.zoo.tables import EyeColour, ItemResponse
 
-__all__ = ["VAE"]
+__all__ = [
+    "VAE",
+    "ConditionalVAE",
+    "ConvVAE",
+    "DeepMarkovModel",
+    "EyeColour",
+    "FactorAnalysis",
+    "ItemResponse",
+    "MixtureVAE",
+    "ProbabilisticPCA",
+    "SingleCellCounts",
+    "TopicModel",
+    "TwoLayerVAE",
+    "likelihoods",
+]

@@ -1,0 +1,371 @@
+"""Missing data: the observed part of any model, and an encoder that sees what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Independent, biject_to, constraints
+
+from pyro_vae.batches import rows_text
+from pyro_vae.sites import module_of, plain_distribution
+
+__all__ = ["MissingData", "MissingEncoder"]
+
+
+class MissingData(nn.Module):
+    r"""A model of the observed part of its data: NaN in an observed value is a missing value.
+
+    .. math:: p(x_\mathrm{seen}, z) = p(z) \prod_{d\ \mathrm{seen}} p(x_d | z)
+
+    The model stays as it is. What is missing is left out of the likelihood, number by number where
+    the likelihood is a product over them (``Normal(...).to_event(1)``); of a joint one
+    (MultivariateNormal, Multinomial, Dirichlet) only a whole event can be left out. So every
+    loss and bound is that of the smaller model without these numbers, and needs the values to be
+    missing at random: whether a value is missing may depend on what is seen, not on itself
+    (Rubin 1976).
+
+    Wherever else the model uses a missing value (as a covariate, or as the parent of another
+    site) it is NaN, and that is an error.
+
+    Args:
+        model: a Pyro model: a function, an nn.Module, or a method of one.
+        mask: the name of an argument that says what is seen: a boolean tensor of the data's
+            shape. It is the argument of that keyword, or else the last positional one, and is
+            not passed on. Where it is False the value counts as missing, whatever number is there;
+            integer data, which have no NaN, become floating-point numbers. None where NaN says it.
+        values: which argument ``mask`` speaks of, by position or keyword; needed where several
+            have its shape.
+
+    Raises:
+        TypeError: for a mask that is not a boolean tensor.
+        ValueError: for ``values`` without ``mask``; for a mask that has the shape of no
+            argument, or of several; where a part of a joint event is missing; and where a
+            missing value is more than the value of an observed site.
+
+    References:
+        Rubin (1976). Inference and missing data. Biometrika 63(3).
+        Mattei & Frellsen (2019). MIWAE: deep generative modelling and imputation of incomplete
+        data sets. ICML.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         likelihood = dist.Normal(z.unsqueeze(-1).expand(*z.shape, 2), 1.0)
+        ...         pyro.sample("x", likelihood.to_event(1), obs=x)
+        >>> def posterior(x):
+        ...     seen = (~x.isnan()).sum(-1)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x.nansum(-1) / (1 + seen), (1 + seen) ** -0.5))
+        >>> x = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
+        >>> pv.elbo(pv.MissingData(model), posterior, x, num_particles=5).value.round(decimals=4)
+        tensor([-1.5155,  0.0000], dtype=torch.float64)
+    """
+
+    takes_missing = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        mask: str | None = None,
+        values: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        if mask is None and values is not None:
+            raise ValueError(f"values={values!r} says what the mask is of: give mask= as well")
+        self.model = model
+        owner = module_of(model)  # of a method: its parameters are the model's
+        self.owner = None if owner is model else owner
+        self.mask = mask
+        self.values = values
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the observed part of a batch."""
+        if self.mask is not None:
+            args, kwargs = _code_by_nan(args, kwargs, self.mask, self.values)
+        try:
+            with _LeaveMissingOut():
+                return self.model(*args, **kwargs)
+        except _RefusedError:
+            raise
+        except ValueError as error:
+            if not any(_has_nan(value) for value in (*args, *kwargs.values())):
+                raise
+            # Not a note: Pyro's trace makes an exception of its own, of this type and text.
+            raise ValueError(
+                f"{error}\nThe batch has missing values (NaN), which may only be values of "
+                "observed sites: as a covariate, or as what another site depends on, a value must "
+                "be there. Impute it first, or give it a distribution as a latent site"
+            ) from error
+
+
+class MissingEncoder(nn.Module):
+    r"""An encoder that sees which values are missing: the data, filled in, beside their mask.
+
+    .. math:: \mathrm{encoder}([\tilde x, m]), \quad
+        m_d = 1\ \text{where}\ x_d\ \text{is seen, else}\ 0, \quad
+        \tilde x_d = m_d x_d + (1 - m_d)\, \mathrm{fill}_d
+
+    Args:
+        encoder: takes the data with twice as many entries along ``dim``: [N, 2 D] for [N, D],
+            [N, 2] for [N].
+        fill: what stands in for a missing value: a number, or a tensor that broadcasts with a
+            datum, such as the means of the columns.
+        dim: where the mask is appended; 1 for images [N, channel, height, width].
+        mask: as in :class:`MissingData`; the encoder does not get that argument.
+        values: which argument may have missing values, by position or keyword; needed where
+            several are floating-point tensors. With ``mask``, as in :class:`MissingData`.
+
+    Raises:
+        TypeError: for a mask that is not a boolean tensor.
+        ValueError: where it is not plain which argument may have missing values, or ``dim`` is
+            that of the data.
+
+    Example:
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> encoder = pv.MissingEncoder(torch.nn.Identity())
+        >>> encoder(torch.tensor([[1.5, float("nan")]]))
+        tensor([[1.5000, 0.0000, 1.0000, 0.0000]])
+    """
+
+    fill: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        fill: float | Tensor = 0.0,
+        dim: int = -1,
+        mask: str | None = None,
+        values: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("fill", torch.as_tensor(fill))
+        self.dim = dim
+        self.mask = mask
+        self.values = values
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the encoder on a batch, missing values filled in and their mask appended."""
+        if self.mask is not None:
+            key = _masked_argument(args, kwargs, self.mask, self.values)
+            args, kwargs = _code_by_nan(args, kwargs, self.mask, key)
+        else:
+            key = self._floating_argument(args, kwargs)
+        x = _argument(args, kwargs, key)
+        if x.ndim == 1:
+            x = x.unsqueeze(-1)
+        if self.dim % x.ndim == 0:
+            raise ValueError(
+                f"dim={self.dim} of data of shape {list(x.shape)} is that of the data themselves; "
+                "choose the dimension of features or channels"
+            )
+        missing = x.isnan()
+        filled = torch.where(missing, self.fill.to(x), x)
+        both = torch.cat([filled, (~missing).to(x)], self.dim)
+        return self.encoder(*_with_argument(args, key, both), **_with_keyword(kwargs, key, both))
+
+    def _floating_argument(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+        if self.values is not None:
+            return self.values
+        found = [
+            key
+            for key, value in _named(args, kwargs).items()
+            if isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point()
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"MissingEncoder: the arguments {found} are floating-point tensors; say with "
+                "values= which one may have missing values (integer data need mask=)"
+            )
+        return found[0]
+
+
+class _RefusedError(ValueError):
+    """A missing value that cannot be left out, and why."""
+
+
+class _LeaveMissingOut(Messenger):
+    """Masks what is NaN in observed values, and puts a number of the support in its place.
+
+    The model goes on with NaN, for what depends on the number that stands in would be wrong.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if (
+            not msg["is_observed"]
+            or not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or msg["infer"].get("_deterministic")
+            or "_missing" in msg["infer"]  # wrapped twice
+            or isinstance(msg["fn"], Unit)
+        ):
+            return
+        missing = value.isnan()
+        msg["fn"] = _masked(msg["fn"], ~missing, msg["name"])
+        msg["value"] = torch.where(missing, _stand_in(msg["fn"], msg["name"]).to(value), value)
+        msg["infer"] = {**msg["infer"], "_missing": missing}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # Handlers outside of this one, the trace among them, have taken the value by now.
+        if msg["is_observed"] and "_missing" in msg["infer"]:
+            msg["value"] = msg["value"].masked_fill(msg["infer"]["_missing"], math.nan)
+
+
+def _masked(fn: Any, seen: Tensor, name: str) -> Any:
+    """Return a distribution whose log density is that of the seen numbers of an event.
+
+    Args:
+        fn: the distribution.
+        seen: [*batch, *event], or what broadcasts with it.
+        name: of the site.
+    """
+    if fn.event_dim == 0:
+        return fn.mask(seen)
+    if isinstance(fn, Independent):
+        return _masked(fn.base_dist, seen, name).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return _masked(fn.base_dist, seen, name).mask(fn._mask)
+    if isinstance(fn, ExpandedDistribution):
+        return _masked(fn.base_dist, seen, name).expand(fn.batch_shape)
+    events = seen.flatten(-fn.event_dim)
+    whole = events.all(-1)
+    partly = events.any(-1) & ~whole
+    if bool(partly.any()):
+        where = rows_text(partly.reshape(len(partly), -1).any(1)) if partly.ndim else "the event"
+        raise _RefusedError(
+            f"observed site {name!r}: a part of an event is missing in {where}, but the density of "
+            f"a {type(fn).__name__} is not a product over its event, so no part can be left out. "
+            "Mark the whole event as missing, or write the likelihood as a product "
+            "(Normal(...).to_event(1))"
+        )
+    return fn.mask(whole)
+
+
+def _stand_in(fn: Any, name: str) -> Tensor:
+    """Return a value of the support that broadcasts with those of the distribution."""
+    leaf = plain_distribution(fn)
+    try:
+        support = leaf.support
+    except NotImplementedError:  # a distribution without a declared support
+        return torch.zeros(())
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if not support.is_discrete:
+        try:
+            transform = biject_to(support)
+        except NotImplementedError as error:
+            raise _RefusedError(
+                f"observed site {name!r}: no value is known inside the support of "
+                f"{type(leaf).__name__}, to stand in for a missing one; leave rows with missing "
+                "values out"
+            ) from error
+        shape = leaf.event_shape if support.event_dim else ()
+        return transform(torch.zeros(transform.inverse_shape(shape))).detach()
+    if support.event_dim:  # counts, or one hot: all in the first category
+        total = torch.as_tensor(getattr(support, "upper_bound", 1)).unsqueeze(-1)
+        return nn.functional.pad(total, (0, leaf.event_shape[-1] - 1))
+    return torch.as_tensor(getattr(support, "lower_bound", 0)).detach()
+
+
+def _code_by_nan(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str, values: int | str | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take the mask out of a batch, and put NaN where it is False."""
+    key = _masked_argument(args, kwargs, mask, values)
+    args, rest, seen = _without_mask(args, kwargs, mask)
+    x = _argument(args, rest, key)
+    if not x.is_floating_point():
+        exact = x
+        x = x.to(torch.get_default_dtype())
+        if bool((x.to(exact.dtype) != exact).any()):
+            raise ValueError(
+                f"mask={mask!r}: the integers of argument {key!r} have no exact value in "
+                f"{x.dtype}, in which missing ones are marked; give them as float64"
+            )
+    coded = x.masked_fill(~seen, math.nan)
+    return _with_argument(args, key, coded), _with_keyword(rest, key, coded)
+
+
+def _masked_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str, values: int | str | None
+) -> int | str:
+    """Return which argument a mask speaks of; raise ValueError where it is not plain."""
+    args, kwargs, seen = _without_mask(args, kwargs, mask)
+    if values is not None:
+        shape = getattr(_argument(args, kwargs, values), "shape", None)
+        if shape != seen.shape:
+            raise ValueError(
+                f"mask={mask!r} has shape {list(seen.shape)}, but the argument {values!r} that it "
+                f"speaks of has {'none' if shape is None else list(shape)}; give a mask of the "
+                "data's own shape"
+            )
+        return values
+    named = _named(args, kwargs)
+    alike = [
+        key
+        for key, value in named.items()
+        if isinstance(value, Tensor) and value.shape == seen.shape
+    ]
+    if len(alike) != 1:
+        raise ValueError(
+            f"mask={mask!r} has shape {list(seen.shape)}, as have the arguments {alike} of "
+            f"{list(named)}; say with values= which one it speaks of, and give it that shape"
+        )
+    return alike[0]
+
+
+def _without_mask(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    rest = dict(kwargs)
+    if mask in rest:
+        seen, where = rest.pop(mask), "that keyword argument"
+    elif args:
+        *first, seen = args
+        args, where = tuple(first), "the last positional argument"
+    else:
+        raise TypeError(f"mask={mask!r}: there is no such argument among {list(kwargs)}")
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
+        raise TypeError(f"mask={mask!r}: {where} is no boolean tensor but {kind}")
+    return args, rest, seen
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    named: dict[int | str, Any] = dict(enumerate(args))
+    named.update(kwargs.items())
+    return named
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
+    named = _named(args, kwargs)
+    if key not in named:
+        raise ValueError(f"values={key!r}: the batch has the arguments {list(named)}")
+    return named[key]
+
+
+def _with_argument(args: tuple[Any, ...], key: int | str, value: Any) -> tuple[Any, ...]:
+    return tuple(value if i == key else old for i, old in enumerate(args))
+
+
+def _with_keyword(kwargs: Mapping[str, Any], key: int | str, value: Any) -> dict[str, Any]:
+    return {name: value if name == key else old for name, old in kwargs.items()}
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())

@@ -1,0 +1,39 @@
+"""Data drawn from a model, with a seed of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.handlers import unobserve
+from pyro_vae.sites import evaluation, preserved_rng
+
+__all__ = ["draw"]
+
+
+def draw(
+    model: nn.Module, *blank: Any, seed: int, given: Mapping[str, Tensor] | None = None
+) -> Any:
+    """Run a model with its observed sites drawn; the global random state stays what it is.
+
+    Args:
+        model: a Pyro model that returns the values of its observed sites.
+        *blank: its arguments, the first a tensor of the data's shape; observed values in them
+            are not looked at.
+        seed: of the draw.
+        given: values of latent sites that are not to be drawn.
+
+    Returns:
+        What the model returns.
+    """
+    device = blank[0].device
+    with torch.no_grad(), evaluation(model), preserved_rng(device):
+        # Not torch.manual_seed: it seeds every device.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        return pyro.condition(unobserve(model), data=dict(given or {}))(*blank)
