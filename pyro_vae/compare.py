@@ -34,8 +34,8 @@ from pyro_vae.estimators import (
     mixture_log_guide,
     std_error,
 )
-from pyro_vae.families import FactorizedFamily, Normal
-from pyro_vae.guides import FamilyGuide, LocalGuide, own_params
+from pyro_vae.families import Family, Normal
+from pyro_vae.guides import LocalGuide, normal_moments, of_family
 from pyro_vae.logweights import Scorer
 from pyro_vae.refine import refine
 from pyro_vae.sites import inspect
@@ -260,15 +260,15 @@ def _with_references(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Refine what is asked for; return all guides, and each guide's reference by name."""
-    hand = {n: g for n, g in guides.items() if not isinstance(g, FactorizedFamily)}
+    hand = {n: g for n, g in guides.items() if not isinstance(g, Family)}
     for name, guide in hand.items():
         if not callable(guide) or isinstance(guide, type):
             raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     start = next(iter(hand.values()), None)
     made: dict[str, Callable[..., Any]] = {}
-    by_family: dict[FactorizedFamily, str] = {}
+    by_family: dict[Family, str] = {}
 
-    def add(name: str, family: FactorizedFamily) -> None:
+    def add(name: str, family: Family) -> None:
         begin = start
         if begin is None:
             begin = LocalGuide(
@@ -282,7 +282,7 @@ def _with_references(
         by_family.setdefault(family, name)
 
     for name, guide in guides.items():
-        if isinstance(guide, FactorizedFamily):
+        if isinstance(guide, Family):
             add(name, guide)
         else:
             made[name] = guide
@@ -319,16 +319,14 @@ def _family_of(
     guide: Callable[..., Any],
     batch: Batch,
     options: Mapping[str, Any],
-) -> FactorizedFamily | None:
+) -> Family | None:
     """Return a guide's family: its own, or Normal for independent Normals written by hand."""
-    if isinstance(guide, FamilyGuide):
+    if of_family(guide):
         return guide.family
-    if options["data_plate"] is False:
-        return None
     scorer = Scorer(model, guide, batch, data_plate=options["data_plate"], seed=options["seed"])
-    family, runs = Normal(), scorer.guide_runs(2)
-    if all(own_params(family, [run[name] for run in runs]) is not None for name in runs[0]):
-        return family
+    runs = scorer.guide_runs(2)
+    if all(normal_moments([run[name] for run in runs]) is not None for name in runs[0]):
+        return Normal()
     return None
 
 

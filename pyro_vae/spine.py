@@ -65,7 +65,8 @@ class Run:
         self._again: list[tuple[Callable[[], Any], Any]] = []
         self._points: set[str] = set()  # proposals that are parameters themselves
         own = unwrapped(guide)
-        self._simple = isinstance(own, FamilyGuide) and getattr(own, "global_guide", None) is None
+        independent = isinstance(own, FamilyGuide) and not own.is_dependent
+        self._simple = independent and getattr(own, "global_guide", None) is None
         guide = hide(guide, layout.hidden)
         self._pairs: list[tuple[Any, Any]] = []
         if layout.mode == "plate":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -16,10 +16,17 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import unobserve
-from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
+from pyro_vae.sites import (
+    check_guide,
+    evaluation,
+    latent_nodes,
+    preserved_rng,
+    sample_nodes,
+)
 
 __all__ = [
     "ReplaceDraws",
+    "dependencies",
     "dream",
     "is_point",
     "mask_proposals",
@@ -105,6 +112,33 @@ def trace_given(
 ) -> Any:
     """Run a model or guide with the values of its latent sites given; return its trace."""
     return trace_guide(poutine.replay(fn, trace=values_trace(values)), args, kwargs)
+
+
+def dependencies(
+    model: Callable[..., Any], batch: Batch, names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return, for each of some latent sites, those whose values its prior depends on directly.
+
+    Found by running the model with the value of one site changed and all others kept.
+
+    Args:
+        model: a Pyro model.
+        batch: its arguments.
+        names: of continuous latent sites, in the order of the model.
+    """
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(names, ())
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        trace: Any = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        values = {name: node["value"] for name, node in latent_nodes(trace)}
+        for parent in names[:-1]:
+            changed = {**values, parent: trace.nodes[parent]["fn"].sample()}
+            other = trace_given(model, changed, batch.args, batch.kwargs)
+            for name in names[names.index(parent) + 1 :]:
+                fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
+                before, after = (fn.log_prob(values[name]) for fn in fns)
+                if not torch.equal(before, after):
+                    found[name] = (*found[name], parent)
+    return found
 
 
 def values_trace(values: Mapping[str, Tensor]) -> Any:
