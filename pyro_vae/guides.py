@@ -8,6 +8,7 @@ structure, and sample the model's local latent sites under their own names.
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -26,6 +27,7 @@ from pyro_vae.sites import (
     Plate,
     Site,
     Structure,
+    check_stable,
     evaluation,
     inspect,
     is_subsampled,
@@ -62,6 +64,7 @@ class FamilyGuide(nn.Module):
     ) -> None:
         super().__init__()
         batch = as_batch(example)
+        check_stable(model, batch, structure)
         self.family = Normal() if family is None else family
         if not isinstance(self.family, Family):
             raise TypeError(
@@ -294,8 +297,8 @@ class AmortizedGuide(FamilyGuide):
         if structure.data_plate is None:
             raise ValueError(
                 "AmortizedGuide is for latents of each datum; with data_plate=False there are "
-                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a guide "
-                "of Pyro's (pyro.infer.autoguide)"
+                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
+                "guide of Pyro's (pyro.infer.autoguide)"
             )
         if global_guide is None:
             _refuse_globals(structure, "Give a guide for them (global_guide=...)")
@@ -341,6 +344,14 @@ class AmortizedGuide(FamilyGuide):
             returned = self.global_guide(*args, **kwargs)
             values.update(returned if isinstance(returned, Mapping) else {})
         return {**values, **super().forward(*args, **kwargs)}
+
+    def local_part(self) -> AmortizedGuide:
+        """Return this guide without its global part, the parameters shared."""
+        local = copy.copy(self)
+        local._modules = {**self._modules}
+        local._modules.pop("global_guide", None)
+        local.__dict__["global_guide"] = None
+        return local
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).

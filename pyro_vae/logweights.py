@@ -8,10 +8,10 @@ bounds memory and never changes a result.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.enumeration import summed_out, with_placeholder
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.handlers import unobserve
 from pyro_vae.particles import (
     MODES,
@@ -36,6 +37,7 @@ from pyro_vae.particles import (
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
     Structure,
+    check_stable,
     evaluation,
     inspect,
     latent_nodes,
@@ -59,7 +61,7 @@ _CHUNK_ELEMENTS = 2**22
 _DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Chunk:
     """Draws of some particles for some data, and their log weights.
 
@@ -115,6 +117,7 @@ class Scorer:
         with evaluation(*self._modules), preserved_rng(batch.device):
             self.structure = inspect(model, batch, data_plate=data_plate)
             self.structure.require_no_globals()
+            check_stable(model, batch, self.structure)
             plate = self.structure.data_plate
             if plate is not None and plate.drawn:
                 raise ValueError(
@@ -478,7 +481,38 @@ class Scorer:
             )
 
         choose_mode(self._guide, "guide", particles, log_guide, score_guide)
-        choose_mode(self._model, "model", particles, score_model(), score_model)
+        reference = score_model()
+        self._check_independent(rows, latents, reference)
+        choose_mode(self._model, "model", particles, reference, score_model)
+
+    def _check_independent(
+        self, rows: slice, values: Mapping[str, Tensor], reference: Tensor
+    ) -> None:
+        """Raise ValueError where a datum's density depends on the latents of other data.
+
+        Of two particles, one is made that takes every other datum's values from the second:
+        each datum must have the density that it had before.
+        """
+        size, plate = rows.stop - rows.start, self.structure.data_plate
+        if plate is None or size < 2:
+            return
+        second = torch.arange(size, device=self.batch.device) % 2 == 1
+        mixed = {}
+        for name, value in values.items():
+            shape = self._guide.shapes[name]
+            right = shape.event_ndim - plate.dim - 1
+            mixed[name] = torch.where(second.reshape(-1, *[1] * right), value[1:2], value[:1])
+        traces = self._model.traces(rows, 1, mixed)
+        found = self._model.log_prob(traces, rows, 1, is_any)
+        wanted = torch.where(second, reference[1:2], reference[:1])
+        if agree(wanted, found):
+            return
+        raise ValueError(
+            f"the density of a datum depends on the latents of other data, by up to "
+            f"{float((wanted - found).abs().max()):.3g} nats: the data of plate {plate.name!r} "
+            "have no weights of their own. Pass data_plate=False to treat the whole batch as one "
+            "datum"
+        )
 
 
 def _check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
@@ -561,14 +595,14 @@ def log_weights(
         >>> weights.total.std().item() < 1e-6
         True
     """
-    scorer = Scorer(
-        model, guide, as_batch(*batch), data_plate=data_plate, particles=particles, seed=seed
-    )
+    arguments = as_batch(*batch)
+    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    scorer = Scorer(model, guide, arguments, data_plate=data_plate, particles=particles, seed=seed)
     by_block: dict[int, list[LogWeights]] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
     blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
-    return LogWeights.concatenate(blocks, 1)
+    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=given)
 
 
 def _bare_point(node: Any) -> bool:

@@ -40,10 +40,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
-    # What it has to know of the data plate, and what it does with discrete proposals that ask
-    # to be enumerated: see pyro_vae.layouts.plan.
+    # What it has to know of the data plate, what it does with discrete proposals that ask to be
+    # enumerated, and whether it can do with global latents: see pyro_vae.layouts.plan.
     _data = "no"
     _enumeration = "no"
+    _share_globals = False
 
     def __init__(
         self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
@@ -125,6 +126,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
                     data_plate=self.data_plate,
                     data=self._data,
                     enumeration=self._enumeration,
+                    share_globals=self._share_globals,
                 )
                 # With the pair, so that no other object takes its identity.
                 self._layouts[key] = (layout, model, guide)

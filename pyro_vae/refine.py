@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.guides import LocalGuide, of_family
 from pyro_vae.lbfgs import minimize_rows
 from pyro_vae.logweights import Scorer
@@ -87,6 +88,7 @@ def refine(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
     arguments = as_batch(*batch)
+    model, guide, _ = fix_globals_of_pair(model, guide, arguments, data_plate)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     if family is None and of_family(guide):
         family = guide.family

@@ -23,6 +23,7 @@ __all__ = [
     "Structure",
     "called_modules",
     "check_guide",
+    "check_stable",
     "evaluation",
     "inspect",
     "is_enumerable",
@@ -338,6 +339,23 @@ def plate_nesting(trace: Any) -> int:
     return -min(dims, default=0)
 
 
+def check_stable(model: Callable[..., Any], batch: Batch, structure: Structure) -> None:
+    """Raise ValueError if a model's sites, or their shapes, are others in another run."""
+    again, _ = run_model(model, batch, seed=1)
+    for name in structure.sites.keys() | again.keys():
+        shapes = [
+            (*sites[name].batch_shape, *sites[name].event_shape) if name in sites else None
+            for sites in (structure.sites, again)
+        ]
+        if shapes[0] != shapes[1]:
+            told = " and ".join("no such site" if s is None else str(list(s)) for s in shapes)
+            raise ValueError(
+                f"site {name!r} is not the same in two runs of the model on one batch ({told}): "
+                "latents of changing number or dimension have no density in common. Give it a "
+                "fixed shape, and mask what is not there (poutine.mask)"
+            )
+
+
 def check_guide(model_trace: Any, guide_trace: Any) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
@@ -383,9 +401,13 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
         )
 
 
-def run_model(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
+def run_model(
+    model: Callable[..., Any], batch: Batch, seed: int | None = None
+) -> tuple[dict[str, Site], int]:
     """Run a model once; return its sites, latents not yet told apart, and its plate nesting."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
             trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         except Exception as error:

@@ -68,6 +68,12 @@ class Run:
         independent = isinstance(own, FamilyGuide) and not own.is_dependent
         self._simple = independent and getattr(own, "global_guide", None) is None
         guide = hide(guide, layout.hidden)
+        if layout.shares_globals:
+            shared = trace_guide(getattr(own, "global_guide", None) or guide, args, kwargs)
+            local = {name for name, node in latent_nodes(shared) if self.is_local(name, node)}
+            for name in local:
+                shared.remove_node(name)
+            guide = poutine.replay(guide, trace=shared)
         self._pairs: list[tuple[Any, Any]] = []
         if layout.mode == "plate":
             plate = pyro.plate("num_particles_vectorized", num_particles, dim=-1 - layout.nesting)

@@ -361,10 +361,10 @@ def test_masks_inside_a_datum_leave_auxiliary_draws(data):
     seen = torch.tensor([[True, False, True]] * 5)
 
     def model(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
-            with poutine.mask(mask=seen[: len(x)]):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x.unsqueeze(-1).expand(-1, 3))
+        data, inner = pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1)
+        with data, inner, poutine.mask(mask=seen[: len(x)]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.unsqueeze(-1).expand(-1, 3))
 
     exact = 2 * dist.Normal(0.0, 2**0.5).log_prob(data)
     for family in JOINT:

@@ -43,6 +43,7 @@ LAYERS = {
         "handlers",
         "coordinates",
         "guides",
+        "global_latents",
         "elimination",
         "enumeration",
         "exact",
