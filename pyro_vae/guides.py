@@ -16,12 +16,13 @@ from typing import Any, TypeGuard
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Family, Normal
-from pyro_vae.handlers import register
+from pyro_vae.handlers import name_apart, register
 from pyro_vae.proposals import proposal
 from pyro_vae.sites import (
     Plate,
@@ -333,6 +334,8 @@ class AmortizedGuide(FamilyGuide):
             }
         )
         if global_guide is not None:
+            if isinstance(global_guide, PyroModule):
+                name_apart(global_guide)
             # Pyro's autoguides make their parameters at the first call.
             with torch.no_grad(), poutine.block(), preserved_rng(features.device):
                 global_guide(*batch.args, **batch.kwargs)

@@ -20,6 +20,7 @@ from pyro_vae.sites import (
     Structure,
     called_modules,
     evaluation,
+    guide_factors,
     inspect,
     is_enumerable,
     is_subsampled,
@@ -137,7 +138,14 @@ def plan(
     hidden, enumerated_sites = ((), asked) if enumeration == "expectation" else (asked, ())
     if hidden:
         _check_hidden(guide, guide_trace, hidden, nesting, args, kwargs)
-    guide = hide(guide, hidden)
+    factors = tuple(guide_factors(guide_trace))
+    if factors and data == "needed":
+        raise ValueError(
+            f"the guide has pyro.factor statements {list(factors)}, for which an importance weight "
+            "has no place; train with pv.ELBO, or put them in the distribution that the guide "
+            "samples from"
+        )
+    guide = hide(guide, (*hidden, *factors))
     if num_particles > 1 or data != "no":
         batch = Batch(args, kwargs)
         structure = _structure(model, batch, data_plate, needed=data == "needed")

@@ -39,13 +39,14 @@ from pyro_vae.sites import (
     Structure,
     check_stable,
     evaluation,
+    guide_factors,
     inspect,
     latent_nodes,
     plate_nesting,
     preserved_rng,
     sample_nodes,
 )
-from pyro_vae.traces import is_point, proposal_masks, trace_pair
+from pyro_vae.traces import is_point, proposal_masks, trace_guide, trace_pair
 
 __all__ = ["Chunk", "Scorer", "log_weights"]
 
@@ -127,11 +128,19 @@ class Scorer:
                 )
             with torch.no_grad(), poutine.block():
                 model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                # On random numbers of its own: not outside of this context.
+                self.point_sites = _points(guide, batch, guide_trace)
                 name = plate.name if plate else None
                 self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
                 if self.summed_out and not list(latent_nodes(guide_trace)):
                     guide = with_placeholder(guide, plate)
                     model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        if factors := guide_factors(guide_trace):
+            raise ValueError(
+                f"the guide has pyro.factor statements {factors}, which are no part of a density "
+                f"q(z | x); pass pyro.poutine.block(guide, hide={factors}) if they serve training "
+                "alone, else put them in the distribution that the guide samples from"
+            )
         _check_per_datum(self.structure, model_trace, guide_trace)
         self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
@@ -139,11 +148,6 @@ class Scorer:
             not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
-        # Points, where no auxiliary site carries the density (as AutoNormal's do).
-        auxiliary = any(node["infer"].get("is_auxiliary") for _, node in latent_nodes(guide_trace))
-        self.point_sites = [
-            name for name, node in latent_nodes(guide_trace) if not auxiliary and _bare_point(node)
-        ]
         shapes = {
             name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
             for trace in (model_trace, guide_trace)
@@ -603,6 +607,24 @@ def log_weights(
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
     blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
     return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=given)
+
+
+def _points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[str]:
+    """Return the latents that a guide proposes a point for, whose density nothing carries.
+
+    Where there are auxiliary sites, they carry the density (as AutoNormal's do) of what moves
+    with them from run to run, and of nothing else.
+    """
+    nodes = dict(latent_nodes(guide_trace))
+    bare = [
+        n
+        for n, node in nodes.items()
+        if not node["infer"].get("is_auxiliary") and _bare_point(node)
+    ]
+    if not bare or not any(node["infer"].get("is_auxiliary") for node in nodes.values()):
+        return bare
+    again = trace_guide(guide, batch.args, batch.kwargs)
+    return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]
 
 
 def _bare_point(node: Any) -> bool:

@@ -252,8 +252,10 @@ class ELBO(Objective):
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
         terms.update((("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls))
-        if not terms:
-            raise ValueError("the model has no sample statement: there is nothing to fit")
+        for name, nodes in run.guide_factor_nodes():  # as Trace_ELBO has them, but pathwise
+            terms["factor", name] = -run.log_prob(name, nodes, scaled=True)
+        if not terms:  # as where nothing of this batch is observed
+            return torch.zeros(())
         elbo = torch.stack([term.sum() for term in terms.values()]).sum() / self.num_particles
         if torch.is_grad_enabled():
             if self.estimator == "score":

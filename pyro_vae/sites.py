@@ -356,6 +356,15 @@ def check_stable(model: Callable[..., Any], batch: Batch, structure: Structure) 
             )
 
 
+def guide_factors(guide_trace: Any) -> list[str]:
+    """Return the names of a guide's pyro.factor statements."""
+    return [
+        name
+        for name, node in sample_nodes(guide_trace)
+        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
+    ]
+
+
 def check_guide(model_trace: Any, guide_trace: Any) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
@@ -367,16 +376,6 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     proposed = {
         name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
     }
-    factors = [
-        name
-        for name, node in sample_nodes(guide_trace)
-        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
-    ]
-    if factors:
-        raise ValueError(
-            f"the guide has pyro.factor statements {factors}, whose term in log q would be lost; "
-            "put them in the distribution that the guide samples from"
-        )
     missing = {
         name
         for name, node in latent_nodes(model_trace)
@@ -418,12 +417,26 @@ def run_model(
         for name, node in trace.nodes.items()
         if site_is_subsample(node) and _draws_subsample(node["fn"])
     }
+    # A plate without a size (pyro.plate("data")) has that of what is in it.
+    unsized: dict[str, int] = {}
+    for _, node in sample_nodes(trace):
+        shape = node["fn"].batch_shape
+        for frame in node["cond_indep_stack"]:
+            if frame.vectorized and frame.size == -1:
+                size = shape[frame.dim] if len(shape) >= -frame.dim else 1
+                unsized[frame.name] = max(size, unsized.get(frame.name, 1))
     sites = {}
     for name, node in sample_nodes(trace):
         if node["infer"].get("_deterministic"):
             continue
         plates = tuple(
-            Plate(frame.name, frame.dim, frame.size, frame.full_size, frame.name in drawn)
+            Plate(
+                frame.name,
+                frame.dim,
+                unsized.get(frame.name, frame.size),
+                unsized.get(frame.name, frame.full_size),
+                frame.name in drawn,
+            )
             for frame in node["cond_indep_stack"]
             if frame.vectorized
         )

@@ -24,7 +24,7 @@ from pyro_vae.enumeration import contract, enumerated, scaled_by, unmasked_log_p
 from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes, unwrapped
+from pyro_vae.sites import guide_factors, latent_nodes, preserved_rng, sample_nodes, unwrapped
 from pyro_vae.traces import ReplaceDraws, point_of, site_log_prob, trace_guide, trace_model
 
 __all__ = ["Run"]
@@ -152,6 +152,11 @@ class Run:
     def guide_nodes(self) -> Iterator[tuple[str, list[Any]]]:
         """Yield each proposal of the guide, with its node in each trace."""
         for name, _ in latent_nodes(self._pairs[0][1]):
+            yield name, [guide_trace.nodes[name] for _, guide_trace in self._pairs]
+
+    def guide_factor_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each pyro.factor statement of the guide, likewise."""
+        for name in guide_factors(self._pairs[0][1]):
             yield name, [guide_trace.nodes[name] for _, guide_trace in self._pairs]
 
     def observed_nodes(self) -> Iterator[tuple[str, list[Any]]]:

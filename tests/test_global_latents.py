@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -177,6 +179,27 @@ def test_a_median_of_other_sites_is_refused(guide, x):
     guide.global_guide.median = lambda *args: {"h": x.sum()}
     with pytest.raises(ValueError, match=r"not the model's global latent sites \['g'\]"):
         pv.elbo(model, guide, x)
+
+
+def test_two_global_guides_of_one_name_share_nothing(x):
+    def made(start):
+        autoguide = AutoNormal(
+            block(model, expose=["g"]), init_loc_fn=lambda site: x.new_tensor(start)
+        )
+        return pv.AmortizedGuide(model, Encoder(), example=x, global_guide=autoguide.double())
+
+    first = made(0.4)
+    pv.fit(model, first, x, max_steps=3, progress=False)
+    trained = first.global_guide.median(x)["g"].clone()
+    second = made(2.0)
+    assert second.global_guide.median(x)["g"].item() == pytest.approx(2.0)
+    pv.fit(model, second, x, max_steps=3, progress=False)
+    assert torch.equal(first.global_guide.median(x)["g"], trained)
+    store = pyro.get_param_store()
+    names = [name for name in store if name.startswith("AutoNormal-")]
+    del first, second
+    gc.collect()
+    assert names and not any(name in store for name in names)
 
 
 def test_the_guide_itself_keeps_its_global_part(guide, x):
