@@ -10,6 +10,7 @@ import torch
 
 from pyro_vae.batches import as_batch
 from pyro_vae.estimators import StreamingELBO, StreamingIWAE
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.logweights import Scorer
 from pyro_vae.results import Bound
 
@@ -122,9 +123,9 @@ def _bound(
     particles: str,
     seed: int | None,
 ) -> Bound:
-    scorer = Scorer(
-        model, guide, as_batch(*batch), data_plate=data_plate, particles=particles, seed=seed
-    )
+    arguments = as_batch(*batch)
+    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    scorer = Scorer(model, guide, arguments, data_plate=data_plate, particles=particles, seed=seed)
     if scorer.point_sites:
         logger.warning(
             "%s: the guide proposes one point for %s, and a point has no entropy: the value is "
@@ -140,4 +141,5 @@ def _bound(
         value=torch.cat([block.value for block in streams.values()]),
         std_error=torch.cat([block.std_error for block in streams.values()]),
         num_particles=num_particles,
+        given=given,
     )

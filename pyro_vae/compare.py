@@ -34,10 +34,12 @@ from pyro_vae.estimators import (
     mixture_log_guide,
     std_error,
 )
-from pyro_vae.families import FactorizedFamily, Normal
-from pyro_vae.guides import FamilyGuide, LocalGuide, own_params
+from pyro_vae.families import Family, Normal
+from pyro_vae.global_latents import fix_globals
+from pyro_vae.guides import FamilyGuide, LocalGuide, normal_moments, of_family
 from pyro_vae.logweights import Scorer
 from pyro_vae.refine import refine
+from pyro_vae.results import given_text
 from pyro_vae.sites import inspect
 
 __all__ = ["Comparison", "compare"]
@@ -57,7 +59,8 @@ class Comparison:
             log_evidence, log_evidence_se and log_evidence_pareto_k, the k-hat of the weights
             it was made from. Coordinate ``reference`` names the refined guide that each
             guide's gaps are measured against. The attribute
-            ``log_evidence_from`` says which estimate log_evidence is.
+            ``log_evidence_from`` says which estimate log_evidence is, ``given`` which global
+            latents are fixed.
         guides: name to guide, the refined ones too.
     """
 
@@ -148,6 +151,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _evidence_text(data: xr.Dataset) -> str:
+    given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
     bad = float((data["log_evidence_pareto_k"] > PARETO_K_THRESHOLD).mean())
     doubt = (
         f"; a lower bound, and for {100 * bad:.1f}% of the data (k-hat > {PARETO_K_THRESHOLD}) one "
@@ -156,8 +160,8 @@ def _evidence_text(data: xr.Dataset) -> str:
         else ""
     )
     return (
-        f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data; nats per datum "
-        f"± Monte Carlo standard error{doubt}"
+        f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
+        f"per datum ± Monte Carlo standard error{doubt}"
     )
 
 
@@ -215,6 +219,7 @@ def compare(
         raise ValueError("guides is empty: a mapping from names to guides or families is needed")
     if reference is not None and reference not in guides:
         raise ValueError(f"reference={reference!r} is not among the guides {sorted(guides)}")
+    model, guides, fixed = fix_globals(model, guides, arguments, data_plate)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
     options: dict[str, Any] = {"data_plate": data_plate, "seed": seed}
     budget = {"max_steps": max_steps, "tolerance": tolerance}
@@ -248,6 +253,7 @@ def compare(
         if chunks[0].particles.stop == num_particles:
             reduced.append(_reduce(blocks.pop(rows.start), list(given), references, crossed))
     dataset = _dataset(reduced, list(given), references, num_particles)
+    dataset.attrs["given"] = given_text(fixed).removeprefix("; given ")
     dataset["converged"] = (("guide", "datum"), _converged(given, references, dataset))
     return Comparison(dataset, given)
 
@@ -260,15 +266,15 @@ def _with_references(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Refine what is asked for; return all guides, and each guide's reference by name."""
-    hand = {n: g for n, g in guides.items() if not isinstance(g, FactorizedFamily)}
+    hand = {n: g for n, g in guides.items() if not isinstance(g, Family)}
     for name, guide in hand.items():
         if not callable(guide) or isinstance(guide, type):
             raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     start = next(iter(hand.values()), None)
     made: dict[str, Callable[..., Any]] = {}
-    by_family: dict[FactorizedFamily, str] = {}
+    by_family: dict[Family, str] = {}
 
-    def add(name: str, family: FactorizedFamily) -> None:
+    def add(name: str, family: Family) -> None:
         begin = start
         if begin is None:
             begin = LocalGuide(
@@ -282,7 +288,7 @@ def _with_references(
         by_family.setdefault(family, name)
 
     for name, guide in guides.items():
-        if isinstance(guide, FactorizedFamily):
+        if isinstance(guide, Family):
             add(name, guide)
         else:
             made[name] = guide
@@ -319,16 +325,14 @@ def _family_of(
     guide: Callable[..., Any],
     batch: Batch,
     options: Mapping[str, Any],
-) -> FactorizedFamily | None:
+) -> Family | None:
     """Return a guide's family: its own, or Normal for independent Normals written by hand."""
     if isinstance(guide, FamilyGuide):
-        return guide.family
-    if options["data_plate"] is False:
-        return None
+        return guide.family if of_family(guide) else None
     scorer = Scorer(model, guide, batch, data_plate=options["data_plate"], seed=options["seed"])
-    family, runs = Normal(), scorer.guide_runs(2)
-    if all(own_params(family, [run[name] for run in runs]) is not None for name in runs[0]):
-        return family
+    runs = scorer.guide_runs(2)
+    if all(normal_moments([run[name] for run in runs]) is not None for name in runs[0]):
+        return Normal()
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where a latent site's unconstrained coordinates lie among the parameters of a guide."""
+"""Where a latent site's unconstrained coordinates lie among those of a datum."""
 
 from __future__ import annotations
 
@@ -16,28 +16,33 @@ __all__ = ["Coordinates"]
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one latent site's unconstrained coordinates lie in a guide's parameters.
+    """Where one latent site's unconstrained coordinates lie among the D of a datum.
+
+    A site's tensor has batch dimensions, then those of the event. Its coordinates are rows
+    ``[..., N, d]``. Between the two stand *spread* rows: batch dimensions aligned with
+    the plates, of size 1 where they lie inside the datum, then d.
 
     Attributes:
         name: the site.
         transform: from the reals to the site's support.
         inner: the plates inside the data plate that the site is in.
-        shape: the site's batch dimensions (data dimension excluded), then the event
-            dimensions of the unconstrained value.
-        data_axis: the data dimension's place among the batch dimensions.
+        batch: the sizes of its batch dimensions, 1 at the data's.
+        event: the event dimensions of the unconstrained value.
+        data_dim: the data's batch dimension, negative; None where all is one datum.
         columns: its slice of the D coordinates of a datum.
     """
 
     name: str
     transform: Any
     inner: tuple[Plate, ...]
-    shape: tuple[int, ...]
-    data_axis: int
+    batch: tuple[int, ...]
+    event: tuple[int, ...]
+    data_dim: int | None
     columns: slice
 
     @classmethod
-    def of(cls, site: Site, data_plate: Plate, start: int) -> Coordinates:
-        """Return the coordinates of a local latent site that begin at column ``start``."""
+    def of(cls, site: Site, data_plate: Plate | None, start: int) -> Coordinates:
+        """Return the coordinates of a latent site that begin at column ``start``."""
         try:
             transform = biject_to(site.support)
         except NotImplementedError as error:
@@ -46,31 +51,74 @@ class Coordinates:
                 f"{site.support}, which no bijection maps to the reals; a continuous guide "
                 "cannot propose it. Sum it out in the model, or write the guide by hand"
             ) from error
-        event = transform.inverse_shape(site.event_shape)
-        data_axis = len(site.batch_shape) + data_plate.dim
-        batch = [size for axis, size in enumerate(site.batch_shape) if axis != data_axis]
-        shape = (*batch, *event)
+        event = tuple(transform.inverse_shape(site.event_shape))
+        data_dim = None if data_plate is None else data_plate.dim
+        first = -len(site.batch_shape)
+        batch = tuple(
+            1 if first + axis == data_dim else size for axis, size in enumerate(site.batch_shape)
+        )
         return cls(
             name=site.name,
             transform=transform,
-            inner=tuple(plate for plate in site.plates if plate.name != data_plate.name),
-            shape=shape,
-            data_axis=data_axis,
-            columns=slice(start, start + math.prod(shape)),
+            inner=tuple(plate for plate in site.plates if plate != data_plate),
+            batch=batch,
+            event=event,
+            data_dim=data_dim,
+            columns=slice(start, start + math.prod(batch) * math.prod(event)),
         )
 
-    def arrange(self, coordinates: Tensor, trailing: int) -> Tensor:
-        """Reshape [N, D, ...] (``trailing`` dims after D) to the site's batch and event."""
-        mine = coordinates[:, self.columns]
-        tail = mine.shape[mine.ndim - trailing :]
-        return mine.reshape(mine.shape[0], *self.shape, *tail).movedim(0, self.data_axis)
+    @property
+    def is_plain(self) -> bool:
+        """Whether a datum has one event of the site, not several in batch dimensions."""
+        return math.prod(self.batch) == 1
 
-    def flatten(self, value: Tensor, trailing: int) -> Tensor:
-        """Undo :meth:`arrange`: [N, d, ...] from the site's batch and event dimensions."""
-        tail = value.shape[value.ndim - trailing :]
-        return value.movedim(self.data_axis, 0).reshape(
-            value.shape[self.data_axis], math.prod(self.shape), *tail
+    def spread(self, rows: Tensor) -> Tensor:
+        """Align rows [..., N, d] with the plates: ``[..., 1, N, 1, d]``."""
+        dims = len(self.batch)
+        if self.data_dim is None:
+            rows = rows.squeeze(-2)
+            return rows.reshape(*rows.shape[:-1], *[1] * dims, rows.shape[-1])
+        *lead, num_data, width = rows.shape
+        right = -self.data_dim - 1
+        return rows.reshape(*lead, *[1] * (dims - 1 - right), num_data, *[1] * right, width)
+
+    def arrange(self, spread: Tensor) -> Tensor:
+        """Bring spread rows to the site's shape, ``[..., *batch, *event]``."""
+        dims = spread.ndim - 1
+        inside = self._inside(dims)
+        lead = [axis for axis in range(dims) if axis not in inside]
+        value = spread.reshape(
+            *(spread.shape[axis] for axis in lead),
+            *(self.batch[axis - dims] for axis in inside),
+            *self.event,
         )
+        return value.movedim(tuple(range(len(lead), dims)), tuple(inside))
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """Undo :meth:`arrange`: spread rows of an unconstrained value of the site."""
+        dims = value.ndim - len(self.event)
+        inside = self._inside(dims)
+        moved = value.movedim(tuple(inside), tuple(range(dims - len(inside), dims)))
+        rows = moved.reshape(*moved.shape[: dims - len(inside)], -1)
+        for axis in inside:
+            rows = rows.unsqueeze(axis)
+        return rows
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Return the rows [K, N, d] of an unconstrained value ``[K, *batch, *event]``."""
+        spread = self.flatten(value)
+        return spread.reshape(spread.shape[0], -1, spread.shape[-1])
+
+    @property
+    def inside(self) -> tuple[bool, ...]:
+        """Which of its batch dimensions lie inside a datum."""
+        dims = len(self.batch)
+        return tuple(axis - dims != self.data_dim for axis in range(dims))
+
+    def _inside(self, dims: int) -> list[int]:
+        """The site's batch axes inside a datum, where it has ``dims`` batch dimensions in all."""
+        first = dims - len(self.batch)
+        return [first + axis for axis, inside in enumerate(self.inside) if inside]
 
     @property
     def is_identity(self) -> bool:

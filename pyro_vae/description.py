@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.batches import as_batch
-from pyro_vae.sites import DataPlateError, inspect, run_model
+from pyro_vae.sites import DataPlateError, check_stable, inspect, run_model
 
 __all__ = ["Description", "describe"]
 
@@ -67,11 +67,13 @@ def describe(
         latent sites are shown as "latent".
 
     Raises:
-        ValueError: for NaN in the batch, and for observed values outside their support.
+        ValueError: for NaN in the batch, for observed values outside their support, and for
+            sites that are others, or of another shape, in another run.
     """
     note = ""
     try:
         structure = inspect(model, *batch, data_plate=data_plate)
+        check_stable(model, as_batch(*batch), structure)
         sites, plate = structure.sites, structure.data_plate
         local = structure.local_latents if plate else structure.global_latents
         if discrete := [site.name for site in local if site.enumerable]:

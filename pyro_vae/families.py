@@ -1,14 +1,8 @@
-"""Variational families: parameters in, distributions over unconstrained latents out.
-
-A family knows nothing of where its parameters come from: an encoder
-(:class:`pyro_vae.AmortizedGuide`) or a table (:class:`pyro_vae.LocalGuide`). The
-difference of two guides of one family is then the source of the parameters and
-nothing else.
-"""
+"""The variational families: independent, correlated and flowing Gaussians, and points."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,87 +10,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["Delta", "FactorizedFamily", "Normal"]
+from pyro_vae.family import FactorizedFamily, Family
+from pyro_vae.flows import Flow
 
-
-class FactorizedFamily(ABC):
-    """A family whose unconstrained coordinates are independent given the parameters.
-
-    To write one, give ``params_per_coordinate`` and the methods below. Parameters
-    have any leading shape and end in ``params_per_coordinate``; they are
-    unconstrained real numbers.
-
-    Attributes:
-        params_per_coordinate: parameters of one coordinate.
-        has_density: whether a member is a distribution with a density; a point has none.
-    """
-
-    params_per_coordinate: int
-    has_density: bool = True
-
-    @abstractmethod
-    def marginal(self, params: Tensor) -> Any:
-        """Return the distribution of each coordinate.
-
-        Args:
-            params: [..., params_per_coordinate].
-
-        Returns:
-            A reparameterized distribution over the reals of batch shape [...].
-        """
-
-    def mapped(self, params: Tensor, transform: Any) -> Any:
-        """Return the distribution of the coordinates mapped to a constrained support.
-
-        Args:
-            params: [..., params_per_coordinate].
-            transform: a bijection from the reals.
-
-        Returns:
-            A distribution over the transform's codomain.
-        """
-        base = self.marginal(params).to_event(transform.domain.event_dim)
-        return dist.TransformedDistribution(base, [transform])
-
-    @abstractmethod
-    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return draws made of standard normal noise, differentiable by the parameters.
-
-        Args:
-            params: [..., params_per_coordinate].
-            noise: [K, ...].
-
-        Returns:
-            [K, ...].
-        """
-
-    @abstractmethod
-    def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
-        """Return the parameters, [..., params_per_coordinate], with these moments [...]."""
-
-    @abstractmethod
-    def units(self, params: Tensor) -> Tensor:
-        """Return how far each parameter moves the marginal by about its own width.
-
-        An optimiser that steps in these units is at home in a posterior of any scale.
-
-        Args:
-            params: [..., params_per_coordinate].
-
-        Returns:
-            Positive numbers of the same shape.
-        """
-
-    @abstractmethod
-    def params_of(self, marginal: Any) -> Tensor | None:
-        """Return the parameters of a distribution if it is of this family, else None.
-
-        Args:
-            marginal: a univariate distribution of batch shape [...].
-
-        Returns:
-            [..., params_per_coordinate], or None.
-        """
+__all__ = [
+    "Delta",
+    "FactorizedFamily",
+    "Family",
+    "Flow",
+    "FullRankNormal",
+    "LowRankNormal",
+    "Normal",
+]
 
 
 @dataclass(frozen=True)
@@ -116,23 +41,17 @@ class Normal(FactorizedFamily):
         """Return Normal(params[..., 0], exp(params[..., 1]))."""
         return dist.Normal(params[..., 0], params[..., 1].exp())
 
-    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return location + scale * noise, [K, ...]."""
-        return params[..., 0] + params[..., 1].exp() * noise
-
     def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return location and log scale, [..., 2]."""
         return torch.stack([mean, std.log()], -1)
 
-    def units(self, params: Tensor) -> Tensor:
+    def quantile(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return location + scale * noise, [K, ...]."""
+        return params[..., 0] + params[..., 1].exp() * noise
+
+    def coordinate_units(self, params: Tensor) -> Tensor:
         """Return the scale for the location, and 1 for the log scale."""
         return torch.stack([params[..., 1].exp(), torch.ones_like(params[..., 1])], -1)
-
-    def params_of(self, marginal: Any) -> Tensor | None:
-        """Return location and log scale of a Normal, [..., 2]; None for another type."""
-        if not isinstance(marginal, torch.distributions.Normal):
-            return None
-        return self.from_moments(marginal.loc, marginal.scale)
 
 
 @dataclass(frozen=True)
@@ -168,20 +87,154 @@ class Delta(FactorizedFamily):
         """Return Delta(transform(params[..., 0])), its log density zero."""
         return dist.Delta(transform(params[..., 0]), event_dim=transform.codomain.event_dim)
 
-    def from_noise(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return the location, whatever the noise, [K, ...]."""
-        return params[..., 0] + torch.zeros_like(noise)
-
     def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return the mean as the location, [..., 1]; a point has no width."""
         return mean.unsqueeze(-1)
 
-    def units(self, params: Tensor) -> Tensor:
-        """Return ones: a point has no width to step by."""
-        return torch.ones_like(params)
+    def quantile(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return the location, whatever the noise, [K, ...]."""
+        return params[..., 0] + torch.zeros_like(noise)
 
-    def params_of(self, marginal: Any) -> Tensor | None:
-        """Return the point of a Delta without a density of its own, [..., 1]; else None."""
-        if not isinstance(marginal, dist.Delta) or bool((marginal.log_density != 0).any()):
-            return None
-        return marginal.v.unsqueeze(-1)
+
+@dataclass(frozen=True)
+class FullRankNormal(Family):
+    r"""A Gaussian with any covariance, over all latents of a datum jointly.
+
+    .. math:: z = m + \mathrm{diag}(s)\, (I + B)\, \epsilon
+
+    D locations, D log scales and the D (D - 1) / 2 entries of a strictly lower triangular B, in
+    units of the scales: with B = 0 it is :class:`Normal`. The Cholesky factor is diag(s) (I + B).
+
+    Example:
+        >>> import torch
+        >>> family = FullRankNormal()
+        >>> params = family.initial(torch.zeros(3), torch.ones(3))
+        >>> family.conditional(params, 3, torch.zeros(1), slice(1, 3)).scale_tril
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+
+    def params_shape(self, size: int) -> tuple[int, ...]:
+        """Return (2 D + D (D - 1) / 2,)."""
+        return (2 * size + size * (size - 1) // 2,)
+
+    def initial(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Return location, log scale, and no correlation."""
+        size = mean.shape[-1]
+        below = mean.new_zeros(*mean.shape[:-1], size * (size - 1) // 2)
+        return torch.cat([mean, std.log(), below], -1)
+
+    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+        """Return a MultivariateNormal."""
+        loc, factor = self._loc_and_factor(params, size)
+        first = columns.start
+        shift = loc[..., columns]
+        if first:
+            known = torch.linalg.solve_triangular(
+                factor[..., :first, :first],
+                (before - loc[..., :first]).unsqueeze(-1),
+                upper=False,
+            )
+            shift = shift + (factor[..., columns, :first] @ known).squeeze(-1)
+        return dist.MultivariateNormal(shift, scale_tril=factor[..., columns, columns])
+
+    def from_noise(self, params: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return location + Cholesky factor @ noise, [K, ..., D]."""
+        loc, factor = self._loc_and_factor(params, size)
+        return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def units(self, params: Tensor, size: int) -> Tensor:
+        """Return the scales for the locations, and 1 for all else."""
+        return _location_units(params, size)
+
+    def _loc_and_factor(self, params: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        loc, log_scale, below = params.split([size, size, params.shape[-1] - 2 * size], -1)
+        row, column = torch.tril_indices(size, size, -1, device=params.device)
+        factor = torch.diag_embed(torch.ones_like(loc))
+        factor[..., row, column] = below
+        return loc, log_scale.exp().unsqueeze(-1) * factor
+
+
+@dataclass(frozen=True)
+class LowRankNormal(Family):
+    r"""A Gaussian whose covariance is diagonal but for a few directions.
+
+    .. math:: z = m + \mathrm{diag}(s)\, (\epsilon + F u), \quad
+        \epsilon \sim \mathrm{Normal}(0, I_D),\ u \sim \mathrm{Normal}(0, I_R)
+
+    For many latents: (2 + R) D parameters, where a full covariance has D (D + 3) / 2.
+
+    Args:
+        rank: R, columns of F.
+
+    Example:
+        >>> LowRankNormal(rank=2).params_shape(50)
+        (200,)
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or int(self.rank) != self.rank:
+            raise ValueError(f"rank={self.rank}: a whole number of at least 1 is needed")
+
+    def params_shape(self, size: int) -> tuple[int, ...]:
+        """Return ((2 + R) D,)."""
+        return ((2 + self.rank) * size,)
+
+    def num_noise(self, size: int) -> int:
+        """Return D + R."""
+        return size + self.rank
+
+    def initial(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Return location, log scale and a small F; the moments are right, up to it.
+
+        At F = 0 the ELBO has no slope along F: from there no direction would be found.
+        """
+        grid = torch.arange(mean.shape[-1], device=mean.device).unsqueeze(-1) + 0.5
+        waves = torch.cos(
+            math.pi * grid * torch.arange(1, self.rank + 1, device=mean.device) / (mean.shape[-1])
+        )
+        factor = (0.1 * waves).to(mean)
+        log_scale = std.log() - 0.5 * factor.square().sum(-1).log1p()
+        flat = factor.flatten().expand(*mean.shape[:-1], -1)
+        return torch.cat([mean, log_scale, flat], -1)
+
+    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+        """Return a LowRankMultivariateNormal."""
+        loc, scale, factor = self._parts(params, size)
+        first, mine = columns.start, factor[..., columns, :]
+        shift = torch.zeros_like(mine[..., 0])
+        if first:
+            # u given what is known is Gaussian again, with precision I + F'F and mean solved.
+            known = factor[..., :first, :]
+            eye = torch.eye(self.rank, dtype=params.dtype, device=params.device)
+            root = torch.linalg.cholesky(eye + known.mT @ known)
+            seen = ((before - loc[..., :first]) / scale[..., :first]).unsqueeze(-1)
+            shift = (mine @ torch.cholesky_solve(known.mT @ seen, root)).squeeze(-1)
+            mine = torch.linalg.solve_triangular(root, mine.mT, upper=False).mT
+        scale = scale[..., columns]
+        return dist.LowRankMultivariateNormal(
+            loc[..., columns] + scale * shift, scale.unsqueeze(-1) * mine, scale.square()
+        )
+
+    def from_noise(self, params: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return a draw of D + R numbers, [K, ..., D]."""
+        loc, scale, factor = self._parts(params, size)
+        own, shared = noise.split([size, self.rank], -1)
+        return loc + scale * (own + (factor @ shared.unsqueeze(-1)).squeeze(-1))
+
+    def units(self, params: Tensor, size: int) -> Tensor:
+        """Return the scales for the locations, and 1 for all else."""
+        return _location_units(params, size)
+
+    def _parts(self, params: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale, factor = params.split([size, size, self.rank * size], -1)
+        return loc, log_scale.exp(), factor.unflatten(-1, (size, self.rank))
+
+
+def _location_units(params: Tensor, size: int) -> Tensor:
+    """Units where parameters begin with D locations and D log scales, and the rest has none."""
+    units = torch.ones_like(params)
+    units[..., :size] = params[..., size : 2 * size].exp()
+    return units

@@ -8,22 +8,38 @@ structure, and sample the model's local latent sites under their own names.
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
-from pyro_vae.families import FactorizedFamily, Normal
-from pyro_vae.handlers import register
-from pyro_vae.sites import Structure, evaluation, inspect, is_subsampled, preserved_rng
+from pyro_vae.families import FactorizedFamily, Family, Normal
+from pyro_vae.handlers import name_apart, register
+from pyro_vae.proposals import proposal
+from pyro_vae.sites import (
+    Plate,
+    Site,
+    Structure,
+    check_stable,
+    evaluation,
+    inspect,
+    is_subsampled,
+    preserved_rng,
+)
+from pyro_vae.traces import dependencies
 
-__all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide", "own_params"]
+__all__ = ["AmortizedGuide", "FamilyGuide", "LocalGuide", "normal_moments", "of_family"]
+
+# From a site, and the draws of the sites before it, to the parameters of its proposal.
+_Conditionals = Callable[[Coordinates, Mapping[str, Tensor]], Tensor]
 
 # Draws from a latent's prior that place the start of its guide.
 _PRIOR_DRAWS = 1000
@@ -44,42 +60,26 @@ class FamilyGuide(nn.Module):
         self,
         model: Callable[..., Any],
         example: Any,
-        family: FactorizedFamily | None,
-        data_plate: str | bool | None,
-        *,
-        globals_allowed: bool,
+        family: Family | None,
+        structure: Structure,
     ) -> None:
         super().__init__()
         batch = as_batch(example)
-        structure = inspect(model, batch, data_plate=data_plate)
-        if structure.data_plate is None:
-            raise ValueError(
-                f"{type(self).__name__} is for latents of each datum; with data_plate=False "
-                "there are none. Use a guide of Pyro's (pyro.infer.autoguide)"
-            )
-        if not structure.local_latents:
-            raise ValueError(f"no latent site lies inside the plate {structure.data_plate.name!r}")
-        if not globals_allowed:
-            names = [site.name for site in structure.global_latents]
-            if names:
-                raise ValueError(
-                    f"the latent sites {names} lie outside the data plate "
-                    f"{structure.data_plate.name!r}: they are global. Give a guide for them "
-                    "(global_guide=...), or condition the model on a value"
-                )
+        check_stable(model, batch, structure)
         self.family = Normal() if family is None else family
-        if not isinstance(self.family, FactorizedFamily):
+        if not isinstance(self.family, Family):
             raise TypeError(
                 f"family={family!r}: an instance of a family is needed, such as "
                 "pyro_vae.families.Normal()"
             )
-        self._data_plate = structure.data_plate
-        self._subsampled = is_subsampled(model, batch, structure.data_plate)
-        proposed = [site for site in structure.local_latents if not site.enumerable]
+        plate = structure.data_plate
+        self._data_plate = plate
+        self._subsampled = plate is not None and is_subsampled(model, batch, plate)
+        latents = structure.global_latents if plate is None else structure.local_latents
+        proposed = [site for site in latents if not site.enumerable]
         if not proposed:
             discrete = ", ".join(
-                f"latent site {site.name!r} ({site.distribution})"
-                for site in structure.local_latents
+                f"latent site {site.name!r} ({site.distribution})" for site in latents
             )
             raise ValueError(
                 f"no latent site is continuous, only {discrete}: {type(self).__name__} proposes "
@@ -88,7 +88,8 @@ class FamilyGuide(nn.Module):
             )
         coordinates, start = [], 0
         for site in proposed:
-            coordinates.append(Coordinates.of(site, structure.data_plate, start))
+            _check_inner_plates(site, plate)
+            coordinates.append(Coordinates.of(site, plate, start))
             start = coordinates[-1].columns.stop
         self.coordinates = tuple(coordinates)
         self.num_coordinates = start
@@ -98,15 +99,21 @@ class FamilyGuide(nn.Module):
 
     @abstractmethod
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the family's parameters for a batch, [N, D, params_per_coordinate]."""
+        """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D)."""
+
+    def _chosen_rows(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Say which data a batch holds, where the guide minds."""
+        return contextlib.nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every continuous local latent site; the Pyro guide.
+        """Sample every continuous latent site of a datum; the Pyro guide.
 
         Returns:
             Site name to value.
         """
         register(self)
+        if self._data_plate is None:
+            return self._sample(self._conditionals(args, kwargs)[1])
         if self._data_plate.drawn:
             # The model draws its own minibatch from the whole data: draw it here,
             # under the plate's name, so that the replayed model takes the same.
@@ -119,93 +126,118 @@ class FamilyGuide(nn.Module):
             with plate as index:
                 drawn = torch.as_tensor(index)
                 chosen = Batch(args, kwargs).rows(drawn)
-                with self.rows(drawn) if isinstance(self, LocalGuide) else contextlib.nullcontext():
-                    params = self.family_params(*chosen.args, **chosen.kwargs)
-                return self._sample(params)
-        params = self.family_params(*args, **kwargs)
-        size = params.shape[0]
-        scale = self._data_plate.full_size / size if self._subsampled else 1.0
+                with self._chosen_rows(drawn):
+                    params_of = self._conditionals(chosen.args, chosen.kwargs)[1]
+                return self._sample(params_of)
+        num_data, params_of = self._conditionals(args, kwargs)
+        scale = self._data_plate.full_size / num_data if self._subsampled else 1.0
         with poutine.block(hide=[self._data_plate.name]):
             # Hidden, for a replayed model would take its indices for its own.
-            plate = pyro.plate(self._data_plate.name, size, dim=self._data_plate.dim)
+            plate = pyro.plate(self._data_plate.name, num_data, dim=self._data_plate.dim)
         with plate, poutine.scale(scale=scale):
-            return self._sample(params)
+            return self._sample(params_of)
 
-    def _sample(self, params: Tensor) -> dict[str, Tensor]:
+    def _conditionals(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[int, _Conditionals]:
+        """Return N, and what gives a site's parameters, given the draws of sites before it.
+
+        The parameters are spread, the draws spread rows by name; see :func:`proposal`.
+        """
+        params = self.family_params(*args, **kwargs)
+
+        def params_of(coordinates: Coordinates, before: Mapping[str, Tensor]) -> Tensor:
+            mine = params
+            if isinstance(self.family, FactorizedFamily):
+                mine = params[:, coordinates.columns]
+            return coordinates.spread(mine.flatten(1)).unflatten(-1, mine.shape[1:])
+
+        return params.shape[0], params_of
+
+    def _sample(self, params_of: _Conditionals) -> dict[str, Tensor]:
         plates = {p.name: p for coordinates in self.coordinates for p in coordinates.inner}
         made = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in plates.values()}
-        values = {}
+        values: dict[str, Tensor] = {}
+        before: dict[str, Tensor] = {}
         for coordinates in self.coordinates:
+            fn = proposal(
+                self.family,
+                params_of(coordinates, before),
+                self.num_coordinates,
+                coordinates,
+                list(before.values()),
+            )
             with contextlib.ExitStack() as stack:
                 for plate in coordinates.inner:
                     stack.enter_context(made[plate.name])
-                values[coordinates.name] = pyro.sample(
-                    coordinates.name, self._distribution(coordinates, params)
-                )
+                value = values[coordinates.name] = pyro.sample(coordinates.name, fn)
+            if self.is_dependent:
+                z = value if coordinates.is_identity else coordinates.transform.inv(value)
+                before[coordinates.name] = coordinates.flatten(z)
         return values
 
-    def _distribution(self, coordinates: Coordinates, params: Tensor) -> Any:
-        mine = coordinates.arrange(params, trailing=1)
-        if not coordinates.is_identity:
-            return self.family.mapped(mine, coordinates.transform)
-        return self.family.marginal(mine).to_event(coordinates.transform.domain.event_dim)
+    @property
+    def is_dependent(self) -> bool:
+        """Whether a site's proposal may depend on the draws of sites before it."""
+        return len(self.coordinates) > 1 and not isinstance(self.family, FactorizedFamily)
 
     def _prior_moments(self, structure: Structure) -> Tensor:
-        """Return parameters with the prior's moments, over draws and data: [D, p]."""
-        moments = []
-        device = structure.local_latents[0].value.device
+        """Return parameters with the prior's moments, over draws and data: [P]."""
+        means, stds = [], []
+        device = next(iter(structure.sites.values())).value.device
         with torch.no_grad(), preserved_rng(device):
             torch.manual_seed(0)  # the start of a guide is part of its definition
             for coordinates in self.coordinates:
                 fn = structure.sites[coordinates.name].fn
                 draws = coordinates.transform.inv(fn.sample((_PRIOR_DRAWS,)))
-                flat = coordinates.flatten(draws.movedim(0, -1), trailing=1)  # [N, d, draws]
-                flat = flat.movedim(1, -1).reshape(-1, flat.shape[1])
-                moments.append(self.family.from_moments(flat.mean(0), flat.std(0)))
-        return torch.cat(moments)
+                rows = coordinates.rows(draws).flatten(0, 1)
+                means.append(rows.mean(0))
+                stds.append(rows.std(0))
+        return self.family.initial(torch.cat(means), torch.cat(stds))
 
     def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Return draws made of standard normal noise, differentiable by the parameters.
 
         Args:
-            params: [N, D, params_per_coordinate].
-            noise: [K, D], the same for every datum.
+            params: [N, P].
+            noise: [K, num_noise], the same for every datum.
 
         Returns:
             Site name to values, [K, batch..., event...].
         """
-        z = self.family.from_noise(params, noise.unsqueeze(1))
-        values = {}
-        for coordinates in self.coordinates:
-            arranged = coordinates.arrange(z.permute(1, 2, 0), trailing=1).movedim(-1, 0)
-            values[coordinates.name] = coordinates.transform(arranged)
-        return values
+        spread = noise.unsqueeze(1).expand(-1, params.shape[0], -1)
+        z = self.family.from_noise(params, self.num_coordinates, spread)
+        return {
+            coordinates.name: coordinates.transform(
+                coordinates.arrange(coordinates.spread(z[..., coordinates.columns]))
+            )
+            for coordinates in self.coordinates
+        }
 
     def params_from(
         self, runs: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]
     ) -> Tensor:
-        """Return the parameters that match another guide's proposals, [N, D, p].
+        """Return parameters that match another guide's proposals, [N, P].
 
         Args:
-            runs: the latent nodes of two runs of that guide. Where a proposal is of this
-                family, on a real support, and the same in both (it does not depend on
-                another draw), its parameters are read off; elsewhere the moments of the
-                draws are matched.
+            runs: the latent nodes of two runs of that guide. Where a proposal is Normal, on a
+                real support, and the same in both (it does not depend on another draw), its
+                moments are read off; elsewhere they are those of the draws.
             values: draws of that guide, [K, batch..., event...] for each name.
         """
-        columns = []
+        means, stds = [], []
         for coordinates in self.coordinates:
-            params = None
+            moments = None
             if coordinates.is_identity:
-                params = own_params(self.family, [nodes[coordinates.name] for nodes in runs])
-                if params is not None:
-                    params = coordinates.flatten(params, trailing=1)
-            if params is None:
-                draws = coordinates.transform.inv(values[coordinates.name])
-                flat = coordinates.flatten(draws.movedim(0, -1), trailing=1)  # [N, d, K]
-                params = self.family.from_moments(flat.mean(-1), flat.std(-1))
-            columns.append(params)
-        return torch.cat(columns, 1)
+                moments = normal_moments([nodes[coordinates.name] for nodes in runs])
+            if moments is None:
+                rows = coordinates.rows(coordinates.transform.inv(values[coordinates.name]))
+                mean, std = rows.mean(0), rows.std(0)
+            else:
+                mean, std = (coordinates.rows(m.unsqueeze(0))[0] for m in moments)
+            means.append(mean)
+            stds.append(std)
+        return self.family.initial(torch.cat(means, -1), torch.cat(stds, -1))
 
 
 class AmortizedGuide(FamilyGuide):
@@ -227,6 +259,10 @@ class AmortizedGuide(FamilyGuide):
         data_plate: the name of the plate of the data, where it is not plain.
         global_guide: a Pyro guide for the latent sites outside the data plate, if the
             model has any, for example AutoNormal(poutine.block(model, expose=[...])).
+        top_down: whether a site's proposal sees, beside the datum, the draws of those sites
+            that it depends on in the model (a hierarchy z2 -> z1 -> x: q(z2 | x) q(z1 | z2, x)),
+            through a network with one hidden layer. It is then of no family, and
+            :func:`pyro_vae.compare` measures it against the reference that you name.
 
     Raises:
         DataPlateError: where the data plate cannot be told.
@@ -253,28 +289,58 @@ class AmortizedGuide(FamilyGuide):
         encoder: nn.Module,
         *,
         example: Any,
-        family: FactorizedFamily | None = None,
+        family: Family | None = None,
         data_plate: str | bool | None = None,
         global_guide: Callable[..., Any] | None = None,
+        top_down: bool = False,
     ) -> None:
-        super().__init__(
-            model, example, family, data_plate, globals_allowed=global_guide is not None
-        )
+        structure = inspect(model, as_batch(example), data_plate=data_plate)
+        if structure.data_plate is None:
+            raise ValueError(
+                "AmortizedGuide is for latents of each datum; with data_plate=False there are "
+                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
+                "guide of Pyro's (pyro.infer.autoguide)"
+            )
+        if global_guide is None:
+            _refuse_globals(structure, "Give a guide for them (global_guide=...)")
+        super().__init__(model, example, family, structure)
         self.encoder = encoder
         self.global_guide = global_guide
         batch = as_batch(example)
-        if self._data_plate.drawn:
-            batch = batch.rows(slice(0, self._data_plate.size))
+        if structure.data_plate.drawn:
+            batch = batch.rows(slice(0, structure.data_plate.size))
         with torch.no_grad(), evaluation(encoder):
             features = self._features(batch.args, batch.kwargs)
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                "the encoder returned NaN or infinite features for the example; where data are "
+                "missing (NaN), let it see which: pyro_vae.MissingEncoder(encoder)"
+            )
         prior = self._prior_params.to(features)
-        self.head = nn.Linear(
-            features.shape[1], prior.numel(), device=features.device, dtype=features.dtype
-        )
+        like: dict[str, Any] = {"device": features.device, "dtype": features.dtype}
+        self.head = nn.Linear(features.shape[1], prior.numel(), **like)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             self.head.bias.copy_(prior.flatten())
+        self.parents: dict[str, tuple[str, ...]] = {}
+        if top_down:
+            if not isinstance(self.family, FactorizedFamily):
+                raise ValueError(
+                    f"top_down with {self.family}: that family is joint over the sites already; "
+                    "leave top_down out, or take families.Normal()"
+                )
+            names = [coordinates.name for coordinates in self.coordinates]
+            self.parents = dependencies(model, batch, names)
+        self.conditioners = nn.ModuleDict(
+            {
+                str(number): self._conditioner(features.shape[1], coordinates, like)
+                for number, coordinates in enumerate(self.coordinates)
+                if self.parents.get(coordinates.name)
+            }
+        )
         if global_guide is not None:
+            if isinstance(global_guide, PyroModule):
+                name_apart(global_guide)
             # Pyro's autoguides make their parameters at the first call.
             with torch.no_grad(), poutine.block(), preserved_rng(features.device):
                 global_guide(*batch.args, **batch.kwargs)
@@ -287,10 +353,60 @@ class AmortizedGuide(FamilyGuide):
             values.update(returned if isinstance(returned, Mapping) else {})
         return {**values, **super().forward(*args, **kwargs)}
 
+    def local_part(self) -> AmortizedGuide:
+        """Return this guide without its global part, the parameters shared."""
+        local = copy.copy(self)
+        local._modules = {**self._modules}
+        local._modules.pop("global_guide", None)
+        local.__dict__["global_guide"] = None
+        return local
+
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the family's parameters for a batch, [N, D, params_per_coordinate]."""
-        head = self.head(self._features(args, kwargs))
-        return head.reshape(head.shape[0], self.num_coordinates, self.family.params_per_coordinate)
+        """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).
+
+        With top_down, of each site where the conditioners add nothing.
+        """
+        return self._params(self._features(args, kwargs))
+
+    def _params(self, features: Tensor) -> Tensor:
+        shape = self.family.params_shape(self.num_coordinates)
+        return self.head(features).unflatten(-1, shape)
+
+    @property
+    def is_dependent(self) -> bool:
+        """Whether a site's proposal may depend on the draws of sites before it."""
+        return super().is_dependent or len(self.conditioners) > 0
+
+    def _conditioner(self, width: int, coordinates: Coordinates, like: Any) -> nn.Module:
+        """Return the network from features and parents to what is added to parameters."""
+        size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
+        inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
+        per_coordinate = self.family.params_shape(1)[1]
+        last = nn.Linear(width, size_of[coordinates.name] * per_coordinate, **like)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.Linear(inputs, width, **like), nn.Tanh(), last)
+
+    def _conditionals(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[int, _Conditionals]:
+        if not self.conditioners:
+            return super()._conditionals(args, kwargs)
+        features = self._features(args, kwargs)
+        params = self._params(features)
+        number_of = {c.name: str(number) for number, c in enumerate(self.coordinates)}
+
+        def params_of(coordinates: Coordinates, before: Mapping[str, Tensor]) -> Tensor:
+            mine = params[:, coordinates.columns]
+            own = coordinates.spread(mine.flatten(1))
+            if parents := self.parents[coordinates.name]:
+                seen = [coordinates.spread(features), *(before[name] for name in parents)]
+                shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in seen))
+                rows = torch.cat([rows.expand(*shape, rows.shape[-1]) for rows in seen], -1)
+                own = own + self.conditioners[number_of[coordinates.name]](rows)
+            return own.unflatten(-1, mine.shape[1:])
+
+        return params.shape[0], params_of
 
     def _features(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         features = self.encoder(*args, **kwargs)
@@ -316,10 +432,12 @@ class LocalGuide(FamilyGuide):
         num_data: rows of the table.
         example: a batch to read shapes from; a few rows do.
         family: the variational family; families.Normal() by default.
-        data_plate: the name of the plate of the data, where it is not plain.
+        data_plate: the name of the plate of the data, where it is not plain; False for all
+            latents of the model jointly, as one datum, in one row.
 
     Attributes:
-        table: the parameters, [num_data, D, params_per_coordinate].
+        table: the parameters, [num_data, P]: P is family.params_shape(D), for a factorized family
+            (D, params_per_coordinate).
         converged: [num_data], whether :func:`pyro_vae.refine` found each row's optimum.
 
     Raises:
@@ -350,13 +468,20 @@ class LocalGuide(FamilyGuide):
         *,
         num_data: int,
         example: Any,
-        family: FactorizedFamily | None = None,
+        family: Family | None = None,
         data_plate: str | bool | None = None,
     ) -> None:
         if num_data < 1:
             raise ValueError(f"num_data={num_data}: a table needs at least one row")
-        super().__init__(model, example, family, data_plate, globals_allowed=False)
-        self.table = nn.Parameter(self._prior_params.repeat(num_data, 1, 1))
+        structure = inspect(model, as_batch(example), data_plate=data_plate)
+        _refuse_globals(structure, "Train an AmortizedGuide(global_guide=...) with them")
+        if structure.data_plate is None and num_data != 1:
+            raise ValueError(
+                f"num_data={num_data}: with data_plate=False the whole batch is one datum"
+            )
+        super().__init__(model, example, family, structure)
+        prior = self._prior_params
+        self.table = nn.Parameter(prior.repeat(num_data, *[1] * prior.ndim))
         self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))
         self._rows: Tensor | None = None
         self._trial: Tensor | None = None
@@ -400,7 +525,7 @@ class LocalGuide(FamilyGuide):
         """Take another table in place of the guide's own, to differentiate by it.
 
         Args:
-            table: [num_data, D, params_per_coordinate].
+            table: of the shape of the guide's own.
         """
         before, self._trial = self._trial, table
         try:
@@ -416,15 +541,18 @@ class LocalGuide(FamilyGuide):
         return torch.arange(self.num_data, device=self.table.device)
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the rows of the table for a batch, [N, D, params_per_coordinate]."""
+        """Return the rows of the table for a batch, [N, P]: P is family.params_shape(D)."""
         self.check_size(Batch(args, kwargs).size)
         table = self.table if self._trial is None else self._trial
         return table if self._rows is None else table[self._rows]
 
+    def _chosen_rows(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
+        return self.rows(index)
+
     def check_size(self, size: int | None) -> None:
         """Raise ValueError if a batch of this size does not match the rows in force."""
         wanted = self.num_data if self._rows is None else self._rows.shape[0]
-        if size is None or size == wanted:
+        if size is None or size == wanted or self._data_plate is None:
             return
         if self._rows is None:
             raise ValueError(
@@ -434,15 +562,42 @@ class LocalGuide(FamilyGuide):
         raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
 
 
-def own_params(family: FactorizedFamily, nodes: Sequence[Any]) -> Tensor | None:
-    """Return a site's parameters if it is of the family, and alike in several runs."""
+def of_family(guide: Any) -> TypeGuard[FamilyGuide]:
+    """Return whether a guide's proposals are all that its family and its parameters say."""
+    return isinstance(guide, FamilyGuide) and not getattr(guide, "parents", None)
+
+
+def normal_moments(nodes: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return mean and std of a site that is independent Normals, alike in several runs; or None."""
     found = []
     for node in nodes:
         fn = node["fn"]
         while isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
-        found.append(family.params_of(fn))
-    first = found[0]
-    if first is None or any(p is None or not torch.equal(p, first) for p in found):
+        if not isinstance(fn, torch.distributions.Normal):
+            return None
+        found.append((fn.loc, fn.scale))
+    loc, scale = found[0]
+    if any(not torch.equal(loc, a) or not torch.equal(scale, b) for a, b in found):
         return None
-    return first
+    return loc, scale
+
+
+def _refuse_globals(structure: Structure, advice: str) -> None:
+    if structure.data_plate is not None and structure.global_latents:
+        names = [site.name for site in structure.global_latents]
+        raise ValueError(
+            f"the latent sites {names} lie outside the data plate {structure.data_plate.name!r}: "
+            f"they are global. {advice}, or condition the model on a value"
+        )
+
+
+def _check_inner_plates(site: Site, data_plate: Plate | None) -> None:
+    for plate in site.plates:
+        if plate != data_plate and plate.size != plate.full_size:
+            raise ValueError(
+                f"latent site {site.name!r} is in plate {plate.name!r}, of which a run sees "
+                f"{plate.size} of {plate.full_size} entries: a guide with parameters for each "
+                "entry cannot know which. Subsample the data plate alone, or write the guide by "
+                "hand"
+            )

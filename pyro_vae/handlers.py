@@ -9,11 +9,12 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-__all__ = ["LatentScale", "register", "unobserve"]
+__all__ = ["LatentScale", "name_apart", "register", "unobserve"]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -30,18 +31,34 @@ def register(module: nn.Module) -> None:
     Args:
         module: called from within a model or guide; its parameters become param sites.
     """
+    pyro.module(_name_of(module), module)
+
+
+def name_apart(module: PyroModule) -> None:
+    """Give a PyroModule, a guide of Pyro's for one, a name in Pyro's store that no other has.
+
+    By itself every AutoNormal is named "AutoNormal", and two of one model share parameters.
+
+    Args:
+        module: its parameters keep their values.
+    """
+    module._pyro_set_supermodule(_name_of(module), module._pyro_context)
+
+
+def _name_of(module: nn.Module) -> str:
     name = _names.get(module)
     if name is None:
         name = _names[module] = f"{type(module).__name__}-{next(_counter)}"
         weakref.finalize(module, _forget, name).atexit = False
-    pyro.module(name, module)
+    return name
 
 
 def _forget(name: str) -> None:
     store = pyro.get_param_store()
     for param_name, value in list(store.named_parameters()):
         # A parameter that is registered under another name as well is not ours to drop.
-        if param_name.startswith(f"{name}$$$") and store.param_name(value) == param_name:
+        mine = param_name.startswith((f"{name}$$$", f"{name}."))
+        if mine and store.param_name(value) in (param_name, None):
             del store[param_name]
 
 

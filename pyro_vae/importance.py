@@ -55,7 +55,9 @@ class IWAE(_Importance):
     log p(x) any more. It is the model's; what the guide says of scales is not needed. A
     latent site whose scale is not that of the likelihood (KL warm-up) has the ratio in the
     weight, in model and guide alike. Discrete latents that the guide does not propose are
-    summed out.
+    summed out. Global latents g are drawn once for all particles, and each datum's weights are
+    given them: the loss is then that of :math:`\mathbb{E}_{q(g)}[\sum_n \log \frac1K \sum_k
+    w_{kn}(g)] - \mathrm{KL}(q(g), p(g))`, pathwise.
 
     Its gradient by the model's parameters is the derivative of what was drawn; by the
     guide's parameters it is estimated
@@ -116,6 +118,8 @@ class IWAE(_Importance):
             num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
         )
         self.estimator = estimator
+        # The score of a draw that all particles share has another weight than theirs.
+        self._share_globals = estimator == "pathwise"
 
     def __repr__(self) -> str:
         return f"IWAE(num_particles={self.num_particles}, estimator={self.estimator!r})"
@@ -134,6 +138,8 @@ class IWAE(_Importance):
         scale, log_joint, log_guide, ratio = _weighted(run, terms)
         log_weights = log_joint - log_guide
         bound = (scale * iwae_bound(log_weights)).sum()
+        if run.layout.shares_globals:
+            bound = bound - _kl_of_globals(run)
         if self.estimator == "dreg" and through_draws:
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
@@ -346,19 +352,24 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
     scale enters the densities, [K, N], with the ratio of the two; the ratio is None where it
     is not one for all latent sites.
     """
-    scales = {name: run.datum_scale(name, nodes[0]) for name, nodes in run.model_nodes()}
+    shared = set(_globals(run)) if run.layout.shares_globals else set()
+    scales = {
+        name: run.datum_scale(name, nodes[0])
+        for name, nodes in run.model_nodes()
+        if name not in shared
+    }
     observed = [scales[name] for name, _ in run.observed_nodes()]
     # Observed sites of different scales are tempered: what is left is what a datum counts for.
     alike = bool(observed) and all(_same(s, observed[0]) for s in observed)
     scale = observed[0] if alike else run.plate_scale
     ratios = {name: 1.0 if _same(s, scale) else s / scale for name, s in scales.items()}
-    latent = [ratios[name] for name, _ in run.latent_nodes()]
+    latent = [ratios[name] for name, _ in run.latent_nodes() if name not in shared]
     common = latent[0] if latent and all(_same(r, latent[0]) for r in latent) else None
     if not latent:
         common = 1.0
     log_joint = _sum(
         term if _same(ratios[name], 1.0) else ratios[name] * term
-        for name, term in run.model_terms(scaled=False)
+        for name, term in run.model_terms(scaled=False, skip=shared)
     )
 
     def ratio(name: str) -> Any:
@@ -371,10 +382,29 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
             )
         return common
 
-    proposed = [ratio(name) * term for name, term in guide_terms.items()]
+    proposed = [ratio(name) * term for name, term in guide_terms.items() if name not in shared]
     # Nothing is proposed where every latent is summed out.
     log_guide = _sum(proposed) if proposed else torch.zeros_like(log_joint)
     return scale, log_joint, log_guide, common
+
+
+def _globals(run: Run) -> list[str]:
+    """Return the latent sites of model and guide outside the data plate."""
+    nodes = {**{n: found[0] for n, found in run.guide_nodes()}}
+    nodes |= {n: found[0] for n, found in run.latent_nodes()}
+    return [name for name, node in nodes.items() if not run.is_local(name, node)]
+
+
+def _kl_of_globals(run: Run) -> Tensor:
+    """Return log q - log p of the one draw of the global latents, scaled."""
+    latents = dict(run.latent_nodes())
+    terms = [
+        sign * run.log_prob(name, found[name], scaled=True)[0].sum()
+        for sign, found in ((1.0, dict(run.guide_nodes())), (-1.0, latents))
+        for name in _globals(run)
+        if name in found
+    ]
+    return torch.stack(terms).sum()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.impute import inner_dims, leading_datum, resampled
 from pyro_vae.logweights import Scorer
+from pyro_vae.results import given_text
 from pyro_vae.sites import Site, Structure
 
 __all__ = ["to_arviz"]
@@ -74,7 +76,9 @@ def to_arviz(
         raise ValueError(f"num_draws={num_draws}: at least 1 is needed")
     if resample not in (None, "psis"):
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
-    scorer = Scorer(model, guide, as_batch(*batch), data_plate=data_plate, seed=seed)
+    arguments = as_batch(*batch)
+    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
     for chunk in scorer.chunks(num_draws):
@@ -131,6 +135,7 @@ def to_arviz(
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "resampled": resample or "no",
+            "given": given_text(given).removeprefix("; given "),
         },
     )
 

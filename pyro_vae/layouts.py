@@ -20,6 +20,7 @@ from pyro_vae.sites import (
     Structure,
     called_modules,
     evaluation,
+    guide_factors,
     inspect,
     is_enumerable,
     is_subsampled,
@@ -57,6 +58,7 @@ class Layout:
         summed_out: discrete latents of the model that the guide does not propose.
         enumerated: discrete proposals of which all values are run, weighted by the guide.
         hidden: discrete proposals that are left to be summed out in the model.
+        shares_globals: whether all particles of all data see one draw of the global latents.
     """
 
     mode: str
@@ -66,6 +68,7 @@ class Layout:
     summed_out: tuple[str, ...]
     enumerated: tuple[str, ...]
     hidden: tuple[str, ...]
+    shares_globals: bool
 
     @property
     def first_enum_dim(self) -> int:
@@ -95,6 +98,7 @@ def plan(
     data_plate: str | bool | None,
     data: str,
     enumeration: str,
+    share_globals: bool = False,
 ) -> Layout:
     """Look at a pair, and decide how its particles are run.
 
@@ -112,6 +116,8 @@ def plan(
         enumeration: what becomes of discrete proposals that ask to be enumerated
             (infer={"enumerate": "parallel"}): an "expectation" over the guide, a "sum" over
             the model instead, or "no" enumeration: they are drawn.
+        share_globals: whether global latents, where each datum has a weight of its own, are
+            drawn once for all particles; else they are refused.
 
     Raises:
         ValueError: for what the particles, the plates or an enumeration cannot be done with.
@@ -132,10 +138,19 @@ def plan(
     hidden, enumerated_sites = ((), asked) if enumeration == "expectation" else (asked, ())
     if hidden:
         _check_hidden(guide, guide_trace, hidden, nesting, args, kwargs)
-    guide = hide(guide, hidden)
+    factors = tuple(guide_factors(guide_trace))
+    if factors and data == "needed":
+        raise ValueError(
+            f"the guide has pyro.factor statements {list(factors)}, for which an importance weight "
+            "has no place; train with pv.ELBO, or put them in the distribution that the guide "
+            "samples from"
+        )
+    guide = hide(guide, (*hidden, *factors))
     if num_particles > 1 or data != "no":
         batch = Batch(args, kwargs)
         structure = _structure(model, batch, data_plate, needed=data == "needed")
+        if data == "needed" and not share_globals:
+            structure.require_no_globals()
         plate = structure.data_plate
         subsampled = plate is not None and not plate.drawn and is_subsampled(model, batch, plate)
         if num_particles > 1 and vectorize:
@@ -162,6 +177,7 @@ def plan(
         summed_out(model_trace, proposed, data_plate=None if plate is None else plate.name),
         enumerated_sites,
         hidden,
+        share_globals and plate is not None and bool(structure and structure.global_latents),
     )
     if layout.enumerated and layout.summed_out:
         raise ValueError(
@@ -221,7 +237,6 @@ def _structure(
             return inspect(model, batch, data_plate=False)
         return structure if structure.local_latents else inspect(model, batch, data_plate=False)
     structure = inspect(model, batch, data_plate=data_plate)
-    structure.require_no_globals()
     for site in structure.sites.values():
         for plate in site.plates:
             own = structure.data_plate is not None and plate.name == structure.data_plate.name

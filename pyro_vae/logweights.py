@@ -8,10 +8,10 @@ bounds memory and never changes a result.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.enumeration import summed_out, with_placeholder
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.handlers import unobserve
 from pyro_vae.particles import (
     MODES,
@@ -36,14 +37,16 @@ from pyro_vae.particles import (
 from pyro_vae.results import LogWeights
 from pyro_vae.sites import (
     Structure,
+    check_stable,
     evaluation,
+    guide_factors,
     inspect,
     latent_nodes,
     plate_nesting,
     preserved_rng,
     sample_nodes,
 )
-from pyro_vae.traces import is_point, proposal_masks, trace_pair
+from pyro_vae.traces import is_point, proposal_masks, trace_guide, trace_pair
 
 __all__ = ["Chunk", "Scorer", "log_weights"]
 
@@ -59,7 +62,7 @@ _CHUNK_ELEMENTS = 2**22
 _DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Chunk:
     """Draws of some particles for some data, and their log weights.
 
@@ -115,6 +118,7 @@ class Scorer:
         with evaluation(*self._modules), preserved_rng(batch.device):
             self.structure = inspect(model, batch, data_plate=data_plate)
             self.structure.require_no_globals()
+            check_stable(model, batch, self.structure)
             plate = self.structure.data_plate
             if plate is not None and plate.drawn:
                 raise ValueError(
@@ -124,11 +128,19 @@ class Scorer:
                 )
             with torch.no_grad(), poutine.block():
                 model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                # On random numbers of its own: not outside of this context.
+                self.point_sites = _points(guide, batch, guide_trace)
                 name = plate.name if plate else None
                 self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
                 if self.summed_out and not list(latent_nodes(guide_trace)):
                     guide = with_placeholder(guide, plate)
                     model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        if factors := guide_factors(guide_trace):
+            raise ValueError(
+                f"the guide has pyro.factor statements {factors}, which are no part of a density "
+                f"q(z | x); pass pyro.poutine.block(guide, hide={factors}) if they serve training "
+                "alone, else put them in the distribution that the guide samples from"
+            )
         _check_per_datum(self.structure, model_trace, guide_trace)
         self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
@@ -136,11 +148,6 @@ class Scorer:
             not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
-        # Points, where no auxiliary site carries the density (as AutoNormal's do).
-        auxiliary = any(node["infer"].get("is_auxiliary") for _, node in latent_nodes(guide_trace))
-        self.point_sites = [
-            name for name, node in latent_nodes(guide_trace) if not auxiliary and _bare_point(node)
-        ]
         shapes = {
             name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
             for trace in (model_trace, guide_trace)
@@ -478,7 +485,38 @@ class Scorer:
             )
 
         choose_mode(self._guide, "guide", particles, log_guide, score_guide)
-        choose_mode(self._model, "model", particles, score_model(), score_model)
+        reference = score_model()
+        self._check_independent(rows, latents, reference)
+        choose_mode(self._model, "model", particles, reference, score_model)
+
+    def _check_independent(
+        self, rows: slice, values: Mapping[str, Tensor], reference: Tensor
+    ) -> None:
+        """Raise ValueError where a datum's density depends on the latents of other data.
+
+        Of two particles, one is made that takes every other datum's values from the second:
+        each datum must have the density that it had before.
+        """
+        size, plate = rows.stop - rows.start, self.structure.data_plate
+        if plate is None or size < 2:
+            return
+        second = torch.arange(size, device=self.batch.device) % 2 == 1
+        mixed = {}
+        for name, value in values.items():
+            shape = self._guide.shapes[name]
+            right = shape.event_ndim - plate.dim - 1
+            mixed[name] = torch.where(second.reshape(-1, *[1] * right), value[1:2], value[:1])
+        traces = self._model.traces(rows, 1, mixed)
+        found = self._model.log_prob(traces, rows, 1, is_any)
+        wanted = torch.where(second, reference[1:2], reference[:1])
+        if agree(wanted, found):
+            return
+        raise ValueError(
+            f"the density of a datum depends on the latents of other data, by up to "
+            f"{float((wanted - found).abs().max()):.3g} nats: the data of plate {plate.name!r} "
+            "have no weights of their own. Pass data_plate=False to treat the whole batch as one "
+            "datum"
+        )
 
 
 def _check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
@@ -561,14 +599,32 @@ def log_weights(
         >>> weights.total.std().item() < 1e-6
         True
     """
-    scorer = Scorer(
-        model, guide, as_batch(*batch), data_plate=data_plate, particles=particles, seed=seed
-    )
+    arguments = as_batch(*batch)
+    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    scorer = Scorer(model, guide, arguments, data_plate=data_plate, particles=particles, seed=seed)
     by_block: dict[int, list[LogWeights]] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
     blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
-    return LogWeights.concatenate(blocks, 1)
+    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=given)
+
+
+def _points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[str]:
+    """Return the latents that a guide proposes a point for, whose density nothing carries.
+
+    Where there are auxiliary sites, they carry the density (as AutoNormal's do) of what moves
+    with them from run to run, and of nothing else.
+    """
+    nodes = dict(latent_nodes(guide_trace))
+    bare = [
+        n
+        for n, node in nodes.items()
+        if not node["infer"].get("is_auxiliary") and _bare_point(node)
+    ]
+    if not bare or not any(node["infer"].get("is_auxiliary") for node in nodes.values()):
+        return bare
+    again = trace_guide(guide, batch.args, batch.kwargs)
+    return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]
 
 
 def _bare_point(node: Any) -> bool:

@@ -40,10 +40,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
-    # What it has to know of the data plate, and what it does with discrete proposals that ask
-    # to be enumerated: see pyro_vae.layouts.plan.
+    # What it has to know of the data plate, what it does with discrete proposals that ask to be
+    # enumerated, and whether it can do with global latents: see pyro_vae.layouts.plan.
     _data = "no"
     _enumeration = "no"
+    _share_globals = False
 
     def __init__(
         self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
@@ -125,6 +126,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
                     data_plate=self.data_plate,
                     data=self._data,
                     enumeration=self._enumeration,
+                    share_globals=self._share_globals,
                 )
                 # With the pair, so that no other object takes its identity.
                 self._layouts[key] = (layout, model, guide)
@@ -250,8 +252,10 @@ class ELBO(Objective):
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
         terms.update((("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls))
-        if not terms:
-            raise ValueError("the model has no sample statement: there is nothing to fit")
+        for name, nodes in run.guide_factor_nodes():  # as Trace_ELBO has them, but pathwise
+            terms["factor", name] = -run.log_prob(name, nodes, scaled=True)
+        if not terms:  # as where nothing of this batch is observed
+            return torch.zeros(())
         elbo = torch.stack([term.sum() for term in terms.values()]).sum() / self.num_particles
         if torch.is_grad_enabled():
             if self.estimator == "score":

@@ -59,6 +59,14 @@ class Parameters:
             for name, node in trace.nodes.items()
             if node["type"] == "param" and name in store
         }
+        # pyro.module leaves a module its own parameters where the store has others by its name.
+        own = {
+            name: node["args"][1]
+            for trace in traces
+            for name, node in trace.nodes.items()
+            if node["type"] == "param" and "$$$" in name and isinstance(node["args"][-1], Tensor)
+        }
+        store.update({n: v for n, v in own.items() if v.is_leaf and v.requires_grad})
         self._stored = {name: store[name] for name in sorted(names) if id(store[name]) not in found}
         found.update((id(parameter), parameter) for parameter in self._stored.values())
         held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import elbo, elbo_influence, std_error
-from pyro_vae.families import FactorizedFamily
-from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.family import Family
+from pyro_vae.global_latents import fix_globals_of_pair
+from pyro_vae.guides import LocalGuide, of_family
 from pyro_vae.lbfgs import minimize_rows
 from pyro_vae.logweights import Scorer
 from pyro_vae.sites import evaluation
@@ -38,7 +39,7 @@ def refine(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *batch: Any,
-    family: FactorizedFamily | None = None,
+    family: Family | None = None,
     max_steps: int = 4000,
     tolerance: float = 0.02,
     data_plate: str | bool | None = None,
@@ -87,8 +88,9 @@ def refine(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
     arguments = as_batch(*batch)
+    model, guide, _ = fix_globals_of_pair(model, guide, arguments, data_plate)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
-    if family is None and isinstance(guide, FamilyGuide):
+    if family is None and of_family(guide):
         family = guide.family
     local = LocalGuide(
         model, num_data=scorer.num_data, example=arguments, family=family, data_plate=data_plate
@@ -119,7 +121,7 @@ def refine_table(
     model: Callable[..., Any],
     scorer: Scorer,
     start: Tensor,
-    family: FactorizedFamily,
+    family: Family,
     data_plate: str | bool | None,
     max_steps: int,
     tolerance: float,
@@ -129,18 +131,19 @@ def refine_table(
     Args:
         model: a Pyro model.
         scorer: of the model on the batch, with any guide; its seed is that of the draws.
-        start: [N, D, params_per_coordinate].
+        start: [N, P].
         family: the variational family.
         data_plate: as in :func:`refine`.
         max_steps: as in :func:`refine`.
         tolerance: as in :func:`refine`.
 
     Returns:
-        The table, [N, D, params_per_coordinate], and which rows converged, [N].
+        The table, [N, P], and which rows converged, [N].
     """
     tables, converged = [], []
     for rows in scorer.data_blocks():
-        block = scorer.batch if scorer.batch.size is None else scorer.batch.rows(rows)
+        whole = scorer.batch.size is None or scorer.structure.data_plate is None
+        block = scorer.batch if whole else scorer.batch.rows(rows)
         table, reached = _refine_block(
             model,
             block,
@@ -158,11 +161,11 @@ def refine_table(
 
 
 def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tensor:
-    """Return the guide's own answer in the parameters of the local guide, [N, D, p]."""
+    """Return the guide's own answer in the parameters of the local guide, [N, P]."""
     batch = scorer.batch
     with evaluation(guide), torch.no_grad():
         if (
-            isinstance(guide, FamilyGuide)
+            of_family(guide)
             and guide.family == local.family
             and guide.coordinates == local.coordinates
         ):
@@ -177,7 +180,7 @@ def _refine_block(
     model: Callable[..., Any],
     batch: Batch,
     table: Tensor,
-    family: FactorizedFamily,
+    family: Family,
     data_plate: str | bool | None,
     max_steps: int,
     tolerance: float,
@@ -185,7 +188,7 @@ def _refine_block(
     *,
     splittable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Optimise the rows of a block; return them, [n, D, p], and which converged, [n]."""
+    """Optimise the rows of a block; return them, [n, P], and which converged, [n]."""
     table = table.clone()
     converged = torch.zeros(table.shape[0], dtype=torch.bool, device=table.device)
     cycle, left = 0, max_steps
@@ -207,7 +210,8 @@ def _refine_block(
         else:
             after, gain = _climb_points(scorer, guide, before, steps)
             error = torch.zeros_like(gain)
-        table[active] = torch.where((gain > 0)[:, None, None], after, before)
+        better = (gain > 0).reshape(-1, *[1] * (table.ndim - 1))
+        table[active] = torch.where(better, after, before)
         converged[active] = gain + 2 * error < tolerance
         left, cycle = left - steps, cycle + 1
     return table, converged
@@ -217,7 +221,7 @@ def _climb(
     scorer: Scorer, guide: LocalGuide, start: Tensor, steps: int, num_particles: int, cycle: int
 ) -> Tensor:
     """Run one cycle of Adam on every row at once; return the new rows."""
-    units = guide.family.units(start)
+    units = guide.family.units(start, guide.num_coordinates)
     shift = torch.zeros_like(start, requires_grad=True)
     # The average of the second half of the path has less noise than its end.
     average = torch.zeros_like(start)
@@ -226,7 +230,7 @@ def _climb(
         optimizer.param_groups[0]["lr"] = (
             _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
-        noise = _orthogonal_noise(num_particles, start, (scorer.seed, 1, cycle, step))
+        noise = _orthogonal_noise(num_particles, guide, start, (scorer.seed, 1, cycle, step))
         loss = -_log_weights(scorer, guide, start + units * shift, noise).mean(0).sum()
         # By the rows alone: the model's parameters collect no gradients.
         (shift.grad,) = torch.autograd.grad(loss, [shift])
@@ -240,7 +244,7 @@ def _climb_points(
     scorer: Scorer, guide: LocalGuide, start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Run one cycle of L-BFGS on every row's log p(x, z); return the rows and their gains."""
-    noise = start.new_zeros(1, start.shape[1])
+    noise = start.new_zeros(1, guide.family.num_noise(guide.num_coordinates))
 
     def loss(rows: Tensor) -> Tensor:
         return -_log_weights(scorer, guide, rows.reshape(start.shape), noise)[0]
@@ -259,7 +263,9 @@ def _gain(
     """Return the gain in ELBO from before to after and its standard error, [n]."""
     gains = []
     for replicate in range(_REPLICATES):
-        noise = _orthogonal_noise(num_particles // _REPLICATES, before, (scorer.seed, 2, replicate))
+        noise = _orthogonal_noise(
+            num_particles // _REPLICATES, guide, before, (scorer.seed, 2, replicate)
+        )
         high, low = (
             _log_weights(scorer, guide, table, noise).double() for table in (after, before)
         )
@@ -286,13 +292,16 @@ def _log_weights(scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor
     return log_likelihood + log_prior - log_guide
 
 
-def _orthogonal_noise(num_particles: int, like: Tensor, key: tuple[int, ...]) -> Tensor:
-    """Return standard normal noise, [K, D]: mirrored pairs, in orthogonal directions.
+def _orthogonal_noise(
+    num_particles: int, guide: LocalGuide, like: Tensor, key: tuple[int, ...]
+) -> Tensor:
+    """Return standard normal noise, [K, num_noise]: mirrored pairs, in orthogonal directions.
 
     Each row is exactly normal. Together they cancel the gradient noise of a quadratic log
     density for the locations, and most of it for the scales.
     """
-    pairs, size = (num_particles + 1) // 2, like.shape[1]
+    pairs = (num_particles + 1) // 2
+    size = guide.family.num_noise(guide.num_coordinates)
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae import estimators
 
-__all__ = ["Bound", "EMResult", "FitResult", "LogWeights"]
+__all__ = ["Bound", "EMResult", "FitResult", "LogWeights", "given_text"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class LogWeights:
         log_likelihood: sum over observed sites of log p(x | z), [K, N].
         log_prior: sum over latent sites of log p(z), [K, N].
         log_guide: sum over latent sites of log q(z | x), [K, N].
+        given: global latent sites, and the values that they were fixed at.
     """
 
     log_likelihood: Tensor
     log_prior: Tensor
     log_guide: Tensor
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shapes = {self.log_likelihood.shape, self.log_prior.shape, self.log_guide.shape}
@@ -79,12 +81,15 @@ class Bound:
         value: [N], float64.
         std_error: Monte Carlo standard error of each, [N].
         num_particles: K.
+        given: global latent sites, and the values that they were fixed at: then the bound is on
+            log p(x | these).
     """
 
     name: str
     value: Tensor
     std_error: Tensor
     num_particles: int
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -103,8 +108,13 @@ class Bound:
     def __repr__(self) -> str:
         return (
             f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum "
-            f"({self.value.shape[0]} data)"
+            f"({self.value.shape[0]} data{given_text(self.given)})"
         )
+
+
+def given_text(given: Mapping[str, Any]) -> str:
+    """Return what a result says of global latents that were fixed."""
+    return f"; given {', '.join(given)} at the guide's median" if given else ""
 
 
 @dataclass(frozen=True)

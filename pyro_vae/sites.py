@@ -23,6 +23,7 @@ __all__ = [
     "Structure",
     "called_modules",
     "check_guide",
+    "check_stable",
     "evaluation",
     "inspect",
     "is_enumerable",
@@ -345,6 +346,32 @@ def plate_nesting(trace: Any) -> int:
     return -min(dims, default=0)
 
 
+def check_stable(model: Callable[..., Any], batch: Batch, structure: Structure) -> None:
+    """Raise ValueError if a model's sites, or their shapes, are others in another run."""
+    again, _ = run_model(model, batch, seed=1)
+    for name in structure.sites.keys() | again.keys():
+        shapes = [
+            (*sites[name].batch_shape, *sites[name].event_shape) if name in sites else None
+            for sites in (structure.sites, again)
+        ]
+        if shapes[0] != shapes[1]:
+            told = " and ".join("no such site" if s is None else str(list(s)) for s in shapes)
+            raise ValueError(
+                f"site {name!r} is not the same in two runs of the model on one batch ({told}): "
+                "latents of changing number or dimension have no density in common. Give it a "
+                "fixed shape, and mask what is not there (poutine.mask)"
+            )
+
+
+def guide_factors(guide_trace: Any) -> list[str]:
+    """Return the names of a guide's pyro.factor statements."""
+    return [
+        name
+        for name, node in sample_nodes(guide_trace)
+        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
+    ]
+
+
 def check_guide(model_trace: Any, guide_trace: Any) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
@@ -356,16 +383,6 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     proposed = {
         name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
     }
-    factors = [
-        name
-        for name, node in sample_nodes(guide_trace)
-        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
-    ]
-    if factors:
-        raise ValueError(
-            f"the guide has pyro.factor statements {factors}, whose term in log q would be lost; "
-            "put them in the distribution that the guide samples from"
-        )
     missing = {
         name
         for name, node in latent_nodes(model_trace)
@@ -390,9 +407,13 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
         )
 
 
-def run_model(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site], int]:
+def run_model(
+    model: Callable[..., Any], batch: Batch, seed: int | None = None
+) -> tuple[dict[str, Site], int]:
     """Run a model once; return its sites, latents not yet told apart, and its plate nesting."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
             trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         except Exception as error:
@@ -403,12 +424,26 @@ def run_model(model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Site],
         for name, node in trace.nodes.items()
         if site_is_subsample(node) and _draws_subsample(node["fn"])
     }
+    # A plate without a size (pyro.plate("data")) has that of what is in it.
+    unsized: dict[str, int] = {}
+    for _, node in sample_nodes(trace):
+        shape = node["fn"].batch_shape
+        for frame in node["cond_indep_stack"]:
+            if frame.vectorized and frame.size == -1:
+                size = shape[frame.dim] if len(shape) >= -frame.dim else 1
+                unsized[frame.name] = max(size, unsized.get(frame.name, 1))
     sites = {}
     for name, node in sample_nodes(trace):
         if node["infer"].get("_deterministic"):
             continue
         plates = tuple(
-            Plate(frame.name, frame.dim, frame.size, frame.full_size, frame.name in drawn)
+            Plate(
+                frame.name,
+                frame.dim,
+                unsized.get(frame.name, frame.size),
+                unsized.get(frame.name, frame.full_size),
+                frame.name in drawn,
+            )
             for frame in node["cond_indep_stack"]
             if frame.vectorized
         )

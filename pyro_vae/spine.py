@@ -24,7 +24,7 @@ from pyro_vae.enumeration import contract, enumerated, scaled_by, unmasked_log_p
 from pyro_vae.guides import FamilyGuide, LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import latent_nodes, preserved_rng, sample_nodes, unwrapped
+from pyro_vae.sites import guide_factors, latent_nodes, preserved_rng, sample_nodes, unwrapped
 from pyro_vae.traces import ReplaceDraws, point_of, site_log_prob, trace_guide, trace_model
 
 __all__ = ["Run"]
@@ -65,8 +65,15 @@ class Run:
         self._again: list[tuple[Callable[[], Any], Any]] = []
         self._points: set[str] = set()  # proposals that are parameters themselves
         own = unwrapped(guide)
-        self._simple = isinstance(own, FamilyGuide) and getattr(own, "global_guide", None) is None
+        independent = isinstance(own, FamilyGuide) and not own.is_dependent
+        self._simple = independent and getattr(own, "global_guide", None) is None
         guide = hide(guide, layout.hidden)
+        if layout.shares_globals:
+            shared = trace_guide(getattr(own, "global_guide", None) or guide, args, kwargs)
+            local = {name for name, node in latent_nodes(shared) if self.is_local(name, node)}
+            for name in local:
+                shared.remove_node(name)
+            guide = poutine.replay(guide, trace=shared)
         self._pairs: list[tuple[Any, Any]] = []
         if layout.mode == "plate":
             plate = pyro.plate("num_particles_vectorized", num_particles, dim=-1 - layout.nesting)
@@ -145,6 +152,11 @@ class Run:
     def guide_nodes(self) -> Iterator[tuple[str, list[Any]]]:
         """Yield each proposal of the guide, with its node in each trace."""
         for name, _ in latent_nodes(self._pairs[0][1]):
+            yield name, [guide_trace.nodes[name] for _, guide_trace in self._pairs]
+
+    def guide_factor_nodes(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each pyro.factor statement of the guide, likewise."""
+        for name in guide_factors(self._pairs[0][1]):
             yield name, [guide_trace.nodes[name] for _, guide_trace in self._pairs]
 
     def observed_nodes(self) -> Iterator[tuple[str, list[Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -16,10 +16,17 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import unobserve
-from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
+from pyro_vae.sites import (
+    check_guide,
+    evaluation,
+    latent_nodes,
+    preserved_rng,
+    sample_nodes,
+)
 
 __all__ = [
     "ReplaceDraws",
+    "dependencies",
     "dream",
     "is_point",
     "mask_proposals",
@@ -50,7 +57,7 @@ def trace_pair(
 
 def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the guide; return its trace, the subsamples of plates included."""
-    return poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+    return _lift_masks(poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs))
 
 
 def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
@@ -63,12 +70,52 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
     Raises:
         ValueError: where the guide does not propose just the model's latent sites.
     """
-    model_trace = poutine.trace(
-        poutine.replay(model, trace=guide_trace), graph_type="flat"
-    ).get_trace(*args, **kwargs)
+    model_trace = _lift_masks(
+        poutine.trace(poutine.replay(model, trace=guide_trace), graph_type="flat").get_trace(
+            *args, **kwargs
+        )
+    )
     check_guide(model_trace, guide_trace)
     mask_proposals(model_trace, guide_trace)
     return model_trace
+
+
+def _lift_masks(trace: Any) -> Any:
+    """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
+
+    One that differs within an event stays where it is.
+    """
+    for _, node in latent_nodes(trace):
+        fn, mask = _without_mask(node["fn"])
+        if mask is not None:
+            node["fn"] = fn
+            node["mask"] = mask if node["mask"] is None else node["mask"] & mask
+    return trace
+
+
+def _without_mask(fn: Any) -> tuple[Any, Any]:
+    """Return a distribution without a mask of whole events, and that mask; None for no mask."""
+    if isinstance(fn, dist.MaskedDistribution):
+        inner, mask = _without_mask(fn.base_dist)
+        return inner, fn._mask if mask is None else fn._mask & mask
+    if isinstance(fn, dist.Independent):
+        inner, mask = _without_mask(fn.base_dist)
+        events = fn.reinterpreted_batch_ndims
+        if isinstance(mask, Tensor):
+            flat = mask.expand(inner.batch_shape).flatten(-events)
+            if not bool((flat == flat[..., :1]).all()):
+                return fn, None
+            mask = flat[..., 0]
+        return (fn, None) if mask is None else (inner.to_event(events), mask)
+    return fn, None
+
+
+def _is_masked(fn: Any) -> bool:
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
 
 
 def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
@@ -107,6 +154,33 @@ def trace_given(
     return trace_guide(poutine.replay(fn, trace=values_trace(values)), args, kwargs)
 
 
+def dependencies(
+    model: Callable[..., Any], batch: Batch, names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return, for each of some latent sites, those whose values its prior depends on directly.
+
+    Found by running the model with the value of one site changed and all others kept.
+
+    Args:
+        model: a Pyro model.
+        batch: its arguments.
+        names: of continuous latent sites, in the order of the model.
+    """
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(names, ())
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        trace: Any = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        values = {name: node["value"] for name, node in latent_nodes(trace)}
+        for parent in names[:-1]:
+            changed = {**values, parent: trace.nodes[parent]["fn"].sample()}
+            other = trace_given(model, changed, batch.args, batch.kwargs)
+            for name in names[names.index(parent) + 1 :]:
+                fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
+                before, after = (fn.log_prob(values[name]) for fn in fns)
+                if not torch.equal(before, after):
+                    found[name] = (*found[name], parent)
+    return found
+
+
 def values_trace(values: Mapping[str, Tensor]) -> Any:
     """Return a trace that holds nothing but the values of sites, to replay."""
     trace = poutine.Trace()
@@ -127,6 +201,12 @@ def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | boo
     auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
     found = {}
     for name, node in latent_nodes(model_trace):
+        proposal = guide_trace.nodes.get(name)
+        if proposal is not None and _is_masked(node["fn"]) and not _is_masked(proposal["fn"]):
+            raise ValueError(
+                f"the model masks parts of an event of the latent site {name!r}, and the guide "
+                "does not: put the same mask on the guide's distribution"
+            )
         # A discrete latent that is summed out has no proposal.
         if node["mask"] is None or node["mask"] is True or name not in guide_trace.nodes:
             continue
@@ -165,6 +245,11 @@ def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
     fn = node["fn"]
     try:
         log_prob = fn.log_prob(node["value"])
+    except KeyError as error:
+        raise ValueError(
+            f"site {name!r}: {fn} knows the density of its own last draw alone, for its transform "
+            "has no inverse (planar and radial flows); take a flow with one"
+        ) from error
     except ValueError as error:
         role = "observed" if node["is_observed"] else "latent"
         raise ValueError(

@@ -223,6 +223,8 @@ def test_bad_guides_are_refused(setting):
     with pytest.raises(ValueError, match="num_data=0"):
         pv.LocalGuide(model, num_data=0, example=x)
     with pytest.raises(ValueError, match="with data_plate=False there are none"):
+        pv.AmortizedGuide(model, nn.Linear(6, 2).double(), example=x, data_plate=False)
+    with pytest.raises(ValueError, match="num_data=9: with data_plate=False the whole batch is"):
         pv.LocalGuide(model, num_data=9, example=x, data_plate=False)
 
 

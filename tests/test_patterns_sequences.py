@@ -91,14 +91,9 @@ def sequences() -> tuple[Tensor, Tensor]:
 
 
 MASKS = ["inside", "outside", "poutine"]
-MASKS_OF_DISTRIBUTIONS = pytest.mark.xfail(
-    reason="a latent masked by fn.mask(...) in the model alone keeps its proposal's entropy, "
-    "which lifts bounds past log p(x)",
-    strict=True,
-)
 MASKS_OF_THE_MODEL = [
-    pytest.param("inside", marks=MASKS_OF_DISTRIBUTIONS),
-    pytest.param("outside", marks=[MASKS_OF_DISTRIBUTIONS, pytest.mark.slow]),
+    "inside",
+    pytest.param("outside", marks=pytest.mark.slow),
     "poutine",
 ]
 
@@ -248,7 +243,6 @@ def test_cells(labelled: bool, inflated: bool) -> None:
     uses(scanvi.model, scanvi.guide, batch, continuous=labelled)
 
 
-@pytest.mark.xfail(reason="factors in a guide are refused in training too", strict=True)
 def test_cells_with_a_classification_loss_in_the_guide() -> None:
     """As published: the labelled cells' classifier is trained by a factor in the guide.
 
@@ -268,7 +262,6 @@ def test_cells_with_a_classification_loss_in_the_guide() -> None:
     pv.fit(scanvi.model, scanvi.guide, (x, y), batch_size=3, epochs=2, progress=False)
 
 
-@pytest.mark.xfail(reason="fit refuses factors in a guide with Pyro's own losses", strict=True)
 def test_cells_with_a_classification_loss_by_pyros_loss() -> None:
     scanvi, batch = SCANVI(factor=True), cells()
     options = {"batch_size": 3, "epochs": 2, "progress": False}
