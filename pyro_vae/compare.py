@@ -253,7 +253,7 @@ def compare(
         if chunks[0].particles.stop == num_particles:
             reduced.append(_reduce(blocks.pop(rows.start), list(given), references, crossed))
     dataset = _dataset(reduced, list(given), references, num_particles)
-    dataset.attrs["given"] = given_text(fixed).removeprefix("; given ")
+    dataset.attrs["given"] = given_text(fixed)
     dataset["converged"] = (("guide", "datum"), _converged(given, references, dataset))
     return Comparison(dataset, given)
 

@@ -56,10 +56,13 @@ def _name_of(module: nn.Module) -> str:
 def _forget(name: str) -> None:
     store = pyro.get_param_store()
     for param_name, value in list(store.named_parameters()):
-        # A parameter that is registered under another name as well is not ours to drop.
-        mine = param_name.startswith((f"{name}$$$", f"{name}."))
-        if mine and store.param_name(value) in (param_name, None):
+        if param_name.startswith((f"{name}$$$", f"{name}.")):
+            # The store knows one name of each parameter, which may be another module's that lives.
+            known = store.param_name(value)
+            store._param_to_name[value] = param_name
             del store[param_name]
+            if known not in (None, param_name):
+                store._param_to_name[value] = known
 
 
 class _Unobserve(Messenger):

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
+from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.logweights import Chunk, Scorer
-from pyro_vae.results import LogWeights
+from pyro_vae.results import LogWeights, given_text
 from pyro_vae.sites import Site, Structure
 
 __all__ = ["Imputation", "impute", "inner_dims", "leading_datum", "resampled"]
@@ -190,7 +191,9 @@ def impute(
     """
     if num_draws < 1 or int(num_draws) != num_draws:
         raise ValueError(f"num_draws={num_draws}: at least 1 is needed, a whole number")
-    scorer = Scorer(model, guide, as_batch(*batch), data_plate=data_plate, seed=seed)
+    arguments = as_batch(*batch)
+    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     sites = [
         site for site in structure.observed if site.missing is not None and bool(site.missing.any())
@@ -204,7 +207,8 @@ def impute(
     names = tuple(site.name for site in sites)
     chunks = itertools.groupby(scorer.chunks(num_particles), key=lambda chunk: chunk.rows.start)
     blocks = [_impute_block(scorer, list(block), names, num_draws) for _, block in chunks]
-    return Imputation(_dataset(structure, sites, blocks), names, num_particles)
+    dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(given))
+    return Imputation(dataset, names, num_particles)
 
 
 def resampled(

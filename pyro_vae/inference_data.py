@@ -135,7 +135,7 @@ def to_arviz(
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "resampled": resample or "no",
-            "given": given_text(given).removeprefix("; given "),
+            "given": given_text(given),
         },
     )
 

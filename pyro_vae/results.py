@@ -106,15 +106,16 @@ class Bound:
         return float(estimators.mean_std_error(self.std_error))
 
     def __repr__(self) -> str:
+        given = f"; given {given_text(self.given)}" if self.given else ""
         return (
             f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum "
-            f"({self.value.shape[0]} data{given_text(self.given)})"
+            f"({self.value.shape[0]} data{given})"
         )
 
 
 def given_text(given: Mapping[str, Any]) -> str:
-    """Return what a result says of global latents that were fixed."""
-    return f"; given {', '.join(given)} at the guide's median" if given else ""
+    """Return what a result says of global latents that were fixed; "" where none were."""
+    return f"{', '.join(given)} at the guide's median" if given else ""
 
 
 @dataclass(frozen=True)

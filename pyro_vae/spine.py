@@ -217,8 +217,13 @@ class Run:
             return plate.name in {p.name for p in structure.sites[name].plates}
         # An auxiliary site of the guide, whose plate may have a name of its own.
         shape = node["fn"].batch_shape
-        own = plate.name in {frame.name for frame in node["cond_indep_stack"]}
-        return own or (len(shape) >= -plate.dim and shape[plate.dim] > 1)
+        names = {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+        if plate.name in names or len(shape) < -plate.dim:
+            return plate.name in names
+        others = {p.name for site in structure.sites.values() for p in site.plates}
+        return shape[plate.dim] > 1 and not any(
+            frame.dim == plate.dim and frame.name in others for frame in node["cond_indep_stack"]
+        )
 
     def per_dimension(self, terms: list[Tensor], event_dim: int, *, local: bool) -> Tensor:
         """Sum a site's term, of its batch and event shape in each trace, over the data.

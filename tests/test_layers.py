@@ -78,7 +78,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # The two entry points gather from every layer: `import pyro_vae` and `python -m pyro_vae`.
 ENTRY_POINTS = {"__init__", "__main__"}
 
-# The one folder, of files that know nothing of each other, has the layer of its name.
+# The one folder has the layer of its name.
 FOLDER = "zoo"
 
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py")) if path.stem not in ENTRY_POINTS}

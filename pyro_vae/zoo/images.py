@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pyro_vae.handlers import register
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
-from pyro_vae.sites import evaluation, preserved_rng
 from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
+from pyro_vae.zoo.simulation import draw
 
 __all__ = ["VAE", "ConditionalVAE", "ConvVAE", "MixtureVAE", "TwoLayerVAE"]
 
@@ -22,8 +22,7 @@ __all__ = ["VAE", "ConditionalVAE", "ConvVAE", "MixtureVAE", "TwoLayerVAE"]
 class _DecoderModel(nn.Module):
     """What the models share: a decoder network, and a likelihood of each feature.
 
-    A subclass gives :meth:`forward`, the Pyro model; called by itself it returns the latents that
-    it drew from the prior, which the decoder takes.
+    A subclass gives :meth:`forward`, the Pyro model, which returns the value of its observed site.
     """
 
     def __init__(
@@ -54,16 +53,10 @@ class _DecoderModel(nn.Module):
         """
         if num_data < 1:
             raise ValueError(f"num_data={num_data}: at least 1 is needed")
-        blank = self._like.new_zeros(num_data, *self.data_shape)
-        with torch.no_grad(), evaluation(self), preserved_rng(blank.device):
-            # Not torch.manual_seed: it seeds every device.
-            torch.default_generator.manual_seed(seed)
-            if blank.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            return self._draw(blank)
+        return self._draw(self._like.new_zeros(num_data, *self.data_shape), seed)
 
-    def _draw(self, blank: Tensor) -> Any:
-        return self.likelihood(self(blank)).sample()
+    def _draw(self, blank: Tensor, seed: int) -> Any:
+        return draw(self, blank, seed=seed)
 
     @property
     def _like(self) -> Tensor:
@@ -73,8 +66,8 @@ class _DecoderModel(nn.Module):
     def _standard_normal(self, num_latents: int) -> Any:
         return dist.Normal(self._like.new_zeros(num_latents), 1.0).to_event(1)
 
-    def _observe(self, likelihood: Any, x: Tensor) -> None:
-        pyro.sample("x", likelihood.to_event(len(self.data_shape)), obs=x)
+    def _observe(self, likelihood: Any, x: Tensor) -> Tensor:
+        return pyro.sample("x", likelihood.to_event(len(self.data_shape)), obs=x)
 
     def _encoder_sizes(self, hidden: Sequence[int]) -> list[int]:
         return [math.prod(self.data_shape) * self.observation.inputs_per_feature, *hidden]
@@ -154,12 +147,11 @@ class VAE(_VectorModel):
         self.num_latents = num_latents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the latents [N, L]."""
+        """Run the model on data [N, D]; return the value of its observed site."""
         register(self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._standard_normal(self.num_latents))
-            self._observe(self.likelihood(z), x)
-        return z
+            return self._observe(self.likelihood(z), x)
 
 
 class ConvVAE(_DecoderModel):
@@ -209,12 +201,11 @@ class ConvVAE(_DecoderModel):
         self.num_latents = num_latents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the model on images [N, C, H, W]; return the latents [N, L]."""
+        """Run the model on images [N, C, H, W]; return the value of its observed site."""
         register(self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._standard_normal(self.num_latents))
-            self._observe(self.likelihood(z), x)
-        return z
+            return self._observe(self.likelihood(z), x)
 
     def make_encoder(self, num_features: int = 64, **options: Any) -> nn.Module:
         """Return a new encoder, from images [N, C, H, W] to features [N, num_features].
@@ -266,14 +257,13 @@ class TwoLayerVAE(_VectorModel):
         self.prior = MLP([upper, *hidden, 2 * lower])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the latents z1, [N, L1]."""
+        """Run the model on data [N, D]; return the value of its observed site."""
         register(self)
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", self._standard_normal(self.num_latents[1]))
             location, log_scale = self.prior(z2).chunk(2, -1)
             z1 = pyro.sample("z1", dist.Normal(location, log_scale.exp()).to_event(1))
-            self._observe(self.likelihood(z1), x)
-        return z1
+            return self._observe(self.likelihood(z1), x)
 
 
 class MixtureVAE(_VectorModel):
@@ -324,14 +314,13 @@ class MixtureVAE(_VectorModel):
         self.log_scales = nn.Parameter(torch.zeros(num_components, num_latents))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the latents [N, L]."""
+        """Run the model on data [N, D]; return the value of its observed site."""
         register(self)
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=self.logits))
             prior = dist.Normal(self.means[c], self.log_scales[c].exp())
             z = pyro.sample("z", prior.to_event(1))
-            self._observe(self.likelihood(z), x)
-        return z
+            return self._observe(self.likelihood(z), x)
 
 
 class ConditionalVAE(_VectorModel):
@@ -375,13 +364,11 @@ class ConditionalVAE(_VectorModel):
         self.one_hot = OneHot(num_classes)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Run the model on data [N, D] of classes [N]; return latents and class, [N, L + C]."""
+        """Run the model on data [N, D] of classes [N]; return the observed value."""
         register(self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._standard_normal(self.num_latents))
-            inputs = self.decoder_inputs(z, y)
-            self._observe(self.likelihood(inputs), x)
-        return inputs
+            return self._observe(self.likelihood(self.decoder_inputs(z, y)), x)
 
     def decoder_inputs(self, z: Tensor, y: Tensor) -> Tensor:
         """Return latents [..., N, L] beside the indicators of classes [N]: [..., N, L + C]."""
@@ -400,10 +387,13 @@ class ConditionalVAE(_VectorModel):
             self.observation.make_input(), OneHot(self.num_classes), network
         ).to(self._like)
 
-    def _draw(self, blank: Tensor) -> dict[str, Tensor]:
+    def _draw(self, blank: Tensor, seed: int) -> dict[str, Tensor]:
         # The classes have no distribution in the model: all alike.
-        y = torch.randint(self.num_classes, blank.shape[:1], device=blank.device)
-        return {"x": self.likelihood(self(blank, y)).sample(), "y": y}
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randint(self.num_classes, blank.shape[:1], generator=generator).to(blank.device)
+        # The same seed again would make latents depend on classes.
+        other_seed = int(torch.randint(2**62, (), generator=generator))
+        return {"x": draw(self, blank, y, seed=other_seed), "y": y}
 
 
 class _ConditionalEncoder(nn.Module):
