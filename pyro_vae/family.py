@@ -36,9 +36,12 @@ class Family(ABC):
 
     Attributes:
         has_density: whether a member is a distribution with a density; a point has none.
+        anneals: whether :func:`pyro_vae.refine` begins with p(x, z) to a power that rises to one:
+            a family of several modes would else settle in the nearest.
     """
 
     has_density: bool = True
+    anneals: bool = False
 
     @abstractmethod
     def params_shape(self, size: int) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ class Flow(Family):
 
     bins: int = 8
     hidden: int = 8
+    anneals = True
 
     def __post_init__(self) -> None:
         for name, value, least in (("bins", self.bins, 2), ("hidden", self.hidden, 1)):

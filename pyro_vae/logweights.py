@@ -486,8 +486,8 @@ class Scorer:
 
         choose_mode(self._guide, "guide", particles, log_guide, score_guide)
         reference = score_model()
-        self._check_independent(rows, latents, reference)
         choose_mode(self._model, "model", particles, reference, score_model)
+        self._check_independent(rows, latents, reference)
 
     def _check_independent(
         self, rows: slice, values: Mapping[str, Tensor], reference: Tensor

@@ -32,6 +32,7 @@ _DOUBLINGS = 3
 _REPLICATES = 8  # independent sets of them, whose spread gives the standard error
 _LEARNING_RATE = 0.1  # in the family's units: standard deviations of the start
 _SECOND_MOMENT_DECAY = 0.95  # forgets the steep way down within a cycle
+_COLDEST = 0.01  # the power of p(x, z) that annealing begins with
 _START_DRAWS = 256  # of a guide whose parameters cannot be read off
 
 
@@ -222,6 +223,7 @@ def _climb(
 ) -> Tensor:
     """Run one cycle of Adam on every row at once; return the new rows."""
     units = guide.family.units(start, guide.num_coordinates)
+    annealed = guide.family.anneals and cycle == 0
     shift = torch.zeros_like(start, requires_grad=True)
     # The average of the second half of the path has less noise than its end.
     average = torch.zeros_like(start)
@@ -231,7 +233,8 @@ def _climb(
             _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
         noise = _orthogonal_noise(num_particles, guide, start, (scorer.seed, 1, cycle, step))
-        loss = -_log_weights(scorer, guide, start + units * shift, noise).mean(0).sum()
+        power = _COLDEST ** max(0.0, 1 - 1.4 * step / steps) if annealed else 1.0
+        loss = -_log_weights(scorer, guide, start + units * shift, noise, power).mean(0).sum()
         # By the rows alone: the model's parameters collect no gradients.
         (shift.grad,) = torch.autograd.grad(loss, [shift])
         optimizer.step()
@@ -276,8 +279,10 @@ def _gain(
     return torch.nan_to_num(gain, nan=-math.inf, neginf=-math.inf), error
 
 
-def _log_weights(scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor) -> Tensor:
-    """Return the log weights of draws made of given noise, [K, n].
+def _log_weights(
+    scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor, power: float = 1.0
+) -> Tensor:
+    """Return the log weights of draws made of given noise, [K, n]; of p(x, z) to a power.
 
     The gradient sticks the landing: the score of log q has expectation zero, so the
     density's own dependence on the parameters is left out, and only the path counts.
@@ -289,7 +294,7 @@ def _log_weights(scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor
         return log_likelihood + log_prior
     with guide.using(table.detach()):
         log_guide = scorer.score_guide(rows, values)
-    return log_likelihood + log_prior - log_guide
+    return power * (log_likelihood + log_prior) - log_guide
 
 
 def _orthogonal_noise(

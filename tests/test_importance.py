@@ -454,7 +454,7 @@ def test_global_latents_are_one_datum(name, vectorize):
 # --- what is refused ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "pathwise"])
 def test_global_latents_are_refused(name):
     def both(x):
         pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))

@@ -148,14 +148,13 @@ def test_a_wrong_broadcast_is_found_and_another_way_taken():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            location = z.reshape(len(x), -1).cumsum(0).reshape(z.shape)
+            location = z.reshape(len(x), -1).flip(-1).reshape(z.shape)
             pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
 
     x = torch.randn(4, 2, dtype=torch.float64)
-    # cumsum over the data couples them: no way of running particles is right but the loop.
     guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
     scorer = Scorer(model, guide, as_batch(x), seed=0)
-    assert scorer.modes == {"guide": "plate", "model": "loop"}
+    assert scorer.modes == {"guide": "plate", "model": "repeat"}
     with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
         pv.log_weights(model, guide, x, num_particles=2, particles="plate")
 
@@ -222,7 +221,7 @@ def test_plates_inside_the_data_plate_and_at_other_dims():
 
     x = torch.randn(5, 3, dtype=torch.float64)
     guide = pv.AmortizedGuide(model, nn.Linear(3, 4).double(), example=x)
-    assert {c.name: c.shape for c in guide.coordinates} == {"z": (1,), "w": (3,)}
+    assert {c.name: c.batch for c in guide.coordinates} == {"z": (1, 1), "w": (1, 3)}
     results = [
         pv.log_weights(model, guide, x, num_particles=6, particles=particles, seed=0).total
         for particles in ("plate", "repeat")

@@ -1,0 +1,171 @@
+"""Families and guides against evidences that are known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import factor_analysis
+
+import pyro_vae as pv
+
+N = 6
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize(
+    "family", [pv.families.FullRankNormal(), pv.families.LowRankNormal(2)], ids=repr
+)
+def test_a_correlated_posterior_is_within_reach(family):
+    """The ELBO of each datum is log p(x) to 1e-3 nats; the mean field is 0.1 nats away."""
+    model = factor_analysis("correlated")
+    x = model.data(N)
+    start = pv.LocalGuide(model, num_data=N, example=x)
+    guide = pv.refine(model, start, x, family=family, seed=0)
+    bound = pv.elbo(model, guide, x, num_particles=1000, seed=1)
+    assert (bound.value - model.log_evidence(x)).abs().max() < 1e-3
+    assert model.mean_field_gap > 0.1
+    assert guide.converged.all()
+
+
+def test_an_encoder_learns_a_correlated_posterior():
+    """Amortized, the full-rank family comes closer than the mean field can."""
+    model = factor_analysis("correlated")
+    x = model.data(200)
+    torch.manual_seed(1)
+    encoder = torch.nn.Linear(6, 8).double()
+    guide = pv.AmortizedGuide(model, encoder, example=x, family=pv.families.FullRankNormal())
+    pv.fit(
+        model,
+        guide,
+        x,
+        loss=pv.ELBO(4, estimator="stl"),
+        optim=lambda parameters: torch.optim.Adam(parameters, lr=0.03),
+        max_steps=400,
+        progress=False,
+    )
+    gap = (model.log_evidence(x) - pv.elbo(model, guide, x, num_particles=500, seed=0).value).mean()
+    assert gap + 1e-3 >= 0
+    assert gap < model.mean_field_gap / 4
+
+
+def gamma_poisson(x):
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(x.new_tensor(10.0), 4.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def gamma_poisson_evidence(x):
+    return dist.GammaPoisson(x.new_tensor(10.0), 4.0).log_prob(x)
+
+
+def beta_bernoulli(x):
+    with pyro.plate("data", len(x)):
+        p = pyro.sample("p", dist.Beta(x.new_tensor(2.0), 3.0))
+        likelihood = dist.Bernoulli(p.unsqueeze(-1).expand(*p.shape, x.shape[-1]))
+        pyro.sample("x", likelihood.to_event(1), obs=x)
+
+
+def beta_bernoulli_evidence(x):
+    ones = x.sum(-1)
+    zeros = x.shape[-1] - ones
+
+    def log_beta(a, b):
+        return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+    two, three = x.new_tensor(2.0), x.new_tensor(3.0)
+    return log_beta(two + ones, three + zeros) - log_beta(two, three)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pv.families.Normal(), pv.families.Flow(bins=4, hidden=1)],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    ("model", "evidence", "x"),
+    [
+        (gamma_poisson, gamma_poisson_evidence, torch.tensor([0.0, 1.0, 2.0, 5.0, 9.0])),
+        (
+            beta_bernoulli,
+            beta_bernoulli_evidence,
+            torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]]),
+        ),
+    ],
+    ids=["Gamma-Poisson", "Beta-Bernoulli"],
+)
+def test_constrained_latents_approach_the_evidence(model, evidence, x, family):
+    x = x.double()
+    start = pv.LocalGuide(model, num_data=len(x), example=x, family=family)
+    guide = pv.refine(model, start, x, max_steps=250, seed=0)
+    bound = pv.iwae_bound(model, guide, x, num_particles=20_000, seed=1)
+    exact = evidence(x)
+    assert (bound.std_error < 0.01).all()
+    assert ((bound.value - exact).abs() < 4 * bound.std_error).all()
+    elbo = pv.elbo(model, guide, x, num_particles=2000, seed=1)
+    assert (elbo.value < exact + 4 * elbo.std_error).all()
+
+
+def test_a_mixture_s_evidence_by_enumeration():
+    logits = torch.tensor([0.2, -1.0, 0.5], dtype=torch.float64).log_softmax(-1)
+    locs = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=logits))
+            z = pyro.sample("z", dist.Normal(locs[c], 0.7))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def posterior(x):
+        """Of z with c summed out: a mixture."""
+        variance = 1 / (1 / 0.7**2 + 1 / 0.5**2)
+        means = variance * (locs / 0.7**2 + x.unsqueeze(-1) / 0.5**2)
+        shares = logits + dist.Normal(locs, math.hypot(0.7, 0.5)).log_prob(x.unsqueeze(-1))
+        components = dist.Normal(means, variance**0.5)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(logits=shares), components))
+
+    x = torch.linspace(-3, 4, N, dtype=torch.float64)
+    exact = (logits + dist.Normal(locs, math.hypot(0.7, 0.5)).log_prob(x.unsqueeze(-1))).logsumexp(
+        -1
+    )
+    weights = pv.log_weights(model, posterior, x, num_particles=5, seed=0)
+    torch.testing.assert_close(weights.total, exact.expand(5, N), rtol=1e-12, atol=1e-12)
+
+
+def two_modes(x):
+    """x is near z squared: the posterior of z has a mode on either side."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z.square(), 0.2), obs=x)
+
+
+def test_a_flow_has_two_modes_and_a_normal_one():
+    """By quadrature: half of the mass is lost to a Normal, about log 2 nats; not to a flow."""
+    x = torch.tensor([0.4, 0.7], dtype=torch.float64)
+    grid = torch.linspace(-6, 6, 100_001, dtype=torch.float64).unsqueeze(-1)
+    joint = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.2).log_prob(x)
+    exact = joint.logsumexp(0) + math.log(float(grid[1] - grid[0]))
+    found = pv.compare(
+        two_modes,
+        {"normal": pv.families.Normal(), "flow": pv.families.Flow()},
+        x,
+        num_particles=4000,
+        max_steps=1500,
+        seed=0,
+    ).dataset
+    gaps = exact.numpy() - found["elbo"]
+    errors = found["elbo_se"]
+    normal, flow = (gaps.sel(guide=name) for name in ("normal", "flow"))
+    assert (normal - 4 * errors.sel(guide="normal") > 0.35).all()
+    assert (flow < 0.1 * normal).all()
+    assert (flow > -4 * errors.sel(guide="flow")).all()
