@@ -58,6 +58,10 @@ def main() -> None:
     print(f"truth in the 95% interval     {float(inside.float().mean()):.2f}")
     told = correlation(items["discrimination"], found["discrimination"])
     print(f"correlation of discrimination {told:.3f}")
+    # Of each person, given the items at their medians: who answers as no ability explains?
+    bound = pv.iwae_bound(model, guide, responses[:200], num_particles=500, seed=0)
+    print(bound)
+    print(f"least expected answers: person {int(bound.value.argmin())}")
 
 
 if __name__ == "__main__":
