@@ -11,8 +11,8 @@ import torch
 from pyro_vae.batches import as_batch
 from pyro_vae.estimators import StreamingELBO, StreamingIWAE
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.logweights import Scorer
 from pyro_vae.results import Bound
+from pyro_vae.scorer import Scorer
 
 __all__ = ["elbo", "iwae_bound"]
 

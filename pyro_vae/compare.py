@@ -35,11 +35,12 @@ from pyro_vae.estimators import (
     std_error,
 )
 from pyro_vae.families import Family, Normal
+from pyro_vae.family_guide import FamilyGuide, normal_moments, of_family
 from pyro_vae.global_latents import fix_globals
-from pyro_vae.guides import FamilyGuide, LocalGuide, normal_moments, of_family
-from pyro_vae.logweights import Scorer
+from pyro_vae.guides import LocalGuide
 from pyro_vae.refine import refine
 from pyro_vae.results import given_text
+from pyro_vae.scorer import Scorer
 from pyro_vae.sites import inspect
 
 __all__ = ["Comparison", "compare"]

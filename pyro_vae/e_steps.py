@@ -32,10 +32,11 @@ from pyro_vae.estimators import (
 )
 from pyro_vae.exact import ExactGuide
 from pyro_vae.guides import LocalGuide
-from pyro_vae.logweights import Chunk, Scorer
 from pyro_vae.objectives import ELBO
 from pyro_vae.refine import refine_table
-from pyro_vae.sites import Structure, evaluation, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.scorer import Chunk, Scorer
+from pyro_vae.sites import Structure
 
 __all__ = ["EStep", "Estimate", "ExactStep", "ImportanceStep", "NUTSStep", "VariationalStep"]
 

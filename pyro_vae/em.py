@@ -30,11 +30,13 @@ from pyro_vae.e_steps import (
     VariationalStep,
 )
 from pyro_vae.exact import ExactGuide
-from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.family_guide import FamilyGuide
+from pyro_vae.guides import LocalGuide
 from pyro_vae.m_step import MStep, NonFiniteHalfStepError, failure
 from pyro_vae.parameters import Parameters
 from pyro_vae.results import EMResult
-from pyro_vae.sites import Structure, evaluation, inspect, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.sites import Structure, inspect
 from pyro_vae.traces import dream
 
 __all__ = ["NonFiniteHalfStepError", "em"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.enumeration import Conditional, conditionals, enumerated, marginals
-from pyro_vae.sites import Structure, evaluation, inspect, plain_distribution, sample_nodes
+from pyro_vae.running import evaluation
+from pyro_vae.sites import Structure, inspect, plain_distribution, sample_nodes
 from pyro_vae.traces import site_log_prob
 
 __all__ = ["ExactGuide"]

@@ -25,8 +25,8 @@ from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
+from pyro_vae.running import evaluation, module_of, preserved_rng
 from pyro_vae.schedules import factor_at, shortfall
-from pyro_vae.sites import evaluation, module_of, preserved_rng
 from pyro_vae.traces import non_finite_sites
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.guides import AmortizedGuide
-from pyro_vae.sites import evaluation, inspect, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.sites import inspect
 
 __all__ = ["fix_globals", "fix_globals_of_pair"]
 

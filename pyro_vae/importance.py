@@ -16,7 +16,8 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.layouts import Layout
 from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import evaluation, latent_nodes, preserved_rng, unwrapped
+from pyro_vae.running import evaluation, preserved_rng, unwrapped
+from pyro_vae.sites import latent_nodes
 from pyro_vae.spine import Run
 from pyro_vae.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
 

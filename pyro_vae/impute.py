@@ -23,8 +23,8 @@ from torch import Tensor
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.logweights import Chunk, Scorer
 from pyro_vae.results import LogWeights, given_text
+from pyro_vae.scorer import Chunk, Scorer
 from pyro_vae.sites import Site, Structure
 
 __all__ = ["Imputation", "impute", "inner_dims", "leading_datum", "resampled"]

@@ -13,8 +13,8 @@ from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
 from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.impute import inner_dims, leading_datum, resampled
-from pyro_vae.logweights import Scorer
 from pyro_vae.results import given_text
+from pyro_vae.scorer import Scorer
 from pyro_vae.sites import Site, Structure
 
 __all__ = ["to_arviz"]

@@ -14,19 +14,17 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import enumerated, summed_out
-from pyro_vae.logweights import Scorer
+from pyro_vae.running import called_modules, evaluation, preserved_rng
+from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
     Structure,
-    called_modules,
-    evaluation,
     guide_factors,
     inspect,
     is_enumerable,
     is_subsampled,
     latent_nodes,
     plate_nesting,
-    preserved_rng,
 )
 from pyro_vae.traces import trace_guide, trace_model
 

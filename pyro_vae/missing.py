@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, biject_to, constraints
 
 from pyro_vae.batches import rows_text
-from pyro_vae.sites import module_of, plain_distribution
+from pyro_vae.running import module_of
+from pyro_vae.sites import plain_distribution
 
 __all__ = ["MissingData", "MissingEncoder"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.kl import analytic_kl, kl_per_dimension
 from pyro_vae.layouts import Layout, plan
-from pyro_vae.sites import evaluation, latent_nodes, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.sites import latent_nodes
 from pyro_vae.spine import Run
 from pyro_vae.traces import trace_pair
 

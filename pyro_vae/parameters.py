@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
-from pyro_vae.sites import called_modules, evaluation, module_of, preserved_rng
+from pyro_vae.running import called_modules, evaluation, module_of, preserved_rng
 from pyro_vae.traces import trace_pair
 
 __all__ = ["Parameters", "all_finite", "make_optimizer"]

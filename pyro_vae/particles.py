@@ -29,7 +29,8 @@ from pyro_vae.enumeration import (
     unmasked_log_prob,
 )
 from pyro_vae.guides import LocalGuide
-from pyro_vae.sites import latent_nodes, sample_nodes, unwrapped
+from pyro_vae.running import unwrapped
+from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob, values_trace
 
 __all__ = [

@@ -14,11 +14,12 @@ from torch import Tensor
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
+from pyro_vae.family_guide import of_family
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.guides import LocalGuide, of_family
+from pyro_vae.guides import LocalGuide
 from pyro_vae.lbfgs import minimize_rows
-from pyro_vae.logweights import Scorer
-from pyro_vae.sites import evaluation
+from pyro_vae.running import evaluation
+from pyro_vae.scorer import Scorer
 
 __all__ = ["refine", "refine_table"]
 

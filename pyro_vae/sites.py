@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,29 +10,25 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch, rows_text
+from pyro_vae.running import called_modules, evaluation, preserved_rng
 
 __all__ = [
     "DataPlateError",
     "Plate",
     "Site",
     "Structure",
-    "called_modules",
     "check_guide",
     "check_stable",
-    "evaluation",
     "inspect",
     "is_enumerable",
     "is_subsampled",
     "latent_nodes",
-    "module_of",
     "plain_distribution",
     "plate_nesting",
     "sample_nodes",
-    "unwrapped",
 ]
 
 
@@ -163,71 +158,6 @@ class Structure:
                 "pyro.poutine.block(pyro.condition(model, data=values), hide=list(values)); or "
                 "pass data_plate=False to treat the whole batch as one datum"
             )
-
-
-def module_of(fn: Any) -> nn.Module | None:
-    """Return the nn.Module that a model or guide is, or is a method of; None for others."""
-    owner = getattr(fn, "__self__", fn)
-    return owner if isinstance(owner, nn.Module) else None
-
-
-def unwrapped(fn: Any) -> Any:
-    """Return the model or guide inside Pyro's handlers."""
-    while hasattr(fn, "__wrapped__"):
-        fn = fn.__wrapped__
-    return fn
-
-
-@contextlib.contextmanager
-def evaluation(*fns: Any) -> Iterator[None]:
-    """Put the nn.Modules of models and guides in eval mode; restore each submodule after.
-
-    Plain functions close over modules that cannot be seen: each is put in eval mode as it
-    is called, and restored likewise.
-    """
-    training = [
-        submodule
-        for module in map(module_of, fns)
-        if module is not None
-        for submodule in module.modules()
-        if submodule.training
-    ]
-    for submodule in training:
-        submodule.training = False
-
-    def switch(module: nn.Module, inputs: Any) -> None:
-        if module.training:
-            module.training = False
-            training.append(module)
-
-    hook = register_module_forward_pre_hook(switch)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for submodule in training:
-            submodule.training = True
-
-
-@contextlib.contextmanager
-def called_modules() -> Iterator[dict[int, nn.Module]]:
-    """Collect the nn.Modules that are called inside the context, by identity."""
-    found: dict[int, nn.Module] = {}
-    hook = register_module_forward_pre_hook(
-        lambda module, inputs: found.__setitem__(id(module), module)
-    )
-    try:
-        yield found
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was found: looking must not change what is drawn next."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def inspect(

@@ -1,6 +1,6 @@
 """One run of a pair in training: the terms of its sites, per particle and datum, with gradients.
 
-:mod:`pyro_vae.logweights` is for evaluation: modules in eval mode, scales stripped,
+:mod:`pyro_vae.scorer` is for evaluation: modules in eval mode, scales stripped,
 fixed random streams. Here modules are as the user left them, the random numbers are the
 global ones, and scales are kept beside the terms.
 """
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
-from pyro_vae.guides import FamilyGuide, LocalGuide
+from pyro_vae.family_guide import FamilyGuide
+from pyro_vae.guides import LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
-from pyro_vae.sites import guide_factors, latent_nodes, preserved_rng, sample_nodes, unwrapped
+from pyro_vae.running import preserved_rng, unwrapped
+from pyro_vae.sites import guide_factors, latent_nodes, sample_nodes
 from pyro_vae.traces import ReplaceDraws, point_of, site_log_prob, trace_guide, trace_model
 
 __all__ = ["Run"]

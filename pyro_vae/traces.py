@@ -16,13 +16,8 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import unobserve
-from pyro_vae.sites import (
-    check_guide,
-    evaluation,
-    latent_nodes,
-    preserved_rng,
-    sample_nodes,
-)
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
 
 __all__ = [
     "ReplaceDraws",

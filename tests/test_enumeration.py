@@ -22,7 +22,7 @@ from pyro_vae.enumeration import (
     scaled_by,
     summed_out,
 )
-from pyro_vae.logweights import Scorer
+from pyro_vae.scorer import Scorer
 from pyro_vae.sites import sample_nodes
 from pyro_vae.traces import site_log_prob
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.logweights import Scorer
+from pyro_vae.scorer import Scorer
 from pyro_vae.traces import non_finite_sites
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.handlers import register
-from pyro_vae.sites import inspect, module_of
+from pyro_vae.running import module_of
+from pyro_vae.sites import inspect
 
 NAN = math.nan
 SEEN = [0, 2, 3, 5]  # of the six features of factor_analysis()

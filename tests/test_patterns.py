@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.logweights import Scorer
+from pyro_vae.scorer import Scorer
 
 N, PIXELS, LATENTS, LABELS = 6, 5, 2, 3
 

@@ -125,8 +125,8 @@ def test_hand_written_guides_are_read_off_or_matched():
     table = pv.refine(model, normal, x, max_steps=1, seed=0).table
     assert table.shape == (8, 3, 2)
     from pyro_vae.batches import as_batch
-    from pyro_vae.logweights import Scorer
     from pyro_vae.refine import _start
+    from pyro_vae.scorer import Scorer
 
     local = pv.LocalGuide(model, num_data=8, example=x)
     start = _start(local, normal, Scorer(model, normal, as_batch(x), seed=0))

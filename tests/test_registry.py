@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.logweights import Scorer
+from pyro_vae.scorer import Scorer
 from pyro_vae.zoo import likelihoods
 
 N = 6

@@ -13,7 +13,7 @@ from torch.distributions import Binomial, Categorical, MultivariateNormal, Norma
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.logweights import Scorer
+from pyro_vae.scorer import Scorer
 from pyro_vae.zoo import likelihoods
 
 N, L = 8, 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.handlers import unobserve
-from pyro_vae.sites import evaluation, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng
 
 __all__ = ["draw"]
 

@@ -1,0 +1,517 @@
+"""The only runner of guide and replayed model for scoring: draws, chunks, refusals.
+
+The guide is drawn from in blocks whose size and seed depend on the data and the
+base seed alone, and the model scores the draws in chunks of any size; so a chunk
+bounds memory and never changes a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.admission import check_per_datum, points
+from pyro_vae.batches import Batch
+from pyro_vae.enumeration import summed_out, with_placeholder
+from pyro_vae.handlers import unobserve
+from pyro_vae.particles import (
+    MODES,
+    Runner,
+    SiteShape,
+    agree,
+    choose_mode,
+    is_any,
+    is_latent,
+    is_observed,
+)
+from pyro_vae.results import LogWeights
+from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.sites import (
+    check_stable,
+    guide_factors,
+    inspect,
+    latent_nodes,
+    plate_nesting,
+    sample_nodes,
+)
+from pyro_vae.traces import is_point, proposal_masks, trace_pair
+
+__all__ = ["Chunk", "Scorer"]
+
+# Pairs (particle, datum) drawn at once, and data in a block. They decide which
+# random numbers a datum gets, so they are constants and not options.
+_DRAW_PAIRS = 8192
+_DRAW_DATA = 256
+# Pairs, and observed numbers, scored at once by default. Larger tensors than these
+# leave the processor's cache, and go back to the system after each use.
+_CHUNK_PAIRS = 8192
+_CHUNK_ELEMENTS = 2**22
+# First in the key of every random stream: what it is for.
+_DRAWS, _CHECKS, _RUNS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Draws of some particles for some data, and their log weights.
+
+    Attributes:
+        rows: which data.
+        particles: which particles.
+        values: latent site (the guide's auxiliary ones too) to ``[K, *plates, *event]``.
+        weights: the LogWeights, [K, N] of this chunk.
+    """
+
+    rows: slice
+    particles: slice
+    values: Mapping[str, Tensor]
+    weights: LogWeights
+
+
+class Scorer:
+    """A model, a guide and a batch, made ready to draw and to score.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: the batch.
+        data_plate: as in :func:`pyro_vae.sites.inspect`.
+        particles: "plate", "repeat", "loop", or "auto" to take the first of them that
+            agrees with a loop.
+        seed: the base seed of the draws; None takes one from the global random state.
+        gradients: whether draws and densities carry gradients.
+
+    Raises:
+        ValueError: for what :func:`pyro_vae.log_weights` refuses.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batch: Batch,
+        *,
+        data_plate: str | bool | None = None,
+        particles: str = "auto",
+        seed: int | None = None,
+        gradients: bool = False,
+    ) -> None:
+        if particles not in ("auto", *MODES):
+            raise ValueError(f"particles={particles!r}: one of 'auto', {MODES} is needed")
+        if seed is not None and (int(seed) != seed or seed < 0):
+            raise ValueError(f"seed={seed!r}: a whole number of at least 0 is needed")
+        self.batch = batch
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
+        self.gradients = gradients
+        self._modules = (model, guide)
+        with evaluation(*self._modules), preserved_rng(batch.device):
+            self.structure = inspect(model, batch, data_plate=data_plate)
+            self.structure.require_no_globals()
+            check_stable(model, batch, self.structure)
+            plate = self.structure.data_plate
+            if plate is not None and plate.drawn:
+                raise ValueError(
+                    f"the model draws its own minibatch in plate {plate.name!r} "
+                    "(subsample_size=...); a result for each datum needs to know which. Pass the "
+                    "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
+                )
+            with torch.no_grad(), poutine.block():
+                model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                # On random numbers of its own: not outside of this context.
+                self.point_sites = points(guide, batch, guide_trace)
+                name = plate.name if plate else None
+                self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
+                if self.summed_out and not list(latent_nodes(guide_trace)):
+                    guide = with_placeholder(guide, plate)
+                    model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        if factors := guide_factors(guide_trace):
+            raise ValueError(
+                f"the guide has pyro.factor statements {factors}, which are no part of a density "
+                f"q(z | x); pass pyro.poutine.block(guide, hide={factors}) if they serve training "
+                "alone, else put them in the distribution that the guide samples from"
+            )
+        check_per_datum(self.structure, model_trace, guide_trace)
+        self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+        self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
+        self._scorable = all(
+            not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
+            for _, node in latent_nodes(guide_trace)
+        )
+        shapes = {
+            name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
+            for trace in (model_trace, guide_trace)
+            for name, node in sample_nodes(trace)
+        }
+        data_dim = self.structure.data_dim
+        self._guide = Runner(
+            guide, batch, shapes, self.nesting, data_dim, proposal_masks(model_trace, guide_trace)
+        )
+        self._model = Runner(model, batch, shapes, self.nesting, data_dim, summed=self.summed_out)
+        with self._scoring(), torch.no_grad():
+            self._choose_modes(particles)
+
+    @property
+    def num_data(self) -> int:
+        """N: data in the batch, or 1 where it is treated as one datum."""
+        return self.structure.num_data
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How particles are run, for guide and model: "plate", "repeat" or "loop"."""
+        return {"guide": self._guide.mode, "model": self._model.mode}
+
+    @property
+    def chunk_pairs(self) -> int:
+        """Pairs (particle, datum) that the model scores at once by default."""
+        observed = sum(site.value.numel() for site in self.structure.observed)
+        elements = max(1, observed) * self._model.num_values
+        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // elements))
+
+    def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
+        """Draw and score, block of data by block of data, particles inside.
+
+        Args:
+            num_particles: K, for each datum.
+            chunk_size: pairs (particle, datum) scored at once; bounds memory only.
+        """
+        if num_particles < 1 or int(num_particles) != num_particles:
+            raise ValueError(f"num_particles={num_particles}: at least 1 is needed, a whole number")
+        pairs = self.chunk_pairs if chunk_size is None else chunk_size
+        if pairs < 1:
+            raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
+        for block, rows in enumerate(self.data_blocks()):
+            size = rows.stop - rows.start
+            step = max(1, _DRAW_PAIRS // size)
+            starts = list(range(0, num_particles, step))
+            together = max(1, pairs // (step * size))
+            for group in range(0, len(starts), together):
+                blocks = starts[group : group + together]
+                drawn = [
+                    self.draw(rows, min(step, num_particles - k), (_DRAWS, block, k // step))
+                    for k in blocks
+                ]
+                values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
+                log_guide = torch.cat([log_guide for _, log_guide in drawn])
+                log_likelihood, log_prior = self.score_model(rows, values, pairs)
+                weights = LogWeights(log_likelihood, log_prior, log_guide)
+                self._refuse_nan(rows, weights)
+                start = blocks[0]
+                yield Chunk(
+                    rows=rows,
+                    particles=slice(start, start + weights.num_particles),
+                    values=values,
+                    weights=weights,
+                )
+
+    def _refuse_nan(self, rows: slice, weights: LogWeights) -> None:
+        """Raise ValueError for weights that are NaN or +inf; -inf is a density of zero."""
+        bad = (weights.total.isnan() | (weights.total == math.inf)).any(0)
+        if not bool(bad.any()):
+            return
+        parts = {
+            "log p(x | z)": weights.log_likelihood,
+            "log p(z)": weights.log_prior,
+            "log q(z | x)": weights.log_guide,
+        }
+        told = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+        index = torch.nonzero(bad).flatten()[:5] + rows.start
+        raise ValueError(
+            f"the log weights of data {index.tolist()} ({int(bad.sum())} of {bad.shape[0]} in the "
+            f"block) are NaN or infinite, through {', '.join(told)}: a draw is at the edge of a "
+            "support, or overflows. Try float64, or bound the scale there"
+        )
+
+    def data_blocks(self) -> list[slice]:
+        """The data in blocks of rows; all at once where a model cannot be given fewer."""
+        if self.num_data <= _DRAW_DATA or not self.splittable:
+            return [slice(0, self.num_data)]
+        return [
+            slice(start, min(start + _DRAW_DATA, self.num_data))
+            for start in range(0, self.num_data, _DRAW_DATA)
+        ]
+
+    @functools.cached_property
+    def splittable(self) -> bool:
+        """Whether guide and model, given some of the rows, say of them what they say of all.
+
+        Not so where a plate has a fixed size, or a function closes over data of its own.
+        """
+        if self.structure.data_plate is None or self.batch.size is None or self.num_data < 2:
+            return False
+        whole, half = slice(0, self.num_data), slice(self.num_data // 2, self.num_data)
+        with torch.no_grad():
+            values, log_guide = self.draw(whole, 2, (_CHECKS, 1))
+            with self._scoring():
+                log_joint = torch.stack(self._score(whole, values)).sum(0)
+                some = self._take_data(values, half, self.num_data)
+                try:
+                    found = self.score_guide(half, some)
+                    found_joint = torch.stack(self._score(half, some)).sum(0)
+                except (RuntimeError, ValueError, IndexError):
+                    return False  # it takes batches of this one size
+        return agree(log_guide[:, half], found) and agree(log_joint[:, half], found_joint)
+
+    def guide_runs(self, count: int) -> list[dict[str, Any]]:
+        """Return the guide's latent nodes in independent runs on the whole batch."""
+        runs = []
+        with self._scoring():
+            for run in range(count):
+                self._reseed(_RUNS, run)
+                batch = self.batch
+                trace = poutine.trace(self._guide.fn).get_trace(*batch.args, **batch.kwargs)
+                runs.append(dict(latent_nodes(trace)))
+        return runs
+
+    def draw(
+        self, rows: slice, num_particles: int, key: tuple[int, ...]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw from the guide: values, and their log density [K, N].
+
+        The random numbers depend on the base seed and ``key`` alone.
+        """
+        with self._scoring():
+            self._reseed(*key)
+            traces = self._guide.traces(rows, num_particles)
+            values = self._guide.values(traces, num_particles)
+            return values, self._guide.log_prob(traces, rows, num_particles, is_latent)
+
+    def score_guide(self, rows: slice, values: Mapping[str, Tensor]) -> Tensor:
+        """Return log q(z | x) of given values under the guide, [K, N]."""
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            traces = self._guide.traces(rows, num_particles, values)
+            return self._guide.log_prob(traces, rows, num_particles, is_latent)
+
+    def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values as ``[K, N, *inner plates, *event]``.
+
+        For one datum as ``[K, *batch, *event]``.
+        """
+        single = self.single_values(values)
+        dim = self.structure.data_dim
+        if dim is None:
+            return single
+        shapes = self._guide.shapes
+        return {
+            name: value.movedim(value.ndim - shapes[name].event_ndim + dim, 1)
+            for name, value in single.items()
+        }
+
+    def predict(
+        self,
+        rows: slice,
+        num_particles: int,
+        values: Mapping[str, Tensor] | None,
+        key: tuple[int, ...],
+    ) -> dict[str, Tensor]:
+        """Draw every site of the model that ``values`` does not give, observed ones too.
+
+        Returns:
+            Site name to draws, as :meth:`by_datum` shapes them.
+        """
+        model = self._model
+        runner = Runner(unobserve(model.fn), self.batch, model.shapes, self.nesting, model.data_dim)
+        runner.mode = model.mode
+        with self._scoring():
+            self._reseed(*key)
+            traces = runner.traces(
+                rows, num_particles, None if values is None else self._latents(values)
+            )
+            drawn = runner.values(traces, num_particles)
+        return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
+
+    def single_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
+        shapes = self._guide.shapes
+        return {
+            name: value.reshape(
+                value.shape[:1] + value.shape[1 + self.nesting - shapes[name].batch_ndim :]
+            )
+            for name, value in values.items()
+        }
+
+    def from_single(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo :meth:`single_values`.
+
+        To ``[K, *plates, *event]`` from ``[K, *batch, *event]``.
+        """
+        shapes = self._guide.shapes
+        return {
+            name: value.reshape(
+                value.shape[:1] + (1,) * (self.nesting - shapes[name].batch_ndim) + value.shape[1:]
+            )
+            for name, value in values.items()
+        }
+
+    def can_score(self, other: Scorer) -> bool:
+        """Whether this guide's density of the other guide's draws is known."""
+        return (
+            self._scorable
+            and self.nesting == other.nesting
+            and self._guide_sites == other._guide_sites
+        )
+
+    def score_model(
+        self, rows: slice, values: Mapping[str, Tensor], pairs: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p(x | z) and log p(z) of given values, [K, N] each."""
+        size = rows.stop - rows.start
+        pairs = self.chunk_pairs if pairs is None else pairs
+        num_particles = next(iter(values.values())).shape[0]
+        # Equal pieces: a small one left over would cost as much as a full one.
+        particle_step = -(-num_particles // -(-num_particles // max(1, pairs // size)))
+        data_step = pairs if pairs < size and self.splittable else size
+        by_particle = []
+        with self._scoring():
+            for k in range(0, num_particles, particle_step):
+                some = {name: value[k : k + particle_step] for name, value in values.items()}
+                by_data = [
+                    self._score(
+                        slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
+                        self._take_data(some, slice(n, n + data_step), size),
+                    )
+                    for n in range(0, size, data_step)
+                ]
+                by_particle.append([torch.cat(terms, 1) for terms in zip(*by_data, strict=True)])
+        log_likelihood, log_prior = (torch.cat(terms) for terms in zip(*by_particle, strict=True))
+        return log_likelihood, log_prior
+
+    def site_log_likelihood(self, rows: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return log p(x | z) of each observed site, [K, N]; ``[K, *batch]`` for one datum."""
+        num_particles = next(iter(values.values())).shape[0]
+        one_datum = self.structure.data_dim is None
+        with self._scoring():
+            traces = self._model.traces(rows, num_particles, self._latents(values))
+            return {
+                site.name: self._model.pointwise_log_prob(traces, site.name)
+                if one_datum
+                else self._model.site_log_prob(traces, rows, site.name, num_particles)
+                for site in self.structure.observed
+            }
+
+    def _score(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        num_particles = next(iter(values.values())).shape[0]
+        traces = self._model.traces(rows, num_particles, self._latents(values))
+        log_prior = self._model.log_prob(traces, rows, num_particles, is_latent)
+        if not self.summed_out:
+            return self._model.log_prob(traces, rows, num_particles, is_observed), log_prior
+        # The discrete sites tie likelihood and prior: p(x | z) = p(x, z) / p(z).
+        log_joint = self._model.log_prob(traces, rows, num_particles, is_any)
+        never = log_prior == -math.inf
+        return log_joint.masked_fill(never, 0.0) - log_prior.masked_fill(never, 0.0), log_prior
+
+    def draw_summed_out(
+        self, rows: slice, values: Mapping[str, Tensor], key: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """Draw what is summed out from its exact posterior given x and the values.
+
+        Returns:
+            Site name to draws, shaped as the values are.
+        """
+        if not self.summed_out:
+            return {}
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            self._reseed(*key)
+            traces = self._model.traces(rows, num_particles, self._latents(values))
+            return self._model.draw_summed(traces, num_particles)[0]
+
+    def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in values.items() if name in self.structure.sites}
+
+    def _take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
+        if rows.start == 0 and rows.stop >= size:
+            return dict(values)
+        dim = self._model.require_data_dim()
+        taken = {}
+        for name, value in values.items():
+            axis = value.ndim - self._model.shapes[name].event_ndim + dim
+            taken[name] = value.narrow(axis, rows.start, min(rows.stop, size) - rows.start)
+        return taken
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Eval mode, no value checks at every chunk, random state kept."""
+        with (
+            torch.set_grad_enabled(self.gradients),
+            evaluation(*self._modules),
+            pyro.validation_enabled(False),
+            preserved_rng(self.batch.device),
+            poutine.block(),
+        ):
+            yield
+
+    def _reseed(self, *key: int) -> None:
+        low, high = np.random.SeedSequence([self.seed, *key]).generate_state(2, np.uint32)
+        seed, device = int(high) << 32 | int(low), self.batch.device
+        # Not torch.manual_seed: it seeds every device, and takes a millisecond to.
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+
+    def _choose_modes(self, particles: str) -> None:
+        # The reference: single particles, run one by one. It takes any network, and so comes
+        # before all else that runs the pair.
+        self._guide.mode = self._model.mode = "loop"
+        rows = self.data_blocks()[0]
+        count = 3 if self.num_data == 2 else 2
+        self._reseed(_CHECKS)
+        traces = self._guide.traces(rows, count)
+        values = self._guide.values(traces, count)
+        log_guide = self._guide.log_prob(traces, rows, count, is_latent)
+        latents = self._latents(values)
+        if self.summed_out:
+            self._model.check_summed(rows, latents)
+
+        def score_guide() -> Tensor:
+            return self._guide.log_prob(
+                self._guide.traces(rows, count, values), rows, count, is_latent
+            )
+
+        def score_model() -> Tensor:
+            return self._model.log_prob(
+                self._model.traces(rows, count, latents), rows, count, is_any
+            )
+
+        choose_mode(self._guide, "guide", particles, log_guide, score_guide)
+        reference = score_model()
+        choose_mode(self._model, "model", particles, reference, score_model)
+        self._check_independent(rows, latents, reference)
+
+    def _check_independent(
+        self, rows: slice, values: Mapping[str, Tensor], reference: Tensor
+    ) -> None:
+        """Raise ValueError where a datum's density depends on the latents of other data.
+
+        Of two particles, one is made that takes every other datum's values from the second:
+        each datum must have the density that it had before.
+        """
+        size, plate = rows.stop - rows.start, self.structure.data_plate
+        if plate is None or size < 2:
+            return
+        second = torch.arange(size, device=self.batch.device) % 2 == 1
+        mixed = {}
+        for name, value in values.items():
+            shape = self._guide.shapes[name]
+            right = shape.event_ndim - plate.dim - 1
+            mixed[name] = torch.where(second.reshape(-1, *[1] * right), value[1:2], value[:1])
+        traces = self._model.traces(rows, 1, mixed)
+        found = self._model.log_prob(traces, rows, 1, is_any)
+        wanted = torch.where(second, reference[1:2], reference[:1])
+        if agree(wanted, found):
+            return
+        raise ValueError(
+            f"the density of a datum depends on the latents of other data, by up to "
+            f"{float((wanted - found).abs().max()):.3g} nats: the data of plate {plate.name!r} "
+            "have no weights of their own. Pass data_plate=False to treat the whole batch as one "
+            "datum"
+        )
