@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
+import torch
+
 from pyro_vae.batches import as_batch
-from pyro_vae.sites import DataPlateError, check_stable, inspect, run_model
+from pyro_vae.sites import DataPlateError, Site, check_stable, inspect, run_model
 
 __all__ = ["Description", "describe"]
 
@@ -19,7 +22,7 @@ class Description:
 
     Attributes:
         rows: one mapping per site: site, kind, distribution, support, batch_shape,
-            event_shape, plates.
+            event_shape, plates; and left_out, where a mask leaves out values, how many.
         data_plate: the name of the data plate, or None.
         note: what could not be told, or which discrete latents need no guide, or an empty
             string.
@@ -93,7 +96,28 @@ def describe(
                 f"{p.name}[{p.size}{'' if p.size == p.full_size else f' of {p.full_size}'}]"
                 for p in site.plates
             ),
+            "left_out": _left_out(site),
         }
         for site in sites.values()
     )
+    if not any(row["left_out"] for row in rows):
+        for row in rows:
+            del row["left_out"]
     return Description(rows, None if plate is None else plate.name, note)
+
+
+def _left_out(site: Site) -> str:
+    """Say how many of a site's values a mask leaves out (missing ones among them); "" for none."""
+    shape = (*site.batch_shape, *site.event_shape)
+    there = torch.ones(shape, dtype=torch.bool, device=site.value.device)
+    fn, masks = site.fn, [(site.mask, len(site.batch_shape))]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(fn.batch_shape)))
+        fn = fn.base_dist
+    for mask, dims in masks:
+        if mask is not None:
+            seen = torch.as_tensor(mask, device=there.device)
+            there = there & seen.reshape(*seen.shape, *[1] * (len(shape) - dims))
+    left_out = int((~there).sum())
+    return f"{left_out} of {there.numel()}" if left_out else ""

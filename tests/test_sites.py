@@ -207,3 +207,21 @@ def test_an_error_in_the_model_says_what_it_was_run_on():
     assert other.value.__notes__ == [
         "while running the model on a batch of argument 0: shape [5, 4]"
     ]
+
+
+def test_describe_counts_what_masks_leave_out():
+    """Of poutine.mask, of a mask inside a distribution, and of missing values, together."""
+    x = torch.zeros(4, 3)
+    x[0, 0] = float("nan")
+    seen = torch.tensor([True, True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(seen))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(z[..., :1], 1.0).expand([4, 3]).to_event(1), obs=x)
+
+    table = {row["site"]: row for row in pv.describe(pv.MissingData(model), x).rows}
+    assert table["z"]["left_out"] == "2 of 8"
+    assert table["x"]["left_out"] == "4 of 12"
+    assert "left_out" not in pv.describe(hierarchical, torch.ones(5, 3)).rows[0]
