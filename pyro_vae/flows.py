@@ -33,7 +33,7 @@ class Flow(Family):
     takes one pass; one draw takes D steps.
 
     All weights are the datum's own, so that an encoder and a table are two sources of the
-    same family: P grows as D (3 bins + 1) (hidden + 1), which suits a few dozen latents.
+    same family: P grows as D (3 bins + 1) (hidden + 1), which suits a dozen latents or two.
 
     The splines are zuko's: ``pip install 'pyro-vae[flows]'``.
 

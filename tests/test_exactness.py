@@ -23,7 +23,12 @@ def seeded():
 
 
 @pytest.mark.parametrize(
-    "family", [pv.families.FullRankNormal(), pv.families.LowRankNormal(2)], ids=repr
+    "family",
+    [
+        pv.families.FullRankNormal(),
+        pytest.param(pv.families.LowRankNormal(2), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_a_correlated_posterior_is_within_reach(family):
     """The ELBO of each datum is log p(x) to 1e-3 nats; the mean field is 0.1 nats away."""
@@ -37,6 +42,7 @@ def test_a_correlated_posterior_is_within_reach(family):
     assert guide.converged.all()
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_a_correlated_posterior():
     """Amortized, the full-rank family comes closer than the mean field can."""
     model = factor_analysis("correlated")
@@ -149,6 +155,7 @@ def two_modes(x):
         pyro.sample("x", dist.Normal(z.square(), 0.2), obs=x)
 
 
+@pytest.mark.slow
 def test_a_flow_has_two_modes_and_a_normal_one():
     """By quadrature: half of the mass is lost to a Normal, about log 2 nats; not to a flow."""
     x = torch.tensor([0.4, 0.7], dtype=torch.float64)
