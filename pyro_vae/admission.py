@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributions import constraints
 
 from pyro_vae.batches import Batch
-from pyro_vae.sites import Structure, latent_nodes
+from pyro_vae.sites import Structure, is_circular, latent_nodes, plain_distribution
 from pyro_vae.traces import is_point, trace_guide
 
 __all__ = ["check_per_datum", "points"]
@@ -30,11 +31,26 @@ def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) ->
                 "data_plate=False to treat the whole batch as one datum"
             )
         model_node = model_trace.nodes.get(name)
+        if model_node is not None and is_circular(model_node["fn"]):
+            _check_circle(name, node["fn"])
         if model_node is not None and model_node["fn"].event_dim != node["fn"].event_dim:
             raise ValueError(
                 f"latent site {name!r} has {model_node['fn'].event_dim} event dimensions in the "
                 f"model and {node['fn'].event_dim} in the guide; mend with .to_event(...)"
             )
+
+
+def _check_circle(name: str, fn: Any) -> None:
+    plain = plain_distribution(fn)
+    # Of a transformed distribution torch may call the support real, where it is an interval.
+    known = not isinstance(plain, torch.distributions.TransformedDistribution)
+    on_the_reals = known and plain.support in (constraints.real, constraints.real_vector)
+    if on_the_reals and not is_circular(fn):
+        raise ValueError(
+            f"latent site {name!r} is an angle, and the guide's {type(plain).__name__} runs over "
+            "the reals, on which the model's periodic density has no end: no bound. Propose "
+            "angles between -pi and pi: VonMises, or a guide of pyro_vae"
+        )
 
 
 def points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[str]:

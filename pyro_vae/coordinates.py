@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform, biject_to
+from torch.distributions import ComposeTransform, IndependentTransform, biject_to, constraints
 
-from pyro_vae.sites import Plate, Site
+from pyro_vae.sites import Plate, Site, is_circular
 
 __all__ = ["Coordinates"]
 
@@ -25,6 +25,7 @@ class Coordinates:
     Attributes:
         name: the site.
         transform: from the reals to the site's support.
+        support: that support in words.
         inner: the plates inside the data plate that the site is in.
         batch: the sizes of its batch dimensions, 1 at the data's.
         event: the event dimensions of the unconstrained value.
@@ -33,7 +34,8 @@ class Coordinates:
     """
 
     name: str
-    transform: Any
+    transform: Any = field(compare=False)  # torch's have no equality; the support says it
+    support: str
     inner: tuple[Plate, ...]
     batch: tuple[int, ...]
     event: tuple[int, ...]
@@ -44,7 +46,7 @@ class Coordinates:
     def of(cls, site: Site, data_plate: Plate | None, start: int) -> Coordinates:
         """Return the coordinates of a latent site that begin at column ``start``."""
         try:
-            transform = biject_to(site.support)
+            transform = biject_to(_support(site))
         except NotImplementedError as error:
             raise ValueError(
                 f"latent site {site.name!r} ({site.distribution}) has the support "
@@ -60,6 +62,7 @@ class Coordinates:
         return cls(
             name=site.name,
             transform=transform,
+            support=site.support_text,
             inner=tuple(plate for plate in site.plates if plate != data_plate),
             batch=batch,
             event=event,
@@ -88,9 +91,11 @@ class Coordinates:
         inside = self._inside(dims)
         lead = [axis for axis in range(dims) if axis not in inside]
         value = spread.reshape(
-            *(spread.shape[axis] for axis in lead),
-            *(self.batch[axis - dims] for axis in inside),
-            *self.event,
+            (
+                *(spread.shape[axis] for axis in lead),
+                *(self.batch[axis - dims] for axis in inside),
+                *self.event,
+            )
         )
         return value.movedim(tuple(range(len(lead), dims)), tuple(inside))
 
@@ -127,3 +132,43 @@ class Coordinates:
         while isinstance(transform, IndependentTransform):
             transform = transform.base_transform
         return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def _support(site: Site) -> Any:
+    """Return the support of a site, the same for every datum.
+
+    Raises:
+        ValueError: where it differs within the batch.
+    """
+    if is_circular(site.fn):
+        if site.distribution != "VonMises":
+            raise ValueError(
+                f"latent site {site.name!r} ({site.distribution}) lives on a torus, which no "
+                "bijection maps to the reals; write the guide by hand"
+            )
+        circle = constraints.interval(-math.pi, math.pi)
+        events = len(site.event_shape)
+        return constraints.independent(circle, events) if events else circle
+    support, events = site.support, 0
+    while hasattr(support, "base_constraint"):  # independent, or of a mixture
+        events += getattr(support, "reinterpreted_batch_ndims", 0)
+        support = support.base_constraint
+    bounds = {}
+    for name in ("lower_bound", "upper_bound"):
+        bound = getattr(support, name, None)
+        if bound is None:
+            continue
+        if isinstance(bound, Tensor) and bound.ndim > events:
+            # Uniform(0, 1) in a plate has a bound for each datum, all alike.
+            rows = bound.reshape(-1, *bound.shape[bound.ndim - events :])
+            if not bool((rows == rows[0]).all()):
+                raise ValueError(
+                    f"latent site {site.name!r} ({site.distribution}): its support differs from "
+                    "datum to datum, or with another latent. Give it a fixed support, and scale "
+                    "the value: low + (high - low) * u with u in the unit interval"
+                )
+            bound = rows[0]
+        bounds[name] = bound
+    if bounds and not support.is_discrete:
+        support = type(support)(**bounds)
+    return constraints.independent(support, events) if events else support

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.distributions as dist
-import torch
-
 from pyro_vae.batches import as_batch
 from pyro_vae.sites import DataPlateError, Site, check_stable, inspect, run_model
 
@@ -76,7 +73,7 @@ def describe(
     note = ""
     try:
         structure = inspect(model, *batch, data_plate=data_plate)
-        check_stable(model, as_batch(*batch), structure)
+        check_stable(model, as_batch(*batch), structure, runs=5)
         sites, plate = structure.sites, structure.data_plate
         local = structure.local_latents if plate else structure.global_latents
         if discrete := [site.name for site in local if site.enumerable]:
@@ -107,17 +104,6 @@ def describe(
 
 
 def _left_out(site: Site) -> str:
-    """Say how many of a site's values a mask leaves out (missing ones among them); "" for none."""
-    shape = (*site.batch_shape, *site.event_shape)
-    there = torch.ones(shape, dtype=torch.bool, device=site.value.device)
-    fn, masks = site.fn, [(site.mask, len(site.batch_shape))]
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            masks.append((fn._mask, len(fn.batch_shape)))
-        fn = fn.base_dist
-    for mask, dims in masks:
-        if mask is not None:
-            seen = torch.as_tensor(mask, device=there.device)
-            there = there & seen.reshape(*seen.shape, *[1] * (len(shape) - dims))
-    left_out = int((~there).sum())
-    return f"{left_out} of {there.numel()}" if left_out else ""
+    """Say how many of a site's values masks leave out; "" for none."""
+    count = int(site.left_out.sum())
+    return f"{count} of {site.left_out.numel()}" if count else ""

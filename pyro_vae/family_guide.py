@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -27,6 +28,7 @@ Conditionals = Callable[[Coordinates, Mapping[str, Tensor]], Tensor]
 
 # Draws from a latent's prior that place the start of its guide.
 _PRIOR_DRAWS = 1000
+_WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
 class FamilyGuide(nn.Module):
@@ -49,7 +51,7 @@ class FamilyGuide(nn.Module):
     ) -> None:
         super().__init__()
         batch = as_batch(example)
-        check_stable(model, batch, structure)
+        check_stable(model, batch, structure, runs=5)
         self.family = Normal() if family is None else family
         if not isinstance(self.family, Family):
             raise TypeError(
@@ -140,7 +142,9 @@ class FamilyGuide(nn.Module):
 
     def _sample(self, params_of: Conditionals) -> dict[str, Tensor]:
         plates = {p.name: p for coordinates in self.coordinates for p in coordinates.inner}
-        made = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in plates.values()}
+        with poutine.block(hide=list(plates)):
+            # Hidden, for a guide of global latents may have plates of the same names.
+            made = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in plates.values()}
         values: dict[str, Tensor] = {}
         before: dict[str, Tensor] = {}
         for coordinates in self.coordinates:
@@ -174,9 +178,15 @@ class FamilyGuide(nn.Module):
             for coordinates in self.coordinates:
                 fn = structure.sites[coordinates.name].fn
                 draws = coordinates.transform.inv(fn.sample((_PRIOR_DRAWS,)))
-                rows = coordinates.rows(draws).flatten(0, 1)
-                means.append(rows.mean(0))
-                stds.append(rows.std(0))
+                mean, std = _moments(coordinates.rows(draws).flatten(0, 1))
+                if not bool((std > 0).all()):
+                    raise ValueError(
+                        f"latent site {coordinates.name!r}: its prior does not vary (a point), so "
+                        "there is nothing to infer. Use pyro.deterministic, or condition on it"
+                    )
+                means.append(mean)
+                # Wide on the reals may be beyond all numbers once mapped to the support.
+                stds.append(std if coordinates.is_identity else std.clamp(max=_WIDEST))
         return self.family.initial(torch.cat(means), torch.cat(stds))
 
     def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -222,6 +232,17 @@ class FamilyGuide(nn.Module):
             means.append(mean)
             stds.append(std)
         return self.family.initial(torch.cat(means, -1), torch.cat(stds, -1))
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column; of heavy tails, those of the middle."""
+    some = rows[:: -(-len(rows) // 10_000)]
+    some = torch.where(some.isfinite(), some, math.nan)
+    levels = torch.tensor([0.16, 0.5, 0.84], dtype=rows.dtype, device=rows.device)
+    low, median, high = torch.nanquantile(some, levels, dim=0)
+    mean, std, middle = rows.mean(0), rows.std(0), (high - low) / 2
+    light = (std < 2 * middle) | (std == 0)
+    return torch.where(light, mean, median), torch.where(light, std, middle)
 
 
 def of_family(guide: Any) -> TypeGuard[FamilyGuide]:

@@ -73,12 +73,15 @@ def fix_globals_of_pair(
 
 
 def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:
-    median = getattr(global_guide, "median", None)
-    if median is None:
-        raise TypeError(
-            f"a bound for each datum needs the global latents fixed, at the global_guide's median; "
-            f"{type(global_guide).__name__} has no method median(*batch). Give it one, as Pyro's "
-            "autoguides have; or pass data_plate=False to treat the whole batch as one datum"
-        )
+    refusal = TypeError(
+        f"a bound for each datum needs the global latents fixed, at the global_guide's median; "
+        f"{type(global_guide).__name__} has no method median(*batch). Give it one, as most of "
+        "Pyro's autoguides have; or pass data_plate=False to treat the whole batch as one datum"
+    )
+    if not hasattr(global_guide, "median"):
+        raise refusal
     with torch.no_grad(), preserved_rng(batch.device), evaluation(global_guide), poutine.block():
-        return dict(median(*batch.args, **batch.kwargs))
+        try:
+            return dict(global_guide.median(*batch.args, **batch.kwargs))
+        except NotImplementedError as error:
+            raise refusal from error

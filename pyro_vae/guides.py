@@ -22,7 +22,7 @@ from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Family
 from pyro_vae.family_guide import Conditionals, FamilyGuide
 from pyro_vae.handlers import name_apart
-from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.running import call_network, evaluation, preserved_rng
 from pyro_vae.sites import Structure, inspect
 from pyro_vae.traces import dependencies
 
@@ -128,16 +128,18 @@ class AmortizedGuide(FamilyGuide):
             }
         )
         if global_guide is not None:
-            if isinstance(global_guide, PyroModule):
-                name_apart(global_guide)
             # Pyro's autoguides make their parameters at the first call.
             with torch.no_grad(), poutine.block(), preserved_rng(features.device):
+                if isinstance(global_guide, PyroModule):
+                    name_apart(global_guide)
                 global_guide(*batch.args, **batch.kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; the Pyro guide."""
         values: dict[str, Tensor] = {}
         if self.global_guide is not None:
+            if isinstance(self.global_guide, PyroModule):
+                name_apart(self.global_guide)
             returned = self.global_guide(*args, **kwargs)
             values.update(returned if isinstance(returned, Mapping) else {})
         return {**values, **super().forward(*args, **kwargs)}
@@ -198,7 +200,7 @@ class AmortizedGuide(FamilyGuide):
         return params.shape[0], params_of
 
     def _features(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        features = self.encoder(*args, **kwargs)
+        features = call_network(self.encoder, args, kwargs)
         size = Batch(tuple(args), kwargs).size
         if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != size:
             found = (

@@ -40,8 +40,12 @@ def name_apart(module: PyroModule) -> None:
     By itself every AutoNormal is named "AutoNormal", and two of one model share parameters.
 
     Args:
-        module: its parameters keep their values.
+        module: its parameters keep their values. One that has a name of ours keeps it; a copy
+            has none yet.
     """
+    if module in _names:
+        return
+    module._pyro_context.used = False  # else Pyro refuses to rename what it contains
     module._pyro_set_supermodule(_name_of(module), module._pyro_context)
 
 

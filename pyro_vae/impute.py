@@ -123,7 +123,8 @@ class Imputation:
                 *lines,
                 f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median "
                 f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}, "
-                f"{100 * (k_hat > _PARETO_K_THRESHOLD).mean():.1f}% above {_PARETO_K_THRESHOLD}",
+                f"{100 * (k_hat > _PARETO_K_THRESHOLD).mean():.1f}% above {_PARETO_K_THRESHOLD}"
+                + ("; too few particles for a k-hat" if np.isnan(k_hat).any() else ""),
             ]
         )
 
@@ -339,7 +340,10 @@ def _moments(
         v = squared.reshape(-1, *[1] * (wx.ndim - 1))
         moments = {
             "mean": wx + first[name],
-            "mean_se": (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0).sqrt(),
+            # Of about one particle there is no spread to tell from.
+            "mean_se": torch.where(
+                v < 0.9, (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0).sqrt(), math.nan
+            ),
             "sd": (wxx - wx**2).clamp(min=0).sqrt(),
         }
         result[name] = {what: value.numpy() for what, value in moments.items()}
@@ -361,6 +365,8 @@ def _dataset(
             for given in (site.value, site.missing)
         )
         name = site.name
+        absent = leading_datum(site.left_out.broadcast_to(shape), site, structure).cpu().numpy()
+        value = np.where(absent & ~missing, np.nan, value)  # padding, or of another site
         draws, mean, error, sd = (
             found[key] if lead else found[key][0]
             for key in (name, f"{name}_mean", f"{name}_mean_se", f"{name}_sd")
@@ -379,7 +385,9 @@ def _dataset(
 
 
 def _image_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a datum's shape, if it is plain."""
+    """Return (height, width) of a datum's shape, if it is plain; a single channel is."""
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
     if len(shape) == 2:
         return shape[0], shape[1]
     side = math.isqrt(math.prod(shape))

@@ -46,6 +46,8 @@ def to_arviz(
     drawn from their exact posterior, given each draw of the others, for the posterior;
     posterior_predictive and log_likelihood go on from these draws.
 
+    Values that a mask of the model leaves out (steps past the end of a sequence) are NaN.
+
     Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of a model
     with local latents reports k-hat above 0.7, and rightly.
 
@@ -119,6 +121,7 @@ def to_arviz(
         site.name: leading_datum(_with_missing(site), site, structure).cpu().numpy()
         for site in structure.observed
     }
+    _leave_out(groups, structure)
     arrays = {
         group: {
             name: value if group == "observed_data" else value[np.newaxis]
@@ -138,6 +141,26 @@ def to_arviz(
             "given": given_text(given),
         },
     )
+
+
+def _leave_out(groups: dict[str, dict[str, np.ndarray]], structure: Structure) -> None:
+    """Write NaN where the model's masks say that there is no value: padding, for example."""
+    for site in structure.sites.values():
+        out = site.left_out
+        if site.missing is not None:
+            out = out & ~site.missing  # a missing value is there, and drawn
+        if not bool(out.any()):
+            continue
+        absent = leading_datum(out, site, structure).cpu().numpy()
+        for group in ("posterior", "posterior_predictive", "prior", "prior_predictive"):
+            if site.name in groups.get(group, {}):
+                value = groups[group][site.name]
+                groups[group][site.name] = np.where(absent, np.nan, value).astype(
+                    np.result_type(value.dtype, np.float32)
+                )
+        if site.name in groups["observed_data"]:
+            observed = groups["observed_data"][site.name]
+            groups["observed_data"][site.name] = np.where(absent, np.nan, observed)
 
 
 def _join(

@@ -11,10 +11,10 @@ from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Independent, biject_to, constraints
+from torch.distributions import Independent, biject_to
 
 from pyro_vae.batches import rows_text
-from pyro_vae.running import module_of
+from pyro_vae.running import call_network, module_of
 from pyro_vae.sites import plain_distribution
 
 __all__ = ["MissingData", "MissingEncoder"]
@@ -100,11 +100,11 @@ class MissingData(nn.Module):
                 return self.model(*args, **kwargs)
         except _RefusedError:
             raise
-        except ValueError as error:
+        except (ValueError, IndexError, TypeError, RuntimeError) as error:
             if not any(_has_nan(value) for value in (*args, *kwargs.values())):
                 raise
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
-            raise ValueError(
+            raise type(error)(
                 f"{error}\nThe batch has missing values (NaN), which may only be values of "
                 "observed sites: as a covariate, or as what another site depends on, a value must "
                 "be there. Impute it first, or give it a distribution as a latent site"
@@ -177,7 +177,15 @@ class MissingEncoder(nn.Module):
         missing = x.isnan()
         filled = torch.where(missing, self.fill.to(x), x)
         both = torch.cat([filled, (~missing).to(x)], self.dim)
-        return self.encoder(*_with_argument(args, key, both), **_with_keyword(kwargs, key, both))
+        args, kwargs = _with_argument(args, key, both), _with_keyword(kwargs, key, both)
+        try:
+            return call_network(self.encoder, args, kwargs)
+        except RuntimeError as error:
+            error.add_note(
+                f"MissingEncoder gave its encoder data of shape {list(both.shape)}: the mask "
+                f"stands beside them, along dim={self.dim}"
+            )
+            raise
 
     def _floating_argument(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
         if self.values is not None:
@@ -216,15 +224,20 @@ class _LeaveMissingOut(Messenger):
             or isinstance(msg["fn"], Unit)
         ):
             return
-        missing = value.isnan()
-        msg["fn"] = _masked(msg["fn"], ~missing, msg["name"])
-        msg["value"] = torch.where(missing, _stand_in(msg["fn"], msg["name"]).to(value), value)
-        msg["infer"] = {**msg["infer"], "_missing": missing}
+        unknown = value.isnan()
+        msg["fn"] = _masked(msg["fn"], ~unknown, msg["name"])
+        msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
+        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": unknown}
+        if isinstance(msg["mask"], Tensor):
+            # What the model masks is not there, and so not missing: padding, or a value for
+            # which another site stands (obs_mask).
+            there = msg["mask"].reshape(*msg["mask"].shape, *[1] * msg["fn"].event_dim)
+            msg["infer"]["_missing"] = unknown & there
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # Handlers outside of this one, the trace among them, have taken the value by now.
-        if msg["is_observed"] and "_missing" in msg["infer"]:
-            msg["value"] = msg["value"].masked_fill(msg["infer"]["_missing"], math.nan)
+        if msg["is_observed"] and "_unknown" in msg["infer"]:
+            msg["value"] = msg["value"].masked_fill(msg["infer"]["_unknown"], math.nan)
 
 
 def _masked(fn: Any, seen: Tensor, name: str) -> Any:
@@ -264,7 +277,7 @@ def _stand_in(fn: Any, name: str) -> Tensor:
         support = leaf.support
     except NotImplementedError:  # a distribution without a declared support
         return torch.zeros(())
-    while isinstance(support, constraints.independent):
+    while hasattr(support, "base_constraint"):  # independent, or of a mixture
         support = support.base_constraint
     if not support.is_discrete:
         try:

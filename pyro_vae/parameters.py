@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import pyro
 import pyro.optim
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
@@ -16,6 +19,11 @@ from pyro_vae.running import called_modules, evaluation, module_of, preserved_rn
 from pyro_vae.traces import trace_pair
 
 __all__ = ["Parameters", "all_finite", "make_optimizer"]
+
+logger = logging.getLogger(__name__)
+
+# Which PyroModule was last seen with a name in Pyro's store.
+_owners: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
 class Parameters:
@@ -42,6 +50,8 @@ class Parameters:
             called_modules() as called,
         ):
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
+        for fn, trace in zip((model, guide), traces, strict=True):
+            _tell_of_sharing(module_of(fn), trace)
         self._modules: dict[str, nn.Module] = {}
         for role, fn in (("model", model), ("guide", guide)):
             module = module_of(fn)
@@ -123,6 +133,30 @@ class Parameters:
                 value.copy_(state["buffers"][name])
             for name, value in self._stored.items():
                 value.copy_(state["store"][name])
+
+
+def _tell_of_sharing(module: nn.Module | None, trace: Any) -> None:
+    """Warn where a PyroModule's parameters have the names of another one's that still lives."""
+    if not isinstance(module, PyroModule) or pyro.settings.get("module_local_params"):
+        return
+    names = [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "param" and "$$$" not in name  # of pyro.module, which keeps them apart
+    ]
+    shared = [name for name in names if _owners.get(name, module) is not module]
+    if shared:
+        logger.warning(
+            "%s has the names %s in Pyro's parameter store, as has another %s: they share these "
+            "parameters, and training one moves both. Set "
+            "pyro.settings.set(module_local_params=True) before they are made, or call "
+            "pyro.clear_param_store() when the first has served",
+            type(module).__name__,
+            shared,
+            type(_owners[shared[0]]).__name__,
+        )
+    for name in names:
+        _owners[name] = module
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -49,7 +49,12 @@ def proposal(
             return family.mapped(arranged, transform)
         return family.marginal(arranged).to_event(transform.domain.event_dim)
     shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in before))
-    known = [rows.expand(*shape, rows.shape[-1]) for rows in before]
+    while len(shape) > len(coordinates.batch) and shape[0] == 1:
+        shape = shape[1:]  # a dimension of a site before this one
+    known = [
+        rows.reshape(rows.shape[max(0, rows.ndim - 1 - len(shape)) :]).expand(*shape, -1)
+        for rows in before
+    ]
     joint = family.conditional(
         params,
         size,
@@ -66,10 +71,11 @@ def _of_site(joint: Any, coordinates: Coordinates) -> Any:
         return joint
     if coordinates.is_plain and not coordinates.event and isinstance(joint, _GAUSSIAN):
         return dist.Normal(joint.loc[..., 0], joint.variance[..., 0].sqrt())
-    if not isinstance(joint, _GAUSSIAN) and not hasattr(joint, "coordinate_log_prob"):
+    single = coordinates.columns.stop - coordinates.columns.start == 1
+    if not (single or isinstance(joint, _GAUSSIAN) or hasattr(joint, "coordinate_log_prob")):
         raise ValueError(
-            f"latent site {coordinates.name!r} has batch dimensions {coordinates.batch} inside a "
-            f"datum, for which {type(joint).__name__} needs a method coordinate_log_prob"
+            f"latent site {coordinates.name!r} has batch dimensions inside a datum, or an event "
+            f"that is no vector: {type(joint).__name__} needs a method coordinate_log_prob"
         )
     return _Arranged(joint, coordinates)
 
@@ -114,7 +120,9 @@ class _Arranged(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of each entry of the batch, given those before it."""
         spread = self._coordinates.flatten(value)
-        if isinstance(self._joint, _GAUSSIAN):
+        if spread.shape[-1] == 1:
+            log_prob = self._joint.log_prob(spread).unsqueeze(-1)
+        elif isinstance(self._joint, _GAUSSIAN):
             log_prob = _gaussian_log_prob(self._joint, spread)
         else:
             log_prob = self._joint.coordinate_log_prob(spread)

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["called_modules", "evaluation", "module_of", "preserved_rng", "unwrapped"]
+__all__ = [
+    "call_network",
+    "called_modules",
+    "evaluation",
+    "module_of",
+    "preserved_rng",
+    "unwrapped",
+]
 
 
 def module_of(fn: Any) -> nn.Module | None:
@@ -76,3 +83,10 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def call_network(network: Any, args: Any, kwargs: Any) -> Any:
+    """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
+    if type(network).forward is nn.Sequential.forward and not args and len(kwargs) == 1:
+        return network(*kwargs.values())
+    return network(*args, **kwargs)

@@ -200,6 +200,7 @@ class Scorer:
                     for k in blocks
                 ]
                 values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
+                self._refuse_edges(values)
                 log_guide = torch.cat([log_guide for _, log_guide in drawn])
                 log_likelihood, log_prior = self.score_model(rows, values, pairs)
                 weights = LogWeights(log_likelihood, log_prior, log_guide)
@@ -210,6 +211,20 @@ class Scorer:
                     particles=slice(start, start + weights.num_particles),
                     values=values,
                     weights=weights,
+                )
+
+    def _refuse_edges(self, values: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for shares that round to zero, where log densities are made up."""
+        for name, value in values.items():
+            site = self.structure.sites.get(name)
+            if site is None or site.support_text != "Simplex":
+                continue
+            least = float(value.min())
+            if least < 10 * torch.finfo(value.dtype).tiny:
+                raise ValueError(
+                    f"draws of latent site {name!r} have shares of {least:.2g}, at the edge of "
+                    f"what {value.dtype} can hold, where neither density is to be trusted. Use "
+                    "float64, or a prior that is less sparse"
                 )
 
     def _refuse_nan(self, rows: slice, weights: LogWeights) -> None:

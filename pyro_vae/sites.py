@@ -23,6 +23,7 @@ __all__ = [
     "check_guide",
     "check_stable",
     "inspect",
+    "is_circular",
     "is_enumerable",
     "is_subsampled",
     "latent_nodes",
@@ -109,6 +110,22 @@ class Site:
         return type(plain_distribution(self.fn)).__name__
 
     @property
+    def left_out(self) -> Tensor:
+        """Which of its values masks leave out, missing ones among them; of its whole shape."""
+        shape = (*self.batch_shape, *self.event_shape)
+        fn, masks = self.fn, [(self.mask, len(self.batch_shape))]
+        while hasattr(fn, "base_dist"):
+            if isinstance(fn, dist.MaskedDistribution):
+                masks.append((fn._mask, len(fn.batch_shape)))
+            fn = fn.base_dist
+        out = torch.zeros(shape, dtype=torch.bool, device=self.value.device)
+        for mask, dims in masks:
+            if mask is not None:
+                seen = torch.as_tensor(mask, device=out.device)
+                out = out | ~seen.reshape(*seen.shape, *[1] * (len(shape) - dims))
+        return out
+
+    @property
     def enumerable(self) -> bool:
         """Whether it is discrete, of finite support, and so can be summed out."""
         return is_enumerable(self.fn)
@@ -154,7 +171,9 @@ class Structure:
             raise ValueError(
                 f"the latent sites {names} lie outside the data plate "
                 f"{self.data_plate.name!r}: they are global, and a bound for each datum needs "
-                "them fixed. Fix them at a value of yours, out of sight of the trace: "
+                "them fixed. ELBO and IWAE(estimator='pathwise') train them; for a bound, give an "
+                "AmortizedGuide a global_guide that knows its median, or fix them at a value of "
+                "yours, out of sight of the trace: "
                 "pyro.poutine.block(pyro.condition(model, data=values), hide=list(values)); or "
                 "pass data_plate=False to treat the whole batch as one datum"
             )
@@ -225,6 +244,12 @@ def plain_distribution(fn: Any) -> Any:
     return fn
 
 
+def is_circular(fn: Any) -> bool:
+    """Whether a density is periodic: torch calls its support the reals, on which it has no end."""
+    kinds = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+    return isinstance(plain_distribution(fn), kinds)
+
+
 def is_enumerable(fn: Any) -> bool:
     """Whether a distribution is discrete and its finitely many values can be listed."""
     if not getattr(fn, "has_enumerate_support", False):
@@ -276,9 +301,15 @@ def plate_nesting(trace: Any) -> int:
     return -min(dims, default=0)
 
 
-def check_stable(model: Callable[..., Any], batch: Batch, structure: Structure) -> None:
-    """Raise ValueError if a model's sites, or their shapes, are others in another run."""
-    again, _ = run_model(model, batch, seed=1)
+def check_stable(
+    model: Callable[..., Any], batch: Batch, structure: Structure, *, runs: int = 1
+) -> None:
+    """Raise ValueError if a model's sites, or their shapes, are others in one of some runs."""
+    for seed in range(1, runs + 1):
+        _check_same(structure, run_model(model, batch, seed=seed)[0])
+
+
+def _check_same(structure: Structure, again: Mapping[str, Site]) -> None:
     for name in structure.sites.keys() | again.keys():
         shapes = [
             (*sites[name].batch_shape, *sites[name].event_shape) if name in sites else None

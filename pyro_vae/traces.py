@@ -105,14 +105,6 @@ def _without_mask(fn: Any) -> tuple[Any, Any]:
     return fn, None
 
 
-def _is_masked(fn: Any) -> bool:
-    while not isinstance(fn, dist.MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
-    return True
-
-
 def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
     """Put the masks of a model's latent sites on their proposals too."""
     for name, mask in proposal_masks(model_trace, guide_trace).items():
@@ -152,28 +144,48 @@ def trace_given(
 def dependencies(
     model: Callable[..., Any], batch: Batch, names: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Return, for each of some latent sites, those whose values its prior depends on directly.
+    """Return, for each of some latent sites, those of them whose values its prior depends on.
 
-    Found by running the model with the value of one site changed and all others kept.
+    Directly, or through latents that are not among them. Found by running the model with the
+    value of one site changed and all others kept.
 
     Args:
         model: a Pyro model.
         batch: its arguments.
-        names: of continuous latent sites, in the order of the model.
+        names: of latent sites.
     """
-    found: dict[str, tuple[str, ...]] = dict.fromkeys(names, ())
+    direct: dict[str, list[str]] = {}
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
         trace: Any = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
-        for parent in names[:-1]:
-            changed = {**values, parent: trace.nodes[parent]["fn"].sample()}
+        order = list(values)
+        for parent in order:
+            changed = {**values, parent: _another_value(trace.nodes[parent])}
             other = trace_given(model, changed, batch.args, batch.kwargs)
-            for name in names[names.index(parent) + 1 :]:
+            for name in order[order.index(parent) + 1 :]:
                 fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
                 before, after = (fn.log_prob(values[name]) for fn in fns)
                 if not torch.equal(before, after):
-                    found[name] = (*found[name], parent)
+                    direct.setdefault(name, []).append(parent)
+    found: dict[str, tuple[str, ...]] = {}
+    through: dict[str, set[str]] = {}
+    for name in order:
+        parents = direct.get(name, [])
+        seen = {p for p in parents if p in names}
+        seen = seen.union(*(through[p] for p in parents if p not in names))
+        through[name] = seen
+        if name in names:
+            found[name] = tuple(n for n in order if n in seen)
     return found
+
+
+def _another_value(node: Any) -> Tensor:
+    """Draw a site anew, until it is another value (a discrete one may be the same)."""
+    for _ in range(20):
+        value = node["fn"].sample()
+        if not torch.equal(value, node["value"]):
+            break
+    return value
 
 
 def values_trace(values: Mapping[str, Tensor]) -> Any:
@@ -196,12 +208,8 @@ def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | boo
     auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
     found = {}
     for name, node in latent_nodes(model_trace):
-        proposal = guide_trace.nodes.get(name)
-        if proposal is not None and _is_masked(node["fn"]) and not _is_masked(proposal["fn"]):
-            raise ValueError(
-                f"the model masks parts of an event of the latent site {name!r}, and the guide "
-                "does not: put the same mask on the guide's distribution"
-            )
+        if name in guide_trace.nodes:
+            _check_masks(name, node, guide_trace.nodes[name])
         # A discrete latent that is summed out has no proposal.
         if node["mask"] is None or node["mask"] is True or name not in guide_trace.nodes:
             continue
@@ -217,6 +225,43 @@ def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | boo
             )
         found[holder] = node["mask"]
     return found
+
+
+def _check_masks(name: str, model_node: Any, guide_node: Any) -> None:
+    """Raise ValueError where a guide masks what the model does not: the prior of a free draw.
+
+    And for masks inside an event, which cannot be carried over, unless the two are one.
+    """
+    inner = [_inner_mask(node["fn"]) for node in (guide_node, model_node)]
+    if (inner[0] is None) != (inner[1] is None) or (
+        inner[0] is not None and not torch.equal(*torch.broadcast_tensors(*inner))
+    ):
+        one, other = ("model", "guide") if inner[0] is None else ("guide", "model")
+        raise ValueError(
+            f"the {one} masks parts of an event of the latent site {name!r}, and the {other} does "
+            "not, or others: put the same mask on both distributions; or sample the parts in an "
+            "inner plate, under poutine.mask in the model"
+        )
+    if guide_node["mask"] is None or guide_node["mask"] is True:
+        return
+    mine = torch.as_tensor(guide_node["mask"])
+    theirs = model_node["mask"]
+    there = torch.as_tensor(True if theirs is None else theirs, device=mine.device)
+    if bool((there & ~mine).any()):
+        raise ValueError(
+            f"the guide masks the latent site {name!r} where the model does not: its draws would "
+            "be scored by the prior and not by the guide, which is no bound. Mask it in the "
+            "model, and the guide follows"
+        )
+
+
+def _inner_mask(fn: Any) -> Tensor | None:
+    """Return the mask inside a distribution; None where there is none."""
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return torch.as_tensor(fn._mask)
 
 
 def is_point(fn: Any) -> bool:

@@ -32,7 +32,8 @@ class TopicModel(nn.Module):
     Args:
         num_words: V, size of the vocabulary.
         num_topics: T.
-        concentration: alpha of the Dirichlet; below 1, a document is of few topics.
+        concentration: alpha of the Dirichlet; below 1, a document is of few topics. Below 0.3
+            shares round to zero in float32, where the density is infinite: use float64.
 
     Raises:
         ValueError: for fewer than two topics.
@@ -194,6 +195,8 @@ class Multinomial(dist.TorchDistribution):
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's default
         longest = int(self.total_count.max())
+        if longest == 0:
+            return self.probs.new_zeros(*sample_shape, *self.batch_shape, *self.event_shape)
         words = dist.Categorical(self.probs).sample((longest, *sample_shape)).movedim(0, -1)
         position = torch.arange(longest, device=words.device)
         there = (position < self.total_count.unsqueeze(-1)).to(self.probs).expand(words.shape)

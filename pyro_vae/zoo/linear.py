@@ -45,8 +45,13 @@ class _LinearGaussian(nn.Module):
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """Return log p(x) of data [N, D], [N]."""
-        marginal = dist.LowRankMultivariateNormal(self.mean, self.loadings, self.noise**2)
-        return marginal.log_prob(x)
+        # By Bayes' rule at the posterior mean: the quadratic form of the marginal is a difference
+        # of large numbers where the noise is small.
+        posterior = self.posterior(x)
+        z = posterior.mean
+        prior = dist.Normal(torch.zeros_like(z), 1.0).to_event(1)
+        likelihood = dist.Normal(z @ self.loadings.T + self.mean, self.noise).to_event(1)
+        return likelihood.log_prob(x) + prior.log_prob(z) - posterior.log_prob(z)
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
         """Return p(z | x) of data [N, D], of batch shape [N] and event shape [L]."""

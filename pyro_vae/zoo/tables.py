@@ -82,6 +82,11 @@ class ItemResponse(nn.Module):
                 f"responses of {len(responses)} persons, but num_persons={num_persons}: give the "
                 "number of all persons, or leave it out where a batch is all of them"
             )
+        if not responses.is_floating_point():
+            raise TypeError(
+                f"responses are {responses.dtype}; give zeros and ones as floating point, "
+                "responses.float()"
+            )
         items = self.items(responses)
         with pyro.plate("persons", num_persons, subsample=responses):
             ability = pyro.sample("ability", dist.Normal(responses.new_zeros(()), 1.0))
