@@ -15,7 +15,7 @@ from torch.distributions import Independent, biject_to
 
 from pyro_vae.batches import rows_text
 from pyro_vae.running import call_network, module_of
-from pyro_vae.sites import plain_distribution
+from pyro_vae.sites import left_out, plain_distribution
 
 __all__ = ["MissingData", "MissingEncoder"]
 
@@ -225,14 +225,12 @@ class _LeaveMissingOut(Messenger):
         ):
             return
         unknown = value.isnan()
+        # What the model masks is not there, and so not missing: padding, or a value for which
+        # another site stands (obs_mask).
+        missing = unknown & ~left_out(msg["fn"], msg["mask"], value.device)
         msg["fn"] = _masked(msg["fn"], ~unknown, msg["name"])
         msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
-        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": unknown}
-        if isinstance(msg["mask"], Tensor):
-            # What the model masks is not there, and so not missing: padding, or a value for
-            # which another site stands (obs_mask).
-            there = msg["mask"].reshape(*msg["mask"].shape, *[1] * msg["fn"].event_dim)
-            msg["infer"]["_missing"] = unknown & there
+        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": missing}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # Handlers outside of this one, the trace among them, have taken the value by now.

@@ -27,6 +27,7 @@ __all__ = [
     "is_enumerable",
     "is_subsampled",
     "latent_nodes",
+    "left_out",
     "plain_distribution",
     "plate_nesting",
     "sample_nodes",
@@ -112,18 +113,7 @@ class Site:
     @property
     def left_out(self) -> Tensor:
         """Which of its values masks leave out, missing ones among them; of its whole shape."""
-        shape = (*self.batch_shape, *self.event_shape)
-        fn, masks = self.fn, [(self.mask, len(self.batch_shape))]
-        while hasattr(fn, "base_dist"):
-            if isinstance(fn, dist.MaskedDistribution):
-                masks.append((fn._mask, len(fn.batch_shape)))
-            fn = fn.base_dist
-        out = torch.zeros(shape, dtype=torch.bool, device=self.value.device)
-        for mask, dims in masks:
-            if mask is not None:
-                seen = torch.as_tensor(mask, device=out.device)
-                out = out | ~seen.reshape(*seen.shape, *[1] * (len(shape) - dims))
-        return out
+        return left_out(self.fn, self.mask, self.value.device)
 
     @property
     def enumerable(self) -> bool:
@@ -242,6 +232,28 @@ def plain_distribution(fn: Any) -> Any:
     ):
         fn = fn.base_dist
     return fn
+
+
+def left_out(fn: Any, mask: Tensor | bool | None, device: torch.device) -> Tensor:
+    """Return which values of a sample statement masks leave out, ``[*batch, *event]``.
+
+    Args:
+        fn: its distribution, with the masks inside.
+        mask: that on the statement (poutine.mask).
+        device: of the result.
+    """
+    shape = (*fn.batch_shape, *fn.event_shape)
+    masks = [(mask, fn.event_dim)]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    out = torch.zeros(shape, dtype=torch.bool, device=device)
+    for seen, events in masks:
+        if seen is not None:
+            there = torch.as_tensor(seen, device=device)
+            out = out | ~there.reshape((*there.shape, *[1] * events))
+    return out
 
 
 def is_circular(fn: Any) -> bool:

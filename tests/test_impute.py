@@ -306,3 +306,57 @@ def test_an_imputation_draws_itself():
         result.plot()
     with pytest.raises(ValueError, match=r"site='y': the imputed sites are \['x'\]"):
         result.plot(site="y")
+
+
+# --- values that are not there are not missing ---------------------------------------------------
+
+
+def test_a_value_for_which_another_site_stands_is_not_imputed_from_its_prior():
+    """With obs_mask the posterior of what was not seen is that of the site y_unobserved."""
+    x, y = torch.tensor([3.0, 3.0, -3.0]), torch.tensor([1.0, math.nan, math.nan])
+
+    def model(y, seen, x):
+        with pyro.plate("data", len(y)):
+            y = pyro.sample("y", dist.Normal(0.0, 1.0), obs=y, obs_mask=seen)
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    def guide(y, seen, x):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y_unobserved", dist.Normal(x / 2, 0.5**0.5))
+
+    batch = (y, ~y.isnan(), x)
+    with pytest.raises(ValueError, match="no observed value is missing"):
+        pv.impute(pv.MissingData(model), guide, *batch)
+    tree = pv.to_arviz(pv.MissingData(model), guide, *batch, num_draws=2000, seed=0)
+    found = tree["posterior"]["y_unobserved"].mean(("chain", "draw")).values
+    assert np.isnan(found[0])
+    np.testing.assert_allclose(found[1:], [1.5, -1.5], atol=0.08)
+
+
+def test_padding_that_is_nan_is_no_missing_value():
+    model = pv.zoo.DeepMarkovModel(2, 1, hidden=[3])
+    sequences, lengths = model.simulate(4, num_steps=3)
+    past = lengths < 3
+    sequences[past, 2] = math.nan
+    sequences[0, 0, 0] = math.nan
+    whole = pv.MissingData(model)
+    encoder = model.make_encoder(3)
+
+    class Filled(torch.nn.Module):
+        def forward(self, sequences, lengths):
+            return encoder(sequences.nan_to_num(), lengths)
+
+    guide = pv.AmortizedGuide(whole, Filled(), example=(sequences, lengths))
+    imputed = pv.impute(whole, guide, sequences, lengths, num_particles=50, seed=0)
+    assert imputed.sites == ("x_1",)
+    assert (~imputed.dataset["x_1_observed"].values).sum() == 1
+
+
+def test_a_single_particle_has_no_standard_error():
+    model = pv.zoo.ProbabilisticPCA(3, 1)
+    x = model.simulate(4)
+    x[:, 0] = math.nan
+    encoder = pv.MissingEncoder(torch.nn.Linear(6, 4))
+    guide = pv.AmortizedGuide(pv.MissingData(model), encoder, example=x)
+    imputed = pv.impute(pv.MissingData(model), guide, x, num_particles=1, seed=0)
+    assert np.isnan(imputed.dataset["x_mean_se"].values[:, 0]).all()

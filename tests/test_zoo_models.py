@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -567,3 +568,14 @@ def test_simulated_colours():
 def test_a_table_needs_positive_cells(table: Tensor):
     with pytest.raises(ValueError, match=r"positive cells \[nationality, colour\] are needed"):
         pv.zoo.EyeColour(table)
+
+
+def test_the_evidence_of_small_noise_is_right_in_float32():
+    """Of a low-rank marginal it would be a difference of large numbers."""
+    model = pv.zoo.FactorAnalysis(20, 3)
+    with torch.no_grad():
+        model.log_noise.fill_(-6.0)
+    x = model.simulate(5)
+    found = model.log_evidence(x)
+    exact = copy.deepcopy(model).double().log_evidence(x.double())
+    assert (found - exact).abs().max() < 1e-2
