@@ -84,8 +84,8 @@ class IWAE(_Importance):
 
     Raises:
         DataPlateError: where the data plate cannot be told.
-        ValueError: for an unknown option, global latents, a subsampled plate inside a
-            datum, or a proposal that cannot be reparameterized.
+        ValueError: for an unknown option, global latents (but "pathwise"), a subsampled plate
+            inside a datum, or a proposal that cannot be reparameterized.
 
     Example:
         >>> import pyro, torch
@@ -391,8 +391,7 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
 
 def _globals(run: Run) -> list[str]:
     """Return the latent sites of model and guide outside the data plate."""
-    nodes = {**{n: found[0] for n, found in run.guide_nodes()}}
-    nodes |= {n: found[0] for n, found in run.latent_nodes()}
+    nodes = {name: found[0] for name, found in (*run.guide_nodes(), *run.latent_nodes())}
     return [name for name, node in nodes.items() if not run.is_local(name, node)]
 
 

@@ -67,11 +67,12 @@ class Run:
         self._again: list[tuple[Callable[[], Any], Any]] = []
         self._points: set[str] = set()  # proposals that are parameters themselves
         own = unwrapped(guide)
-        independent = isinstance(own, FamilyGuide) and not own.is_dependent
-        self._simple = independent and getattr(own, "global_guide", None) is None
+        of_ours = isinstance(own, FamilyGuide)
+        global_guide = getattr(own, "global_guide", None) if of_ours else None
+        self._simple = of_ours and not own.is_dependent and global_guide is None
         guide = hide(guide, layout.hidden)
         if layout.shares_globals:
-            shared = trace_guide(getattr(own, "global_guide", None) or guide, args, kwargs)
+            shared = trace_guide(guide if global_guide is None else global_guide, args, kwargs)
             local = {name for name, node in latent_nodes(shared) if self.is_local(name, node)}
             for name in local:
                 shared.remove_node(name)
