@@ -16,8 +16,12 @@ __all__ = ["check_per_datum", "points"]
 
 
 def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
-    """Raise ValueError for a guide's site whose density is not one number per datum."""
+    """Raise ValueError for a guide's site whose density is no bound, or not one per datum."""
     plate = structure.data_plate
+    for name, node in latent_nodes(guide_trace):
+        model_node = model_trace.nodes.get(name)
+        if model_node is not None and is_circular(model_node["fn"]):
+            _check_circle(name, node["fn"])
     if plate is None:
         return
     for name, node in latent_nodes(guide_trace):
@@ -31,8 +35,6 @@ def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) ->
                 "data_plate=False to treat the whole batch as one datum"
             )
         model_node = model_trace.nodes.get(name)
-        if model_node is not None and is_circular(model_node["fn"]):
-            _check_circle(name, node["fn"])
         if model_node is not None and model_node["fn"].event_dim != node["fn"].event_dim:
             raise ValueError(
                 f"latent site {name!r} has {model_node['fn'].event_dim} event dimensions in the "

@@ -306,6 +306,8 @@ def _with_references(
             continue
         if family not in by_family:
             added = f"{type(family).__name__} per datum"
+            if added in references.values():  # of other options, such as another rank
+                added = f"{family} per datum"
             if added in guides:
                 raise ValueError(
                     f"guides[{added!r}]: that is the name of the refined guide which the "

@@ -53,7 +53,8 @@ def log_weights(
     Raises:
         DataPlateError: where the data plate cannot be told.
         ValueError: for an empty batch, NaN in the data, observed values outside their
-            support, num_particles < 1, global latents, a guide whose sites are not the
+            support, num_particles < 1, global latents (but of a global_guide that knows its
+            median: they are held there, see ``given``), a guide whose sites are not the
             model's, and a density that is not the same for particles together and alone.
 
     Example:

@@ -65,6 +65,8 @@ def refine(
     answer where the guide is of the family, and has the moments of its draws elsewhere.)
     What converges is a local optimum: another mode stays unseen.
 
+    Global latents are held at the median of the guide's ``global_guide``.
+
     A family of points (families.Delta) has no noise: log p(x, z) is maximised by L-BFGS,
     each datum by itself, and the gain of a cycle is exact.
 

@@ -76,7 +76,8 @@ def test_every_function_of_a_datum_takes_them_fixed(guide, x):
     assert abs(best - exact.numpy()).max() < 0.03  # the family holds the posterior
     tree = pv.to_arviz(model, guide, x, num_draws=10, seed=0)
     assert list(tree["posterior"].data_vars) == ["z"]
-    assert tree["posterior"].attrs.get("given") or "g" in str(tree.attrs)
+    attrs = {**tree.attrs, **tree["posterior"].attrs}  # ArviZ 1.x and 0.x
+    assert attrs["given"] == "g at the guide's median"
 
 
 def test_all_latents_jointly_are_one_datum(guide, x):
@@ -108,9 +109,8 @@ def test_a_comparison_of_one_datum(x):
     )
     gap = comparison.dataset["approximation_gap"].sel(guide="mean-field").item()
     assert gap > 0.1
-    assert comparison.dataset["log_evidence"].item() == pytest.approx(
-        log_evidence(x).item(), abs=0.5
-    )
+    error = comparison.dataset["log_evidence_se"].item()
+    assert abs(comparison.dataset["log_evidence"].item() - log_evidence(x).item()) < 4 * error
 
 
 def test_iwae_with_one_draw_of_the_globals(guide, x):

@@ -114,6 +114,21 @@ def test_a_comparison_says_nothing_of_a_top_down_guide_s_own_family(x):
     assert (named.dataset["amortization_gap"].sel(guide="top-down") > 0).all()
 
 
+def test_families_of_other_options_have_references_of_their_own(x):
+    guides = {
+        f"rank {rank}": pv.AmortizedGuide(
+            hierarchy, Encoder(), example=x, family=pv.families.LowRankNormal(rank)
+        )
+        for rank in (1, 2)
+    }
+    found = pv.compare(hierarchy, guides, x[:4], num_particles=20, max_steps=2, seed=0)
+    families = {name: found.guides[name].family.rank for name in found.guides}
+    references = dict(
+        zip(found.dataset["guide"].values, found.dataset["reference"].values, strict=True)
+    )
+    assert all(families[references[f"rank {rank}"]] == rank for rank in (1, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 @pytest.mark.parametrize("make", ["top-down", "full rank", "flow"])

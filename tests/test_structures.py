@@ -105,6 +105,8 @@ def test_an_angle_lives_on_the_circle():
 
     with pytest.raises(ValueError, match="'t' is an angle.*no bound"):
         pv.elbo(model, on_the_line, y)
+    with pytest.raises(ValueError, match="'t' is an angle.*no bound"):
+        pv.elbo(model, on_the_line, y, data_plate=False)
 
 
 def test_a_support_that_differs_from_datum_to_datum_is_refused():
