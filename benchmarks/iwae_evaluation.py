@@ -1,12 +1,20 @@
-"""IWAE-5000 of a Bernoulli VAE: pv.iwae_bound beside a hand-written PyTorch loop.
+"""IWAE-5000 of a Bernoulli VAE: pv.iwae_bound, a loop by hand, Pyro, and the GEMM limit.
 
     python benchmarks/iwae_evaluation.py --data mnist.npz
 
 Trains a 784-200-200-50 VAE (tanh, images binarized afresh at each epoch) for a few epochs, then
-measures the bound of 1,000 test images by both, in turns, in one process. The loop is what one
-writes by hand: encoder, reparameterized draws, decoder, binary cross entropy, logsumexp over
-chunks; no Pyro, no standard errors. The sizes of its chunks are chosen by trying several and
-keeping the fastest. Peak memory is that of a fresh process for each number of particles.
+measures the bound of 1,000 test images by each competitor, in turns, in one process:
+
+- pv.iwae_bound;
+- the loop that one writes by hand: encoder, reparameterized draws, decoder, binary cross entropy,
+  logsumexp over chunks; no Pyro, no standard errors;
+- pyro.infer.RenyiELBO(alpha=0), particles vectorized, all of a few images at a time.
+
+The GEMM limit is the time of the decoder's matrix products alone, for as many pairs (particle,
+datum): no draws, no elementwise work, outputs allocated once. A program whose products are
+PyTorch's in float32 has them to pay; the share is the limit over a competitor's time, in the same
+turn. The loop, Pyro and the limit each get the fastest chunk of several that are tried. Peak memory
+is that of a fresh process for each number of particles.
 
 Without --data the 8x8 digits that come with the package stand in: the same program, other figures.
 """
@@ -22,10 +30,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import machine
+import pyro.infer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
@@ -35,7 +45,14 @@ HIDDEN = (200, 200)
 # Candidates for the loop: data in a chunk, and pairs (particle, datum) in it.
 LOOP_DATA = (50, 250, 1000)
 LOOP_PAIRS = (1000, 2000, 4000, 8000, 16000)
+# Candidates for RenyiELBO: data at a time, each with all its particles.
+RENYI_DATA = (1, 2, 5, 10, 25)
+# Candidates for the matrix products: pairs at a time.
+GEMM_PAIRS = (500, 1000, 2000, 4000, 8000, 16000)
 MEMORY_PARTICLES = (50, 500, 5000)
+PV, LOOP, PYRO, LIMIT = "pv.iwae_bound", "the loop", "RenyiELBO", "GEMM limit"
+
+Candidate = TypeVar("Candidate")
 
 
 def make(
@@ -84,16 +101,81 @@ def by_hand(
 
 def best_sizes(run: Callable[[int, int, int], Tensor], num_data: int) -> tuple[int, int]:
     """Return the (data, pairs) with which the loop is fastest, by short trials."""
-    seconds: dict[tuple[int, int], float] = {}
+    sizes = [(d, p) for d in LOOP_DATA for p in LOOP_PAIRS if min(d, num_data) <= p]
+    return fastest(sizes, lambda size: run(64, *size), lambda size: 1.0)
+
+
+def by_renyi(
+    model: pv.zoo.VAE, guide: pv.AmortizedGuide, x: Tensor, num_particles: int, data: int
+) -> float:
+    """Return the mean IWAE-K of the images by Pyro's loss."""
+    loss = pyro.infer.RenyiELBO(
+        alpha=0, num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1
+    )
+    return -sum(loss.loss(model, guide, rows) for rows in x.split(data)) / len(x)
+
+
+def best_renyi(model: pv.zoo.VAE, guide: pv.AmortizedGuide, x: Tensor, num_particles: int) -> int:
+    """Return the data at a time with which Pyro's loss is fastest, by trials of one chunk."""
+    sizes = [data for data in RENYI_DATA if data == 1 or data <= len(x)]
+    return fastest(sizes, lambda n: by_renyi(model, guide, x[:n], num_particles, n), float)
+
+
+class MatrixProducts:
+    """The decoder's matrix products alone, for a number of pairs at a time.
+
+    Args:
+        decoder: whose linear layers are taken, in their order.
+        pairs: rows of a product (columns, where transposed).
+        transposed: whether a pair is a column: weight @ inputs in place of inputs @ weight.T.
+    """
+
+    def __init__(self, decoder: nn.Module, pairs: int, transposed: bool) -> None:
+        self.pairs, self.transposed = pairs, transposed
+        layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+        self.weights = [layer.weight.detach() for layer in layers]
+        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+        self.buffers = [
+            torch.randn((width, pairs) if transposed else (pairs, width)) for width in widths
+        ]
+
+    def run(self, num_pairs: int) -> None:
+        """Multiply as often as this many pairs need; a last chunk that is not full counts whole."""
+        for _ in range(math.ceil(num_pairs / self.pairs)):
+            for weight, given, out in zip(
+                self.weights, self.buffers, self.buffers[1:], strict=False
+            ):
+                if self.transposed:
+                    torch.mm(weight, given, out=out)
+                else:
+                    torch.mm(given, weight.t(), out=out)
+
+    def __repr__(self) -> str:
+        return f"{self.pairs} pairs as {'columns' if self.transposed else 'rows'}"
+
+
+def best_products(decoder: nn.Module) -> MatrixProducts:
+    """Return the matrix products whose chunk is fastest, by short trials."""
+    candidates = [
+        MatrixProducts(decoder, n, across) for n in GEMM_PAIRS for across in (False, True)
+    ]
+    return fastest(candidates, lambda products: products.run(64_000), lambda products: 1.0)
+
+
+def fastest(
+    candidates: list[Candidate],
+    run: Callable[[Candidate], object],
+    work: Callable[[Candidate], float],
+) -> Candidate:
+    """Return the candidate with the least time for its work, the best of three trials of each."""
+    seconds = [math.inf] * len(candidates)
     for _ in range(3):
-        for data in LOOP_DATA:
-            for pairs in LOOP_PAIRS:
-                if min(data, num_data) <= pairs:
-                    begin = time.perf_counter()
-                    run(64, data, pairs)
-                    passed = time.perf_counter() - begin
-                    seconds[data, pairs] = min(passed, seconds.get((data, pairs), math.inf))
-    return min(seconds, key=lambda sizes: seconds[sizes])
+        for i, candidate in enumerate(candidates):
+            begin = time.perf_counter()
+            run(candidate)
+            passed = (time.perf_counter() - begin) / work(candidate)
+            seconds[i] = min(passed, seconds[i])
+    return candidates[seconds.index(min(seconds))]
 
 
 def peak_memory() -> float:
@@ -147,20 +229,55 @@ def train(arguments: argparse.Namespace) -> tuple[pv.zoo.VAE, pv.AmortizedGuide,
     return model, guide, x
 
 
-def agreement(bound: pv.Bound, loops: list[Tensor]) -> str:
-    """Compare one bound with the loop's runs, in standard errors of the difference."""
-    # The loop draws as many particles, so its error is that of the bound.
-    differences = [loop.double() - bound.value for loop in loops]
+def agreement(bound: pv.Bound, loops: list[Tensor], renyis: list[float]) -> str:
+    """Compare one bound with the others' runs, in standard errors of the difference."""
+    # The others draw as many particles, so their errors are that of the bound.
     error = math.sqrt(2) * bound.mean_std_error
-    means = [float(difference.mean()) / error for difference in differences]
+    lines = [f"mean: {PV} {bound.mean:.3f} ± {bound.mean_std_error:.3f}"]
+    for name, means in ((LOOP, [float(run.double().mean()) for run in loops]), (PYRO, renyis)):
+        away = ", ".join(f"{(mean - bound.mean) / error:+.1f}" for mean in means)
+        lines.append(
+            f"mean: {name} {', '.join(f'{mean:.3f}' for mean in means)} ({away} standard errors of "
+            "the difference)"
+        )
+    differences = [loop.double() - bound.value for loop in loops]
     z = torch.stack(differences) / (math.sqrt(2) * bound.std_error)
-    return (
-        f"mean: pv {bound.mean:.3f} ± {bound.mean_std_error:.3f}, loop "
-        f"{', '.join(f'{float(loop.double().mean()):.3f}' for loop in loops)} "
-        f"({', '.join(f'{m:+.1f}' for m in means)} standard errors of the difference)\n"
-        f"image by image: root mean square {float(z.square().mean().sqrt()):.2f} standard errors; "
-        "1 where both are right and the errors too"
+    lines.append(
+        f"image by image, the loop: root mean square {float(z.square().mean().sqrt()):.2f} "
+        "standard errors; 1 where both are right and the errors too"
     )
+    return "\n".join(lines)
+
+
+def measure(turns: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each, in turns; each is told the number of the turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for repeat in range(repeats):
+        # Who goes first changes, so that a machine that slows down favours none.
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            begin = time.perf_counter()
+            turns[name](repeat)
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]]) -> None:
+    """Print the table of times, ratios to the loop and shares of the limit."""
+    print(
+        f"{'':<16} {'median s':>9} {'min - max':>17} {'ratio to loop':>14} {'min - max':>13} "
+        f"{'share of limit':>15} {'min - max':>13}"
+    )
+    for name, found in seconds.items():
+        ratios = [a / b for a, b in zip(found, seconds[LOOP], strict=True)]
+        shares = [limit / a for a, limit in zip(found, seconds[LIMIT], strict=True)]
+        print(
+            f"{name:<16} {statistics.median(found):9.2f} "
+            f"{f'{min(found):.2f} - {max(found):.2f}':>17} {statistics.median(ratios):14.2f} "
+            f"{f'{min(ratios):.2f} - {max(ratios):.2f}':>13} {statistics.median(shares):15.2f} "
+            f"{f'{min(shares):.2f} - {max(shares):.2f}':>13}"
+        )
 
 
 def main() -> None:
@@ -182,43 +299,32 @@ def main() -> None:
     model, guide, x = train(arguments)
     K = arguments.num_particles
     sizes = best_sizes(lambda k, data, pairs: by_hand(model, guide, x, k, data, pairs), len(x))
-    print(f"the loop's chunks: {sizes[0]} data, {sizes[1]} pairs (the fastest of those tried)")
-    pv.iwae_bound(model, guide, x, num_particles=16)  # both are warm now
-    seconds: dict[str, list[float]] = {"pv.iwae_bound": [], "the loop": []}
-    bounds, loops = [], []
-    for repeat in range(arguments.repeats):
-        turns: list[tuple[str, Callable[[], None]]] = [
-            (
-                "pv.iwae_bound",
-                lambda seed=repeat: bounds.append(
-                    pv.iwae_bound(
-                        model,
-                        guide,
-                        x,
-                        num_particles=K,
-                        chunk_size=arguments.chunk_size,
-                        seed=seed,
-                    )
-                ),
-            ),
-            ("the loop", lambda: loops.append(by_hand(model, guide, x, K, *sizes))),
-        ]
-        # Who goes first alternates, so that a machine that slows down favours neither.
-        for name, turn in turns if repeat % 2 == 0 else reversed(turns):
-            begin = time.perf_counter()
-            turn()
-            seconds[name].append(time.perf_counter() - begin)
-    print(f"\nIWAE-{K} of {len(x)} images, {arguments.repeats} repetitions")
-    print(f"{'':<16} {'median s':>9} {'min - max':>17}")
-    for name, found in seconds.items():
-        spread = f"{min(found):.2f} - {max(found):.2f}"
-        print(f"{name:<16} {statistics.median(found):9.2f} {spread:>17}")
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    data, products = best_renyi(model, guide, x, K), best_products(model.decoder)
     print(
-        f"{'ratio':<16} {statistics.median(ratios):9.2f} "
-        f"{f'{min(ratios):.2f} - {max(ratios):.2f}':>17}   pv / loop, pair by pair"
+        f"the fastest chunks of those tried: the loop {sizes[0]} data, {sizes[1]} pairs; RenyiELBO "
+        f"{data} data; GEMM limit {products}"
     )
-    print(agreement(bounds[0], loops))
+    pv.iwae_bound(model, guide, x, num_particles=16)  # all are warm now
+    bounds: list[pv.Bound] = []
+    loops: list[Tensor] = []
+    renyis: list[float] = []
+
+    def by_bound(seed: int) -> None:
+        chunk_size = arguments.chunk_size
+        bounds.append(
+            pv.iwae_bound(model, guide, x, num_particles=K, chunk_size=chunk_size, seed=seed)
+        )
+
+    turns: dict[str, Callable[[int], None]] = {
+        PV: by_bound,
+        LOOP: lambda _: loops.append(by_hand(model, guide, x, K, *sizes)),
+        PYRO: lambda _: renyis.append(by_renyi(model, guide, x, K, data)),
+        LIMIT: lambda _: products.run(K * len(x)),
+    }
+    seconds = measure(turns, arguments.repeats)
+    print(f"\nIWAE-{K} of {len(x)} images, {arguments.repeats} repetitions; ratios turn by turn")
+    report(seconds)
+    print(agreement(bounds[0], loops, renyis))
     if not arguments.no_memory:
         print(f"\npeak memory of pv.iwae_bound on {len(x)} images, fresh processes")
         print(f"{'particles':>9} {'before MiB':>11} {'peak MiB':>9}")

@@ -20,6 +20,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.refine import refine
 from pyro_vae.results import Bound, EMResult, FitResult, LogWeights
 from pyro_vae.sites import DataPlateError
+from pyro_vae.svi import CompiledSVI
 
 from pyro_vae import datasets, zoo  # isort: skip - the edge, above all the rest
 
@@ -31,6 +32,7 @@ __all__ = [
     "AmortizedGuide",
     "Bound",
     "Comparison",
+    "CompiledSVI",
     "DataPlateError",
     "EMResult",
     "Epoch",

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.elimination import Axis, Factor, Variable, eliminate, to_plates
+from pyro_vae.handlers import scale_parts
 from pyro_vae.sites import (
     Plate,
     is_enumerable,
@@ -235,10 +236,12 @@ def scaled_by(trace: Any, group: Sequence[str]) -> str:
     chosen = next((name for name in group if name not in summed), group[0])
     wanted = nodes[chosen]["scale"]
     for name, node in nodes.items():
-        allowed = [wanted]
-        if name in summed:
-            allowed.append(wanted * node["infer"].get("_latent_scale", 1.0))
-        if not any(_equal(node["scale"], scale) for scale in allowed):
+        (scale, factor), (theirs, their_factor) = map(scale_parts, (node, nodes[chosen]))
+        equal = factor is their_factor and _equal(scale, theirs)
+        if name in summed and not equal:
+            before = node["infer"].get("_unscaled", node["scale"])
+            equal = their_factor is None and _equal(before, theirs)
+        if not equal:
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
                 f"but their scales differ ({chosen!r}: {wanted}, {name!r}: {node['scale']}): a "

@@ -27,6 +27,8 @@ from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
 from pyro_vae.running import evaluation, module_of, preserved_rng
 from pyro_vae.schedules import factor_at, shortfall
+from pyro_vae.svi import Update
+from pyro_vae.traced_loss import TracedLoss, check_compile
 from pyro_vae.traces import non_finite_sites
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]
@@ -131,7 +133,10 @@ def fit(
         seed: of everything random in here; the global random state stays as it was. None
             draws from the global random state.
         device: where modules and minibatches go; as they are by default.
-        compile: "auto" or False. Steps run eagerly in this version.
+        compile: how steps run, as in :class:`pyro_vae.CompiledSVI`: "auto" records the
+            operations of a step as a graph and replays them, and compiles the graph where
+            training is long enough for that to save time (few steps run eagerly); "replay"
+            never compiles, True at once, False runs eagerly. Losses are the same to rounding.
         checkpoint: a file written after each epoch, whole or not at all, with the last and
             the best parameters. Where it exists, training resumes from it, with the
             optimizer's settings in it, and goes on as if it had not been interrupted. An
@@ -182,11 +187,16 @@ def fit(
     with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
-        trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed)
+        trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed, compile)
         if checkpoint is not None and os.path.exists(checkpoint):
             trainer.resume(checkpoint)
         stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress, list(callbacks))
     return trainer.result(stopped_by)
+
+
+def _state_of(loss: pyro.infer.ELBO) -> Objective | None:
+    """Return the loss where it carries something from step to step."""
+    return loss if isinstance(loss, Objective) else None
 
 
 def _check_arguments(
@@ -216,8 +226,7 @@ def _check_arguments(
             "validation_data is drawn anew for each epoch, so that epochs could not be compared; "
             "pass one draw of it: validation_data.epoch(torch.Generator())"
         )
-    if compiled not in ("auto", False):
-        raise ValueError(f"compile={compiled!r}: 'auto' or False is needed; steps run eagerly")
+    check_compile(compiled)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
 
@@ -245,6 +254,7 @@ class _Trainer:
         optim: Any,
         schedule: Callable[[int], float] | None,
         seed: int | None,
+        compiled: str | bool,
     ) -> None:
         self.model, self.guide = model, guide
         self.data, self.validation = data, validation
@@ -272,7 +282,16 @@ class _Trainer:
         with self._rows(rows):
             first = data.batch if rows is None else data.batch.rows(rows)
             self.parameters = Parameters(model, guide, first)
-        self.optimizer = make_optimizer(optim, self.parameters.trained)
+        self._update = Update(make_optimizer(optim, self.parameters.trained))
+        self.optimizer = self._update.optimizer
+        if schedule is not None:
+            # A tensor, which a graph reads where it is: a number would be a constant of it.
+            like = next(p for p in self.parameters.trained if p.is_floating_point())
+            self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
+        self._traced = TracedLoss(
+            *self._pair, self.loss.loss_and_grads, compile=compiled, state=_state_of(self.loss)
+        )
+        self._validated = TracedLoss(*self._pair, self.loss.loss, compile=compiled)
         self.state = _Progress()
         self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best
@@ -291,6 +310,10 @@ class _Trainer:
         """Train; return what ended it, and leave the best parameters in place."""
         limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
         total = min(limit for limit in limits if limit is not None)
+        self._traced.steps = total
+        if self.validation is not None:
+            parts = sum(1 for _ in self.data.parts(self.validation))
+            self._validated.steps = parts * math.ceil(total / self.data.steps_per_epoch)
         if total > self.state.step and (told := shortfall(self.schedule, total)):
             logger.warning("training will end by %s", told)
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
@@ -365,7 +388,7 @@ class _Trainer:
         if self.validation is None:
             return math.nan, math.nan
         elbos = []
-        self._latent_scale.factor = 1.0
+        self._set_factor(1.0)
         with (
             torch.no_grad(),
             evaluation(self.model, self.guide),
@@ -373,7 +396,7 @@ class _Trainer:
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)
             for batch in self.data.parts(self.validation):
-                loss = float(self.loss.loss(*self._pair, *batch.args, **batch.kwargs))
+                loss = float(self._validated(*batch.args, **batch.kwargs))
                 elbos.append(self.data.elbo(loss, batch))
         return mean_elbo(elbos)
 
@@ -382,12 +405,12 @@ class _Trainer:
     def _step(self, index: Tensor | None, batch: Batch) -> float:
         """Take a step and return the loss; leave the parameters alone if it is not finite."""
         if self.schedule is not None:
-            self._latent_scale.factor = factor_at(self.schedule, self.state.step)
+            self._set_factor(factor_at(self.schedule, self.state.step))
         random_state = checkpoints.random_state()
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with self._rows(index):
-                loss = float(self.loss.loss_and_grads(*self._pair, *batch.args, **batch.kwargs))
+                loss = float(self._traced(*batch.args, **batch.kwargs))
         except (ValueError, RuntimeError) as error:
             # A distribution refuses NaN itself, before there is a loss.
             sites = self._non_finite_sites(index, batch, random_state)
@@ -395,6 +418,25 @@ class _Trainer:
                 raise self._failure("the loss", sites) from error
             error.add_note(f"in step {self.state.step + 1} of training")
             raise
+        if not math.isfinite(loss):
+            sites = self._non_finite_sites(index, batch, random_state)
+            raise self._failure(f"the loss ({loss})", sites)
+        self._check_gradients(index, batch, random_state)
+        self._update(traced=self._traced.mode != "eager")
+        self.state.step += 1
+        return loss
+
+    def _set_factor(self, factor: float) -> None:
+        if isinstance(self._latent_scale.factor, Tensor):
+            self._latent_scale.factor.fill_(factor)
+
+    def _check_gradients(
+        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
+    ) -> None:
+        """Raise an error where there are none, or where they are not finite."""
+        health = self._traced.health
+        if self.state.step and health is not None and math.isfinite(float(health)):
+            return
         gradients = [
             parameter.grad
             for group in self.optimizer.param_groups
@@ -406,14 +448,8 @@ class _Trainer:
                 "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
                 "need modules registered, by pyro.module(name, module) or as a PyroModule"
             )
-        if not math.isfinite(loss):
-            sites = self._non_finite_sites(index, batch, random_state)
-            raise self._failure(f"the loss ({loss})", sites)
         if not all_finite(gradients):
             raise self._failure("the gradient", self._non_finite_sites(index, batch, random_state))
-        self.optimizer.step()
-        self.state.step += 1
-        return loss
 
     def _non_finite_sites(
         self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]

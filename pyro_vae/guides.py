@@ -305,7 +305,18 @@ class LocalGuide(FamilyGuide):
                 f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
                 f"has rows 0 to {self.num_data - 1}"
             )
-        before, self._rows = self._rows, index.to(self.table.device)
+        with self.rows_as_given(index.to(self.table.device)):
+            yield
+
+    @property
+    def given_rows(self) -> Tensor | None:
+        """The rows of :meth:`rows` that are in force; None for all."""
+        return self._rows
+
+    @contextlib.contextmanager
+    def rows_as_given(self, index: Tensor) -> Iterator[None]:
+        """Take rows that were given before, and need not be checked again."""
+        before, self._rows = self._rows, index
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-__all__ = ["LatentScale", "name_apart", "register", "unobserve"]
+__all__ = ["LatentScale", "name_apart", "register", "scale_parts", "unobserve"]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -103,6 +103,18 @@ class LatentScale(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
+            # Told, for a discrete latent that is summed out has no KL to scale, and scales are
+            # told apart by what made them: the number in a tensor stays unread.
+            told = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
+            msg["infer"] = {**msg["infer"], **told}
             msg["scale"] = msg["scale"] * self.factor
-            # Told, for a discrete latent that is summed out has no KL to scale.
-            msg["infer"] = {**msg["infer"], "_latent_scale": self.factor}
+
+
+def scale_parts(node: Any) -> tuple[Any, Tensor | None]:
+    """Return a node's scale without the factor of a :class:`LatentScale`, and that factor.
+
+    The factor is None where there is none, or where it is a plain number: part of the scale.
+    """
+    infer = node.get("infer") or {}
+    factor = infer.get("_latent_scale")
+    return (infer["_unscaled"], factor) if isinstance(factor, Tensor) else (node["scale"], None)

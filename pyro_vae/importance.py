@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.estimators import iwae_bound
 from pyro_vae.guides import LocalGuide
+from pyro_vae.handlers import scale_parts
 from pyro_vae.layouts import Layout
 from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
@@ -354,28 +355,29 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
     is not one for all latent sites.
     """
     shared = set(_globals(run)) if run.layout.shares_globals else set()
-    scales = {
-        name: run.datum_scale(name, nodes[0])
+    parts = {
+        name: _scale_parts(run, name, nodes[0])
         for name, nodes in run.model_nodes()
         if name not in shared
     }
-    observed = [scales[name] for name, _ in run.observed_nodes()]
+    observed = [parts[name] for name, _ in run.observed_nodes()]
     # Observed sites of different scales are tempered: what is left is what a datum counts for.
-    alike = bool(observed) and all(_same(s, observed[0]) for s in observed)
-    scale = observed[0] if alike else run.plate_scale
-    ratios = {name: 1.0 if _same(s, scale) else s / scale for name, s in scales.items()}
+    alike = bool(observed) and all(_same_parts(s, observed[0]) for s in observed)
+    scale = observed[0][0] if alike else run.plate_scale
+    ratios = {
+        name: (1.0 if _same(s, scale) else s / scale, factor) for name, (s, factor) in parts.items()
+    }
     latent = [ratios[name] for name, _ in run.latent_nodes() if name not in shared]
-    common = latent[0] if latent and all(_same(r, latent[0]) for r in latent) else None
-    if not latent:
-        common = 1.0
+    alike = not latent or all(_same_parts(r, latent[0]) for r in latent)
+    common = None if not alike else _product(latent[0]) if latent else 1.0
     log_joint = _sum(
-        term if _same(ratios[name], 1.0) else ratios[name] * term
+        _times(_product(ratios[name]), term)
         for name, term in run.model_terms(scaled=False, skip=shared)
     )
 
     def ratio(name: str) -> Any:
         if name in ratios:
-            return ratios[name]
+            return _product(ratios[name])
         if common is None:
             raise ValueError(
                 f"the guide's auxiliary site {name!r} stands for latent sites of different "
@@ -383,10 +385,35 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
             )
         return common
 
-    proposed = [ratio(name) * term for name, term in guide_terms.items() if name not in shared]
+    proposed = [
+        _times(ratio(name), term) for name, term in guide_terms.items() if name not in shared
+    ]
     # Nothing is proposed where every latent is summed out.
     log_guide = _sum(proposed) if proposed else torch.zeros_like(log_joint)
     return scale, log_joint, log_guide, common
+
+
+# A scale in two parts: that of plates and poutine.scale, and the factor of a KL warm-up, a tensor
+# whose number is not to be read.
+_Parts = tuple[Any, Tensor | None]
+
+
+def _scale_parts(run: Run, name: str, node: Any) -> _Parts:
+    scale, factor = scale_parts(node)
+    return run.datum_scale(name, {**node, "scale": scale}), factor
+
+
+def _same_parts(a: _Parts, b: _Parts) -> bool:
+    return a[1] is b[1] and _same(a[0], b[0])
+
+
+def _product(parts: _Parts) -> Any:
+    scale, factor = parts
+    return scale if factor is None else scale * factor
+
+
+def _times(ratio: Any, term: Tensor) -> Tensor:
+    return term if isinstance(ratio, float) and ratio == 1.0 else ratio * term
 
 
 def _globals(run: Run) -> list[str]:

@@ -15,6 +15,8 @@ import torch.distributions as td
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
+from pyro_vae.handlers import scale_parts
+
 __all__ = ["analytic_kl", "kl_per_dimension"]
 
 # A rule returns KL(q, p), or None where the pair is not its case. It raises
@@ -123,7 +125,8 @@ def kl_per_dimension(guide_node: Any, model_node: Any) -> tuple[Tensor | None, s
 
 def _refusal(guide_node: Any, model_node: Any) -> str:
     """Say why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
-    if not _same(guide_node["scale"], model_node["scale"]):
+    (scale, factor), (other, other_factor) = map(scale_parts, (guide_node, model_node))
+    if factor is not other_factor or not _same(scale, other):
         return "model and guide scale the site differently"
     if not _same(guide_node["mask"], model_node["mask"]):
         return "model and guide mask the site differently"
@@ -340,6 +343,8 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if a is None or b is None:
         return False
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return bool(a == b)
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     return a.shape == b.shape and bool((a == b).all())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, biject_to
 
 from pyro_vae.batches import rows_text
+from pyro_vae.graphs import is_recording
 from pyro_vae.running import call_network, module_of
 from pyro_vae.sites import left_out, plain_distribution
 
@@ -257,7 +258,7 @@ def _masked(fn: Any, seen: Tensor, name: str) -> Any:
     events = seen.flatten(-fn.event_dim)
     whole = events.all(-1)
     partly = events.any(-1) & ~whole
-    if bool(partly.any()):
+    if not is_recording() and bool(partly.any()):
         where = rows_text(partly.reshape(len(partly), -1).any(1)) if partly.ndim else "the event"
         raise _RefusedError(
             f"observed site {name!r}: a part of an event is missing in {where}, but the density of "
@@ -304,7 +305,7 @@ def _code_by_nan(
     if not x.is_floating_point():
         exact = x
         x = x.to(torch.get_default_dtype())
-        if bool((x.to(exact.dtype) != exact).any()):
+        if not is_recording() and bool((x.to(exact.dtype) != exact).any()):
             raise ValueError(
                 f"mask={mask!r}: the integers of argument {key!r} have no exact value in "
                 f"{x.dtype}, in which missing ones are marked; give them as float64"

@@ -91,11 +91,17 @@ class Objective(pyro.infer.ELBO, abc.ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is carried from step to step, for a checkpoint: running baselines."""
-        return dict(self._baselines)
+        return {name: value.clone() for name, value in self._baselines.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` returned."""
-        self._baselines = dict(state)
+        for name in set(self._baselines) - set(state):
+            del self._baselines[name]
+        for name, value in state.items():
+            if name in self._baselines:
+                self._baselines[name].copy_(value)
+            else:
+                self._baselines[name] = value.clone()
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
@@ -348,12 +354,14 @@ class ELBO(Objective):
         count = signal.shape[0]
         if count > 1:
             return (signal.sum(0, keepdim=True) - signal) / (count - 1)
-        before = self._baselines.get(name)
-        mean = signal.mean()
-        self._baselines[name] = (
-            mean if before is None else _BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean
-        )
-        return torch.zeros_like(signal) if before is None else before.to(signal).expand_as(signal)
+        mean, baseline = signal.mean(), self._baselines.get(name)
+        if baseline is None:
+            self._baselines[name] = mean
+            return torch.zeros_like(signal)
+        before = baseline.to(signal).clone()
+        # In place: a graph that was traced from a step reads and writes it where it is.
+        baseline.copy_(_BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean)
+        return before.expand_as(signal)
 
     def _freed(self, run: Run) -> Tensor:
         """Return what free bits give back: KL below the floor, over the latent dimensions."""

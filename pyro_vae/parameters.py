@@ -22,6 +22,8 @@ __all__ = ["Parameters", "all_finite", "make_optimizer"]
 
 logger = logging.getLogger(__name__)
 
+# Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # Which PyroModule was last seen with a name in Pyro's store.
 _owners: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
@@ -179,7 +181,7 @@ def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimize
             other parameters.
     """
     if optim is None:
-        return torch.optim.Adam(parameters, lr=1e-3)
+        return _fused(torch.optim.Adam, parameters, {"lr": 1e-3})
     if isinstance(optim, pyro.optim.PyroOptim):
         return _from_pyro(optim, parameters)
     make: Any = optim
@@ -214,4 +216,14 @@ def _from_pyro(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
                 "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
                 "clipping)"
             )
-    return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
+    return _fused(optim.pt_optim_constructor, parameters, optim.pt_optim_args)
+
+
+def _fused(
+    make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an optimizer that updates all parameters by one kernel, where PyTorch has one."""
+    told = {"fused", "foreach", "capturable", "differentiable"} & set(options)
+    if make in _FUSED and not told and all(map(torch.is_floating_point, parameters)):
+        options = {**options, "fused": True}
+    return make(parameters, **options)

@@ -22,12 +22,20 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
 from pyro_vae.family_guide import FamilyGuide
+from pyro_vae.graphs import is_recording
 from pyro_vae.guides import LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
 from pyro_vae.running import preserved_rng, unwrapped
 from pyro_vae.sites import guide_factors, latent_nodes, sample_nodes
-from pyro_vae.traces import ReplaceDraws, point_of, site_log_prob, trace_guide, trace_model
+from pyro_vae.traces import (
+    ReplaceDraws,
+    point_of,
+    site_log_prob,
+    trace_given,
+    trace_guide,
+    trace_model,
+)
 
 __all__ = ["Run"]
 
@@ -127,6 +135,10 @@ class Run:
             state = _random_state(device_of(args, kwargs))
 
             def again() -> Any:
+                if is_recording():
+                    # The state of the random numbers is no part of a graph: the draws are given.
+                    draws = {n: _leaf(node["value"]) for n, node in latent_nodes(guide_trace)}
+                    return trace_given(guide, draws, args, kwargs)
                 with ReplaceDraws(_leaf), _random_state_of(state):
                     return trace_guide(guide, args, kwargs)
 

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.graphs import is_recording
 from pyro_vae.handlers import unobserve
 from pyro_vae.running import evaluation, preserved_rng
 from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
@@ -242,7 +243,7 @@ def _check_masks(name: str, model_node: Any, guide_node: Any) -> None:
             "not, or others: put the same mask on both distributions; or sample the parts in an "
             "inner plate, under poutine.mask in the model"
         )
-    if guide_node["mask"] is None or guide_node["mask"] is True:
+    if guide_node["mask"] is None or guide_node["mask"] is True or is_recording():
         return
     mine = torch.as_tensor(guide_node["mask"])
     theirs = model_node["mask"]

@@ -30,6 +30,8 @@ LAYERS = {
         "imputation_plot",
         "plots",
         "schedules",
+        "graphs",
+        "graph_rules",
     },
     1: {
         "sites",
@@ -59,6 +61,7 @@ LAYERS = {
         "scorer",
         "parameters",
         "annealing",
+        "traced_loss",
     },
     2: {
         "objectives",

@@ -1,0 +1,304 @@
+"""What a traced graph may hold, and what can be left out of it without changing a result."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+__all__ = ["ChangingShapesError", "check", "lift", "simplify"]
+
+_aten = torch.ops.aten
+# A constant that is worked out ahead is kept as long as the graph.
+_FOLDED_ELEMENTS = 2**20
+# Share memory with their input, though their schemas do not say so.
+_SILENT_VIEWS = {_aten._unsafe_view.default, _aten.lift_fresh.default}
+# Take nothing of their first argument but its shape and kind.
+_LIKE = {
+    _aten.ones_like.default,
+    _aten.zeros_like.default,
+    _aten.full_like.default,
+    _aten.new_zeros.default,
+    _aten.new_ones.default,
+    _aten.new_full.default,
+}
+
+
+class ChangingShapesError(RuntimeError):
+    """An operation's result has a shape that depends on the numbers in its input."""
+
+
+def check(graph: fx.Graph) -> None:
+    """Raise ChangingShapesError for shapes that depend on numbers: a graph has but one shape."""
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        if node.target is _aten.index.Tensor:
+            masks = [i for i in node.args[1] if i is not None and _is_mask(i)]
+            if not masks:
+                continue
+        elif torch.Tag.dynamic_output_shape not in node.target.tags:
+            continue
+        raise ChangingShapesError(
+            f"the shape of what {node.target} returns depends on the numbers in its input"
+        )
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def lift(traced: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
+    """Make inputs of the tensors that a traced function found outside of its arguments.
+
+    Returns:
+        The graph, whose first inputs they are, and these tensors. Those that the function made
+        itself (torch.tensor(3.0)) are constants of the graph.
+    """
+    made = {
+        node.args[0]
+        for node in traced.graph.nodes
+        if node.target in (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
+    }
+    graph, live = fx.Graph(), list[Tensor]()
+    lifted: dict[int, fx.Node] = {}
+    new: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node not in made:
+            tensor = getattr(traced, node.target)
+            if id(tensor) not in lifted:
+                lifted[id(tensor)] = graph.placeholder(f"live{len(live)}")
+                lifted[id(tensor)].meta["val"] = tensor.detach()
+                live.append(tensor)
+            new[node] = lifted[id(tensor)]
+    for node in traced.graph.nodes:
+        if node in new:
+            continue
+        new[node] = graph.node_copy(node, lambda old: new[old])
+        if node.op == "get_attr":
+            new[node].meta["constant"] = getattr(traced, node.target)
+            new[node].meta["val"] = new[node].meta["constant"]
+    return graph, live
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Leave out what has no effect: a replay pays for each operation, however small.
+
+    Results are the same to the last bit, and random numbers are drawn as before.
+    """
+    written = _written(graph)
+    _fold(graph, written)
+    _drop_neutral(graph, written)
+    _merge_equal(graph, written)
+    _own_outputs(graph)
+    _drop_unused(graph)
+    graph.lint()
+
+
+def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (
+        node
+        for node in list(graph.nodes)
+        if node.op == "call_function" and isinstance(node.target, OpOverload)
+    )
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """Return the node whose memory a view is a view of; a node that is no view, itself."""
+    while (source := _viewed(node)) is not None:
+        node = source
+    return node
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """Return what a node is a view of; None for one with memory of its own."""
+    if node.target is operator.getitem:
+        return node.args[0]
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return None
+    returns = node.target._schema.returns
+    shares = node.target in _SILENT_VIEWS or any(r.alias_info is not None for r in returns)
+    first = node.args[0] if node.args else None
+    return first if shares and isinstance(first, fx.Node) else None
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose memory some operation writes to."""
+    found = set()
+    for node in _calls(graph):
+        schema = node.target._schema
+        if not schema.is_mutable:
+            continue
+        named = {argument.name: value for argument, value in zip(schema.arguments, node.args)}
+        named.update(node.kwargs)
+        for argument in schema.arguments:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = named.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found.update(_base(v) for v in values if isinstance(v, fx.Node))
+    return found
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target = node.target
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """Work out what depends on no input: the seeds of gradients above all."""
+    for node in _calls(graph):
+        sources = node.all_input_nodes
+        like = node.target in _LIKE
+        factory = not sources and "empty" not in str(node.target)
+        constant = all("constant" in s.meta for s in sources)
+        if (
+            not _is_pure(node)
+            or not (like or factory or (sources and constant))
+            or _base(node) in written
+            or not isinstance(node.meta.get("val"), Tensor)
+            or node.meta["val"].numel() > _FOLDED_ELEMENTS
+        ):
+            continue
+        if like:
+            arguments = (_blank(node.args[0]), *node.args[1:])
+        else:
+            arguments = fx.node.map_arg(node.args, lambda n: n.meta["constant"])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["constant"])
+        with torch.no_grad():
+            value = node.target(*arguments, **kwargs)
+        with graph.inserting_before(node):
+            folded = graph.create_node("get_attr", f"folded_{node.name}")
+        folded.meta.update(constant=value, val=value)
+        node.replace_all_uses_with(folded)
+        graph.erase_node(node)
+
+
+def _blank(node: fx.Node) -> Tensor:
+    """Return a tensor of a node's shape and kind, with any numbers in it."""
+    val = node.meta["val"]
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+def _drop_neutral(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """Leave out views that change nothing, and multiplications by one."""
+    for node in _calls(graph):
+        if node.target is _aten.select_backward.default and _is_single(node):
+            with graph.inserting_before(node):
+                same = graph.call_function(_aten.unsqueeze.default, (node.args[0], node.args[2]))
+            same.meta.update(node.meta)
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            node = same
+        same = _same_view(node) or _same_number(node)
+        if same is None:
+            continue
+        # The result of an operation is memory of its own: not to be shared where it is written to.
+        if _viewed(node) is None and (_base(node) in written or _base(same) in written):
+            continue
+        node.replace_all_uses_with(same)
+        graph.erase_node(node)
+
+
+def _is_single(node: fx.Node) -> bool:
+    _, sizes, dim, _ = node.args
+    return bool(sizes[dim] == 1)
+
+
+def _geometry(node: Any) -> Any:
+    value = node.meta.get("val")
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
+
+
+def _same_view(node: fx.Node) -> fx.Node | None:
+    """Return the tensor that a chain of views ends up at again; None if at no earlier one."""
+    mine, source, found = _geometry(node), _viewed(node), None
+    if mine is None or node.target._schema.is_mutable:
+        return None
+    while source is not None and _geometry(source) is not None:
+        # One that leaves numbers out may come back with the same shape, at another place.
+        if source.meta["val"].numel() != node.meta["val"].numel():
+            break
+        if _geometry(source) == mine:
+            found = source
+        source = _viewed(source)
+    return found
+
+
+def _same_number(node: fx.Node) -> fx.Node | None:
+    """Return what a node multiplies or divides by one, where nothing else changes."""
+    if node.target in (_aten.mul.Tensor, _aten.div.Tensor) and not node.kwargs:
+        left, right = node.args
+        if _is_one(right) and _geometry(left) == _geometry(node):
+            return left
+        if (
+            node.target is _aten.mul.Tensor
+            and _is_one(left)
+            and _geometry(right) == _geometry(node)
+        ):
+            return right
+    return None
+
+
+def _is_one(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        constant = value.meta.get("constant")
+        return constant is not None and bool((constant == 1).all())
+    return type(value) in (int, float) and value == 1
+
+
+def _merge_equal(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """Do once what is done twice on the same inputs."""
+    seen: dict[Any, fx.Node] = {}
+    for node in _calls(graph):
+        if not _is_pure(node):
+            continue
+        if _base(node) in written or any(_base(s) in written for s in node.all_input_nodes):
+            continue
+        key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(map(_key, value))
+    return type(value), value
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        unused = not node.users and node.op in ("call_function", "get_attr")
+        if unused and (node.op == "get_attr" or _has_no_effect(node)):
+            graph.erase_node(node)
+
+
+def _has_no_effect(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or node.target.namespace == "profiler":
+        return True
+    # Random numbers that are not used are drawn all the same: the next ones come after them.
+    return _is_pure(node) and bool(node.target._schema.returns)
+
+
+def _own_outputs(graph: fx.Graph) -> None:
+    """Copy what would be handed out twice, or is an input's: each result is its receiver's own."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    given, results = set[fx.Node](), []
+    for value in output.args[0]:
+        if isinstance(value, fx.Node):
+            base = _base(value)
+            if base in given or base.op != "call_function":
+                with graph.inserting_before(output):
+                    copy = graph.call_function(_aten.clone.default, (value,))
+                copy.meta.update(value.meta)
+                copy.meta.pop("constant", None)
+                value = copy
+            given.add(base)
+        results.append(value)
+    output.args = (tuple(results),)

@@ -1,0 +1,240 @@
+"""CompiledSVI: a training step of a model and a guide, traced once and replayed as a graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.graphs import Graph, UntraceableError, trace
+from pyro_vae.parameters import make_optimizer
+from pyro_vae.traced_loss import TracedLoss
+
+__all__ = ["CompiledSVI", "Update"]
+
+logger = logging.getLogger(__name__)
+
+# Settings of an optimizer (its learning rate) that were met, and traced, at most.
+_SETTINGS = 4
+
+
+class CompiledSVI:
+    r"""Stochastic variational inference as pyro.infer.SVI does it, without its interpreter.
+
+    Has the arguments and methods of pyro.infer.SVI. The first step with a kind of arguments
+    (shapes, dtypes, values of what is no tensor) runs eagerly. The second records every
+    tensor operation of loss, gradients and update, and later ones repeat these, replayed one
+    by one or compiled by TorchInductor. With one seed all of them give the same numbers to
+    rounding: the same operations on random numbers drawn in the same order.
+
+    What is recorded is proven: loss and gradients are compared with an eager step's when
+    traced, and again in later steps, ever more rarely (the 8th, 32nd, 128th, ...). Where they
+    differ, or cannot be traced (Python that reads numbers out of tensors), steps run eagerly
+    and a logged warning says why. A graph is made anew for other shapes, after train() or
+    eval(), and where plain attributes of modules, their parameters or buffers were replaced.
+    Other state that Python keeps between steps is seen by the comparisons alone: hand it to
+    the model as a tensor, and it stays an input of the graph.
+
+    Distributions do not validate their arguments in a graph; the eager steps do.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        optim: a function from parameters to a torch optimizer, a torch optimizer, or a
+            pyro.optim object with plain arguments, which is translated to one torch optimizer
+            (a fused one, where PyTorch has it) for all parameters.
+        loss: a pyro.infer.ELBO, Pyro's or ours; or a function of (model, guide, *args).
+        loss_and_grads: as in pyro.infer.SVI; by default that of loss.
+        num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
+        num_steps: steps to expect, for compile="auto"; 0 if nobody knows.
+        compile: how steps run: "replay" the recorded operations; True compiles them first;
+            "auto" replays, and compiles once the run is, or has been, so long that this saves
+            time (a logged message of level INFO says so); False runs eagerly.
+
+    Attributes:
+        optimizer: the torch optimizer; None before the first step.
+        mode: how the last step ran: "eager", "replayed" or "compiled".
+
+    Raises:
+        TypeError: for an optimizer that is none.
+        ValueError: for a pyro.optim object that cannot be translated, or an unknown option.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> svi = pv.CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pv.ELBO())
+        >>> losses = [svi.step(x) for _ in range(3)]
+        >>> svi.mode
+        'replayed'
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Any,
+        loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
+        *,
+        compile: str | bool = "auto",
+    ) -> None:
+        if num_samples:
+            raise ValueError(
+                f"num_samples={num_samples}: it serves pyro.infer.SVI.run, which Pyro deprecates; "
+                "use pyro.infer.Predictive, or pyro_vae.to_arviz"
+            )
+        self.model, self.guide, self.optim = model, guide, optim
+        is_elbo = isinstance(loss, pyro.infer.ELBO)
+        self.loss = loss.loss if is_elbo else loss
+        if loss_and_grads is None:
+            loss_and_grads = loss.loss_and_grads if is_elbo else self._differentiated
+        self.loss_and_grads = loss_and_grads
+        self._traced = TracedLoss(
+            model,
+            guide,
+            loss_and_grads,
+            compile=compile,
+            steps=num_steps or None,
+            state=loss if hasattr(loss, "load_state_dict") else None,
+        )
+        self._update: Update | None = None
+
+    @property
+    def mode(self) -> str:
+        """How the last step ran: "eager", "replayed" or "compiled"."""
+        return self._traced.mode
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer; None before the first step."""
+        return None if self._update is None else self._update.optimizer
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a gradient step; return the loss, a number (or what the loss returns)."""
+        loss = self._traced(*args, **kwargs)
+        parameters = self._traced.parameters
+        if self._update is None:
+            self._update = Update(make_optimizer(self.optim, parameters))
+        self._update.add(parameters)
+        self._update(traced=self._traced.mode != "eager")
+        self._update.optimizer.zero_grad(set_to_none=True)
+        return _number(loss)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, a number (or what the loss returns), without a step."""
+        with torch.no_grad():
+            return _number(self.loss(self.model, self.guide, *args, **kwargs))
+
+    def _differentiated(self, *args: Any, **kwargs: Any) -> Any:
+        loss = self.loss(*args, **kwargs)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+        return loss
+
+
+class Update:
+    """The update of an optimizer, recorded once and repeated where it is one of tensors alone.
+
+    That is the case of PyTorch's fused optimizers, which keep all their state in tensors.
+
+    Args:
+        optimizer: a torch optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._graphs: dict[Any, Graph] = {}
+        self._refused = False
+        self._known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        optimizer.register_load_state_dict_post_hook(lambda _: self._graphs.clear())
+
+    def add(self, parameters: list[Tensor]) -> None:
+        """Take up parameters that the optimizer does not have yet."""
+        if len(parameters) <= len(self._known):
+            return
+        new = [p for p in parameters if id(p) not in self._known]
+        if new:
+            self.optimizer.add_param_group({"params": new})
+            self._known.update(map(id, new))
+            self._graphs.clear()
+
+    def __call__(self, *, traced: bool) -> None:
+        """Take a step of the optimizer on the gradients that the parameters have."""
+        if not traced or not self._is_recordable():
+            self.optimizer.step()
+            return
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"]]
+        key = (
+            tuple(value for group in groups for name, value in group.items() if name != "params"),
+            tuple(gradient is None for gradient in gradients),
+        )
+        given = [gradient for gradient in gradients if gradient is not None]
+        if key in self._graphs:
+            self._graphs[key](*given)
+        elif len(self._graphs) >= _SETTINGS:
+            self.optimizer.step()  # as with a learning rate that changes at each step
+        elif (graph := self._recorded()) is not None:
+            self._graphs[key] = graph
+
+    def _is_recordable(self) -> bool:
+        optimizer = self.optimizer
+        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if self._refused or hooked or "step" in vars(optimizer):  # a learning rate scheduler's
+            return False
+        # What a first step would make is no constant of the graph.
+        return all(
+            group.get("fused") and all(optimizer.state.get(p) for p in _moving(group))
+            for group in optimizer.param_groups
+        )
+
+    def _recorded(self) -> Graph | None:
+        """Take a step and return the graph of it; None where it cannot be recorded."""
+        optimizer = self.optimizer
+        parameters = [p for group in optimizer.param_groups for p in _moving(group)]
+        given = [p.grad for p in parameters if p.grad is not None]
+        before = copy.deepcopy(optimizer.state_dict())
+        values = [parameter.detach().clone() for parameter in parameters]
+
+        def function(*gradients: Tensor) -> list[Tensor | None]:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            return []
+
+        try:
+            return trace(function, given)
+        except UntraceableError as error:
+            logger.info("the optimizer's step is not part of the graph: %s", error)
+            self._refused = True
+            with torch.no_grad():
+                for parameter, value, gradient in zip(parameters, values, given, strict=True):
+                    parameter.copy_(value)
+                    parameter.grad = gradient
+            optimizer.load_state_dict(before)
+            optimizer.step()
+            return None
+
+
+def _moving(group: dict[str, Any]) -> list[Tensor]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def _number(loss: Any) -> Any:
+    if isinstance(loss, tuple):
+        return type(loss)(map(_number, loss))
+    return loss.item() if isinstance(loss, Tensor) else loss

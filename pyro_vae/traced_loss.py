@@ -1,0 +1,443 @@
+"""The loss of a pair and its gradients: a graph for each kind of arguments, proven against eager."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.util
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae import checkpoints
+from pyro_vae.graphs import Graph, UntraceableError, trace
+from pyro_vae.guides import LocalGuide
+from pyro_vae.running import called_modules, module_of, unwrapped
+
+__all__ = ["MODES", "TracedLoss", "check_compile"]
+
+logger = logging.getLogger(__name__)
+
+MODES = ("eager", "replayed", "compiled")
+
+_KINDS = 16  # of arguments remembered at most
+# Calls of one kind at which a graph is compared with eager: the first, and ever more rarely.
+_CHECKED = frozenset(2 * 4**k for k in range(12))
+# In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
+_FEW_STEPS = 100
+# What a replay and a compilation are taken to cost, for "auto" to decide by. A model of the
+# machine, not a measurement: else a run would not be the same twice, to the last bit.
+_SECONDS_PER_OPERATION = 3e-6
+_SECONDS_PER_ELEMENT = 1e-9
+_SECONDS_TO_COMPILE = 10.0
+_SECONDS_TO_COMPILE_OPERATION = 0.05
+
+
+def check_compile(compile: Any) -> None:
+    """Raise ValueError for what is no way to run a step."""
+    if not isinstance(compile, bool) and compile not in ("auto", "replay"):
+        raise ValueError(f"compile={compile!r}: 'auto', 'replay', True or False is needed")
+
+
+@dataclass
+class _Kind:
+    """What is known of one kind of arguments.
+
+    Attributes:
+        calls: so far.
+        graph: of loss and gradients; None before it is traced, and where it cannot be.
+        eager: whether it was given up.
+        parameters: whose gradients the graph returns.
+        watched: what the graph took for constant.
+        expected: its state when traced.
+    """
+
+    calls: int = 0
+    graph: Graph | None = None
+    eager: bool = False
+    parameters: list[Tensor] = field(default_factory=list)
+    watched: _Watched | None = None
+    expected: Any = None
+
+
+class TracedLoss:
+    """Loss and gradients of a model and a guide, by a graph that is traced once and replayed.
+
+    The first call with a kind of arguments (shapes, dtypes, values of what is no tensor) runs
+    eagerly. The second traces, and compares the graph's loss and gradients with eager's under
+    one seed; so do some later ones, ever more rarely. Where they differ, or there is no
+    tracing, this kind of arguments runs eagerly from then on, and a warning says why.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        loss_and_grads: as pyro.infer.ELBO.loss_and_grads: from (model, guide, *args) to the
+            loss, gradients added to the parameters'.
+        compile: "auto", "replay", True or False, as in :func:`pyro_vae.fit`.
+        steps: calls to expect; None if nobody knows.
+        state: of the loss, carried from call to call: an object with state_dict and
+            load_state_dict, or None.
+
+    Attributes:
+        mode: how the last call ran: "eager", "replayed" or "compiled".
+        health: a number of the last call that is finite only if the loss and all gradients are
+            (a sum of them all, which may also overflow), 0-dimensional.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        loss_and_grads: Callable[..., Any],
+        *,
+        compile: str | bool = "auto",
+        steps: int | None = None,
+        state: Any = None,
+    ) -> None:
+        check_compile(compile)
+        self.model, self.guide = model, guide
+        self.loss_and_grads = loss_and_grads
+        self.compile = compile
+        self.steps = steps
+        self.mode = "eager"
+        self.health: Tensor | None = None
+        self._state = state
+        self._calls = 0
+        self._kinds: dict[Any, _Kind] = {}
+        self._loose = _Kind()  # of what is not remembered
+        self._told: set[str] = set()
+        own = unwrapped(guide)
+        self._table = own if isinstance(own, LocalGuide) else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, a 0-dimensional tensor or what eager gives; set the gradients.
+
+        Gradients of before are dropped.
+        """
+        self._calls += 1
+        self.mode = "eager"
+        few = self.steps is not None and self.steps < _FEW_STEPS
+        if self.compile is False or (self.compile == "auto" and few) or _handled_from_outside():
+            return self._watch(self._loose, args, kwargs)
+        inputs: list[Tensor] = []
+        rows = None if self._table is None else self._table.given_rows
+        form = _form((args, kwargs, rows), inputs)
+        if form is None:
+            self._tell("an argument is neither a tensor nor a plain value that can be told apart")
+            return self._watch(self._loose, args, kwargs)
+        form = (form, torch.get_default_dtype())
+        kind = self._kinds.get(form)
+        if kind is not None and kind.watched is not None:
+            state = kind.watched.state()
+            kind.expected = state if kind.graph is None else kind.expected
+            if state != kind.expected:
+                kind = None  # as where a module went from training to evaluation
+        if kind is None:
+            kind = self._remember(form)
+        kind.calls += 1
+        if kind.calls == 1:
+            return self._watch(kind, args, kwargs)
+        if kind.eager:
+            return self._watch(kind, args, kwargs)
+        if kind.graph is None:
+            return self._trace(kind, args, kwargs, inputs)
+        if self._pays(kind):
+            return self._compile(kind, args, kwargs, inputs)
+        if kind.calls in _CHECKED:
+            return self._checked(kind, args, kwargs, inputs)
+        return self._replay(kind, inputs)
+
+    # --- kinds of arguments
+
+    def _remember(self, form: Any) -> _Kind:
+        while len(self._kinds) >= _KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        self._kinds[form] = _Kind()
+        return self._kinds[form]
+
+    def _watch(self, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        """Run eagerly, and find the parameters and modules in use."""
+        _drop_gradients(kind.parameters)
+        with called_modules() as called, poutine.trace(param_only=True) as capture:
+            loss = self._eager(args, kwargs)
+        found: dict[int, Tensor] = {}
+        modules: dict[int, nn.Module] = {}
+        for fn in (self.model, self.guide):
+            if (module := module_of(unwrapped(fn))) is not None:
+                modules.update((id(m), m) for m in module.modules())
+                found.update((id(p), p) for p in module.parameters())
+        modules.update(called)
+        names = []
+        for name, site in capture.trace.nodes.items():
+            if site["type"] == "param":
+                names.append(name)
+                leaf = site["value"].unconstrained()
+                found[id(leaf)] = leaf
+        kind.parameters = [p for p in found.values() if p.requires_grad]
+        kind.watched = _Watched(list(modules.values()), names)
+        self.health = _health(loss, [parameter.grad for parameter in kind.parameters])
+        return loss
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters that were met so far, each once."""
+        kinds = (*self._kinds.values(), self._loose)
+        return list({id(p): p for kind in kinds for p in kind.parameters}.values())
+
+    # --- ways to run
+
+    def _eager(self, args: Any, kwargs: Any) -> Any:
+        return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+
+    def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Tensor:
+        assert kind.graph is not None
+        loss, self.health, *gradients = kind.graph(*inputs)
+        for parameter, gradient in zip(kind.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.mode = "compiled" if kind.graph.compiled else "replayed"
+        assert loss is not None
+        return loss
+
+    def _give_up(self, kind: _Kind, reason: str, args: Any, kwargs: Any) -> Any:
+        kind.eager, kind.graph = True, None
+        self._tell(reason)
+        return self._watch(kind, args, kwargs)
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning("training steps run eagerly, which is slower: %s", reason)
+
+    def _trace(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+        start = _Start(kind, self._state)
+
+        def function(*tensors: Tensor) -> list[Tensor | None]:
+            args, kwargs, rows = _rebuilt(structure, iter(tensors))
+            _drop_gradients(kind.parameters)
+            table = contextlib.nullcontext() if rows is None else self._table.rows_as_given(rows)
+            with table, pyro.validation_enabled(False), _without_warnings():
+                loss = self._eager(args, kwargs)
+            if not isinstance(loss, Tensor):
+                raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
+            gradients = [parameter.grad for parameter in kind.parameters]
+            _drop_gradients(kind.parameters)
+            return [loss.detach(), _health(loss, gradients), *gradients]
+
+        rows = None if self._table is None else self._table.given_rows
+        structure = (args, kwargs, rows)
+        try:
+            kind.graph = trace(function, inputs)
+        except UntraceableError as error:
+            start.again()
+            return self._give_up(kind, str(error), args, kwargs)
+        start.again()
+        if kind.watched is not None and kind.watched.state()[1:] != kind.expected[1:]:
+            reason = "a run puts new tensors in the place of buffers or parameters"
+            return self._give_up(kind, reason, args, kwargs)
+        logger.info("a training step is %d operations", kind.graph.num_operations)
+        return self._checked(kind, args, kwargs, inputs)
+
+    def _checked(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+        """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
+        start = _Start(kind, self._state)
+        _drop_gradients(kind.parameters)
+        loss = torch.as_tensor(self._eager(args, kwargs)).detach()
+        gradients = [parameter.grad for parameter in kind.parameters]
+        start.again()
+        found = self._replay(kind, inputs)
+        reason = _difference(
+            loss,
+            gradients,
+            found,
+            [parameter.grad for parameter in kind.parameters],
+            exact=self.mode == "replayed",
+        )
+        if reason is None:
+            return found
+        start.again()
+        self.mode = "eager"
+        return self._give_up(kind, f"the graph of a step does not agree: {reason}", args, kwargs)
+
+    # --- the compiler
+
+    def _pays(self, kind: _Kind) -> bool:
+        """Whether compiling takes less time than it saves in the steps that are left."""
+        if kind.graph is None or kind.graph.compiled or kind.graph.uncompilable:
+            return False
+        if self.compile != "auto":
+            return self.compile is True
+        saved = (
+            _SECONDS_PER_OPERATION * kind.graph.num_operations
+            + _SECONDS_PER_ELEMENT * kind.graph.num_elements
+        )
+        # Where nobody knows, a run is as likely as not to go on for as long as it has.
+        expected = kind.calls if self.steps is None else self.steps * kind.calls / self._calls
+        cost = _SECONDS_TO_COMPILE + _SECONDS_TO_COMPILE_OPERATION * kind.graph.num_operations
+        return saved * expected > cost
+
+    def _compile(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+        assert kind.graph is not None
+        try:
+            kind.graph.compile(*inputs)
+        except RuntimeError as error:
+            logger.warning("training steps are replayed, not compiled: %s", error)
+            return self._replay(kind, inputs)
+        logger.info("training steps are compiled from step %d on", self._calls)
+        return self._checked(kind, args, kwargs, inputs)
+
+
+class _Watched:
+    """What a graph takes for constant, though Python may change it between two calls."""
+
+    def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
+        self.modules = modules
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self._plain = [
+            (vars(module), name)
+            for module in modules
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str))
+            # The sizes of PyTorch's own layers are those of their parameters.
+            and (not _is_plain_layer(module) or name in ("training", "p"))
+        ]
+        self._names = names
+
+    def state(self) -> Any:
+        """Return modes, plain attributes and the identities of parameters and buffers."""
+        stored = pyro.get_param_store()._params
+        return (
+            [holder.get(name) for holder, name in self._plain],
+            [id(tensor) for tensors in self._tensors for tensor in tensors.values()],
+            [id(stored.get(name)) for name in self._names],
+        )
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the buffers of all modules."""
+        for module in self.modules:
+            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+class _Start:
+    """The state that a step starts from, but for the parameters, to come back to."""
+
+    def __init__(self, kind: _Kind, state: Any) -> None:
+        self._random = checkpoints.random_state()
+        buffers = () if kind.watched is None else kind.watched.buffers()
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+        self._loss, self._saved = state, None if state is None else state.state_dict()
+
+    def again(self) -> None:
+        """Go back."""
+        checkpoints.set_random_state(self._random)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+        if self._loss is not None:
+            self._loss.load_state_dict(self._saved)
+
+
+def _handled_from_outside() -> bool:
+    """Whether handlers of Pyro's are at work around the step, which a graph would not see."""
+    return bool(poutine.runtime._PYRO_STACK)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep Pyro's losses from looking whether they are NaN: they would but warn."""
+    looks = {name: getattr(pyro.util, name) for name in ("torch_isnan", "torch_isinf")}
+    for name in looks:
+        setattr(pyro.util, name, lambda value: False)
+    try:
+        yield
+    finally:
+        for name, look in looks.items():
+            setattr(pyro.util, name, look)
+
+
+@torch.no_grad()
+def _health(loss: Any, gradients: list[Tensor | None]) -> Tensor:
+    total = torch.as_tensor(loss).detach()
+    for gradient in gradients:
+        if gradient is not None:
+            total = total + gradient.sum().to(total)
+    return total
+
+
+def _drop_gradients(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _form(value: Any, inputs: list[Tensor]) -> Any:
+    """Return what tells one kind of arguments from another, and collect their tensors.
+
+    None where something among them cannot be told apart.
+    """
+    if isinstance(value, Tensor):
+        inputs.append(value)
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if isinstance(value, (tuple, list)):
+        parts = [_form(item, inputs) for item in value]
+        return None if None in parts else (type(value), *parts)
+    if isinstance(value, Mapping):
+        parts = [_form(item, inputs) for item in value.values()]
+        return None if None in parts else (type(value), *value, *parts)
+    try:
+        hash(value)
+    except TypeError:
+        return None
+    return type(value), value
+
+
+def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Put other tensors in the place of those that :func:`_form` collects."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_rebuilt(item, tensors) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rebuilt(item, tensors) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _rebuilt(item, tensors) for name, item in value.items()}
+    return value
+
+
+def _difference(
+    loss: Tensor,
+    gradients: list[Tensor | None],
+    found_loss: Tensor,
+    found: list[Tensor | None],
+    *,
+    exact: bool,
+) -> str | None:
+    """Return how two losses and their gradients differ by more than rounding; None if not."""
+    double = loss.dtype == torch.float64
+    if exact:  # the same operations, in the same order
+        tolerance = 1e-10 if double else 1e-5
+    else:
+        tolerance = 1e-7 if double else 1e-3
+    same = functools.partial(torch.allclose, equal_nan=True)
+    if not same(loss, found_loss.to(loss), rtol=tolerance, atol=tolerance):
+        return f"its loss is {float(found_loss):.7g}, and {float(loss):.7g} in an eager step"
+    sizes = [float(g.abs().max()) if g is not None and g.numel() else 0.0 for g in gradients]
+    # Where gradients vanish, what is left of them is the rounding of what they are the sum of.
+    floor = max([1e-3 * max(sizes, default=0.0), 1e-3 * (1 + abs(float(loss)))])
+    for index, (a, b) in enumerate(zip(gradients, found, strict=True)):
+        if (a is None) != (b is None):
+            return f"parameter {index} has a gradient in one and none in the other"
+        if a is None or b is None:
+            continue
+        if not same(a, b, rtol=0.0, atol=tolerance * max(sizes[index], floor)):
+            gap = float((a - b).abs().max())
+            return f"the gradients of parameter {index}, of shape {tuple(a.shape)}, differ by {gap:.3g}"
+    return None
