@@ -58,6 +58,10 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/demo_time.py
 	$(BIN)/python benchmarks/iwae_evaluation.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/objective_steps.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/step_time.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/time_to_bound.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/refine_loop.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/growth.py $(if $(DATA),--data '$(DATA)')
 
 # Without torch and Pyro: the only file these tests need is pyro_vae/arviz_bridge.py.
 test-arviz1:

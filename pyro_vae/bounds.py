@@ -28,6 +28,7 @@ def elbo(
     data_plate: str | bool | None = None,
     particles: str = "auto",
     seed: int | None = None,
+    compile: str | bool = "auto",
 ) -> Bound:
     r"""Return the evidence lower bound of each datum.
 
@@ -42,6 +43,8 @@ def elbo(
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
+            again and again, and compiles it where there is enough of it to save time.
 
     Returns:
         A Bound with value [N] and std_error [N], in nats.
@@ -60,6 +63,7 @@ def elbo(
         data_plate,
         particles,
         seed,
+        compile,
     )
 
 
@@ -72,6 +76,7 @@ def iwae_bound(
     data_plate: str | bool | None = None,
     particles: str = "auto",
     seed: int | None = None,
+    compile: str | bool = "auto",
 ) -> Bound:
     r"""Return the importance-weighted bound of each datum (Burda et al. 2016).
 
@@ -89,6 +94,8 @@ def iwae_bound(
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
+            again and again, and compiles it where there is enough of it to save time.
 
     Returns:
         A Bound with value [N] and std_error [N] (delta method), in nats. Where the
@@ -108,6 +115,7 @@ def iwae_bound(
         data_plate,
         particles,
         seed,
+        compile,
     )
 
 
@@ -122,10 +130,19 @@ def _bound(
     data_plate: str | bool | None,
     particles: str,
     seed: int | None,
+    compile: str | bool,
 ) -> Bound:
     arguments = as_batch(*batch)
     model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
-    scorer = Scorer(model, guide, arguments, data_plate=data_plate, particles=particles, seed=seed)
+    scorer = Scorer(
+        model,
+        guide,
+        arguments,
+        data_plate=data_plate,
+        particles=particles,
+        seed=seed,
+        compile=compile,
+    )
     if scorer.point_sites:
         logger.warning(
             "%s: the guide proposes one point for %s, and a point has no entropy: the value is "

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
 from pyro_vae.batches import Batch, EpochData
+from pyro_vae.graphs import check_compile
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
 from pyro_vae.minibatches import TrainingData, mean_elbo
@@ -28,7 +29,7 @@ from pyro_vae.results import FitResult
 from pyro_vae.running import evaluation, module_of, preserved_rng
 from pyro_vae.schedules import factor_at, shortfall
 from pyro_vae.svi import Update
-from pyro_vae.traced_loss import TracedLoss, check_compile
+from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import non_finite_sites
 
 __all__ = ["Epoch", "NonFiniteLossError", "fit"]
@@ -288,10 +289,11 @@ class _Trainer:
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
+        objective: Any = self.loss  # of which Pyro's base class has no methods
         self._traced = TracedLoss(
-            *self._pair, self.loss.loss_and_grads, compile=compiled, state=_state_of(self.loss)
+            *self._pair, objective.loss_and_grads, compile=compiled, state=_state_of(objective)
         )
-        self._validated = TracedLoss(*self._pair, self.loss.loss, compile=compiled)
+        self._validated = TracedLoss(*self._pair, objective.loss, compile=compiled)
         self.state = _Progress()
         self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best

@@ -10,13 +10,33 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-__all__ = ["ChangingShapesError", "check", "lift", "simplify"]
+__all__ = ["ChangingShapesError", "check", "for_compiler", "lift", "simplify"]
 
 _aten = torch.ops.aten
 # A constant that is worked out ahead is kept as long as the graph.
 _FOLDED_ELEMENTS = 2**20
 # Share memory with their input, though their schemas do not say so.
 _SILENT_VIEWS = {_aten._unsafe_view.default, _aten.lift_fresh.default}
+# Show the numbers of their input in another shape, all of them where there are as many.
+_RESHAPES = {
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten._reshape_alias.default,
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.expand.default,
+    _aten.permute.default,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.unsqueeze.default,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.slice.Tensor,
+    _aten.select.int,
+}
+# Batch normalization writes to its running statistics, though its schema does not say so.
+_SILENTLY_WRITTEN = {"running_mean", "running_var"}
 # Take nothing of their first argument but its shape and kind.
 _LIKE = {
     _aten.ones_like.default,
@@ -34,9 +54,7 @@ class ChangingShapesError(RuntimeError):
 
 def check(graph: fx.Graph) -> None:
     """Raise ChangingShapesError for shapes that depend on numbers: a graph has but one shape."""
-    for node in graph.nodes:
-        if not isinstance(node.target, OpOverload):
-            continue
+    for node in _calls(graph):
         if node.target is _aten.index.Tensor:
             masks = [i for i in node.args[1] if i is not None and _is_mask(i)]
             if not masks:
@@ -48,7 +66,7 @@ def check(graph: fx.Graph) -> None:
         )
 
 
-def _is_mask(node: fx.Node) -> bool:
+def _is_mask(node: Any) -> bool:
     return node.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
@@ -65,8 +83,8 @@ def lift(traced: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
         if node.target in (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
     }
     graph, live = fx.Graph(), list[Tensor]()
-    lifted: dict[int, fx.Node] = {}
-    new: dict[fx.Node, fx.Node] = {}
+    lifted: dict[int, Any] = {}
+    new: dict[Any, Any] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node not in made:
             tensor = getattr(traced, node.target)
@@ -99,7 +117,84 @@ def simplify(graph: fx.Graph) -> None:
     graph.lint()
 
 
-def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
+def for_compiler(graph: fx.Graph) -> fx.GraphModule:
+    """Return a copy of a graph as a module, with formulas that compiled code does faster.
+
+    Results are the same to rounding.
+    """
+    root = torch.nn.Module()
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
+        if node.op == "get_attr":
+            setattr(root, node.target, node.meta["constant"])
+    module = fx.GraphModule(root, graph)  # of a copy of its own
+    for node in _calls(module.graph):
+        _sum_by_products(module.graph, node)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _sum_by_products(graph: fx.Graph, node: Any) -> None:
+    r"""Take few logarithms in a sum of log densities of Bernoulli variables with given logits l.
+
+    The sum of log(1 + exp(-|l|)) over a group is the logarithm of a product, and a logarithm
+    costs more than all the rest:
+
+    .. math:: \log p(x | l) = x l - \max(l, 0) - \log(1 + e^{-|l|})
+    """
+    if node.target is not _aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs:
+        return
+    source: Any = node.args[0]
+    dims = node.args[1]
+    negative = isinstance(source, fx.Node) and source.target is _aten.neg.default
+    loss: Any = source.args[0] if negative else source
+    if (
+        not isinstance(loss, fx.Node)
+        or loss.target is not _aten.binary_cross_entropy_with_logits.default
+        or any(used is not None for used in loss.args[2:4])
+        or loss.args[4:] != (0,)
+        or loss.kwargs
+    ):
+        return
+    logits: Any = loss.args[0]
+    x = loss.args[1]
+    shape = logits.meta["val"].shape
+    groups = _groups(shape[-1]) if dims in ([-1], [len(shape) - 1]) else 0
+    if not groups:
+        return
+
+    def call(target: Any, *args: Any) -> Any:
+        return graph.call_function(target, args)
+
+    with graph.inserting_before(node):
+        factor = call(_aten.exp.default, call(_aten.neg.default, call(_aten.abs.default, logits)))
+        factor = call(_aten.add.Tensor, factor, 1.0)
+        factor = call(_aten.reshape.default, factor, [*shape[:-1], groups, shape[-1] // groups])
+        product = call(_aten.select.int, factor, len(shape) - 1, 0)
+        for group in range(1, groups):
+            part = call(_aten.select.int, factor, len(shape) - 1, group)
+            product = call(_aten.mul.Tensor, product, part)
+        logs = call(_aten.sum.dim_IntList, call(_aten.log.default, product), [-1])
+        rest = call(_aten.mul.Tensor, x, logits)
+        rest = call(_aten.sub.Tensor, rest, call(_aten.clamp_min.default, logits, 0.0))
+        rest = call(_aten.sum.dim_IntList, rest, [-1])
+        value = call(_aten.sub.Tensor, rest, logs)
+        if not negative:
+            value = call(_aten.neg.default, value)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def _groups(size: int) -> int:
+    """Return how many factors to multiply before a logarithm; 0 where there is nothing to gain.
+
+    Products of sixteen numbers of at most two stay small, and slices of sixteen fill a vector.
+    """
+    return max((g for g in range(2, 17) if size % g == 0 and size // g >= 16), default=0)
+
+
+def _calls(graph: fx.Graph) -> Iterator[Any]:
     return (
         node
         for node in list(graph.nodes)
@@ -107,14 +202,14 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
     )
 
 
-def _base(node: fx.Node) -> fx.Node:
+def _base(node: Any) -> Any:
     """Return the node whose memory a view is a view of; a node that is no view, itself."""
     while (source := _viewed(node)) is not None:
         node = source
     return node
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
+def _viewed(node: Any) -> Any:
     """Return what a node is a view of; None for one with memory of its own."""
     if node.target is operator.getitem:
         return node.args[0]
@@ -126,17 +221,21 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return first if shares and isinstance(first, fx.Node) else None
 
 
-def _written(graph: fx.Graph) -> set[fx.Node]:
+def _written(graph: fx.Graph) -> set[Any]:
     """Return the nodes whose memory some operation writes to."""
-    found = set()
+    found = set[Any]()
     for node in _calls(graph):
         schema = node.target._schema
-        if not schema.is_mutable:
+        if not _writes(node.target):
             continue
-        named = {argument.name: value for argument, value in zip(schema.arguments, node.args)}
+        named = {
+            argument.name: value
+            for argument, value in zip(schema.arguments, node.args, strict=False)
+        }
         named.update(node.kwargs)
         for argument in schema.arguments:
-            if argument.alias_info is None or not argument.alias_info.is_write:
+            told = argument.alias_info is not None and argument.alias_info.is_write
+            if not told and argument.name not in _SILENTLY_WRITTEN:
                 continue
             value = named.get(argument.name)
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -144,12 +243,17 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _is_pure(node: fx.Node) -> bool:
+def _writes(target: OpOverload) -> bool:
+    schema = target._schema
+    return schema.is_mutable or any(a.name in _SILENTLY_WRITTEN for a in schema.arguments)
+
+
+def _is_pure(node: Any) -> bool:
     target = node.target
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not _writes(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
+def _fold(graph: fx.Graph, written: set[Any]) -> None:
     """Work out what depends on no input: the seeds of gradients above all."""
     for node in _calls(graph):
         sources = node.all_input_nodes
@@ -178,13 +282,13 @@ def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _blank(node: fx.Node) -> Tensor:
+def _blank(node: Any) -> Tensor:
     """Return a tensor of a node's shape and kind, with any numbers in it."""
     val = node.meta["val"]
     return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _drop_neutral(graph: fx.Graph, written: set[fx.Node]) -> None:
+def _drop_neutral(graph: fx.Graph, written: set[Any]) -> None:
     """Leave out views that change nothing, and multiplications by one."""
     for node in _calls(graph):
         if node.target is _aten.select_backward.default and _is_single(node):
@@ -204,7 +308,7 @@ def _drop_neutral(graph: fx.Graph, written: set[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _is_single(node: fx.Node) -> bool:
+def _is_single(node: Any) -> bool:
     _, sizes, dim, _ = node.args
     return bool(sizes[dim] == 1)
 
@@ -214,22 +318,20 @@ def _geometry(node: Any) -> Any:
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
 
 
-def _same_view(node: fx.Node) -> fx.Node | None:
+def _same_view(node: Any) -> Any:
     """Return the tensor that a chain of views ends up at again; None if at no earlier one."""
-    mine, source, found = _geometry(node), _viewed(node), None
-    if mine is None or node.target._schema.is_mutable:
-        return None
-    while source is not None and _geometry(source) is not None:
+    mine, source, found = _geometry(node), node, None
+    while mine is not None and source.target in _RESHAPES:
+        source = source.args[0]
         # One that leaves numbers out may come back with the same shape, at another place.
-        if source.meta["val"].numel() != node.meta["val"].numel():
+        if _geometry(source) is None or source.meta["val"].numel() != node.meta["val"].numel():
             break
         if _geometry(source) == mine:
             found = source
-        source = _viewed(source)
     return found
 
 
-def _same_number(node: fx.Node) -> fx.Node | None:
+def _same_number(node: Any) -> Any:
     """Return what a node multiplies or divides by one, where nothing else changes."""
     if node.target in (_aten.mul.Tensor, _aten.div.Tensor) and not node.kwargs:
         left, right = node.args
@@ -251,9 +353,9 @@ def _is_one(value: Any) -> bool:
     return type(value) in (int, float) and value == 1
 
 
-def _merge_equal(graph: fx.Graph, written: set[fx.Node]) -> None:
+def _merge_equal(graph: fx.Graph, written: set[Any]) -> None:
     """Do once what is done twice on the same inputs."""
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[Any, Any] = {}
     for node in _calls(graph):
         if not _is_pure(node):
             continue
@@ -269,6 +371,8 @@ def _merge_equal(graph: fx.Graph, written: set[fx.Node]) -> None:
 def _key(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value).__name__, tuple(map(_key, value))
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)  # 0.0 == -0.0
     return type(value), value
 
 
@@ -279,7 +383,7 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _has_no_effect(node: fx.Node) -> bool:
+def _has_no_effect(node: Any) -> bool:
     if not isinstance(node.target, OpOverload) or node.target.namespace == "profiler":
         return True
     # Random numbers that are not used are drawn all the same: the next ones come after them.
@@ -289,7 +393,7 @@ def _has_no_effect(node: fx.Node) -> bool:
 def _own_outputs(graph: fx.Graph) -> None:
     """Copy what would be handed out twice, or is an input's: each result is its receiver's own."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    given, results = set[fx.Node](), []
+    given, results = set[Any](), []
     for value in output.args[0]:
         if isinstance(value, fx.Node):
             base = _base(value)

@@ -10,7 +10,7 @@ import contextlib
 import linecache
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,39 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae import graph_rules
+from pyro_vae import checkpoints, graph_rules
 
-__all__ = ["Graph", "UntraceableError", "is_recording", "trace"]
+__all__ = [
+    "Graph",
+    "Recorder",
+    "UntraceableError",
+    "check_compile",
+    "form_of",
+    "is_recording",
+    "layout_of",
+    "rebuilt",
+    "trace",
+]
 
 logger = logging.getLogger(__name__)
 
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+_NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 
 
 class UntraceableError(RuntimeError):
     """A function does what a graph of tensor operations cannot hold."""
 
+
+_READ = "Python reads a number out of a tensor, which may decide what it does next"
+# What an operation and a number that it writes cost more in a replay than compiled, and what
+# compiling costs, in seconds, taken for all machines.
+_SECONDS_PER_OPERATION = 3e-6
+_SECONDS_PER_ELEMENT = 2e-9
+_SECONDS_TO_COMPILE = 8.0
+_SECONDS_TO_COMPILE_OPERATION = 0.03
+# Calls of one kind below which recording would take longer than they do.
+_FEW_CALLS = 8
 
 # How many traces are under way: a check that only raises errors has no place in a graph.
 _under_way = [0]
@@ -62,16 +83,21 @@ class _Answers(TorchFunctionMode):
             return args[0].detach()
         if func in _READS:
             raise UntraceableError(f"Tensor.{func.__name__} reads numbers out of a tensor")
+        if func in _NUMBERS and _is_live(args[0]):
+            raise UntraceableError(_READ)
         return func(*args, **(kwargs or {}))
+
+
+def _is_live(tensor: Tensor) -> bool:
+    """Whether a tensor is neither an input of the trace nor made in it."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
+
+    mode = get_proxy_mode()
+    return mode is not None and not has_proxy_slot(tensor, mode.tracer)
 
 
 class Graph:
     """A straight line of tensor operations; see :func:`trace`.
-
-    Called with inputs of the shapes it was traced with, it returns what the function
-    would: a tuple of tensors, or None where the function had none. No gradients are recorded.
-    Parameters, buffers and other tensors that the function did not get as inputs are read
-    where they are, and written to where the function does; so is the global random state.
 
     Attributes:
         num_operations: calls of an operator in a replay.
@@ -80,18 +106,37 @@ class Graph:
         uncompilable: whether :meth:`compile` failed.
     """
 
-    def __init__(self, graph: fx.Graph, live: list[Tensor], num_inputs: int) -> None:
+    def __init__(self, graph: fx.Graph, live: list[Tensor]) -> None:
         self._graph = graph
         self._live = live
-        self._num_inputs = num_inputs
         self.num_operations = sum(node.op == "call_function" for node in graph.nodes)
         self.num_elements = sum(map(_elements, graph.nodes))
         self.compiled = self.uncompilable = False
         self._run: Callable[..., Any] = _program(graph)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.inference_mode():
+        """Do what the function would: return its tensors, and None where it had none.
+
+        Parameters, buffers and other tensors that the function did not get as inputs are read
+        where they are, and written to where the function does; so is the global random state.
+        No gradients are recorded.
+
+        Args:
+            *inputs: of the shapes, strides, dtypes and devices it was traced with.
+        """
+        with torch.no_grad():
             return tuple(self._run(*self._live, *inputs))
+
+    def pays(self, calls: float) -> bool:
+        """Whether compiling takes less time than it saves in so many calls.
+
+        By a model of the machine, not by a measurement: else a run would not be the same twice,
+        to the last bit.
+        """
+        saved = _SECONDS_PER_OPERATION * self.num_operations
+        saved += _SECONDS_PER_ELEMENT * self.num_elements
+        cost = _SECONDS_TO_COMPILE + _SECONDS_TO_COMPILE_OPERATION * self.num_operations
+        return not (self.compiled or self.uncompilable) and saved * calls > cost
 
     def compile(self, *inputs: Tensor) -> None:
         """Compile the graph by TorchInductor, with PyTorch's own random numbers.
@@ -104,22 +149,162 @@ class Graph:
         """
         import torch._inductor as inductor
 
-        root = torch.nn.Module()
-        for node in self._graph.nodes:
-            if node.op == "get_attr":
-                setattr(root, node.target, node.meta["constant"])
-        module = fx.GraphModule(root, self._graph)
+        module = graph_rules.for_compiler(self._graph)
         # Under no_grad alone: the compiler looks at its inputs' gradients if there may be any.
-        arguments = [tensor.detach() for tensor in (*self._live, *inputs)]
+        arguments: list[Any] = [tensor.detach() for tensor in (*self._live, *inputs)]
         try:
             with torch.no_grad():
-                run = inductor.compile(module, arguments, options={"fallback_random": True})
+                run = inductor.compile(module, arguments, options=_options())
         except Exception as error:  # of whatever kind: the compiler's, the linker's, the system's
             self.uncompilable = True
             raise RuntimeError(f"{type(error).__name__}: {_first_line(error)}") from error
-        # Detached once: they share their memory with what may require gradients.
-        self._live = [tensor.detach() for tensor in self._live]
         self._run, self.compiled = run, True
+
+
+class Recorder:
+    """Runs functions of tensors, each by a graph where it is called often enough.
+
+    For functions that do the same whenever they are called: evaluation, not training. A graph is
+    compared with the function itself under the same random numbers; where they differ, or
+    there is no tracing, the function goes on as it is, and a logged message says why.
+
+    Args:
+        what: the name of what is run, in messages.
+        compile: "auto", "replay", True or False, as in :class:`pyro_vae.CompiledSVI`.
+    """
+
+    def __init__(self, what: str, compile: str | bool) -> None:
+        check_compile(compile)
+        self.what = what
+        self.compile = compile
+        self._graphs: dict[Any, Graph | None] = {}
+        self._seen: dict[Any, int] = {}
+
+    def __call__(
+        self,
+        key: Any,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        calls: int,
+        *,
+        check: bool = False,
+    ) -> Sequence[Any]:
+        """Return what the function returns.
+
+        Args:
+            key: what tells the function and its inputs' layout from others: by it, graphs are
+                found again.
+            function: of the inputs, to tensors.
+            inputs: tensors.
+            calls: how many of this kind are to be expected.
+            check: whether to compare the graph with this function once more, as where it was
+                recorded from another that should be its equal.
+        """
+        if self.compile is False or (self.compile == "auto" and calls < _FEW_CALLS):
+            return function(*inputs)
+        if key not in self._graphs:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] == 1:  # as the last chunk, of a size that does not come again
+                return function(*inputs)
+            return self._proven(key, function, inputs, None)
+        graph = self._graphs[key]
+        if graph is None:
+            return function(*inputs)
+        if check:
+            return self._proven(key, function, inputs, graph)
+        wanted = self.compile is True and not (graph.compiled or graph.uncompilable)
+        if wanted or (self.compile == "auto" and graph.pays(calls)):
+            try:
+                graph.compile(*inputs)
+            except RuntimeError as error:
+                logger.warning("%s is replayed, not compiled: %s", self.what, error)
+            else:
+                logger.info("%s is compiled", self.what)
+                return self._proven(key, function, inputs, graph)
+        return graph(*inputs)
+
+    def _proven(
+        self,
+        key: Any,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        graph: Graph | None,
+    ) -> Sequence[Any]:
+        """Compare the function with its graph, which is recorded if there is none."""
+        before = checkpoints.random_state()
+        wanted = function(*inputs)
+        after = checkpoints.random_state()
+        reason = ""
+        try:
+            if graph is None:
+                checkpoints.set_random_state(before)
+                graph = trace(function, inputs)
+            checkpoints.set_random_state(before)
+            if any(
+                _differ(*pair, graph.compiled) for pair in zip(wanted, graph(*inputs), strict=True)
+            ):
+                reason = "its graph gives other numbers"
+        except UntraceableError as error:
+            reason = str(error)
+        checkpoints.set_random_state(after)
+        self._graphs[key] = None if reason else graph
+        if reason:
+            logger.info("%s runs eagerly, which is slower: %s", self.what, reason)
+        return wanted
+
+
+def _differ(wanted: Tensor, found: Any, compiled: bool) -> bool:
+    """Whether two results are apart by more than rounding; of compiled code, in another order."""
+    double = wanted.dtype == torch.float64
+    tolerance = (1e-7 if double else 1e-3) if compiled else (1e-10 if double else 1e-5)
+    return not torch.allclose(
+        wanted, found.to(wanted), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what a graph is for of an input: all but its numbers."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def check_compile(compile: Any) -> None:
+    """Raise ValueError for what is no way to run a graph."""
+    if not isinstance(compile, bool) and compile not in ("auto", "replay"):
+        raise ValueError(f"compile={compile!r}: 'auto', 'replay', True or False is needed")
+
+
+def form_of(value: Any, inputs: list[Tensor]) -> Any:
+    """Return what tells one kind of arguments from another, and collect their tensors.
+
+    None where something among them cannot be told apart.
+    """
+    if isinstance(value, Tensor):
+        inputs.append(value)
+        return layout_of(value)
+    if isinstance(value, (tuple, list)):
+        parts = [form_of(item, inputs) for item in value]
+        return None if None in parts else (type(value), *parts)
+    if isinstance(value, Mapping):
+        parts = [form_of(item, inputs) for item in value.values()]
+        return None if None in parts else (type(value), *value, *parts)
+    try:
+        hash(value)
+    except TypeError:
+        return None
+    return type(value), value
+
+
+def rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Put other tensors in the place of those that :func:`form_of` collects."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(rebuilt(item, tensors) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuilt(item, tensors) for item in value)
+    if isinstance(value, Mapping):
+        return {name: rebuilt(item, tensors) for name, item in value.items()}
+    return value
 
 
 def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]) -> Graph:
@@ -143,13 +328,23 @@ def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Ten
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         text = f"{type(error).__name__}: {_first_line(error)}"
         if "get value out of a tracing tensor" in text:
-            text = "Python reads a number out of a tensor, which may decide what it does next"
+            text = _READ
         elif isinstance(error, (UntraceableError, graph_rules.ChangingShapesError)):
-            text = str(error)
+            text = _first_line(error)
         raise UntraceableError(text + _place(error)) from error
     graph, live = graph_rules.lift(traced)
     graph_rules.simplify(graph)
-    return Graph(graph, live, len(inputs))
+    return Graph(graph, live)
+
+
+def _options() -> dict[str, Any]:
+    """Return the compiler's options: PyTorch's random numbers, and a tanh made of exp."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"fallback_random": True}
+    if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
+        options["cpp.use_decompose_tanh"] = True
+    return options
 
 
 def _elements(node: fx.Node) -> int:
@@ -161,12 +356,15 @@ def _place(error: BaseException) -> str:
     """Say where an error came from: the last line of the user's, or the last outside of PyTorch."""
     found, is_users = "", False
     for frame, line in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        name = frame.f_globals.get("__name__", "")
+        package = name.partition(".")[0]
+        source = linecache.getline(frame.f_code.co_filename, line).strip()
         users = package not in ("torch", "pyro", "pyro_vae")
-        if package != "torch" and (users or not is_users):
-            source = linecache.getline(frame.f_code.co_filename, line).strip()
+        if package == "torch" or not source or name in (__name__, graph_rules.__name__):
+            continue
+        if users or not is_users:
             found = f" ({Path(frame.f_code.co_filename).name}, line {line}: {source})"
-            is_users = is_users or users
+            is_users = users
     return found
 
 

@@ -23,6 +23,7 @@ def log_weights(
     data_plate: str | bool | None = None,
     particles: str = "auto",
     seed: int | None = None,
+    compile: str | bool = "auto",
 ) -> LogWeights:
     r"""Draw particles from the guide and return their log weights, datum by datum.
 
@@ -45,6 +46,8 @@ def log_weights(
             model's own, by "repeat" of the batch, in a "loop"; "auto" takes the first
             that agrees with single particles.
         seed: of the draws; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
+            again and again, and compiles it where there is enough of it to save time.
 
     Returns:
         LogWeights with log_likelihood, log_prior, log_guide and total, each [K, N], in
@@ -74,7 +77,15 @@ def log_weights(
     """
     arguments = as_batch(*batch)
     model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
-    scorer = Scorer(model, guide, arguments, data_plate=data_plate, particles=particles, seed=seed)
+    scorer = Scorer(
+        model,
+        guide,
+        arguments,
+        data_plate=data_plate,
+        particles=particles,
+        seed=seed,
+        compile=compile,
+    )
     by_block: dict[int, list[LogWeights]] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)

@@ -9,6 +9,7 @@ each on its own, so that a wrong broadcast is found and not averaged over.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,21 @@ class Runner:
         self.summed = summed
         self.num_values = 1  # of the discrete sites, those that one density depends on
         self.mode = "plate"
+
+    def block(self, rows: slice) -> tuple[Batch, dict[str, Any], Tensor | None]:
+        """Return all that a run on some data depends on: batch, masks, rows of a table."""
+        guide = unwrapped(self.fn)
+        return (
+            self.batch if self._whole(rows) else self.batch.rows(rows),
+            {name: self._mask(mask, rows, 1) for name, mask in self.masks.items()},
+            self.table_rows(guide, rows) if isinstance(guide, LocalGuide) else None,
+        )
+
+    def on(self, batch: Batch, masks: Mapping[str, Any]) -> Runner:
+        """Return a runner of the same kind for a block of its own."""
+        other = copy.copy(self)
+        other.batch, other.masks = batch, masks
+        return other
 
     def traces(
         self, rows: slice, num_particles: int, values: Mapping[str, Tensor] | None = None
@@ -309,9 +325,13 @@ class Runner:
         if not isinstance(guide, LocalGuide):
             yield
             return
-        index = guide.current_rows
-        with guide.rows((index if self._whole(rows) else index[rows]).repeat(times)):
+        with guide.rows_as_given(self.table_rows(guide, rows).repeat(times)):
             yield
+
+    def table_rows(self, guide: LocalGuide, rows: slice) -> Tensor:
+        """Return the rows of a per-datum guide's table that some data have."""
+        index = guide.current_rows
+        return index if self._whole(rows) else index[rows]
 
     def _whole(self, rows: slice) -> bool:
         size = self.batch.size

@@ -16,6 +16,7 @@ from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
 from pyro_vae.family_guide import of_family
 from pyro_vae.global_latents import fix_globals_of_pair
+from pyro_vae.graphs import Recorder, form_of, rebuilt
 from pyro_vae.guides import LocalGuide
 from pyro_vae.lbfgs import minimize_rows
 from pyro_vae.running import evaluation
@@ -25,12 +26,14 @@ __all__ = ["refine", "refine_table"]
 
 logger = logging.getLogger(__name__)
 
-_CYCLE = 250  # steps between two comparisons
+_CYCLE = 100  # steps between two comparisons
 # In the first cycle; each one after takes twice of both, up to 2**_DOUBLINGS times.
-_PARTICLES = 16  # of a gradient
-_CHECK_PARTICLES = 2048  # of a comparison
+_PARTICLES = 8  # of a gradient
+_MOST_REPLICATES = 32  # of a comparison
 _DOUBLINGS = 3
-_REPLICATES = 8  # independent sets of them, whose spread gives the standard error
+_CHECK_PARTICLES = 32  # in a replicate of a comparison
+_REPLICATES = 8  # at least: their spread gives the standard error
+_UNDECIDED = 0.1  # the share of the data for which no more replicates are taken
 _LEARNING_RATE = 0.1  # in the family's units: standard deviations of the start
 _SECOND_MOMENT_DECAY = 0.95  # forgets the steep way down within a cycle
 _COLDEST = 0.01  # the power of p(x, z) that annealing begins with
@@ -145,7 +148,9 @@ def refine_table(
         The table, [N, P], and which rows converged, [N].
     """
     tables, converged = [], []
-    for rows in scorer.data_blocks():
+    blocks = scorer.data_blocks()
+    recorded = _Recorded(len(blocks))  # blocks of one size share their graphs
+    for rows in blocks:
         whole = scorer.batch.size is None or scorer.structure.data_plate is None
         block = scorer.batch if whole else scorer.batch.rows(rows)
         table, reached = _refine_block(
@@ -157,6 +162,7 @@ def refine_table(
             max_steps,
             tolerance,
             scorer.seed,
+            recorded,
             splittable=scorer.splittable,
         )
         tables.append(table)
@@ -189,6 +195,7 @@ def _refine_block(
     max_steps: int,
     tolerance: float,
     seed: int,
+    recorded: _Recorded,
     *,
     splittable: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -196,21 +203,24 @@ def _refine_block(
     table = table.clone()
     converged = torch.zeros(table.shape[0], dtype=torch.bool, device=table.device)
     cycle, left = 0, max_steps
+    known: Tensor | None = None  # of the data that guide and scorer are made for
     while left > 0 and not bool(converged.all()):
         # Data that have converged leave the batch, where the model takes fewer.
         active = torch.nonzero(~converged).flatten()
         if not splittable:
             active = torch.arange(table.shape[0], device=table.device)
-        some = batch if active.numel() == table.shape[0] else batch.rows(active)
-        guide = LocalGuide(
-            model, num_data=active.numel(), example=some, family=family, data_plate=data_plate
-        ).to(table)
-        scorer = Scorer(model, guide, some, data_plate=data_plate, seed=seed, gradients=True)
+        if known is None or not torch.equal(known, active):
+            known = active
+            some = batch if active.numel() == table.shape[0] else batch.rows(active)
+            guide = LocalGuide(
+                model, num_data=active.numel(), example=some, family=family, data_plate=data_plate
+            ).to(table)
+            scorer = Scorer(model, guide, some, data_plate=data_plate, seed=seed, gradients=True)
         steps, doublings = min(_CYCLE, left), min(cycle, _DOUBLINGS)
         before = table[active]
         if family.has_density:
-            after = _climb(scorer, guide, before, steps, _PARTICLES << doublings, cycle)
-            gain, error = _gain(scorer, guide, before, after, _CHECK_PARTICLES << doublings)
+            after = _climb(recorded, scorer, guide, before, steps, _PARTICLES << doublings, cycle)
+            gain, error = _gain(recorded, scorer, guide, before, after, tolerance, cycle)
         else:
             after, gain = _climb_points(scorer, guide, before, steps)
             error = torch.zeros_like(gain)
@@ -221,8 +231,60 @@ def _refine_block(
     return table, converged
 
 
+class _Recorded:
+    """Runs log weights and their slopes by graphs that blocks of data of one size share.
+
+    Args:
+        num_blocks: how many there are.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._recorder = Recorder("refining", "auto")
+
+    def __call__(
+        self,
+        name: str,
+        scorer: Scorer,
+        function: Callable[..., list[Tensor]],
+        inputs: list[Tensor],
+        calls: int,
+        *,
+        check: bool,
+    ) -> Any:
+        """Return the tensor that a function of a scorer and of tensors returns.
+
+        Args:
+            name: tells the function from others.
+            scorer: of a block.
+            function: of them.
+            inputs: the tensors.
+            calls: to be expected for this block.
+            check: whether this is the block's first call.
+        """
+        given = (scorer.given(), inputs)
+        tensors: list[Tensor] = []
+        form = form_of(given, tensors)
+
+        def on_tensors(*tensors: Tensor) -> list[Tensor]:
+            block, inputs = rebuilt(given, iter(tensors))
+            with scorer.on(*block) as other:
+                return function(other, *inputs)
+
+        if form is None:
+            return function(scorer, *inputs)[0]
+        calls *= self._num_blocks
+        return self._recorder((name, form), on_tensors, tensors, calls, check=check)[0]
+
+
 def _climb(
-    scorer: Scorer, guide: LocalGuide, start: Tensor, steps: int, num_particles: int, cycle: int
+    recorded: _Recorded,
+    scorer: Scorer,
+    guide: LocalGuide,
+    start: Tensor,
+    steps: int,
+    num_particles: int,
+    cycle: int,
 ) -> Tensor:
     """Run one cycle of Adam on every row at once; return the new rows."""
     units = guide.family.units(start, guide.num_coordinates)
@@ -230,16 +292,29 @@ def _climb(
     shift = torch.zeros_like(start, requires_grad=True)
     # The average of the second half of the path has less noise than its end.
     average = torch.zeros_like(start)
-    optimizer = torch.optim.Adam([shift], lr=_LEARNING_RATE, betas=(0.9, _SECOND_MOMENT_DECAY))
+    optimizer = torch.optim.Adam(
+        [shift], lr=_LEARNING_RATE, betas=(0.9, _SECOND_MOMENT_DECAY), fused=True
+    )
+
+    def slope(
+        scorer: Scorer, shift: Tensor, start: Tensor, units: Tensor, noise: Tensor, power: Tensor
+    ) -> list[Tensor]:
+        shift = shift.detach().requires_grad_()
+        loss = -_log_weights(scorer, guide, start + units * shift, noise, power).mean(0).sum()
+        # By the rows alone: the model's parameters collect no gradients.
+        return list(torch.autograd.grad(loss, [shift]))
+
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = (
             _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
         noise = _orthogonal_noise(num_particles, guide, start, (scorer.seed, 1, cycle, step))
-        power = _COLDEST ** max(0.0, 1 - 1.4 * step / steps) if annealed else 1.0
-        loss = -_log_weights(scorer, guide, start + units * shift, noise, power).mean(0).sum()
-        # By the rows alone: the model's parameters collect no gradients.
-        (shift.grad,) = torch.autograd.grad(loss, [shift])
+        # A tensor: a number would be a constant of the graph.
+        power = start.new_ones(())
+        if annealed:
+            power.fill_(_COLDEST ** max(0.0, 1 - 1.4 * step / steps))
+        inputs = [shift.detach(), start, units, noise, power]
+        shift.grad = recorded("slope", scorer, slope, inputs, steps, check=step == 0)
         optimizer.step()
         if step >= steps // 2:
             average += (shift.detach() - average) / (step - steps // 2 + 1)
@@ -264,26 +339,53 @@ def _climb_points(
 
 @torch.no_grad()
 def _gain(
-    scorer: Scorer, guide: LocalGuide, before: Tensor, after: Tensor, num_particles: int
+    recorded: _Recorded,
+    scorer: Scorer,
+    guide: LocalGuide,
+    before: Tensor,
+    after: Tensor,
+    tolerance: float,
+    cycle: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gain in ELBO from before to after and its standard error, [n]."""
-    gains = []
-    for replicate in range(_REPLICATES):
-        noise = _orthogonal_noise(
-            num_particles // _REPLICATES, guide, before, (scorer.seed, 2, replicate)
-        )
-        high, low = (
-            _log_weights(scorer, guide, table, noise).double() for table in (after, before)
-        )
-        gains.append((high - low).mean(0))
-    gain = elbo(torch.stack(gains))
-    error = std_error(elbo_influence(torch.stack(gains)))
+    """Return the gain in ELBO from before to after and its standard error, [n].
+
+    With more and more particles, until nearly every gain is plainly above or below the tolerance.
+    """
+    most = _MOST_REPLICATES << min(cycle, _DOUBLINGS)
+    scorer = scorer.without_gradients()
+
+    def mean_log_weight(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
+        return [_log_weights(scorer, guide, table, noise).double().mean(0)]
+
+    gains: list[Tensor] = []
+    while True:
+        for replicate in range(len(gains), max(_REPLICATES, 2 * len(gains))):
+            noise = _orthogonal_noise(
+                _CHECK_PARTICLES, guide, before, (scorer.seed, 2, cycle, replicate)
+            )
+            high, low = (
+                recorded(
+                    "gain",
+                    scorer,
+                    mean_log_weight,
+                    [table, noise],
+                    2 * _REPLICATES,
+                    check=replicate == 0 and table is after,
+                )
+                for table in (after, before)
+            )
+            gains.append(high - low)
+        gain = elbo(torch.stack(gains))
+        error = std_error(elbo_influence(torch.stack(gains)))
+        undecided = (gain - tolerance).abs() < 2 * error
+        if float(undecided.double().mean()) < _UNDECIDED or len(gains) >= most:
+            break
     # A row gone astray has a gain of nan or -inf: it goes back to where it was.
     return torch.nan_to_num(gain, nan=-math.inf, neginf=-math.inf), error
 
 
 def _log_weights(
-    scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor, power: float = 1.0
+    scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor, power: Tensor | float = 1.0
 ) -> Tensor:
     """Return the log weights of draws made of given noise, [K, n]; of p(x, z) to a power.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import unwrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -28,9 +29,10 @@ def module_of(fn: Any) -> nn.Module | None:
 
 def unwrapped(fn: Any) -> Any:
     """Return the model or guide inside Pyro's handlers."""
-    while hasattr(fn, "__wrapped__"):
-        fn = fn.__wrapped__
-    return fn
+    inner = unwrap(fn)  # of a handler that was called on it
+    while hasattr(inner, "__wrapped__"):  # of poutine's functions
+        inner = unwrap(inner.__wrapped__)
+    return inner
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ bounds memory and never changes a result.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from pyro_vae.admission import check_per_datum, points
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import summed_out, with_placeholder
+from pyro_vae.graphs import Recorder, form_of, rebuilt
 from pyro_vae.handlers import unobserve
 from pyro_vae.particles import (
     MODES,
@@ -35,7 +37,7 @@ from pyro_vae.particles import (
     is_observed,
 )
 from pyro_vae.results import LogWeights
-from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.running import evaluation, preserved_rng, unwrapped
 from pyro_vae.sites import (
     check_stable,
     guide_factors,
@@ -89,6 +91,8 @@ class Scorer:
             agrees with a loop.
         seed: the base seed of the draws; None takes one from the global random state.
         gradients: whether draws and densities carry gradients.
+        compile: "auto", "replay", True or False, as in :class:`pyro_vae.CompiledSVI`: how what is
+            drawn and scored again and again is run. With gradients it runs eagerly.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
@@ -104,7 +108,9 @@ class Scorer:
         particles: str = "auto",
         seed: int | None = None,
         gradients: bool = False,
+        compile: str | bool = "auto",
     ) -> None:
+        self._recorder = Recorder("scoring", False if gradients else compile)
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {MODES} is needed")
         if seed is not None and (int(seed) != seed or seed < 0):
@@ -112,6 +118,7 @@ class Scorer:
         self.batch = batch
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
         self.gradients = gradients
+        self._names: list[str] = []  # of what the guide draws
         self._modules = (model, guide)
         with evaluation(*self._modules), preserved_rng(batch.device):
             self.structure = inspect(model, batch, data_plate=data_plate)
@@ -196,13 +203,17 @@ class Scorer:
             for group in range(0, len(starts), together):
                 blocks = starts[group : group + together]
                 drawn = [
-                    self.draw(rows, min(step, num_particles - k), (_DRAWS, block, k // step))
+                    self.draw(
+                        rows, min(step, num_particles - k), (_DRAWS, block, k // step), len(starts)
+                    )
                     for k in blocks
                 ]
                 values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
                 self._refuse_edges(values)
                 log_guide = torch.cat([log_guide for _, log_guide in drawn])
-                log_likelihood, log_prior = self.score_model(rows, values, pairs)
+                log_likelihood, log_prior = self.score_model(
+                    rows, values, pairs, -(-num_particles * self.num_data // pairs)
+                )
                 weights = LogWeights(log_likelihood, log_prior, log_guide)
                 self._refuse_nan(rows, weights)
                 start = blocks[0]
@@ -287,17 +298,33 @@ class Scorer:
         return runs
 
     def draw(
-        self, rows: slice, num_particles: int, key: tuple[int, ...]
+        self, rows: slice, num_particles: int, key: tuple[int, ...], calls: int = 1
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Draw from the guide: values, and their log density [K, N].
 
         The random numbers depend on the base seed and ``key`` alone.
+
+        Args:
+            rows: of which data.
+            num_particles: K.
+            key: tells the random numbers from others.
+            calls: how many such calls are to be expected.
         """
+        names: list[str] = []
+
+        def drawn(block: Scorer, rows: slice, _: Mapping[str, Tensor]) -> list[Tensor]:
+            traces = block._guide.traces(rows, num_particles)
+            values = block._guide.values(traces, num_particles)
+            names[:] = values
+            log_guide = block._guide.log_prob(traces, rows, num_particles, is_latent)
+            return [*values.values(), log_guide]
+
         with self._scoring():
             self._reseed(*key)
-            traces = self._guide.traces(rows, num_particles)
-            values = self._guide.values(traces, num_particles)
-            return values, self._guide.log_prob(traces, rows, num_particles, is_latent)
+            *values, log_guide = self._recorded(self._guide, drawn, rows, {}, num_particles, calls)
+        names = names or self._names
+        self._names = names
+        return dict(zip(names, values, strict=True)), log_guide
 
     def score_guide(self, rows: slice, values: Mapping[str, Tensor]) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""
@@ -376,9 +403,20 @@ class Scorer:
         )
 
     def score_model(
-        self, rows: slice, values: Mapping[str, Tensor], pairs: int | None = None
+        self,
+        rows: slice,
+        values: Mapping[str, Tensor],
+        pairs: int | None = None,
+        calls: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return log p(x | z) and log p(z) of given values, [K, N] each."""
+        """Return log p(x | z) and log p(z) of given values, [K, N] each.
+
+        Args:
+            rows: of which data.
+            values: as :meth:`draw` returns them.
+            pairs: (particle, datum) scored at once.
+            calls: pieces of so many pairs to be expected, if more than these.
+        """
         size = rows.stop - rows.start
         pairs = self.chunk_pairs if pairs is None else pairs
         num_particles = next(iter(values.values())).shape[0]
@@ -386,13 +424,20 @@ class Scorer:
         particle_step = -(-num_particles // -(-num_particles // max(1, pairs // size)))
         data_step = pairs if pairs < size and self.splittable else size
         by_particle = []
+        starts = range(0, num_particles, particle_step)
+        if calls is None:
+            calls = len(starts) * -(-size // data_step)
         with self._scoring():
-            for k in range(0, num_particles, particle_step):
+            for k in starts:
                 some = {name: value[k : k + particle_step] for name, value in values.items()}
                 by_data = [
-                    self._score(
+                    self._recorded(
+                        self._model,
+                        Scorer._score,
                         slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
                         self._take_data(some, slice(n, n + data_step), size),
+                        min(particle_step, num_particles - k),
+                        calls,
                     )
                     for n in range(0, size, data_step)
                 ]
@@ -412,6 +457,60 @@ class Scorer:
                 else self._model.site_log_prob(traces, rows, site.name, num_particles)
                 for site in self.structure.observed
             }
+
+    def _recorded(
+        self,
+        runner: Runner,
+        function: Callable[[Scorer, slice, Mapping[str, Tensor]], Sequence[Tensor]],
+        rows: slice,
+        values: Mapping[str, Tensor],
+        num_particles: int,
+        calls: int,
+    ) -> Sequence[Any]:
+        """Return what a function of some data and values returns, by its graph where it has one.
+
+        Args:
+            runner: of what the function runs.
+            function: of a scorer, of rows of its batch, and of values.
+            rows: of which data.
+            values: by latent site.
+            num_particles: K.
+            calls: how many such calls are to be expected.
+        """
+        given = (*self.given(runner, rows), dict(values))
+        inputs: list[Tensor] = []
+        form = form_of(given, inputs)
+        if form is None or (runner.mode == "loop" and num_particles > 1):
+            return function(self, rows, values)
+
+        def on_tensors(*tensors: Tensor) -> Sequence[Tensor]:
+            *block, values = rebuilt(given, iter(tensors))
+            with self.on(*block) as scorer:
+                return function(scorer, slice(0, rows.stop - rows.start), values)
+
+        key = (runner is self._model, num_particles, form)
+        return self._recorder(key, on_tensors, inputs, calls)
+
+    def given(self, runner: Runner | None = None, rows: slice | None = None) -> tuple[Any, ...]:
+        """Return the tensors that what is scored depends on, in some structure, for :meth:`on`.
+
+        Args:
+            runner: of what is to be run; that of the guide, with what the model does to it.
+            rows: of which data; by default all.
+        """
+        rows = slice(0, self.num_data) if rows is None else rows
+        batch, masks, index = (self._guide if runner is None else runner).block(rows)
+        return batch.args, dict(batch.kwargs), masks, index
+
+    @contextlib.contextmanager
+    def on(self, args: Any, kwargs: Any, masks: Any, index: Any) -> Iterator[Scorer]:
+        """Yield this scorer on other tensors of the same kind, as :meth:`given` returns them."""
+        block, guide = copy.copy(self), unwrapped(self._guide.fn)
+        block.batch = Batch(args, kwargs)
+        block._model = self._model.on(block.batch, self._model.masks and masks)
+        block._guide = self._guide.on(block.batch, self._guide.masks and masks)
+        with guide.rows_as_given(index) if index is not None else contextlib.nullcontext():
+            yield block
 
     def _score(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         num_particles = next(iter(values.values())).shape[0]
@@ -464,6 +563,12 @@ class Scorer:
             poutine.block(),
         ):
             yield
+
+    def without_gradients(self) -> Scorer:
+        """Return this scorer for draws and densities that carry no gradients."""
+        other = copy.copy(self)
+        other.gradients = False
+        return other
 
     def _reseed(self, *key: int) -> None:
         low, high = np.random.SeedSequence([self.seed, *key]).generate_state(2, np.uint32)

@@ -48,7 +48,7 @@ class CompiledSVI:
         optim: a function from parameters to a torch optimizer, a torch optimizer, or a
             pyro.optim object with plain arguments, which is translated to one torch optimizer
             (a fused one, where PyTorch has it) for all parameters.
-        loss: a pyro.infer.ELBO, Pyro's or ours; or a function of (model, guide, *args).
+        loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
         loss_and_grads: as in pyro.infer.SVI; by default that of loss.
         num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
         num_steps: steps to expect, for compile="auto"; 0 if nobody knows.
@@ -164,8 +164,6 @@ class Update:
 
     def add(self, parameters: list[Tensor]) -> None:
         """Take up parameters that the optimizer does not have yet."""
-        if len(parameters) <= len(self._known):
-            return
         new = [p for p in parameters if id(p) not in self._known]
         if new:
             self.optimizer.add_param_group({"params": new})
@@ -175,7 +173,7 @@ class Update:
     def __call__(self, *, traced: bool) -> None:
         """Take a step of the optimizer on the gradients that the parameters have."""
         if not traced or not self._is_recordable():
-            self.optimizer.step()
+            self._step()
             return
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
@@ -187,9 +185,16 @@ class Update:
         if key in self._graphs:
             self._graphs[key](*given)
         elif len(self._graphs) >= _SETTINGS:
-            self.optimizer.step()  # as with a learning rate that changes at each step
+            self._step()  # as with a learning rate that changes at each step
         elif (graph := self._recorded()) is not None:
             self._graphs[key] = graph
+
+    def _step(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in _moving(group):
+                if parameter.grad.is_inference():  # which nothing outside of a graph may write to
+                    parameter.grad = parameter.grad.clone()
+        self.optimizer.step()
 
     def _is_recordable(self) -> bool:
         optimizer = self.optimizer
@@ -230,7 +235,7 @@ class Update:
             return None
 
 
-def _moving(group: dict[str, Any]) -> list[Tensor]:
+def _moving(group: dict[str, Any]) -> list[Any]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 

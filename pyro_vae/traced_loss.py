@@ -1,11 +1,11 @@
-"""The loss of a pair and its gradients: a graph for each kind of arguments, proven against eager."""
+"""The loss of a pair and its gradients, by graphs that are proven against eager runs."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,36 +13,26 @@ import pyro
 import pyro.util
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae import checkpoints
-from pyro_vae.graphs import Graph, UntraceableError, trace
+from pyro_vae.graphs import Graph, UntraceableError, check_compile, form_of, rebuilt, trace
 from pyro_vae.guides import LocalGuide
 from pyro_vae.running import called_modules, module_of, unwrapped
 
-__all__ = ["MODES", "TracedLoss", "check_compile"]
+__all__ = ["TracedLoss"]
 
 logger = logging.getLogger(__name__)
-
-MODES = ("eager", "replayed", "compiled")
 
 _KINDS = 16  # of arguments remembered at most
 # Calls of one kind at which a graph is compared with eager: the first, and ever more rarely.
 _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
 _FEW_STEPS = 100
-# What a replay and a compilation are taken to cost, for "auto" to decide by. A model of the
-# machine, not a measurement: else a run would not be the same twice, to the last bit.
-_SECONDS_PER_OPERATION = 3e-6
-_SECONDS_PER_ELEMENT = 1e-9
-_SECONDS_TO_COMPILE = 10.0
-_SECONDS_TO_COMPILE_OPERATION = 0.05
 
 
-def check_compile(compile: Any) -> None:
-    """Raise ValueError for what is no way to run a step."""
-    if not isinstance(compile, bool) and compile not in ("auto", "replay"):
-        raise ValueError(f"compile={compile!r}: 'auto', 'replay', True or False is needed")
+_OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 
 
 @dataclass
@@ -56,6 +46,7 @@ class _Kind:
         parameters: whose gradients the graph returns.
         watched: what the graph took for constant.
         expected: its state when traced.
+        objects: those that the state has the identities of.
     """
 
     calls: int = 0
@@ -64,6 +55,12 @@ class _Kind:
     parameters: list[Tensor] = field(default_factory=list)
     watched: _Watched | None = None
     expected: Any = None
+    objects: list[Any] = field(default_factory=list)
+
+    def expect(self) -> None:
+        """Take the present state for the one that the graph is for."""
+        if self.watched is not None:
+            self.expected, self.objects = self.watched.state(), self.watched.objects()
 
 
 class TracedLoss:
@@ -77,7 +74,7 @@ class TracedLoss:
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        loss_and_grads: as pyro.infer.ELBO.loss_and_grads: from (model, guide, *args) to the
+        loss_and_grads: as pyro.infer.ELBO.loss_and_grads: from model, guide and arguments to the
             loss, gradients added to the parameters'.
         compile: "auto", "replay", True or False, as in :func:`pyro_vae.fit`.
         steps: calls to expect; None if nobody knows.
@@ -86,6 +83,7 @@ class TracedLoss:
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
+        parameters: all that were met so far, each once.
         health: a number of the last call that is finite only if the loss and all gradients are
             (a sum of them all, which may also overflow), 0-dimensional.
     """
@@ -108,6 +106,7 @@ class TracedLoss:
         self.mode = "eager"
         self.health: Tensor | None = None
         self._state = state
+        self.parameters: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
         self._loose = _Kind()  # of what is not remembered
@@ -127,16 +126,16 @@ class TracedLoss:
             return self._watch(self._loose, args, kwargs)
         inputs: list[Tensor] = []
         rows = None if self._table is None else self._table.given_rows
-        form = _form((args, kwargs, rows), inputs)
+        form = form_of((args, kwargs, rows), inputs)
         if form is None:
             self._tell("an argument is neither a tensor nor a plain value that can be told apart")
             return self._watch(self._loose, args, kwargs)
         form = (form, torch.get_default_dtype())
         kind = self._kinds.get(form)
         if kind is not None and kind.watched is not None:
-            state = kind.watched.state()
-            kind.expected = state if kind.graph is None else kind.expected
-            if state != kind.expected:
+            if kind.graph is None:
+                kind.expect()
+            if kind.watched.state() != kind.expected:
                 kind = None  # as where a module went from training to evaluation
         if kind is None:
             kind = self._remember(form)
@@ -147,16 +146,21 @@ class TracedLoss:
             return self._watch(kind, args, kwargs)
         if kind.graph is None:
             return self._trace(kind, args, kwargs, inputs)
-        if self._pays(kind):
-            return self._compile(kind, args, kwargs, inputs)
+        if self._pays(kind, kind.graph):
+            return self._compile(kind, kind.graph, args, kwargs, inputs)
         if kind.calls in _CHECKED:
-            return self._checked(kind, args, kwargs, inputs)
-        return self._replay(kind, inputs)
+            return self._checked(kind, kind.graph, args, kwargs, inputs)
+        return self._replay(kind, kind.graph, inputs)
 
     # --- kinds of arguments
 
     def _remember(self, form: Any) -> _Kind:
         while len(self._kinds) >= _KINDS:
+            if all(kind.calls == 1 for kind in self._kinds.values()):
+                self._tell(
+                    "arguments differ at each step, in shape or in what is no tensor; pass numbers "
+                    "that change as tensors"
+                )
             del self._kinds[next(iter(self._kinds))]
         self._kinds[form] = _Kind()
         return self._kinds[form]
@@ -177,31 +181,37 @@ class TracedLoss:
         for name, site in capture.trace.nodes.items():
             if site["type"] == "param":
                 names.append(name)
-                leaf = site["value"].unconstrained()
+                value: Any = site["value"]
+                leaf = value.unconstrained()
                 found[id(leaf)] = leaf
         kind.parameters = [p for p in found.values() if p.requires_grad]
-        kind.watched = _Watched(list(modules.values()), names)
+        known = {id(parameter) for parameter in self.parameters}
+        self.parameters += [p for p in kind.parameters if id(p) not in known]
+        owners = [
+            getattr(unwrapped(fn), "__self__", unwrapped(fn)) for fn in (self.model, self.guide)
+        ]
+        owners = [owner for owner in owners if not isinstance(owner, nn.Module)]
+        kind.watched = _Watched(owners, list(modules.values()), names)
         self.health = _health(loss, [parameter.grad for parameter in kind.parameters])
         return loss
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All parameters that were met so far, each once."""
-        kinds = (*self._kinds.values(), self._loose)
-        return list({id(p): p for kind in kinds for p in kind.parameters}.values())
-
     # --- ways to run
+
+    def _rows(self, rows: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        if self._table is None or rows is None:
+            return contextlib.nullcontext()
+        return self._table.rows_as_given(rows)
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
         return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
-    def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Tensor:
-        assert kind.graph is not None
-        loss, self.health, *gradients = kind.graph(*inputs)
+    def _replay(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
+        # Nobody differentiates by what comes out, and operators have less to keep account of.
+        with torch.inference_mode():
+            loss, self.health, *gradients = graph(*inputs)
         for parameter, gradient in zip(kind.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.mode = "compiled" if kind.graph.compiled else "replayed"
-        assert loss is not None
+        self.mode = "compiled" if graph.compiled else "replayed"
         return loss
 
     def _give_up(self, kind: _Kind, reason: str, args: Any, kwargs: Any) -> Any:
@@ -218,10 +228,9 @@ class TracedLoss:
         start = _Start(kind, self._state)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
-            args, kwargs, rows = _rebuilt(structure, iter(tensors))
+            args, kwargs, rows = rebuilt(structure, iter(tensors))
             _drop_gradients(kind.parameters)
-            table = contextlib.nullcontext() if rows is None else self._table.rows_as_given(rows)
-            with table, pyro.validation_enabled(False), _without_warnings():
+            with self._rows(rows), pyro.validation_enabled(False), _without_warnings():
                 loss = self._eager(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
@@ -232,25 +241,27 @@ class TracedLoss:
         rows = None if self._table is None else self._table.given_rows
         structure = (args, kwargs, rows)
         try:
-            kind.graph = trace(function, inputs)
+            graph = kind.graph = trace(function, inputs)
         except UntraceableError as error:
             start.again()
             return self._give_up(kind, str(error), args, kwargs)
         start.again()
-        if kind.watched is not None and kind.watched.state()[1:] != kind.expected[1:]:
+        if kind.watched is not None and kind.watched.state()[2:] != kind.expected[2:]:
             reason = "a run puts new tensors in the place of buffers or parameters"
             return self._give_up(kind, reason, args, kwargs)
-        logger.info("a training step is %d operations", kind.graph.num_operations)
-        return self._checked(kind, args, kwargs, inputs)
+        logger.info("a training step is %d operations", graph.num_operations)
+        return self._checked(kind, graph, args, kwargs, inputs)
 
-    def _checked(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+    def _checked(
+        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
+    ) -> Any:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
         start = _Start(kind, self._state)
         _drop_gradients(kind.parameters)
         loss = torch.as_tensor(self._eager(args, kwargs)).detach()
         gradients = [parameter.grad for parameter in kind.parameters]
         start.again()
-        found = self._replay(kind, inputs)
+        found = self._replay(kind, graph, inputs)
         reason = _difference(
             loss,
             gradients,
@@ -259,6 +270,7 @@ class TracedLoss:
             exact=self.mode == "replayed",
         )
         if reason is None:
+            kind.expect()  # a run may leave something behind, as the value it saw last
             return found
         start.again()
         self.mode = "eager"
@@ -266,56 +278,63 @@ class TracedLoss:
 
     # --- the compiler
 
-    def _pays(self, kind: _Kind) -> bool:
+    def _pays(self, kind: _Kind, graph: Graph) -> bool:
         """Whether compiling takes less time than it saves in the steps that are left."""
-        if kind.graph is None or kind.graph.compiled or kind.graph.uncompilable:
-            return False
-        if self.compile != "auto":
-            return self.compile is True
-        saved = (
-            _SECONDS_PER_OPERATION * kind.graph.num_operations
-            + _SECONDS_PER_ELEMENT * kind.graph.num_elements
-        )
+        if self.compile is True:
+            return not (graph.compiled or graph.uncompilable)
         # Where nobody knows, a run is as likely as not to go on for as long as it has.
         expected = kind.calls if self.steps is None else self.steps * kind.calls / self._calls
-        cost = _SECONDS_TO_COMPILE + _SECONDS_TO_COMPILE_OPERATION * kind.graph.num_operations
-        return saved * expected > cost
+        return self.compile == "auto" and graph.pays(expected)
 
-    def _compile(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        assert kind.graph is not None
+    def _compile(
+        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
+    ) -> Any:
         try:
-            kind.graph.compile(*inputs)
+            graph.compile(*inputs)
         except RuntimeError as error:
             logger.warning("training steps are replayed, not compiled: %s", error)
-            return self._replay(kind, inputs)
+            return self._replay(kind, graph, inputs)
         logger.info("training steps are compiled from step %d on", self._calls)
-        return self._checked(kind, args, kwargs, inputs)
+        return self._checked(kind, graph, args, kwargs, inputs)
 
 
 class _Watched:
     """What a graph takes for constant, though Python may change it between two calls."""
 
-    def __init__(self, modules: list[nn.Module], names: list[str]) -> None:
+    def __init__(self, owners: list[Any], modules: list[nn.Module], names: list[str]) -> None:
         self.modules = modules
         self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        self._plain = [
-            (vars(module), name)
-            for module in modules
-            for name, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str))
-            # The sizes of PyTorch's own layers are those of their parameters.
-            and (not _is_plain_layer(module) or name in ("training", "p"))
-        ]
         self._names = names
+        attributes = [
+            (vars(owner), name, value)
+            for owner in (*modules, *(o for o in owners if hasattr(o, "__dict__")))
+            for name, value in vars(owner).items()
+            # What every module has; and the rows of a table, which are an input.
+            if (name not in _OF_ALL_MODULES or name == "training")
+            and name != "_rows"
+            # The sizes of PyTorch's own layers are those of their parameters.
+            and (not _is_plain_layer(owner) or name in ("training", "p"))
+        ]
+        plain = (bool, int, float, str)
+        self._plain = [(d, name) for d, name, value in attributes if isinstance(value, plain)]
+        self._objects = [(d, name) for d, name, value in attributes if not isinstance(value, plain)]
 
-    def state(self) -> Any:
-        """Return modes, plain attributes and the identities of parameters and buffers."""
+    def state(self) -> tuple[list[Any], ...]:
+        """Return modes and attributes, and the identities of what holds tensors.
+
+        The last two, of parameters and buffers, are those that a run must leave as they are.
+        """
         stored = pyro.get_param_store()._params
         return (
             [holder.get(name) for holder, name in self._plain],
+            [id(holder.get(name)) for holder, name in self._objects],
             [id(tensor) for tensors in self._tensors for tensor in tensors.values()],
             [id(stored.get(name)) for name in self._names],
         )
+
+    def objects(self) -> list[Any]:
+        """Return what is watched by identity: while it lives, no other object has its own."""
+        return [holder.get(name) for holder, name in self._objects]
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield the buffers of all modules."""
@@ -323,8 +342,8 @@ class _Watched:
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+def _is_plain_layer(owner: Any) -> bool:
+    return isinstance(owner, nn.Module) and type(owner).__module__.startswith("torch.nn.")
 
 
 class _Start:
@@ -378,40 +397,6 @@ def _drop_gradients(parameters: list[Tensor]) -> None:
         parameter.grad = None
 
 
-def _form(value: Any, inputs: list[Tensor]) -> Any:
-    """Return what tells one kind of arguments from another, and collect their tensors.
-
-    None where something among them cannot be told apart.
-    """
-    if isinstance(value, Tensor):
-        inputs.append(value)
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, (tuple, list)):
-        parts = [_form(item, inputs) for item in value]
-        return None if None in parts else (type(value), *parts)
-    if isinstance(value, Mapping):
-        parts = [_form(item, inputs) for item in value.values()]
-        return None if None in parts else (type(value), *value, *parts)
-    try:
-        hash(value)
-    except TypeError:
-        return None
-    return type(value), value
-
-
-def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """Put other tensors in the place of those that :func:`_form` collects."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rebuilt(item, tensors) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rebuilt(item, tensors) for item in value)
-    if isinstance(value, Mapping):
-        return {name: _rebuilt(item, tensors) for name, item in value.items()}
-    return value
-
-
 def _difference(
     loss: Tensor,
     gradients: list[Tensor | None],
@@ -427,9 +412,14 @@ def _difference(
     else:
         tolerance = 1e-7 if double else 1e-3
     same = functools.partial(torch.allclose, equal_nan=True)
+    if not bool(loss.isfinite()) and not bool(found_loss.isfinite()):
+        return None  # the caller will tell: there is nothing more to compare
     if not same(loss, found_loss.to(loss), rtol=tolerance, atol=tolerance):
         return f"its loss is {float(found_loss):.7g}, and {float(loss):.7g} in an eager step"
-    sizes = [float(g.abs().max()) if g is not None and g.numel() else 0.0 for g in gradients]
+    sizes = [
+        float(g.abs().nan_to_num(posinf=0.0).max()) if g is not None and g.numel() else 0.0
+        for g in gradients
+    ]
     # Where gradients vanish, what is left of them is the rounding of what they are the sum of.
     floor = max([1e-3 * max(sizes, default=0.0), 1e-3 * (1 + abs(float(loss)))])
     for index, (a, b) in enumerate(zip(gradients, found, strict=True)):
@@ -439,5 +429,8 @@ def _difference(
             continue
         if not same(a, b, rtol=0.0, atol=tolerance * max(sizes[index], floor)):
             gap = float((a - b).abs().max())
-            return f"the gradients of parameter {index}, of shape {tuple(a.shape)}, differ by {gap:.3g}"
+            return (
+                f"the gradients of parameter {index}, of shape {tuple(a.shape)}, "
+                f"differ by {gap:.3g}"
+            )
     return None

@@ -74,6 +74,16 @@ def test_handwritten_pair():
 
 
 @pytest.mark.slow
+def test_compiled_svi():
+    printed = run("compiled_svi.py")
+    assert "steps of CompiledSVI are replayed" in printed
+    assert number("ratio, median of the turns", printed) > 1
+    found = re.search(r"^losses differ at most by the fraction (.+)$", printed, re.MULTILINE)
+    assert found
+    assert float(found[1]) < 1e-4  # rounding, grown over 220 steps; 2e-7 was seen
+
+
+@pytest.mark.slow
 def test_factor_analysis():
     printed = run("factor_analysis.py")
     elbo, exact = number("ELBO", printed), number("exact log p(x)", printed)
