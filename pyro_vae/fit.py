@@ -293,7 +293,7 @@ class _Trainer:
         self._traced = TracedLoss(
             *self._pair, objective.loss_and_grads, compile=compiled, state=_state_of(objective)
         )
-        self._validated = TracedLoss(*self._pair, objective.loss, compile=compiled)
+        self._validated = TracedLoss(*self._pair, objective.loss, compile=compiled, modes=False)
         self.state = _Progress()
         self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best

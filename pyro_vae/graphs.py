@@ -7,10 +7,12 @@ their order, those of autograd included; Python that led to them is gone.
 from __future__ import annotations
 
 import contextlib
+import enum
 import linecache
 import logging
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae import checkpoints, graph_rules
 
@@ -36,6 +39,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+# Arguments whose value tells all of them.
+_PLAIN = (
+    *(str, bytes, int, float, bool, complex, type(None), enum.Enum),
+    *(torch.dtype, torch.device, torch.Size),
+)
+_MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 
 
@@ -50,8 +59,10 @@ _SECONDS_PER_OPERATION = 3e-6
 _SECONDS_PER_ELEMENT = 2e-9
 _SECONDS_TO_COMPILE = 8.0
 _SECONDS_TO_COMPILE_OPERATION = 0.03
-# Calls of one kind below which recording would take longer than they do.
-_FEW_CALLS = 8
+# In "auto": recording is for what takes at least so long. It may be measured, for a replay gives
+# the same to the last bit.
+_SECONDS_TO_RECORD = 5.0
+_KINDS = 16  # of inputs whose graphs are kept
 
 # How many traces are under way: a check that only raises errors has no place in a graph.
 _under_way = [0]
@@ -85,7 +96,49 @@ class _Answers(TorchFunctionMode):
             raise UntraceableError(f"Tensor.{func.__name__} reads numbers out of a tensor")
         if func in _NUMBERS and _is_live(args[0]):
             raise UntraceableError(_READ)
+        if func in _MAKES and any(_holds_tensors(a) for a in (*args, *(kwargs or {}).values())):
+            raise UntraceableError(
+                f"torch.{func.__name__}([...]) reads the numbers of the tensors in a list; "
+                "torch.stack keeps them tensors"
+            )
         return func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses what PyTorch would take for constant, and writes to what is nobody's.
+
+    Args:
+        writable: the tensors, by identity, that may be written to though they are no input and
+            were not made in the function; None for all.
+    """
+
+    def __init__(self, writable: frozenset[int] | None) -> None:
+        super().__init__()
+        self.writable = writable
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags and any(
+            isinstance(a, Tensor) and _is_live(a) for a in args
+        ):
+            raise UntraceableError(_READ)
+        if self.writable is not None and func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if not written or not isinstance(value, Tensor) or not _is_live(value):
+                    continue
+                if id(value) not in self.writable:
+                    raise UntraceableError(
+                        "a tensor is written to that is neither a buffer of a module nor made in "
+                        "the step; register it by register_buffer"
+                    )
+        return func(*args, **(kwargs or {}))
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a list, or one in it, has tensors."""
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(item, Tensor) or _holds_tensors(item) for item in value
+    )
 
 
 def _is_live(tensor: Tensor) -> bool:
@@ -177,12 +230,14 @@ class Recorder:
         check_compile(compile)
         self.what = what
         self.compile = compile
-        self._graphs: dict[Any, Graph | None] = {}
-        self._seen: dict[Any, int] = {}
+        self._graphs: dict[Any, Graph] = {}
+        self._seconds: dict[Any, float] = {}  # of an eager call
+        self._refused: set[Any] = set()  # names of functions
+        self._uncompilable = False
 
     def __call__(
         self,
-        key: Any,
+        key: tuple[Any, ...],
         function: Callable[..., Sequence[Tensor]],
         inputs: Sequence[Tensor],
         calls: int,
@@ -192,31 +247,37 @@ class Recorder:
         """Return what the function returns.
 
         Args:
-            key: what tells the function and its inputs' layout from others: by it, graphs are
-                found again.
+            key: the function's name, and what else tells its inputs' layout from others: by it,
+                graphs are found again.
             function: of the inputs, to tensors.
             inputs: tensors.
             calls: how many of this kind are to be expected.
             check: whether to compare the graph with this function once more, as where it was
                 recorded from another that should be its equal.
         """
-        if self.compile is False or (self.compile == "auto" and calls < _FEW_CALLS):
+        auto = self.compile == "auto"
+        if self.compile is False or key[0] in self._refused:
             return function(*inputs)
-        if key not in self._graphs:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] == 1:  # as the last chunk, of a size that does not come again
-                return function(*inputs)
-            return self._proven(key, function, inputs, None)
-        graph = self._graphs[key]
+        graph = self._graphs.get(key)
         if graph is None:
-            return function(*inputs)
+            # The first call may be the only one: the last chunk has a size of its own.
+            if key in self._seconds and not (
+                auto and calls * self._seconds[key] < _SECONDS_TO_RECORD
+            ):
+                return self._proven(key, function, inputs, None)
+            begin = time.perf_counter()
+            result = function(*inputs)
+            seconds = time.perf_counter() - begin
+            self._seconds[key] = min(seconds, self._seconds.get(key, seconds))
+            return result
         if check:
             return self._proven(key, function, inputs, graph)
-        wanted = self.compile is True and not (graph.compiled or graph.uncompilable)
-        if wanted or (self.compile == "auto" and graph.pays(calls)):
+        wanted = self.compile is True and not graph.compiled
+        if not self._uncompilable and (wanted or (auto and graph.pays(calls))):
             try:
                 graph.compile(*inputs)
             except RuntimeError as error:
+                self._uncompilable = True
                 logger.warning("%s is replayed, not compiled: %s", self.what, error)
             else:
                 logger.info("%s is compiled", self.what)
@@ -225,7 +286,7 @@ class Recorder:
 
     def _proven(
         self,
-        key: Any,
+        key: tuple[Any, ...],
         function: Callable[..., Sequence[Tensor]],
         inputs: Sequence[Tensor],
         graph: Graph | None,
@@ -247,9 +308,14 @@ class Recorder:
         except UntraceableError as error:
             reason = str(error)
         checkpoints.set_random_state(after)
-        self._graphs[key] = None if reason else graph
-        if reason:
+        if reason or graph is None:
+            self._refused.add(key[0])
+            self._graphs.pop(key, None)
             logger.info("%s runs eagerly, which is slower: %s", self.what, reason)
+        else:
+            while len(self._graphs) >= _KINDS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = graph
         return wanted
 
 
@@ -281,39 +347,42 @@ def form_of(value: Any, inputs: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         inputs.append(value)
         return layout_of(value)
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list) or hasattr(value, "_fields"):
         parts = [form_of(item, inputs) for item in value]
         return None if None in parts else (type(value), *parts)
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         parts = [form_of(item, inputs) for item in value.values()]
         return None if None in parts else (type(value), *value, *parts)
-    try:
-        hash(value)
-    except TypeError:
-        return None
-    return type(value), value
+    return (type(value), value) if isinstance(value, _PLAIN) or callable(value) else None
 
 
 def rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
     """Put other tensors in the place of those that :func:`form_of` collects."""
     if isinstance(value, Tensor):
         return next(tensors)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if hasattr(value, "_fields"):
         return type(value)(*(rebuilt(item, tensors) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(rebuilt(item, tensors) for item in value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: rebuilt(item, tensors) for name, item in value.items()}
     return value
 
 
-def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]) -> Graph:
+def trace(
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor],
+    *,
+    writable: Iterable[Tensor] | None = None,
+) -> Graph:
     """Run a function once and return the graph of its tensor operations.
 
     Args:
         function: of the inputs, to tensors (or None). It may differentiate inside.
             Tensor.item() gives it the tensor itself, detached.
         inputs: tensors; a graph is for their shapes, dtypes and devices.
+        writable: tensors that the function may write to, beside those that it makes; by default
+            any.
 
     Raises:
         UntraceableError: for a function whose operations depend on the numbers in its tensors
@@ -321,9 +390,16 @@ def trace(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Ten
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    allowed = None if writable is None else frozenset(map(id, writable))
+
+    def watched(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        with _Watch(allowed):
+            return tuple(function(*tensors))
+
     try:
         with _Answers(), _recording():
-            traced = make_fx(lambda *tensors: tuple(function(*tensors)))(*inputs)
+            # Aliases: two inputs may be one tensor, and one may be known to the function besides.
+            traced = make_fx(watched)(*(tensor.detach() for tensor in inputs))
         graph_rules.check(traced.graph)
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         text = f"{type(error).__name__}: {_first_line(error)}"

@@ -89,6 +89,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
+    @property
+    def carried(self) -> list[Tensor]:
+        """The tensors that a step leaves to the next, and may write to."""
+        return list(self._baselines.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is carried from step to step, for a checkpoint: running baselines."""
         return {name: value.clone() for name, value in self._baselines.items()}

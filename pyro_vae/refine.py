@@ -26,13 +26,14 @@ __all__ = ["refine", "refine_table"]
 
 logger = logging.getLogger(__name__)
 
-_CYCLE = 100  # steps between two comparisons
+_CYCLE = 250  # steps between two comparisons
 # In the first cycle; each one after takes twice of both, up to 2**_DOUBLINGS times.
-_PARTICLES = 8  # of a gradient
+_PARTICLES = 8  # of a gradient, at least: see _whole_sets
 _MOST_REPLICATES = 32  # of a comparison
 _DOUBLINGS = 3
 _CHECK_PARTICLES = 32  # in a replicate of a comparison
 _REPLICATES = 8  # at least: their spread gives the standard error
+_PIECES = 4  # of one step, recorded at most
 _UNDECIDED = 0.1  # the share of the data for which no more replicates are taken
 _LEARNING_RATE = 0.1  # in the family's units: standard deviations of the start
 _SECOND_MOMENT_DECAY = 0.95  # forgets the steep way down within a cycle
@@ -49,6 +50,7 @@ def refine(
     tolerance: float = 0.02,
     data_plate: str | bool | None = None,
     seed: int | None = None,
+    compile: str | bool = "auto",
 ) -> LocalGuide:
     r"""Fit a guide with a row of parameters per datum to this batch.
 
@@ -82,6 +84,8 @@ def refine(
         tolerance: of the ELBO, in nats per datum.
         data_plate: the name of the plate of the data, where it is not plain.
         seed: of the draws; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records a step, and compiles it where
+            there is enough to do for that to save time.
 
     Returns:
         A LocalGuide with a row per datum of the batch, and ``converged`` [N].
@@ -108,7 +112,7 @@ def refine(
     with torch.no_grad():
         local.table.copy_(start)
     table, converged = refine_table(
-        model, scorer, start, local.family, data_plate, max_steps, tolerance
+        model, scorer, start, local.family, data_plate, max_steps, tolerance, compile
     )
     with torch.no_grad():
         local.table.copy_(table)
@@ -132,6 +136,7 @@ def refine_table(
     data_plate: str | bool | None,
     max_steps: int,
     tolerance: float,
+    compile: str | bool = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Optimise a table of parameters; what :func:`refine` does from a start.
 
@@ -143,13 +148,14 @@ def refine_table(
         data_plate: as in :func:`refine`.
         max_steps: as in :func:`refine`.
         tolerance: as in :func:`refine`.
+        compile: as in :func:`refine`.
 
     Returns:
         The table, [N, P], and which rows converged, [N].
     """
     tables, converged = [], []
     blocks = scorer.data_blocks()
-    recorded = _Recorded(len(blocks))  # blocks of one size share their graphs
+    recorded = _Recorded(len(blocks), compile)  # blocks of one size share their graphs
     for rows in blocks:
         whole = scorer.batch.size is None or scorer.structure.data_plate is None
         block = scorer.batch if whole else scorer.batch.rows(rows)
@@ -236,11 +242,13 @@ class _Recorded:
 
     Args:
         num_blocks: how many there are.
+        compile: as in :class:`pyro_vae.CompiledSVI`.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, compile: str | bool) -> None:
         self._num_blocks = num_blocks
-        self._recorder = Recorder("refining", "auto")
+        self._recorder = Recorder("refining", compile)
+        self._size: int | None = None  # of a block
 
     def __call__(
         self,
@@ -258,7 +266,7 @@ class _Recorded:
             name: tells the function from others.
             scorer: of a block.
             function: of them.
-            inputs: the tensors.
+            inputs: the tensors, particles' noise the last.
             calls: to be expected for this block.
             check: whether this is the block's first call.
         """
@@ -271,9 +279,13 @@ class _Recorded:
             with scorer.on(*block) as other:
                 return function(other, *inputs)
 
-        if form is None:
+        # What is scored in many pieces would be a graph of as many times the operations.
+        pieces = inputs[-1].shape[0] * scorer.num_data / scorer.chunk_pairs
+        if form is None or (pieces > _PIECES and scorer.splittable):
             return function(scorer, *inputs)[0]
-        calls *= self._num_blocks
+        self._size = scorer.num_data if self._size is None else self._size
+        if scorer.num_data == self._size:  # all of a block's data, and so those of others
+            calls *= self._num_blocks
         return self._recorder((name, form), on_tensors, tensors, calls, check=check)[0]
 
 
@@ -297,7 +309,7 @@ def _climb(
     )
 
     def slope(
-        scorer: Scorer, shift: Tensor, start: Tensor, units: Tensor, noise: Tensor, power: Tensor
+        scorer: Scorer, shift: Tensor, start: Tensor, units: Tensor, power: Tensor, noise: Tensor
     ) -> list[Tensor]:
         shift = shift.detach().requires_grad_()
         loss = -_log_weights(scorer, guide, start + units * shift, noise, power).mean(0).sum()
@@ -313,7 +325,7 @@ def _climb(
         power = start.new_ones(())
         if annealed:
             power.fill_(_COLDEST ** max(0.0, 1 - 1.4 * step / steps))
-        inputs = [shift.detach(), start, units, noise, power]
+        inputs = [shift.detach(), start, units, power, noise]
         shift.grad = recorded("slope", scorer, slope, inputs, steps, check=step == 0)
         optimizer.step()
         if step >= steps // 2:
@@ -400,6 +412,16 @@ def _log_weights(
     with guide.using(table.detach()):
         log_guide = scorer.score_guide(rows, values)
     return power * (log_likelihood + log_prior) - log_guide
+
+
+def _whole_sets(guide: LocalGuide) -> int:
+    """Return how many particles a gradient takes in the first cycle.
+
+    Mirrored pairs in all orthogonal directions leave next to no noise; two or more such sets
+    where a few particles make them.
+    """
+    size = 2 * guide.family.num_noise(guide.num_coordinates)
+    return size * -(-2 * _PARTICLES // size) if size <= 2 * _PARTICLES else _PARTICLES
 
 
 def _orthogonal_noise(

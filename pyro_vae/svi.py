@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.graphs import Graph, UntraceableError, trace
+from pyro_vae.objectives import Objective
 from pyro_vae.parameters import make_optimizer
 from pyro_vae.traced_loss import TracedLoss
 
@@ -45,9 +46,10 @@ class CompiledSVI:
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        optim: a function from parameters to a torch optimizer, a torch optimizer, or a
-            pyro.optim object with plain arguments, which is translated to one torch optimizer
-            (a fused one, where PyTorch has it) for all parameters.
+        optim: a function from parameters to a torch optimizer; a torch optimizer, which moves
+            its own parameters and no others; or a pyro.optim object with plain arguments, which is
+            translated to one torch optimizer (a fused one, where PyTorch has it) for all
+            parameters. Gradients that parameters have before a step are dropped.
         loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
         loss_and_grads: as in pyro.infer.SVI; by default that of loss.
         num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
@@ -109,7 +111,7 @@ class CompiledSVI:
             loss_and_grads,
             compile=compile,
             steps=num_steps or None,
-            state=loss if hasattr(loss, "load_state_dict") else None,
+            state=loss if isinstance(loss, Objective) else None,
         )
         self._update: Update | None = None
 
@@ -129,7 +131,8 @@ class CompiledSVI:
         parameters = self._traced.parameters
         if self._update is None:
             self._update = Update(make_optimizer(self.optim, parameters))
-        self._update.add(parameters)
+        if not isinstance(self.optim, torch.optim.Optimizer):  # whose parameters are its maker's
+            self._update.add(parameters)
         self._update(traced=self._traced.mode != "eager")
         self._update.optimizer.zero_grad(set_to_none=True)
         return _number(loss)
@@ -159,15 +162,13 @@ class Update:
         self.optimizer = optimizer
         self._graphs: dict[Any, Graph] = {}
         self._refused = False
-        self._known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        optimizer.register_load_state_dict_post_hook(lambda _: self._graphs.clear())
 
     def add(self, parameters: list[Tensor]) -> None:
         """Take up parameters that the optimizer does not have yet."""
-        new = [p for p in parameters if id(p) not in self._known]
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        new = [p for p in parameters if id(p) not in known]
         if new:
             self.optimizer.add_param_group({"params": new})
-            self._known.update(map(id, new))
             self._graphs.clear()
 
     def __call__(self, *, traced: bool) -> None:
@@ -177,9 +178,18 @@ class Update:
             return
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
+        settings = (
+            value
+            for group in groups
+            for name, value in group.items()
+            if name not in ("params", "param_names")
+        )
+        # Of the state, for load_state_dict and others put a new one in its place.
+        states = (self.optimizer.state[p] for group in groups for p in _moving(group))
         key = (
-            tuple(value for group in groups for name, value in group.items() if name != "params"),
-            tuple(gradient is None for gradient in gradients),
+            *settings,
+            *(gradient is None for gradient in gradients),
+            *(id(next(iter(state.values()))) for state in states),
         )
         given = [gradient for gradient in gradients if gradient is not None]
         if key in self._graphs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ __all__ = ["TracedLoss"]
 logger = logging.getLogger(__name__)
 
 _KINDS = 16  # of arguments remembered at most
+_LONG = 20  # items of a list that are looked at
+_WORTH = 10  # calls of a kind, below which tracing it has been a waste
 # Calls of one kind at which a graph is compared with eager: the first, and ever more rarely.
 _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
@@ -44,6 +46,7 @@ class _Kind:
         graph: of loss and gradients; None before it is traced, and where it cannot be.
         eager: whether it was given up.
         parameters: whose gradients the graph returns.
+        unregistered: parameters of modules that nobody told Pyro of, and that nothing moves.
         watched: what the graph took for constant.
         expected: its state when traced.
         objects: those that the state has the identities of.
@@ -53,6 +56,7 @@ class _Kind:
     graph: Graph | None = None
     eager: bool = False
     parameters: list[Tensor] = field(default_factory=list)
+    unregistered: list[Tensor] = field(default_factory=list)
     watched: _Watched | None = None
     expected: Any = None
     objects: list[Any] = field(default_factory=list)
@@ -80,6 +84,7 @@ class TracedLoss:
         steps: calls to expect; None if nobody knows.
         state: of the loss, carried from call to call: an object with state_dict and
             load_state_dict, or None.
+        modes: whether train() and eval() make a difference; not where each call is in one mode.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
@@ -97,6 +102,7 @@ class TracedLoss:
         compile: str | bool = "auto",
         steps: int | None = None,
         state: Any = None,
+        modes: bool = True,
     ) -> None:
         check_compile(compile)
         self.model, self.guide = model, guide
@@ -106,10 +112,12 @@ class TracedLoss:
         self.mode = "eager"
         self.health: Tensor | None = None
         self._state = state
+        self._modes = modes
         self.parameters: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
         self._loose = _Kind()  # of what is not remembered
+        self._wasted = 0  # kinds that were forgotten before they were worth their tracing
         self._told: set[str] = set()
         own = unwrapped(guide)
         self._table = own if isinstance(own, LocalGuide) else None
@@ -122,6 +130,9 @@ class TracedLoss:
         self._calls += 1
         self.mode = "eager"
         few = self.steps is not None and self.steps < _FEW_STEPS
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            self._tell("torch.autocast is on")
+            return self._watch(self._loose, args, kwargs)
         if self.compile is False or (self.compile == "auto" and few) or _handled_from_outside():
             return self._watch(self._loose, args, kwargs)
         inputs: list[Tensor] = []
@@ -130,8 +141,13 @@ class TracedLoss:
         if form is None:
             self._tell("an argument is neither a tensor nor a plain value that can be told apart")
             return self._watch(self._loose, args, kwargs)
-        form = (form, torch.get_default_dtype())
-        kind = self._kinds.get(form)
+        if any(tensor.requires_grad for tensor in inputs):
+            self._tell("an argument requires gradients, which no graph would give it")
+            return self._watch(self._loose, args, kwargs)
+        form = (form, torch.get_default_dtype(), torch.is_grad_enabled())
+        kind = self._kinds.pop(form, None)
+        if kind is not None:
+            self._kinds[form] = kind  # the last used
         if kind is not None and kind.watched is not None:
             if kind.graph is None:
                 kind.expect()
@@ -140,7 +156,7 @@ class TracedLoss:
         if kind is None:
             kind = self._remember(form)
         kind.calls += 1
-        if kind.calls == 1:
+        if kind.watched is None:  # as after a first run that ended in an error
             return self._watch(kind, args, kwargs)
         if kind.eager:
             return self._watch(kind, args, kwargs)
@@ -156,12 +172,14 @@ class TracedLoss:
 
     def _remember(self, form: Any) -> _Kind:
         while len(self._kinds) >= _KINDS:
-            if all(kind.calls == 1 for kind in self._kinds.values()):
-                self._tell(
-                    "arguments differ at each step, in shape or in what is no tensor; pass numbers "
-                    "that change as tensors"
-                )
-            del self._kinds[next(iter(self._kinds))]
+            least = self._kinds.pop(next(iter(self._kinds)))  # used least recently
+            self._wasted += least.calls < _WORTH
+        if self._wasted > _KINDS:
+            self._tell(
+                "arguments differ from step to step, in shape or in what is no tensor; pad them to "
+                "a few shapes, and pass numbers that change as tensors"
+            )
+            return _Kind(eager=True)
         self._kinds[form] = _Kind()
         return self._kinds[form]
 
@@ -185,13 +203,16 @@ class TracedLoss:
                 leaf = value.unconstrained()
                 found[id(leaf)] = leaf
         kind.parameters = [p for p in found.values() if p.requires_grad]
+        kind.unregistered = [
+            p for m in called.values() for p in m.parameters(recurse=False) if id(p) not in found
+        ]
         known = {id(parameter) for parameter in self.parameters}
         self.parameters += [p for p in kind.parameters if id(p) not in known]
         owners = [
             getattr(unwrapped(fn), "__self__", unwrapped(fn)) for fn in (self.model, self.guide)
         ]
         owners = [owner for owner in owners if not isinstance(owner, nn.Module)]
-        kind.watched = _Watched(owners, list(modules.values()), names)
+        kind.watched = _Watched(owners, list(modules.values()), names, modes=self._modes)
         self.health = _health(loss, [parameter.grad for parameter in kind.parameters])
         return loss
 
@@ -225,28 +246,29 @@ class TracedLoss:
             logger.warning("training steps run eagerly, which is slower: %s", reason)
 
     def _trace(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        start = _Start(kind, self._state)
+        start = _Start(kind, inputs, self._state)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             args, kwargs, rows = rebuilt(structure, iter(tensors))
-            _drop_gradients(kind.parameters)
+            # Else those that nothing moves, and nobody drops, would be added to.
+            _drop_gradients([*kind.parameters, *kind.unregistered])
             with self._rows(rows), pyro.validation_enabled(False), _without_warnings():
                 loss = self._eager(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
             gradients = [parameter.grad for parameter in kind.parameters]
-            _drop_gradients(kind.parameters)
+            _drop_gradients([*kind.parameters, *kind.unregistered])
             return [loss.detach(), _health(loss, gradients), *gradients]
 
         rows = None if self._table is None else self._table.given_rows
         structure = (args, kwargs, rows)
         try:
-            graph = kind.graph = trace(function, inputs)
+            graph = kind.graph = trace(function, inputs, writable=start.writable)
         except UntraceableError as error:
             start.again()
             return self._give_up(kind, str(error), args, kwargs)
         start.again()
-        if kind.watched is not None and kind.watched.state()[2:] != kind.expected[2:]:
+        if kind.watched is not None and kind.watched.state()[4:] != kind.expected[4:]:
             reason = "a run puts new tensors in the place of buffers or parameters"
             return self._give_up(kind, reason, args, kwargs)
         logger.info("a training step is %d operations", graph.num_operations)
@@ -256,7 +278,7 @@ class TracedLoss:
         self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
     ) -> Any:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
-        start = _Start(kind, self._state)
+        start = _Start(kind, inputs, self._state)
         _drop_gradients(kind.parameters)
         loss = torch.as_tensor(self._eager(args, kwargs)).detach()
         gradients = [parameter.grad for parameter in kind.parameters]
@@ -301,25 +323,30 @@ class TracedLoss:
 class _Watched:
     """What a graph takes for constant, though Python may change it between two calls."""
 
-    def __init__(self, owners: list[Any], modules: list[nn.Module], names: list[str]) -> None:
+    def __init__(
+        self, owners: list[Any], modules: list[nn.Module], names: list[str], *, modes: bool
+    ) -> None:
         self.modules = modules
-        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._names = names
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self._children = [m._modules for m in modules if m._modules]
         attributes = [
             (vars(owner), name, value)
             for owner in (*modules, *(o for o in owners if hasattr(o, "__dict__")))
             for name, value in vars(owner).items()
             # What every module has; and the rows of a table, which are an input.
-            if (name not in _OF_ALL_MODULES or name == "training")
-            and name != "_rows"
-            # The sizes of PyTorch's own layers are those of their parameters.
-            and (not _is_plain_layer(owner) or name in ("training", "p"))
+            if (name not in _OF_ALL_MODULES and name != "_rows") or (name == "training" and modes)
         ]
         plain = (bool, int, float, str)
         self._plain = [(d, name) for d, name, value in attributes if isinstance(value, plain)]
-        self._objects = [(d, name) for d, name, value in attributes if not isinstance(value, plain)]
+        self._lists = [(d, name) for d, name, value in attributes if _is_plain_list(value)]
+        self._objects = [
+            (d, name)
+            for d, name, value in attributes
+            if not isinstance(value, plain) and not _is_plain_list(value)
+        ]
 
-    def state(self) -> tuple[list[Any], ...]:
+    def state(self) -> tuple[Any, ...]:
         """Return modes and attributes, and the identities of what holds tensors.
 
         The last two, of parameters and buffers, are those that a run must leave as they are.
@@ -327,9 +354,11 @@ class _Watched:
         stored = pyro.get_param_store()._params
         return (
             [holder.get(name) for holder, name in self._plain],
+            [repr(holder.get(name)) for holder, name in self._lists],
             [id(holder.get(name)) for holder, name in self._objects],
-            [id(tensor) for tensors in self._tensors for tensor in tensors.values()],
-            [id(stored.get(name)) for name in self._names],
+            [id(child) for children in self._children for child in children.values()],
+            [_identity(tensor) for tensors in self._tensors for tensor in tensors.values()],
+            [_identity(stored.get(name)) for name in self._names],
         )
 
     def objects(self) -> list[Any]:
@@ -342,25 +371,41 @@ class _Watched:
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
 
 
-def _is_plain_layer(owner: Any) -> bool:
-    return isinstance(owner, nn.Module) and type(owner).__module__.startswith("torch.nn.")
+def _identity(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (id(tensor), tensor.requires_grad, tensor.dtype)
+
+
+def _is_plain_list(value: Any) -> bool:
+    """Whether a list or mapping holds nothing but plain values, of which few."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(item, (bool, int, float, str, type(None))) or _is_plain_list(item)
+        for item in value[:_LONG]
+    )
 
 
 class _Start:
     """The state that a step starts from, but for the parameters, to come back to."""
 
-    def __init__(self, kind: _Kind, state: Any) -> None:
+    def __init__(self, kind: _Kind, inputs: list[Tensor], state: Any) -> None:
         self._random = checkpoints.random_state()
         buffers = () if kind.watched is None else kind.watched.buffers()
-        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
+
+    @property
+    def writable(self) -> list[Tensor]:
+        """What a step may write to, because it can be undone."""
+        baselines = () if self._loss is None else self._loss.carried
+        return [*(tensor for tensor, _ in self._written), *baselines]
 
     def again(self) -> None:
         """Go back."""
         checkpoints.set_random_state(self._random)
         with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
+            for tensor, value in self._written:
+                tensor.copy_(value)
         if self._loss is not None:
             self._loss.load_state_dict(self._saved)
 
@@ -372,13 +417,20 @@ def _handled_from_outside() -> bool:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep Pyro's losses from looking whether they are NaN: they would but warn."""
+    """Keep Pyro's losses from looking for NaN, which they would but warn of.
+
+    And distributions that were made before, with validation on, from looking at values.
+    """
+    distribution: Any = torch.distributions.Distribution
+    validate = distribution._validate_sample
     looks = {name: getattr(pyro.util, name) for name in ("torch_isnan", "torch_isinf")}
     for name in looks:
         setattr(pyro.util, name, lambda value: False)
+    distribution._validate_sample = lambda self, value: None
     try:
         yield
     finally:
+        distribution._validate_sample = validate
         for name, look in looks.items():
             setattr(pyro.util, name, look)
 
