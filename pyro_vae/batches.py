@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 __all__ = ["Batch", "EpochData", "as_batch"]
 
@@ -128,7 +129,7 @@ def as_batch(*batch: Any) -> Batch:
 
     Args:
         *batch: the arguments of the model; or a single tuple or list of them; or a
-            single mapping from the model's argument names to them.
+            single mapping from the model's argument names to them; or a TensorDataset.
 
     Raises:
         TypeError: for a NumPy array.
@@ -147,6 +148,8 @@ def as_batch(*batch: Any) -> Batch:
             return Batch((), dict(only))
         if isinstance(only, (tuple, list)):
             return Batch(tuple(only), {})
+        if isinstance(only, TensorDataset):  # indexed at once: a DataLoader collates row by row
+            return Batch(tuple(only.tensors), {})
     return Batch(tuple(batch), {})
 
 

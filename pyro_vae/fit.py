@@ -115,8 +115,8 @@ def fit(
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        data: a tensor, a tuple or a mapping of them, first dimension the datum; or an
-            object with ``epoch(generator)`` that draws such data anew for each epoch.
+        data: a tensor, a tuple or a mapping of them, or a TensorDataset, first dimension the
+            datum; or an object with ``epoch(generator)`` that draws such data anew for each epoch.
         loss: a pyro.infer.ELBO, Pyro's or ours; pyro_vae.ELBO() by default.
         optim: a function from parameters to a torch optimizer (a class will do), a torch
             optimizer, or a pyro.optim object with plain arguments; Adam with a learning
@@ -291,7 +291,11 @@ class _Trainer:
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
         objective: Any = self.loss  # of which Pyro's base class has no methods
         self._traced = TracedLoss(
-            *self._pair, objective.loss_and_grads, compile=compiled, state=_state_of(objective)
+            *self._pair,
+            objective.loss_and_grads,
+            compile=compiled,
+            state=_state_of(objective),
+            checked=True,
         )
         self._validated = TracedLoss(*self._pair, objective.loss, compile=compiled, modes=False)
         self.state = _Progress()

@@ -110,6 +110,7 @@ def simplify(graph: fx.Graph) -> None:
     """
     written = _written(graph)
     _fold(graph, written)
+    _negate_sums(graph, written)
     _drop_neutral(graph, written)
     _merge_equal(graph, written)
     _own_outputs(graph)
@@ -305,6 +306,25 @@ def _drop_neutral(graph: fx.Graph, written: set[Any]) -> None:
         if _viewed(node) is None and (_base(node) in written or _base(same) in written):
             continue
         node.replace_all_uses_with(same)
+        graph.erase_node(node)
+
+
+def _negate_sums(graph: fx.Graph, written: set[Any]) -> None:
+    """Take the negative of a sum for the sum of negatives: fewer numbers, and the same."""
+    for node in _calls(graph):
+        if node.target is not _aten.sum.dim_IntList or node.kwargs:
+            continue
+        negative = node.args[0]
+        if negative.target is not _aten.neg.default or len(negative.users) > 1:
+            continue
+        if any(_base(n) in written for n in (node, negative, negative.args[0])):
+            continue
+        with graph.inserting_before(node):
+            total = graph.call_function(node.target, (negative.args[0], *node.args[1:]))
+            value = graph.call_function(_aten.neg.default, (total,))
+        total.meta.update(node.meta)
+        value.meta.update(node.meta)
+        node.replace_all_uses_with(value)
         graph.erase_node(node)
 
 

@@ -32,8 +32,6 @@ _WORTH = 10  # calls of a kind, below which tracing it has been a waste
 _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
 _FEW_STEPS = 100
-
-
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 
 
@@ -85,12 +83,13 @@ class TracedLoss:
         state: of the loss, carried from call to call: an object with state_dict and
             load_state_dict, or None.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
+        checked: whether ``health`` is wanted.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
         parameters: all that were met so far, each once.
         health: a number of the last call that is finite only if the loss and all gradients are
-            (a sum of them all, which may also overflow), 0-dimensional.
+            (a sum of them all, which may also overflow), 0-dimensional; None where nobody wants it.
     """
 
     def __init__(
@@ -103,6 +102,7 @@ class TracedLoss:
         steps: int | None = None,
         state: Any = None,
         modes: bool = True,
+        checked: bool = False,
     ) -> None:
         check_compile(compile)
         self.model, self.guide = model, guide
@@ -113,6 +113,7 @@ class TracedLoss:
         self.health: Tensor | None = None
         self._state = state
         self._modes = modes
+        self._wants_health = checked
         self.parameters: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
@@ -151,8 +152,9 @@ class TracedLoss:
         if kind is not None and kind.watched is not None:
             if kind.graph is None:
                 kind.expect()
-            if kind.watched.state() != kind.expected:
-                kind = None  # as where a module went from training to evaluation
+            if kind.watched.state() != kind.expected:  # as after train() or eval()
+                self._wasted += kind.calls < _WORTH
+                kind = None
         if kind is None:
             kind = self._remember(form)
         kind.calls += 1
@@ -176,8 +178,8 @@ class TracedLoss:
             self._wasted += least.calls < _WORTH
         if self._wasted > _KINDS:
             self._tell(
-                "arguments differ from step to step, in shape or in what is no tensor; pad them to "
-                "a few shapes, and pass numbers that change as tensors"
+                "arguments, or attributes of modules, differ from step to step; pad arguments to a "
+                "few shapes, and make numbers that change tensors, written to in place"
             )
             return _Kind(eager=True)
         self._kinds[form] = _Kind()
@@ -213,7 +215,7 @@ class TracedLoss:
         ]
         owners = [owner for owner in owners if not isinstance(owner, nn.Module)]
         kind.watched = _Watched(owners, list(modules.values()), names, modes=self._modes)
-        self.health = _health(loss, [parameter.grad for parameter in kind.parameters])
+        self.health = self._health(loss, [parameter.grad for parameter in kind.parameters])
         return loss
 
     # --- ways to run
@@ -222,6 +224,16 @@ class TracedLoss:
         if self._table is None or rows is None:
             return contextlib.nullcontext()
         return self._table.rows_as_given(rows)
+
+    @torch.no_grad()
+    def _health(self, loss: Any, gradients: list[Tensor | None]) -> Tensor | None:
+        if not self._wants_health:
+            return None
+        total = torch.as_tensor(loss).detach()
+        for gradient in gradients:
+            if gradient is not None:
+                total = total + gradient.sum().to(total)
+        return total
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
         return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -258,7 +270,7 @@ class TracedLoss:
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
             gradients = [parameter.grad for parameter in kind.parameters]
             _drop_gradients([*kind.parameters, *kind.unregistered])
-            return [loss.detach(), _health(loss, gradients), *gradients]
+            return [loss.detach(), self._health(loss, gradients), *gradients]
 
         rows = None if self._table is None else self._table.given_rows
         structure = (args, kwargs, rows)
@@ -433,15 +445,6 @@ def _without_warnings() -> Iterator[None]:
         distribution._validate_sample = validate
         for name, look in looks.items():
             setattr(pyro.util, name, look)
-
-
-@torch.no_grad()
-def _health(loss: Any, gradients: list[Tensor | None]) -> Tensor:
-    total = torch.as_tensor(loss).detach()
-    for gradient in gradients:
-        if gradient is not None:
-            total = total + gradient.sum().to(total)
-    return total
 
 
 def _drop_gradients(parameters: list[Tensor]) -> None:

@@ -96,3 +96,9 @@ def test_epoch_data_is_told_by_its_method():
 
     assert isinstance(Fresh(), EpochData)
     assert not isinstance(X, EpochData)
+
+
+def test_a_tensor_dataset_is_a_tuple_of_its_tensors():
+    x, y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
+    batch = as_batch(torch.utils.data.TensorDataset(x, y))
+    assert batch.args[0] is x and batch.args[1] is y and batch.size == 3
