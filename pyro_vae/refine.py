@@ -16,9 +16,10 @@ from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
 from pyro_vae.family_guide import of_family
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.graphs import Recorder, form_of, rebuilt
+from pyro_vae.graphs import form_of, rebuilt
 from pyro_vae.guides import LocalGuide
 from pyro_vae.lbfgs import minimize_rows
+from pyro_vae.recorder import Recorder
 from pyro_vae.running import evaluation
 from pyro_vae.scorer import Scorer
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vae.admission import check_per_datum, points
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import summed_out, with_placeholder
-from pyro_vae.graphs import Recorder, form_of, rebuilt
+from pyro_vae.graphs import form_of, rebuilt
 from pyro_vae.handlers import unobserve
 from pyro_vae.particles import (
     MODES,
@@ -36,6 +36,7 @@ from pyro_vae.particles import (
     is_latent,
     is_observed,
 )
+from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
 from pyro_vae.running import evaluation, preserved_rng, unwrapped
 from pyro_vae.sites import (

@@ -32,6 +32,7 @@ LAYERS = {
         "schedules",
         "graphs",
         "graph_rules",
+        "recorder",
     },
     1: {
         "sites",
