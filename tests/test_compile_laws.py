@@ -57,7 +57,7 @@ def fallback(name, loss):
 
 
 def cases(*axes):
-    """Each eleventh of all combinations, and each 29th as a slow test; all with a slow part are slow."""
+    """Each eleventh of all combinations, and each 29th, slow; all with a slow part are slow."""
     return [
         pytest.param(
             *case,
