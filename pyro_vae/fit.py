@@ -297,7 +297,9 @@ class _Trainer:
             state=_state_of(objective),
             checked=True,
         )
-        self._validated = TracedLoss(*self._pair, objective.loss, compile=compiled, modes=False)
+        # Validation is too little of a run for a second compilation to pay.
+        how = "replay" if compiled == "auto" else compiled
+        self._validated = TracedLoss(*self._pair, objective.loss, compile=how, modes=False)
         self.state = _Progress()
         self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best

@@ -55,7 +55,7 @@ _READ = "Python reads a number out of a tensor, which may decide what it does ne
 # compiling costs, in seconds, taken for all machines.
 _SECONDS_PER_OPERATION = 3e-6
 _SECONDS_PER_ELEMENT = 2e-9
-_SECONDS_TO_COMPILE = 8.0
+_SECONDS_TO_COMPILE = 12.0
 _SECONDS_TO_COMPILE_OPERATION = 0.03
 
 # How many traces are under way: a check that only raises errors has no place in a graph.
