@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _CYCLE = 250  # steps between two comparisons
 # In the first cycle; each one after takes twice of both, up to 2**_DOUBLINGS times.
-_PARTICLES = 8  # of a gradient, at least: see _whole_sets
+_PARTICLES = 8  # of a gradient
 _MOST_REPLICATES = 32  # of a comparison
 _DOUBLINGS = 3
 _CHECK_PARTICLES = 32  # in a replicate of a comparison
@@ -413,16 +413,6 @@ def _log_weights(
     with guide.using(table.detach()):
         log_guide = scorer.score_guide(rows, values)
     return power * (log_likelihood + log_prior) - log_guide
-
-
-def _whole_sets(guide: LocalGuide) -> int:
-    """Return how many particles a gradient takes in the first cycle.
-
-    Mirrored pairs in all orthogonal directions leave next to no noise; two or more such sets
-    where a few particles make them.
-    """
-    size = 2 * guide.family.num_noise(guide.num_coordinates)
-    return size * -(-2 * _PARTICLES // size) if size <= 2 * _PARTICLES else _PARTICLES
 
 
 def _orthogonal_noise(
