@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-__all__ = ["ChangingShapesError", "check", "for_compiler", "lift", "simplify"]
+__all__ = ["ChangingShapesError", "check", "for_compiler", "lift", "simplify", "text_of"]
 
 _aten = torch.ops.aten
 # A constant that is worked out ahead is kept as long as the graph.
@@ -123,17 +123,33 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
 
     Results are the same to rounding.
     """
-    root = torch.nn.Module()
-    nodes: list[Any] = list(graph.nodes)
-    for node in nodes:
+    root, own, new = torch.nn.Module(), fx.Graph(), dict[Any, Any]()
+    own.output(own.graph_copy(graph, new))
+    for node in own.nodes:
         if node.op == "get_attr":
             setattr(root, node.target, node.meta["constant"])
-    module = fx.GraphModule(root, graph)  # of a copy of its own
+    module = fx.GraphModule(root, own)
     for node in _calls(module.graph):
         _sum_by_products(module.graph, node)
     module.graph.lint()
     module.recompile()
     return module
+
+
+def text_of(graph: fx.Graph) -> tuple[Any, ...]:
+    """Return all that a graph says, constants included: equal for graphs that do the same."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+
+    def told(node: Any) -> Any:
+        if (constant := node.meta.get("constant")) is not None:
+            numbers = constant.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return constant.shape, constant.stride(), constant.dtype, constant.device, numbers
+        if node.op == "placeholder":
+            return node.op
+        named = fx.node.map_arg((node.args, node.kwargs), lambda n: ("node", index[n]))
+        return node.target, _key((named[0], tuple(sorted(named[1].items()))))
+
+    return tuple(told(node) for node in graph.nodes)
 
 
 def _sum_by_products(graph: fx.Graph, node: Any) -> None:
@@ -160,7 +176,9 @@ def _sum_by_products(graph: fx.Graph, node: Any) -> None:
         return
     logits: Any = loss.args[0]
     x = loss.args[1]
-    shape = logits.meta["val"].shape
+    shape, dtype = logits.meta["val"].shape, logits.meta["val"].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return  # products would overflow
     groups = _groups(shape[-1]) if dims in ([-1], [len(shape) - 1]) else 0
     if not groups:
         return
@@ -169,18 +187,15 @@ def _sum_by_products(graph: fx.Graph, node: Any) -> None:
         return graph.call_function(target, args)
 
     with graph.inserting_before(node):
+        parts = [*shape[:-1], groups, shape[-1] // groups]
         factor = call(_aten.exp.default, call(_aten.neg.default, call(_aten.abs.default, logits)))
-        factor = call(_aten.add.Tensor, factor, 1.0)
-        factor = call(_aten.reshape.default, factor, [*shape[:-1], groups, shape[-1] // groups])
-        product = call(_aten.select.int, factor, len(shape) - 1, 0)
-        for group in range(1, groups):
-            part = call(_aten.select.int, factor, len(shape) - 1, group)
-            product = call(_aten.mul.Tensor, product, part)
-        logs = call(_aten.sum.dim_IntList, call(_aten.log.default, product), [-1])
+        factor = call(_aten.reshape.default, call(_aten.add.Tensor, factor, 1.0), parts)
+        logs = call(_aten.log.default, call(_aten.prod.dim_int, factor, len(shape) - 1))
         rest = call(_aten.mul.Tensor, x, logits)
         rest = call(_aten.sub.Tensor, rest, call(_aten.clamp_min.default, logits, 0.0))
-        rest = call(_aten.sum.dim_IntList, rest, [-1])
-        value = call(_aten.sub.Tensor, rest, logs)
+        # In the products' order, so that both are one loop over the numbers.
+        rest = call(_aten.sum.dim_IntList, call(_aten.reshape.default, rest, parts), [-2])
+        value = call(_aten.sum.dim_IntList, call(_aten.sub.Tensor, rest, logs), [-1])
         if not negative:
             value = call(_aten.neg.default, value)
     node.replace_all_uses_with(value)
@@ -190,9 +205,11 @@ def _sum_by_products(graph: fx.Graph, node: Any) -> None:
 def _groups(size: int) -> int:
     """Return how many factors to multiply before a logarithm; 0 where there is nothing to gain.
 
-    Products of sixteen numbers of at most two stay small, and slices of sixteen fill a vector.
+    Products of 64 numbers of at most two are far from overflow, and slices of a multiple of
+    eight fill vectors.
     """
-    return max((g for g in range(2, 17) if size % g == 0 and size // g >= 16), default=0)
+    able = [g for g in range(2, 65) if size % g == 0 and size // g >= 16]
+    return max(able, key=lambda g: (size // g % 8 == 0, g), default=0)
 
 
 def _calls(graph: fx.Graph) -> Iterator[Any]:

@@ -194,18 +194,44 @@ class Graph:
         Raises:
             RuntimeError: where there is no C++ compiler, or the graph cannot be compiled.
         """
-        import torch._inductor as inductor
-
-        module = graph_rules.for_compiler(self._graph)
         # Under no_grad alone: the compiler looks at its inputs' gradients if there may be any.
-        arguments: list[Any] = [tensor.detach() for tensor in (*self._live, *inputs)]
+        arguments = [tensor.detach() for tensor in (*self._live, *inputs)]
         try:
             with torch.no_grad():
-                run = inductor.compile(module, arguments, options=_options())
+                self._run = _compiled(self._graph, arguments)
         except Exception as error:  # of whatever kind: the compiler's, the linker's, the system's
             self.uncompilable = True
             raise RuntimeError(f"{type(error).__name__}: {_first_line(error)}") from error
-        self._run, self.compiled = run, True
+        self.compiled = True
+
+
+# What was compiled in this process, by all that it depends on: the same operations on the same
+# kind of tensors, whoever's they are.
+_code: dict[Any, Callable[..., Any]] = {}
+_CODES = 64  # that are kept
+
+
+def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Any]:
+    """Return a graph's compiled code: a function of the arguments."""
+    import torch._inductor as inductor
+
+    storages = [tensor.untyped_storage().data_ptr() for tensor in arguments]
+    key = (
+        graph_rules.text_of(graph),
+        *map(layout_of, arguments),
+        *map(storages.index, storages),  # which of them share memory
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    code = _code.pop(key, None)
+    if code is None:
+        module = graph_rules.for_compiler(graph)
+        code = inductor.compile(module, list(arguments), options=_options())
+    _code[key] = code  # the last used is the last to go
+    while len(_code) > _CODES:
+        del _code[next(iter(_code))]
+    return code
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:

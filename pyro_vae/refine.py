@@ -27,11 +27,13 @@ __all__ = ["refine", "refine_table"]
 
 logger = logging.getLogger(__name__)
 
-_CYCLE = 250  # steps between two comparisons
-# In the first cycle; each one after takes twice of both, up to 2**_DOUBLINGS times.
+_CYCLE = 200  # steps between two comparisons
+# In the first two cycles; each one after takes twice as many, up to 2**_DOUBLINGS times.
 _PARTICLES = 8  # of a gradient
-_MOST_REPLICATES = 32  # of a comparison
 _DOUBLINGS = 3
+# With so many their noise costs less than this, in nats; it falls as their number grows.
+_NOISE = 0.02
+_MOST_REPLICATES = 32  # of the first comparison; twice as many of each one after
 _CHECK_PARTICLES = 32  # in a replicate of a comparison
 _REPLICATES = 8  # at least: their spread gives the standard error
 _PIECES = 4  # of one step, recorded at most
@@ -223,10 +225,10 @@ def _refine_block(
                 model, num_data=active.numel(), example=some, family=family, data_plate=data_plate
             ).to(table)
             scorer = Scorer(model, guide, some, data_plate=data_plate, seed=seed, gradients=True)
-        steps, doublings = min(_CYCLE, left), min(cycle, _DOUBLINGS)
+        steps, particles = min(_CYCLE, left), _particles(cycle, tolerance)
         before = table[active]
         if family.has_density:
-            after = _climb(recorded, scorer, guide, before, steps, _PARTICLES << doublings, cycle)
+            after = _climb(recorded, scorer, guide, before, steps, particles, cycle)
             gain, error = _gain(recorded, scorer, guide, before, after, tolerance, cycle)
         else:
             after, gain = _climb_points(scorer, guide, before, steps)
@@ -236,6 +238,14 @@ def _refine_block(
         converged[active] = gain + 2 * error < tolerance
         left, cycle = left - steps, cycle + 1
     return table, converged
+
+
+def _particles(cycle: int, tolerance: float) -> int:
+    """Return how many particles a gradient is made of."""
+    if cycle == 0:
+        return _PARTICLES
+    doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / tolerance)))
+    return _PARTICLES << min(doublings, _DOUBLINGS)
 
 
 class _Recorded:

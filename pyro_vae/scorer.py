@@ -53,7 +53,7 @@ __all__ = ["Chunk", "Scorer"]
 
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
-_DRAW_PAIRS = 8192
+_DRAW_PAIRS = 16384
 _DRAW_DATA = 256
 # Pairs, and observed numbers, scored at once by default. Larger tensors than these
 # leave the processor's cache, and go back to the system after each use.
@@ -198,7 +198,7 @@ class Scorer:
             raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
         for block, rows in enumerate(self.data_blocks()):
             size = rows.stop - rows.start
-            step = max(1, _DRAW_PAIRS // size)
+            step = _round_down(max(1, _DRAW_PAIRS // size))
             starts = list(range(0, num_particles, step))
             together = max(1, pairs // (step * size))
             for group in range(0, len(starts), together):
@@ -209,9 +209,11 @@ class Scorer:
                     )
                     for k in blocks
                 ]
-                values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
+                values, log_guide = drawn[0]
+                if len(drawn) > 1:
+                    values = {name: torch.cat([v[name] for v, _ in drawn]) for name in values}
+                    log_guide = torch.cat([log_guide for _, log_guide in drawn])
                 self._refuse_edges(values)
-                log_guide = torch.cat([log_guide for _, log_guide in drawn])
                 log_likelihood, log_prior = self.score_model(
                     rows, values, pairs, -(-num_particles * self.num_data // pairs)
                 )
@@ -261,9 +263,11 @@ class Scorer:
         """The data in blocks of rows; all at once where a model cannot be given fewer."""
         if self.num_data <= _DRAW_DATA or not self.splittable:
             return [slice(0, self.num_data)]
+        # Equal ones, so that they share a graph.
+        size = -(-self.num_data // -(-self.num_data // _DRAW_DATA))
         return [
-            slice(start, min(start + _DRAW_DATA, self.num_data))
-            for start in range(0, self.num_data, _DRAW_DATA)
+            slice(start, min(start + size, self.num_data))
+            for start in range(0, self.num_data, size)
         ]
 
     @functools.cached_property
@@ -421,8 +425,7 @@ class Scorer:
         size = rows.stop - rows.start
         pairs = self.chunk_pairs if pairs is None else pairs
         num_particles = next(iter(values.values())).shape[0]
-        # Equal pieces: a small one left over would cost as much as a full one.
-        particle_step = -(-num_particles // -(-num_particles // max(1, pairs // size)))
+        particle_step = _equal_step(num_particles, max(1, pairs // size))
         data_step = pairs if pairs < size and self.splittable else size
         by_particle = []
         starts = range(0, num_particles, particle_step)
@@ -636,3 +639,22 @@ class Scorer:
             "have no weights of their own. Pass data_plate=False to treat the whole batch as one "
             "datum"
         )
+
+
+def _equal_step(count: int, most: int) -> int:
+    """Return the size of pieces that a count is cut into, at most ``most``.
+
+    Equal ones where there are: another size is another graph, and costs as much as a full one.
+    """
+    fewest = -(-count // most)
+    pieces = next((n for n in range(fewest, 2 * fewest) if count % n == 0), fewest)
+    return -(-count // pieces)
+
+
+def _round_down(number: int) -> int:
+    """Return the largest number of the form 1, 2 or 5 times a power of ten up to a number.
+
+    Numbers of particles are round, and pieces of round sizes leave no remainder.
+    """
+    power = 10 ** (len(str(number)) - 1)
+    return max(n for n in (1, 2, 5) if n * power <= number) * power
