@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # In "auto": recording is for what takes at least so long. It may be measured, for a replay gives
 # the same to the last bit.
-_SECONDS_TO_RECORD = 5.0
+_SECONDS_TO_RECORD = 1.0
 _KINDS = 16  # of inputs whose graphs are kept
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import as_batch
 from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
 from pyro_vae.family_guide import of_family
@@ -156,27 +157,34 @@ def refine_table(
     Returns:
         The table, [N, P], and which rows converged, [N].
     """
-    tables, converged = [], []
-    blocks = scorer.data_blocks()
-    recorded = _Recorded(len(blocks), compile)  # blocks of one size share their graphs
-    for rows in blocks:
-        whole = scorer.batch.size is None or scorer.structure.data_plate is None
-        block = scorer.batch if whole else scorer.batch.rows(rows)
-        table, reached = _refine_block(
-            model,
-            block,
-            start[rows],
-            family,
-            data_plate,
-            max_steps,
-            tolerance,
-            scorer.seed,
-            recorded,
-            splittable=scorer.splittable,
-        )
-        tables.append(table)
-        converged.append(reached)
-    return torch.cat(tables), torch.cat(converged)
+    recorded = _Recorded(compile)
+    table = start.clone()
+    converged = torch.zeros(table.shape[0], dtype=torch.bool, device=table.device)
+    cycle, left = 0, max_steps
+    blocks: list[_Block] = []
+    while left > 0 and not bool(converged.all()):
+        # Data that have converged leave the batch, where the model takes fewer.
+        active = torch.nonzero(~converged | (not scorer.splittable)).flatten()
+        if active.numel() != sum(block.rows.numel() for block in blocks):
+            blocks = [
+                _Block.of(model, scorer, active[rows], table, family, data_plate)
+                for rows in scorer.blocks_of(active.numel())
+            ]
+        recorded.num_blocks = len(blocks)
+        steps, particles = min(_CYCLE, left), _particles(cycle, tolerance)
+        for block in blocks:
+            before = table[block.rows]
+            if family.has_density:
+                after = _climb(recorded, *block.pair, before, steps, particles, cycle)
+                gain, error = _gain(recorded, *block.pair, before, after, tolerance, cycle)
+            else:
+                after, gain = _climb_points(*block.pair, before, steps)
+                error = torch.zeros_like(gain)
+            better = (gain > 0).reshape(-1, *[1] * (table.ndim - 1))
+            table[block.rows] = torch.where(better, after, before)
+            converged[block.rows] = gain + 2 * error < tolerance
+        left, cycle = left - steps, cycle + 1
+    return table, converged
 
 
 def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tensor:
@@ -195,49 +203,37 @@ def _start(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tens
         return torch.where(torch.isfinite(start), start, local.table.to(start))
 
 
-def _refine_block(
-    model: Callable[..., Any],
-    batch: Batch,
-    table: Tensor,
-    family: Family,
-    data_plate: str | bool | None,
-    max_steps: int,
-    tolerance: float,
-    seed: int,
-    recorded: _Recorded,
-    *,
-    splittable: bool,
-) -> tuple[Tensor, Tensor]:
-    """Optimise the rows of a block; return them, [n, P], and which converged, [n]."""
-    table = table.clone()
-    converged = torch.zeros(table.shape[0], dtype=torch.bool, device=table.device)
-    cycle, left = 0, max_steps
-    known: Tensor | None = None  # of the data that guide and scorer are made for
-    while left > 0 and not bool(converged.all()):
-        # Data that have converged leave the batch, where the model takes fewer.
-        active = torch.nonzero(~converged).flatten()
-        if not splittable:
-            active = torch.arange(table.shape[0], device=table.device)
-        if known is None or not torch.equal(known, active):
-            known = active
-            some = batch if active.numel() == table.shape[0] else batch.rows(active)
-            guide = LocalGuide(
-                model, num_data=active.numel(), example=some, family=family, data_plate=data_plate
-            ).to(table)
-            scorer = Scorer(model, guide, some, data_plate=data_plate, seed=seed, gradients=True)
-        steps, particles = min(_CYCLE, left), _particles(cycle, tolerance)
-        before = table[active]
-        if family.has_density:
-            after = _climb(recorded, scorer, guide, before, steps, particles, cycle)
-            gain, error = _gain(recorded, scorer, guide, before, after, tolerance, cycle)
-        else:
-            after, gain = _climb_points(scorer, guide, before, steps)
-            error = torch.zeros_like(gain)
-        better = (gain > 0).reshape(-1, *[1] * (table.ndim - 1))
-        table[active] = torch.where(better, after, before)
-        converged[active] = gain + 2 * error < tolerance
-        left, cycle = left - steps, cycle + 1
-    return table, converged
+@dataclass(frozen=True)
+class _Block:
+    """Some of the data, and what is made for them.
+
+    Attributes:
+        rows: which they are, by number.
+        pair: a scorer of them, and the guide that it scores.
+    """
+
+    rows: Tensor
+    pair: tuple[Scorer, LocalGuide]
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable[..., Any],
+        whole: Scorer,
+        rows: Tensor,
+        table: Tensor,
+        family: Family,
+        data_plate: str | bool | None,
+    ) -> _Block:
+        """Make it; ``table`` tells dtype and device."""
+        batch = whole.batch
+        if rows.numel() < whole.num_data:
+            batch = batch.rows(rows)
+        guide = LocalGuide(
+            model, num_data=rows.numel(), example=batch, family=family, data_plate=data_plate
+        ).to(table)
+        scorer = Scorer(model, guide, batch, data_plate=data_plate, seed=whole.seed, gradients=True)
+        return cls(rows, (scorer, guide))
 
 
 def _particles(cycle: int, tolerance: float) -> int:
@@ -252,14 +248,15 @@ class _Recorded:
     """Runs log weights and their slopes by graphs that blocks of data of one size share.
 
     Args:
-        num_blocks: how many there are.
         compile: as in :class:`pyro_vae.CompiledSVI`.
+
+    Attributes:
+        num_blocks: how many there are.
     """
 
-    def __init__(self, num_blocks: int, compile: str | bool) -> None:
-        self._num_blocks = num_blocks
+    def __init__(self, compile: str | bool) -> None:
+        self.num_blocks = 1
         self._recorder = Recorder("refining", compile)
-        self._size: int | None = None  # of a block
 
     def __call__(
         self,
@@ -294,9 +291,7 @@ class _Recorded:
         pieces = inputs[-1].shape[0] * scorer.num_data / scorer.chunk_pairs
         if form is None or (pieces > _PIECES and scorer.splittable):
             return function(scorer, *inputs)[0]
-        self._size = scorer.num_data if self._size is None else self._size
-        if scorer.num_data == self._size:  # all of a block's data, and so those of others
-            calls *= self._num_blocks
+        calls *= self.num_blocks
         return self._recorder((name, form), on_tensors, tensors, calls, check=check)[0]
 
 
@@ -377,29 +372,35 @@ def _gain(
     most = _MOST_REPLICATES << min(cycle, _DOUBLINGS)
     scorer = scorer.without_gradients()
 
-    def mean_log_weight(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
-        return [_log_weights(scorer, guide, table, noise).double().mean(0)]
+    def mean_log_weights(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
+        weights = _log_weights(scorer, guide, table, noise).double()
+        return [weights.unflatten(0, (-1, _CHECK_PARTICLES)).mean(1)]
 
-    gains: list[Tensor] = []
+    # Few data take several replicates at once: a call costs what it costs.
+    at_once = max(1, scorer.chunk_pairs // (_CHECK_PARTICLES * scorer.num_data))
+    gains = before.new_zeros(0, scorer.num_data, dtype=torch.float64)
     while True:
-        for replicate in range(len(gains), max(_REPLICATES, 2 * len(gains))):
-            noise = _orthogonal_noise(
-                _CHECK_PARTICLES, guide, before, (scorer.seed, 2, cycle, replicate)
+        replicates = range(len(gains), max(_REPLICATES, 2 * len(gains)))
+        for some in (replicates[i : i + at_once] for i in range(0, len(replicates), at_once)):
+            noise = torch.cat(
+                [
+                    _orthogonal_noise(_CHECK_PARTICLES, guide, before, (scorer.seed, 2, cycle, i))
+                    for i in some
+                ]
             )
             high, low = (
                 recorded(
                     "gain",
                     scorer,
-                    mean_log_weight,
+                    mean_log_weights,
                     [table, noise],
-                    2 * _REPLICATES,
-                    check=replicate == 0 and table is after,
+                    2 * _MOST_REPLICATES // len(some),  # of all comparisons, about
+                    check=some.start == replicates.start and table is after,
                 )
                 for table in (after, before)
             )
-            gains.append(high - low)
-        gain = elbo(torch.stack(gains))
-        error = std_error(elbo_influence(torch.stack(gains)))
+            gains = torch.cat([gains, high - low])
+        gain, error = elbo(gains), std_error(elbo_influence(gains))
         undecided = (gain - tolerance).abs() < 2 * error
         if float(undecided.double().mean()) < _UNDECIDED or len(gains) >= most:
             break

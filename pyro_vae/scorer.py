@@ -261,14 +261,14 @@ class Scorer:
 
     def data_blocks(self) -> list[slice]:
         """The data in blocks of rows; all at once where a model cannot be given fewer."""
-        if self.num_data <= _DRAW_DATA or not self.splittable:
-            return [slice(0, self.num_data)]
-        # Equal ones, so that they share a graph.
-        size = -(-self.num_data // -(-self.num_data // _DRAW_DATA))
-        return [
-            slice(start, min(start + size, self.num_data))
-            for start in range(0, self.num_data, size)
-        ]
+        return self.blocks_of(self.num_data)
+
+    def blocks_of(self, count: int) -> list[slice]:
+        """Some of the data in blocks, equal ones, so that they share a graph."""
+        if count <= _DRAW_DATA or not self.splittable:
+            return [slice(0, count)]
+        size = -(-count // -(-count // _DRAW_DATA))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     @functools.cached_property
     def splittable(self) -> bool:

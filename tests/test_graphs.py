@@ -854,3 +854,127 @@ def test_without_a_compiler(monkeypatch, tmp_path):
     wanted = function(data(6, 3))
     torch.manual_seed(3)
     equal(graph(data(6, 3)), wanted)
+
+
+# --- formulas for the compiler ---------------------------------------------------------
+
+
+def log_bernoulli(logits: Tensor, x: Tensor) -> list[Tensor]:
+    """As Pyro's Bernoulli(logits=...).to_event(1) makes it: [..., D] to [...]."""
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return [(-loss).sum(-1)]
+
+
+@pytest.mark.parametrize(("size", "factors"), [(784, 49), (64, 4), (96, 6), (120, 5), (34, 2)])
+def test_a_bernoulli_sum_by_products(size, factors):
+    """Few logarithms, and the same number: near zero, and far out where a factor is one or two."""
+    logits = data(5, 3, size) * torch.logspace(-3, 4, 5, dtype=torch.float64)[:, None, None]
+    x = (data(5, 3, size, seed=1) > 0).double()
+    graph = trace(log_bernoulli, [logits, x])
+    before = operators(graph)
+    module = graph_rules.for_compiler(graph._graph)
+    assert operators(graph) == before  # a replay goes on as it was
+    shapes = [n.args[1] for n in module.graph.nodes if n.target is aten.reshape.default]
+    assert shapes == [[5, 3, factors, size // factors]] * 2
+    (found,) = module(logits, x)
+    torch.testing.assert_close(found, *log_bernoulli(logits, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_product_is_finite(dtype):
+    """All factors are two where all logits are zero: 2**64 is far below float32's largest."""
+    logits, x = torch.zeros(2, 64 * 16, dtype=dtype), torch.ones(2, 64 * 16, dtype=dtype)
+    module = graph_rules.for_compiler(trace(log_bernoulli, [logits, x])._graph)
+    (found,) = module(logits, x)
+    torch.testing.assert_close(found, *log_bernoulli(logits, x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 17), torch.float32), ((3, 16), torch.float32), ((3, 784), torch.bfloat16)],
+)
+def test_sums_that_stay_as_they_are(shape, dtype):
+    """Without a divisor, too short for it, or in numbers whose products overflow."""
+    logits, x = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
+    module = graph_rules.for_compiler(trace(log_bernoulli, [logits, x])._graph)
+    assert not any(n.target is aten.log.default for n in module.graph.nodes)
+
+
+# --- compiled code is kept -------------------------------------------------------------
+
+
+def scaled(parameter: Tensor, factor: float):
+    def function(x: Tensor) -> list[Tensor]:
+        return [(x * parameter).sum() * factor + torch.tensor(factor, dtype=x.dtype)]
+
+    return function
+
+
+def test_equal_graphs_have_one_text():
+    """The same operations on other tensors of the same kind."""
+    one, other = (trace(scaled(data(4, seed=i), 2.0), [data(3, 4)]) for i in (1, 2))
+    assert graph_rules.text_of(one._graph) == graph_rules.text_of(other._graph)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scaled(data(4, seed=1), 3.0),
+        lambda x: [(x * x).sum() * 2.0 + torch.tensor(2.0, dtype=x.dtype)],
+        lambda x: [x.sum() * 2.0 + torch.tensor(2.0, dtype=x.dtype)],
+    ],
+)
+def test_other_graphs_have_another_text(function):
+    wanted = graph_rules.text_of(trace(scaled(data(4, seed=1), 2.0), [data(3, 4)])._graph)
+    assert graph_rules.text_of(trace(function, [data(3, 4)])._graph) != wanted
+
+
+def test_what_differs_in_a_constant_alone():
+    def added(numbers: list[float]):
+        return lambda x: [x + torch.tensor(numbers, dtype=x.dtype)]
+
+    one, other = (trace(added([1.0, last]), [data(2)]) for last in (0.0, -0.0))
+    assert graph_rules.text_of(one._graph) != graph_rules.text_of(other._graph)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[int]:
+    """The number of graphs that went to the compiler, in a list of one; none is compiled."""
+    import torch._inductor as inductor
+
+    count = [0]
+
+    def compile(module, arguments, **options):
+        count[0] += 1
+        return module
+
+    monkeypatch.setattr(inductor, "compile", compile)
+    monkeypatch.setattr(graphs, "_code", {})
+    return count
+
+
+def test_what_was_compiled_serves_again(compilations):
+    """For equal graphs on tensors of the same layout; each reads its own parameter."""
+    inputs = [data(3, 4)]
+    for seed in (1, 2):
+        parameter = data(4, seed=seed)
+        graph = trace(scaled(parameter, 2.0), inputs)
+        graph.compile(*inputs)
+        assert graph.compiled
+        torch.testing.assert_close(graph(*inputs), tuple(scaled(parameter, 2.0)(*inputs)))
+    assert compilations == [1]
+    turned = [data(4, 3).t()]
+    trace(scaled(data(4), 2.0), turned).compile(*turned)
+    assert compilations == [2]
+    both = data(4)
+    trace(lambda a, b: [a + b], [data(4), data(4)]).compile(data(4), data(4, seed=1))
+    trace(lambda a, b: [a + b], [data(4), data(4)]).compile(both, both)
+    assert compilations == [4]
+
+
+def test_compiled_code_is_not_kept_for_ever(compilations, monkeypatch):
+    monkeypatch.setattr(graphs, "_CODES", 2)
+    for factor in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0):  # the one used last is kept
+        trace(scaled(data(4), factor), [data(3, 4)]).compile(data(3, 4))
+    assert compilations == [4]
+    assert len(graphs._code) == 2

@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.scorer import Scorer
+from pyro_vae.scorer import Scorer, _equal_step, _round_down
 from pyro_vae.traces import non_finite_sites
 
 
@@ -71,6 +71,45 @@ def test_chunk_size_changes_no_result(num_data):
         part = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=chunk_size)
         torch.testing.assert_close(part.total, whole.total, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
+
+
+def test_more_particles_are_the_same_and_others():
+    """The first K of them do not depend on how many there are."""
+    model = factor_analysis()
+    x = model.data(300)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    few, many = (
+        pv.log_weights(model, guide, x, num_particles=k, seed=3).log_guide for k in (130, 270)
+    )
+    torch.testing.assert_close(many[:130], few, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "sizes"), [(256, {256}), (500, {250}), (10_000, {250}), (771, {193, 192})]
+)
+def test_blocks_of_data_are_equal(num_data, sizes):
+    """So that they share a graph; the last may be a little smaller."""
+    model = factor_analysis()
+    x = model.data(num_data)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    blocks = Scorer(model, guide, as_batch(x)).data_blocks()
+    assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, num_data)
+    assert {b.stop - b.start for b in blocks} == sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "step"), [(50, 21, 10), (50, 50, 50), (50, 80, 50), (13, 5, 5), (7, 1, 1)]
+)
+def test_pieces_are_equal_where_they_can_be(count, most, step):
+    assert _equal_step(count, most) == step
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(1, 1), (4, 2), (9, 5), (65, 50), (128, 100), (16384, 10000)]
+)
+def test_draws_come_in_round_numbers(number, rounded):
+    assert _round_down(number) == rounded
 
 
 def test_one_seed_one_result_and_the_global_state_is_left_alone(exact):
