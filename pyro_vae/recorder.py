@@ -120,7 +120,9 @@ class Recorder:
         if reason or graph is None:
             self._refused.add(key[0])
             self._graphs.pop(key, None)
-            logger.info("%s runs eagerly, which is slower: %s", self.what, reason)
+            # Another number, of a function that can be traced, is nothing to be expected.
+            level = logging.INFO if graph is None else logging.WARNING
+            logger.log(level, "%s runs eagerly, which is slower: %s", self.what, reason)
         else:
             while len(self._graphs) >= _KINDS:
                 del self._graphs[next(iter(self._graphs))]

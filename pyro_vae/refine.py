@@ -372,9 +372,8 @@ def _gain(
     most = _MOST_REPLICATES << min(cycle, _DOUBLINGS)
     scorer = scorer.without_gradients()
 
-    def mean_log_weights(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
-        weights = _log_weights(scorer, guide, table, noise).double()
-        return [weights.unflatten(0, (-1, _CHECK_PARTICLES)).mean(1)]
+    def log_weights(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
+        return [_log_weights(scorer, guide, table, noise)]
 
     # Few data take several replicates at once: a call costs what it costs.
     at_once = max(1, scorer.chunk_pairs // (_CHECK_PARTICLES * scorer.num_data))
@@ -392,14 +391,15 @@ def _gain(
                 recorded(
                     "gain",
                     scorer,
-                    mean_log_weights,
+                    log_weights,
                     [table, noise],
                     2 * _MOST_REPLICATES // len(some),  # of all comparisons, about
                     check=some.start == replicates.start and table is after,
                 )
                 for table in (after, before)
             )
-            gains = torch.cat([gains, high - low])
+            gain = (high.double() - low).unflatten(0, (len(some), -1)).mean(1)
+            gains = torch.cat([gains, gain])
         gain, error = elbo(gains), std_error(elbo_influence(gains))
         undecided = (gain - tolerance).abs() < 2 * error
         if float(undecided.double().mean()) < _UNDECIDED or len(gains) >= most:

@@ -347,7 +347,10 @@ def test_more_data_than_a_block():
     """Blocks of data and of particles come together in their places."""
     x = spread_data(300)
     result = em(spread, wide, x, e_step="importance", num_iterations=1, progress=False)
-    assert abs(result.history["elbo"][0] - spread_evidence(x, 0.0, 1.0)) < 0.01
+    # 4 standard errors, of which the bias of a log mean is one.
+    error = result.history["elbo_std_error"][0]
+    assert error < 0.01
+    assert abs(result.history["elbo"][0] - spread_evidence(x, 0.0, 1.0)) < 4 * error
     mean, scale = (pyro.param(name).detach() for name in ("mean", "scale"))
     exact = spread_evidence(x, mean, scale)
     assert abs(result.elbo - exact) < 4 * result.elbo_std_error + 1e-3

@@ -74,14 +74,14 @@ def test_chunk_size_changes_no_result(num_data):
 
 
 def test_more_particles_are_the_same_and_others():
-    """The first K of them do not depend on how many there are."""
+    """The first hundreds of them do not depend on how many there are."""
     model = factor_analysis()
     x = model.data(300)
     guide = pv.AmortizedGuide(model, encoder(6), example=x)
     few, many = (
-        pv.log_weights(model, guide, x, num_particles=k, seed=3).log_guide for k in (130, 270)
+        pv.log_weights(model, guide, x, num_particles=k, seed=3).log_guide for k in (100, 270)
     )
-    torch.testing.assert_close(many[:130], few, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(many[:100], few, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
