@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-__all__ = ["ChangingShapesError", "check", "for_compiler", "lift", "simplify", "text_of"]
+__all__ = [
+    "ChangingShapesError",
+    "check",
+    "for_compiler",
+    "in_place",
+    "lift",
+    "simplify",
+    "text_of",
+]
 
 _aten = torch.ops.aten
 # A constant that is worked out ahead is kept as long as the graph.
@@ -46,6 +55,26 @@ _LIKE = {
     _aten.new_ones.default,
     _aten.new_full.default,
 }
+# Have a form that writes its result over the first argument.
+_IN_PLACE = {
+    _aten.abs.default: _aten.abs_.default,
+    _aten.add.Tensor: _aten.add_.Tensor,
+    _aten.clamp_min.default: _aten.clamp_min_.default,
+    _aten.div.Tensor: _aten.div_.Tensor,
+    _aten.exp.default: _aten.exp_.default,
+    _aten.log.default: _aten.log_.default,
+    _aten.mul.Scalar: _aten.mul_.Scalar,
+    _aten.mul.Tensor: _aten.mul_.Tensor,
+    _aten.neg.default: _aten.neg_.default,
+    _aten.pow.Tensor_Scalar: _aten.pow_.Scalar,
+    _aten.relu.default: _aten.relu_.default,
+    _aten.sigmoid.default: _aten.sigmoid_.default,
+    _aten.sqrt.default: _aten.sqrt_.default,
+    _aten.sub.Tensor: _aten.sub_.Tensor,
+    _aten.tanh.default: _aten.tanh_.default,
+}
+_SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
+_COMMUTE = {_aten.add.Tensor, _aten.mul.Tensor}
 
 
 class ChangingShapesError(RuntimeError):
@@ -110,8 +139,10 @@ def simplify(graph: fx.Graph) -> None:
     """
     written = _written(graph)
     _fold(graph, written)
-    _negate_sums(graph, written)
     _drop_neutral(graph, written)
+    _shorten(graph, written)
+    _drop_neutral(graph, written)
+    _negate_sums(graph, written)
     _merge_equal(graph, written)
     _own_outputs(graph)
     _drop_unused(graph)
@@ -134,6 +165,36 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def in_place(graph: fx.Graph) -> dict[Any, tuple[OpOverload, tuple[Any, ...]]]:
+    """Return the operations that may write over an argument, which nobody needs after them.
+
+    Each with the operator and the arguments to call it with. Numbers stay in the cache, and the
+    results are the same.
+    """
+    last: dict[Any, int] = {}  # use of a tensor's memory
+    for i, node in enumerate(graph.nodes):
+        last.update((_base(used), i) for used in node.all_input_nodes)
+    found = {}
+    for i, node in enumerate(graph.nodes):
+        if node.target not in _IN_PLACE:
+            continue
+        orders = [tuple(node.args)]
+        if node.target in _COMMUTE and not node.kwargs:
+            orders.append(tuple(reversed(node.args)))
+        for first, *others in orders:
+            if (
+                isinstance(first, fx.Node)
+                and first.op == "call_function"
+                and _viewed(first) is None
+                and last[first] == i
+                and _geometry(first) == _geometry(node)
+                and all(_base(n) is not first for n in others if isinstance(n, fx.Node))
+            ):
+                found[node] = _IN_PLACE[node.target], (first, *others)
+                break
+    return found
 
 
 def text_of(graph: fx.Graph) -> tuple[Any, ...]:
@@ -326,6 +387,60 @@ def _drop_neutral(graph: fx.Graph, written: set[Any]) -> None:
         graph.erase_node(node)
 
 
+def _shorten(graph: fx.Graph, written: set[Any]) -> None:
+    """Put one operation in the place of several that come to the same."""
+    for node in _calls(graph):
+        if node.kwargs or any(_base(n) in written for n in (node, *node.all_input_nodes)):
+            continue
+        shorter = _shorter(node)
+        if shorter is None:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(*shorter)
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _shorter(node: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """Return an operator and arguments that give what a node gives; None if none is known."""
+    args: Any = node.args
+    source: Any = args[0] if args else None
+    shape = getattr(node.meta.get("val"), "shape", None)
+    if isinstance(source, fx.Node) and node.target in _SUMS and not source.kwargs:
+        val = source.meta["val"]
+        if val.numel() == 1 and val.dtype == node.meta["val"].dtype:
+            return _aten.view.default, (source, list(shape))
+        if source.target is _aten.stack.default and len(source.args[0]) == 2 and shape == ():
+            left, right = source.args[0]
+            if left.meta["val"].shape == () and len(source.users) == 1:
+                return _aten.add.Tensor, (left, right)
+    if node.target is _aten.stack.default and len(source) == 1:
+        return _aten.unsqueeze.default, (source[0], *(args[1:] or (0,)))
+    if node.target is _aten.view.default and source.target is _aten.sum.dim_IntList:
+        summed, dims, *kept = source.args
+        size = summed.meta["val"].shape
+        left_over = [n for i, n in enumerate(size) if i not in dims and i - len(size) not in dims]
+        if kept == [True] and dims and shape == (*left_over,) and len(source.users) == 1:
+            return _aten.sum.dim_IntList, (summed, dims)
+    if node.target is _aten.add.Tensor and len(args) == 2:
+        return _stacked(*args)
+    return None
+
+
+def _stacked(left: Any, right: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """Return the stack of two numbers' slices that a sum of their gradients by select() is."""
+    for part in (left, right):
+        if not isinstance(part, fx.Node) or part.target is not _aten.select_backward.default:
+            return None
+    (first, sizes, dim, i), (second, other_sizes, other_dim, j) = left.args, right.args
+    if (list(sizes), dim) != (list(other_sizes), other_dim) or sizes[dim] != 2:
+        return None
+    if {i % 2, j % 2} != {0, 1} or first.meta["val"].dtype != second.meta["val"].dtype:
+        return None
+    return _aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim)
+
+
 def _negate_sums(graph: fx.Graph, written: set[Any]) -> None:
     """Take the negative of a sum for the sum of negatives: fewer numbers, and the same."""
     for node in _calls(graph):
@@ -369,7 +484,11 @@ def _same_view(node: Any) -> Any:
 
 
 def _same_number(node: Any) -> Any:
-    """Return what a node multiplies or divides by one, where nothing else changes."""
+    """Return what a node multiplies or divides by one, or takes zero from, or to the power one."""
+    if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1:
+        return node.args[0] if _geometry(node.args[0]) == _geometry(node) else None
+    if node.target is _aten.sub.Tensor and not node.kwargs and _is_zero(node.args[1]):
+        return node.args[0] if _geometry(node.args[0]) == _geometry(node) else None
     if node.target in (_aten.mul.Tensor, _aten.div.Tensor) and not node.kwargs:
         left, right = node.args
         if _is_one(right) and _geometry(left) == _geometry(node):
@@ -381,6 +500,13 @@ def _same_number(node: Any) -> Any:
         ):
             return right
     return None
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        constant = value.meta.get("constant")
+        return constant is not None and bool(((constant == 0) & ~constant.signbit()).all())
+    return type(value) in (int, float) and value == 0 and math.copysign(1, value) == 1
 
 
 def _is_one(value: Any) -> bool:

@@ -363,6 +363,7 @@ def _program(graph: fx.Graph) -> Callable[..., Any]:
     nodes = list(graph.nodes)
     names = {node: f"v{i}" for i, node in enumerate(nodes)}
     last_use = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
+    over = graph_rules.in_place(graph)
     bound: dict[str, Any] = {}
 
     def bind(value: Any) -> str:
@@ -385,8 +386,9 @@ def _program(graph: fx.Graph) -> Callable[..., Any]:
         elif node.op == "get_attr":
             bound[names[node]] = node.meta["constant"]
         elif node.op == "call_function":
-            operator = node.target._op if isinstance(node.target, OpOverload) else node.target
-            arguments = [text(argument) for argument in node.args]
+            target, args = over.get(node, (node.target, node.args))
+            operator = target._op if isinstance(target, OpOverload) else target
+            arguments = [text(argument) for argument in args]
             arguments += [f"{name}={text(value)}" for name, value in node.kwargs.items()]
             lines.append(f"    {names[node]} = {bind(operator)}({', '.join(arguments)})")
             done = [names[n] for n in node.all_input_nodes if last_use[n] == i]

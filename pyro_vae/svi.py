@@ -134,7 +134,9 @@ class CompiledSVI:
         if not isinstance(self.optim, torch.optim.Optimizer):  # whose parameters are its maker's
             self._update.add(parameters)
         self._update(traced=self._traced.mode != "eager")
-        self._update.optimizer.zero_grad(set_to_none=True)
+        for group in self._update.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
         return _number(loss)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
