@@ -203,7 +203,9 @@ def text_of(graph: fx.Graph) -> tuple[Any, ...]:
 
     def told(node: Any) -> Any:
         if (constant := node.meta.get("constant")) is not None:
-            numbers = constant.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            # A clone has strides of its own: those of an expanded tensor are zero.
+            flat = constant.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+            numbers = flat.view(torch.uint8).numpy().tobytes()
             return constant.shape, constant.stride(), constant.dtype, constant.device, numbers
         if node.op == "placeholder":
             return node.op
@@ -404,10 +406,9 @@ def _shorten(graph: fx.Graph, written: set[Any]) -> None:
 
 def _shorter(node: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
     """Return an operator and arguments that give what a node gives; None if none is known."""
-    args: Any = node.args
-    source: Any = args[0] if args else None
-    shape = getattr(node.meta.get("val"), "shape", None)
-    if isinstance(source, fx.Node) and node.target in _SUMS and not source.kwargs:
+    args, source = node.args, _first(node)
+    shape: Any = getattr(node.meta.get("val"), "shape", None)
+    if node.target in _SUMS and not source.kwargs:
         val = source.meta["val"]
         if val.numel() == 1 and val.dtype == node.meta["val"].dtype:
             return _aten.view.default, (source, list(shape))
@@ -421,11 +422,15 @@ def _shorter(node: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
         summed, dims, *kept = source.args
         size = summed.meta["val"].shape
         left_over = [n for i, n in enumerate(size) if i not in dims and i - len(size) not in dims]
-        if kept == [True] and dims and shape == (*left_over,) and len(source.users) == 1:
+        if kept == [True] and dims and list(shape) == left_over and len(source.users) == 1:
             return _aten.sum.dim_IntList, (summed, dims)
     if node.target is _aten.add.Tensor and len(args) == 2:
         return _stacked(*args)
     return None
+
+
+def _first(node: Any) -> Any:
+    return node.args[0] if node.args else None
 
 
 def _stacked(left: Any, right: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:

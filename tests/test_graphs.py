@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyro_vae import graph_rules, graphs
 from pyro_vae.graphs import UntraceableError, is_recording, trace
@@ -1029,6 +1029,18 @@ def test_what_differs_in_a_constant_alone():
 
     one, other = (trace(added([1.0, last]), [data(2)]) for last in (0.0, -0.0))
     assert graph_rules.text_of(one._graph) != graph_rules.text_of(other._graph)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.bfloat16])
+def test_constants_of_any_layout_have_a_text(shape, dtype):
+    for value in (0, 1):
+        constant = torch.full((), value, dtype=dtype).expand(shape)
+        one, other = fx.Graph(), fx.Graph()
+        for graph, number in ((one, constant), (other, constant.clone())):
+            graph.get_attr("constant").meta["constant"] = number
+        same = constant.stride() == constant.clone().stride()
+        assert (graph_rules.text_of(one) == graph_rules.text_of(other)) == same
 
 
 @pytest.fixture
