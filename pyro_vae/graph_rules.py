@@ -73,6 +73,20 @@ _IN_PLACE = {
     _aten.sub.Tensor: _aten.sub_.Tensor,
     _aten.tanh.default: _aten.tanh_.default,
 }
+# Of one tensor, number by number.
+_UNARY = {
+    _aten.abs.default,
+    _aten.exp.default,
+    _aten.log.default,
+    _aten.mul.Scalar,
+    _aten.neg.default,
+    _aten.pow.Tensor_Scalar,
+    _aten.sigmoid.default,
+    _aten.sqrt.default,
+    _aten.tanh.default,
+}
+# Of two; results lie in memory as the one does that is whole.
+_BINARY = {_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor}
 _SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
 _COMMUTE = {_aten.add.Tensor, _aten.mul.Tensor}
 
@@ -143,6 +157,7 @@ def simplify(graph: fx.Graph) -> None:
     _shorten(graph, written)
     _drop_neutral(graph, written)
     _negate_sums(graph, written)
+    _expand_last(graph, written)
     _merge_equal(graph, written)
     _own_outputs(graph)
     _drop_unused(graph)
@@ -463,6 +478,41 @@ def _negate_sums(graph: fx.Graph, written: set[Any]) -> None:
         value.meta.update(node.meta)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
+
+
+def _expand_last(graph: fx.Graph, written: set[Any]) -> None:
+    """Work out a number once that stands in many places: the weight of all that one datum has."""
+    for node in _calls(graph):
+        wide = _first(node)
+        if node.target not in _UNARY or wide.target is not _aten.expand.default:
+            continue
+        narrow: Any = wide.args[0]
+        value = narrow.meta["val"]
+        if (
+            node.meta["val"].dtype != value.dtype
+            or not value.is_contiguous()
+            or any(_base(n) in written for n in (node, narrow))
+            or not all(_goes_with_a_whole_one(user, node) for user in node.users)
+        ):
+            continue
+        with graph.inserting_before(node):
+            small = graph.call_function(node.target, (narrow, *node.args[1:]), node.kwargs)
+            again = graph.call_function(wide.target, (small, *wide.args[1:]), wide.kwargs)
+        small.meta["val"] = torch.empty_like(value)
+        again.meta["val"] = small.meta["val"].expand(node.meta["val"].shape)
+        node.replace_all_uses_with(again)
+        graph.erase_node(node)
+
+
+def _goes_with_a_whole_one(user: Any, node: Any) -> bool:
+    """Whether an operation has another argument that tells how its result lies in memory."""
+    return user.target in _BINARY and any(
+        isinstance(other, fx.Node)
+        and _geometry(other) == _geometry(node) == _geometry(user)
+        and other.target is not _aten.expand.default
+        and other is not node
+        for other in user.args
+    )
 
 
 def _is_single(node: Any) -> bool:

@@ -918,6 +918,29 @@ def test_gradients_by_columns_are_stacked():
     assert "stack.default" not in operators(checked(both_of_one, data(3, 2)))
 
 
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (lambda v, x: [x.exp() * -v], [3]),
+        (lambda v, x: [x.exp() * v.log()], [3]),
+        (lambda v, x: [x.exp() / (n := -v) + n], [3]),
+        (lambda v, x: [-v], [12]),  # it is handed out
+        (lambda v, x: [(-v).view(2, 6)], [12]),
+        (lambda v, x: [-v * v], [12]),  # nothing here is whole
+        (lambda v, x: [(n := -v) * n], [12]),
+        (lambda v, x: [(-v).add_(x)], [12]),
+    ],
+)
+def test_what_is_repeated_is_worked_out_once(function, sizes):
+    def expanded(w, x):
+        return function(w.unsqueeze(1).expand(3, 4), x)
+
+    w = data(3).abs()
+    graph = checked(expanded, w, data(3, 4), others=[(w + 1, data(3, 4, seed=1))])
+    unary = [n for n in graph._graph.nodes if n.target in (aten.neg.default, aten.log.default)]
+    assert [n.meta["val"].numel() for n in unary] == sizes
+
+
 # --- results written over what nobody needs --------------------------------------------
 
 
