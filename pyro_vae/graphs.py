@@ -53,9 +53,9 @@ class UntraceableError(RuntimeError):
 _READ = "Python reads a number out of a tensor, which may decide what it does next"
 # What an operation and a number that it writes cost more in a replay than compiled, and what
 # compiling costs, in seconds, taken for all machines.
-_SECONDS_PER_OPERATION = 3e-6
-_SECONDS_PER_ELEMENT = 2e-9
-_SECONDS_TO_COMPILE = 12.0
+_SECONDS_PER_OPERATION = 4e-6
+_SECONDS_PER_ELEMENT = 5e-10
+_SECONDS_TO_COMPILE = 8.0  # to import the compiler, above all
 _SECONDS_TO_COMPILE_OPERATION = 0.03
 
 # How many traces are under way: a check that only raises errors has no place in a graph.
@@ -174,15 +174,20 @@ class Graph:
         with torch.no_grad():
             return tuple(self._run(*self._live, *inputs))
 
-    def pays(self, calls: float) -> bool:
+    def pays(self, calls: float, *, again: bool = False) -> bool:
         """Whether compiling takes less time than it saves in so many calls.
 
         By a model of the machine, not by a measurement: else a run would not be the same twice,
         to the last bit.
+
+        Args:
+            calls: to come.
+            again: whether the same run has compiled another graph before.
         """
         saved = _SECONDS_PER_OPERATION * self.num_operations
         saved += _SECONDS_PER_ELEMENT * self.num_elements
-        cost = _SECONDS_TO_COMPILE + _SECONDS_TO_COMPILE_OPERATION * self.num_operations
+        cost = _SECONDS_TO_COMPILE_OPERATION * self.num_operations
+        cost += 0.0 if again else _SECONDS_TO_COMPILE
         return not (self.compiled or self.uncompilable) and saved * calls > cost
 
     def compile(self, *inputs: Tensor) -> None:

@@ -42,7 +42,7 @@ class Recorder:
         self._graphs: dict[Any, Graph] = {}
         self._seconds: dict[Any, float] = {}  # of an eager call
         self._refused: set[Any] = set()  # names of functions
-        self._uncompilable = False
+        self._uncompilable = self._has_compiled = False
 
     def __call__(
         self,
@@ -82,13 +82,16 @@ class Recorder:
         if check:
             return self._proven(key, function, inputs, graph)
         wanted = self.compile is True and not graph.compiled
-        if not self._uncompilable and (wanted or (auto and graph.pays(calls))):
+        if not self._uncompilable and (
+            wanted or (auto and graph.pays(calls, again=self._has_compiled))
+        ):
             try:
                 graph.compile(*inputs)
             except RuntimeError as error:
                 self._uncompilable = True
                 logger.warning("%s is replayed, not compiled: %s", self.what, error)
             else:
+                self._has_compiled = True
                 logger.info("%s is compiled", self.what)
                 return self._proven(key, function, inputs, graph)
         return graph(*inputs)

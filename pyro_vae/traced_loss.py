@@ -318,7 +318,10 @@ class TracedLoss:
             return not (graph.compiled or graph.uncompilable)
         # Where nobody knows, a run is as likely as not to go on for as long as it has.
         expected = kind.calls if self.steps is None else self.steps * kind.calls / self._calls
-        return self.compile == "auto" and graph.pays(expected)
+        if self.compile != "auto" or graph.compiled:
+            return False
+        again = any(k.graph is not None and k.graph.compiled for k in self._kinds.values())
+        return graph.pays(expected, again=again)
 
     def _compile(
         self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
