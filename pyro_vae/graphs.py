@@ -54,8 +54,15 @@ _READ = "Python reads a number out of a tensor, which may decide what it does ne
 # What an operation and a number that it writes cost more in a replay than compiled, and what
 # compiling costs, in seconds, taken for all machines.
 _SECONDS_PER_OPERATION = 4e-6
-_SECONDS_PER_ELEMENT = 5e-10
-_SECONDS_TO_COMPILE = 8.0  # to import the compiler, above all
+_SECONDS_PER_ELEMENT = 3e-10
+_SECONDS_PER_SLOW_ELEMENT = 2e-9
+_SLOW = {
+    torch.ops.aten.binary_cross_entropy_with_logits.default,
+    torch.ops.aten.log_sigmoid_forward.default,
+    torch.ops.aten.softplus.default,
+    torch.ops.aten.tanh.default,
+}
+_SECONDS_TO_COMPILE = 6.0  # to import the compiler, above all
 _SECONDS_TO_COMPILE_OPERATION = 0.03
 
 # How many traces are under way: a check that only raises errors has no place in a graph.
@@ -149,6 +156,7 @@ class Graph:
     Attributes:
         num_operations: calls of an operator in a replay.
         num_elements: numbers that they write.
+        num_slow_elements: those of them for which the compiler has a faster formula.
         compiled: whether the compiled code is in use.
         uncompilable: whether :meth:`compile` failed.
     """
@@ -158,6 +166,8 @@ class Graph:
         self._live = live
         self.num_operations = sum(node.op == "call_function" for node in graph.nodes)
         self.num_elements = sum(map(_elements, graph.nodes))
+        slow = (node for node in graph.nodes if node.target in _SLOW)
+        self.num_slow_elements = sum(map(_elements, slow))
         self.compiled = self.uncompilable = False
         self._run: Callable[..., Any] = _program(graph)
 
@@ -185,7 +195,8 @@ class Graph:
             again: whether the same run has compiled another graph before.
         """
         saved = _SECONDS_PER_OPERATION * self.num_operations
-        saved += _SECONDS_PER_ELEMENT * self.num_elements
+        saved += _SECONDS_PER_ELEMENT * (self.num_elements - self.num_slow_elements)
+        saved += _SECONDS_PER_SLOW_ELEMENT * self.num_slow_elements
         cost = _SECONDS_TO_COMPILE_OPERATION * self.num_operations
         cost += 0.0 if again else _SECONDS_TO_COMPILE
         return not (self.compiled or self.uncompilable) and saved * calls > cost

@@ -215,7 +215,7 @@ class Scorer:
                     log_guide = torch.cat([log_guide for _, log_guide in drawn])
                 self._refuse_edges(values)
                 log_likelihood, log_prior = self.score_model(
-                    rows, values, pairs, -(-num_particles * self.num_data // pairs)
+                    rows, values, pairs, num_particles * self.num_data
                 )
                 weights = LogWeights(log_likelihood, log_prior, log_guide)
                 self._refuse_nan(rows, weights)
@@ -412,7 +412,7 @@ class Scorer:
         rows: slice,
         values: Mapping[str, Tensor],
         pairs: int | None = None,
-        calls: int | None = None,
+        expected: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Return log p(x | z) and log p(z) of given values, [K, N] each.
 
@@ -420,7 +420,7 @@ class Scorer:
             rows: of which data.
             values: as :meth:`draw` returns them.
             pairs: (particle, datum) scored at once.
-            calls: pieces of so many pairs to be expected, if more than these.
+            expected: pairs to be scored in all, if more than these.
         """
         size = rows.stop - rows.start
         pairs = self.chunk_pairs if pairs is None else pairs
@@ -429,8 +429,7 @@ class Scorer:
         data_step = pairs if pairs < size and self.splittable else size
         by_particle = []
         starts = range(0, num_particles, particle_step)
-        if calls is None:
-            calls = len(starts) * -(-size // data_step)
+        calls = max(expected, num_particles * size) // (particle_step * min(size, data_step))
         with self._scoring():
             for k in starts:
                 some = {name: value[k : k + particle_step] for name, value in values.items()}
