@@ -259,8 +259,23 @@ def test_what_it_counts():
     assert operators(graph) == ["mm.default", "sum.default"]
     assert graph.num_operations == 2
     assert graph.num_elements == 3 * 2 + 1
+    assert graph.num_slow_elements == 0
     assert not graph.compiled
     assert not graph.uncompilable
+    assert trace(lambda x: [x.tanh() + 1], [data(3, 4)]).num_slow_elements == 12
+
+
+def test_what_pays():
+    """Some seconds for the compiler, less for the second time, and nothing for a slow formula."""
+    small = trace(lambda x: [(x + 1).exp()], [data(3)])
+    assert not small.pays(100_000)
+    assert small.pays(100_000, again=True)
+    assert small.pays(10_000_000)
+    large, slow = (
+        trace(f, [data(500, 1000)]) for f in (lambda x: [(x + 1) * 2], lambda x: [(x + 1).tanh()])
+    )
+    assert not large.pays(10_000)
+    assert slow.pays(10_000)
 
 
 # --- what is left out ------------------------------------------------------------------
