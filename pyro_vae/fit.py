@@ -415,7 +415,7 @@ class _Trainer:
         if self.schedule is not None:
             self._set_factor(factor_at(self.schedule, self.state.step))
         random_state = checkpoints.random_state()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update.drop_gradients()
         try:
             with self._rows(index):
                 loss = float(self._traced(*batch.args, **batch.kwargs))
@@ -471,7 +471,7 @@ class _Trainer:
             return []  # it fails as the step did: the caller tells of that one
 
     def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update.drop_gradients()
         step, kept = self.state.step + 1, "the step before"
         if not self.parameters.finite():
             # The update before this step overflowed, or a running mean in this one.
