@@ -19,6 +19,7 @@ __all__ = [
     "lift",
     "simplify",
     "text_of",
+    "written_inputs",
 ]
 
 _aten = torch.ops.aten
@@ -73,18 +74,8 @@ _IN_PLACE = {
     _aten.sub.Tensor: _aten.sub_.Tensor,
     _aten.tanh.default: _aten.tanh_.default,
 }
-# Of one tensor, number by number.
-_UNARY = {
-    _aten.abs.default,
-    _aten.exp.default,
-    _aten.log.default,
-    _aten.mul.Scalar,
-    _aten.neg.default,
-    _aten.pow.Tensor_Scalar,
-    _aten.sigmoid.default,
-    _aten.sqrt.default,
-    _aten.tanh.default,
-}
+# Of one tensor, number by number, rounded as IEEE says: the same wherever the number stands.
+_UNARY = {_aten.abs.default, _aten.mul.Scalar, _aten.neg.default, _aten.sqrt.default}
 # Of two; results lie in memory as the one does that is whole.
 _BINARY = {_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor}
 _SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
@@ -149,7 +140,8 @@ def lift(traced: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
 def simplify(graph: fx.Graph) -> None:
     """Leave out what has no effect: a replay pays for each operation, however small.
 
-    Results are the same to the last bit, and random numbers are drawn as before.
+    Results are the same to the last bit, but for the sign of a zero, and random numbers are drawn
+    as before.
     """
     written = _written(graph)
     _fold(graph, written)
@@ -182,6 +174,13 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
     return module
 
 
+def written_inputs(graph: fx.Graph) -> list[int]:
+    """Return the inputs, by their number, whose memory the graph writes to."""
+    written = _written(graph)
+    inputs = (node for node in graph.nodes if node.op == "placeholder")
+    return [i for i, node in enumerate(inputs) if node in written]
+
+
 def in_place(graph: fx.Graph) -> dict[Any, tuple[OpOverload, tuple[Any, ...]]]:
     """Return the operations that may write over an argument, which nobody needs after them.
 
@@ -196,8 +195,8 @@ def in_place(graph: fx.Graph) -> dict[Any, tuple[OpOverload, tuple[Any, ...]]]:
         if node.target not in _IN_PLACE:
             continue
         orders = [tuple(node.args)]
-        if node.target in _COMMUTE and not node.kwargs:
-            orders.append(tuple(reversed(node.args)))
+        if node.target in _COMMUTE and not node.kwargs and all(map(_is_real, node.args)):
+            orders.append(tuple(reversed(node.args)))  # in half precision a scalar may round
         for first, *others in orders:
             if (
                 isinstance(first, fx.Node)
@@ -423,25 +422,38 @@ def _shorter(node: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
     """Return an operator and arguments that give what a node gives; None if none is known."""
     args, source = node.args, _first(node)
     shape: Any = getattr(node.meta.get("val"), "shape", None)
-    if node.target in _SUMS and not source.kwargs:
-        val = source.meta["val"]
-        if val.numel() == 1 and val.dtype == node.meta["val"].dtype:
+    if node.target in _SUMS and _is_real(node) and _is_real(source):
+        if source.meta["val"].numel() == 1 and _same_dtype(source, node):
             return _aten.view.default, (source, list(shape))
         if source.target is _aten.stack.default and len(source.args[0]) == 2 and shape == ():
             left, right = source.args[0]
-            if left.meta["val"].shape == () and len(source.users) == 1:
+            alike = _same_dtype(left, node) and _same_dtype(right, node)
+            if alike and left.meta["val"].shape == () and len(source.users) == 1:
                 return _aten.add.Tensor, (left, right)
     if node.target is _aten.stack.default and len(source) == 1:
-        return _aten.unsqueeze.default, (source[0], *(args[1:] or (0,)))
+        dim = args[1] if len(args) > 1 else 0
+        if source[0].meta["val"].unsqueeze(dim).stride() == node.meta["val"].stride():
+            return _aten.unsqueeze.default, (source[0], dim)
     if node.target is _aten.view.default and source.target is _aten.sum.dim_IntList:
         summed, dims, *kept = source.args
-        size = summed.meta["val"].shape
-        left_over = [n for i, n in enumerate(size) if i not in dims and i - len(size) not in dims]
-        if kept == [True] and dims and list(shape) == left_over and len(source.users) == 1:
-            return _aten.sum.dim_IntList, (summed, dims)
+        if kept == [True] and dims and not source.kwargs and len(source.users) == 1:
+            size = summed.meta["val"].shape
+            left_over = [n for i, n in enumerate(size) if not {i, i - len(size)} & set(dims)]
+            if list(shape) == left_over:
+                return _aten.sum.dim_IntList, (summed, dims)
     if node.target is _aten.add.Tensor and len(args) == 2:
         return _stacked(*args)
     return None
+
+
+def _is_real(node: Any) -> bool:
+    """Whether a tensor's numbers are float32 or float64, of which the rules are known."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+
+
+def _same_dtype(left: Any, right: Any) -> bool:
+    return bool(left.meta["val"].dtype == right.meta["val"].dtype)
 
 
 def _first(node: Any) -> Any:
@@ -456,7 +468,7 @@ def _stacked(left: Any, right: Any) -> tuple[OpOverload, tuple[Any, ...]] | None
     (first, sizes, dim, i), (second, other_sizes, other_dim, j) = left.args, right.args
     if (list(sizes), dim) != (list(other_sizes), other_dim) or sizes[dim] != 2:
         return None
-    if {i % 2, j % 2} != {0, 1} or first.meta["val"].dtype != second.meta["val"].dtype:
+    if {i % 2, j % 2} != {0, 1} or not _same_dtype(first, second):
         return None
     return _aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim)
 
@@ -464,7 +476,7 @@ def _stacked(left: Any, right: Any) -> tuple[OpOverload, tuple[Any, ...]] | None
 def _negate_sums(graph: fx.Graph, written: set[Any]) -> None:
     """Take the negative of a sum for the sum of negatives: fewer numbers, and the same."""
     for node in _calls(graph):
-        if node.target is not _aten.sum.dim_IntList or node.kwargs:
+        if node.target is not _aten.sum.dim_IntList or node.kwargs or not _is_real(node):
             continue
         negative = node.args[0]
         if negative.target is not _aten.neg.default or len(negative.users) > 1:
@@ -540,6 +552,8 @@ def _same_view(node: Any) -> Any:
 
 def _same_number(node: Any) -> Any:
     """Return what a node multiplies or divides by one, or takes zero from, or to the power one."""
+    if _geometry(node) is None or node.meta["val"].is_complex():
+        return None  # infinities and zeros of two parts follow rules of their own
     if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1:
         return node.args[0] if _geometry(node.args[0]) == _geometry(node) else None
     if node.target is _aten.sub.Tensor and not node.kwargs and _is_zero(node.args[1]):

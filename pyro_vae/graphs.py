@@ -231,11 +231,13 @@ def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Any]:
     """Return a graph's compiled code: a function of the arguments."""
     import torch._inductor as inductor
 
-    storages = [tensor.untyped_storage().data_ptr() for tensor in arguments]
+    places = [tensor.untyped_storage().data_ptr() for tensor in arguments]
+    if any(places.count(places[i]) > 1 for i in graph_rules.written_inputs(graph)):
+        raise RuntimeError("a tensor that is written to shares its memory with another")
     key = (
         graph_rules.text_of(graph),
         *map(layout_of, arguments),
-        *map(storages.index, storages),  # which of them share memory
+        *((tensor.is_conj(), tensor.is_neg()) for tensor in arguments),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
@@ -323,6 +325,8 @@ def trace(
             # Aliases: two inputs may be one tensor, and one may be known to the function besides.
             traced = make_fx(watched)(*(tensor.detach() for tensor in inputs))
         graph_rules.check(traced.graph)
+        graph, live = graph_rules.lift(traced)
+        graph_rules.simplify(graph)
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         text = f"{type(error).__name__}: {_first_line(error)}"
         if "get value out of a tracing tensor" in text:
@@ -330,8 +334,6 @@ def trace(
         elif isinstance(error, (UntraceableError, graph_rules.ChangingShapesError)):
             text = _first_line(error)
         raise UntraceableError(text + _place(error)) from error
-    graph, live = graph_rules.lift(traced)
-    graph_rules.simplify(graph)
     return Graph(graph, live)
 
 

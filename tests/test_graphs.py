@@ -914,6 +914,31 @@ def test_what_only_looks_like_it(function):
     checked(function, data(3, 4), others=[(data(3, 4, seed=1),)])
 
 
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x: [x.sum(0, keepdim=True, dtype=torch.float64).view(-1)], data(3, 4).float()),
+        (lambda x: [x.sum(0, keepdim=True, dtype=torch.int32).view(-1)], torch.ones(3, 4).long()),
+        (lambda x: [torch.stack([x > 0, x > -1]).sum()], torch.tensor(1.0)),
+        (
+            lambda x: [torch.stack([x + 1, x + 2]).sum(0)],
+            torch.tensor(2**31 - 3, dtype=torch.int32),
+        ),
+        (lambda x: [x.neg().sum(0)], torch.tensor([1, 2], dtype=torch.uint8)),
+        (lambda x: [torch.stack([x.t()]).view(-1)], data(3, 4)),
+        (lambda x: [torch.stack([x.t().exp()]).view(1, 12)], data(3, 4)),
+        (lambda x: [x.sum(dim=None, keepdim=True).view(())], data(3, 4)),
+        (lambda x: [x - torch.zeros(2, dtype=x.dtype)], torch.ones(2, dtype=torch.complex64)),
+        (lambda x: [(torch.tensor(1 / 3) * x.exp())], torch.tensor([1.1, 0.3]).half()),
+        (lambda x: [x * (x + 1).exp()], torch.tensor([0.3 + 2j, 1.7 - 0.1j] * 9)),
+        (lambda x: [x.exp() * x[:, :1].expand(7, 3).sigmoid()], data(7, 3).float()),
+    ],
+)
+def test_other_dtypes_and_layouts(function, x):
+    """Rules that hold for float32 and float64 alone are left to these."""
+    checked(function, x)
+
+
 def test_gradients_by_columns_are_stacked():
     """Of either order, and of columns counted from the end."""
     for left, right in ((0, 1), (1, 0), (-1, 0), (0, -1), (1, -2)):
@@ -937,7 +962,7 @@ def test_gradients_by_columns_are_stacked():
     ("function", "sizes"),
     [
         (lambda v, x: [x.exp() * -v], [3]),
-        (lambda v, x: [x.exp() * v.log()], [3]),
+        (lambda v, x: [x.exp() * v.log()], [12]),  # of which not all are rounded alike
         (lambda v, x: [x.exp() / (n := -v) + n], [3]),
         (lambda v, x: [-v], [12]),  # it is handed out
         (lambda v, x: [(-v).view(2, 6)], [12]),
@@ -1110,10 +1135,20 @@ def test_what_was_compiled_serves_again(compilations):
     turned = [data(4, 3).t()]
     trace(scaled(data(4), 2.0), turned).compile(*turned)
     assert compilations == [2]
-    both = data(4)
-    trace(lambda a, b: [a + b], [data(4), data(4)]).compile(data(4), data(4, seed=1))
-    trace(lambda a, b: [a + b], [data(4), data(4)]).compile(both, both)
-    assert compilations == [4]
+
+
+def test_written_memory_that_is_shared_is_not_compiled(compilations):
+    """The compiler would take it for granted where in the memory each lies."""
+    memory = torch.arange(6.0)
+    inputs = [memory[:4], memory[2:]]
+    graph = trace(lambda a, b: [a.add_(1).sum() * 0 + b * 2], inputs)
+    with pytest.raises(RuntimeError, match="shares its memory"):
+        graph.compile(*inputs)
+    assert graph.uncompilable
+    assert compilations == [0]
+    graph = trace(lambda a, b: [a + b], inputs)
+    graph.compile(*inputs)
+    assert graph.compiled
 
 
 def test_compiled_code_is_not_kept_for_ever(compilations, monkeypatch):
