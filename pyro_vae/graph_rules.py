@@ -253,9 +253,9 @@ def _sum_by_products(graph: fx.Graph, node: Any) -> None:
         return
     logits: Any = loss.args[0]
     x = loss.args[1]
-    shape, dtype = logits.meta["val"].shape, logits.meta["val"].dtype
-    if dtype not in (torch.float32, torch.float64):
+    if not _is_real(logits):
         return  # products would overflow
+    shape = logits.meta["val"].shape
     groups = _groups(shape[-1]) if dims in ([-1], [len(shape) - 1]) else 0
     if not groups:
         return

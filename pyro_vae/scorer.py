@@ -267,7 +267,7 @@ class Scorer:
         """Some of the data in blocks, equal ones, so that they share a graph."""
         if count <= _DRAW_DATA or not self.splittable:
             return [slice(0, count)]
-        size = -(-count // -(-count // _DRAW_DATA))
+        size = _equal_step(count, _DRAW_DATA)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     @functools.cached_property
