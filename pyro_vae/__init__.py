@@ -9,7 +9,7 @@ from pyro_vae.description import describe
 from pyro_vae.diagnostics import explain, pareto_k
 from pyro_vae.em import NonFiniteHalfStepError, em
 from pyro_vae.exact import ExactGuide
-from pyro_vae.fit import Epoch, NonFiniteLossError, fit
+from pyro_vae.fit import Epoch, fit
 from pyro_vae.guides import AmortizedGuide, LocalGuide
 from pyro_vae.importance import IWAE, WakeSleep
 from pyro_vae.impute import Imputation, impute
@@ -21,6 +21,7 @@ from pyro_vae.refine import refine
 from pyro_vae.results import Bound, EMResult, FitResult, LogWeights
 from pyro_vae.sites import DataPlateError
 from pyro_vae.svi import CompiledSVI
+from pyro_vae.training_step import NonFiniteLossError
 
 from pyro_vae import datasets, zoo  # isort: skip - the edge, above all the rest
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-__all__ = ["Batch", "EpochData", "as_batch"]
+__all__ = ["Batch", "EpochData", "StepData", "as_batch"]
 
 # How many offending rows an error message lists.
 _ROWS_SHOWN = 5
@@ -24,6 +24,26 @@ class EpochData(Protocol):
 
     def epoch(self, generator: torch.Generator) -> Any:
         """Return this epoch's batch (tensor, tuple or mapping) of all the data."""
+        ...
+
+
+@runtime_checkable
+class StepData(Protocol):
+    """Data of which each step draws values of its own, for example binarized images.
+
+    What they are drawn from stays where it is, and the drawing is part of the recorded step.
+    """
+
+    @property
+    def source(self) -> Any:
+        """What minibatches are rows of: a tensor, tuple or mapping."""
+        ...
+
+    def draw(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what model and guide get (tensor, tuple or mapping) of a minibatch.
+
+        By tensor operations, and PyTorch's global random numbers.
+        """
         ...
 
 

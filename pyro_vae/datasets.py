@@ -133,12 +133,13 @@ def load(
 
 
 class StochasticBinarization:
-    """Black and white images drawn from grey ones, afresh at each epoch.
+    """Black and white images drawn from grey ones, afresh whenever training meets them.
 
     A pixel of intensity v is 1 with probability v / max_value, independently of the others
     (Salakhutdinov and Murray, 2008, "On the quantitative analysis of deep belief networks").
     Training on a new draw at each epoch keeps a model from learning the noise of one draw; held-out
-    bounds need one draw that stays, which `fixed` gives.
+    bounds need one draw that stays, which `fixed` gives. :func:`pyro_vae.fit` draws a minibatch
+    inside of its step: whole bytes that the images came in stay bytes, and there is no copy.
 
     Args:
         images: Grey images [N, ...], datum first, values from 0 to `max_value`.
@@ -180,6 +181,22 @@ class StochasticBinarization:
         return (
             f"StochasticBinarization(images={list(self.images.shape)}, max_value={self.max_value})"
         )
+
+    @property
+    def source(self) -> Tensor:
+        """The grey images, [N, ...]."""
+        return self.images
+
+    def draw(self, images: Tensor) -> Tensor:
+        """A draw of some of the images, by PyTorch's global random numbers.
+
+        Args:
+            images: Rows of `source`.
+
+        Returns:
+            Images of the same shape, float32, each value 0 or 1.
+        """
+        return torch.bernoulli(images.to(torch.float32) / self.max_value)
 
     def epoch(self, generator: torch.Generator) -> Tensor:
         """A fresh draw of every image.

@@ -7,32 +7,28 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyro.infer
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
-from pyro_vae.batches import Batch, EpochData
+from pyro_vae.batches import Batch, EpochData, StepData
 from pyro_vae.graphs import check_compile
 from pyro_vae.guides import LocalGuide
-from pyro_vae.handlers import LatentScale
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO, Objective
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer
 from pyro_vae.results import FitResult
 from pyro_vae.running import evaluation, module_of, preserved_rng
-from pyro_vae.schedules import factor_at, shortfall
-from pyro_vae.svi import Update
+from pyro_vae.schedules import shortfall
 from pyro_vae.traced_loss import TracedLoss
-from pyro_vae.traces import non_finite_sites
+from pyro_vae.training_step import TrainingSteps
 
-__all__ = ["Epoch", "NonFiniteLossError", "fit"]
+__all__ = ["Epoch", "fit"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +43,6 @@ _HISTORY = (
     "validation_elbo_std_error",
     "beta",
 )
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Training met a loss or gradient that is not finite, and stopped.
-
-    Model and guide keep the parameters of the last good step; of the last epoch, where
-    that step's update itself overflowed.
-
-    Attributes:
-        step: the step that failed, counted from 1.
-        sites: the sites whose value or log density is not finite.
-    """
-
-    def __init__(self, message: str, step: int, sites: list[str]) -> None:
-        super().__init__(message)
-        self.step = step
-        self.sites = sites
 
 
 @dataclass(frozen=True)
@@ -116,7 +95,9 @@ def fit(
         model: a Pyro model.
         guide: a Pyro guide.
         data: a tensor, a tuple or a mapping of them, or a TensorDataset, first dimension the
-            datum; or an object with ``epoch(generator)`` that draws such data anew for each epoch.
+            datum; or an object that draws such data anew, for each step
+            (:class:`pyro_vae.batches.StepData`) or each epoch
+            (:class:`pyro_vae.batches.EpochData`).
         loss: a pyro.infer.ELBO, Pyro's or ours; pyro_vae.ELBO() by default.
         optim: a function from parameters to a torch optimizer (a class will do), a torch
             optimizer, or a pyro.optim object with plain arguments; Adam with a learning
@@ -195,11 +176,6 @@ def fit(
     return trainer.result(stopped_by)
 
 
-def _state_of(loss: pyro.infer.ELBO) -> Objective | None:
-    """Return the loss where it carries something from step to step."""
-    return loss if isinstance(loss, Objective) else None
-
-
 def _check_arguments(
     batch_size: int,
     epochs: int | None,
@@ -222,10 +198,10 @@ def _check_arguments(
         raise ValueError(
             "patience counts epochs without a better validation ELBO: give validation_data"
         )
-    if isinstance(validation_data, EpochData):
+    if isinstance(validation_data, (EpochData, StepData)):
         raise ValueError(
-            "validation_data is drawn anew for each epoch, so that epochs could not be compared; "
-            "pass one draw of it: validation_data.epoch(torch.Generator())"
+            "validation_data is drawn anew each time, so that epochs could not be compared; pass "
+            "one draw of it: of StochasticBinarization, validation_data.fixed(seed=0)"
         )
     check_compile(compiled)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
@@ -273,35 +249,12 @@ class _Trainer:
                 "factor for all steps is pyro_vae.schedules.Constant(beta)"
             )
         self.seed = seed
-        self._latent_scale = LatentScale()
-        self._pair = (
-            (model, guide)
-            if schedule is None
-            else (self._latent_scale(model), self._latent_scale(guide))
-        )
-        rows = data.first_rows
-        with self._rows(rows):
-            first = data.batch if rows is None else data.batch.rows(rows)
-            self.parameters = Parameters(model, guide, first)
-        self._update = Update(make_optimizer(optim, self.parameters.trained))
-        self.optimizer = self._update.optimizer
-        if schedule is not None:
-            # A tensor, which a graph reads where it is: a number would be a constant of it.
-            like = next(p for p in self.parameters.trained if p.is_floating_point())
-            self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
-        objective: Any = self.loss  # of which Pyro's base class has no methods
-        self._traced = TracedLoss(
-            *self._pair,
-            objective.loss_and_grads,
-            compile=compiled,
-            state=_state_of(objective),
-            checked=True,
-        )
+        self.steps = TrainingSteps(model, guide, data, self.loss, optim, schedule, compiled)
         # Validation is too little of a run for a second compilation to pay.
         how = "replay" if compiled == "auto" else compiled
-        self._validated = TracedLoss(*self._pair, objective.loss, compile=how, modes=False)
+        objective: Any = self.loss  # of which Pyro's base class has no methods
+        self._validated = TracedLoss(*self.steps.pair, objective.loss, compile=how, modes=False)
         self.state = _Progress()
-        self.last = self.parameters.state()  # at the end of the last epoch
         self.best: Any = None  # at the end of the one that validated best
 
     # --- the loop
@@ -318,7 +271,7 @@ class _Trainer:
         """Train; return what ended it, and leave the best parameters in place."""
         limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
         total = min(limit for limit in limits if limit is not None)
-        self._traced.steps = total
+        self.steps.expect(total)
         if self.validation is not None:
             parts = sum(1 for _ in self.data.parts(self.validation))
             self._validated.steps = parts * math.ceil(total / self.data.steps_per_epoch)
@@ -336,9 +289,11 @@ class _Trainer:
                         break
             except KeyboardInterrupt:
                 stopped_by = "interrupted"
+                self.steps.read()
+                self.state.step = self.steps.taken
         kept = f"step {self.state.step}"
         if self.best is not None:
-            self.parameters.restore(self.best)
+            self.steps.parameters.restore(self.best)
             kept = f"epoch {self.state.best_epoch}, the best on the validation data"
         if stopped_by == "interrupted":
             logger.warning(
@@ -363,17 +318,25 @@ class _Trainer:
     def _epoch(self, bar: Any, max_steps: int | None) -> Epoch:
         state, before, begin = self.state, self.state.elapsed, time.perf_counter()
         elbos: list[tuple[float, int]] = []
-        for index, batch in self.data.epoch():
-            elbos.append(self.data.elbo(self._step(index, batch), batch))
+
+        def read() -> None:
+            elbos.extend(self.data.elbo(*scored) for scored in self.steps.read())
+            bar.update(self.steps.taken - state.step)
+            state.step = self.steps.taken
             # At each step, for the time of an epoch that is broken off counts too.
             state.elapsed = before + time.perf_counter() - begin
-            bar.update()
             bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
-            if max_steps is not None and state.step >= max_steps:
+
+        for index, batch in self.data.epoch():
+            self.steps.take(index, batch)
+            if self.steps.due:
+                read()
+            if max_steps is not None and self.steps.taken >= max_steps:
                 break
-        beta = float(self._latent_scale.factor)  # before validation, which has none
+        read()
+        beta = self.steps.factor  # before validation, which has none
         (elbo, elbo_error), (validation, validation_error) = mean_elbo(elbos), self._validate()
-        self.last = self.parameters.state()
+        self.steps.remember()
         state.epoch += 1
         state.elapsed = before + time.perf_counter() - begin
         row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error, beta)
@@ -382,7 +345,7 @@ class _Trainer:
         if self.validation is None:
             state.best_epoch = state.epoch
         elif validation > state.best_elbo:
-            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.last
+            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
         bar.set_postfix(self._postfix(elbo), refresh=True)
         return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
 
@@ -396,7 +359,7 @@ class _Trainer:
         if self.validation is None:
             return math.nan, math.nan
         elbos = []
-        self._set_factor(1.0)
+        self.steps.set_factor(1.0)
         with (
             torch.no_grad(),
             evaluation(self.model, self.guide),
@@ -408,100 +371,14 @@ class _Trainer:
                 elbos.append(self.data.elbo(loss, batch))
         return mean_elbo(elbos)
 
-    # --- one step
-
-    def _step(self, index: Tensor | None, batch: Batch) -> float:
-        """Take a step and return the loss; leave the parameters alone if it is not finite."""
-        if self.schedule is not None:
-            self._set_factor(factor_at(self.schedule, self.state.step))
-        random_state = checkpoints.random_state()
-        self._update.drop_gradients()
-        try:
-            with self._rows(index):
-                loss = float(self._traced(*batch.args, **batch.kwargs))
-        except (ValueError, RuntimeError) as error:
-            # A distribution refuses NaN itself, before there is a loss.
-            sites = self._non_finite_sites(index, batch, random_state)
-            if sites:
-                raise self._failure("the loss", sites) from error
-            error.add_note(f"in step {self.state.step + 1} of training")
-            raise
-        if not math.isfinite(loss):
-            sites = self._non_finite_sites(index, batch, random_state)
-            raise self._failure(f"the loss ({loss})", sites)
-        self._check_gradients(index, batch, random_state)
-        self._update(traced=self._traced.mode != "eager")
-        self.state.step += 1
-        return loss
-
-    def _set_factor(self, factor: float) -> None:
-        if isinstance(self._latent_scale.factor, Tensor):
-            self._latent_scale.factor.fill_(factor)
-
-    def _check_gradients(
-        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
-    ) -> None:
-        """Raise an error where there are none, or where they are not finite."""
-        health = self._traced.health
-        if self.state.step and health is not None and math.isfinite(float(health)):
-            return
-        gradients = [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if not gradients:
-            raise ValueError(
-                "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
-                "need modules registered, by pyro.module(name, module) or as a PyroModule"
-            )
-        if not all_finite(gradients):
-            raise self._failure("the gradient", self._non_finite_sites(index, batch, random_state))
-
-    def _non_finite_sites(
-        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
-    ) -> list[str]:
-        """Look again, with the same random numbers."""
-        checkpoints.set_random_state(random_state)
-        try:
-            with self._rows(index):
-                return non_finite_sites(self.model, self.guide, batch)
-        except (ValueError, RuntimeError):
-            return []  # it fails as the step did: the caller tells of that one
-
-    def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
-        self._update.drop_gradients()
-        step, kept = self.state.step + 1, "the step before"
-        if not self.parameters.finite():
-            # The update before this step overflowed, or a running mean in this one.
-            self.parameters.restore(self.last)
-            kept = f"the end of epoch {self.state.epoch}" if self.state.epoch else "the start"
-        where = (
-            "at sites " + ", ".join(sites)
-            if sites
-            else "though each site's log density is: a derivative, a sum or a KL overflows"
-        )
-        return NonFiniteLossError(
-            f"{what} of step {step} is not finite, {where}. Model and guide keep the parameters "
-            f"of {kept}. Try a smaller learning rate, or bound the scale or logit there",
-            step,
-            sites,
-        )
-
-    def _rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.guide, LocalGuide) and index is not None:
-            return self.guide.rows(index)
-        return contextlib.nullcontext()
-
     # --- checkpoints
 
     def _content(self) -> dict[str, Any]:
         return {
-            "last": self.last,
+            "last": self.steps.last,
             "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_type": type(self.optimizer).__name__,
+            "optimizer": self.steps.optimizer.state_dict(),
+            "optimizer_type": type(self.steps.optimizer).__name__,
             "loss": self.loss.state_dict() if isinstance(self.loss, Objective) else {},
             "progress": dict(vars(self.state)),
             "random_state": checkpoints.random_state(),
@@ -514,19 +391,20 @@ class _Trainer:
             ValueError: where it is not one, or of another pair or optimizer.
         """
         content = checkpoints.load(checkpoint)
-        here, there = type(self.optimizer).__name__, content["optimizer_type"]
+        here, there = type(self.steps.optimizer).__name__, content["optimizer_type"]
         if here != there:
             raise ValueError(
                 f"{os.fspath(checkpoint)} was written with the optimizer {there}, not {here}"
             )
-        self.parameters.restore(content["last"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        progress = _Progress(**content["progress"])
+        self.steps.resume(content["last"], progress.step, progress.epoch)
+        self.steps.optimizer.load_state_dict(content["optimizer"])
         if isinstance(self.loss, Objective):
             self.loss.load_state_dict(content.get("loss", {}))
-        self.state = _Progress(**content["progress"])
+        self.state = progress
         for name in _HISTORY:  # a column that an earlier version did not write is unknown
             self.state.history.setdefault(name, [math.nan] * self.state.epoch)
-        self.last, self.best = content["last"], content["best"]
+        self.best = content["best"]
         checkpoints.set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
 

@@ -21,7 +21,8 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae import graph_rules
+from pyro_vae import graph_formulas, graph_nodes, graph_simplification
+from pyro_vae.cuda_graphs import CudaGraph, is_capturable
 
 __all__ = [
     "Graph",
@@ -159,6 +160,8 @@ class Graph:
         num_slow_elements: those of them for which the compiler has a faster formula.
         compiled: whether the compiled code is in use.
         uncompilable: whether :meth:`compile` failed.
+        capturable: whether :meth:`capture` makes sense: all is on one CUDA device, and no call
+            is a single launch yet.
     """
 
     def __init__(self, graph: fx.Graph, live: list[Tensor]) -> None:
@@ -170,6 +173,11 @@ class Graph:
         self.num_slow_elements = sum(map(_elements, slow))
         self.compiled = self.uncompilable = False
         self._run: Callable[..., Any] = _program(graph)
+        values = [
+            n.meta.get("val") for n in graph.nodes if n.op in ("placeholder", "call_function")
+        ]
+        self.capturable = is_capturable([v for v in values if isinstance(v, Tensor)])
+        self._captured: CudaGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         """Do what the function would: return its tensors, and None where it had none.
@@ -182,7 +190,41 @@ class Graph:
             *inputs: of the shapes, strides, dtypes and devices it was traced with.
         """
         with torch.no_grad():
+            if self._captured is not None:
+                if self._captured.holds():
+                    return tuple(self._captured(*inputs))
+                self.release()
+                self.capturable = True  # where the tensors are now
             return tuple(self._run(*self._live, *inputs))
+
+    def capture(self, *inputs: Tensor, adopt: bool = False) -> None:
+        """Launch all kernels at once from the next call on: as a CUDA graph.
+
+        Results then lie in the same memory after each call, and the next one writes over them.
+
+        Args:
+            *inputs: of a call.
+            adopt: whether each call hands in these very tensors.
+
+        Raises:
+            RuntimeError: for kernels that CUDA cannot capture, or that write to an input.
+        """
+        self.capturable = False
+        if not adopt and max(graph_nodes.written_inputs(self._graph), default=-1) >= len(
+            self._live
+        ):
+            raise RuntimeError("an input is written to")
+        with torch.no_grad():
+            self._captured = CudaGraph(self._run, self._live, inputs, adopt=adopt)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a call is a single launch."""
+        return self._captured is not None
+
+    def release(self) -> None:
+        """Go back from one launch to the kernels one by one; undo :meth:`capture`."""
+        self._captured, self.capturable = None, False
 
     def pays(self, calls: float, *, again: bool = False) -> bool:
         """Whether compiling takes less time than it saves in so many calls.
@@ -219,6 +261,9 @@ class Graph:
             self.uncompilable = True
             raise RuntimeError(f"{type(error).__name__}: {_first_line(error)}") from error
         self.compiled = True
+        if self._captured is not None:  # of the operations one by one
+            self.release()
+            self.capturable = True
 
 
 # What was compiled in this process, by all that it depends on: the same operations on the same
@@ -232,19 +277,20 @@ def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Any]:
     import torch._inductor as inductor
 
     places = [tensor.untyped_storage().data_ptr() for tensor in arguments]
-    if any(places.count(places[i]) > 1 for i in graph_rules.written_inputs(graph)):
+    if any(places.count(places[i]) > 1 for i in graph_nodes.written_inputs(graph)):
         raise RuntimeError("a tensor that is written to shares its memory with another")
     key = (
-        graph_rules.text_of(graph),
+        graph_nodes.text_of(graph),
         *map(layout_of, arguments),
         *((tensor.is_conj(), tensor.is_neg()) for tensor in arguments),
+        torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
     )
     code = _code.pop(key, None)
     if code is None:
-        module = graph_rules.for_compiler(graph)
+        module = graph_formulas.for_compiler(graph)
         code = inductor.compile(module, list(arguments), options=_options())
     _code[key] = code  # the last used is the last to go
     while len(_code) > _CODES:
@@ -324,14 +370,14 @@ def trace(
         with _Answers(), _recording():
             # Aliases: two inputs may be one tensor, and one may be known to the function besides.
             traced = make_fx(watched)(*(tensor.detach() for tensor in inputs))
-        graph_rules.check(traced.graph)
-        graph, live = graph_rules.lift(traced)
-        graph_rules.simplify(graph)
+        graph_nodes.check(traced.graph)
+        graph, live = graph_nodes.lift(traced)
+        graph_simplification.simplify(graph)
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         text = f"{type(error).__name__}: {_first_line(error)}"
         if "get value out of a tracing tensor" in text:
             text = _READ
-        elif isinstance(error, (UntraceableError, graph_rules.ChangingShapesError)):
+        elif isinstance(error, (UntraceableError, graph_nodes.ChangingShapesError)):
             text = _first_line(error)
         raise UntraceableError(text + _place(error)) from error
     return Graph(graph, live)
@@ -355,12 +401,13 @@ def _elements(node: fx.Node) -> int:
 def _place(error: BaseException) -> str:
     """Say where an error came from: the last line of the user's, or the last outside of PyTorch."""
     found, is_users = "", False
+    own = (__name__, graph_nodes.__name__, graph_simplification.__name__)
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_globals.get("__name__", "")
         package = name.partition(".")[0]
         source = linecache.getline(frame.f_code.co_filename, line).strip()
         users = package not in ("torch", "pyro", "pyro_vae")
-        if package == "torch" or not source or name in (__name__, graph_rules.__name__):
+        if package == "torch" or not source or name in own:
             continue
         if users or not is_users:
             found = f" ({Path(frame.f_code.co_filename).name}, line {line}: {source})"
@@ -381,7 +428,7 @@ def _program(graph: fx.Graph) -> Callable[..., Any]:
     nodes = list(graph.nodes)
     names = {node: f"v{i}" for i, node in enumerate(nodes)}
     last_use = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
-    over = graph_rules.in_place(graph)
+    over = graph_simplification.in_place(graph)
     bound: dict[str, Any] = {}
 
     def bind(value: Any) -> str:

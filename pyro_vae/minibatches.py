@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import Batch, EpochData, as_batch
+from pyro_vae.batches import Batch, EpochData, StepData, as_batch
+from pyro_vae.running import preserved_rng
 from pyro_vae.sites import inspect
 
 __all__ = ["TrainingData", "mean_elbo"]
@@ -20,13 +21,14 @@ class TrainingData:
 
     Args:
         model: a Pyro model.
-        data: a batch, or an object with ``epoch(generator)``.
+        data: a batch, a :class:`StepData` or an :class:`EpochData`.
         batch_size: data in a minibatch.
         device: where batches go; None leaves them.
         data_plate: as in :func:`pyro_vae.sites.inspect`.
 
     Attributes:
-        batch: all the data; of the first look, where they are drawn anew for each epoch.
+        batch: all the data; of the first look, where they are drawn anew for each epoch; what
+            each step draws from, where it does.
         whole: whether a step takes all of them, for there is one datum, or the model
             draws its own minibatches.
         batch_size: data in a minibatch.
@@ -45,14 +47,18 @@ class TrainingData:
         device: torch.device | str | None,
         data_plate: str | bool | None,
     ) -> None:
-        self._fresh = data if isinstance(data, EpochData) else None
+        self._drawing = data if isinstance(data, StepData) else None
+        self._fresh = data if isinstance(data, EpochData) and self._drawing is None else None
         self._device = device
-        # An epoch drawn to look at: the epochs to come have a generator of their own.
-        self.batch = self._made(
-            data.epoch(torch.Generator().manual_seed(0)) if self._fresh else data
-        )
+        if self._drawing is not None:
+            self.batch = self._made(data.source)
+        elif self._fresh is not None:
+            # An epoch drawn to look at: the epochs to come have a generator of their own.
+            self.batch = self._made(data.epoch(torch.Generator().manual_seed(0)))
+        else:
+            self.batch = self._made(data)
         # All of them at once: values outside a likelihood's support are refused here.
-        plate = inspect(model, self.batch, data_plate=data_plate).data_plate
+        plate = inspect(model, self._look(self.batch), data_plate=data_plate).data_plate
         size = self.batch.size
         self.whole = size is None or plate is None or plate.drawn
         self.batch_size = (size or 1) if self.whole else min(batch_size, size or 1)
@@ -62,13 +68,31 @@ class TrainingData:
         # How many data the loss is scaled to; None where it is the sum of its minibatch.
         self._full_size: int | None = 1 if plate is None else plate.full_size
         if self.first_rows is not None:
-            few = inspect(model, self.batch.rows(self.first_rows), data_plate=self._plate)
+            few = inspect(model, self.example, data_plate=self._plate)
             if few.data_plate is not None and few.data_plate.size == few.data_plate.full_size:
                 self._full_size = None
 
     def _made(self, data: Any) -> Batch:
         batch = as_batch(data)
         return batch if self._device is None else batch.to(self._device)
+
+    @property
+    def example(self) -> Batch:
+        """The first minibatch that was looked at, as model and guide get it."""
+        first = self.batch if self.first_rows is None else self.batch.rows(self.first_rows)
+        return self._look(first)
+
+    def _look(self, batch: Batch) -> Batch:
+        """Draw data to look at: the global random state stays as it is."""
+        with preserved_rng(batch.device):
+            torch.manual_seed(0)
+            return self.drawn(batch)
+
+    def drawn(self, batch: Batch) -> Batch:
+        """Return what model and guide get of a minibatch, drawn anew where data are that."""
+        if self._drawing is None:
+            return batch
+        return as_batch(self._drawing.draw(*batch.args, **batch.kwargs))
 
     def validation(self, model: Callable[..., Any], data: Any) -> Batch:
         """Return validation data, checked like the training data."""
@@ -89,7 +113,9 @@ class TrainingData:
         if self.whole or batch.size is None:
             yield None, batch
             return
-        for index in torch.randperm(batch.size).split(self.batch_size):
+        # Sent to the device at once: to send each part would be to wait for the step before.
+        order = torch.randperm(batch.size).to(batch.device)
+        for index in order.split(self.batch_size):
             yield index, batch.rows(index)
 
     def parts(self, batch: Batch) -> Iterator[Batch]:

@@ -199,6 +199,8 @@ class Update:
         )
         given = [gradient for gradient in gradients if gradient is not None]
         if key in self._graphs:
+            if self._graphs[key].capturable:
+                self._capture(self._graphs[key], given)
             self._graphs[key](*given)
         elif len(self._graphs) >= _SETTINGS:
             self._step()  # as with a learning rate that changes at each step
@@ -222,6 +224,36 @@ class Update:
             group.get("fused") and all(optimizer.state.get(p) for p in _moving(group))
             for group in optimizer.param_groups
         )
+
+    def _capture(self, graph: Graph, gradients: list[Tensor]) -> None:
+        """Go over to one launch, where a trial of it does as the graph does."""
+        tensors = [p for group in self.optimizer.param_groups for p in _moving(group)]
+        for parameter in list(tensors):
+            state = self.optimizer.state[parameter].values()
+            tensors += [value for value in state if isinstance(value, Tensor)]
+        before = [tensor.detach().clone() for tensor in tensors]
+
+        def outcome() -> list[Tensor]:
+            """Take a step and come back."""
+            graph(*gradients)
+            found = [tensor.detach().clone() for tensor in tensors]
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+            return found
+
+        wanted = outcome()
+        try:
+            # Gradients lie where they lay, being themselves the results of one launch.
+            graph.capture(*gradients, adopt=True)
+            pairs = zip(wanted, outcome(), strict=True)
+            if all(torch.allclose(*pair, equal_nan=True) for pair in pairs):
+                return
+            error: Any = "launched at once, they do not agree"
+        except RuntimeError as raised:
+            error = raised
+        graph.release()
+        logger.warning("the kernels of the optimizer's step are launched one by one: %s", error)
 
     def _recorded(self) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""

@@ -32,6 +32,7 @@ _WORTH = 10  # calls of a kind, below which tracing it has been a waste
 _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
 _FEW_STEPS = 100
+_ONE_BY_ONE = "the kernels of a training step are launched one by one: %s"
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 
 
@@ -84,6 +85,8 @@ class TracedLoss:
             load_state_dict, or None.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         checked: whether ``health`` is wanted.
+        failed: where ``health`` is wanted: a number, 0-dimensional, that becomes one when it is
+            not finite, and stays so; for those who read it later.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
@@ -103,6 +106,7 @@ class TracedLoss:
         state: Any = None,
         modes: bool = True,
         checked: bool = False,
+        failed: Tensor | None = None,
     ) -> None:
         check_compile(compile)
         self.model, self.guide = model, guide
@@ -113,7 +117,7 @@ class TracedLoss:
         self.health: Tensor | None = None
         self._state = state
         self._modes = modes
-        self._wants_health = checked
+        self._wants_health, self._failed = checked, failed
         self.parameters: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
@@ -166,6 +170,8 @@ class TracedLoss:
             return self._trace(kind, args, kwargs, inputs)
         if self._pays(kind, kind.graph):
             return self._compile(kind, kind.graph, args, kwargs, inputs)
+        if kind.graph.capturable:
+            return self._capture(kind, kind.graph, args, kwargs, inputs)
         if kind.calls in _CHECKED:
             return self._checked(kind, kind.graph, args, kwargs, inputs)
         return self._replay(kind, kind.graph, inputs)
@@ -233,7 +239,13 @@ class TracedLoss:
         for gradient in gradients:
             if gradient is not None:
                 total = total + gradient.sum().to(total)
+        if self._failed is not None:
+            self._failed.copy_(torch.maximum(self._failed, (~total.isfinite()).to(self._failed)))
         return total
+
+    def _start(self, kind: _Kind, inputs: list[Tensor]) -> _Start:
+        failed = () if self._failed is None else (self._failed,)
+        return _Start(kind, [*inputs, *failed], self._state)
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
         return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -258,7 +270,7 @@ class TracedLoss:
             logger.warning("training steps run eagerly, which is slower: %s", reason)
 
     def _trace(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        start = _Start(kind, inputs, self._state)
+        start = self._start(kind, inputs)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             args, kwargs, rows = rebuilt(structure, iter(tensors))
@@ -290,7 +302,7 @@ class TracedLoss:
         self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
     ) -> Any:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
-        start = _Start(kind, inputs, self._state)
+        start = self._start(kind, inputs)
         _drop_gradients(kind.parameters)
         loss = torch.as_tensor(self._eager(args, kwargs)).detach()
         gradients = [parameter.grad for parameter in kind.parameters]
@@ -307,6 +319,10 @@ class TracedLoss:
             kind.expect()  # a run may leave something behind, as the value it saw last
             return found
         start.again()
+        if graph.captured:
+            graph.release()
+            logger.warning(_ONE_BY_ONE, f"launched at once, they do not agree: {reason}")
+            return self._checked(kind, graph, args, kwargs, inputs)
         self.mode = "eager"
         return self._give_up(kind, f"the graph of a step does not agree: {reason}", args, kwargs)
 
@@ -332,6 +348,18 @@ class TracedLoss:
             logger.warning("training steps are replayed, not compiled: %s", error)
             return self._replay(kind, graph, inputs)
         logger.info("training steps are compiled from step %d on", self._calls)
+        return self._checked(kind, graph, args, kwargs, inputs)
+
+    def _capture(
+        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
+    ) -> Any:
+        """Go over to one launch a step; stay with the graph as it is where that fails."""
+        start = self._start(kind, inputs)
+        try:
+            graph.capture(*inputs)
+        except RuntimeError as error:
+            logger.warning(_ONE_BY_ONE, error)
+        start.again()
         return self._checked(kind, graph, args, kwargs, inputs)
 
 
@@ -403,10 +431,10 @@ def _is_plain_list(value: Any) -> bool:
 class _Start:
     """The state that a step starts from, but for the parameters, to come back to."""
 
-    def __init__(self, kind: _Kind, inputs: list[Tensor], state: Any) -> None:
+    def __init__(self, kind: _Kind, tensors: list[Tensor], state: Any) -> None:
         self._random = checkpoints.random_state()
         buffers = () if kind.watched is None else kind.watched.buffers()
-        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
+        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *tensors)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
 
     @property

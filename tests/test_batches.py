@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.batches import Batch, EpochData, as_batch, rows_text
+from pyro_vae.batches import Batch, EpochData, StepData, as_batch, rows_text
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
 
@@ -96,6 +96,17 @@ def test_epoch_data_is_told_by_its_method():
 
     assert isinstance(Fresh(), EpochData)
     assert not isinstance(X, EpochData)
+
+
+def test_step_data_are_told_by_source_and_method():
+    class Drawn:
+        source = X
+
+        def draw(self, x):
+            return x
+
+    assert isinstance(Drawn(), StepData)
+    assert not isinstance(X, StepData)
 
 
 def test_a_tensor_dataset_is_a_tuple_of_its_tensors():

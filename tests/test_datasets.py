@@ -376,6 +376,21 @@ def test_binarization_has_the_right_mean():
     assert ((draw.mean(0) - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
 
 
+def test_rows_are_drawn_by_the_global_generator_and_bytes_stay_bytes():
+    images = torch.tensor([0, 4, 8, 12, 16], dtype=torch.uint8).expand(20000, 5)
+    binarized = StochasticBinarization(images, max_value=16)
+    assert binarized.source is images
+    torch.manual_seed(RNG_SEED)
+    draw, other = binarized.draw(images), binarized.draw(images)
+    torch.manual_seed(RNG_SEED)
+    assert torch.equal(binarized.draw(images), draw)
+    assert not torch.equal(draw, other)
+    assert draw.dtype == torch.float32
+    assert set(draw.unique().tolist()) == {0.0, 1.0}
+    p = images[0] / 16
+    assert ((draw.mean(0) - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
+
+
 def test_each_epoch_is_a_fresh_draw_and_a_seed_repeats_it():
     binarized = StochasticBinarization(datasets.digits().test, 16)
     generator = torch.Generator().manual_seed(1)

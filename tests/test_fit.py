@@ -343,6 +343,61 @@ def test_fresh_data_at_each_epoch():
     assert not torch.equal(first.given[1], other.given[1])
 
 
+class Drawn:
+    """Data drawn anew for each step, about those in a tuple; remembers what eager steps got."""
+
+    def __init__(self, x):
+        self.source, self.given = (x,), []
+
+    def draw(self, x):
+        drawn = x + 0.1 * torch.randn_like(x)
+        self.given.append(drawn.detach())
+        return (drawn,)
+
+
+def test_fresh_data_at_each_step():
+    x = make_data()
+    first, second = Drawn(x), Drawn(x)
+    one, _ = run(first, make_guide(x), batch_size=len(x), epochs=3, compile=False)
+    run(second, make_guide(x), batch_size=len(x), epochs=3, compile=False)
+    looks = len(first.given) - 3
+    assert looks > 0  # at the data, before training
+    assert same(first.given, second.given)
+    means = {float(given.mean()) for given in first.given[looks:]}
+    assert len(means) == 3
+    assert one.steps == 3
+
+
+def test_data_drawn_inside_a_recorded_step_are_those_of_an_eager_one():
+    x = make_data()
+    histories, parameters = [], []
+    for compile in (False, "replay"):
+        data = Drawn(x)
+        result, guide = run(data, make_guide(x), epochs=8, compile=compile)
+        histories.append(result.history)
+        parameters.append(parameters_of(guide))
+        if compile:  # three steps an epoch, of two sizes: most of them never came to Python
+            assert len(data.given) < 24
+    assert histories[1]["elbo"] == pytest.approx(histories[0]["elbo"], rel=1e-9)
+    for a, b in zip(*parameters, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_binarized_bytes_are_drawn_in_the_step():
+    images = torch.arange(40, dtype=torch.uint8).reshape(20, 2)
+    data = pv.datasets.StochasticBinarization(images, max_value=39)
+
+    def pixels(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z.expand(-1, 2)).to_event(1), obs=x)
+
+    guide = pv.AmortizedGuide(pixels, nn.Linear(2, 3), example=data.fixed(seed=0))
+    result, _ = run(data, guide, fn=pixels, epochs=3, validation_data=data.fixed(seed=1))
+    assert result.steps == 6
+    assert torch.equal(images, torch.arange(40, dtype=torch.uint8).reshape(20, 2))
+
+
 # --- checkpoints -----------------------------------------------------------------------
 
 
@@ -1087,7 +1142,8 @@ def test_a_loss_that_sees_no_parameters():
         ({"optim": "adam"}, TypeError, "optim='adam'"),
         ({"schedule": 0.5}, TypeError, r"schedule=0.5: a function from .*Constant\(beta\)"),
         ({"schedule": LinearWarmup}, TypeError, "schedule=<class .*a function from a step"),
-        ({"validation_data": Fresh(make_data(3))}, ValueError, "drawn anew for each epoch"),
+        ({"validation_data": Fresh(make_data(3))}, ValueError, "drawn anew each time"),
+        ({"validation_data": Drawn(make_data(3))}, ValueError, "drawn anew each time"),
         ({"data_plate": "rows"}, pv.DataPlateError, "data_plate='rows'.*it has .*'data'"),
     ],
 )

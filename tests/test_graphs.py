@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_vae import graph_rules, graphs
+from pyro_vae import graph_formulas, graph_nodes, graph_simplification, graphs
 from pyro_vae.graphs import UntraceableError, is_recording, trace
 
 aten = torch.ops.aten
@@ -584,6 +585,100 @@ def test_the_gradient_of_a_single_column():
     assert not any(name.startswith("select_backward") for name in names)
 
 
+def sum_then_written(x):
+    b = x + 0.5
+    total = b.sum(0, keepdim=True)
+    b.add_(1)
+    return [total.view(-1), b]
+
+
+def stacked_then_written(x):
+    a, b = x[0, 0] + 1, x[0, 1] + 1
+    stacked = torch.stack([a, b])
+    a.add_(5)
+    return [stacked.sum(), a]
+
+
+def gradients_then_written(x):
+    left, right = x[0] + 1, x[1] + 1
+    sizes = [2, x.shape[1]]
+    first = torch.ops.aten.select_backward(left, sizes, 0, 0)
+    second = torch.ops.aten.select_backward(right, sizes, 0, 1)
+    left.add_(5)
+    return [first + second, left]
+
+
+def row_then_written(x):
+    g = x[0] + 1
+    row = torch.ops.aten.select_backward(g, [1, x.shape[1]], 0, 0)
+    g.mul_(2)
+    return [row, g]
+
+
+def row_written(x):
+    g = x[0] + 1
+    row = torch.ops.aten.select_backward(g, [1, x.shape[1]], 0, 0)
+    row.mul_(2)
+    return [row, g]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        sum_then_written,
+        stacked_then_written,
+        gradients_then_written,
+        row_then_written,
+        row_written,
+    ],
+)
+def test_what_stands_for_several_operations_sees_no_later_write(function):
+    checked(function, data(2, 3), others=[(data(2, 3, seed=1),)])
+
+
+def test_the_gradient_of_a_single_row_that_is_transposed():
+    """It lies in memory as rows do; a view of the transposed would not."""
+
+    def function(w):
+        leaf = w.detach().requires_grad_()
+        factors = torch.arange(24.0, dtype=w.dtype).view(6, 4)
+        (gradient,) = torch.autograd.grad((leaf[0] * factors.t()).sum(), leaf)
+        return [gradient.view(-1), gradient]
+
+    graph = checked(function, data(1, 4, 6), others=[(data(1, 4, 6, seed=1),)])
+    assert graph(data(1, 4, 6))[1].is_contiguous()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_sum_of_negatives_with_gaps_between_them(dim):
+    """To the last bit: what neg gives has no gaps, and is summed in another order."""
+    x = torch.randn(50, 3001, generator=torch.Generator().manual_seed(0))
+    checked(lambda x: [(-x[:, ::2]).sum(dim)], x)
+
+
+def test_code_for_another_default_dtype_is_not_found(monkeypatch):
+    """Of integers, a quotient has the default dtype, which no operation names."""
+    import torch._inductor as inductor
+
+    compiled = []
+
+    def compile(module, arguments, options):
+        compiled.append(torch.get_default_dtype())
+        return module
+
+    monkeypatch.setattr(inductor, "compile", compile)
+    monkeypatch.setattr(graphs, "_code", {})
+    x = torch.arange(3)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            trace(lambda x: [x / 3], [x]).compile(x)
+    finally:
+        torch.set_default_dtype(before)
+    assert compiled == [torch.float32, torch.float64]
+
+
 def test_what_is_not_used_is_left_out():
     def function(x):
         x.exp().sum()
@@ -614,7 +709,7 @@ def test_the_rules_leave_a_graph_that_is_simple():
 
     graph = trace(function, [torch.randn(5, 3)])
     before = operators(graph)
-    graph_rules.simplify(graph._graph)
+    graph_simplification.simplify(graph._graph)
     assert [n for n in operators(graph) if n != "clone.default"] == [
         n for n in before if n != "clone.default"
     ]
@@ -842,27 +937,28 @@ def test_compiled_is_replayed():
     assert torch.equal(state, wanted_state)
 
 
-def without_a_compiler(monkeypatch, tmp_path) -> None:
+@contextlib.contextmanager
+def without_a_compiler(tmp_path):
     """A machine without C++ compilers: none by the names that PyTorch tries."""
     from torch._inductor import config, cpp_builder
 
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    if hasattr(cpp_builder.get_cpp_compiler, "cache_clear"):
-        cpp_builder.get_cpp_compiler.cache_clear()
+    forget = getattr(cpp_builder.get_cpp_compiler, "cache_clear", lambda: None)
+    with pytest.MonkeyPatch.context() as patch, config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        patch.setenv("CXX", "no-such-compiler")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        forget()
+        yield
+    forget()
 
 
-def test_without_a_compiler(monkeypatch, tmp_path):
+def test_without_a_compiler(tmp_path):
     layer = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)).double()
     function = normalized(layer)
     graph = trace(function, [data(6, 3)])
-    with monkeypatch.context() as patch:
-        without_a_compiler(patch, tmp_path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's own compiler
-            with pytest.raises(RuntimeError, match=r"^\w+: ") as caught:
-                graph.compile(data(6, 3))
+    with without_a_compiler(tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's own compiler
+        with pytest.raises(RuntimeError, match=r"^\w+: ") as caught:
+            graph.compile(data(6, 3))
     assert not isinstance(caught.value, UntraceableError)
     assert graph.uncompilable
     assert not graph.compiled
@@ -1010,7 +1106,7 @@ def test_in_place(function, count):
     before = x.clone()
     graph = checked(function, x, others=[(data(3, 3, seed=1),)])
     assert torch.equal(x, before)
-    assert len(graph_rules.in_place(graph._graph)) == count
+    assert len(graph_simplification.in_place(graph._graph)) == count
 
 
 # --- formulas for the compiler ---------------------------------------------------------
@@ -1029,7 +1125,7 @@ def test_a_bernoulli_sum_by_products(size, factors):
     x = (data(5, 3, size, seed=1) > 0).double()
     graph = trace(log_bernoulli, [logits, x])
     before = operators(graph)
-    module = graph_rules.for_compiler(graph._graph)
+    module = graph_formulas.for_compiler(graph._graph)
     assert operators(graph) == before  # a replay goes on as it was
     shapes = [n.args[1] for n in module.graph.nodes if n.target is aten.reshape.default]
     assert shapes == [[5, 3, factors, size // factors]] * 2
@@ -1041,7 +1137,7 @@ def test_a_bernoulli_sum_by_products(size, factors):
 def test_the_largest_product_is_finite(dtype):
     """All factors are two where all logits are zero: 2**64 is far below float32's largest."""
     logits, x = torch.zeros(2, 64 * 16, dtype=dtype), torch.ones(2, 64 * 16, dtype=dtype)
-    module = graph_rules.for_compiler(trace(log_bernoulli, [logits, x])._graph)
+    module = graph_formulas.for_compiler(trace(log_bernoulli, [logits, x])._graph)
     (found,) = module(logits, x)
     torch.testing.assert_close(found, *log_bernoulli(logits, x))
 
@@ -1053,7 +1149,7 @@ def test_the_largest_product_is_finite(dtype):
 def test_sums_that_stay_as_they_are(shape, dtype):
     """Without a divisor, too short for it, or in numbers whose products overflow."""
     logits, x = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
-    module = graph_rules.for_compiler(trace(log_bernoulli, [logits, x])._graph)
+    module = graph_formulas.for_compiler(trace(log_bernoulli, [logits, x])._graph)
     assert not any(n.target is aten.log.default for n in module.graph.nodes)
 
 
@@ -1070,7 +1166,7 @@ def scaled(parameter: Tensor, factor: float):
 def test_equal_graphs_have_one_text():
     """The same operations on other tensors of the same kind."""
     one, other = (trace(scaled(data(4, seed=i), 2.0), [data(3, 4)]) for i in (1, 2))
-    assert graph_rules.text_of(one._graph) == graph_rules.text_of(other._graph)
+    assert graph_nodes.text_of(one._graph) == graph_nodes.text_of(other._graph)
 
 
 @pytest.mark.parametrize(
@@ -1082,8 +1178,8 @@ def test_equal_graphs_have_one_text():
     ],
 )
 def test_other_graphs_have_another_text(function):
-    wanted = graph_rules.text_of(trace(scaled(data(4, seed=1), 2.0), [data(3, 4)])._graph)
-    assert graph_rules.text_of(trace(function, [data(3, 4)])._graph) != wanted
+    wanted = graph_nodes.text_of(trace(scaled(data(4, seed=1), 2.0), [data(3, 4)])._graph)
+    assert graph_nodes.text_of(trace(function, [data(3, 4)])._graph) != wanted
 
 
 def test_what_differs_in_a_constant_alone():
@@ -1091,7 +1187,7 @@ def test_what_differs_in_a_constant_alone():
         return lambda x: [x + torch.tensor(numbers, dtype=x.dtype)]
 
     one, other = (trace(added([1.0, last]), [data(2)]) for last in (0.0, -0.0))
-    assert graph_rules.text_of(one._graph) != graph_rules.text_of(other._graph)
+    assert graph_nodes.text_of(one._graph) != graph_nodes.text_of(other._graph)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (2, 3)])
@@ -1103,7 +1199,7 @@ def test_constants_of_any_layout_have_a_text(shape, dtype):
         for graph, number in ((one, constant), (other, constant.clone())):
             graph.get_attr("constant").meta["constant"] = number
         same = constant.stride() == constant.clone().stride()
-        assert (graph_rules.text_of(one) == graph_rules.text_of(other)) == same
+        assert (graph_nodes.text_of(one) == graph_nodes.text_of(other)) == same
 
 
 @pytest.fixture
