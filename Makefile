@@ -2,6 +2,7 @@
 # the versions of constraints.txt into it, and runs. `make help` lists the targets.
 #
 #   PYTHON=/path/to/python3.11   the Python to build .venv with (3.11 or newer)
+#   WORKERS=4                    processes that run the tests; 0 for none of their own
 #   PYTHON312=/path/to/python    the Python for `make test-arviz1` (3.12 or newer)
 
 SHELL := bash
@@ -16,6 +17,9 @@ VENV_ARVIZ1 := .venv-arviz1
 PYTHON ?=
 PYTHON312 ?=
 PYTEST_ARGS ?=
+# Tests run in two processes of one thread each: small tensors gain nothing from more threads.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Figures go to files, never to a window.
 export MPLBACKEND := Agg
@@ -40,10 +44,10 @@ demo: $(VENV)/installed-plots
 	$(BIN)/pyro-vae demo --output demo-output
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

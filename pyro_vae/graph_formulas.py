@@ -26,10 +26,27 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
             setattr(root, node.target, node.meta["constant"])
     module = fx.GraphModule(root, own)
     for node in calls(module.graph):
+        _add_bias_last(module.graph, node)
         _sum_by_products(module.graph, node)
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _add_bias_last(graph: fx.Graph, node: Any) -> None:
+    """Add a bias where a product is used: addmm writes it all over its result before it begins."""
+    if node.target is not _aten.addmm.default or len(node.args) != 3 or node.kwargs:
+        return
+    bias, left, right = node.args
+    if not is_real(node) or bias.meta["val"].ndim != 1:
+        return
+    with graph.inserting_before(node):
+        product = graph.call_function(_aten.mm.default, (left, right))
+        value = graph.call_function(_aten.add.Tensor, (product, bias))
+    for new in (product, value):
+        new.meta.update(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
 
 
 def _sum_by_products(graph: fx.Graph, node: Any) -> None:
