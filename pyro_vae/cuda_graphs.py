@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -48,7 +49,7 @@ class CudaGraph:
         adopt: bool = False,
     ) -> None:
         if not adopt and not all(map(_is_plain, inputs)):
-            raise RuntimeError("an input has several numbers in one place of memory (expand)")
+            raise RuntimeError("an input is not dense in memory (a slice, or expanded)")
         self._live = live
         self._places = _places(live)
         self._inputs = [tensor if adopt else tensor.clone() for tensor in inputs]
@@ -82,9 +83,26 @@ def _capture(
 ) -> tuple[Callable[[], None], Sequence[Tensor | None]]:
     """Return what launches the kernels that a function queues, and where its results will lie."""
     graph, device = torch.cuda.CUDAGraph(), arguments[0].device
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
+    if _broken:
+        raise RuntimeError("an earlier capture failed, and may have left something behind")
+    # A capture that fails does not come back from its stream; nor may memory that it has begun to
+    # set apart be trusted.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         # Other threads may go on to use the device: those that load data, for one.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            results = function(*arguments)
+        capture = torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
+        try:
+            with capture:
+                results = function(*arguments)
+        except BaseException:
+            _broken.append(True)
+            raise
     return graph.replay, results
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream for captures, for each has memory of its own for matrix products."""
+    return torch.cuda.Stream(device)
+
+
+_broken: list[bool] = []  # whether a capture failed in this process

@@ -368,7 +368,7 @@ class _Trainer:
             torch.manual_seed(0 if self.seed is None else self.seed)
             for batch in self.data.parts(self.validation):
                 loss = float(self._validated(*batch.args, **batch.kwargs))
-                elbos.append(self.data.elbo(loss, batch))
+                elbos.append(self.data.elbo(loss, batch.size))
         return mean_elbo(elbos)
 
     # --- checkpoints

@@ -21,6 +21,7 @@ __all__ = [
     "lift",
     "text_of",
     "viewed_by",
+    "waits",
     "written_inputs",
     "written_nodes",
 ]
@@ -30,6 +31,11 @@ _aten = torch.ops.aten
 _SILENT_VIEWS = {_aten._unsafe_view.default, _aten.lift_fresh.default}
 # Batch normalization writes to its running statistics, though its schema does not say so.
 _SILENTLY_WRITTEN = {"running_mean", "running_var"}
+
+
+# Read numbers of a tensor on their way, without saying so.
+_WAITING = {_aten.multinomial.default, _aten._linalg_check_errors.default}
+_PUTS = {_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
 class ChangingShapesError(RuntimeError):
@@ -48,6 +54,15 @@ def check(graph: fx.Graph) -> None:
         raise ChangingShapesError(
             f"the shape of what {node.target} returns depends on the numbers in its input"
         )
+
+
+def waits(graph: fx.Graph) -> bool:
+    """Whether an operation waits for its device: to check numbers, or to count those of a mask."""
+    return any(
+        node.target in _WAITING
+        or (node.target in _PUTS and any(i is not None and _is_mask(i) for i in node.args[1]))
+        for node in calls(graph)
+    )
 
 
 def _is_mask(node: Any) -> bool:

@@ -66,6 +66,8 @@ _SLOW = {
 _SECONDS_TO_COMPILE = 6.0  # to import the compiler, above all
 _SECONDS_TO_COMPILE_OPERATION = 0.03
 
+_MOVES = 8  # of the tensors that a graph reads, after which it is captured no more
+
 # How many traces are under way: a check that only raises errors has no place in a graph.
 _under_way = [0]
 
@@ -173,10 +175,8 @@ class Graph:
         self.num_slow_elements = sum(map(_elements, slow))
         self.compiled = self.uncompilable = False
         self._run: Callable[..., Any] = _program(graph)
-        values = [
-            n.meta.get("val") for n in graph.nodes if n.op in ("placeholder", "call_function")
-        ]
-        self.capturable = is_capturable([v for v in values if isinstance(v, Tensor)])
+        self.capturable = not graph_nodes.waits(graph) and is_capturable(_tensors_of(graph))
+        self._moves = 0  # of the live tensors, under a capture
         self._captured: CudaGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,7 +194,8 @@ class Graph:
                 if self._captured.holds():
                     return tuple(self._captured(*inputs))
                 self.release()
-                self.capturable = True  # where the tensors are now
+                self._moves += 1
+                self.capturable = self._moves < _MOVES  # where the tensors are now
             return tuple(self._run(*self._live, *inputs))
 
     def capture(self, *inputs: Tensor, adopt: bool = False) -> None:
@@ -391,6 +392,16 @@ def _options() -> dict[str, Any]:
     if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
         options["cpp.use_decompose_tanh"] = True
     return options
+
+
+def _tensors_of(graph: fx.Graph) -> list[Tensor]:
+    """Return the graph's tensors, but constants of one number: kernels are told the number."""
+    nodes = [(node, node.meta.get("val")) for node in graph.nodes]
+    return [
+        value
+        for node, value in nodes
+        if isinstance(value, Tensor) and not (node.op == "get_attr" and value.ndim == 0)
+    ]
 
 
 def _elements(node: fx.Node) -> int:

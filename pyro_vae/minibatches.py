@@ -62,6 +62,7 @@ class TrainingData:
         size = self.batch.size
         self.whole = size is None or plate is None or plate.drawn
         self.batch_size = (size or 1) if self.whole else min(batch_size, size or 1)
+        self._now = self.batch  # of the present epoch
         self.steps_per_epoch = 1 if self.whole else math.ceil((size or 1) / self.batch_size)
         self.first_rows = None if self.whole else torch.arange(self.batch_size)
         self._plate: str | bool = False if plate is None else plate.name
@@ -84,15 +85,41 @@ class TrainingData:
 
     def _look(self, batch: Batch) -> Batch:
         """Draw data to look at: the global random state stays as it is."""
-        with preserved_rng(batch.device):
-            torch.manual_seed(0)
-            return self.drawn(batch)
-
-    def drawn(self, batch: Batch) -> Batch:
-        """Return what model and guide get of a minibatch, drawn anew where data are that."""
         if self._drawing is None:
             return batch
-        return as_batch(self._drawing.draw(*batch.args, **batch.kwargs))
+        copy = batch.repeat(1)
+        tensors = [t for t in (*copy.args, *copy.kwargs.values()) if isinstance(t, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        with preserved_rng(batch.device):
+            torch.manual_seed(0)
+            drawn = self.drawn(copy)
+        if [tensor._version for tensor in tensors] != versions:
+            raise ValueError(
+                f"{type(self._drawing).__name__}.draw writes to the minibatch that it is given, "
+                "which is the data themselves; return a new tensor"
+            )
+        return drawn
+
+    def drawn(self, batch: Batch) -> Batch:
+        """Return what model and guide get of a minibatch, drawn anew where data are that.
+
+        Raises:
+            ValueError: where another number of data was drawn.
+        """
+        if self._drawing is None:
+            return batch
+        drawn = as_batch(self._drawing.draw(*batch.args, **batch.kwargs))
+        if drawn.size != batch.size:
+            raise ValueError(
+                f"{type(self._drawing).__name__}.draw was given {batch.size} data and returned "
+                f"{drawn.size}"
+            )
+        return drawn
+
+    @property
+    def owners(self) -> tuple[Any, ...]:
+        """The object that draws in each step, whose attributes a step depends on; or nothing."""
+        return () if self._drawing is None else (self._drawing,)
 
     def validation(self, model: Callable[..., Any], data: Any) -> Batch:
         """Return validation data, checked like the training data."""
@@ -106,17 +133,26 @@ class TrainingData:
 
     def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
         """Yield each minibatch of an epoch and its rows; None for all of them."""
-        batch = self.batch
+        self._now = self.batch
         if self._fresh is not None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
-            batch = self._made(self._fresh.epoch(generator))
-        if self.whole or batch.size is None:
-            yield None, batch
+            self._now = self._made(self._fresh.epoch(generator))
+        size = self._now.size
+        if self.whole or size is None:
+            yield None, self._now
             return
         # Sent to the device at once: to send each part would be to wait for the step before.
-        order = torch.randperm(batch.size).to(batch.device)
+        order = torch.randperm(size).to(self._now.device)
         for index in order.split(self.batch_size):
-            yield index, batch.rows(index)
+            yield index, self.minibatch(index)
+
+    def minibatch(self, index: Tensor | None) -> Batch:
+        """Return these rows of the present epoch's data; None for all of them."""
+        return self._now if index is None else self._now.rows(index)
+
+    def size_of(self, index: Tensor | None) -> int | None:
+        """Return the number of data in a minibatch; None where no tensor has rows."""
+        return self._now.size if index is None else index.shape[0]
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """Yield a batch in parts of the size of a minibatch, in order."""
@@ -126,10 +162,10 @@ class TrainingData:
         for start in range(0, batch.size, self.batch_size):
             yield batch.rows(slice(start, start + self.batch_size))
 
-    def elbo(self, loss: float, batch: Batch) -> tuple[float, int]:
-        """Return the ELBO per datum of a batch's loss, and the number of data in it."""
-        size = 1 if self.whole else batch.size or 1
-        return -loss / (size if self._full_size is None else self._full_size), size
+    def elbo(self, loss: float, size: int | None) -> tuple[float, int]:
+        """Return the ELBO per datum of a loss of so many data, and for how many it counts."""
+        counted = 1 if self.whole else size or 1
+        return -loss / (counted if self._full_size is None else self._full_size), counted
 
 
 def mean_elbo(elbos: list[tuple[float, int]]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -156,10 +157,16 @@ class Update:
 
     Args:
         optimizer: a torch optimizer.
+
+    Attributes:
+        failed: for those who read losses later: a number, 0-dimensional, that becomes one with a
+            loss or a gradient that is not finite and stays so; a fused optimizer skips its update
+            then, as after loss scaling. None where nobody asked for it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.failed: Tensor | None = None
         self._graphs: dict[Any, Graph] = {}
         self._refused = False
 
@@ -177,10 +184,15 @@ class Update:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def __call__(self, *, traced: bool) -> None:
-        """Take a step of the optimizer on the gradients that the parameters have."""
+    def __call__(self, loss: Any = None, *, traced: bool) -> None:
+        """Take a step of the optimizer on the gradients that the parameters have.
+
+        Args:
+            loss: of these gradients, a number or a tensor of one; where failures are marked.
+            traced: whether they come from a graph.
+        """
         if not traced or not self._is_recordable():
-            self._step()
+            self._step(loss)
             return
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
@@ -198,21 +210,39 @@ class Update:
             *(id(next(iter(state.values()))) for state in states),
         )
         given = [gradient for gradient in gradients if gradient is not None]
+        if self.failed is not None:
+            given.append(loss)
         if key in self._graphs:
             if self._graphs[key].capturable:
                 self._capture(self._graphs[key], given)
             self._graphs[key](*given)
         elif len(self._graphs) >= _SETTINGS:
-            self._step()  # as with a learning rate that changes at each step
-        elif (graph := self._recorded()) is not None:
+            self._step(loss)  # as with a learning rate that changes at each step
+        elif (graph := self._recorded(given)) is not None:
             self._graphs[key] = graph
 
-    def _step(self) -> None:
+    def _step(self, loss: Any) -> None:
         for group in self.optimizer.param_groups:
             for parameter in _moving(group):
                 if parameter.grad.is_inference():  # which nothing outside of a graph may write to
                     parameter.grad = parameter.grad.clone()
-        self.optimizer.step()
+        self._move(loss)
+
+    def _move(self, loss: Any) -> None:
+        optimizer: Any = self.optimizer
+        if self.failed is None:
+            optimizer.step()
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in _moving(group)]
+        largest = torch._foreach_norm([g for g in gradients if g.numel()], math.inf)
+        loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
+        finite = torch.stack([loss, *largest]).isfinite().all()
+        self.failed.copy_(torch.maximum(self.failed, (~finite).to(self.failed)))
+        optimizer.found_inf = self.failed
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
 
     def _is_recordable(self) -> bool:
         optimizer = self.optimizer
@@ -225,17 +255,18 @@ class Update:
             for group in optimizer.param_groups
         )
 
-    def _capture(self, graph: Graph, gradients: list[Tensor]) -> None:
+    def _capture(self, graph: Graph, given: list[Any]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
         tensors = [p for group in self.optimizer.param_groups for p in _moving(group)]
         for parameter in list(tensors):
             state = self.optimizer.state[parameter].values()
             tensors += [value for value in state if isinstance(value, Tensor)]
+        tensors += [] if self.failed is None else [self.failed]
         before = [tensor.detach().clone() for tensor in tensors]
 
         def outcome() -> list[Tensor]:
             """Take a step and come back."""
-            graph(*gradients)
+            graph(*given)
             found = [tensor.detach().clone() for tensor in tensors]
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
@@ -244,8 +275,8 @@ class Update:
 
         wanted = outcome()
         try:
-            # Gradients lie where they lay, being themselves the results of one launch.
-            graph.capture(*gradients, adopt=True)
+            # They lie where they lay, being themselves the results of one launch.
+            graph.capture(*given, adopt=True)
             pairs = zip(wanted, outcome(), strict=True)
             if all(torch.allclose(*pair, equal_nan=True) for pair in pairs):
                 return
@@ -255,18 +286,19 @@ class Update:
         graph.release()
         logger.warning("the kernels of the optimizer's step are launched one by one: %s", error)
 
-    def _recorded(self) -> Graph | None:
+    def _recorded(self, given: list[Any]) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""
         optimizer = self.optimizer
         parameters = [p for group in optimizer.param_groups for p in _moving(group)]
-        given = [p.grad for p in parameters if p.grad is not None]
         before = copy.deepcopy(optimizer.state_dict())
-        values = [parameter.detach().clone() for parameter in parameters]
+        marks = [] if self.failed is None else [self.failed]
+        values = [tensor.detach().clone() for tensor in (*parameters, *marks)]
 
-        def function(*gradients: Tensor) -> list[Tensor | None]:
+        def function(*tensors: Tensor) -> list[Tensor | None]:
+            gradients = tensors[: len(parameters)]
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            optimizer.step()
+            self._move(tensors[-1])
             return []
 
         try:
@@ -275,11 +307,12 @@ class Update:
             logger.info("the optimizer's step is not part of the graph: %s", error)
             self._refused = True
             with torch.no_grad():
-                for parameter, value, gradient in zip(parameters, values, given, strict=True):
-                    parameter.copy_(value)
-                    parameter.grad = gradient
+                for tensor, value in zip((*parameters, *marks), values, strict=True):
+                    tensor.copy_(value)
+            for parameter, gradient in zip(parameters, given, strict=False):
+                parameter.grad = gradient
             optimizer.load_state_dict(before)
-            optimizer.step()
+            self._step(given[-1])
             return None
 
 

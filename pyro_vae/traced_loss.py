@@ -85,8 +85,7 @@ class TracedLoss:
             load_state_dict, or None.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         checked: whether ``health`` is wanted.
-        failed: where ``health`` is wanted: a number, 0-dimensional, that becomes one when it is
-            not finite, and stays so; for those who read it later.
+        owners: objects, beside model and guide, whose plain attributes the loss depends on.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
@@ -106,7 +105,7 @@ class TracedLoss:
         state: Any = None,
         modes: bool = True,
         checked: bool = False,
-        failed: Tensor | None = None,
+        owners: tuple[Any, ...] = (),
     ) -> None:
         check_compile(compile)
         self.model, self.guide = model, guide
@@ -117,7 +116,8 @@ class TracedLoss:
         self.health: Tensor | None = None
         self._state = state
         self._modes = modes
-        self._wants_health, self._failed = checked, failed
+        self._wants_health = checked
+        self._owners = owners
         self.parameters: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
@@ -193,7 +193,7 @@ class TracedLoss:
 
     def _watch(self, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """Run eagerly, and find the parameters and modules in use."""
-        _drop_gradients(kind.parameters)
+        _drop_gradients(self.parameters)
         with called_modules() as called, poutine.trace(param_only=True) as capture:
             loss = self._eager(args, kwargs)
         found: dict[int, Tensor] = {}
@@ -219,6 +219,7 @@ class TracedLoss:
         owners = [
             getattr(unwrapped(fn), "__self__", unwrapped(fn)) for fn in (self.model, self.guide)
         ]
+        owners += self._owners
         owners = [owner for owner in owners if not isinstance(owner, nn.Module)]
         kind.watched = _Watched(owners, list(modules.values()), names, modes=self._modes)
         self.health = self._health(loss, [parameter.grad for parameter in kind.parameters])
@@ -239,13 +240,7 @@ class TracedLoss:
         for gradient in gradients:
             if gradient is not None:
                 total = total + gradient.sum().to(total)
-        if self._failed is not None:
-            self._failed.copy_(torch.maximum(self._failed, (~total.isfinite()).to(self._failed)))
         return total
-
-    def _start(self, kind: _Kind, inputs: list[Tensor]) -> _Start:
-        failed = () if self._failed is None else (self._failed,)
-        return _Start(kind, [*inputs, *failed], self._state)
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
         return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -270,7 +265,7 @@ class TracedLoss:
             logger.warning("training steps run eagerly, which is slower: %s", reason)
 
     def _trace(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        start = self._start(kind, inputs)
+        start = _Start(kind, inputs, self._state)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             args, kwargs, rows = rebuilt(structure, iter(tensors))
@@ -302,7 +297,7 @@ class TracedLoss:
         self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
     ) -> Any:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
-        start = self._start(kind, inputs)
+        start = _Start(kind, inputs, self._state)
         _drop_gradients(kind.parameters)
         loss = torch.as_tensor(self._eager(args, kwargs)).detach()
         gradients = [parameter.grad for parameter in kind.parameters]
@@ -354,7 +349,7 @@ class TracedLoss:
         self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
     ) -> Any:
         """Go over to one launch a step; stay with the graph as it is where that fails."""
-        start = self._start(kind, inputs)
+        start = _Start(kind, inputs, self._state)
         try:
             graph.capture(*inputs)
         except RuntimeError as error:
@@ -431,10 +426,10 @@ def _is_plain_list(value: Any) -> bool:
 class _Start:
     """The state that a step starts from, but for the parameters, to come back to."""
 
-    def __init__(self, kind: _Kind, tensors: list[Tensor], state: Any) -> None:
+    def __init__(self, kind: _Kind, inputs: list[Tensor], state: Any) -> None:
         self._random = checkpoints.random_state()
         buffers = () if kind.watched is None else kind.watched.buffers()
-        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *tensors)]
+        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
 
     @property

@@ -54,7 +54,6 @@ class _Taken:
 
     number: int
     index: Tensor | None
-    batch: Batch
     random_state: Mapping[str, Any]
     outcome: Tensor  # [2]: the loss, and whether a step has failed by now
 
@@ -64,7 +63,8 @@ class TrainingSteps:
 
     On a CUDA device no step waits for the device: losses gather there and are read once in a
     while. From a loss or gradient on that is not finite, the device itself skips all updates, so
-    that the parameters are those of the step before when the failure is read.
+    that the parameters are those of the step before when the failure is read. Buffers, such as
+    running means, have then seen the steps that were on their way.
 
     Args:
         model: a Pyro model.
@@ -97,6 +97,7 @@ class TrainingSteps:
         self.model, self.guide, self.data = model, guide, data
         self.schedule = schedule
         self.taken = self.epochs = 0
+        self._check_rows()
         with self._rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example)
         self.last: Mapping[str, Mapping[str, Tensor]] = self.parameters.state()
@@ -110,7 +111,7 @@ class TrainingSteps:
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
-        self._failed = self._queue_of(trained)
+        self._update.failed = self._mark_for(trained)
         objective: Any = loss  # of which Pyro's base class has no methods
 
         def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,13 +123,13 @@ class TrainingSteps:
             loss_and_grads,
             compile=compile,
             state=loss if isinstance(loss, Objective) else None,
-            checked=True,
-            failed=self._failed,
+            checked=self._update.failed is None,
+            owners=data.owners,
         )
         self._unread: list[_Taken] = []
-        self._losses: list[tuple[float, Batch]] = []
+        self._losses: list[tuple[float, int | None]] = []
 
-    def _queue_of(self, parameters: list[Tensor]) -> Tensor | None:
+    def _mark_for(self, parameters: list[Tensor]) -> Tensor | None:
         """Return the device's own mark of a failure; None where each step's loss is read."""
         devices = {parameter.device for parameter in parameters}
         if len(devices) > 1 or not all(device.type in _QUEUED for device in devices):
@@ -136,7 +137,7 @@ class TrainingSteps:
         # Only these look at the mark: with others, the parameters would be lost.
         if not all(group.get("fused") for group in self.optimizer.param_groups):
             return None
-        return torch.zeros((), device=devices.pop())
+        return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
 
     def expect(self, steps: int) -> None:
         """Say how many steps there will be: whether compiling pays depends on it."""
@@ -169,7 +170,7 @@ class TrainingSteps:
     @property
     def due(self) -> bool:
         """Whether it is time to :meth:`read`."""
-        return self._failed is None or len(self._unread) >= _READ_EVERY
+        return self._update.failed is None or len(self._unread) >= _READ_EVERY
 
     def take(self, index: Tensor | None, batch: Batch) -> None:
         """Take a step.
@@ -183,35 +184,41 @@ class TrainingSteps:
                 device, when it is read.
             ValueError: where nothing is to be learned.
         """
-        if self.schedule is not None:
-            self.set_factor(factor_at(self.schedule, self.taken))
+        try:
+            if self.schedule is not None:
+                self.set_factor(factor_at(self.schedule, self.taken))
+            self._take(index, batch)
+        except Exception:
+            self._look()  # at steps before, one of which may have failed first
+            raise
+
+    def _take(self, index: Tensor | None, batch: Batch) -> None:
         random_state = checkpoints.random_state()
         self._update.drop_gradients()
         try:
             with self._rows(index):
                 loss = self._traced(*batch.args, **batch.kwargs)
         except (ValueError, RuntimeError) as error:
-            self._look()  # at steps before, one of which may have failed first
+            self._look()
             # A distribution refuses NaN itself, before there is a loss.
             sites = self._non_finite_sites(index, batch, random_state)
             if sites:
                 raise self._failure("the loss", sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             raise
-        queued = self._failed is not None and self.taken > 0  # the first one is looked at closely
+        failed = self._update.failed
+        queued = failed is not None and self.taken > 0  # the first one is looked at closely
         if not queued:
             self._check(float(loss), index, batch, random_state)
-            self._losses.append((float(loss), batch))
-        with self._marked():
-            self._update(traced=self._traced.mode != "eager")
+            self._losses.append((float(loss), self.data.size_of(index)))
+        self._update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
-        if queued and self._failed is not None:
-            value = _double(loss, self._failed.device)
-            outcome = torch.stack([value, self._failed.double()])
-            self._unread.append(_Taken(self.taken, index, batch, random_state, outcome))
+        if queued and failed is not None:
+            outcome = torch.stack([_double(loss, failed.device), failed.double()])
+            self._unread.append(_Taken(self.taken, index, random_state, outcome))
 
-    def read(self) -> list[tuple[float, Batch]]:
-        """Return the losses of the steps since the last call, each with its minibatch.
+    def read(self) -> list[tuple[float, int | None]]:
+        """Return the losses of the steps since the last call, each with the size of its minibatch.
 
         Raises:
             NonFiniteLossError: for the first that is not finite, or whose gradient is not.
@@ -222,30 +229,18 @@ class TrainingSteps:
 
     def _look(self) -> None:
         """Wait for the device, and read what has gathered there."""
-        unread, self._unread = self._unread, []
-        if not unread:
+        if not self._unread:
             return
-        outcomes = torch.stack([step.outcome for step in unread]).tolist()
+        outcomes = torch.stack([step.outcome for step in self._unread]).tolist()
+        unread, self._unread = self._unread, []  # an interrupted wait has lost nothing
         for step, (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
                 self.taken = step.number - 1
-                sites = self._non_finite_sites(step.index, step.batch, step.random_state)
+                batch = self.data.minibatch(step.index)
+                sites = self._non_finite_sites(step.index, batch, step.random_state)
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
                 raise self._failure(what, sites)
-            self._losses.append((loss, step.batch))
-
-    @contextlib.contextmanager
-    def _marked(self) -> Any:
-        """Have the optimizer skip its update where a step has failed, as after loss scaling."""
-        if self._failed is None:
-            yield
-            return
-        optimizer: Any = self.optimizer
-        optimizer.found_inf = self._failed
-        try:
-            yield
-        finally:
-            del optimizer.found_inf
+            self._losses.append((loss, self.data.size_of(step.index)))
 
     def _check(
         self, loss: float, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
@@ -301,9 +296,17 @@ class TrainingSteps:
             sites,
         )
 
+    def _check_rows(self) -> None:
+        size = 0 if self.data.first_rows is None else self.data.batch.size or 0
+        if isinstance(self.guide, LocalGuide) and size > self.guide.num_data:
+            raise IndexError(
+                f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
+                "data: make it with their num_data"
+            )
+
     def _rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.guide, LocalGuide) and index is not None:
-            # Of the data's own permutation: to check them would be to wait for the device.
+            # Checked as a whole: to check them here would be to wait for the device.
             return self.guide.rows_as_given(index.to(self.guide.table.device))
         return contextlib.nullcontext()
 
@@ -311,5 +314,5 @@ class TrainingSteps:
 def _double(loss: Any, device: torch.device) -> Tensor:
     """Return a loss, a tensor or a number, in double precision."""
     if isinstance(loss, Tensor):
-        return loss.detach().double()
+        return loss.detach().reshape(()).to(device, torch.float64)
     return torch.tensor(loss, dtype=torch.float64, device=device)

@@ -177,8 +177,40 @@ def test_a_written_input_is_not_captured(device):
 def test_an_expanded_input_is_not_captured(device):
     expanded = torch.ones(1).expand(3)
     graph = traced(lambda x: [x * 2], expanded)
-    with pytest.raises(RuntimeError, match="expand"):
+    with pytest.raises(RuntimeError, match="not dense"):
         graph.capture(expanded)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [torch.multinomial(x.abs(), 1)],
+        lambda x: [torch.linalg.inv(x + torch.eye(3))],
+        lambda x: [x.index_put((x > 0,), torch.zeros(()))],
+    ],
+)
+def test_what_waits_for_the_device_is_not_captured(device, function):
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    assert not traced(function, x).capturable
+    assert traced(lambda x: [x.index_put((torch.tensor([0]),), x[1])], x).capturable
+
+
+def test_a_large_constant_on_the_cpu_is_not_captured():
+    graph = traced(lambda x: [x[:, torch.tensor([0, 2, 1])] * torch.tensor(2.0)], torch.ones(2, 3))
+    constants = [tensor for tensor in graphs._tensors_of(graph._graph) if tensor.shape == (3,)]
+    assert len(constants) == 1
+    assert not any(tensor.ndim == 0 for tensor in graphs._tensors_of(graph._graph))
+
+
+def test_what_moves_again_and_again_is_not_captured_for_ever(device):
+    weight = torch.ones(3)
+    graph = traced(lambda x: [weight * x], torch.ones(3))
+    for i in range(20):
+        if graph.capturable:
+            graph.capture(torch.ones(3))
+        weight.data = torch.full((3,), float(i))
+        assert torch.equal(graph(torch.ones(3))[0], torch.full((3,), float(i)))
+    assert device.captures == 8
 
 
 def test_what_is_not_on_one_cuda_device_is_not_captured():
@@ -327,6 +359,124 @@ def test_the_step_that_fails_is_told_though_read_later(device, monkeypatch):
     assert same(parameters_of(model, guide), before[16], tolerance=0.0)
     # The device went on for some steps, none of which moved anything.
     assert len(before) > 17
+
+
+def test_a_failure_is_not_lost_in_an_interrupted_wait(device, monkeypatch):
+    """Ctrl-C comes where the host waits: for the numbers."""
+    torch.manual_seed(0)
+    x = torch.linspace(0.0, 1.0, 30, dtype=torch.float64)
+    model = Breaks()
+    guide = pv.AmortizedGuide(model, Encoder(), example=x)
+    data = SpoiltAt(x, 17)
+    take, tolist, interrupts = training_step.TrainingSteps.take, Tensor.tolist, []
+
+    def counted(self, index, batch):
+        data.taken.add_(1)
+        take(self, index, batch)
+
+    def interrupted(self):
+        if self.ndim == 2 and not interrupts and data.taken >= 17:
+            interrupts.append(True)
+            raise KeyboardInterrupt
+        return tolist(self)
+
+    monkeypatch.setattr(training_step.TrainingSteps, "take", counted)
+    monkeypatch.setattr(Tensor, "tolist", interrupted)
+    with pytest.raises(pv.NonFiniteLossError, match="of step 17 "):
+        pv.fit(model, guide, data, batch_size=3, max_steps=200, progress=False, compile="replay")
+    assert interrupts
+
+
+def test_a_failure_is_not_hidden_by_an_error_after_it(device, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.linspace(0.0, 1.0, 30, dtype=torch.float64)
+    model = Breaks()
+    guide = pv.AmortizedGuide(model, Encoder(), example=x)
+    data = SpoiltAt(x, 17)
+    take = training_step.TrainingSteps.take
+
+    def counted(self, index, batch):
+        data.taken.add_(1)
+        take(self, index, batch)
+
+    def schedule(step):
+        return 1.0 if step < 20 else {}["no such step"]
+
+    monkeypatch.setattr(training_step.TrainingSteps, "take", counted)
+    with pytest.raises(pv.NonFiniteLossError, match="of step 17 "):
+        pv.fit(
+            *(model, guide, data),
+            batch_size=3,
+            max_steps=200,
+            schedule=schedule,
+            progress=False,
+            compile="replay",
+        )
+
+
+def test_float64_as_the_default_dtype(device):
+    """Fused kernels read the mark of a failure as float32, whatever the default."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        result, _ = fitted(max_steps=60, epochs=30)
+    finally:
+        torch.set_default_dtype(before)
+    assert result.steps == 60
+
+
+class Huge(pyro.nn.PyroModule):
+    """A loss of moderate size with gradients that are finite, and whose sum is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+        self.b = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("tilt", 2e37 * (self.a + self.b) * torch.ones(len(x)))
+
+
+def huge_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_gradients_whose_sum_overflows_are_no_failure(device):
+    model = Huge()
+    result = pv.fit(
+        *(model, huge_guide, torch.zeros(10)),
+        loss=pyro.infer.Trace_ELBO(),
+        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e-40, fused=True),
+        max_steps=4,
+        progress=False,
+        compile=False,
+    )
+    assert result.steps == 4
+    assert model.a.tolist() == pytest.approx(0.08, rel=1e-3)
+
+
+def test_a_loss_of_one_number_in_a_vector(device):
+    """As a function of loss and gradients of one's own may return it."""
+    model, guide = make_pair()
+    steps = training_step.TrainingSteps(
+        *(model, guide),
+        pv.minibatches.TrainingData(model, make_data(), 8, None, None),
+        pv.ELBO(),
+        None,
+        None,
+        "replay",
+    )
+    loss_and_grads = steps._traced.loss_and_grads
+    steps._traced.loss_and_grads = lambda *args: torch.as_tensor(loss_and_grads(*args)).reshape(1)
+    for index, batch in steps.data.epoch():
+        steps.take(index, batch)
+    losses = steps.read()
+    assert len(losses) == 4
+    assert [size for _, size in losses] == [8, 8, 8, 6]
 
 
 def test_other_optimizers_are_read_at_each_step(device):

@@ -383,6 +383,74 @@ def test_data_drawn_inside_a_recorded_step_are_those_of_an_eager_one():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+class Draws:
+    """A source and a function."""
+
+    def __init__(self, source, draw):
+        self.source, self.draw = source, draw
+
+
+def wrote_to(x):
+    x[x > 0.5] = 0.0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("draw", "told"),
+    [
+        (lambda x: x[:-1], "Draws.draw was given 40 data and returned 39"),
+        (lambda x: torch.cat([x, x]), "Draws.draw was given 40 data and returned 80"),
+        (wrote_to, "Draws.draw writes to the minibatch that it is given"),
+    ],
+)
+def test_draws_that_are_refused(draw, told):
+    x = make_data()
+    before = x.clone()
+    with pytest.raises(ValueError, match=told):
+        run(Draws(x, draw), make_guide(x))
+    assert torch.equal(x, before)
+
+
+def test_attributes_of_what_draws_are_seen_by_recorded_steps():
+    class Scaled:
+        def __init__(self, source):
+            self.source, self.scale = source, 0.0
+
+        def draw(self, x):
+            return x + self.scale
+
+    histories = []
+    for compile in (False, "replay"):
+        data = Scaled(make_data())
+
+        def callback(epoch, data=data):
+            data.scale = 10.0 * epoch.epoch
+
+        result, _ = run(
+            data, make_guide(data.source), epochs=7, callbacks=[callback], compile=compile
+        )
+        histories.append(result.history["elbo"])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-9)
+
+
+def test_a_table_of_too_few_rows_is_refused_by_name():
+    x = make_data()
+    guide = pv.LocalGuide(model, num_data=20, example=x[:20])
+    with pytest.raises(IndexError, match="rows 0 to 19, but there are 40 data"):
+        run(x, guide)
+
+
+def test_gradients_outside_of_the_optimizer_do_not_pile_up():
+    """Of minibatches of two sizes, the last of them run eagerly after recorded ones."""
+    x = make_data()
+    guide = make_guide(x)
+    some = list(guide.parameters())[:1]
+    result, _ = run(
+        x, guide, optim=torch.optim.SGD(some, lr=0.01), batch_size=16, epochs=4, compile="replay"
+    )
+    assert result.steps == 12
+
+
 def test_binarized_bytes_are_drawn_in_the_step():
     images = torch.arange(40, dtype=torch.uint8).reshape(20, 2)
     data = pv.datasets.StochasticBinarization(images, max_value=39)
