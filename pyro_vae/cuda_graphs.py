@@ -82,9 +82,9 @@ def _capture(
     function: Callable[..., Sequence[Tensor | None]], arguments: list[Tensor]
 ) -> tuple[Callable[[], None], Sequence[Tensor | None]]:
     """Return what launches the kernels that a function queues, and where its results will lie."""
-    graph, device = torch.cuda.CUDAGraph(), arguments[0].device
     if _broken:
         raise RuntimeError("an earlier capture failed, and may have left something behind")
+    graph, device = torch.cuda.CUDAGraph(), arguments[0].device
     # A capture that fails does not come back from its stream; nor may memory that it has begun to
     # set apart be trusted.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):

@@ -336,12 +336,13 @@ class SpoiltAt:
         return torch.where(self.taken >= self.step, batch + 200.0, batch)
 
 
-def test_the_step_that_fails_is_told_though_read_later(device, monkeypatch):
+def spoilt(monkeypatch, step):
+    """A pair and data that are no good from a step on; and the parameters before each step."""
     torch.manual_seed(0)
     x = torch.linspace(0.0, 1.0, 30, dtype=torch.float64)
     model = Breaks()
     guide = pv.AmortizedGuide(model, Encoder(), example=x)
-    data, before = SpoiltAt(x, 17), []
+    data, before = SpoiltAt(x, step), []
     take = training_step.TrainingSteps.take
 
     def counted(self, index, batch):
@@ -350,12 +351,20 @@ def test_the_step_that_fails_is_told_though_read_later(device, monkeypatch):
         take(self, index, batch)
 
     monkeypatch.setattr(training_step.TrainingSteps, "take", counted)
-    with pytest.raises(
-        pv.NonFiniteLossError, match="of step 17 .*parameters of the step before"
-    ) as e:
-        pv.fit(model, guide, data, batch_size=3, max_steps=200, progress=False, compile="replay")
-    assert e.value.step == 17
-    assert any("x" in site for site in e.value.sites)
+    return model, guide, data, before
+
+
+# Ten steps an epoch: the seventeenth is read with those after it.
+SPOILT = {"batch_size": 3, "max_steps": 200, "progress": False, "compile": "replay"}
+
+
+def test_the_step_that_fails_is_told_though_read_later(device, monkeypatch):
+    model, guide, data, before = spoilt(monkeypatch, 17)
+    told = "of step 17 .*parameters of the step before"
+    with pytest.raises(pv.NonFiniteLossError, match=told) as raised:
+        pv.fit(model, guide, data, **SPOILT)
+    assert raised.value.step == 17
+    assert any("x" in site for site in raised.value.sites)
     assert same(parameters_of(model, guide), before[16], tolerance=0.0)
     # The device went on for some steps, none of which moved anything.
     assert len(before) > 17
@@ -363,16 +372,8 @@ def test_the_step_that_fails_is_told_though_read_later(device, monkeypatch):
 
 def test_a_failure_is_not_lost_in_an_interrupted_wait(device, monkeypatch):
     """Ctrl-C comes where the host waits: for the numbers."""
-    torch.manual_seed(0)
-    x = torch.linspace(0.0, 1.0, 30, dtype=torch.float64)
-    model = Breaks()
-    guide = pv.AmortizedGuide(model, Encoder(), example=x)
-    data = SpoiltAt(x, 17)
-    take, tolist, interrupts = training_step.TrainingSteps.take, Tensor.tolist, []
-
-    def counted(self, index, batch):
-        data.taken.add_(1)
-        take(self, index, batch)
+    model, guide, data, _ = spoilt(monkeypatch, 17)
+    tolist, interrupts = Tensor.tolist, []
 
     def interrupted(self):
         if self.ndim == 2 and not interrupts and data.taken >= 17:
@@ -380,38 +381,20 @@ def test_a_failure_is_not_lost_in_an_interrupted_wait(device, monkeypatch):
             raise KeyboardInterrupt
         return tolist(self)
 
-    monkeypatch.setattr(training_step.TrainingSteps, "take", counted)
     monkeypatch.setattr(Tensor, "tolist", interrupted)
     with pytest.raises(pv.NonFiniteLossError, match="of step 17 "):
-        pv.fit(model, guide, data, batch_size=3, max_steps=200, progress=False, compile="replay")
+        pv.fit(model, guide, data, **SPOILT)
     assert interrupts
 
 
 def test_a_failure_is_not_hidden_by_an_error_after_it(device, monkeypatch):
-    torch.manual_seed(0)
-    x = torch.linspace(0.0, 1.0, 30, dtype=torch.float64)
-    model = Breaks()
-    guide = pv.AmortizedGuide(model, Encoder(), example=x)
-    data = SpoiltAt(x, 17)
-    take = training_step.TrainingSteps.take
-
-    def counted(self, index, batch):
-        data.taken.add_(1)
-        take(self, index, batch)
+    model, guide, data, _ = spoilt(monkeypatch, 17)
 
     def schedule(step):
         return 1.0 if step < 20 else {}["no such step"]
 
-    monkeypatch.setattr(training_step.TrainingSteps, "take", counted)
     with pytest.raises(pv.NonFiniteLossError, match="of step 17 "):
-        pv.fit(
-            *(model, guide, data),
-            batch_size=3,
-            max_steps=200,
-            schedule=schedule,
-            progress=False,
-            compile="replay",
-        )
+        pv.fit(model, guide, data, schedule=schedule, **SPOILT)
 
 
 def test_float64_as_the_default_dtype(device):
