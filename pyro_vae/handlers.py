@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -14,7 +14,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-__all__ = ["LatentScale", "name_apart", "register", "scale_parts", "unobserve"]
+__all__ = [
+    "LatentScale",
+    "ParamStatements",
+    "name_apart",
+    "register",
+    "scale_parts",
+    "unobserve",
+]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -67,6 +74,56 @@ def _forget(name: str) -> None:
             del store[param_name]
             if known not in (None, param_name):
                 store._param_to_name[value] = known
+
+
+class ParamStatements(Messenger):
+    """Collects the param statements of what runs inside, and the tensors that they train.
+
+    Under a name, Pyro's store keeps the first tensor that it was given. A module that comes with
+    the name of another (a notebook's cell that is run twice; a network in the model and one in the
+    guide) goes on with its own parameters, but Pyro's SVI moves those in the store, and leaves
+    the module's where they are. The ones in use are the module's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Model and guide may each have a module of one name; the last of a name that is stored
+        # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
+        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None]] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value, name = msg["value"], msg["name"]
+        first = msg["args"][1] if len(msg["args"]) > 1 else None
+        stored = value.unconstrained() if hasattr(value, "unconstrained") else value
+        own = first if isinstance(first, nn.Parameter) and first is not stored else None
+        if isinstance(first, Tensor) and "$$$" not in name:
+            _check_shape(name, first, pyro.get_param_store())
+        self._found[name, id(own)] = (name, stored, own)
+
+    def tensors(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the (unconstrained) tensor of each statement.
+
+        Args:
+            modules: those in use; a parameter of theirs is not the first value of a statement of
+                the user's own, but what the statement is about.
+        """
+        held = {id(p) for module in modules for p in module._parameters.values()}
+        for name, stored, own in self._found.values():
+            # Where pyro.module(update_module_params=True) has put the stored one in its place.
+            replaced = id(stored) in held and id(own) not in held
+            is_module = "$$$" in name and not replaced
+            yield name, own if own is not None and (is_module or id(own) in held) else stored
+
+
+def _check_shape(name: str, first: Tensor, store: Any) -> None:
+    """Raise ValueError where the store has a value of another shape than a statement's first."""
+    if name in store and store[name].shape != first.shape:
+        raise ValueError(
+            f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
+            f"{tuple(store[name].shape)} by this name, and the statement's first value has shape "
+            f"{tuple(first.shape)}. Where it is left from another model or guide, call "
+            "pyro.clear_param_store() first; else give it another name"
+        )
 
 
 class _Unobserve(Messenger):

@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
+from pyro_vae.handlers import ParamStatements
 from pyro_vae.running import called_modules, evaluation, module_of, preserved_rng
 from pyro_vae.traces import trace_pair
 
@@ -39,6 +40,11 @@ class Parameters:
         guide: a Pyro guide.
         batch: their arguments.
 
+    Attributes:
+        trained: those that are not frozen, each once.
+        untold: by role ("model", "guide"), the names of parameters of modules that Pyro is not
+            told of; pyro.infer.SVI would not train them.
+
     Raises:
         ValueError: where there is nothing to train.
     """
@@ -50,6 +56,7 @@ class Parameters:
             evaluation(model, guide),
             poutine.block(),
             called_modules() as called,
+            ParamStatements() as statements,
         ):
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
         for fn, trace in zip((model, guide), traces, strict=True):
@@ -64,23 +71,15 @@ class Parameters:
             for module in self._modules.values()
             for parameter in module.parameters()
         }
-        store = dict(pyro.get_param_store().named_parameters())
-        names = {
-            name
-            for trace in traces
-            for name, node in trace.nodes.items()
-            if node["type"] == "param" and name in store
-        }
-        # pyro.module leaves a module its own parameters where the store has others by its name.
-        own = {
-            name: node["args"][1]
-            for trace in traces
-            for name, node in trace.nodes.items()
-            if node["type"] == "param" and "$$$" in name and isinstance(node["args"][-1], Tensor)
-        }
-        store.update({n: v for n, v in own.items() if v.is_leaf and v.requires_grad})
-        self._stored = {name: store[name] for name in sorted(names) if id(store[name]) not in found}
-        found.update((id(parameter), parameter) for parameter in self._stored.values())
+        modules = [m for module in self._modules.values() for m in module.modules()]
+        self._stored: dict[str, Tensor] = {}
+        pairs = sorted(statements.tensors([*modules, *called.values()]), key=lambda pair: pair[0])
+        told = {id(tensor) for _, tensor in pairs}
+        for name, tensor in pairs:
+            if id(tensor) not in found:
+                found[id(tensor)] = tensor
+                # A network of the model's and one of the guide's may have one name.
+                self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
         held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
         # Buffers (running means) of modules that plain functions call; by order of call.
         self._buffers: dict[str, Tensor] = {}
@@ -89,6 +88,11 @@ class Parameters:
                 if id(buffer) not in held:
                     held.add(id(buffer))
                     self._buffers[str(len(self._buffers))] = buffer
+        self.untold = {}
+        for role, module in self._modules.items():
+            trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+            if names := [name for name, p in trained if id(p) not in told]:
+                self.untold[role] = names
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
             raise ValueError(

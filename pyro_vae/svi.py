@@ -50,7 +50,10 @@ class CompiledSVI:
         optim: a function from parameters to a torch optimizer; a torch optimizer, which moves
             its own parameters and no others; or a pyro.optim object with plain arguments, which is
             translated to one torch optimizer (a fused one, where PyTorch has it) for all
-            parameters. Gradients that parameters have before a step are dropped.
+            parameters. Gradients that parameters have before a step are dropped. Trained are the
+            parameters that Pyro is told of (pyro.param, pyro.module, a PyroModule's), as by
+            pyro.infer.SVI, or those of the torch optimizer. A module that is given the name of
+            another one is trained, which pyro.infer.SVI does not do.
         loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
         loss_and_grads: as in pyro.infer.SVI; by default that of loss.
         num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
@@ -113,8 +116,11 @@ class CompiledSVI:
             compile=compile,
             steps=num_steps or None,
             state=loss if isinstance(loss, Objective) else None,
+            wanted=self._of_optimizer,
         )
         self._update: Update | None = None
+        self._moved: set[int] = set()  # parameters that had a gradient
+        self._told = False
 
     @property
     def mode(self) -> str:
@@ -130,13 +136,48 @@ class CompiledSVI:
         """Take a gradient step; return the loss, a number (or what the loss returns)."""
         loss = self._traced(*args, **kwargs)
         parameters = self._traced.parameters
-        if self._update is None:
+        self._tell_of_unregistered()
+        if self._update is None and (parameters or isinstance(self.optim, torch.optim.Optimizer)):
             self._update = Update(make_optimizer(self.optim, parameters))
+        if self._update is None:  # nothing to move, yet
+            return _number(loss)
         if not isinstance(self.optim, torch.optim.Optimizer):  # whose parameters are its maker's
             self._update.add(parameters)
+        self._fill_gradients()
         self._update(traced=self._traced.mode != "eager")
         self._update.drop_gradients()
         return _number(loss)
+
+    def _of_optimizer(self) -> list[Tensor]:
+        """Return the parameters of an optimizer that the user made: theirs are moved, no others."""
+        if not isinstance(self.optim, torch.optim.Optimizer):
+            return []
+        return [p for group in self.optim.param_groups for p in group["params"]]
+
+    def _fill_gradients(self) -> None:
+        """Give zeros to parameters of this step that have no gradient, but had one.
+
+        As pyro.infer.SVI does: momentum moves them on.
+        """
+        for parameter in self._traced.current:
+            if parameter.grad is not None:
+                self._moved.add(id(parameter))
+            elif id(parameter) in self._moved:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _tell_of_unregistered(self) -> None:
+        """Say once which parameters get a gradient and stay where they are."""
+        if self._told or not self._traced.unregistered:
+            return
+        self._told = True
+        shapes = [tuple(p.shape) for p in self._traced.unregistered]
+        logger.warning(
+            "%d parameters of modules, of shapes %s, have a gradient and are not trained, for Pyro "
+            "does not know of them, as in pyro.infer.SVI. Register them by "
+            "pyro.module(name, module), or freeze them by requires_grad_(False)",
+            len(shapes),
+            ", ".join(map(str, shapes[:5])) + (", ..." if len(shapes) > 5 else ""),
+        )
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, a number (or what the loss returns), without a step."""
@@ -191,11 +232,12 @@ class Update:
             loss: of these gradients, a number or a tensor of one; where failures are marked.
             traced: whether they come from a graph.
         """
-        if not traced or not self._is_recordable():
-            self._step(loss)
-            return
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
+        nothing = all(gradient is None for gradient in gradients)
+        if not traced or nothing or not self._is_recordable():
+            self._step(loss)
+            return
         settings = (
             value
             for group in groups
@@ -234,7 +276,8 @@ class Update:
             optimizer.step()
             return
         gradients = [p.grad for group in optimizer.param_groups for p in _moving(group)]
-        largest = torch._foreach_norm([g for g in gradients if g.numel()], math.inf)
+        gradients = [g for g in gradients if g.numel()]
+        largest = torch._foreach_norm(gradients, math.inf) if gradients else []
         loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
         finite = torch.stack([loss, *largest]).isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, (~finite).to(self.failed)))

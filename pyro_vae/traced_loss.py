@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_vae import checkpoints
 from pyro_vae.graphs import Graph, UntraceableError, check_compile, form_of, rebuilt, trace
 from pyro_vae.guides import LocalGuide
+from pyro_vae.handlers import ParamStatements
 from pyro_vae.running import called_modules, module_of, unwrapped
 
 __all__ = ["TracedLoss"]
@@ -45,7 +46,8 @@ class _Kind:
         graph: of loss and gradients; None before it is traced, and where it cannot be.
         eager: whether it was given up.
         parameters: whose gradients the graph returns.
-        unregistered: parameters of modules that nobody told Pyro of, and that nothing moves.
+        unregistered: parameters of modules that nobody told Pyro of, and whose gradients nobody
+            wants.
         watched: what the graph took for constant.
         expected: its state when traced.
         objects: those that the state has the identities of.
@@ -59,6 +61,13 @@ class _Kind:
     watched: _Watched | None = None
     expected: Any = None
     objects: list[Any] = field(default_factory=list)
+
+    def not_among(self, statements: ParamStatements) -> list[Tensor]:
+        """Return the parameters of a run that are not those whose gradients the graph returns."""
+        modules = () if self.watched is None else self.watched.modules
+        known = {id(parameter) for parameter in self.parameters}
+        told = statements.tensors(modules)
+        return [tensor for _, tensor in told if tensor.requires_grad and id(tensor) not in known]
 
     def expect(self) -> None:
         """Take the present state for the one that the graph is for."""
@@ -86,10 +95,15 @@ class TracedLoss:
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         checked: whether ``health`` is wanted.
         owners: objects, beside model and guide, whose plain attributes the loss depends on.
+        wanted: returns parameters whose gradients are wanted, whether Pyro knows of them or not.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
-        parameters: all that were met so far, each once.
+        parameters: all that were met so far, each once: those that Pyro was told of
+            (:class:`ParamStatements`), and those wanted.
+        current: those of the last call.
+        unregistered: those that got a gradient in the first call which nobody wants: of modules
+            that Pyro was not told of.
         health: a number of the last call that is finite only if the loss and all gradients are
             (a sum of them all, which may also overflow), 0-dimensional; None where nobody wants it.
     """
@@ -106,6 +120,7 @@ class TracedLoss:
         modes: bool = True,
         checked: bool = False,
         owners: tuple[Any, ...] = (),
+        wanted: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         check_compile(compile)
         self.model, self.guide = model, guide
@@ -118,7 +133,10 @@ class TracedLoss:
         self._modes = modes
         self._wants_health = checked
         self._owners = owners
+        self._wanted = wanted
         self.parameters: list[Tensor] = []
+        self.current: list[Tensor] = []
+        self.unregistered: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
         self._loose = _Kind()  # of what is not remembered
@@ -154,7 +172,8 @@ class TracedLoss:
         if kind is not None:
             self._kinds[form] = kind  # the last used
         if kind is not None and kind.watched is not None:
-            if kind.graph is None:
+            # Attributes may change until it is traced; parameters are those that were found.
+            if kind.graph is None and kind.watched.state()[4:] == kind.expected[4:]:
                 kind.expect()
             if kind.watched.state() != kind.expected:  # as after train() or eval()
                 self._wasted += kind.calls < _WORTH
@@ -163,7 +182,9 @@ class TracedLoss:
             kind = self._remember(form)
         kind.calls += 1
         if kind.watched is None:  # as after a first run that ended in an error
-            return self._watch(kind, args, kwargs)
+            loss = self._watch(kind, args, kwargs)
+            kind.expect()
+            return loss
         if kind.eager:
             return self._watch(kind, args, kwargs)
         if kind.graph is None:
@@ -193,27 +214,29 @@ class TracedLoss:
 
     def _watch(self, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """Run eagerly, and find the parameters and modules in use."""
-        _drop_gradients(self.parameters)
-        with called_modules() as called, poutine.trace(param_only=True) as capture:
+        wanted = list(self._wanted())
+        _drop_gradients([*self.parameters, *wanted])
+        with called_modules() as called, ParamStatements() as statements:
             loss = self._eager(args, kwargs)
-        found: dict[int, Tensor] = {}
         modules: dict[int, nn.Module] = {}
         for fn in (self.model, self.guide):
             if (module := module_of(unwrapped(fn))) is not None:
                 modules.update((id(m), m) for m in module.modules())
-                found.update((id(p), p) for p in module.parameters())
         modules.update(called)
-        names = []
-        for name, site in capture.trace.nodes.items():
-            if site["type"] == "param":
-                names.append(name)
-                value: Any = site["value"]
-                leaf = value.unconstrained()
-                found[id(leaf)] = leaf
+        told = list(statements.tensors(modules.values()))
+        names = [name for name, _ in told]
+        found = {id(tensor): tensor for _, tensor in told}
+        held = {id(p) for module in modules.values() for p in module._parameters.values()}
+        found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
         kind.parameters = [p for p in found.values() if p.requires_grad]
         kind.unregistered = [
-            p for m in called.values() for p in m.parameters(recurse=False) if id(p) not in found
+            p
+            for module in modules.values()
+            for p in module._parameters.values()
+            if p is not None and id(p) not in found
         ]
+        self.current = kind.parameters
+        self.unregistered = [p for p in kind.unregistered if p.grad is not None]
         known = {id(parameter) for parameter in self.parameters}
         self.parameters += [p for p in kind.parameters if id(p) not in known]
         owners = [
@@ -251,6 +274,7 @@ class TracedLoss:
             loss, self.health, *gradients = graph(*inputs)
         for parameter, gradient in zip(kind.parameters, gradients, strict=True):
             parameter.grad = gradient
+        self.current = kind.parameters
         self.mode = "compiled" if graph.compiled else "replayed"
         return loss
 
@@ -299,9 +323,17 @@ class TracedLoss:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
         start = _Start(kind, inputs, self._state)
         _drop_gradients(kind.parameters)
-        loss = torch.as_tensor(self._eager(args, kwargs)).detach()
+        with ParamStatements() as statements:
+            loss = torch.as_tensor(self._eager(args, kwargs)).detach()
         gradients = [parameter.grad for parameter in kind.parameters]
         start.again()
+        if new := kind.not_among(statements):
+            # As where one was replaced in a module that is registered, but never called.
+            _drop_gradients(new)
+            self.mode, kind.graph = "eager", None
+            loss = self._watch(kind, args, kwargs)
+            kind.expect()
+            return loss
         found = self._replay(kind, graph, inputs)
         reason = _difference(
             loss,
@@ -401,7 +433,7 @@ class _Watched:
 
     def objects(self) -> list[Any]:
         """Return what is watched by identity: while it lives, no other object has its own."""
-        return [holder.get(name) for holder, name in self._objects]
+        return [*(holder.get(name) for holder, name in self._objects), *self.buffers()]
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield the buffers of all modules."""

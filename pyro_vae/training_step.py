@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import non_finite_sites
 
 __all__ = ["NonFiniteLossError", "TrainingSteps"]
+
+logger = logging.getLogger(__name__)
 
 # Where work is queued while Python goes on. To read a number there is to wait for all of it.
 _QUEUED = frozenset({"cuda"})
@@ -100,6 +103,12 @@ class TrainingSteps:
         self._check_rows()
         with self._rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example)
+        for role, names in self.parameters.untold.items():
+            logger.info(
+                "trained are all parameters of modules, those too that Pyro is not told of. %s: %s",
+                role,
+                ", ".join(names),
+            )
         self.last: Mapping[str, Mapping[str, Tensor]] = self.parameters.state()
         trained = self.parameters.trained
         self._update = Update(make_optimizer(optim, trained))
@@ -125,6 +134,7 @@ class TrainingSteps:
             state=loss if isinstance(loss, Objective) else None,
             checked=self._update.failed is None,
             owners=data.owners,
+            wanted=lambda: self.parameters.trained,
         )
         self._unread: list[_Taken] = []
         self._losses: list[tuple[float, int | None]] = []

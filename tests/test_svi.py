@@ -47,6 +47,8 @@ class Model(nn.Module):
         self.uses_noise = True
 
     def forward(self, x: Tensor, beta: float | Tensor = 1.0) -> None:
+        with warnings.catch_warnings(action="ignore"):  # of frozen parameters
+            pyro.module("model", self)
         with pyro.plate("data", len(x)):
             with poutine.scale(scale=beta * self.beta):
                 z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
@@ -55,7 +57,7 @@ class Model(nn.Module):
 
 
 def vae(*layers: nn.Module):
-    """A model that registers no parameters with Pyro, and a guide that does."""
+    """A model and a guide that register their parameters."""
     model = Model(*layers)
     encoder = nn.Sequential(nn.Linear(D, 4), nn.Tanh()).double()
     guide = pv.AmortizedGuide(model, _TakesBeta(encoder), example=data())
@@ -601,7 +603,7 @@ def test_a_buffer_that_is_replaced():
 
 
 def test_a_parameter_that_is_replaced():
-    """The new one is trained, as pyro.infer.SVI does."""
+    """The new one is trained, though Pyro's store keeps the old one under its name."""
     new = torch.full((D, 4), 0.1, dtype=torch.float64)
 
     def before(step, run):
