@@ -41,9 +41,13 @@ __all__ = [
     "draw",
     "enumerated",
     "marginals",
+    "plate_dims",
     "scaled_by",
+    "site_factor",
     "summed_out",
+    "support_of",
     "unmasked_log_prob",
+    "variables_of",
     "with_placeholder",
 ]
 
@@ -202,19 +206,19 @@ def contract(
         ValueError: for a model whose sum is not a product over plates (sites in plates
             that are not nested), naming the sites.
     """
-    variables = _variables(trace)
+    variables = variables_of(trace)
     nodes = dict(sample_nodes(trace))
     result: dict[tuple[str, ...], Tensor] = {}
     factors = []
     for name, log_prob in log_probs.items():
-        factor = _factor(name, nodes[name], log_prob, nesting, variables)
+        factor = site_factor(name, nodes[name], log_prob, nesting, variables)
         if factor.enum_axes:
             factors.append(factor)
         else:
             extra = max(0, log_prob.ndim - nesting)
             result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
     rest, _ = eliminate(factors, variables)
-    dims = _plate_dims(nodes.values())
+    dims = plate_dims(nodes.values())
     for factor in rest:
         names = tuple(name for name in nodes if name in factor.sites)
         result[names] = to_plates(factor, dims)
@@ -316,15 +320,15 @@ def conditionals(
     Raises:
         ValueError: as :func:`contract`.
     """
-    variables = _variables(trace)
+    variables = variables_of(trace)
     nodes = dict(sample_nodes(trace))
     factors = [
-        _factor(name, nodes[name], log_prob, nesting, variables)
+        site_factor(name, nodes[name], log_prob, nesting, variables)
         for name, log_prob in log_probs.items()
     ]
     touched = [factor for factor in factors if factor.enum_axes]
     _, tables = eliminate(touched, variables, conditionals=True)
-    dims = _plate_dims(nodes.values())
+    dims = plate_dims(nodes.values())
     chain = []
     for variable, table in reversed(tables):
         rank = {axis: number for number, axis in enumerate(variables)}
@@ -339,7 +343,7 @@ def conditionals(
                 mask=nodes[variable.name]["mask"],
                 parents=tuple(variables[axis].name for axis in parents),
                 logits=to_plates(table, dims, (*parents, variable.axis)),
-                support=_support(fn),
+                support=support_of(fn),
             )
         )
     return tuple(chain)
@@ -373,12 +377,12 @@ def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict
         log_probs: as in :func:`contract`, of all sites.
         nesting: as in :func:`contract`.
     """
-    variables = _variables(trace)
+    variables = variables_of(trace)
     nodes = dict(sample_nodes(trace))
-    dims = _plate_dims(nodes.values())
+    dims = plate_dims(nodes.values())
     with torch.enable_grad():
         factors = {
-            name: _factor(name, nodes[name], log_prob.detach(), nesting, variables)
+            name: site_factor(name, nodes[name], log_prob.detach(), nesting, variables)
             for name, log_prob in log_probs.items()
         }
         own = {v.name: v for v in variables.values()}
@@ -399,8 +403,8 @@ def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict
     return result
 
 
-def _variables(trace: Any) -> dict[Axis, Variable]:
-    """The enumerated sites of a trace, by axis, in the order in which they are drawn."""
+def variables_of(trace: Any) -> dict[Axis, Variable]:
+    """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
     found = []
     for name, node in latent_nodes(trace):
         dim = node["infer"].get("_enumerate_dim")
@@ -414,14 +418,15 @@ def _frames(node: Any) -> tuple[Any, ...]:
     return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
 
 
-def _plate_dims(nodes: Iterable[Any]) -> dict[str, int]:
+def plate_dims(nodes: Iterable[Any]) -> dict[str, int]:
+    """Return the dimension of each vectorized plate, by its name."""
     return {frame.name: frame.dim for node in nodes for frame in _frames(node)}
 
 
-def _factor(
+def site_factor(
     name: str, node: Any, log_prob: Tensor, nesting: int, variables: Mapping[Axis, Variable]
 ) -> Factor:
-    """Name the axes of a site's log density.
+    """Return a site's log density with its axes named.
 
     Batch dimensions in no plate are added up: without a plate they are one event.
     """
@@ -466,7 +471,8 @@ def _factor(
     return factor
 
 
-def _support(fn: Any) -> Tensor:
+def support_of(fn: Any) -> Tensor:
+    """Return the values of a discrete distribution, ``[values, *event]``."""
     values = fn.enumerate_support(expand=False)
     return values.reshape(values.shape[0], *fn.event_shape)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import enumerated, summed_out
+from pyro_vae.enumeration_check import check_values
+from pyro_vae.masks import lift_masks
 from pyro_vae.running import called_modules, evaluation, preserved_rng
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
@@ -26,7 +29,7 @@ from pyro_vae.sites import (
     latent_nodes,
     plate_nesting,
 )
-from pyro_vae.traces import trace_guide, trace_model
+from pyro_vae.traces import trace_guide, trace_model, values_trace
 
 __all__ = ["Layout", "device_of", "hide", "plan"]
 
@@ -177,6 +180,8 @@ def plan(
         hidden,
         share_globals and plate is not None and bool(structure and structure.global_latents),
     )
+    if layout.summed_out:
+        _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
     if layout.enumerated and layout.summed_out:
         raise ValueError(
             f"the guide enumerates {list(layout.enumerated)} and does not propose "
@@ -218,6 +223,41 @@ def _check_hidden(
                 "enumerated; an importance weight sums them out in the model, and has no "
                 "draw of them. Leave infer={'enumerate': ...} out in the guide, and they are drawn"
             )
+
+
+def _check_summed_out(
+    model: Callable[..., Any],
+    model_trace: Any,
+    names: tuple[str, ...],
+    nesting: int,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raise ValueError where the values of a site do not run together as each alone."""
+
+    def run(fn: Callable[..., Any], values: Mapping[str, Tensor]) -> Any:
+        given = values_trace(values)
+        for name, node in model_trace.nodes.items():
+            if node["type"] == "sample" and not node["is_observed"] and name not in names:
+                given.add_node(name, **node)  # the model's own minibatch among them
+        return poutine.trace(poutine.replay(fn, trace=given)).get_trace(*args, **kwargs)
+
+    with (
+        torch.no_grad(),
+        preserved_rng(device_of(args, kwargs)),
+        evaluation(model),
+        pyro.validation_enabled(False),
+        poutine.block(),
+    ):
+        together = lift_masks(run(enumerated(model, names, -1 - nesting), {}), names)
+
+        def alone(values: dict[str, Tensor]) -> Any:
+            shapes = {name: model_trace.nodes[name]["value"].ndim for name in names}
+            return run(
+                model, {n: v.reshape(v.shape[v.ndim - shapes[n] :]) for n, v in values.items()}
+            )
+
+        check_values(together, alone, nesting)
 
 
 def hide(guide: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:

@@ -27,9 +27,10 @@ from pyro_vae.enumeration import (
     contract,
     draw,
     enumerated,
-    unmasked_log_prob,
 )
+from pyro_vae.enumeration_check import check_values
 from pyro_vae.guides import LocalGuide
+from pyro_vae.masks import lift_masks, mask_of
 from pyro_vae.running import unwrapped
 from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob, values_trace
@@ -77,7 +78,6 @@ class Runner:
         shapes: Mapping[str, SiteShape],
         nesting: int,
         data_dim: int | None,
-        masks: Mapping[str, Tensor | bool] | None = None,
         summed: tuple[str, ...] = (),
     ) -> None:
         self.fn = fn
@@ -85,7 +85,8 @@ class Runner:
         self.shapes = shapes
         self.nesting = nesting
         self.data_dim = data_dim
-        self.masks = masks or {}
+        # On sites of a guide, the model's, for all draws alike: [1, *plates] of the whole batch.
+        self.masks: Mapping[str, Tensor] = {}
         self.summed = summed
         self.num_values = 1  # of the discrete sites, those that one density depends on
         self.mode = "plate"
@@ -95,7 +96,7 @@ class Runner:
         guide = unwrapped(self.fn)
         return (
             self.batch if self._whole(rows) else self.batch.rows(rows),
-            {name: self._mask(mask, rows, 1) for name, mask in self.masks.items()},
+            self._masks_of(rows),
             self.table_rows(guide, rows) if isinstance(guide, LocalGuide) else None,
         )
 
@@ -136,32 +137,95 @@ class Runner:
         rows: slice,
         num_particles: int,
         keep: Callable[[str, Any], bool],
+        masks: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the summed log density of the kept sites, unscaled: [K, N].
 
         Of discrete sites that are summed out, the log of the sum over their values.
+
+        Args:
+            traces: from :meth:`traces`.
+            rows: of which data.
+            num_particles: K.
+            keep: which sites, by name and node.
+            masks: on sites of a guide for these draws, as :meth:`latent_masks` returns them;
+                None where they are the same for all.
         """
         if self.summed:
             return self._contracted(traces, num_particles, keep)
         total: Tensor | None = None
         for name, node in sample_nodes(traces[0]):
             if keep(name, node):
-                term = self.site_log_prob(traces, rows, name, num_particles)
+                term = self.site_log_prob(traces, rows, name, num_particles, masks)
                 total = term if total is None else total + term
         if total is None:
             raise ValueError("no site to score")
         return total
 
     def site_log_prob(
-        self, traces: list[Any], rows: slice, name: str, num_particles: int
+        self,
+        traces: list[Any],
+        rows: slice,
+        name: str,
+        num_particles: int,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return one site's log density for each particle and datum, unscaled: [K, N]."""
         terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
-        if name in self.masks:
-            times = num_particles if self.mode == "repeat" else 1
-            mask = self._mask(self.masks[name], rows, times)
-            terms = [scale_and_mask(term, 1.0, mask) for term in terms]
+        mask = (self._masks_of(rows) if masks is None else masks).get(name)
+        if mask is not None:
+            folded = self._fold_mask(mask, num_particles, rows.stop - rows.start)
+            pairs = zip(terms, folded, strict=True)
+            terms = [scale_and_mask(term, 1.0, seen) for term, seen in pairs]
         return self._by_particle(terms, num_particles)
+
+    def latent_masks(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
+        """Return the masks on the latents of a run, ``[K, *plates]`` each, or of size 1."""
+        found = {}
+        for name, node in latent_nodes(traces[0]):
+            if name in self.summed:
+                continue
+            masks = [mask_of(trace.nodes[name]) for trace in traces]
+            if any(mask is not None and mask is not True for mask in masks):
+                device = node["value"].device
+                seen = [torch.as_tensor(True if m is None else m, device=device) for m in masks]
+                found[name] = self._unfold_mask(seen, num_particles)
+        return found
+
+    def _unfold_mask(self, masks: list[Tensor], num_particles: int) -> Tensor:
+        """Bring the mask of each run to ``[K, *plates]``, or of size 1."""
+        ndim = self._plate_dims
+        padded = [mask.reshape((1,) * (ndim - mask.ndim) + mask.shape) for mask in masks]
+        if self.mode == "loop":
+            return torch.stack(torch.broadcast_tensors(*padded))
+        (mask,) = padded
+        if self.mode == "plate":
+            return mask
+        axis = mask.ndim + self.require_data_dim()
+        if mask.shape[axis] == 1:
+            return mask[None]
+        return mask.unflatten(axis, (num_particles, -1)).movedim(axis, 0)
+
+    def _fold_mask(self, mask: Tensor, num_particles: int, size: int) -> list[Tensor]:
+        """Bring a mask ``[K, *plates]`` to the plates of each run."""
+        if self.mode == "plate":
+            return [mask]
+        mask = mask.expand(num_particles, *mask.shape[1:])
+        if self.mode == "loop":
+            return list(mask)
+        axis = mask.ndim + self.require_data_dim()
+        shape = list(mask.shape)
+        shape[axis] = size
+        return [mask.expand(shape).movedim(0, axis - 1).flatten(axis - 1, axis)]
+
+    def _masks_of(self, rows: slice) -> dict[str, Tensor]:
+        """Return the masks that are the same for all draws, of some data."""
+        return {name: self._rows_of_mask(mask, rows) for name, mask in self.masks.items()}
+
+    def _rows_of_mask(self, mask: Tensor, rows: slice) -> Tensor:
+        if self.data_dim is None or mask.shape[self.data_dim] == 1:
+            return mask
+        return mask.narrow(self.data_dim, rows.start, rows.stop - rows.start)
 
     def _by_particle(self, terms: list[Tensor], num_particles: int) -> Tensor:
         """Bring a log density of each run to [K, N]."""
@@ -215,29 +279,26 @@ class Runner:
     def check_summed(self, rows: slice, values: Mapping[str, Tensor]) -> None:
         """Raise ValueError where the values of a site do not run together as each alone.
 
-        With c drawn from p(c | z, x), the model run with that c alone must say
-        log p(x, z, c) = log p(x, z) + log p(c | z, x).
+        In a loop, the mode that takes any network.
         """
         first = {name: value[:1] for name, value in values.items()}
-        traces = self.traces(rows, 1, first)
-        drawn, chosen = self.draw_summed(traces, 1)
-        terms = _log_probs(traces[0], is_any)
+        (together,) = self.traces(rows, 1, first)
+        terms = _log_probs(together, is_any)
         self.num_values = max(
             t.shape[: max(0, t.ndim - self.nesting)].numel() for t in terms.values()
         )
-        together = self.log_prob(traces, rows, 1, is_any) + chosen
-        (trace,) = self.traces(rows, 1, {**first, **drawn})
-        terms = _log_probs(trace, is_any)
-        terms |= {name: unmasked_log_prob(trace.nodes[name]) for name in self.summed}
-        alone = torch.stack([self._by_particle([t], 1) for t in terms.values()]).sum(0)
-        if not agree(alone, together):
-            gap = float((alone - together).abs().max())
-            raise ValueError(
-                f"the model's log density with all values of {list(self.summed)} at once differs "
-                f"from that of single values by {gap:.3g} nats: its broadcasting over dimensions "
-                "left of the plates, where the values lie, is wrong. Mend it, or propose the "
-                "sites in the guide"
-            )
+
+        def alone(discrete: Mapping[str, Tensor]) -> Any:
+            chosen = {name: self._padded(name, value)[None] for name, value in discrete.items()}
+            (trace,) = self.traces(rows, 1, {**first, **chosen})
+            return trace
+
+        check_values(together, alone, self.nesting)
+
+    def _padded(self, name: str, value: Tensor) -> Tensor:
+        """Bring a value of a single run to ``[*plates, *event]``."""
+        missing = self.nesting + self.shapes[name].event_ndim - value.ndim
+        return value.reshape((1,) * missing + value.shape)
 
     @property
     def _plate_dims(self) -> int:
@@ -252,16 +313,6 @@ class Runner:
         (term,) = terms
         missing = self.nesting - self.shapes[name].batch_ndim
         return term.reshape(term.shape[:1] + term.shape[1 + missing :])
-
-    def _mask(self, mask: Tensor | bool, rows: slice, times: int) -> Tensor | bool:
-        """Return the rows of a mask of the whole batch, repeated as the batch is."""
-        if not isinstance(mask, Tensor) or self.data_dim is None or mask.ndim < -self.data_dim:
-            return mask
-        axis = mask.ndim + self.data_dim
-        if mask.shape[axis] == 1:
-            return mask
-        mask = mask.narrow(axis, rows.start, rows.stop - rows.start)
-        return torch.cat([mask] * times, axis)
 
     def _fold(
         self, values: Mapping[str, Tensor] | None, particle: int | None
@@ -316,7 +367,8 @@ class Runner:
         if values is not None:
             fn = poutine.replay(fn, trace=values_trace(values))
         with self._table_rows(rows, times):
-            return poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
+            trace = poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
+        return lift_masks(trace, summed) if summed else trace
 
     @contextlib.contextmanager
     def _table_rows(self, rows: slice, times: int) -> Iterator[None]:

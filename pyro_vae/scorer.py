@@ -26,6 +26,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.enumeration import summed_out, with_placeholder
 from pyro_vae.graphs import form_of, rebuilt
 from pyro_vae.handlers import unobserve
+from pyro_vae.masks import check_proposal_mask, depend_on_draws, masked_proposals
 from pyro_vae.particles import (
     MODES,
     Runner,
@@ -47,7 +48,7 @@ from pyro_vae.sites import (
     plate_nesting,
     sample_nodes,
 )
-from pyro_vae.traces import is_point, proposal_masks, trace_pair
+from pyro_vae.traces import is_point, trace_pair
 
 __all__ = ["Chunk", "Scorer"]
 
@@ -160,9 +161,10 @@ class Scorer:
             for name, node in sample_nodes(trace)
         }
         data_dim = self.structure.data_dim
-        self._guide = Runner(
-            guide, batch, shapes, self.nesting, data_dim, proposal_masks(model_trace, guide_trace)
-        )
+        # Sites of the guide, with the latent whose mask each has.
+        self._masked = masked_proposals(model_trace, guide_trace)
+        self._mask_by_draw = False
+        self._guide = Runner(guide, batch, shapes, self.nesting, data_dim)
         self._model = Runner(model, batch, shapes, self.nesting, data_dim, summed=self.summed_out)
         with self._scoring(), torch.no_grad():
             self._choose_modes(particles)
@@ -321,12 +323,17 @@ class Scorer:
             traces = block._guide.traces(rows, num_particles)
             values = block._guide.values(traces, num_particles)
             names[:] = values
-            log_guide = block._guide.log_prob(traces, rows, num_particles, is_latent)
+            log_guide = block._log_guide(traces, rows, values)
             return [*values.values(), log_guide]
 
         with self._scoring():
             self._reseed(*key)
-            *values, log_guide = self._recorded(self._guide, drawn, rows, {}, num_particles, calls)
+            if self._mask_by_draw:  # eagerly, for a graph has no place for a check
+                *values, log_guide = drawn(self, rows, {})
+            else:
+                *values, log_guide = self._recorded(
+                    self._guide, drawn, rows, {}, num_particles, calls
+                )
         names = names or self._names
         self._names = names
         return dict(zip(names, values, strict=True)), log_guide
@@ -336,7 +343,38 @@ class Scorer:
         num_particles = next(iter(values.values())).shape[0]
         with self._scoring():
             traces = self._guide.traces(rows, num_particles, values)
-            return self._guide.log_prob(traces, rows, num_particles, is_latent)
+            return self._log_guide(traces, rows, values)
+
+    def _log_guide(self, traces: list[Any], rows: slice, values: Mapping[str, Tensor]) -> Tensor:
+        """Return log q of draws, [K, N], masked as the model masks its latents given them."""
+        num_particles = next(iter(values.values())).shape[0]
+        masks = self._masks_by_draw(traces, rows, values) if self._mask_by_draw else None
+        return self._guide.log_prob(traces, rows, num_particles, is_latent, masks)
+
+    def _masks_by_draw(
+        self, guide_traces: list[Any], rows: slice, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the model's masks on the guide's sites, ``[K, *plates]``, for these draws.
+
+        Raises:
+            ValueError: where the guide masks what the model does not.
+        """
+        latents = self._latents(values)
+        num_particles = next(iter(values.values())).shape[0]
+        step = max(1, self.chunk_pairs // (rows.stop - rows.start))
+        pieces = []
+        with torch.no_grad():
+            for k in range(0, num_particles, step):
+                some = {name: value[k : k + step] for name, value in latents.items()}
+                count = min(step, num_particles - k)
+                found = self._model.latent_masks(self._model.traces(rows, count, some), count)
+                pieces.append({n: m.expand(count, *m.shape[1:]) for n, m in found.items()})
+            own = self._guide.latent_masks(guide_traces, num_particles)
+        theirs = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        for name, mask in own.items():
+            if name in latents:
+                check_proposal_mask(name, mask, theirs.get(name))
+        return {name: theirs[latent] for name, latent in self._masked.items() if latent in theirs}
 
     def by_datum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values as ``[K, N, *inner plates, *event]``.
@@ -510,7 +548,7 @@ class Scorer:
         """Yield this scorer on other tensors of the same kind, as :meth:`given` returns them."""
         block, guide = copy.copy(self), unwrapped(self._guide.fn)
         block.batch = Batch(args, kwargs)
-        block._model = self._model.on(block.batch, self._model.masks and masks)
+        block._model = self._model.on(block.batch, {})
         block._guide = self._guide.on(block.batch, self._guide.masks and masks)
         with guide.rows_as_given(index) if index is not None else contextlib.nullcontext():
             yield block
@@ -590,15 +628,15 @@ class Scorer:
         self._reseed(_CHECKS)
         traces = self._guide.traces(rows, count)
         values = self._guide.values(traces, count)
-        log_guide = self._guide.log_prob(traces, rows, count, is_latent)
         latents = self._latents(values)
+        if self._masked:
+            self._find_masks()
+        log_guide = self._log_guide(traces, rows, values)
         if self.summed_out:
             self._model.check_summed(rows, latents)
 
         def score_guide() -> Tensor:
-            return self._guide.log_prob(
-                self._guide.traces(rows, count, values), rows, count, is_latent
-            )
+            return self._log_guide(self._guide.traces(rows, count, values), rows, values)
 
         def score_model() -> Tensor:
             return self._model.log_prob(
@@ -609,6 +647,17 @@ class Scorer:
         reference = score_model()
         choose_mode(self._model, "model", particles, reference, score_model)
         self._check_independent(rows, latents, reference)
+
+    def _find_masks(self) -> None:
+        """Find the model's masks on latents, and whether they are others for other draws."""
+        whole = slice(0, self.num_data)
+        values = self._latents(self._guide.values(self._guide.traces(whole, 1), 1))
+        self._mask_by_draw = depend_on_draws(values, lambda: self._model.traces(whole, 1, values))
+        if not self._mask_by_draw:
+            masks = self._model.latent_masks(self._model.traces(whole, 1, values), 1)
+            self._guide.masks = {
+                name: masks[latent] for name, latent in self._masked.items() if latent in masks
+            }
 
     def _check_independent(
         self, rows: slice, values: Mapping[str, Tensor], reference: Tensor

@@ -25,11 +25,13 @@ __all__ = [
     "inspect",
     "is_circular",
     "is_enumerable",
+    "is_point",
     "is_subsampled",
     "latent_nodes",
     "left_out",
     "plain_distribution",
     "plate_nesting",
+    "point_of",
     "sample_nodes",
 ]
 
@@ -232,6 +234,18 @@ def plain_distribution(fn: Any) -> Any:
     ):
         fn = fn.base_dist
     return fn
+
+
+def is_point(fn: Any) -> bool:
+    """Return whether a distribution is a Delta, which may hide a density."""
+    return point_of(fn) is not None
+
+
+def point_of(fn: Any) -> Any:
+    """Return the Delta that a distribution is, or wraps; None for another."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn if isinstance(fn, dist.Delta) else None
 
 
 def left_out(fn: Any, mask: Tensor | bool | None, device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -15,10 +14,10 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch
-from pyro_vae.graphs import is_recording
 from pyro_vae.handlers import unobserve
+from pyro_vae.masks import lift_masks, mask_proposals
 from pyro_vae.running import evaluation, preserved_rng
-from pyro_vae.sites import check_guide, latent_nodes, sample_nodes
+from pyro_vae.sites import check_guide, is_point, latent_nodes, point_of, sample_nodes
 
 __all__ = [
     "ReplaceDraws",
@@ -28,7 +27,6 @@ __all__ = [
     "mask_proposals",
     "non_finite_sites",
     "point_of",
-    "proposal_masks",
     "site_log_prob",
     "trace_given",
     "trace_guide",
@@ -53,64 +51,25 @@ def trace_pair(
 
 def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the guide; return its trace, the subsamples of plates included."""
-    return _lift_masks(poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs))
+    return lift_masks(poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs))
 
 
 def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
     """Replay the model with the values of a guide's trace; return its trace.
 
     A latent that the model masks is not there, nor is its proposal: the model's mask is
-    put on the guide's site as well. Otherwise its density would count for nothing, and
-    the bound grow with the guide's entropy past log p(x).
+    put on the guide's site as well.
 
     Raises:
         ValueError: where the guide does not propose just the model's latent sites.
     """
-    model_trace = _lift_masks(
-        poutine.trace(poutine.replay(model, trace=guide_trace), graph_type="flat").get_trace(
-            *args, **kwargs
-        )
-    )
+    model_trace = poutine.trace(
+        poutine.replay(model, trace=guide_trace), graph_type="flat"
+    ).get_trace(*args, **kwargs)
     check_guide(model_trace, guide_trace)
+    lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
     mask_proposals(model_trace, guide_trace)
     return model_trace
-
-
-def _lift_masks(trace: Any) -> Any:
-    """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
-
-    One that differs within an event stays where it is.
-    """
-    for _, node in latent_nodes(trace):
-        fn, mask = _without_mask(node["fn"])
-        if mask is not None:
-            node["fn"] = fn
-            node["mask"] = mask if node["mask"] is None else node["mask"] & mask
-    return trace
-
-
-def _without_mask(fn: Any) -> tuple[Any, Any]:
-    """Return a distribution without a mask of whole events, and that mask; None for no mask."""
-    if isinstance(fn, dist.MaskedDistribution):
-        inner, mask = _without_mask(fn.base_dist)
-        return inner, fn._mask if mask is None else fn._mask & mask
-    if isinstance(fn, dist.Independent):
-        inner, mask = _without_mask(fn.base_dist)
-        events = fn.reinterpreted_batch_ndims
-        if isinstance(mask, Tensor):
-            flat = mask.expand(inner.batch_shape).flatten(-events)
-            if not bool((flat == flat[..., :1]).all()):
-                return fn, None
-            mask = flat[..., 0]
-        return (fn, None) if mask is None else (inner.to_event(events), mask)
-    return fn, None
-
-
-def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
-    """Put the masks of a model's latent sites on their proposals too."""
-    for name, mask in proposal_masks(model_trace, guide_trace).items():
-        node = guide_trace.nodes[name]
-        node["mask"] = mask if node["mask"] is None else node["mask"] & mask
 
 
 class ReplaceDraws(Messenger):
@@ -197,84 +156,6 @@ def values_trace(values: Mapping[str, Tensor]) -> Any:
             name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
         )
     return trace
-
-
-def proposal_masks(model_trace: Any, guide_trace: Any) -> dict[str, Tensor | bool]:
-    """Return the masks that a model puts on its latent sites, by the proposals they are for.
-
-    Raises:
-        ValueError: for a masked latent whose density an auxiliary site holds that other
-            latents may share.
-    """
-    auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
-    found = {}
-    for name, node in latent_nodes(model_trace):
-        if name in guide_trace.nodes:
-            _check_masks(name, node, guide_trace.nodes[name])
-        # A discrete latent that is summed out has no proposal.
-        if node["mask"] is None or node["mask"] is True or name not in guide_trace.nodes:
-            continue
-        found[name] = node["mask"]
-        if not auxiliary or not is_point(guide_trace.nodes[name]["fn"]):
-            continue
-        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
-        if holder not in auxiliary:
-            raise ValueError(
-                f"the model masks the latent site {name!r}, but the guide holds its density in "
-                f"{sorted(auxiliary)}, of which no part can be masked. Use a guide that samples "
-                f"{name!r} itself, such as pyro_vae's, or pyro.infer.autoguide.AutoNormal"
-            )
-        found[holder] = node["mask"]
-    return found
-
-
-def _check_masks(name: str, model_node: Any, guide_node: Any) -> None:
-    """Raise ValueError where a guide masks what the model does not: the prior of a free draw.
-
-    And for masks inside an event, which cannot be carried over, unless the two are one.
-    """
-    inner = [_inner_mask(node["fn"]) for node in (guide_node, model_node)]
-    if (inner[0] is None) != (inner[1] is None) or (
-        inner[0] is not None and not torch.equal(*torch.broadcast_tensors(*inner))
-    ):
-        one, other = ("model", "guide") if inner[0] is None else ("guide", "model")
-        raise ValueError(
-            f"the {one} masks parts of an event of the latent site {name!r}, and the {other} does "
-            "not, or others: put the same mask on both distributions; or sample the parts in an "
-            "inner plate, under poutine.mask in the model"
-        )
-    if guide_node["mask"] is None or guide_node["mask"] is True or is_recording():
-        return
-    mine = torch.as_tensor(guide_node["mask"])
-    theirs = model_node["mask"]
-    there = torch.as_tensor(True if theirs is None else theirs, device=mine.device)
-    if bool((there & ~mine).any()):
-        raise ValueError(
-            f"the guide masks the latent site {name!r} where the model does not: its draws would "
-            "be scored by the prior and not by the guide, which is no bound. Mask it in the "
-            "model, and the guide follows"
-        )
-
-
-def _inner_mask(fn: Any) -> Tensor | None:
-    """Return the mask inside a distribution; None where there is none."""
-    while not isinstance(fn, dist.MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return None
-        fn = fn.base_dist
-    return torch.as_tensor(fn._mask)
-
-
-def is_point(fn: Any) -> bool:
-    """Return whether a distribution is a Delta, which may hide a density."""
-    return point_of(fn) is not None
-
-
-def point_of(fn: Any) -> Any:
-    """Return the Delta that a distribution is, or wraps; None for another."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn if isinstance(fn, dist.Delta) else None
 
 
 def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:

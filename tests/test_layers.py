@@ -36,6 +36,7 @@ LAYERS = {
         "graph_simplification",
         "graph_formulas",
         "recorder",
+        "provenance",
     },
     1: {
         "sites",
@@ -56,6 +57,8 @@ LAYERS = {
         "global_latents",
         "elimination",
         "enumeration",
+        "enumeration_check",
+        "masks",
         "exact",
         "particles",
         "layouts",

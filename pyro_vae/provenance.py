@@ -1,0 +1,67 @@
+"""Which tensors of a run are computed from some given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Descendants"]
+
+
+class Descendants(TorchDispatchMode):
+    """Follows what is computed from some tensors inside the context, through every operation.
+
+    By memory, not by value: ``0 * z`` is computed from z. What an operation writes to counts
+    with all views of the same memory.
+
+    Args:
+        sources: the tensors.
+
+    Attributes:
+        read: whether a number went from one of them to Python, which may decide by it.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(2)
+        >>> with Descendants([z]) as found:
+        ...     positive, other = z > 0, torch.ones(2)
+        >>> found.includes(positive), found.includes(other), found.read
+        (True, False, False)
+    """
+
+    def __init__(self, sources: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.read = False
+        self._kept: list[Tensor] = []  # for memory that is freed may be another tensor's next
+        self._memory: set[int] = set()
+        for tensor in sources:
+            self._add(tensor)
+
+    def includes(self, value: Any) -> bool:
+        """Return whether a value is a tensor that was computed from the sources."""
+        return isinstance(value, Tensor) and _memory_of(value) in self._memory
+
+    def _add(self, tensor: Tensor) -> None:
+        self._kept.append(tensor)
+        self._memory.add(_memory_of(tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the operation, and note what came of it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(map(self.includes, tree_leaves((args, kwargs)))):
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.read |= not made
+            for tensor in made:
+                self._add(tensor)
+        return result
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
