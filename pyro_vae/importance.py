@@ -136,8 +136,13 @@ class IWAE(_Importance):
         for name, nodes in run.guide_nodes():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])
-        terms = run.stopped_guide_terms(scaled=False) if through_draws else run.guide_terms()
-        scale, log_joint, log_guide, ratio = _weighted(run, terms)
+        scale, ratios, ratio = _scales(run)
+        terms = (
+            run.stopped_guide_terms(scaled=False, apart=ratio is None)
+            if through_draws
+            else run.guide_terms()
+        )
+        log_joint, log_guide = _weighted(run, terms, ratios, ratio)
         log_weights = log_joint - log_guide
         bound = (scale * iwae_bound(log_weights)).sum()
         if run.layout.shares_globals:
@@ -244,7 +249,8 @@ class WakeSleep(_Importance):
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
         run = self._run(model, guide, args, kwargs, draws="detached", one_minibatch=True)
-        scale, log_joint, log_guide, _ = _weighted(run, run.guide_terms())
+        scale, *ratios = _scales(run)
+        log_joint, log_guide = _weighted(run, run.guide_terms(), *ratios)
         log_weights = log_joint - log_guide.detach()
         bound = (scale * iwae_bound(log_weights)).sum()
         if not torch.is_grad_enabled():
@@ -347,14 +353,18 @@ def _require_density(name: str, node: Any) -> None:
         )
 
 
-def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor, Tensor, Any]:
-    """Return the scale of each datum, its log p(x, z) and log q(z | x), and the latents' ratio.
+# A scale in two parts: that of plates and poutine.scale, and the factor of a KL warm-up, a tensor
+# whose number is not to be read.
+_Parts = tuple[Any, Tensor | None]
 
-    The scale of a datum, [N] or a number, is that of its likelihood. A latent site of another
-    scale enters the densities, [K, N], with the ratio of the two; the ratio is None where it
-    is not one for all latent sites.
+
+def _scales(run: Run) -> tuple[Any, dict[str, _Parts], Any]:
+    """Return the scale of each datum, the ratio to it of each site's, and the latents' ratio.
+
+    The scale of a datum, [N] or a number, is that of its likelihood. The ratio of the latents is
+    None where it is not one for all.
     """
-    shared = set(_globals(run)) if run.layout.shares_globals else set()
+    shared = _shared(run)
     parts = {
         name: _scale_parts(run, name, nodes[0])
         for name, nodes in run.model_nodes()
@@ -369,7 +379,17 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
     }
     latent = [ratios[name] for name, _ in run.latent_nodes() if name not in shared]
     alike = not latent or all(_same_parts(r, latent[0]) for r in latent)
-    common = None if not alike else _product(latent[0]) if latent else 1.0
+    return scale, ratios, None if not alike else _product(latent[0]) if latent else 1.0
+
+
+def _weighted(
+    run: Run, guide_terms: Mapping[str, Tensor], ratios: Mapping[str, _Parts], common: Any
+) -> tuple[Tensor, Tensor]:
+    """Return log p(x, z) and log q(z | x) of each datum, [K, N].
+
+    A site of another scale than the datum's enters with the ratio of the two.
+    """
+    shared = _shared(run)
     log_joint = _sum(
         _times(_product(ratios[name]), term)
         for name, term in run.model_terms(scaled=False, skip=shared)
@@ -389,13 +409,12 @@ def _weighted(run: Run, guide_terms: Mapping[str, Tensor]) -> tuple[Any, Tensor,
         _times(ratio(name), term) for name, term in guide_terms.items() if name not in shared
     ]
     # Nothing is proposed where every latent is summed out.
-    log_guide = _sum(proposed) if proposed else torch.zeros_like(log_joint)
-    return scale, log_joint, log_guide, common
+    return log_joint, _sum(proposed) if proposed else torch.zeros_like(log_joint)
 
 
-# A scale in two parts: that of plates and poutine.scale, and the factor of a KL warm-up, a tensor
-# whose number is not to be read.
-_Parts = tuple[Any, Tensor | None]
+def _shared(run: Run) -> set[str]:
+    """Return the latent sites of which all particles see one draw."""
+    return set(_globals(run)) if run.layout.shares_globals else set()
 
 
 def _scale_parts(run: Run, name: str, node: Any) -> _Parts:

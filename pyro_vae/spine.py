@@ -340,7 +340,7 @@ class Run:
         """Return the log density of each proposal, masked, unscaled, [K, N]."""
         return {name: self.log_prob(name, n, scaled=False) for name, n in self.guide_nodes()}
 
-    def stopped_guide_terms(self, *, scaled: bool) -> dict[str, Tensor]:
+    def stopped_guide_terms(self, *, scaled: bool, apart: bool = False) -> dict[str, Tensor]:
         """Return the log density of each proposal as a function of the draws alone, [K, N].
 
         Its gradient flows to the draws, and from there to the guide's parameters, but not
@@ -348,20 +348,27 @@ class Run:
         landing). Each is the density to first order about the draws: the value, and the
         derivative by every draw of its trace. Masked; of gated draws, none else. Enumerated
         proposals are left out.
+
+        Args:
+            scaled: whether by the guide's scales.
+            apart: whether each term has the derivatives of its own density alone, as where they
+                will be weighted differently; else their sum is right, and takes one pass.
         """
-        by_name: dict[str, list[Tensor]] = {}
+        by_name: dict[tuple[str, str], list[Tensor]] = {}
         for again, guide_trace in self._again:
-            for name, term in self._stopped(again, guide_trace, scaled=scaled):
-                by_name.setdefault(name, []).append(term)
+            for *names, term in self._stopped(again, guide_trace, scaled=scaled, apart=apart):
+                by_name.setdefault((names[0], names[1]), []).append(term)
         nodes = dict(self.guide_nodes())
-        return {
-            name: self.per_datum(terms, local=self.is_local(name, nodes[name][0]))
-            for name, terms in by_name.items()
-        }
+        found: dict[str, Tensor] = {}
+        for (name, draw), terms in by_name.items():
+            term = self.per_datum(terms, local=self.is_local(draw, nodes[draw][0]))
+            found[name] = found[name] + term if name in found else term
+        return found
 
     def _stopped(
-        self, again: Callable[[], Any], guide_trace: Any, *, scaled: bool
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, again: Callable[[], Any], guide_trace: Any, *, scaled: bool, apart: bool
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield terms with the proposal whose density they are of, and the draw they vary with."""
         nodes = dict(latent_nodes(guide_trace))
         if self._simple or len(nodes) == 1:
             # No proposal depends on another draw: the distributions at hand will do.
@@ -389,18 +396,19 @@ class Run:
                 )
         if not densities:
             return
-        total = torch.stack([density.sum() for density in densities.values()]).sum()
-        slopes: dict[str, Tensor | None] = {}
-        if total.requires_grad and leaves:
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            slopes = dict(zip(leaves, found, strict=True))
-        for name, density in densities.items():
-            term, slope, value = density.detach(), slopes.get(name), nodes[name]["value"]
-            if slope is not None:
-                change = slope * (value - value.detach())
-                event = tuple(range(change.ndim - nodes[name]["fn"].event_dim, change.ndim))
-                term = term + (change.sum(event) if event else change)
-            yield name, term
+        sums = {name: density.sum() for name, density in densities.items()}
+        if not apart:
+            sums = {"": torch.stack(list(sums.values())).sum()}
+        terms = {(name, name): density.detach() for name, density in densities.items()}
+        for (name, draw), slope in _slopes(sums, leaves).items():
+            value = nodes[draw]["value"]
+            change = slope * (value - value.detach())
+            event = tuple(range(change.ndim - nodes[draw]["fn"].event_dim, change.ndim))
+            change = change.sum(event) if event else change
+            key = name or draw, draw
+            terms[key] = terms[key] + change if key in terms else change
+        for (name, draw), term in terms.items():
+            yield name, draw, term
 
     def _check_points(self, copies: Mapping[str, Any], leaves: list[Tensor]) -> None:
         """Sort the Deltas: those that are parameters, and those that are functions of draws.
@@ -449,6 +457,21 @@ class Run:
             shape[layout.data_dim] = by_datum.shape[1]
         shape = [by_datum.shape[0], *shape]
         return by_datum.reshape(shape[len(shape) - batch_ndim :])
+
+
+def _slopes(
+    sums: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """Return the derivative of each sum by each leaf that it depends on."""
+    found = {}
+    for name, total in sums.items():
+        if total.requires_grad and leaves:
+            slopes = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, retain_graph=len(sums) > 1
+            )
+            pairs = zip(leaves, slopes, strict=True)
+            found.update({(name, draw): s for draw, s in pairs if s is not None})
+    return found
 
 
 def _depends_on(value: Any, leaves: list[Tensor]) -> bool:
