@@ -2,13 +2,14 @@
 
 ArviZ 0.x keeps groups in its own ``InferenceData``, ArviZ 1.x in xarray's ``DataTree``; they
 differ in how a container is built and written and in where Pareto smoothing lives and what sign
-it expects. The three functions here hide that, and nothing else: they take NumPy arrays and know
+it expects. The functions here hide that, and nothing else: they take NumPy arrays and know
 neither Pyro nor PyTorch. ArviZ itself is imported inside them, because it costs seconds.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["container", "psis", "write"]
+__all__ = ["container", "pareto_k_of_largest", "psis", "tail_length", "write"]
 
 # An arviz.InferenceData or an xarray.DataTree: no one annotation is right under both versions.
 Container = Any
@@ -36,6 +37,10 @@ _DATA_GROUPS = ("observed_data", "constant_data")
 # Weights in the smallest tail that both versions fit: ArviZ 0.x wants five, and ArviZ 1.x wants
 # the lower quartile above the minimum, which in its reckoning takes six.
 _SMALLEST_TAIL = 6
+
+# An efficiency of draws for which ArviZ takes a fifth of the weights as tail, however many there
+# are: it takes 3 sqrt(K / efficiency) where those are fewer.
+_FIFTH = 1e-12
 
 
 def container(
@@ -165,16 +170,76 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     given = np.asarray(log_weights)
     if given.ndim != 2 or given.shape[1] == 0:
         raise ValueError(f"log_weights: wanted shape [N, K] with K > 0, found {list(given.shape)}")
+    return _psis(given, _tail_size(given.shape[1]))
+
+
+def tail_length(num_particles: int) -> int:
+    """Return how many of K log weights, the largest ones, tell their k-hat.
+
+    All of them where they are so few that there is none to tell.
+    """
+    if _tail_size(num_particles) < _SMALLEST_TAIL:
+        return num_particles
+    return math.ceil(_exact_tail_size(num_particles)) + 1  # and the largest that is not of it
+
+
+def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
+    """Return the k-hat of log weights of which the largest are at hand: that of :func:`psis`.
+
+    Args:
+        largest: [N, tail_length(K)], the largest log weights of each datum in any order.
+        num_particles: K.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: for another number of them, and for what :func:`psis` refuses.
+    """
+    size = tail_length(num_particles)
+    if largest.ndim != 2 or largest.shape[1] != size:
+        raise ValueError(
+            f"largest: wanted shape [N, {size}] for K = {num_particles}, found "
+            f"{list(largest.shape)}"
+        )
+    if size == num_particles:
+        return psis(largest)[1]
+    exact = _exact_tail_size(num_particles)
+    tail = math.ceil(exact) if _is_before_1() else math.floor(exact)
+    top = -np.sort(-largest, axis=1)[:, : tail + 1]
+    # Of the rest only the number counts: as many stand-ins, none above the tail, as make the tail
+    # a fifth of all, which is the most that ArviZ fits.
+    stand_ins = np.repeat(top[:, -1:], 5 * tail - top.shape[1], axis=1)
+    weights = np.concatenate([top, stand_ins], axis=1)
+    return _psis(weights, _tail_size(num_particles), efficiency=_FIFTH)[1]
+
+
+def _exact_tail_size(num_particles: int) -> float:
+    return min(num_particles / 5, 3 * num_particles**0.5)
+
+
+def _tail_size(num_particles: int) -> int:
+    return int(_exact_tail_size(num_particles))
+
+
+def _psis(
+    given: np.ndarray, tail_size: int, efficiency: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth weights, a row each.
+
+    Args:
+        given: [N, K], log weights.
+        tail_size: of the largest, which must be worth a fit.
+        efficiency: of the draws, as ArviZ takes it.
+    """
     weights = given.astype(np.float64)
     _refuse_rows(np.isnan(weights).any(axis=1), "nan")
     _refuse_rows(np.isposinf(weights).any(axis=1), "inf")
     _refuse_rows(np.isneginf(weights).all(axis=1), "only -inf: every weight is zero")
 
     smoothed = weights - np.logaddexp.reduce(weights, axis=1, keepdims=True)
-    num_particles = weights.shape[1]
-    tail_size = int(min(num_particles / 5, 3 * num_particles**0.5))
     if tail_size < _SMALLEST_TAIL:
-        flat = _top_is_flat(weights, num_particles, given.dtype)
+        flat = _top_is_flat(weights, weights.shape[1], given.dtype)
         return smoothed, np.where(flat, 0.0, np.nan)
     flat = _top_is_flat(weights, tail_size, given.dtype)
     pareto_k = np.where(flat, 0.0, np.inf)
@@ -183,7 +248,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Overflow inside a fit is how ArviZ finds that there is none; the outcome is looked at
         # here, so nothing is hidden.
         with np.errstate(all="ignore"):
-            tried, shape = _arviz_psislw(weights[fit])
+            tried, shape = _arviz_psislw(weights[fit], efficiency)
         succeeded = np.isfinite(shape) & ~np.isnan(tried).any(axis=1)
         rows = np.flatnonzero(fit)[succeeded]
         smoothed[rows], pareto_k[rows] = tried[succeeded], shape[succeeded]
@@ -196,15 +261,15 @@ def _is_before_1() -> bool:
     return int(az.__version__.split(".")[0]) < 1
 
 
-def _arviz_psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _arviz_psislw(log_weights: np.ndarray, efficiency: float) -> tuple[np.ndarray, np.ndarray]:
     if _is_before_1():
         import arviz as az
 
-        return az.psislw(log_weights)
+        return az.psislw(log_weights, reff=efficiency)
     from arviz_stats.base import array_stats
 
     # Written for leave-one-out weights, 1/p(x|z), it takes log p(x|z) and turns the sign itself.
-    return array_stats.psislw(-log_weights, axis=-1)
+    return array_stats.psislw(-log_weights, r_eff=efficiency, axis=-1)
 
 
 def _top_is_flat(weights: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:

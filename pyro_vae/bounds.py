@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
-from pyro_vae.estimators import StreamingELBO, StreamingIWAE
+from pyro_vae.counts import as_count
+from pyro_vae.estimators import LargestWeights, StreamingELBO, StreamingIWAE, calibrated
 from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.results import Bound
 from pyro_vae.scorer import Scorer
@@ -24,6 +27,7 @@ def elbo(
     guide: Callable[..., Any],
     *batch: Any,
     num_particles: int = 100,
+    given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
     particles: str = "auto",
@@ -39,6 +43,7 @@ def elbo(
         guide: a Pyro guide of its latent sites.
         *batch: their arguments.
         num_particles: K, draws for each datum.
+        given: as in :func:`pyro_vae.log_weights`.
         chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
@@ -47,7 +52,8 @@ def elbo(
             again and again, and compiles it where there is enough of it to save time.
 
     Returns:
-        A Bound with value [N] and std_error [N], in nats.
+        A Bound with value [N] and std_error [N], in nats; pareto_k [N] and ess [N] of the
+        importance weights.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
@@ -59,6 +65,7 @@ def elbo(
         guide,
         batch,
         num_particles,
+        given,
         chunk_size,
         data_plate,
         particles,
@@ -72,6 +79,7 @@ def iwae_bound(
     guide: Callable[..., Any],
     *batch: Any,
     num_particles: int = 5000,
+    given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
     particles: str = "auto",
@@ -90,6 +98,7 @@ def iwae_bound(
         guide: a Pyro guide of its latent sites.
         *batch: their arguments.
         num_particles: K, draws for each datum.
+        given: as in :func:`pyro_vae.log_weights`.
         chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
@@ -98,19 +107,21 @@ def iwae_bound(
             again and again, and compiles it where there is enough of it to save time.
 
     Returns:
-        A Bound with value [N] and std_error [N] (delta method), in nats. Where the
-        Pareto k-hat of the weights is above 0.7 the standard error is not to be trusted.
+        A Bound with value [N] and std_error [N] (delta method), in nats; pareto_k [N] and
+        ess [N] of the weights. Where k-hat is above 0.7 the standard error is not to be trusted;
+        the bound says, printed, for how many data.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
     return _bound(
-        f"IWAE-{num_particles}",
+        "IWAE",
         StreamingIWAE,
         model,
         guide,
         batch,
         num_particles,
+        given,
         chunk_size,
         data_plate,
         particles,
@@ -126,14 +137,16 @@ def _bound(
     guide: Callable[..., Any],
     batch: tuple[Any, ...],
     num_particles: int,
+    given: Mapping[str, Any] | None,
     chunk_size: int | None,
     data_plate: str | bool | None,
     particles: str,
     seed: int | None,
     compile: str | bool,
 ) -> Bound:
+    num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
-    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(
         model,
         guide,
@@ -150,13 +163,41 @@ def _bound(
             name,
             ", ".join(map(repr, scorer.point_sites)),
         )
-    streams: dict[int, StreamingELBO | StreamingIWAE] = {}
+    blocks: dict[int, _Block] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):
-        streams.setdefault(chunk.rows.start, stream()).update(chunk.weights.total)
+        block = blocks.setdefault(chunk.rows.start, _Block(stream(), num_particles))
+        block.update(chunk.weights.total)
+    of_weights = stream is StreamingIWAE
+
+    def joined(values: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(values), -1)
+
+    skewness = joined(block.bound.skewness for block in blocks.values())
+    plain = joined(block.bound.std_error for block in blocks.values())
     return Bound(
-        name=name,
-        value=torch.cat([block.value for block in streams.values()]),
-        std_error=torch.cat([block.std_error for block in streams.values()]),
+        name=f"{name}-{num_particles}" if of_weights else name,
+        value=joined(block.bound.value for block in blocks.values()),
+        std_error=calibrated(plain, skewness, num_particles),
         num_particles=num_particles,
-        given=given,
+        given=fixed,
+        skewness=skewness,
+        ess=joined(block.weights.effective_sample_size for block in blocks.values()),
+        largest=joined(block.largest.value for block in blocks.values()),
+        mean_of="weights" if of_weights else "log weights",
     )
+
+
+class _Block:
+    """What is kept of the log weights of a block of data, while particles come in."""
+
+    def __init__(self, bound: StreamingELBO | StreamingIWAE, num_particles: int) -> None:
+        self.bound = bound
+        self.weights = bound if isinstance(bound, StreamingIWAE) else StreamingIWAE()
+        self.largest = LargestWeights(arviz_bridge.tail_length(num_particles))
+
+    def update(self, log_weights: Tensor) -> None:
+        """Take in a chunk, [k, n]."""
+        self.bound.update(log_weights)
+        if self.weights is not self.bound:
+            self.weights.update(log_weights)
+        self.largest.update(log_weights)

@@ -13,7 +13,7 @@ where :math:`q^*` is the refined guide, the best of the family for each datum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,17 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import Batch, as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.estimators import (
+    calibrated,
     effective_sample_size,
     elbo,
     elbo_influence,
     iwae_bound,
     iwae_influence,
+    mean_std_error,
     mixture_log_guide,
+    skewness,
     std_error,
 )
 from pyro_vae.families import Family, Normal
@@ -39,14 +43,11 @@ from pyro_vae.family_guide import FamilyGuide, normal_moments, of_family
 from pyro_vae.global_latents import fix_globals
 from pyro_vae.guides import LocalGuide
 from pyro_vae.refine import refine
-from pyro_vae.results import given_text
+from pyro_vae.results import PARETO_K_THRESHOLD, given_text, heavy_tailed
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import inspect
 
-__all__ = ["Comparison", "compare"]
-
-PARETO_K_THRESHOLD = 0.7
-_MIXTURE = "mixture"
+__all__ = ["PARETO_K_THRESHOLD", "Comparison", "compare"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class Comparison:
 
     Attributes:
         dataset: dims (guide, datum). Of each guide and datum, in nats: elbo, iwae_bound,
-            approximation_gap, amortization_gap, each with its standard error ``<name>_se``;
+            approximation_gap, amortization_gap, each with its standard error ``<name>_se``
+            (value ± 1.96 of them covers with probability 0.95) and ``<name>_skewness``, that of
+            the particles' effects on it, from which errors of means over data are made;
             pareto_k, ess, converged (of the guide's reference). Of each datum:
-            log_evidence, log_evidence_se and log_evidence_pareto_k, the k-hat of the weights
-            it was made from. Coordinate ``reference`` names the refined guide that each
+            log_evidence, likewise, with log_evidence_pareto_k and log_evidence_ess, those of the
+            weights it was made from. Coordinate ``reference`` names the refined guide that each
             guide's gaps are measured against. The attribute
             ``log_evidence_from`` says which estimate log_evidence is, ``given`` which global
             latents are fixed.
@@ -77,7 +80,7 @@ class Comparison:
         data = self.dataset
         columns: dict[str, Any] = {}
         for name in ("elbo", "log_evidence", "approximation_gap", "amortization_gap"):
-            mean, error = data[name].mean("datum"), _mean_error(data[f"{name}_se"])
+            mean, error = data[name].mean("datum"), _mean_error(data, name)
             if "guide" not in mean.dims:
                 mean, error = (v.broadcast_like(data["guide"]) for v in (mean, error))
             columns[name], columns[f"{name}_se"] = mean.values, error.values
@@ -153,11 +156,15 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
 
 def _evidence_text(data: xr.Dataset) -> str:
     given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
-    bad = float((data["log_evidence_pareto_k"] > PARETO_K_THRESHOLD).mean())
+    heavy = heavy_tailed(
+        data["log_evidence_pareto_k"].values,
+        data["log_evidence_ess"].values,
+        data.attrs["log_evidence_num_particles"],
+    )
     doubt = (
-        f"; a lower bound, and for {100 * bad:.1f}% of the data (k-hat > {PARETO_K_THRESHOLD}) one "
-        "whose standard error is not to be trusted"
-        if bad
+        f"; a lower bound, and for {100 * heavy.mean():.1f}% of the data (k-hat > "
+        f"{PARETO_K_THRESHOLD}) one whose standard error is not to be trusted"
+        if heavy.any()
         else ""
     )
     return (
@@ -172,6 +179,7 @@ def compare(
     *batch: Any,
     num_particles: int = 5000,
     reference: str | None = None,
+    given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
     max_steps: int = 4000,
@@ -196,6 +204,7 @@ def compare(
         num_particles: K, draws of each guide for each datum.
         reference: the name that every guide's amortization gap is measured against; by
             default the refined guide of the guide's own family.
+        given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         data_plate: as in :func:`pyro_vae.log_weights`.
         max_steps: of refine.
@@ -210,6 +219,7 @@ def compare(
         ValueError: for what :func:`pyro_vae.log_weights` refuses, an empty mapping, or
             a reference that is not in it.
     """
+    num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
     if not isinstance(guides, Mapping):
         raise TypeError(
@@ -220,12 +230,12 @@ def compare(
         raise ValueError("guides is empty: a mapping from names to guides or families is needed")
     if reference is not None and reference not in guides:
         raise ValueError(f"reference={reference!r} is not among the guides {sorted(guides)}")
-    model, guides, fixed = fix_globals(model, guides, arguments, data_plate)
+    model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
     options: dict[str, Any] = {"data_plate": data_plate, "seed": seed}
     budget = {"max_steps": max_steps, "tolerance": tolerance}
-    given, references = _with_references(model, guides, arguments, reference, {**options, **budget})
-    scorers = {name: Scorer(model, guide, arguments, **options) for name, guide in given.items()}
+    made, references = _with_references(model, guides, arguments, reference, {**options, **budget})
+    scorers = {name: Scorer(model, guide, arguments, **options) for name, guide in made.items()}
     for name, scorer in scorers.items():
         if scorer.point_sites:
             raise ValueError(
@@ -252,11 +262,11 @@ def compare(
             ]
             per_guide[mine].append((chunk.weights.log_joint, torch.stack(log_guides)))
         if chunks[0].particles.stop == num_particles:
-            reduced.append(_reduce(blocks.pop(rows.start), list(given), references, crossed))
-    dataset = _dataset(reduced, list(given), references, num_particles)
+            reduced.append(_reduce(blocks.pop(rows.start), list(made), references, crossed))
+    dataset = _dataset(reduced, list(made), references, num_particles)
     dataset.attrs["given"] = given_text(fixed)
-    dataset["converged"] = (("guide", "datum"), _converged(given, references, dataset))
-    return Comparison(dataset, given)
+    dataset["converged"] = (("guide", "datum"), _converged(made, references, dataset))
+    return Comparison(dataset, made)
 
 
 def _with_references(
@@ -355,6 +365,8 @@ def _reduce(
     bounds = [(iwae_bound(w), iwae_influence(w)) for w in weights]
     evidences = list(bounds)
     k_hats = [_pareto_k(w) for w in raw]
+    sizes = [effective_sample_size(w) for w in weights]
+    found = {"ess": torch.stack(sizes)}
     if crossed and len(names) > 1:
         mixed = torch.stack(
             [
@@ -367,34 +379,43 @@ def _reduce(
         # random numbers make those draws dependent, and the particles not.
         evidences.append((value, torch.exp(mixed - value).mean(0) - 1.0))
         k_hats.append(_pareto_k(mixed.flatten(0, 1).to(raw[0].dtype)))
-    found = {
-        "elbo": [value for value, _ in elbos],
-        "elbo_se": [std_error(influence) for _, influence in elbos],
-        "iwae_bound": [value for value, _ in bounds],
-        "iwae_bound_se": [std_error(influence) for _, influence in bounds],
-        "ess": [effective_sample_size(w) for w in weights],
-        "evidence": [value for value, _ in evidences],
-        "evidence_se": [std_error(influence) for _, influence in evidences],
-    }
+        sizes.append(effective_sample_size(mixed.flatten(0, 1)))
     nothing = torch.full_like(elbos[0][0], math.nan)
-    amortization, amortization_se, approximation_se = [], [], []
+    influences = {
+        "elbo": [influence for _, influence in elbos],
+        "iwae_bound": [influence for _, influence in bounds],
+        "evidence": [influence for _, influence in evidences],
+        "amortization_gap": [],
+        "approximation_gap": [],
+    }
+    amortization = []
     for name, (value, influence) in zip(names, elbos, strict=True):
-        if name not in references:
-            amortization.append(nothing)
-            amortization_se.append(nothing)
-            approximation_se.append(torch.stack([nothing] * len(evidences)))
-            continue
-        best, best_influence = elbos[names.index(references[name])]
+        reference = names.index(references[name]) if name in references else None
+        best, best_influence = (nothing, nothing) if reference is None else elbos[reference]
         amortization.append(best - value)
-        amortization_se.append(std_error(best_influence - influence))
-        approximation_se.append(
-            torch.stack([std_error(other - best_influence) for _, other in evidences])
-        )
-    found["amortization_gap"], found["amortization_gap_se"] = amortization, amortization_se
-    found["approximation_gap_se"] = approximation_se
-    arrays = {name: torch.stack(values).cpu().numpy() for name, values in found.items()}
+        influences["amortization_gap"].append(best_influence - influence)
+        influences["approximation_gap"] += [other - best_influence for _, other in evidences]
+    found |= {
+        "elbo": torch.stack([value for value, _ in elbos]),
+        "iwae_bound": torch.stack([value for value, _ in bounds]),
+        "evidence": torch.stack([value for value, _ in evidences]),
+        "evidence_ess": torch.stack(sizes),
+        "amortization_gap": torch.stack(amortization),
+    }
+    for name, each in influences.items():
+        found[f"{name}_se"], found[f"{name}_skewness"] = _errors(each)
+    for key in ("approximation_gap_se", "approximation_gap_skewness"):
+        found[key] = found[key].unflatten(0, (len(names), len(evidences)))
+    arrays = {name: value.cpu().numpy() for name, value in found.items()}
     arrays["pareto_k"], arrays["evidence_pareto_k"] = np.stack(k_hats[: len(raw)]), np.stack(k_hats)
     return arrays
+
+
+def _errors(influences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return calibrated standard errors and skewnesses of influences [K, n] each."""
+    skewed = torch.stack([skewness(influence) for influence in influences])
+    errors = torch.stack([std_error(influence) for influence in influences])
+    return calibrated(errors, skewed, influences[0].shape[0]), skewed
 
 
 def _pareto_k(weights: Tensor) -> np.ndarray:
@@ -410,14 +431,20 @@ def _dataset(
     arrays = {
         name: np.concatenate([block[name] for block in reduced], axis=-1) for name in reduced[0]
     }
-    evidence, evidence_se = arrays.pop("evidence"), arrays.pop("evidence_se")
-    evidence_pareto_k = arrays.pop("evidence_pareto_k")
-    chosen = _tightest(evidence.mean(1), np.sqrt((evidence_se**2).sum(1)) / evidence.shape[1])
+    evidences = {
+        name: arrays.pop(f"evidence{name}")
+        for name in ("", "_se", "_skewness", "_pareto_k", "_ess")
+    }
+    errors = [
+        _mean_of_errors(error, skew, num_particles)
+        for error, skew in zip(evidences["_se"], evidences["_skewness"], strict=True)
+    ]
+    chosen = _tightest(evidences[""].mean(1), np.array(errors))
     labels = [f"IWAE-{num_particles} through {name!r}" for name in names]
     labels.append(
         f"IWAE-{num_particles * len(names)} through the mixture of {' and '.join(map(repr, names))}"
     )
-    log_evidence = evidence[chosen]
+    log_evidence = evidences[""][chosen]
     reference_elbo = np.stack(
         [
             arrays["elbo"][names.index(references[name])]
@@ -427,14 +454,13 @@ def _dataset(
         ]
     )
     arrays["approximation_gap"] = log_evidence - reference_elbo
-    arrays["approximation_gap_se"] = arrays["approximation_gap_se"][:, chosen]
+    for name in ("approximation_gap_se", "approximation_gap_skewness"):
+        arrays[name] = arrays[name][:, chosen]
     dims = ("guide", "datum")
     return xr.Dataset(
         {
             **{name: (dims, value) for name, value in sorted(arrays.items())},
-            "log_evidence": ("datum", log_evidence),
-            "log_evidence_se": ("datum", evidence_se[chosen]),
-            "log_evidence_pareto_k": ("datum", evidence_pareto_k[chosen]),
+            **{f"log_evidence{name}": ("datum", each[chosen]) for name, each in evidences.items()},
         },
         coords={
             "guide": names,
@@ -443,6 +469,9 @@ def _dataset(
         },
         attrs={
             "log_evidence_from": labels[chosen],
+            # Those of the mixture are draws of every guide.
+            "log_evidence_num_particles": num_particles
+            * (len(names) if chosen == len(names) else 1),
             "num_particles": num_particles,
             "units": "nats",
         },
@@ -480,8 +509,19 @@ def _is_reference(dataset: xr.Dataset, name: Any) -> bool:
     return bool(dataset["reference"].sel(guide=name) == name)
 
 
-def _mean_error(errors: xr.DataArray) -> xr.DataArray:
-    return (errors**2).sum("datum", skipna=False) ** 0.5 / errors.sizes["datum"]
+def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
+    """Return the standard error of the mean over the data of a variable."""
+    return xr.apply_ufunc(
+        lambda errors, skew: _mean_of_errors(errors, skew, data.attrs["num_particles"]),
+        data[f"{name}_se"],
+        data[f"{name}_skewness"],
+        input_core_dims=[["datum"], ["datum"]],
+        vectorize=True,
+    )
+
+
+def _mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:
+    return float(mean_std_error(torch.tensor(errors), torch.tensor(skew), num_particles))
 
 
 def _with_error(value: float, error: float) -> str:

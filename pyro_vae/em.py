@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_vae.batches import Batch, as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.e_steps import (
     EStep,
     Estimate,
@@ -132,7 +133,11 @@ def em(
         >>> result.history["half_step"]
         ['E', 'M', 'E', 'M', 'E', 'M', 'E']
     """
-    kind = _check(e_step, guide, num_iterations, tolerance, num_particles, e_steps, m_steps)
+    num_iterations = as_count("num_iterations", num_iterations)
+    num_particles = as_count("num_particles", num_particles)
+    e_steps = None if e_steps is None else as_count("e_steps", e_steps)
+    m_steps = as_count("m_steps", m_steps)
+    kind = _check(e_step, guide, tolerance, num_particles)
     arguments = as_batch(*batch)
     structure = _check_model(model, arguments, data_plate)
     if kind != "exact":
@@ -163,24 +168,8 @@ def em(
     return run.result(stopped_by)
 
 
-def _check(
-    e_step: str,
-    guide: Callable[..., Any],
-    num_iterations: int,
-    tolerance: float,
-    num_particles: int,
-    e_steps: int | None,
-    m_steps: int,
-) -> str:
+def _check(e_step: str, guide: Callable[..., Any], tolerance: float, num_particles: int) -> str:
     """Return the kind of E-step; raise ValueError for what does not go together."""
-    for name, value in {
-        "num_iterations": num_iterations,
-        "num_particles": num_particles,
-        "e_steps": e_steps,
-        "m_steps": m_steps,
-    }.items():
-        if value is not None and (int(value) != value or value < 1):
-            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
     if e_step not in _E_STEPS:

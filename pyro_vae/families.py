@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.counts import as_count
 from pyro_vae.family import FactorizedFamily, Family
 from pyro_vae.flows import Flow
 
@@ -175,8 +176,7 @@ class LowRankNormal(Family):
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or int(self.rank) != self.rank:
-            raise ValueError(f"rank={self.rank}: a whole number of at least 1 is needed")
+        object.__setattr__(self, "rank", as_count("rank", self.rank))
 
     def params_shape(self, size: int) -> tuple[int, ...]:
         """Return ((2 + R) D,)."""

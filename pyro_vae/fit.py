@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
 from pyro_vae.batches import Batch, EpochData, StepData
+from pyro_vae.counts import as_count
 from pyro_vae.graphs import check_compile
 from pyro_vae.guides import LocalGuide
 from pyro_vae.minibatches import TrainingData, mean_elbo
@@ -153,7 +154,12 @@ def fit(
         >>> pv.fit(model, guide, x, epochs=2, progress=False).stopped_by
         'epochs'
     """
-    _check_arguments(batch_size, epochs, max_steps, patience, validation_data, compile, checkpoint)
+    batch_size = as_count("batch_size", batch_size)
+    epochs, max_steps, patience = (
+        None if value is None else as_count(name, value)
+        for name, value in {"epochs": epochs, "max_steps": max_steps, "patience": patience}.items()
+    )
+    _check_arguments(patience, validation_data, compile, checkpoint)
     if epochs is None and max_steps is None:
         epochs = _DEFAULT_EPOCHS
     if validation_data is not None and isinstance(guide, LocalGuide):
@@ -177,23 +183,11 @@ def fit(
 
 
 def _check_arguments(
-    batch_size: int,
-    epochs: int | None,
-    max_steps: int | None,
     patience: int | None,
     validation_data: Any,
     compiled: str | bool,
     checkpoint: str | os.PathLike[str] | None,
 ) -> None:
-    numbers = {
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "patience": patience,
-    }
-    for name, value in numbers.items():
-        if value is not None and (int(value) != value or value < 1):
-            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
     if patience is not None and validation_data is None:
         raise ValueError(
             "patience counts epochs without a better validation ELBO: give validation_data"

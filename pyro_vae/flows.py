@@ -11,6 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.counts import as_count
 from pyro_vae.family import Family
 
 __all__ = ["Flow"]
@@ -56,8 +57,7 @@ class Flow(Family):
 
     def __post_init__(self) -> None:
         for name, value, least in (("bins", self.bins, 2), ("hidden", self.hidden, 1)):
-            if value < least or int(value) != value:
-                raise ValueError(f"{name}={value}: a whole number of at least {least} is needed")
+            object.__setattr__(self, name, as_count(name, value, least))
         _spline_type()
 
     @property

@@ -1,4 +1,4 @@
-"""Global latents held at the guide's median, so that each datum has a bound of its own."""
+"""Global latents held at values passed or at the guide's median: each datum has a bound then."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.family_guide import FamilyGuide
 from pyro_vae.guides import AmortizedGuide
+from pyro_vae.results import Given
 from pyro_vae.running import evaluation, preserved_rng
-from pyro_vae.sites import inspect
+from pyro_vae.sites import Site, Structure, inspect, latent_nodes
+from pyro_vae.traces import is_point
 
 __all__ = ["fix_globals", "fix_globals_of_pair"]
 
@@ -23,42 +26,63 @@ def fix_globals(
     guides: Mapping[str, Any],
     batch: Batch,
     data_plate: str | bool | None,
-) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Tensor]]:
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Callable[..., Any], dict[str, Any], Given]:
     """Return a model and guides without global latents, and the values they were fixed at.
 
-    The values are the median of the first guide's ``global_guide``. A model without global
-    latents, and guides without that part, are returned as they are.
+    Values are those passed, and else the median of the first guide's ``global_guide``. Without
+    either, model and guides are returned as they are.
 
     Args:
         model: a Pyro model.
         guides: name to guide (or to anything else, which is handed on).
         batch: their arguments.
         data_plate: as in :func:`pyro_vae.log_weights`.
+        given: values of global latent sites, by name.
 
     Raises:
-        TypeError: where the global guide does not say its median.
-        ValueError: where its median leaves out one of the model's global latents.
+        TypeError: where the global guide does not say its median; for a ``given`` that is no
+            mapping.
+        ValueError: where its median leaves out one of the model's global latents; for a given
+            site that is no global latent, a value of another shape or outside the support, and a
+            guide that has no density of its other sites given these.
     """
-    of_globals = {
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"given={given!r}: a mapping from the names of global latent sites to values is needed"
+        )
+    shared = {
         name: guide
         for name, guide in guides.items()
         if isinstance(guide, AmortizedGuide) and guide.global_guide is not None
     }
-    if not of_globals or data_plate is False:
-        return model, dict(guides), {}
+    if not given and (not shared or data_plate is False):
+        return model, dict(guides), Given({})
     structure = inspect(model, batch, data_plate=data_plate)
     wanted = [site.name for site in structure.global_latents]
-    name, first = next(iter(of_globals.items()))
-    values = _median(first.global_guide, batch)
-    if missing := [site for site in wanted if site not in values]:
-        raise ValueError(
-            f"the median of guide {name!r}'s global_guide has {sorted(values)}, not the model's "
-            f"global latent sites {missing}, which a bound for each datum needs fixed"
-        )
-    fixed = {site: values[site].detach() for site in wanted}
-    conditioned = poutine.block(pyro.condition(model, data=fixed), hide=wanted)
-    rest = {name: guide.local_part() for name, guide in of_globals.items()}
-    return conditioned, {**guides, **rest}, fixed
+    chosen = _values(given or {}, structure)
+    values: dict[str, Tensor] = dict(chosen)
+    if shared and data_plate is not False and set(wanted) - set(chosen):
+        name, first = next(iter(shared.items()))
+        values = {**_median(first.global_guide, batch), **chosen}
+        if missing := [site for site in wanted if site not in values]:
+            raise ValueError(
+                f"the median of guide {name!r}'s global_guide has {sorted(values)}, not the "
+                f"model's global latent sites {missing}, which a bound for each datum needs "
+                "fixed; pass their values (given={...})"
+            )
+    fixed = Given({site: values[site].detach() for site in wanted if site in values}, chosen)
+    all_fixed = data_plate is not False and len(fixed) == len(wanted)
+    return (
+        poutine.block(pyro.condition(model, data=fixed), hide=list(fixed)),
+        {
+            name: guide.local_part()
+            if name in shared and all_fixed
+            else _without(name, guide, fixed, batch)
+            for name, guide in guides.items()
+        },
+        fixed,
+    )
 
 
 def fix_globals_of_pair(
@@ -66,17 +90,94 @@ def fix_globals_of_pair(
     guide: Callable[..., Any],
     batch: Batch,
     data_plate: str | bool | None,
-) -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Tensor]]:
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Callable[..., Any], Callable[..., Any], Given]:
     """Return :func:`fix_globals` of a single guide."""
-    model, guides, fixed = fix_globals(model, {"guide": guide}, batch, data_plate)
+    model, guides, fixed = fix_globals(model, {"guide": guide}, batch, data_plate, given)
     return model, guides["guide"], fixed
+
+
+def _values(given: Mapping[str, Any], structure: Structure) -> dict[str, Tensor]:
+    """Return the values passed, checked, in the dtype and on the device of their sites."""
+    found = {}
+    for name, value in given.items():
+        site = structure.sites.get(name)
+        if site is None or site.kind != "global latent":
+            what = "no site of the model" if site is None else f"a site of kind {site.kind!r}"
+            raise ValueError(
+                f"given names {name!r}, {what}; its global latents are "
+                f"{[site.name for site in structure.global_latents]}"
+            )
+        found[name] = _value(value, site)
+    return found
+
+
+def _value(value: Any, site: Site) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=site.value.dtype, device=site.value.device)
+    wanted = (*site.batch_shape, *site.event_shape)
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"given[{site.name!r}] has shape {list(tensor.shape)}, but the site has {list(wanted)}"
+        )
+    try:
+        inside = bool(site.support.check(tensor).all()) and not bool(tensor.isnan().any())
+    except NotImplementedError:  # a distribution without a declared support
+        inside = True
+    if not inside:
+        raise ValueError(
+            f"given[{site.name!r}]={value!r} lies outside the site's support ({site.support_text})"
+        )
+    return tensor
+
+
+def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
+    """Return a guide of the other sites, given these; anything else is handed on."""
+    if not callable(guide) or isinstance(guide, type):
+        return guide
+    if isinstance(guide, FamilyGuide) and not fixed.keys() & {c.name for c in guide.coordinates}:
+        return guide
+    first, second = _latents(guide, batch, 2)
+    # Of Pyro's autoguides, which sample a site's unconstrained value beside it.
+    helpers = {site: f"{site}_unconstrained" for site in fixed}
+    joint = [
+        helper
+        for helper, node in first.items()
+        if node["infer"].get("is_auxiliary") and not helper.endswith("_unconstrained")
+    ]
+    for site in fixed:
+        if not joint or site not in first or not is_point(first[site]["fn"]):
+            continue
+        if helpers[site] not in first and not _same_value(first, second, site):
+            raise ValueError(
+                f"given names {site!r}, which guide {name!r} computes from {joint[0]!r}, together "
+                "with other sites: of those it has no density given this one. Take a guide with a "
+                "proposal for each site, such as pyro.infer.autoguide.AutoNormal"
+            )
+    if not first.keys() & {*fixed, *helpers.values()}:
+        return guide
+    return poutine.block(pyro.condition(guide, data=fixed), hide=[*fixed, *helpers.values()])
+
+
+def _same_value(first: Mapping[str, Any], second: Mapping[str, Any], site: str) -> bool:
+    return site in second and torch.equal(first[site]["value"], second[site]["value"])
+
+
+def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[str, Any]]:
+    """Return what a guide samples in each of some runs, its nodes by name."""
+    found = []
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(guide), poutine.block():
+        for _ in range(runs):
+            trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+            found.append(dict(latent_nodes(trace)))
+    return found
 
 
 def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:
     refusal = TypeError(
         f"a bound for each datum needs the global latents fixed, at the global_guide's median; "
         f"{type(global_guide).__name__} has no method median(*batch). Give it one, as most of "
-        "Pyro's autoguides have; or pass data_plate=False to treat the whole batch as one datum"
+        "Pyro's autoguides have; pass values (given={...}); or pass data_plate=False to treat the "
+        "whole batch as one datum"
     )
     if not hasattr(global_guide, "median"):
         raise refusal

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
+from pyro_vae.counts import as_count
 from pyro_vae.families import FactorizedFamily, Family
 from pyro_vae.family_guide import Conditionals, FamilyGuide
 from pyro_vae.handlers import name_apart
@@ -262,8 +263,7 @@ class LocalGuide(FamilyGuide):
         family: Family | None = None,
         data_plate: str | bool | None = None,
     ) -> None:
-        if num_data < 1:
-            raise ValueError(f"num_data={num_data}: a table needs at least one row")
+        num_data = as_count("num_data", num_data)
         structure = inspect(model, as_batch(example), data_plate=data_plate)
         _refuse_globals(structure, "Train an AmortizedGuide(global_guide=...) with them")
         if structure.data_plate is None and num_data != 1:

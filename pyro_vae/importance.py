@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.estimators import iwae_bound
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import scale_parts
@@ -220,6 +221,7 @@ class WakeSleep(_Importance):
     ) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia}: a share of wake-phi from 0 to 1 is needed")
+        num_particles = as_count("num_particles", num_particles)
         if num_particles < 2 and insomnia > 0:
             raise ValueError(
                 f"num_particles={num_particles}: wake-phi needs at least 2, for the normalized "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.results import LogWeights, given_text
 from pyro_vae.scorer import Chunk, Scorer
@@ -135,6 +136,7 @@ def impute(
     *batch: Any,
     num_draws: int = 100,
     num_particles: int = 1000,
+    given: Mapping[str, Any] | None = None,
     data_plate: str | bool | None = None,
     seed: int | None = None,
 ) -> Imputation:
@@ -155,6 +157,7 @@ def impute(
         *batch: their arguments.
         num_draws: S, draws of each missing value.
         num_particles: K, particles of the guide for each datum.
+        given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         data_plate: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
 
@@ -190,10 +193,10 @@ def impute(
         >>> imputed.dataset["x"].sizes["draw"], imputed.dataset["x_mean"].round(1).values.tolist()
         (100, [[1.0, 1.0], [-2.0, -2.0]])
     """
-    if num_draws < 1 or int(num_draws) != num_draws:
-        raise ValueError(f"num_draws={num_draws}: at least 1 is needed, a whole number")
+    num_draws = as_count("num_draws", num_draws)
+    num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
-    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     sites = [
@@ -208,7 +211,7 @@ def impute(
     names = tuple(site.name for site in sites)
     chunks = itertools.groupby(scorer.chunks(num_particles), key=lambda chunk: chunk.rows.start)
     blocks = [_impute_block(scorer, list(block), names, num_draws) for _, block in chunks]
-    dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(given))
+    dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
     return Imputation(dataset, names, num_particles)
 
 

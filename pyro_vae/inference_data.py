@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.impute import inner_dims, leading_datum, resampled
 from pyro_vae.results import given_text
@@ -32,6 +33,7 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     data_plate: str | bool | None = None,
     predictive: bool = True,
+    given: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> Any:
     """Return draws of the guide in ArviZ's container, one chain.
@@ -63,6 +65,7 @@ def to_arviz(
         dims: variable name to the names of its dimensions after (chain, draw, datum).
         data_plate: as in :func:`pyro_vae.log_weights`.
         predictive: whether to draw new data as well.
+        given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
 
     Returns:
@@ -74,12 +77,11 @@ def to_arviz(
         ValueError: for what :func:`pyro_vae.log_weights` refuses, num_draws < 1,
             another ``resample``, or coords and dims that do not fit.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws={num_draws}: at least 1 is needed")
+    num_draws = as_count("num_draws", num_draws)
     if resample not in (None, "psis"):
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
     arguments = as_batch(*batch)
-    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
@@ -138,7 +140,7 @@ def to_arviz(
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "resampled": resample or "no",
-            "given": given_text(given),
+            "given": given_text(fixed),
         },
     )
 

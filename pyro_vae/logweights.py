@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro_vae.batches import as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.global_latents import fix_globals_of_pair
 from pyro_vae.results import LogWeights
 from pyro_vae.scorer import Scorer
@@ -19,6 +20,7 @@ def log_weights(
     guide: Callable[..., Any],
     *batch: Any,
     num_particles: int,
+    given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
     particles: str = "auto",
@@ -38,6 +40,8 @@ def log_weights(
         guide: a Pyro guide of its latent sites, of any make.
         *batch: their arguments: tensors with a row per datum; or one tuple or mapping.
         num_particles: K, draws for each datum.
+        given: values of global latent sites, by name: the weights are then of p(x, z | these),
+            model and guide alike. Without it a guide's ``global_guide`` gives its median.
         chunk_size: pairs (particle, datum) that the model scores at once: bounds
             memory, changes no result.
         data_plate: the name of the plate of the data, where it is not plain; False to
@@ -56,8 +60,8 @@ def log_weights(
     Raises:
         DataPlateError: where the data plate cannot be told.
         ValueError: for an empty batch, NaN in the data, observed values outside their
-            support, num_particles < 1, global latents (but of a global_guide that knows its
-            median: they are held there, see ``given``), a guide whose sites are not the
+            support, num_particles < 1, global latents that are not given (but of a global_guide
+            that knows its median: they are held there), a guide whose sites are not the
             model's, and a density that is not the same for particles together and alone.
 
     Example:
@@ -75,8 +79,9 @@ def log_weights(
         >>> weights.total.std().item() < 1e-6
         True
     """
+    num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
-    model, guide, given = fix_globals_of_pair(model, guide, arguments, data_plate)
+    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(
         model,
         guide,
@@ -90,4 +95,4 @@ def log_weights(
     for chunk in scorer.chunks(num_particles, chunk_size):
         by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
     blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
-    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=given)
+    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)

@@ -12,6 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.counts import as_count
 from pyro_vae.kl import analytic_kl, kl_per_dimension
 from pyro_vae.layouts import Layout, plan
 from pyro_vae.running import evaluation, preserved_rng
@@ -50,8 +51,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     def __init__(
         self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
     ) -> None:
-        if num_particles < 1 or int(num_particles) != num_particles:
-            raise ValueError(f"num_particles={num_particles}: at least 1 is needed, a whole number")
+        num_particles = as_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site

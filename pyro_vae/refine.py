@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batches import as_batch
+from pyro_vae.counts import as_count
 from pyro_vae.estimators import elbo, elbo_influence, std_error
 from pyro_vae.family import Family
 from pyro_vae.family_guide import of_family
@@ -50,6 +51,7 @@ def refine(
     guide: Callable[..., Any],
     *batch: Any,
     family: Family | None = None,
+    given: Mapping[str, Any] | None = None,
     max_steps: int = 4000,
     tolerance: float = 0.02,
     data_plate: str | bool | None = None,
@@ -74,7 +76,8 @@ def refine(
     answer where the guide is of the family, and has the moments of its draws elsewhere.)
     What converges is a local optimum: another mode stays unseen.
 
-    Global latents are held at the median of the guide's ``global_guide``.
+    Global latents are held at the values given, else at the median of the guide's
+    ``global_guide``.
 
     A family of points (families.Delta) has no noise: log p(x, z) is maximised by L-BFGS,
     each datum by itself, and the gain of a cycle is exact.
@@ -84,6 +87,7 @@ def refine(
         guide: a Pyro guide to start from: amortized, local, or hand-written.
         *batch: their arguments.
         family: the variational family; the guide's own by default, else Normal().
+        given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         max_steps: steps of a datum at most.
         tolerance: of the ELBO, in nats per datum.
         data_plate: the name of the plate of the data, where it is not plain.
@@ -98,12 +102,11 @@ def refine(
         ValueError: for what :func:`pyro_vae.log_weights` refuses; max_steps < 1; a
             tolerance that is not positive.
     """
-    if max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: at least 1 is needed")
+    max_steps = as_count("max_steps", max_steps)
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
     arguments = as_batch(*batch)
-    model, guide, _ = fix_globals_of_pair(model, guide, arguments, data_plate)
+    model, guide, _ = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     if family is None and of_family(guide):
         family = guide.family

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae import estimators
+from pyro_vae import arviz_bridge, estimators
 
-__all__ = ["Bound", "EMResult", "FitResult", "LogWeights", "given_text"]
+__all__ = [
+    "PARETO_K_THRESHOLD",
+    "Bound",
+    "EMResult",
+    "FitResult",
+    "Given",
+    "LogWeights",
+    "given_text",
+    "heavy_tailed",
+]
+
+# Vehtari et al. (2024): above it importance sampling is not to be trusted, its errors included.
+PARETO_K_THRESHOLD = 0.7
+# A share of effective particles above which a heavy tail does no harm: weights that all but agree.
+_NEARLY_EQUAL = 0.9
+# The squared skewness of an estimate above which a few particles decide its error.
+_FEW_DECIDE = 0.5
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,15 @@ class Bound:
     Attributes:
         name: what it is, for example "ELBO" or "IWAE-5000".
         value: [N], float64.
-        std_error: Monte Carlo standard error of each, [N].
+        std_error: Monte Carlo standard error of each, [N]: value ± 1.96 of them covers with
+            probability 0.95 (see :func:`pyro_vae.estimators.calibrated`).
         num_particles: K.
         given: global latent sites, and the values that they were fixed at: then the bound is on
             log p(x | these).
+        skewness: of the particles' effects on the value, [N].
+        ess: effective sample size of the importance weights, [N], between 1 and K.
+        largest: the largest log weights of each datum, [M, N]: those that tell its k-hat.
+        mean_of: "weights", or "log weights" as of the ELBO.
     """
 
     name: str
@@ -90,6 +112,10 @@ class Bound:
     std_error: Tensor
     num_particles: int
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    skewness: Tensor | None = None
+    ess: Tensor | None = None
+    largest: Tensor | None = field(default=None, repr=False)
+    mean_of: str = "log weights"
 
     @property
     def mean(self) -> float:
@@ -103,19 +129,107 @@ class Bound:
         Draws of different data are independent. The spread over other data that
         might have been drawn is not in it.
         """
-        return float(estimators.mean_std_error(self.std_error))
+        return float(estimators.mean_std_error(self.std_error, self.skewness, self.num_particles))
+
+    @functools.cached_property
+    def pareto_k(self) -> Tensor:
+        """Pareto k-hat of each datum's importance weights, [N]; nan from too few particles.
+
+        Above 0.7 the guide misses so much of the posterior that importance sampling through it is
+        not to be trusted; infinite where every weight is zero.
+        """
+        k_hat = torch.full(self.value.shape, math.nan, dtype=torch.float64)
+        if self.largest is None:
+            return k_hat
+        largest = self.largest.detach().cpu()
+        some = ~(largest == -math.inf).all(0)
+        k_hat[~some] = math.inf
+        if bool(some.any()):
+            found = arviz_bridge.pareto_k_of_largest(largest[:, some].T.numpy(), self.num_particles)
+            k_hat[some] = torch.as_tensor(found, dtype=torch.float64)
+        return k_hat
+
+    @property
+    def untrusted(self) -> Tensor:
+        """For which data the error is not to be trusted, [N].
+
+        Of a mean of weights, those of heavy tails (:func:`heavy_tailed`); of the ELBO, those of
+        which a few particles decide it.
+        """
+        if self.skewness is None or self.ess is None:
+            return torch.zeros(self.value.shape, dtype=torch.bool)
+        if self.mean_of == "weights":
+            return heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles)
+        return (self.skewness.square() > _FEW_DECIDE * self.num_particles).cpu()
 
     def __repr__(self) -> str:
         given = f"; given {given_text(self.given)}" if self.given else ""
         return (
             f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum "
-            f"({self.value.shape[0]} data{given})"
+            f"({self.value.shape[0]} data{given}){self._doubts()}"
         )
+
+    def _doubts(self) -> str:
+        """Return what a reader of the value has to know beside its error."""
+        if self.largest is None or self.ess is None:
+            return ""
+        size, untrusted = self.value.shape[0], int(self.untrusted.sum())
+        heavy = int(heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles).sum())
+        threshold = f"k-hat is above {PARETO_K_THRESHOLD}"
+        doubts = ""
+        if self.mean_of == "weights" and untrusted:
+            doubts = (
+                f"; for {untrusted} of {size} data the error is not to be trusted, and log p(x) "
+                f"may be far above: {threshold}"
+            )
+        elif untrusted:
+            doubts = (
+                f"; for {untrusted} of {size} data the error is not to be trusted: a few "
+                "particles decide it"
+            )
+        if self.mean_of != "weights" and heavy:
+            doubts += (
+                f"; for {heavy} of {size} data {threshold}: the guide misses a part of the "
+                "posterior"
+            )
+        if bool(self.pareto_k.isnan().any()):
+            doubts += f"; {self.num_particles} particles are too few for a k-hat"
+        return doubts
+
+
+class Given(dict[str, Tensor]):
+    """Global latent sites, and the values that they were fixed at.
+
+    Args:
+        values: by site.
+        chosen: the sites whose values were passed; those of the others are the guide's median.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], chosen: Iterable[str] = ()) -> None:
+        super().__init__(values)
+        self.chosen = frozenset(chosen)
 
 
 def given_text(given: Mapping[str, Any]) -> str:
     """Return what a result says of global latents that were fixed; "" where none were."""
-    return f"{', '.join(given)} at the guide's median" if given else ""
+    chosen = [name for name in given if isinstance(given, Given) and name in given.chosen]
+    medians = [name for name in given if name not in chosen]
+    parts = [(medians, "at the guide's median"), (chosen, "at the values passed")]
+    return "; ".join(f"{', '.join(names)} {how}" for names, how in parts if names)
+
+
+def heavy_tailed(pareto_k: Any, ess: Any, num_particles: int) -> Any:
+    """Return for which data importance weights are not to be trusted, errors included.
+
+    Those with k-hat above 0.7, but for weights that all but agree, of which k-hat is the shape of
+    a tail too light to matter.
+
+    Args:
+        pareto_k: [N], a tensor or an array.
+        ess: effective sample size, [N], likewise.
+        num_particles: K.
+    """
+    return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > _NEARLY_EQUAL * num_particles)
 
 
 @dataclass(frozen=True)

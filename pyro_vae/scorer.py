@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_vae.admission import check_per_datum, points
 from pyro_vae.batches import Batch
+from pyro_vae.counts import as_count
 from pyro_vae.enumeration import summed_out, with_placeholder
 from pyro_vae.graphs import form_of, rebuilt
 from pyro_vae.handlers import unobserve
@@ -115,10 +116,10 @@ class Scorer:
         self._recorder = Recorder("scoring", False if gradients else compile)
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {MODES} is needed")
-        if seed is not None and (int(seed) != seed or seed < 0):
-            raise ValueError(f"seed={seed!r}: a whole number of at least 0 is needed")
         self.batch = batch
-        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
+        self.seed = (
+            int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+        )
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self._modules = (model, guide)
@@ -193,11 +194,8 @@ class Scorer:
             num_particles: K, for each datum.
             chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         """
-        if num_particles < 1 or int(num_particles) != num_particles:
-            raise ValueError(f"num_particles={num_particles}: at least 1 is needed, a whole number")
-        pairs = self.chunk_pairs if chunk_size is None else chunk_size
-        if pairs < 1:
-            raise ValueError(f"chunk_size={chunk_size}: at least 1 pair is needed")
+        num_particles = as_count("num_particles", num_particles)
+        pairs = self.chunk_pairs if chunk_size is None else as_count("chunk_size", chunk_size)
         for block, rows in enumerate(self.data_blocks()):
             size = rows.stop - rows.start
             step = _round_down(max(1, _DRAW_PAIRS // size))

@@ -163,11 +163,10 @@ class Structure:
             raise ValueError(
                 f"the latent sites {names} lie outside the data plate "
                 f"{self.data_plate.name!r}: they are global, and a bound for each datum needs "
-                "them fixed. ELBO and IWAE(estimator='pathwise') train them; for a bound, give an "
-                "AmortizedGuide a global_guide that knows its median, or fix them at a value of "
-                "yours, out of sight of the trace: "
-                "pyro.poutine.block(pyro.condition(model, data=values), hide=list(values)); or "
-                "pass data_plate=False to treat the whole batch as one datum"
+                "them fixed. ELBO and IWAE(estimator='pathwise') train them; for a bound, pass "
+                f"their values (given={{{names[0]!r}: value}}), or give an AmortizedGuide a "
+                "global_guide that knows its median; or pass data_plate=False to treat the whole "
+                "batch as one datum"
             )
 
 
@@ -385,7 +384,8 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
         raise ValueError(
             f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
             f"sites are {sorted(wanted)}. Rename them, or mark a helper variable with "
-            "infer={'is_auxiliary': True}"
+            "infer={'is_auxiliary': True}. A global latent is fixed at a value in model and guide "
+            "alike by given={name: value}"
         )
     if clash := proposed & observed:
         raise ValueError(

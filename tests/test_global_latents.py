@@ -207,3 +207,109 @@ def test_the_guide_itself_keeps_its_global_part(guide, x):
     assert set(guide(x)) == {"g", "z"}
     assert guide.global_guide is not None
     assert guide.local_part().head is guide.head
+
+
+# --- values passed -------------------------------------------------------------------------------
+
+
+def by_hand(x):
+    """Of the model; given g it is the exact posterior of z."""
+    g = pyro.sample("g", dist.Normal(x.new_tensor(5.0), 0.1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + g) / 2, 0.5**0.5))
+
+
+def mean_field(x):
+    guide = AutoNormal(model, create_plates=lambda x: pyro.plate("data", len(x))).double()
+    guide(x)
+    return guide
+
+
+def test_values_passed_are_those_that_model_and_guide_see(x):
+    """Given g, x ~ N(g, 2): exactly, for any g, through a guide that samples g itself."""
+    exact = dist.Normal(0.7, 2**0.5).log_prob(x)
+    given = {"g": 0.7}
+    for bound in (pv.elbo, pv.iwae_bound):
+        found = bound(model, by_hand, x, given=given, num_particles=30)
+        torch.testing.assert_close(found.value, exact)
+        assert found.given["g"].item() == pytest.approx(0.7)
+        assert "given g at the values passed" in repr(found)
+    weights = pv.log_weights(model, by_hand, x, given=given, num_particles=3)
+    torch.testing.assert_close(weights.total, exact.expand(3, N))
+    whole = pv.elbo(model, by_hand, x, given=given, num_particles=3, data_plate=False)
+    torch.testing.assert_close(whole.value, exact.sum().unsqueeze(0))
+    tree = pv.to_arviz(model, by_hand, x, given=given, num_draws=10, seed=0)
+    assert list(tree["posterior"].data_vars) == ["z"]
+    attrs = {**tree.attrs, **tree["posterior"].attrs}  # ArviZ 1.x and 0.x
+    assert attrs["given"] == "g at the values passed"
+
+
+def test_values_passed_go_before_the_median(guide, x):
+    exact = dist.Normal(-0.3, 2**0.5).log_prob(x)
+    bound = pv.iwae_bound(model, guide, x, given={"g": -0.3}, num_particles=50_000, seed=0)
+    assert ((bound.value - exact).abs() < 4 * bound.std_error).all()
+    found = pv.compare(
+        model,
+        {"amortized": guide, "by hand": by_hand, "auto": mean_field(x)},
+        x,
+        given={"g": -0.3},
+        num_particles=500,
+        max_steps=400,
+        seed=0,
+    ).dataset
+    assert abs(found["log_evidence"].values - exact.numpy()).max() < 1e-6
+    best = found["elbo"].sel(guide="Normal per datum").values
+    assert abs(best - exact.numpy()).max() < 0.03  # the family holds the posterior
+
+
+def test_a_mean_field_autoguide_of_all_latents(x):
+    """Its unconstrained twin of g goes with g. Gaussians: the ELBO is known."""
+    auto = mean_field(x)
+    auto.locs.z.data, auto.scales.z = x / 3, torch.full_like(x, 0.6)
+    exact = dist.Normal(0.2, 2**0.5).log_prob(x)
+    posterior = dist.Normal((x + 0.2) / 2, 0.5**0.5)
+    kl = torch.distributions.kl_divergence(dist.Normal(x / 3, 0.6), posterior)
+    found = pv.elbo(model, auto, x, given={"g": 0.2}, num_particles=20_000, seed=0)
+    assert ((found.value - (exact - kl)).abs() < 4 * found.std_error).all()
+
+
+def test_refinement_given_values(x):
+    local = pv.refine(model, by_hand, x, given={"g": 0.7}, max_steps=400, seed=0)
+    bound = pv.elbo(model, local, x, given={"g": 0.7}, num_particles=10, seed=0)
+    torch.testing.assert_close(bound.value, dist.Normal(0.7, 2**0.5).log_prob(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"z": 0.0},
+            ValueError,
+            r"given names 'z', a site of kind 'local latent'; its global.*'g'",
+        ),
+        ({"x": 0.0}, ValueError, r"given names 'x', a site of kind 'observed'"),
+        ({"mu": 0.0}, ValueError, r"given names 'mu', no site of the model"),
+        ({"g": [0.0, 1.0]}, ValueError, r"given\['g'\] has shape \[2\], but the site has \[\]"),
+        ({"g": float("nan")}, ValueError, r"given\['g'\]=nan lies outside the site's support"),
+        ([("g", 0.0)], TypeError, "a mapping from the names of global latent sites"),
+    ],
+)
+def test_values_that_fit_no_global_latent_are_refused(given, error, message, x):
+    with pytest.raises(error, match=message):
+        pv.elbo(model, by_hand, x, given=given)
+
+
+def test_a_joint_guide_has_no_density_given_one_site(x):
+    auto = AutoMultivariateNormal(model).double()
+    auto(x)
+    with pytest.raises(ValueError, match="computes from '_AutoMultivariateNormal_latent'"):
+        pv.elbo(model, auto, x, given={"g": 0.0}, data_plate=False)
+
+
+def test_the_advice_of_the_refusal_works(x):
+    with pytest.raises(ValueError, match=r"pass their values \(given=\{'g': value\}\)"):
+        pv.elbo(model, by_hand, x)
+    assert pv.elbo(model, by_hand, x, given={"g": 0.0}).value.isfinite().all()
+    hidden = block(pyro.condition(model, data={"g": x.new_zeros(())}), hide=["g"])
+    with pytest.raises(ValueError, match=r"guide samples \['g'\].*given=\{name: value\}"):
+        pv.elbo(hidden, by_hand, x)

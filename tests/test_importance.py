@@ -510,11 +510,11 @@ def test_proposals_that_cannot_be_reparameterized_are_refused(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pv.IWAE(0), "num_particles=0: at least 1"),
-        (lambda: pv.IWAE(2.5), "num_particles=2.5: at least 1 is needed, a whole number"),
+        (lambda: pv.IWAE(0), "num_particles=0: a whole number of at least 1"),
+        (lambda: pv.IWAE(2.5), "num_particles=2.5: a whole number of at least 1"),
         (lambda: pv.IWAE(3, estimator="score"), "estimator='score': 'pathwise', 'stl' or 'dreg'"),
         (lambda: pv.WakeSleep(1), "num_particles=1: wake-phi needs at least 2"),
-        (lambda: pv.WakeSleep(0, insomnia=0.0), "num_particles=0: at least 1"),
+        (lambda: pv.WakeSleep(0, insomnia=0.0), "num_particles=0: a whole number of at least 1"),
         (lambda: pv.WakeSleep(3, insomnia=1.5), "insomnia=1.5: a share of wake-phi from 0 to 1"),
         (lambda: pv.WakeSleep(3, insomnia=-0.1), "insomnia=-0.1"),
         (lambda: pv.ELBO(estimator="stl", kl="analytic"), "estimator='stl' needs kl='sample'"),

@@ -22,6 +22,7 @@ LAYERS = {
         "estimators",
         "results",
         "batches",
+        "counts",
         "ranks",
         "checkpoints",
         "lbfgs",

@@ -475,9 +475,9 @@ def test_a_guide_of_other_sites_is_refused(exact, names, message):
 
 def test_bad_numbers_are_refused(exact):
     model, x = exact
-    with pytest.raises(ValueError, match="num_particles=0: at least 1 is needed"):
+    with pytest.raises(ValueError, match="num_particles=0: a whole number of at least 1"):
         pv.log_weights(model, model.posterior, x, num_particles=0)
-    with pytest.raises(ValueError, match="chunk_size=0: at least 1 pair"):
+    with pytest.raises(ValueError, match="chunk_size=0: a whole number of at least 1"):
         pv.log_weights(model, model.posterior, x, num_particles=2, chunk_size=0)
     with pytest.raises(ValueError, match="particles='fast'"):
         pv.log_weights(model, model.posterior, x, num_particles=2, particles="fast")

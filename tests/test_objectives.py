@@ -648,7 +648,7 @@ def test_latents_that_cannot_be_reparameterized_are_refused_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_particles": 0}, "num_particles=0: at least 1"),
+        ({"num_particles": 0}, "num_particles=0: a whole number of at least 1"),
         ({"kl": "exact"}, "kl='exact': 'analytic' or 'sample'"),
         ({"estimator": "reinforce"}, "estimator='reinforce': 'pathwise'"),
     ],

@@ -282,7 +282,7 @@ def test_a_handful_that_carries_all_the_weight_is_infinitely_heavy(background):
 
 
 def test_a_fit_that_fails_inside_arviz_is_no_number(monkeypatch):
-    def fail(log_weights):
+    def fail(log_weights, efficiency):
         return np.full_like(log_weights, np.nan), np.full(len(log_weights), np.nan)
 
     monkeypatch.setattr(bridge, "_arviz_psislw", fail)
@@ -308,6 +308,21 @@ def test_a_failed_row_does_not_touch_its_neighbours():
     assert k[2] == 0.0
     np.testing.assert_array_equal(k[1:2], bridge.psis(good)[1])
     np.testing.assert_array_equal(smoothed[1:2], bridge.psis(good)[0])
+
+
+@pytest.mark.parametrize("num_particles", [10, 29, 30, 57, 225, 226, 1003, 5000])
+def test_the_largest_weights_tell_their_k_hat(num_particles):
+    """In any order: equal ones, and those of a light tail, of a heavy one, and of zeros below."""
+    scale = np.array([0.0, 0.1, 3.0, 8.0])[:, np.newaxis]
+    log_weights = scale * np.random.default_rng(2).normal(size=(4, num_particles)) - 700
+    log_weights[2, : num_particles // 2] = -np.inf
+    size = bridge.tail_length(num_particles)
+    assert size == num_particles if num_particles < 30 else size < num_particles / 4 + 1
+    largest = np.sort(log_weights, axis=1)[:, -size:]
+    found = bridge.pareto_k_of_largest(largest, num_particles)
+    np.testing.assert_array_equal(found, bridge.psis(log_weights)[1])
+    with pytest.raises(ValueError, match=rf"wanted shape \[N, {size}\] for K = {num_particles}"):
+        bridge.pareto_k_of_largest(largest[:, 1:], num_particles)
 
 
 def test_too_few_particles_for_a_tail():
