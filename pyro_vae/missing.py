@@ -6,19 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent, biject_to
 
-from pyro_vae.batches import rows_text
+from pyro_vae.batches import Batch, rows_text
 from pyro_vae.graphs import is_recording
-from pyro_vae.running import call_network, module_of
+from pyro_vae.missing_check import check_decisions, pattern_of
+from pyro_vae.running import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.sites import left_out, plain_distribution
 
 __all__ = ["MissingData", "MissingEncoder"]
+
+_PATTERNS = 8  # of missing values that a model is looked at with, at most
 
 
 class MissingData(nn.Module):
@@ -91,14 +96,18 @@ class MissingData(nn.Module):
         self.owner = None if owner is model else owner
         self.mask = mask
         self.values = values
+        self._patterns: set[Any] = set()  # of missing values, for which the model was looked at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the observed part of a batch."""
         if self.mask is not None:
             args, kwargs = _code_by_nan(args, kwargs, self.mask, self.values)
         try:
-            with _LeaveMissingOut():
-                return self.model(*args, **kwargs)
+            with _LeaveMissingOut() as handler:
+                result = self.model(*args, **kwargs)
+            if not handler.wraps_another:
+                self._check(args, kwargs)
+            return result
         except _RefusedError:
             raise
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
@@ -110,6 +119,40 @@ class MissingData(nn.Module):
                 "observed sites: as a covariate, or as what another site depends on, a value must "
                 "be there. Impute it first, or give it a distribution as a latent site"
             ) from error
+
+    def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError where the model decides by a missing value; looked at a few times.
+
+        After a run, which has given parameters their first values, and unseen from outside.
+        """
+        if is_recording() or len(self._patterns) >= _PATTERNS:
+            return
+        pattern = pattern_of(args, kwargs)
+        if not pattern or pattern in self._patterns:
+            return
+        self._patterns.add(pattern)
+        device = Batch(args, kwargs).device
+        first: list[Any] = []
+
+        def run(args: Any, kwargs: Any, absent: Mapping[str, Tensor] | None) -> Any:
+            # Outside of it, the trace takes what stands in for a missing value.
+            model: Any = _LeaveMissingOut(absent)(self.model)
+            if first:
+                model = poutine.replay(model, trace=first[0])
+            first.append(poutine.trace(model).get_trace(*args, **kwargs))
+            return first[-1]
+
+        with (
+            torch.no_grad(),
+            preserved_rng(device),
+            evaluation(self, self.owner),
+            pyro.validation_enabled(False),
+            poutine.block(),
+        ):
+            try:
+                check_decisions(run, args, kwargs)
+            except ValueError as error:
+                raise _RefusedError(str(error)) from error
 
 
 class MissingEncoder(nn.Module):
@@ -212,31 +255,48 @@ class _LeaveMissingOut(Messenger):
     """Masks what is NaN in observed values, and puts a number of the support in its place.
 
     The model goes on with NaN, for what depends on the number that stands in would be wrong.
+
+    Args:
+        absent: which numbers of each site to leave out instead, for a look at a model that goes
+            on with the values it has.
     """
+
+    def __init__(self, absent: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.absent = absent
+        self.wraps_another = False  # which has left out what is missing
 
     def _pyro_sample(self, msg: Any) -> None:
         value = msg["value"]
+        self.wraps_another |= "_missing" in msg["infer"]
         if (
             not msg["is_observed"]
             or not isinstance(value, Tensor)
             or not value.is_floating_point()
             or msg["infer"].get("_deterministic")
-            or "_missing" in msg["infer"]  # wrapped twice
+            or "_missing" in msg["infer"]
             or isinstance(msg["fn"], Unit)
         ):
             return
-        unknown = value.isnan()
+        if self.absent is None:
+            unknown = value.isnan()
+        else:
+            unknown = self.absent.get(msg["name"], value.isnan())
         # What the model masks is not there, and so not missing: padding, or a value for which
         # another site stands (obs_mask).
         missing = unknown & ~left_out(msg["fn"], msg["mask"], value.device)
         msg["fn"] = _masked(msg["fn"], ~unknown, msg["name"])
+        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": missing, "_given": value}
         msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
-        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": missing}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # Handlers outside of this one, the trace among them, have taken the value by now.
         if msg["is_observed"] and "_unknown" in msg["infer"]:
-            msg["value"] = msg["value"].masked_fill(msg["infer"]["_unknown"], math.nan)
+            given = msg["infer"].pop("_given", None)
+            if self.absent is None:
+                given = msg["value"].masked_fill(msg["infer"]["_unknown"], math.nan)
+            if given is not None:
+                msg["value"] = given
 
 
 def _masked(fn: Any, seen: Tensor, name: str) -> Any:

@@ -53,6 +53,7 @@ LAYERS = {
         "nets",
         "handlers",
         "missing",
+        "missing_check",
         "coordinates",
         "guides",
         "global_latents",
