@@ -256,10 +256,12 @@ def _parameters(model: Callable[..., Any], structure: Structure, batch: Batch) -
                 pyro.sample(site.name, dist.Delta(site.value, event_dim=event_dim))
 
     try:
-        return Parameters(model, points, batch)
+        parameters = Parameters(model, points, batch)
     except ValueError as error:
         error.add_note("em estimates the parameters of the model, not those of the guide")
         raise
+    parameters.initialize()
+    return parameters
 
 
 class _Run:

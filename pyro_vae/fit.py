@@ -385,6 +385,7 @@ class _Trainer:
             ValueError: where it is not one, or of another pair or optimizer.
         """
         content = checkpoints.load(checkpoint)
+        self.steps.initialize()
         here, there = type(self.steps.optimizer).__name__, content["optimizer_type"]
         if here != there:
             raise ValueError(

@@ -130,7 +130,12 @@ class AmortizedGuide(FamilyGuide):
         )
         if global_guide is not None:
             # Pyro's autoguides make their parameters at the first call.
-            with torch.no_grad(), poutine.block(), preserved_rng(features.device):
+            with (
+                torch.no_grad(),
+                poutine.block(),
+                preserved_rng(features.device),
+                evaluation(global_guide),
+            ):
                 if isinstance(global_guide, PyroModule):
                     name_apart(global_guide)
                 global_guide(*batch.args, **batch.kwargs)

@@ -17,7 +17,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.masks import lift_masks
-from pyro_vae.running import called_modules, evaluation, preserved_rng
+from pyro_vae.running import FirstValues, called_modules, evaluation, preserved_rng
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
@@ -100,6 +100,7 @@ def plan(
     data: str,
     enumeration: str,
     share_globals: bool = False,
+    first: FirstValues | None = None,
 ) -> Layout:
     """Look at a pair, and decide how its particles are run.
 
@@ -119,6 +120,7 @@ def plan(
             the model instead, or "no" enumeration: they are drawn.
         share_globals: whether global latents, where each datum has a weight of its own, are
             drawn once for all particles; else they are refused.
+        first: first values of parameters for all that is looked at.
 
     Raises:
         ValueError: for what the particles, the plates or an enumeration cannot be done with.
@@ -126,7 +128,7 @@ def plan(
     with (
         torch.no_grad(),
         preserved_rng(device_of(args, kwargs)),
-        evaluation(model, guide),
+        evaluation(model, guide, first=first),
         poutine.block(),
     ):
         with called_modules() as in_guide:

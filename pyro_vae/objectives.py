@@ -15,7 +15,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.counts import as_count
 from pyro_vae.kl import analytic_kl, kl_per_dimension
 from pyro_vae.layouts import Layout, plan
-from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.running import FirstValues, evaluation, preserved_rng
 from pyro_vae.sites import latent_nodes
 from pyro_vae.spine import Run
 from pyro_vae.traces import trace_pair
@@ -128,18 +128,21 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             if key not in self._layouts:
                 while len(self._layouts) >= _LAYOUTS:
                     del self._layouts[next(iter(self._layouts))]
-                layout = plan(
-                    model,
-                    guide,
-                    args,
-                    kwargs,
-                    num_particles=self.num_particles,
-                    vectorize=self.vectorize_particles,
-                    data_plate=self.data_plate,
-                    data=self._data,
-                    enumeration=self._enumeration,
-                    share_globals=self._share_globals,
-                )
+                first = FirstValues()
+                with first.installed():
+                    layout = plan(
+                        model,
+                        guide,
+                        args,
+                        kwargs,
+                        num_particles=self.num_particles,
+                        vectorize=self.vectorize_particles,
+                        data_plate=self.data_plate,
+                        data=self._data,
+                        enumeration=self._enumeration,
+                        share_globals=self._share_globals,
+                        first=first,
+                    )
                 # With the pair, so that no other object takes its identity.
                 self._layouts[key] = (layout, model, guide)
             layout = self._layouts[key][0]

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import ParamStatements
-from pyro_vae.running import called_modules, evaluation, module_of, preserved_rng
+from pyro_vae.running import (
+    FirstValues,
+    called_modules,
+    evaluation,
+    module_of,
+    preserved_rng,
+)
 from pyro_vae.traces import trace_pair
 
 __all__ = ["Parameters", "all_finite", "make_optimizer"]
@@ -44,55 +50,59 @@ class Parameters:
         trained: those that are not frozen, each once.
         untold: by role ("model", "guide"), the names of parameters of modules that Pyro is not
             told of; pyro.infer.SVI would not train them.
+        late: the names of those that the first step will initialize, in Pyro's store: until then
+            others of their shape stand for them.
 
     Raises:
         ValueError: where there is nothing to train.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> None:
-        with (
-            torch.no_grad(),
-            preserved_rng(batch.device),
-            evaluation(model, guide),
-            poutine.block(),
-            called_modules() as called,
-            ParamStatements() as statements,
-        ):
-            traces = trace_pair(model, guide, batch.args, batch.kwargs)
-        for fn, trace in zip((model, guide), traces, strict=True):
-            _tell_of_sharing(module_of(fn), trace)
+        self._pair, self._batch = (model, guide), batch
         self._modules: dict[str, nn.Module] = {}
         for role, fn in (("model", model), ("guide", guide)):
             module = module_of(fn)
             if module is not None and all(module is not other for other in self._modules.values()):
                 self._modules[role] = module
-        found: dict[int, Tensor] = {
-            id(parameter): parameter
-            for module in self._modules.values()
-            for parameter in module.parameters()
-        }
+        self.find()
+
+    def find(self) -> None:
+        """Run the pair to see what it has: once more where a step has initialized ``late`` ones."""
+        self._first = FirstValues()
+        with (
+            torch.no_grad(),
+            preserved_rng(self._batch.device),
+            evaluation(*self._pair, first=self._first),
+            poutine.block(),
+            called_modules() as called,
+            ParamStatements() as statements,
+        ):
+            traces = trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
+        for fn, trace in zip(self._pair, traces, strict=True):
+            _tell_of_sharing(module_of(fn), trace)
+        held = {id(p): p for module in self._modules.values() for p in module.parameters()}
         modules = [m for module in self._modules.values() for m in module.modules()]
+        modules += called.values()
+        told = sorted(statements.tensors(modules), key=lambda pair: pair[0])
         self._stored: dict[str, Tensor] = {}
-        pairs = sorted(statements.tensors([*modules, *called.values()]), key=lambda pair: pair[0])
-        told = {id(tensor) for _, tensor in pairs}
-        for name, tensor in pairs:
-            if id(tensor) not in found:
-                found[id(tensor)] = tensor
+        for name, tensor in told:
+            if id(tensor) not in held:
                 # A network of the model's and one of the guide's may have one name.
                 self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
-        held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
-        # Buffers (running means) of modules that plain functions call; by order of call.
-        self._buffers: dict[str, Tensor] = {}
-        for module in called.values():
-            for buffer in module.buffers():
-                if id(buffer) not in held:
-                    held.add(id(buffer))
-                    self._buffers[str(len(self._buffers))] = buffer
-        self.untold = {}
+        of_modules = {id(p) for module in modules for p in module._parameters.values()}
+        self.late = tuple(
+            name
+            for name, tensor in self._stored.items()
+            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
+        )
+        self._find_buffers(called.values())
+        self.untold: dict[str, list[str]] = {}
         for role, module in self._modules.items():
+            ids = {id(tensor) for _, tensor in told}
             trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-            if names := [name for name, p in trained if id(p) not in told]:
+            if names := [name for name, p in trained if id(p) not in ids]:
                 self.untold[role] = names
+        found = {**held, **{id(p): p for p in self._stored.values()}}
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
             raise ValueError(
@@ -100,6 +110,21 @@ class Parameters:
                 "with pyro.param or pyro.module(name, module); a module they merely close over "
                 "is invisible to Pyro"
             )
+
+    def _find_buffers(self, called: Iterable[nn.Module]) -> None:
+        """Find the buffers (running means) of modules that plain functions call."""
+        held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
+        self._buffers: dict[str, Tensor] = {}  # by order of call
+        for module in called:
+            for buffer in module.buffers():
+                if id(buffer) not in held:
+                    held.add(id(buffer))
+                    self._buffers[str(len(self._buffers))] = buffer
+
+    def initialize(self) -> None:
+        """Give the ``late`` ones a value, which is to be replaced by another."""
+        self._first.commit()
+        self.late = ()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return a copy of all parameters and buffers."""

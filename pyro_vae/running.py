@@ -1,4 +1,4 @@
-"""The state that models and guides run in: modes of their modules, and the random numbers."""
+"""The state that models and guides run in: modes, parameters, buffers and random numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pyro
 import torch
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import unwrap
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 __all__ = [
+    "FirstValues",
     "call_network",
     "called_modules",
     "evaluation",
@@ -19,6 +22,8 @@ __all__ = [
     "preserved_rng",
     "unwrapped",
 ]
+
+_SMALL = 2**20  # numbers
 
 
 def module_of(fn: Any) -> nn.Module | None:
@@ -35,35 +40,137 @@ def unwrapped(fn: Any) -> Any:
     return inner
 
 
-@contextlib.contextmanager
-def evaluation(*fns: Any) -> Iterator[None]:
-    """Put the nn.Modules of models and guides in eval mode; restore each submodule after.
+class FirstValues:
+    """First values of parameters, kept out of Pyro's store.
 
-    Plain functions close over modules that cannot be seen: each is put in eval mode as it
-    is called, and restored likewise.
+    pyro.param(name, value) puts a value into the store in the first run, and later ones find it
+    there. A run that is only a look, under the prior perhaps, must not decide where training
+    starts; but several runs that belong together must have the same values.
     """
-    training = [
-        submodule
-        for module in map(module_of, fns)
-        if module is not None
-        for submodule in module.modules()
-        if submodule.training
-    ]
-    for submodule in training:
-        submodule.training = False
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Tensor, Any]] = {}
+        self._installed = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put them into the store; take them and all that is new out of it at the end."""
+        if self._installed:
+            yield
+            return
+        store = pyro.get_param_store()
+        before = (dict(store._params), dict(store._param_to_name), dict(store._constraints))
+        self.commit()
+        self._installed = True
+        try:
+            yield
+        finally:
+            self._installed = False
+            known = before[0]
+            self._made = {
+                name: (value, store._constraints[name])
+                for name, value in store._params.items()
+                if known.get(name) is not value
+            }
+            if self._made:
+                _put_back(store, *before)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the parameters."""
+        return frozenset(self._made)
+
+    def commit(self) -> None:
+        """Put them into the store for good, where it has no others by their names."""
+        store = pyro.get_param_store()
+        for name, (value, constraint) in self._made.items():
+            if name not in store:
+                store._params[name] = value
+                store._param_to_name[value] = name
+                store._constraints[name] = constraint
+
+
+def _put_back(
+    store: Any,
+    params: dict[str, Tensor],
+    param_to_name: dict[Tensor, str],
+    constraints: dict[str, Any],
+) -> None:
+    """Give the store its contents of before, but what has left it since, with its module."""
+    gone = params.keys() - store._params.keys()
+    store._params = {n: p for n, p in params.items() if n not in gone}
+    store._param_to_name = {p: n for p, n in param_to_name.items() if n not in gone}
+    store._constraints = {n: c for n, c in constraints.items() if n not in gone}
+
+
+class _Held:
+    """What modules hold beside their parameters' values, to put back."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._buffers: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
+        self._parameters: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def add(self, module: nn.Module) -> None:
+        """Note what a module holds now."""
+        if id(module) in self._modules:
+            return
+        self._modules[id(module)] = module
+        for name, buffer in module._buffers.items():
+            # What a module keeps count of is small; what is large are data.
+            if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_inference():
+                found = (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+                self._buffers.append(found)
+        if isinstance(module, PyroModule) and module._pyro_params:
+            # Those of the store take their place, by name.
+            self._parameters.append((module._parameters, dict(module._parameters)))
+
+    def put_back(self) -> None:
+        """Undo what has changed."""
+        for holder, name, buffer, version, value in self._buffers:
+            if holder.get(name) is not buffer:
+                holder[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+        for now, before in self._parameters:
+            now.update(before)
+
+
+@contextlib.contextmanager
+def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
+    """Run models and guides in eval mode, and leave everything as it was found.
+
+    The mode of each submodule, buffers, and Pyro's parameter store. Plain functions close over
+    modules that cannot be seen: each is put in eval mode as it is called, and restored likewise.
+
+    Args:
+        *fns: models and guides.
+        first: first values of parameters that runs inside share with others; by default none.
+    """
+    held = _Held()
+    modules = [m for root in map(module_of, map(unwrapped, fns)) if root for m in root.modules()]
+    training = [module for module in modules if module.training]
+    for module in modules:
+        held.add(module)
+    for module in training:
+        module.training = False
 
     def switch(module: nn.Module, inputs: Any) -> None:
+        held.add(module)
         if module.training:
             module.training = False
             training.append(module)
 
     hook = register_module_forward_pre_hook(switch)
     try:
-        yield
+        with (FirstValues() if first is None else first).installed():
+            yield
     finally:
         hook.remove()
-        for submodule in training:
-            submodule.training = True
+        for module in training:
+            module.training = True
+        held.put_back()
 
 
 @contextlib.contextmanager

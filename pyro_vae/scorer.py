@@ -40,7 +40,7 @@ from pyro_vae.particles import (
 )
 from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
-from pyro_vae.running import evaluation, preserved_rng, unwrapped
+from pyro_vae.running import FirstValues, evaluation, preserved_rng, unwrapped
 from pyro_vae.sites import (
     check_stable,
     guide_factors,
@@ -123,7 +123,8 @@ class Scorer:
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self._modules = (model, guide)
-        with evaluation(*self._modules), preserved_rng(batch.device):
+        self._first = FirstValues()  # the same ones for all that is scored
+        with evaluation(*self._modules, first=self._first), preserved_rng(batch.device):
             self.structure = inspect(model, batch, data_plate=data_plate)
             self.structure.require_no_globals()
             check_stable(model, batch, self.structure)
@@ -596,7 +597,7 @@ class Scorer:
         """Eval mode, no value checks at every chunk, random state kept."""
         with (
             torch.set_grad_enabled(self.gradients),
-            evaluation(*self._modules),
+            evaluation(*self._modules, first=self._first),
             pyro.validation_enabled(False),
             preserved_rng(self.batch.device),
             poutine.block(),

@@ -106,6 +106,7 @@ class TracedLoss:
             that Pyro was not told of.
         health: a number of the last call that is finite only if the loss and all gradients are
             (a sum of them all, which may also overflow), 0-dimensional; None where nobody wants it.
+        checked: whether somebody does; not to be changed after the first call.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class TracedLoss:
         self.health: Tensor | None = None
         self._state = state
         self._modes = modes
-        self._wants_health = checked
+        self.checked = checked
         self._owners = owners
         self._wanted = wanted
         self.parameters: list[Tensor] = []
@@ -257,7 +258,7 @@ class TracedLoss:
 
     @torch.no_grad()
     def _health(self, loss: Any, gradients: list[Tensor | None]) -> Tensor | None:
-        if not self._wants_health:
+        if not self.checked:
             return None
         total = torch.as_tensor(loss).detach()
         for gradient in gradients:

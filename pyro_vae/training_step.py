@@ -83,7 +83,6 @@ class TrainingSteps:
         epochs: that were :meth:`remember`-ed.
         parameters: of model and guide.
         last: their state at the end of the last epoch.
-        optimizer: the torch optimizer.
         pair: model and guide, under the schedule's factor.
     """
 
@@ -110,17 +109,15 @@ class TrainingSteps:
                 ", ".join(names),
             )
         self.last: Mapping[str, Mapping[str, Tensor]] = self.parameters.state()
-        trained = self.parameters.trained
-        self._update = Update(make_optimizer(optim, trained))
-        self.optimizer = self._update.optimizer
+        self._optim = optim
+        self._update: Update | None = None
         self._latent_scale = LatentScale()
         self.pair: tuple[Any, Any] = (model, guide)
         if schedule is not None:
             self.pair = (self._latent_scale(model), self._latent_scale(guide))
             # A tensor, which a graph reads where it is: a number would be a constant of it.
-            like = next(p for p in trained if p.is_floating_point())
+            like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
-        self._update.failed = self._mark_for(trained)
         objective: Any = loss  # of which Pyro's base class has no methods
 
         def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,20 +129,37 @@ class TrainingSteps:
             loss_and_grads,
             compile=compile,
             state=loss if isinstance(loss, Objective) else None,
-            checked=self._update.failed is None,
+            checked=True,
             owners=data.owners,
             wanted=lambda: self.parameters.trained,
         )
         self._unread: list[_Taken] = []
         self._losses: list[tuple[float, int | None]] = []
+        if not self.parameters.late:
+            self._begin()
 
-    def _mark_for(self, parameters: list[Tensor]) -> Tensor | None:
+    def _begin(self) -> Update:
+        """Make the optimizer, now that all parameters have their first values."""
+        self.last = self.parameters.state()
+        update = self._update = Update(make_optimizer(self._optim, self.parameters.trained))
+        update.failed = self._mark_for(update.optimizer)
+        self._traced.checked = update.failed is None
+        return update
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        if self._update is None:
+            raise RuntimeError("the optimizer is made in the first step, or by resume()")
+        return self._update.optimizer
+
+    def _mark_for(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Return the device's own mark of a failure; None where each step's loss is read."""
-        devices = {parameter.device for parameter in parameters}
+        devices = {parameter.device for parameter in self.parameters.trained}
         if len(devices) > 1 or not all(device.type in _QUEUED for device in devices):
             return None
         # Only these look at the mark: with others, the parameters would be lost.
-        if not all(group.get("fused") for group in self.optimizer.param_groups):
+        if not all(group.get("fused") for group in optimizer.param_groups):
             return None
         return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
 
@@ -168,6 +182,12 @@ class TrainingSteps:
         self.last = self.parameters.state()
         self.epochs += 1
 
+    def initialize(self) -> None:
+        """Be ready for :meth:`resume`, which gives all parameters their values."""
+        if self._update is None:
+            self.parameters.initialize()
+            self._begin()
+
     def resume(self, last: Mapping[str, Mapping[str, Tensor]], steps: int, epochs: int) -> None:
         """Go on from the parameters at the end of an epoch.
 
@@ -180,7 +200,8 @@ class TrainingSteps:
     @property
     def due(self) -> bool:
         """Whether it is time to :meth:`read`."""
-        return self._update.failed is None or len(self._unread) >= _READ_EVERY
+        queues = self._update is not None and self._update.failed is not None
+        return not queues or len(self._unread) >= _READ_EVERY
 
     def take(self, index: Tensor | None, batch: Batch) -> None:
         """Take a step.
@@ -204,7 +225,8 @@ class TrainingSteps:
 
     def _take(self, index: Tensor | None, batch: Batch) -> None:
         random_state = checkpoints.random_state()
-        self._update.drop_gradients()
+        if self._update is not None:
+            self._update.drop_gradients()
         try:
             with self._rows(index):
                 loss = self._traced(*batch.args, **batch.kwargs)
@@ -216,12 +238,17 @@ class TrainingSteps:
                 raise self._failure("the loss", sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             raise
-        failed = self._update.failed
+        update = self._update
+        if update is None:  # what was late is there now
+            with self._rows(self.data.first_rows):
+                self.parameters.find()
+            update = self._begin()
+        failed = update.failed
         queued = failed is not None and self.taken > 0  # the first one is looked at closely
         if not queued:
             self._check(float(loss), index, batch, random_state)
             self._losses.append((float(loss), self.data.size_of(index)))
-        self._update(loss, traced=self._traced.mode != "eager")
+        update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
         if queued and failed is not None:
             outcome = torch.stack([_double(loss, failed.device), failed.double()])
@@ -288,7 +315,8 @@ class TrainingSteps:
             return []  # it fails as the step did: the caller tells of that one
 
     def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
-        self._update.drop_gradients()
+        if self._update is not None:
+            self._update.drop_gradients()
         step, kept = self.taken + 1, "the step before"
         if not self.parameters.finite():
             # The update before this step overflowed, or a running mean in this one.

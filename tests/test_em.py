@@ -438,6 +438,7 @@ def test_parameters_of_the_guide_are_not_touched():
             pyro.sample("z", dist.Normal(0.7 * x + 0.6 + shift, 1.2))
 
     x = spread_data(10)
+    guide(x)
     em(spread, guide, x, e_step="importance", num_iterations=1, progress=False)
     assert pyro.param("shift").item() == 0.1
     assert pyro.param("mean").item() != 0.0

@@ -117,7 +117,10 @@ def test_looking_draws_no_random_numbers():
 
 def pair():
     model = ModuleModel(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
-    return Parameters(model, plain_guide, as_batch(X)), model
+    parameters = Parameters(model, plain_guide, as_batch(X))
+    assert parameters.late == ("scale",)
+    parameters.initialize()
+    return parameters, model
 
 
 def test_a_state_is_a_copy_and_comes_back_in_place():
