@@ -463,6 +463,9 @@ def _check_observed(sites: Mapping[str, Site]) -> None:
         except NotImplementedError:  # a distribution without a declared support
             continue
         inside = support.check(site.value)
+        # The support of a pyro.factor's Unit is that of its numbers (none), and a mask is of events.
+        if (events := len(site.event_shape) - support.event_dim) > 0:
+            inside = inside.flatten(-events).all(-1)
         if isinstance(site.mask, Tensor):
             inside = inside | ~site.mask
         elif site.mask is False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 
 import pyro
@@ -765,3 +766,23 @@ def test_a_mask_reaches_the_density_that_a_delta_hides():
     joint = pyro.infer.autoguide.AutoMultivariateNormal(model)
     with pytest.raises(ValueError, match=r"masks the latent site 'z', but .*AutoMultivariate"):
         pv.ELBO().loss(model, joint, x)
+
+
+def test_a_masked_factor_counts_where_it_is_seen():
+    x, seen = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([True, False, True])
+
+    def model(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=seen):
+                pyro.factor("x", -((z - x) ** 2))
+
+    def guide(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(2 * x / 3, 3**-0.5))
+
+    weights = pv.log_weights(model, guide, x, seen, num_particles=4)
+    # The guide is exact where the factor is seen: the integral of N(z; 0, 1) exp(-(z - x)^2).
+    exact = -0.5 * math.log(3) - x**2 / 3
+    torch.testing.assert_close(weights.total[:, seen], exact[seen].expand(4, 2))
+    assert bool((weights.log_likelihood[:, ~seen] == 0).all())
