@@ -36,6 +36,7 @@ __all__ = [
     "mean_std_error",
     "mixture_log_guide",
     "skewness",
+    "skewness_of",
     "std_error",
 ]
 
@@ -116,7 +117,7 @@ def skewness(influence: Tensor) -> Tensor:
         [N], at most sqrt(K) in size; 0 where they are constant.
     """
     variance, third = influence.square().mean(0), influence.pow(3).mean(0)
-    return _skewness(variance, third)
+    return skewness_of(variance, third)
 
 
 def calibrated(std_error: Tensor, skewness: Tensor, num_particles: int) -> Tensor:
@@ -163,11 +164,12 @@ def mean_std_error(
         return std_errors.square().sum().sqrt() / std_errors.shape[0]
     plain = std_errors / _widening(skewness.square() / num_particles)
     variance, third = plain.square().sum(), (skewness * plain.pow(3)).sum()
-    of_mean = _skewness(variance, third)
+    of_mean = skewness_of(variance, third)
     return calibrated(variance.sqrt(), of_mean, num_particles) / std_errors.shape[0]
 
 
-def _skewness(variance: Tensor, third: Tensor) -> Tensor:
+def skewness_of(variance: Tensor, third: Tensor) -> Tensor:
+    """Return the skewness of a variance and a third central moment; 0 of constants."""
     return torch.where(variance > 0, third / variance.clamp_min(_TINY).pow(1.5), 0.0)
 
 
@@ -249,7 +251,7 @@ class _Moments:
     @property
     def skewness(self) -> Tensor:
         """Of the values, [N]."""
-        return _skewness(self.squares / self.count, self.cubes / self.count)
+        return skewness_of(self.squares / self.count, self.cubes / self.count)
 
 
 class StreamingELBO:

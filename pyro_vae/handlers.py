@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -132,9 +135,32 @@ class _Unobserve(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fixed = msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)
         if msg["is_observed"] and not fixed:
+            msg["fn"] = as_long_as(msg["fn"], msg["value"])
             msg["is_observed"] = False
             msg["value"] = None
             msg["done"] = False
+
+
+def as_long_as(fn: Any, value: Any) -> Any:
+    """Return a likelihood of sequences of any length as one of a value's, which can be drawn from.
+
+    Pyro's hidden Markov models with the same parameters at all times have no length of their own.
+    """
+    base = getattr(fn, "base_dist", None)
+    if base is not None:
+        inner = as_long_as(base, value)
+        if inner is base:
+            return fn
+        fn = copy.copy(fn)
+        fn.base_dist = inner
+    elif isinstance(fn, HiddenMarkovModel) and fn.duration is None:
+        fn = copy.copy(fn)
+        fn._duration = value.shape[value.ndim - fn.event_dim]
+    else:
+        return fn
+    length = value.shape[value.ndim - fn.event_dim]
+    fn._event_shape = torch.Size((length, *fn.event_shape[1:]))
+    return fn
 
 
 def unobserve(fn: Callable[..., Any]) -> Callable[..., Any]:

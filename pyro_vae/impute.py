@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 import xarray as xr
 from torch import Tensor
@@ -23,16 +24,27 @@ from torch import Tensor
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
 from pyro_vae.counts import as_count
+from pyro_vae.estimators import calibrated, skewness_of
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.results import LogWeights, given_text
+from pyro_vae.handlers import as_long_as
+from pyro_vae.results import LogWeights, doubts, given_text
+from pyro_vae.running import preserved_rng
 from pyro_vae.scorer import Chunk, Scorer
 from pyro_vae.sites import Site, Structure
 
-__all__ = ["Imputation", "impute", "inner_dims", "leading_datum", "resampled"]
+__all__ = [
+    "Imputation",
+    "SmoothedWeights",
+    "check_drawable",
+    "impute",
+    "inner_dims",
+    "leading_datum",
+]
 
-_PARETO_K_THRESHOLD = 0.7
 # First in the key of a random stream: what it is for (0 to 2 are the Scorer's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
+# Powers of the weights and of the values whose products make mean, sd, error and skewness.
+_DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,12 @@ class Imputation:
             unit=unit,
         )
 
+    @property
+    def doubt(self) -> str:
+        """For how many data weights, and so means and errors, are not to be trusted, in words."""
+        data = self.dataset
+        return doubts(data["pareto_k"].values, data["ess"].values, self.num_particles)
+
     def __repr__(self) -> str:
         data = self.dataset
         k_hat = np.atleast_1d(data["pareto_k"].values)
@@ -123,9 +141,8 @@ class Imputation:
             [
                 *lines,
                 f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median "
-                f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}, "
-                f"{100 * (k_hat > _PARETO_K_THRESHOLD).mean():.1f}% above {_PARETO_K_THRESHOLD}"
-                + ("; too few particles for a k-hat" if np.isnan(k_hat).any() else ""),
+                f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}"
+                + (f"; {self.doubt}" if self.doubt else ""),
             ]
         )
 
@@ -165,8 +182,8 @@ def impute(
         An Imputation.
 
     Raises:
-        ValueError: where nothing is missing, for num_draws < 1, and for what
-            :func:`pyro_vae.log_weights` refuses.
+        ValueError: where nothing is missing, for num_draws < 1, a likelihood that cannot be
+            drawn from, and for what :func:`pyro_vae.log_weights` refuses.
 
     References:
         Rubin (1988). Using the SIR algorithm to simulate posterior distributions. Bayesian
@@ -208,6 +225,7 @@ def impute(
             "in a mask, of a model in pyro_vae.MissingData; the observed sites are "
             f"{[site.name for site in structure.observed]}"
         )
+    check_drawable(structure, arguments.device)
     names = tuple(site.name for site in sites)
     chunks = itertools.groupby(scorer.chunks(num_particles), key=lambda chunk: chunk.rows.start)
     blocks = [_impute_block(scorer, list(block), names, num_draws) for _, block in chunks]
@@ -215,26 +233,69 @@ def impute(
     return Imputation(dataset, names, num_particles)
 
 
-def resampled(
-    log_weights: np.ndarray, num_draws: int, key: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose particles by their Pareto-smoothed importance weights, with replacement.
+@dataclass(frozen=True)
+class SmoothedWeights:
+    """Pareto-smoothed importance weights, and how far they are to be trusted.
 
-    Args:
-        log_weights: [N, K], in nats, not normalized.
-        num_draws: S.
-        key: the seed of the choice.
-
-    Returns:
-        Indices of particles [S, N], the smoothed weights [N, K], which sum to one, and k-hat [N].
+    Attributes:
+        weights: [N, K], which sum to one; nan where every weight is zero.
+        pareto_k: [N]; infinite where every weight is zero.
+        ess: effective sample size, [N].
     """
-    smoothed, pareto_k = arviz_bridge.psis(log_weights)
-    weights = np.exp(smoothed - smoothed.max(1, keepdims=True))
-    weights /= weights.sum(1, keepdims=True)
-    generator = np.random.default_rng(key)
-    num_particles = weights.shape[1]
-    index = [generator.choice(num_particles, size=num_draws, p=row) for row in weights]
-    return np.stack(index, axis=1), weights, pareto_k
+
+    weights: np.ndarray
+    pareto_k: np.ndarray
+    ess: np.ndarray
+
+    @classmethod
+    def of(cls, log_weights: np.ndarray) -> SmoothedWeights:
+        """Smooth log weights [N, K], in nats, not normalized."""
+        some = ~np.isneginf(log_weights).all(axis=1)
+        weights = np.full(log_weights.shape, np.nan)
+        pareto_k = np.full(len(log_weights), np.inf)
+        if some.any():
+            smoothed, pareto_k[some] = arviz_bridge.psis(log_weights[some])
+            found = np.exp(smoothed - smoothed.max(1, keepdims=True))
+            weights[some] = found / found.sum(1, keepdims=True)
+        return cls(weights, pareto_k, 1 / (weights**2).sum(1))
+
+    def draw(self, num_draws: int, key: Sequence[int]) -> np.ndarray:
+        """Choose particles by their weights, with replacement: their numbers, [S, N].
+
+        Args:
+            num_draws: S.
+            key: the seed of the choice.
+
+        Raises:
+            ValueError: for data of which every weight is zero.
+        """
+        zero = np.flatnonzero(np.isnan(self.weights).any(axis=1))
+        if zero.size:
+            raise ValueError(
+                f"every importance weight is zero for {zero.size} of {len(self.weights)} data: "
+                f"{zero[:5].tolist()}; the guide proposes nothing that the model allows there"
+            )
+        generator = np.random.default_rng(key)
+        num_particles = self.weights.shape[1]
+        index = [generator.choice(num_particles, size=num_draws, p=row) for row in self.weights]
+        return np.stack(index, axis=1)
+
+
+def check_drawable(structure: Structure, device: torch.device) -> None:
+    """Raise ValueError for a likelihood that cannot be drawn from, naming its site."""
+    with preserved_rng(device), torch.no_grad():
+        for site in structure.observed:
+            if isinstance(site.fn, dist.Unit):  # of pyro.factor: nothing to draw
+                continue
+            try:
+                as_long_as(site.fn, site.value).sample()
+            except (NotImplementedError, AssertionError) as error:
+                raise ValueError(
+                    f"observed site {site.name!r}: its {site.distribution} likelihood cannot be "
+                    f"drawn from ({type(error).__name__}{f': {error}' if str(error) else ''}). "
+                    "Where draws of the latents are enough: pyro_vae.to_arviz(..., "
+                    "predictive=False)"
+                ) from error
 
 
 def leading_datum(value: Tensor, site: Site, structure: Structure) -> Tensor:
@@ -271,13 +332,12 @@ def _impute_block(
                 parts.setdefault(name, []).append(value)
     latents = {name: torch.cat(values) for name, values in parts.items()}
     total = LogWeights.concatenate([chunk.weights for chunk in chunks], 0).total
-    index, weights, pareto_k = resampled(
-        total.T.cpu().numpy(), num_draws, [scorer.seed, _RESAMPLING, rows.start]
-    )
-    found = {"pareto_k": pareto_k, "ess": 1 / (weights**2).sum(1)}
+    smoothed = SmoothedWeights.of(total.T.cpu().numpy())
+    found = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
+    index = smoothed.draw(num_draws, [scorer.seed, _RESAMPLING, rows.start])
     chosen = _choose(latents, torch.as_tensor(index).to(total.device), scorer.structure)
     drawn = list(_predicted(scorer, rows, chosen, _DRAWS))
-    moments = _moments(_predicted(scorer, rows, latents, _MOMENTS), names, weights)
+    moments = _moments(_predicted(scorer, rows, latents, _MOMENTS), names, smoothed.weights)
     for name in names:
         draws = torch.cat([values[name] for values in drawn]).cpu().numpy()
         found[name] = draws.swapaxes(0, 1)
@@ -318,12 +378,14 @@ def _moments(
 ) -> dict[str, dict[str, np.ndarray]]:
     r"""Return the weighted mean, its standard error and the sd, of draws that come in pieces.
 
-    With weights that sum to one, the error is :math:`\sum_k \bar w_k^2 (x_k - \bar x)^2`, squared.
+    With weights that sum to one, the error is :math:`\sum_k \bar w_k^2 (x_k - \bar x)^2`, squared,
+    and calibrated (see :func:`pyro_vae.estimators.calibrated`) by the third moment.
     """
-    # Sums of w x, w x^2, w^2 x, w^2 x^2, of differences to the first draw: no cancellation.
+    # Sums of w^p x^d, of differences to the first draw: no cancellation.
     sums: dict[str, list[Tensor]] = {}
     first: dict[str, Tensor] = {}
-    squared = torch.as_tensor((weights**2).sum(1))
+    num_particles = weights.shape[1]
+    squared, cubed = (torch.as_tensor((weights**power).sum(1)) for power in (2, 3))
     start = 0
     for piece in drawn:
         for name in names:
@@ -331,22 +393,23 @@ def _moments(
             x = x - first.setdefault(name, x[0])
             w = torch.as_tensor(weights[:, start : start + len(x)].T)
             terms = [
-                torch.einsum("kn,kn...->n...", w**power, x**degree)
-                for power in (1, 2)
-                for degree in (1, 2)
+                torch.einsum("kn,kn...->n...", w**power, x**degree) for power, degree in _DEGREES
             ]
             before = sums.get(name, [torch.zeros(())] * len(terms))
             sums[name] = [a + b for a, b in zip(before, terms, strict=True)]
         start += len(x)
     result = {}
-    for name, (wx, wxx, vx, vxx) in sums.items():
-        v = squared.reshape(-1, *[1] * (wx.ndim - 1))
+    for name, (wx, wxx, vx, vxx, ux, uxx, uxxx) in sums.items():
+        v, u = (total.reshape(-1, *[1] * (wx.ndim - 1)) for total in (squared, cubed))
+        variance = (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0)
+        third = uxxx - 3 * wx * uxx + 3 * wx**2 * ux - wx**3 * u
+        # Each particle moves the mean by K w (x - mean).
+        skewed = skewness_of(num_particles * variance, num_particles**2 * third)
+        error = calibrated(variance.sqrt(), skewed, num_particles)
         moments = {
             "mean": wx + first[name],
             # Of about one particle there is no spread to tell from.
-            "mean_se": torch.where(
-                v < 0.9, (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0).sqrt(), math.nan
-            ),
+            "mean_se": torch.where(v < 0.9, error, math.nan),
             "sd": (wxx - wx**2).clamp(min=0).sqrt(),
         }
         result[name] = {what: value.numpy() for what, value in moments.items()}

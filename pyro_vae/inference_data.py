@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
+import torch
 from torch import Tensor
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import as_batch
 from pyro_vae.counts import as_count
+from pyro_vae.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.global_latents import fix_globals_of_pair
-from pyro_vae.impute import inner_dims, leading_datum, resampled
-from pyro_vae.results import given_text
+from pyro_vae.impute import SmoothedWeights, check_drawable, inner_dims, leading_datum
+from pyro_vae.results import doubts, given_text
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import Site, Structure
 
 __all__ = ["to_arviz"]
 
+logger = logging.getLogger(__name__)
+
 _DATUM = "datum"
+_WITHOUT_DRAWS = ("observed_data", "constant_data")
 
 
 def to_arviz(
@@ -39,10 +45,12 @@ def to_arviz(
     """Return draws of the guide in ArviZ's container, one chain.
 
     InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. The groups: posterior
-    (local latents), log_likelihood (each observed site, a number per datum, as
-    ``az.loo`` takes it), sample_stats (log_p = log p(x, z), log_q, log_weight, per
-    datum), observed_data, prior, and with ``predictive`` posterior_predictive and
-    prior_predictive.
+    (local latents, and the model's pyro.deterministic sites), log_likelihood (each observed
+    site, a number per datum, as ``az.loo`` takes it), sample_stats (log_p = log p(x, z), log_q,
+    log_weight, per datum), observed_data, prior, constant_data (pareto_k and ess of each datum's
+    importance weights), and with ``predictive`` posterior_predictive and prior_predictive.
+    Without, no observed site is drawn, and a latent's prior is that given the observed sites
+    before it.
 
     Discrete latents that the guide leaves out are summed out of log_p and log_weight, and
     drawn from their exact posterior, given each draw of the others, for the posterior;
@@ -60,7 +68,8 @@ def to_arviz(
         num_draws: draws for each datum.
         resample: None for draws of the guide; "psis" to resample them, datum by datum,
             with Pareto-smoothed importance weights, which brings them closer to the
-            posterior (sample_stats then has no log_weight).
+            posterior (sample_stats then has no log_weight). Where k-hat is above 0.7 it does not
+            bring them there: a warning and the attribute ``doubt`` say for how many data.
         coords: dimension name to labels; "datum" labels the data.
         dims: variable name to the names of its dimensions after (chain, draw, datum).
         data_plate: as in :func:`pyro_vae.log_weights`.
@@ -75,7 +84,8 @@ def to_arviz(
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses, num_draws < 1,
-            another ``resample``, or coords and dims that do not fit.
+            another ``resample``, coords and dims that do not fit, and, with ``predictive``, a
+            likelihood that cannot be drawn from.
     """
     num_draws = as_count("num_draws", num_draws)
     if resample not in (None, "psis"):
@@ -84,6 +94,9 @@ def to_arviz(
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
+    if predictive:
+        check_drawable(structure, arguments.device)
+    deterministic: DeterministicValues | None = None
     blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
     for chunk in scorer.chunks(num_draws):
         block = blocks.setdefault(chunk.rows.start, {})
@@ -91,6 +104,8 @@ def to_arviz(
         size = chunk.weights.num_particles
         summed = scorer.draw_summed_out(chunk.rows, chunk.values, (6, *key))
         values = {**chunk.values, **summed}
+        if deterministic is None:
+            deterministic = DeterministicValues(scorer, chunk.rows, values)
         found = {
             "posterior": scorer.by_datum({n: v for n, v in values.items() if n in structure.sites}),
             "log_likelihood": scorer.site_log_likelihood(chunk.rows, values),
@@ -100,7 +115,8 @@ def to_arviz(
                 "log_weight": chunk.weights.total,
             },
         }
-        prior = scorer.predict(chunk.rows, size, None, (4, *key))
+        found["posterior"] |= deterministic(chunk.rows, values)
+        prior = scorer.predict(chunk.rows, size, None, (4, *key), observed=predictive)
         found["prior"] = {n: v for n, v in prior.items() if not _is_observed(structure, n)}
         if predictive:
             drawn = scorer.predict(chunk.rows, size, values, (3, *key))
@@ -112,13 +128,24 @@ def to_arviz(
             }
         for group, variables in found.items():
             block.setdefault(group, []).append(variables)
-    groups = _join(list(blocks.values()), structure)
+    sites = {} if deterministic is None else deterministic.sites
+    groups = _join(list(blocks.values()), {n for n, s in sites.items() if s.data_axis is None})
     if data_plate is False:
         groups["sample_stats"] = {
             name: value[:, 0] for name, value in groups["sample_stats"].items()
         }
+    log_weight = groups["sample_stats"]["log_weight"]
+    smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
     if resample == "psis":
-        _resample(groups, structure, scorer.seed)
+        index = smoothed.draw(num_draws, [scorer.seed, 5])
+        _resample(groups, index, [n for n, s in sites.items() if s.data_axis is None])
+    groups["constant_data"] = {
+        "pareto_k": smoothed.pareto_k,
+        "ess": smoothed.ess,
+    }
+    doubt = doubts(smoothed.pareto_k, smoothed.ess, num_draws)
+    if resample == "psis" and doubt:
+        logger.warning("to_arviz: resampled draws, %s", doubt)
     groups["observed_data"] = {
         site.name: leading_datum(_with_missing(site), site, structure).cpu().numpy()
         for site in structure.observed
@@ -126,12 +153,12 @@ def to_arviz(
     _leave_out(groups, structure)
     arrays = {
         group: {
-            name: value if group == "observed_data" else value[np.newaxis]
+            name: value if group in _WITHOUT_DRAWS else value[np.newaxis]
             for name, value in variables.items()
         }
         for group, variables in groups.items()
     }
-    names, labels = _names(structure, groups, coords, dims)
+    names, labels = _names(structure, groups, list(sites.values()), coords, dims)
     return arviz_bridge.container(
         arrays,
         coords=labels,
@@ -140,6 +167,7 @@ def to_arviz(
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "resampled": resample or "no",
+            "doubt": doubt,
             "given": given_text(fixed),
         },
     )
@@ -166,9 +194,14 @@ def _leave_out(groups: dict[str, dict[str, np.ndarray]], structure: Structure) -
 
 
 def _join(
-    blocks: list[dict[str, list[dict[str, Tensor]]]], structure: Structure
+    blocks: list[dict[str, list[dict[str, Tensor]]]], without_data: Collection[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Join chunks of draws along the first dimension, and blocks of data along the second."""
+    """Join chunks of draws along the first dimension, and blocks of data along the second.
+
+    Args:
+        blocks: a group's chunks, by its name, of each block.
+        without_data: variables of which each block says the same.
+    """
     groups: dict[str, dict[str, np.ndarray]] = {}
     for group in blocks[0]:
         groups[group] = {}
@@ -177,26 +210,46 @@ def _join(
                 np.concatenate([chunk[name].detach().cpu().numpy() for chunk in block[group]])
                 for block in blocks
             ]
-            groups[group][name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            one = len(parts) == 1 or name in without_data
+            groups[group][name] = parts[0] if one else np.concatenate(parts, axis=1)
     return groups
 
 
-def _resample(groups: dict[str, dict[str, np.ndarray]], structure: Structure, seed: int) -> None:
-    """Replace the draws of each datum by a weighted resample of them."""
-    log_weight = groups["sample_stats"].pop("log_weight")
-    whole = log_weight.ndim == 1  # one datum, no datum dimension
-    draws = len(log_weight)
-    index, _, _ = resampled(np.atleast_2d(log_weight.T), draws, [seed, 5])
+def _resample(
+    groups: dict[str, dict[str, np.ndarray]], index: np.ndarray, without_data: Collection[str]
+) -> None:
+    """Replace the draws of each datum by some of them, by number [S, N].
+
+    Args:
+        groups: replaced in place.
+        index: the numbers.
+        without_data: variables of the posterior that are of no datum's draws, and left out.
+    """
+    whole = groups["sample_stats"].pop("log_weight").ndim == 1  # one datum, no datum dimension
+    if not whole:
+        posterior = groups["posterior"]
+        for name in without_data:
+            if (posterior[name] == posterior[name][:1]).all():  # the same whatever is drawn
+                continue
+            del posterior[name]
+            logger.warning(
+                "to_arviz: the deterministic site %r is of no datum, and draws are resampled "
+                "datum by datum: it is left out",
+                name,
+            )
     for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
         for name, value in groups.get(group, {}).items():
-            groups[group][name] = (
-                value[index[:, 0]] if whole else value[index, np.arange(index.shape[1])]
-            )
+            if whole:
+                groups[group][name] = value[index[:, 0]]
+            elif name not in without_data:
+                groups[group][name] = value[index, np.arange(index.shape[1])]
 
 
 def _with_missing(site: Site) -> Tensor:
-    """Return a site's observed value, NaN where it is missing."""
-    return site.value if site.missing is None else site.value.masked_fill(site.missing, np.nan)
+    """Return a site's observed value in its likelihood's shape, NaN where it is missing."""
+    value = site.value if site.missing is None else site.value.masked_fill(site.missing, np.nan)
+    shape = torch.broadcast_shapes(value.shape, (*site.batch_shape, *site.event_shape))
+    return value.broadcast_to(shape)
 
 
 def _is_observed(structure: Structure, name: str) -> bool:
@@ -206,6 +259,7 @@ def _is_observed(structure: Structure, name: str) -> bool:
 def _names(
     structure: Structure,
     groups: Mapping[str, Mapping[str, np.ndarray]],
+    deterministic: Sequence[DeterministicSite],
     coords: Mapping[str, Any] | None,
     dims: Mapping[str, Sequence[str]] | None,
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
@@ -215,20 +269,24 @@ def _names(
     if lead:
         labels.setdefault(_DATUM, np.arange(structure.num_data))
     given = dict(dims or {})
-    if unknown := set(given) - set(structure.sites):
+    tails = {name: (lead, inner_dims(site, structure)) for name, site in structure.sites.items()}
+    for site in deterministic:
+        tails[site.name] = ([] if site.data_axis is None else lead, list(site.dims))
+    if unknown := set(given) - set(tails):
         raise ValueError(
-            f"dims names {sorted(unknown)}, which are not sites of the model: "
-            f"{sorted(structure.sites)}"
+            f"dims names {sorted(unknown)}, which are not sites of the model: {sorted(tails)}"
         )
-    names: dict[str, list[str]] = {name: list(lead) for name in groups["sample_stats"]}
-    for name, site in structure.sites.items():
-        tail = inner_dims(site, structure)
+    names: dict[str, list[str]] = {
+        **{name: list(lead) for name in groups["sample_stats"]},
+        **{name: [_DATUM] for name in groups["constant_data"]},  # one, where there is one
+    }
+    for name, (first, tail) in tails.items():
         if name in given:
             if len(given[name]) != len(tail):
                 raise ValueError(
                     f"dims[{name!r}]={list(given[name])}: {len(tail)} names are needed, for the "
-                    f"dimensions after {', '.join(['chain', 'draw', *lead])}"
+                    f"dimensions after {', '.join(['chain', 'draw', *first])}"
                 )
             tail = list(given[name])
-        names[name] = lead + tail
+        names[name] = first + tail
     return names, labels

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "FitResult",
     "Given",
     "LogWeights",
+    "doubts",
     "given_text",
     "heavy_tailed",
 ]
@@ -230,6 +232,26 @@ def heavy_tailed(pareto_k: Any, ess: Any, num_particles: int) -> Any:
         num_particles: K.
     """
     return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > _NEARLY_EQUAL * num_particles)
+
+
+def doubts(pareto_k: np.ndarray, ess: np.ndarray, num_particles: int) -> str:
+    """Return for how many data importance weights are not to be trusted, in words; "" for none.
+
+    Args:
+        pareto_k: [N], or a number where the batch is one datum.
+        ess: effective sample size, likewise.
+        num_particles: K.
+    """
+    heavy = np.atleast_1d(heavy_tailed(pareto_k, ess, num_particles))
+    parts = []
+    if heavy.any():
+        parts.append(
+            f"for {heavy.sum()} of {heavy.size} data the importance weights are not to be trusted "
+            f"(k-hat is above {PARETO_K_THRESHOLD})"
+        )
+    if np.isnan(pareto_k).any():
+        parts.append(f"{num_particles} particles are too few for a k-hat")
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from pyro_vae.sites import (
 )
 from pyro_vae.traces import is_point, trace_pair
 
-__all__ = ["Chunk", "Scorer"]
+__all__ = ["Chunk", "DeterministicNode", "Scorer"]
 
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
@@ -80,6 +80,21 @@ class Chunk:
     particles: slice
     values: Mapping[str, Tensor]
     weights: LogWeights
+
+
+@dataclass(frozen=True)
+class DeterministicNode:
+    """A pyro.deterministic site, as one run saw it.
+
+    Attributes:
+        value: its value.
+        plates: the vectorized plates around it, as Pyro knows them.
+        event_ndim: the event dimensions that the model says it has; None where it says none.
+    """
+
+    value: Tensor
+    plates: tuple[Any, ...]
+    event_ndim: int | None
 
 
 class Scorer:
@@ -284,7 +299,7 @@ class Scorer:
             values, log_guide = self.draw(whole, 2, (_CHECKS, 1))
             with self._scoring():
                 log_joint = torch.stack(self._score(whole, values)).sum(0)
-                some = self._take_data(values, half, self.num_data)
+                some = self.take_data(values, half, self.num_data)
                 try:
                     found = self.score_guide(half, some)
                     found_joint = torch.stack(self._score(half, some)).sum(0)
@@ -396,14 +411,24 @@ class Scorer:
         num_particles: int,
         values: Mapping[str, Tensor] | None,
         key: tuple[int, ...],
+        *,
+        observed: bool = True,
     ) -> dict[str, Tensor]:
         """Draw every site of the model that ``values`` does not give, observed ones too.
+
+        Args:
+            rows: of which data.
+            num_particles: K.
+            values: as :meth:`draw` returns them.
+            key: tells the random numbers from others.
+            observed: whether to draw observed sites; else they keep their values.
 
         Returns:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
         model = self._model
-        runner = Runner(unobserve(model.fn), self.batch, model.shapes, self.nesting, model.data_dim)
+        fn = unobserve(model.fn) if observed else model.fn
+        runner = Runner(fn, self.batch, model.shapes, self.nesting, model.data_dim)
         runner.mode = model.mode
         with self._scoring():
             self._reseed(*key)
@@ -412,6 +437,30 @@ class Scorer:
             )
             drawn = runner.values(traces, num_particles)
         return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
+
+    def deterministic_nodes(
+        self, rows: slice, values: Mapping[str, Tensor], *, alone: bool
+    ) -> dict[str, list[DeterministicNode]]:
+        """Return the model's pyro.deterministic sites given latents: a node for each run.
+
+        Args:
+            rows: of which data.
+            values: as :meth:`draw` returns them.
+            alone: whether particles run one by one; else as the model's densities do.
+        """
+        runner = copy.copy(self._model)
+        runner.mode = "loop" if alone else runner.mode
+        num_particles = next(iter(values.values())).shape[0]
+        found: dict[str, list[DeterministicNode]] = {}
+        with self._scoring(), torch.no_grad():
+            for trace in runner.traces(rows, num_particles, self._latents(values)):
+                for name, node in sample_nodes(trace):
+                    if node["infer"].get("_deterministic"):
+                        plates = tuple(f for f in node["cond_indep_stack"] if f.vectorized)
+                        value, events = node["value"], node["fn"].event_dim
+                        said = events if events < value.ndim else None
+                        found.setdefault(name, []).append(DeterministicNode(value, plates, said))
+        return found
 
     def single_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
@@ -475,7 +524,7 @@ class Scorer:
                         self._model,
                         Scorer._score,
                         slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
-                        self._take_data(some, slice(n, n + data_step), size),
+                        self.take_data(some, slice(n, n + data_step), size),
                         min(particle_step, num_particles - k),
                         calls,
                     )
@@ -582,7 +631,14 @@ class Scorer:
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if name in self.structure.sites}
 
-    def _take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
+    def take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
+        """Return the values of some data, shaped as :meth:`draw` returns them.
+
+        Args:
+            values: of ``size`` data.
+            rows: which of them, the first being 0.
+            size: how many.
+        """
         if rows.start == 0 and rows.stop >= size:
             return dict(values)
         dim = self._model.require_data_dim()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from models import encoder, factor_analysis
 from pyro import poutine
 
 import pyro_vae as pv
+from pyro_vae.estimators import LargestWeights
+from pyro_vae.results import Bound, heavy_tailed
 
 
 @pytest.fixture
@@ -122,3 +127,108 @@ def test_a_point_is_said_to_be_no_bound(caplog):
     torch.testing.assert_close(found.value, log_joint.detach())
     with pytest.raises(ValueError, match=r"guides\['map'\] proposes one point for \['z'\]"):
         pv.compare(model, {"map": guide}, x, num_particles=10)
+
+
+# --- how far a bound is to be trusted ------------------------------------------------------------
+
+
+def normal(x):
+    """z ~ N(0, 1), x ~ N(z, 1): the posterior is N(x / 2, 1/2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def narrow(x):
+    """The posterior where x > 0; a tenth of its width elsewhere: k = 1 - 0.01."""
+    width = torch.where(x > 0, 1.0, 0.1).to(x) * 0.5**0.5
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, width))
+
+
+def test_a_bound_says_for_how_many_data_it_is_not_to_be_trusted():
+    x = torch.tensor([1.0, 2.0, -1.0, 3.0, -2.0], dtype=torch.float64)
+    found = pv.iwae_bound(normal, narrow, x, num_particles=2000, seed=0)
+    assert found.untrusted.tolist() == [False, False, True, False, True]
+    assert found.pareto_k[~found.untrusted].tolist() == [0.0, 0.0, 0.0]
+    assert (found.pareto_k[found.untrusted] > 0.7).all()
+    assert found.ess[0] == pytest.approx(2000) and found.ess[2] < 1000
+    assert "(5 data); for 2 of 5 data the error is not to be trusted" in repr(found)
+    good = pv.iwae_bound(normal, narrow, x[:2], num_particles=2000, seed=0)
+    assert repr(good).endswith("(2 data)")
+    # The error of an ELBO is, but its guide is as narrow.
+    elbo = pv.elbo(normal, narrow, x, num_particles=2000, seed=0)
+    assert not elbo.untrusted.any()
+    assert "for 2 of 5 data k-hat is above 0.7: the guide misses a part" in repr(elbo)
+    few = pv.iwae_bound(normal, narrow, x, num_particles=20, seed=0)
+    assert few.pareto_k[2].isnan() and "20 particles are too few for a k-hat" in repr(few)
+    whole = pv.iwae_bound(normal, narrow, x, num_particles=2000, data_plate=False, seed=0)
+    assert "for 1 of 1 data the error is not to be trusted" in repr(whole)
+
+
+def test_weights_that_all_but_agree_are_trusted_whatever_their_tail():
+    """A tail of k = 1 on a thousandth of the weight: the error is small and right."""
+    torch.manual_seed(0)
+    pareto = torch.rand(4000, 1, dtype=torch.float64).reciprocal()
+    log_weights = torch.log1p(1e-3 * pareto.clamp(max=1000))
+    k_hat = pv.pareto_k(log_weights)
+    ess = log_weights.softmax(0).square().sum(0).reciprocal()
+    assert k_hat > 0.7 and ess > 3900
+    assert not heavy_tailed(k_hat, ess, 4000).any()
+    assert heavy_tailed(k_hat, ess / 2, 4000).all()
+
+
+def test_an_elbo_that_a_few_particles_decide_says_so():
+    bound = Bound(
+        "ELBO",
+        torch.zeros(3),
+        torch.ones(3),
+        100,
+        skewness=torch.tensor([0.0, -9.0, 9.9]),
+        ess=torch.full((3,), 99.0),
+        largest=torch.zeros(21, 3),
+    )
+    assert bound.untrusted.tolist() == [False, True, True]
+    assert repr(bound).endswith(
+        "for 2 of 3 data the error is not to be trusted: a few particles decide it"
+    )
+
+
+def test_every_weight_zero_is_an_infinite_k_hat():
+    """x = 1 ~ Poisson(max(z, 0)): E[z+ exp(-z+)] = sqrt(e) (phi(1) - (1 - Phi(1)))."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(z.clamp(min=0)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor([0.0, -99.0]), 1.0))
+
+    x = torch.ones(2, dtype=torch.float64)
+    found = pv.iwae_bound(model, guide, x, num_particles=4000, seed=0)
+    assert found.value[1] == -math.inf and found.pareto_k[1] == math.inf
+    assert "for 1 of 2 data the error is not to be trusted" in repr(found)
+    normal, one = dist.Normal(0.0, 1.0), x.new_tensor(1.0)
+    exact = 0.5 + (normal.log_prob(one).exp() - normal.cdf(-one)).log()
+    assert abs(found.value[0] - exact) < 4 * found.std_error[0]
+
+
+def test_what_is_kept_for_k_hat_does_not_grow_with_the_particles():
+    stream = LargestWeights(50)
+    torch.manual_seed(0)
+    weights = torch.randn(20_000, 3)
+    most = 0
+    for chunk in weights.split(32):
+        stream.update(chunk)
+        most = max(most, sum(len(kept) for kept in stream._kept))
+    assert most <= 4 * 50
+    assert torch.equal(stream.value, weights.sort(0, descending=True).values[:50])
+
+
+def test_bounds_can_be_pickled(setting):
+    model, x, guide = setting
+    found = pv.iwae_bound(model, guide, x, num_particles=100, seed=0)
+    again = pickle.loads(pickle.dumps(found))
+    assert repr(again) == repr(found) and torch.equal(again.pareto_k, found.pareto_k)

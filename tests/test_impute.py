@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.imputation_plot import plot_imputation
-from pyro_vae.impute import resampled
+from pyro_vae.impute import SmoothedWeights
 
 DRAWS, PARTICLES = 4000, 8000
 
@@ -241,7 +241,8 @@ def test_refusals(model, options, message):
 def test_resampling_takes_particles_as_often_as_they_weigh():
     weights = np.array([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
     with np.errstate(divide="ignore"):
-        index, found, _ = resampled(np.log(weights), 20_000, [0])
+        smoothed = SmoothedWeights.of(np.log(weights))
+    index, found = smoothed.draw(20_000, [0]), smoothed.weights
     np.testing.assert_allclose(found, weights, atol=1e-12)
     share = np.stack([(index == k).mean(0) for k in range(3)], axis=1)
     assert (np.abs(share - weights) <= 4 * np.sqrt(weights * (1 - weights) / 20_000)).all()
@@ -364,3 +365,38 @@ def test_a_single_particle_has_no_standard_error():
     guide = pv.AmortizedGuide(pv.MissingData(model), encoder, example=x)
     imputed = pv.impute(pv.MissingData(model), guide, x, num_particles=1, seed=0)
     assert np.isnan(imputed.dataset["x_mean_se"].values[:, 0]).all()
+
+
+# --- how far the weights are to be trusted
+
+
+def test_weights_that_are_all_zero_are_said_and_not_drawn_from():
+    log_weights = np.array([[0.0, -1.0, -2.0], [-np.inf] * 3])
+    smoothed = SmoothedWeights.of(log_weights)
+    assert np.isnan(smoothed.weights[1]).all() and np.isinf(smoothed.pareto_k[1])
+    with pytest.raises(ValueError, match=r"every importance weight is zero for 1 of 2 data: \[1\]"):
+        smoothed.draw(5, [0])
+
+
+def test_an_imputation_says_for_how_many_data_it_is_not_to_be_trusted():
+    """Two of three data through a proposal of a tenth of the posterior's width: k near 0.99."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0)).unsqueeze(-1)
+            likelihood = dist.Normal(z.expand(*z.shape[:-1], 2), 1.0)
+            pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    def guide(x):
+        width = torch.where(x[:, 0] > 0, 1.0, 0.1).to(x) * 0.5**0.5
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0] / 2, width))
+
+    x = torch.tensor([[1.0, NAN], [-1.0, NAN], [-2.0, NAN]], dtype=torch.float64)
+    found = pv.impute(pv.MissingData(model), guide, x, num_particles=2000, seed=0)
+    assert found.doubt.startswith("for 2 of 3 data the importance weights are not to be trusted")
+    assert found.doubt in repr(found)
+    good = pv.impute(pv.MissingData(model), guide, x[:1], num_particles=2000, seed=0)
+    assert good.doubt == "" and "trusted" not in repr(good)
+    few = pv.impute(pv.MissingData(model), guide, x[1:], num_particles=20, seed=0)
+    assert few.doubt == "20 particles are too few for a k-hat"

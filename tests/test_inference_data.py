@@ -281,3 +281,185 @@ def test_non_centred_eight_schools_as_one_datum():
         tree = pv.to_arviz(model, guide, y, data_plate=False, num_draws=50, seed=0)
         assert tree["posterior"]["eta"].dims == ("chain", "draw", "schools")
         assert tree["posterior_predictive"]["y"].shape == (1, 50, 8)
+
+
+# --- deterministic sites -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 300])  # as many data as entries of "three"; two blocks
+@pytest.mark.parametrize("resample", [None, "psis"])
+def test_deterministic_sites_are_in_the_posterior(size, resample, caplog):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            twice = pyro.deterministic("twice", 2 * z)
+            pyro.deterministic("three", torch.stack([z, z**2, -z], -1), event_dim=1)
+            pyro.deterministic("constant", x.new_tensor(3.0))
+            pyro.sample("x", dist.Normal(twice, 1.0), obs=x)
+        pyro.deterministic("outside", z.exp())
+        pyro.deterministic("mean", z.mean(-1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.4 * x, 0.45))
+
+    x = torch.randn(size, dtype=torch.float64)
+    tree = pv.to_arviz(model, guide, x, num_draws=60, resample=resample, seed=0)
+    posterior = tree["posterior"]
+    z = posterior["z"].values
+    np.testing.assert_allclose(posterior["twice"], 2 * z)
+    np.testing.assert_allclose(posterior["outside"], np.exp(z))
+    np.testing.assert_allclose(posterior["three"], np.stack([z, z**2, -z], -1))
+    assert posterior["three"].dims == ("chain", "draw", "datum", "three_dim_0")
+    assert posterior["constant"].shape == (1, 60) and (posterior["constant"] == 3).all()
+    if size == 3 and resample is None:
+        np.testing.assert_allclose(posterior["mean"], z.mean(-1))
+    else:  # made of draws that belong to no one draw of the others
+        assert "mean" not in posterior and "'mean' is" in caplog.text
+    named = pv.to_arviz(model, guide, x, num_draws=4, dims={"three": ["power"]}, seed=0)
+    assert named["posterior"]["three"].dims[-1] == "power"
+
+
+def test_a_deterministic_site_that_is_wrong_for_particles_together_is_run_alone():
+    """z - z.mean(0) over a dimension that particles take when they run together."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            centred = z.reshape(-1, len(x), 2)[0] if z.ndim == 3 else z
+            pyro.deterministic("first", centred, event_dim=1)
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    x = torch.randn(5, dtype=torch.float64)
+    guide = pv.LocalGuide(model, num_data=5, example=x)
+    posterior = pv.to_arviz(model, guide, x, num_draws=20, seed=0)["posterior"]
+    np.testing.assert_allclose(posterior["first"], posterior["z"])
+
+
+def test_deterministic_sites_of_a_network_that_takes_no_particles():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.ConvTranspose1d(1, 1, 2)
+
+        def forward(self, x):
+            pyro.module("deterministic-conv", self)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+                mean = pyro.deterministic("mean", self.net(z.unsqueeze(1)).squeeze(1), event_dim=1)
+                pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    model, x = Model(), torch.randn(5, 4)
+    guide = pv.AmortizedGuide(model, nn.Linear(4, 8), example=x)
+    posterior = pv.to_arviz(model, guide, x, num_draws=6, seed=0)["posterior"]
+    z = torch.as_tensor(posterior["z"].values[0])
+    with torch.no_grad():
+        wanted = torch.stack([model.net(draw.unsqueeze(1)).squeeze(1) for draw in z])
+    np.testing.assert_allclose(posterior["mean"].values[0], wanted, atol=1e-6)
+
+
+def test_deterministic_sites_have_the_plates_of_one_datum(exported):
+    sigma = torch.tensor([15.0, 10, 16])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("schools", 3):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + 5 * eta)
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    y = torch.tensor([28.0, 8, -3])
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    guide(y)
+    posterior = pv.to_arviz(model, guide, y, data_plate=False, num_draws=40, seed=0)["posterior"]
+    assert posterior["theta"].dims == ("chain", "draw", "schools")
+    wanted = posterior["mu"].values[..., None] + 5 * posterior["eta"].values
+    np.testing.assert_allclose(posterior["theta"], wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- likelihoods that are not like others --------------------------------------------------------
+
+
+def hidden_markov(x):
+    """Of any length: the likelihood has no duration of its own."""
+    one = torch.eye(1)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        start = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        seen = dist.Normal(z[..., None, None], 1.0).to_event(1)
+        pyro.sample("x", dist.GaussianHMM(start, one, start, one, seen), obs=x)
+
+
+def by_hand(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+
+def test_a_hidden_markov_model_is_drawn_as_long_as_its_data():
+    """Of the prior, x_t is z + a random walk from a start + noise: its variance is 3 + t."""
+    x = torch.randn(40, 3, 1)
+    tree = pv.to_arviz(hidden_markov, by_hand, x, num_draws=500, seed=0)
+    drawn = tree["prior_predictive"]["x"].values[0, ..., 0]
+    assert drawn.shape == (500, 40, 3)
+    assert tree["posterior_predictive"]["x"].shape == (1, 500, 40, 3, 1)
+    variance = drawn.reshape(-1, 3).var(0)
+    assert (abs(variance / np.array([4.0, 5.0, 6.0]) - 1) < 5 * np.sqrt(2 / 20_000)).all()
+
+
+def test_without_predictive_draws_nothing_observed_is_drawn():
+    class NoDraws(dist.Normal):
+        def sample(self, sample_shape=()):
+            raise NotImplementedError("no sampler")
+
+        rsample = sample
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", NoDraws(z, 1.0), obs=x)
+
+    x = torch.randn(4)
+    tree = pv.to_arviz(model, by_hand, x, num_draws=5, predictive=False, seed=0)
+    assert tree["prior"]["z"].shape == (1, 5, 4)
+    with pytest.raises(ValueError, match=r"'x': its NoDraws likelihood cannot.*no sampler.*False"):
+        pv.to_arviz(model, by_hand, x, num_draws=5, seed=0)
+
+
+def test_observed_values_are_broadcast_to_their_likelihood():
+    def model(x):
+        with pyro.plate("inner", 1, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = pv.LocalGuide(model, num_data=5, example=x, data_plate="data")
+    tree = pv.to_arviz(model, guide, x, num_draws=4, data_plate="data", seed=0)
+    assert tree["observed_data"]["x"].dims == ("datum", "inner")
+    np.testing.assert_array_equal(tree["observed_data"]["x"].values[:, 0], x)
+
+
+@pytest.mark.parametrize("data_plate", [None, False])
+def test_resampled_draws_say_for_how_many_data_they_are_not_to_be_trusted(data_plate, caplog):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, torch.where(x > 0, 0.7, 0.01)))
+
+    x = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    options = {"num_draws": 1000, "data_plate": data_plate, "seed": 0}
+    tree = pv.to_arviz(model, narrow, x, resample="psis", **options)
+    counted = "for 1 of 1 data" if data_plate is False else "for 2 of 4 data"
+    attrs = {**tree.attrs, **tree["posterior"].attrs}  # ArviZ 1.x and 0.x
+    assert attrs["doubt"].startswith(f"{counted} the importance weights are not to be trusted")
+    assert counted in caplog.text
+    weights = pv.log_weights(model, narrow, x, num_particles=1000, data_plate=data_plate, seed=0)
+    found = tree["constant_data"]
+    np.testing.assert_allclose(found["pareto_k"], pv.pareto_k(weights), atol=1e-6)
+    assert found["ess"].dims == ("datum",)
+    caplog.clear()
+    pv.to_arviz(model, narrow, x[x > 0], resample="psis", num_draws=1000, seed=0)
+    assert not caplog.text

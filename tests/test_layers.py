@@ -68,6 +68,7 @@ LAYERS = {
         "logweights",
         "admission",
         "scorer",
+        "deterministic",
         "parameters",
         "annealing",
         "traced_loss",
