@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.hmm import HiddenMarkovModel
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -20,14 +23,20 @@ from torch import Tensor, nn
 __all__ = [
     "LatentScale",
     "ParamStatements",
+    "constrained_parameters",
+    "keep_apart",
     "name_apart",
     "register",
     "scale_parts",
     "unobserve",
 ]
 
+logger = logging.getLogger(__name__)
+
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
+# PyroModules whose names the store has for others that live no more, and what it has.
+_unowned: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
 def register(module: nn.Module) -> None:
@@ -57,6 +66,63 @@ def name_apart(module: PyroModule) -> None:
         return
     module._pyro_context.used = False  # else Pyro refuses to rename what it contains
     module._pyro_set_supermodule(_name_of(module), module._pyro_context)
+
+
+def keep_apart(module: nn.Module) -> None:
+    """Give a PyroModule a name of its own where another one that lives has its name's parameters.
+
+    Reading a constrained parameter of a PyroModule puts that of Pyro's store in its place, by
+    name. Two models of one class in one process (a cell that is run twice, a grid search) would
+    have one parameter, and training one would move the other. Where the other is gone, the store's
+    values are taken up, as Pyro says, for they may be loaded from a file.
+
+    Args:
+        module: a model or a guide; anything but a PyroModule is left alone.
+    """
+    if not isinstance(module, PyroModule) or module in _names or module._pyro_context.active:
+        return
+    if pyro.settings.get("module_local_params"):
+        return
+    taken = _taken(module, pyro.get_param_store()._params)
+    looked_for = frozenset(map(id, taken.values()))
+    if not taken or _unowned.get(module) == looked_for:
+        return
+    gc.collect()  # what is in a circle, and unreachable, does not live
+    mine = set(map(id, module.modules()))
+    others = (o for o in gc.get_objects() if issubclass(type(o), PyroModule) and id(o) not in mine)
+    if not any(id(p) in looked_for for other in others for p in other._parameters.values()):
+        _unowned[module] = looked_for
+        return
+    before = module._pyro_name
+    name_apart(module)
+    logger.warning(
+        "the names %s in Pyro's parameter store are those of another %s that lives: this one is "
+        "kept apart, its parameters are named %s from now on instead of %s. To avoid this, call "
+        "pyro.clear_param_store() when the other has served, or set "
+        "pyro.settings.set(module_local_params=True) before they are made",
+        sorted(taken)[:5],
+        type(module).__name__,
+        f"{module._pyro_name}.*",
+        f"{before}.*" if before else "*",
+    )
+
+
+def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the store has in place of a module's constrained parameters, by name."""
+    own = constrained_parameters(module)
+    if isinstance(module, AutoGuide) and module.prototype_trace is None:  # it has none yet
+        own = dict.fromkeys(name for name in store if name.startswith(f"{module._pyro_name}."))
+    return {n: store[n] for n, value in own.items() if n in store and store[n] is not value}
+
+
+def constrained_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
+    return {
+        ".".join(filter(None, (part._pyro_name, name))): part._parameters[f"{name}_unconstrained"]
+        for part in module.modules()
+        if isinstance(part, PyroModule)
+        for name in part._pyro_params
+    }
 
 
 def _name_of(module: nn.Module) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +10,10 @@ import pyro
 import pyro.optim
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
-from pyro_vae.handlers import ParamStatements
+from pyro_vae.handlers import ParamStatements, constrained_parameters
 from pyro_vae.running import (
     FirstValues,
     called_modules,
@@ -31,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-# Which PyroModule was last seen with a name in Pyro's store.
-_owners: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
 class Parameters:
@@ -64,6 +60,7 @@ class Parameters:
             module = module_of(fn)
             if module is not None and all(module is not other for other in self._modules.values()):
                 self._modules[role] = module
+        _tell_of_sharing(self._modules)
         self.find()
 
     def find(self) -> None:
@@ -77,9 +74,7 @@ class Parameters:
             called_modules() as called,
             ParamStatements() as statements,
         ):
-            traces = trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
-        for fn, trace in zip(self._pair, traces, strict=True):
-            _tell_of_sharing(module_of(fn), trace)
+            trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
         held = {id(p): p for module in self._modules.values() for p in module.parameters()}
         modules = [m for module in self._modules.values() for m in module.modules()]
         modules += called.values()
@@ -166,28 +161,18 @@ class Parameters:
                 value.copy_(state["store"][name])
 
 
-def _tell_of_sharing(module: nn.Module | None, trace: Any) -> None:
-    """Warn where a PyroModule's parameters have the names of another one's that still lives."""
-    if not isinstance(module, PyroModule) or pyro.settings.get("module_local_params"):
+def _tell_of_sharing(modules: Mapping[str, nn.Module]) -> None:
+    """Warn where model and guide have a PyroParam of one name, and so one parameter."""
+    if len(modules) < 2 or pyro.settings.get("module_local_params"):
         return
-    names = [
-        name
-        for name, node in trace.nodes.items()
-        if node["type"] == "param" and "$$$" not in name  # of pyro.module, which keeps them apart
-    ]
-    shared = [name for name in names if _owners.get(name, module) is not module]
-    if shared:
+    of_model, of_guide = map(constrained_parameters, modules.values())
+    if shared := [n for n, p in of_model.items() if n in of_guide and of_guide[n] is not p]:
         logger.warning(
-            "%s has the names %s in Pyro's parameter store, as has another %s: they share these "
-            "parameters, and training one moves both. Set "
-            "pyro.settings.set(module_local_params=True) before they are made, or call "
-            "pyro.clear_param_store() when the first has served",
-            type(module).__name__,
+            "model and guide have PyroParams of the names %s: in Pyro's parameter store they are "
+            "one. Give them other names, or set pyro.settings.set(module_local_params=True) "
+            "before model and guide are made",
             shared,
-            type(_owners[shared[0]]).__name__,
         )
-    for name in names:
-        _owners[name] = module
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -13,6 +13,8 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_vae.handlers import keep_apart
+
 __all__ = [
     "FirstValues",
     "call_network",
@@ -149,8 +151,11 @@ def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
         first: first values of parameters that runs inside share with others; by default none.
     """
     held = _Held()
-    modules = [m for root in map(module_of, map(unwrapped, fns)) if root for m in root.modules()]
+    roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
+    modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
+    for root in roots:
+        keep_apart(root)
     for module in modules:
         held.add(module)
     for module in training:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.graphs import Graph, UntraceableError, trace
+from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
 from pyro_vae.parameters import make_optimizer
+from pyro_vae.running import module_of, unwrapped
 from pyro_vae.traced_loss import TracedLoss
 
 __all__ = ["CompiledSVI", "Update"]
@@ -104,6 +106,9 @@ class CompiledSVI:
                 "use pyro.infer.Predictive, or pyro_vae.to_arviz"
             )
         self.model, self.guide, self.optim = model, guide, optim
+        for module in map(module_of, map(unwrapped, (model, guide))):
+            if module is not None:
+                keep_apart(module)
         is_elbo = isinstance(loss, pyro.infer.ELBO)
         self.loss = loss.loss if is_elbo else loss
         if loss_and_grads is None:

@@ -8,7 +8,7 @@ import pyro.optim
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -124,7 +124,7 @@ def test_a_cell_that_is_run_twice(make, how):
             torch.testing.assert_close([p.detach() for p in parameters], wanted)
 
 
-@pytest.mark.parametrize("how", [False, "replay"])
+@pytest.mark.parametrize("how", [pytest.param(False, marks=pytest.mark.slow), "replay"])
 @pytest.mark.parametrize("make", [by_hand, modules])
 def test_a_fit_that_is_run_twice(make, how, tmp_path):
     """The second one too when it is resumed half way, from a file."""
@@ -174,6 +174,90 @@ def test_a_value_of_another_shape_is_refused_by_name():
         pv.CompiledSVI(*pair(5), adam, Trace_ELBO()).step(torch.zeros(5))
     with pytest.raises(ValueError, match=told):
         pv.fit(*pair(5), torch.zeros(5), progress=False)
+
+
+class Noisy(PyroModule):
+    """x ~ Normal(0, sigma^2 + 1) in all: sigma has an optimum of its own for each data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        start = torch.tensor(1.0, dtype=torch.float64)
+        self.sigma = PyroParam(start, constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, self.sigma), obs=x)
+
+
+def exact(model):
+    """The posterior under the model's present parameters: the ELBO is the evidence."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            precision = 1 + 1 / model.sigma**2
+            pyro.sample("z", dist.Normal(x / (1 + model.sigma**2), precision**-0.5))
+
+    return guide
+
+
+@pytest.mark.parametrize("how", [pytest.param(False, marks=pytest.mark.slow), "replay"])
+@pytest.mark.parametrize("trainer", ["fit", "CompiledSVI", "SVI"])
+def test_two_pyro_modules_of_one_class(trainer, how, caplog):
+    """sigma^2 = mean(x^2) - 1 maximizes the evidence of each; the first stays what it was."""
+    x = torch.linspace(-3.0, 3.0, 20, dtype=torch.float64)
+    pairs = []
+    for scale in (1.0, 2.0):
+        model = Noisy()
+        pairs.append((model, exact(model), scale * x))
+        if trainer == "fit":
+            pv.fit(
+                *pairs[-1],
+                loss=Trace_ELBO(),
+                optim=lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+                epochs=400,
+                compile=how,
+                progress=False,
+            )
+            continue
+        optim = pyro.optim.Adam({"lr": 0.05})
+        if trainer == "SVI" and scale == 1.0:  # the first one by Pyro's alone
+            svi = SVI(model, pairs[-1][1], optim, Trace_ELBO())
+        else:
+            svi = pv.CompiledSVI(model, pairs[-1][1], optim, Trace_ELBO(), compile=how)
+        for _ in range(400):
+            svi.step(scale * x)
+    for model, _, y in pairs:
+        assert model.sigma.item() ** 2 == pytest.approx((y**2).mean().item() - 1, rel=1e-3)
+    (record,) = caplog.records
+    assert "names ['sigma']" in record.getMessage()
+    assert "another Noisy that lives" in record.getMessage()
+    assert "pyro.clear_param_store()" in record.getMessage()
+
+
+def test_a_pyro_module_takes_up_what_was_loaded():
+    """As Pyro says: where no other module has it, the store's value counts."""
+    positive = dist.constraints.positive
+    pyro.param("sigma", torch.tensor(3.0, dtype=torch.float64), constraint=positive)
+    model = Noisy()
+    svi = pv.CompiledSVI(model, exact(model), pyro.optim.Adam({"lr": 1e-9}), Trace_ELBO())
+    svi.step(torch.zeros(4, dtype=torch.float64))
+    assert model.sigma.item() == pytest.approx(3.0, rel=1e-6)
+
+
+def test_a_param_of_one_name_in_model_and_guide_is_said(caplog):
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sigma = PyroParam(torch.ones(()).double(), dist.constraints.positive)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, self.sigma))
+
+    pv.fit(Noisy(), Guide(), torch.zeros(4).double(), max_steps=1, progress=False)
+    (record,) = caplog.records
+    assert "PyroParams of the names ['sigma']" in record.getMessage()
 
 
 # --- what is trained -------------------------------------------------------------------
