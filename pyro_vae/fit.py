@@ -247,7 +247,9 @@ class _Trainer:
         # Validation is too little of a run for a second compilation to pay.
         how = "replay" if compiled == "auto" else compiled
         objective: Any = self.loss  # of which Pyro's base class has no methods
-        self._validated = TracedLoss(*self.steps.pair, objective.loss, compile=how, modes=False)
+        self._validated = TracedLoss(
+            *self.steps.pair, objective.loss, compile=how, modes=False, owners=(self.loss,)
+        )
         self.state = _Progress()
         self.best: Any = None  # at the end of the one that validated best
 

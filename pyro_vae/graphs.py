@@ -21,8 +21,9 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae import graph_formulas, graph_nodes, graph_simplification
+from pyro_vae import graph_formulas, graph_nodes, graph_simplification, recurrent_operators
 from pyro_vae.cuda_graphs import CudaGraph, is_capturable
+from pyro_vae.trace_constants import TraceConstants, one_hot
 
 __all__ = [
     "Graph",
@@ -44,6 +45,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.Size),
 )
 _MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+_PACK = torch.ops.aten._pack_padded_sequence.default
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 
 
@@ -91,16 +93,32 @@ def _recording() -> Iterator[None]:
 
 
 class _Answers(TorchFunctionMode):
-    """Answers Tensor.item() by the tensor, and refuses the ways to numbers that leave no trace."""
+    """Answers Tensor.item() by the tensor, and refuses the ways to numbers that leave no trace.
+
+    Args:
+        constants: tensors whose numbers may be read.
+    """
+
+    def __init__(self, constants: TraceConstants) -> None:
+        super().__init__()
+        self.constants = constants
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func is Tensor.item or func in _READS or func in _NUMBERS
+        if reads and args[0] in self.constants:
+            return self.constants.read(func, *args)
+        if func is torch.nn.functional.one_hot:
+            index, classes = _index_and_classes(*args, **(kwargs or {}))
+            if classes > 0 and index.dtype == torch.int64:
+                return one_hot(index, classes)
         if func is Tensor.item:
             return args[0].detach()
         if func in _READS:
             raise UntraceableError(f"Tensor.{func.__name__} reads numbers out of a tensor")
         if func in _NUMBERS and _is_live(args[0]):
             raise UntraceableError(_READ)
-        if func in _MAKES and any(_holds_tensors(a) for a in (*args, *(kwargs or {}).values())):
+        lists = (*args, *(kwargs or {}).values()) if func in _MAKES else ()
+        if any(_holds_tensors(a, self.constants) for a in lists):
             raise UntraceableError(
                 f"torch.{func.__name__}([...]) reads the numbers of the tensors in a list; "
                 "torch.stack keeps them tensors"
@@ -114,13 +132,19 @@ class _Watch(TorchDispatchMode):
     Args:
         writable: the tensors, by identity, that may be written to though they are no input and
             were not made in the function; None for all.
+        constants: tensors whose numbers may be read.
     """
 
-    def __init__(self, writable: frozenset[int] | None) -> None:
+    def __init__(self, writable: frozenset[int] | None, constants: TraceConstants) -> None:
         super().__init__()
         self.writable = writable
+        self.constants = constants
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0] in self.constants:
+            return self.constants.read(func, *args)
+        if func is _PACK and args[1] not in self.constants:
+            raise UntraceableError("the lengths of packed sequences are numbers in a tensor")
         if torch.Tag.data_dependent_output in func.tags and any(
             isinstance(a, Tensor) and _is_live(a) for a in args
         ):
@@ -135,13 +159,21 @@ class _Watch(TorchDispatchMode):
                         "a tensor is written to that is neither a buffer of a module nor made in "
                         "the step; register it by register_buffer"
                     )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.constants.note(func, args, kwargs, result)
+        return result
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether a list, or one in it, has tensors."""
+def _index_and_classes(input: Tensor, num_classes: int = -1) -> tuple[Tensor, int]:
+    """Return the arguments of torch.nn.functional.one_hot, by place or by name."""
+    return input, num_classes
+
+
+def _holds_tensors(value: Any, constants: TraceConstants) -> bool:
+    """Whether a list, or one in it, has tensors that are no constants."""
     return isinstance(value, (list, tuple)) and any(
-        isinstance(item, Tensor) or _holds_tensors(item) for item in value
+        (isinstance(item, Tensor) and item not in constants) or _holds_tensors(item, constants)
+        for item in value
     )
 
 
@@ -363,16 +395,19 @@ def trace(
 
     allowed = None if writable is None else frozenset(map(id, writable))
 
+    constants = TraceConstants()
+
     def watched(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        with _Watch(allowed):
+        with _Watch(allowed, constants):
             return tuple(function(*tensors))
 
     try:
-        with _Answers(), _recording():
+        with _Answers(constants), _recording():
             # Aliases: two inputs may be one tensor, and one may be known to the function besides.
             traced = make_fx(watched)(*(tensor.detach() for tensor in inputs))
         graph_nodes.check(traced.graph)
         graph, live = graph_nodes.lift(traced)
+        recurrent_operators.keep_workspaces(graph)
         graph_simplification.simplify(graph)
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         text = f"{type(error).__name__}: {_first_line(error)}"

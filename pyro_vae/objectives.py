@@ -417,6 +417,8 @@ def _kind(value: Any) -> Any:
         return tuple(map(_kind, value))
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return "number"  # which a graph may take as a tensor
     return type(value), getattr(value, "ndim", None)
 
 

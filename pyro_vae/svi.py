@@ -111,6 +111,7 @@ class CompiledSVI:
                 keep_apart(module)
         is_elbo = isinstance(loss, pyro.infer.ELBO)
         self.loss = loss.loss if is_elbo else loss
+        given = loss_and_grads
         if loss_and_grads is None:
             loss_and_grads = loss.loss_and_grads if is_elbo else self._differentiated
         self.loss_and_grads = loss_and_grads
@@ -121,6 +122,7 @@ class CompiledSVI:
             compile=compile,
             steps=num_steps or None,
             state=loss if isinstance(loss, Objective) else None,
+            owners=(loss, given),
             wanted=self._of_optimizer,
         )
         self._update: Update | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,15 @@ import pyro
 import pyro.util
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae import checkpoints
+from pyro_vae import checkpoints, gradient_hooks
 from pyro_vae.graphs import Graph, UntraceableError, check_compile, form_of, rebuilt, trace
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import ParamStatements
 from pyro_vae.running import called_modules, module_of, unwrapped
+from pyro_vae.varying_numbers import VaryingNumbers
+from pyro_vae.watched import Watched
 
 __all__ = ["TracedLoss"]
 
@@ -34,12 +35,21 @@ _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
 _FEW_STEPS = 100
 _ONE_BY_ONE = "the kernels of a training step are launched one by one: %s"
-_OF_ALL_MODULES = frozenset(vars(PyroModule("")))
+_BACKWARD_AGAIN = (
+    "parameters have gradient hooks, and the loss goes backward through them several times in a "
+    "step; each time, PyTorch calls the hooks"
+)
+_EACH_NUMBER = (
+    "a number among the arguments differs from call to call, and steps are traced anew for each "
+    "value, which is slower, for it cannot be a tensor: %s"
+)
+_NUMBERS = 4  # values of numbers that vary at which a graph is compared
+_FAILURES = 3  # traces that the same code stopped, after which there are no more
 
 
 @dataclass
 class _Kind:
-    """What is known of one kind of arguments.
+    """Cached state for one argument signature (shapes, dtypes, plain values).
 
     Attributes:
         calls: so far.
@@ -48,9 +58,11 @@ class _Kind:
         parameters: whose gradients the graph returns.
         unregistered: parameters of modules that nobody told Pyro of, and whose gradients nobody
             wants.
-        watched: what the graph took for constant.
-        expected: its state when traced.
-        objects: those that the state has the identities of.
+        watched: what the graph takes for constant; None before the first run.
+        backward_once: whether a step goes backward through each parameter once.
+        hooked: the parameters with gradient hooks, when PyTorch's hooks were last counted.
+        hooks: that count.
+        compared: values of varying numbers at which the graph was compared.
     """
 
     calls: int = 0
@@ -58,21 +70,55 @@ class _Kind:
     eager: bool = False
     parameters: list[Tensor] = field(default_factory=list)
     unregistered: list[Tensor] = field(default_factory=list)
-    watched: _Watched | None = None
-    expected: Any = None
-    objects: list[Any] = field(default_factory=list)
+    watched: Watched | None = None
+    backward_once: bool = True
+    hooked: list[Tensor] = field(default_factory=list)
+    hooks: int = -1
+    compared: set[Any] = field(default_factory=set)
 
     def not_among(self, statements: ParamStatements) -> list[Tensor]:
         """Return the parameters of a run that are not those whose gradients the graph returns."""
-        modules = () if self.watched is None else self.watched.modules
+        modules = () if self.watched is None else self.watched.modules.values()
         known = {id(parameter) for parameter in self.parameters}
         told = statements.tensors(modules)
         return [tensor for _, tensor in told if tensor.requires_grad and id(tensor) not in known]
 
-    def expect(self) -> None:
-        """Take the present state for the one that the graph is for."""
-        if self.watched is not None:
-            self.expected, self.objects = self.watched.state(), self.watched.objects()
+    def holds(self) -> bool:
+        """Whether what was found is as it was; attributes may change until there is a graph."""
+        if self.watched is None:
+            return True
+        return self.watched.holds_tensors() if self.graph is None else self.watched.holds()
+
+    def changed(self) -> str | None:
+        """Say where a value lies that is another one than the graph is for."""
+        return None if self.watched is None else self.watched.changed()
+
+    def with_hooks(self) -> list[Tensor]:
+        """Return the parameters that have gradient hooks now."""
+        if self.hooks != (now := gradient_hooks.mark()):
+            self.hooked, self.hooks = gradient_hooks.hooked(self.parameters), now
+        return self.hooked
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call, and how a graph takes them.
+
+    Attributes:
+        args: positional ones.
+        kwargs: keywords.
+        structure: both and the rows of a table, with tensors in the place of varying numbers.
+        inputs: the tensors in it.
+        numbers: those that vary.
+        key: of the arguments but their numbers, where these vary.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Any
+    inputs: list[Tensor]
+    numbers: tuple[Any, ...] = ()
+    key: Any = None
 
 
 class TracedLoss:
@@ -140,11 +186,17 @@ class TracedLoss:
         self.unregistered: list[Tensor] = []
         self._calls = 0
         self._kinds: dict[Any, _Kind] = {}
-        self._loose = _Kind()  # of what is not remembered
+        self._numbers = VaryingNumbers()
+        self._failures: dict[str, int] = {}  # of traces, by what stopped them
+        self._differing: str | None = None  # what made a graph useless last
         self._wasted = 0  # kinds that were forgotten before they were worth their tracing
         self._told: set[str] = set()
         own = unwrapped(guide)
         self._table = own if isinstance(own, LocalGuide) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph is of these very tensors, and of places in these very objects: a copy traces anew.
+        return {**vars(self), "_kinds": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, a 0-dimensional tensor or what eager gives; set the gradients.
@@ -156,47 +208,60 @@ class TracedLoss:
         few = self.steps is not None and self.steps < _FEW_STEPS
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self._tell("torch.autocast is on")
-            return self._watch(self._loose, args, kwargs)
+            return self._run_once(args, kwargs)
         if self.compile is False or (self.compile == "auto" and few) or _handled_from_outside():
-            return self._watch(self._loose, args, kwargs)
+            return self._run_once(args, kwargs)
         inputs: list[Tensor] = []
         rows = None if self._table is None else self._table.given_rows
         form = form_of((args, kwargs, rows), inputs)
         if form is None:
             self._tell("an argument is neither a tensor nor a plain value that can be told apart")
-            return self._watch(self._loose, args, kwargs)
+            return self._run_once(args, kwargs)
         if any(tensor.requires_grad for tensor in inputs):
             self._tell("an argument requires gradients, which no graph would give it")
-            return self._watch(self._loose, args, kwargs)
-        form = (form, torch.get_default_dtype(), torch.is_grad_enabled())
-        kind = self._kinds.pop(form, None)
+            return self._run_once(args, kwargs)
+        call = _Call(args, kwargs, (args, kwargs, rows), inputs)
+        surroundings = torch.get_default_dtype(), torch.is_grad_enabled()
+        kind = self._kinds.pop((form, *surroundings), None)
+        if kind is None:
+            form, call = self._with_tensors(form, call)
+            kind = self._kinds.pop((form, *surroundings), None)
+        form = (form, *surroundings)
         if kind is not None:
             self._kinds[form] = kind  # the last used
-        if kind is not None and kind.watched is not None:
-            # Attributes may change until it is traced; parameters are those that were found.
-            if kind.graph is None and kind.watched.state()[4:] == kind.expected[4:]:
-                kind.expect()
-            if kind.watched.state() != kind.expected:  # as after train() or eval()
+            if not kind.holds():  # as after train() or eval()
                 self._wasted += kind.calls < _WORTH
+                self._differing = kind.changed() or self._differing
                 kind = None
         if kind is None:
             kind = self._remember(form)
         kind.calls += 1
-        if kind.watched is None:  # as after a first run that ended in an error
-            loss = self._watch(kind, args, kwargs)
-            kind.expect()
-            return loss
-        if kind.eager:
+        if kind.eager or kind.watched is None:  # as after a first run that ended in an error
             return self._watch(kind, args, kwargs)
         if kind.graph is None:
-            return self._trace(kind, args, kwargs, inputs)
+            return self._trace(kind, call)
+        if kind.hooks != gradient_hooks.mark() and kind.with_hooks() and not kind.backward_once:
+            return self._give_up(kind, _BACKWARD_AGAIN, call)
         if self._pays(kind, kind.graph):
-            return self._compile(kind, kind.graph, args, kwargs, inputs)
+            return self._compile(kind, kind.graph, call)
         if kind.graph.capturable:
-            return self._capture(kind, kind.graph, args, kwargs, inputs)
-        if kind.calls in _CHECKED:
-            return self._checked(kind, kind.graph, args, kwargs, inputs)
-        return self._replay(kind, kind.graph, inputs)
+            return self._capture(kind, kind.graph, call)
+        new = call.numbers not in kind.compared and len(kind.compared) < _NUMBERS
+        if kind.calls in _CHECKED or new:
+            return self._checked(kind, kind.graph, call)
+        return self._replay(kind, kind.graph, call.inputs)
+
+    def _with_tensors(self, form: Any, call: _Call) -> tuple[Any, _Call]:
+        """Return the form and the call with tensors in the place of numbers that vary."""
+        key = self._numbers.meet(call.structure)
+        if key is None:
+            return form, call
+        structure, numbers = self._numbers.as_tensors(key, call.structure, call.inputs)
+        if not numbers:
+            return form, call
+        inputs: list[Tensor] = []
+        form = form_of(structure, inputs)
+        return form, _Call(call.args, call.kwargs, structure, inputs, numbers, key)
 
     # --- kinds of arguments
 
@@ -205,13 +270,21 @@ class TracedLoss:
             least = self._kinds.pop(next(iter(self._kinds)))  # used least recently
             self._wasted += least.calls < _WORTH
         if self._wasted > _KINDS:
+            what = f" ({self._differing})" if self._differing else ""
             self._tell(
-                "arguments, or attributes of modules, differ from step to step; pad arguments to a "
-                "few shapes, and make numbers that change tensors, written to in place"
+                f"arguments, or values that the step reads beside them{what}, differ from step to "
+                "step; pad arguments to a few shapes, and make numbers that change tensors, "
+                "written to in place"
             )
             return _Kind(eager=True)
-        self._kinds[form] = _Kind()
+        # Where the same code stops every trace, it will stop the next one.
+        hopeless = max(self._failures.values(), default=0) >= _FAILURES
+        self._kinds[form] = _Kind(eager=hopeless)
         return self._kinds[form]
+
+    def _run_once(self, args: Any, kwargs: Any) -> Any:
+        """Run eagerly, without a view to a graph."""
+        return self._watch(_Kind(eager=True), args, kwargs)
 
     def _watch(self, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """Run eagerly, and find the parameters and modules in use."""
@@ -230,6 +303,7 @@ class TracedLoss:
         held = {id(p) for module in modules.values() for p in module._parameters.values()}
         found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
         kind.parameters = [p for p in found.values() if p.requires_grad]
+        kind.hooks = -1
         kind.unregistered = [
             p
             for module in modules.values()
@@ -240,12 +314,9 @@ class TracedLoss:
         self.unregistered = [p for p in kind.unregistered if p.grad is not None]
         known = {id(parameter) for parameter in self.parameters}
         self.parameters += [p for p in kind.parameters if id(p) not in known]
-        owners = [
-            getattr(unwrapped(fn), "__self__", unwrapped(fn)) for fn in (self.model, self.guide)
-        ]
-        owners += self._owners
-        owners = [owner for owner in owners if not isinstance(owner, nn.Module)]
-        kind.watched = _Watched(owners, list(modules.values()), names, modes=self._modes)
+        if not kind.eager:
+            roots = (self.model, self.guide, *self._owners)
+            kind.watched = Watched(roots, modules.values(), names, modes=self._modes)
         self.health = self._health(loss, [parameter.grad for parameter in kind.parameters])
         return loss
 
@@ -270,6 +341,12 @@ class TracedLoss:
         return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
     def _replay(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
+        loss = self._run_graph(kind, graph, inputs)
+        if hooked := kind.with_hooks():
+            gradient_hooks.call(hooked)
+        return loss
+
+    def _run_graph(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
         # Nobody differentiates by what comes out, and operators have less to keep account of.
         with torch.inference_mode():
             loss, self.health, *gradients = graph(*inputs)
@@ -279,24 +356,38 @@ class TracedLoss:
         self.mode = "compiled" if graph.compiled else "replayed"
         return loss
 
-    def _give_up(self, kind: _Kind, reason: str, args: Any, kwargs: Any) -> Any:
-        kind.eager, kind.graph = True, None
+    def _give_up(self, kind: _Kind, reason: str, call: _Call, cause: str = "") -> Any:
+        self.mode = "eager"
+        kind.graph = None
+        if call.numbers:  # with a graph for each number, as before
+            self._numbers.refuse(call.key)
+            logger.warning(_EACH_NUMBER, reason)
+            return self._run_once(call.args, call.kwargs)
+        kind.eager = True
+        self._failures[cause or reason] = self._failures.get(cause or reason, 0) + 1
         self._tell(reason)
-        return self._watch(kind, args, kwargs)
+        return self._watch(kind, call.args, call.kwargs)
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
             logger.warning("training steps run eagerly, which is slower: %s", reason)
 
-    def _trace(self, kind: _Kind, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        start = _Start(kind, inputs, self._state)
+    def _trace(self, kind: _Kind, call: _Call) -> Any:
+        if kind.watched is not None:
+            kind.watched.expect()
+        start = _Start(kind, call.inputs, self._state)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
-            args, kwargs, rows = rebuilt(structure, iter(tensors))
+            args, kwargs, rows = rebuilt(call.structure, iter(tensors))
             # Else those that nothing moves, and nobody drops, would be added to.
             _drop_gradients([*kind.parameters, *kind.unregistered])
-            with self._rows(rows), pyro.validation_enabled(False), _without_warnings():
+            with (
+                self._rows(rows),
+                pyro.validation_enabled(False),
+                _without_warnings(),
+                gradient_hooks.aside(kind.parameters),  # for each step calls them
+            ):
                 loss = self._eager(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
@@ -304,38 +395,43 @@ class TracedLoss:
             _drop_gradients([*kind.parameters, *kind.unregistered])
             return [loss.detach(), self._health(loss, gradients), *gradients]
 
-        rows = None if self._table is None else self._table.given_rows
-        structure = (args, kwargs, rows)
         try:
-            graph = kind.graph = trace(function, inputs, writable=start.writable)
+            graph = kind.graph = trace(function, call.inputs, writable=start.writable)
         except UntraceableError as error:
-            start.again()
-            return self._give_up(kind, str(error), args, kwargs)
-        start.again()
-        if kind.watched is not None and kind.watched.state()[4:] != kind.expected[4:]:
+            start.again(values=True)
+            return self._give_up(kind, str(error), call)
+        moved = kind.watched is not None and not kind.watched.holds_tensors()
+        start.again(values=True)
+        if moved:
             reason = "a run puts new tensors in the place of buffers or parameters"
-            return self._give_up(kind, reason, args, kwargs)
+            return self._give_up(kind, reason, call)
         logger.info("a training step is %d operations", graph.num_operations)
-        return self._checked(kind, graph, args, kwargs, inputs)
+        return self._checked(kind, graph, call)
 
-    def _checked(
-        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
-    ) -> Any:
+    def _checked(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
         """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
-        start = _Start(kind, inputs, self._state)
+        start = _Start(kind, call.inputs, self._state)
         _drop_gradients(kind.parameters)
-        with ParamStatements() as statements:
-            loss = torch.as_tensor(self._eager(args, kwargs)).detach()
+        # Those of the user run once in a step, on the gradients that are kept.
+        known = kind.parameters
+        with (
+            gradient_hooks.aside(known),
+            gradient_hooks.counted(known) as counts,
+            ParamStatements() as statements,
+        ):
+            loss = torch.as_tensor(self._eager(call.args, call.kwargs)).detach()
+        kind.backward_once = max(counts, default=0) <= 1
         gradients = [parameter.grad for parameter in kind.parameters]
-        start.again()
+        own = None if kind.watched is None else kind.watched.changed(plain=True)
         if new := kind.not_among(statements):
             # As where one was replaced in a module that is registered, but never called.
+            start.again(values=True)
             _drop_gradients(new)
             self.mode, kind.graph = "eager", None
-            loss = self._watch(kind, args, kwargs)
-            kind.expect()
-            return loss
-        found = self._replay(kind, graph, inputs)
+            return self._watch(kind, call.args, call.kwargs)
+        start.again()
+        found = self._run_graph(kind, graph, call.inputs)
+        cause = "differs"
         reason = _difference(
             loss,
             gradients,
@@ -343,16 +439,27 @@ class TracedLoss:
             [parameter.grad for parameter in kind.parameters],
             exact=self.mode == "replayed",
         )
+        if own is not None:
+            cause = reason = (
+                f"a step changes a value that it may read at the next one ({own}); make it a "
+                "buffer, which is part of a graph, or change it outside of model and guide"
+            )
+        elif kind.with_hooks() and not kind.backward_once:
+            cause = reason = _BACKWARD_AGAIN
+        elif reason is not None:
+            reason = f"the graph of a step does not agree: {reason}"
         if reason is None:
-            kind.expect()  # a run may leave something behind, as the value it saw last
+            if kind.watched is not None:
+                kind.watched.expect()  # a run may leave something behind, as the tensor it saw last
+            kind.compared.add(call.numbers)
+            gradient_hooks.call(kind.with_hooks())
             return found
-        start.again()
-        if graph.captured:
+        start.again(values=True)
+        if graph.captured and cause == "differs":
             graph.release()
             logger.warning(_ONE_BY_ONE, f"launched at once, they do not agree: {reason}")
-            return self._checked(kind, graph, args, kwargs, inputs)
-        self.mode = "eager"
-        return self._give_up(kind, f"the graph of a step does not agree: {reason}", args, kwargs)
+            return self._checked(kind, graph, call)
+        return self._give_up(kind, reason, call, cause)
 
     # --- the compiler
 
@@ -367,93 +474,24 @@ class TracedLoss:
         again = any(k.graph is not None and k.graph.compiled for k in self._kinds.values())
         return graph.pays(expected, again=again)
 
-    def _compile(
-        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
-    ) -> Any:
+    def _compile(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
         try:
-            graph.compile(*inputs)
+            graph.compile(*call.inputs)
         except RuntimeError as error:
             logger.warning("training steps are replayed, not compiled: %s", error)
-            return self._replay(kind, graph, inputs)
+            return self._replay(kind, graph, call.inputs)
         logger.info("training steps are compiled from step %d on", self._calls)
-        return self._checked(kind, graph, args, kwargs, inputs)
+        return self._checked(kind, graph, call)
 
-    def _capture(
-        self, kind: _Kind, graph: Graph, args: Any, kwargs: Any, inputs: list[Tensor]
-    ) -> Any:
+    def _capture(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
         """Go over to one launch a step; stay with the graph as it is where that fails."""
-        start = _Start(kind, inputs, self._state)
+        start = _Start(kind, call.inputs, self._state)
         try:
-            graph.capture(*inputs)
+            graph.capture(*call.inputs)
         except RuntimeError as error:
             logger.warning(_ONE_BY_ONE, error)
         start.again()
-        return self._checked(kind, graph, args, kwargs, inputs)
-
-
-class _Watched:
-    """What a graph takes for constant, though Python may change it between two calls."""
-
-    def __init__(
-        self, owners: list[Any], modules: list[nn.Module], names: list[str], *, modes: bool
-    ) -> None:
-        self.modules = modules
-        self._names = names
-        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        self._children = [m._modules for m in modules if m._modules]
-        attributes = [
-            (vars(owner), name, value)
-            for owner in (*modules, *(o for o in owners if hasattr(o, "__dict__")))
-            for name, value in vars(owner).items()
-            # What every module has; and the rows of a table, which are an input.
-            if (name not in _OF_ALL_MODULES and name != "_rows") or (name == "training" and modes)
-        ]
-        plain = (bool, int, float, str)
-        self._plain = [(d, name) for d, name, value in attributes if isinstance(value, plain)]
-        self._lists = [(d, name) for d, name, value in attributes if _is_plain_list(value)]
-        self._objects = [
-            (d, name)
-            for d, name, value in attributes
-            if not isinstance(value, plain) and not _is_plain_list(value)
-        ]
-
-    def state(self) -> tuple[Any, ...]:
-        """Return modes and attributes, and the identities of what holds tensors.
-
-        The last two, of parameters and buffers, are those that a run must leave as they are.
-        """
-        stored = pyro.get_param_store()._params
-        return (
-            [holder.get(name) for holder, name in self._plain],
-            [repr(holder.get(name)) for holder, name in self._lists],
-            [id(holder.get(name)) for holder, name in self._objects],
-            [id(child) for children in self._children for child in children.values()],
-            [_identity(tensor) for tensors in self._tensors for tensor in tensors.values()],
-            [_identity(stored.get(name)) for name in self._names],
-        )
-
-    def objects(self) -> list[Any]:
-        """Return what is watched by identity: while it lives, no other object has its own."""
-        return [*(holder.get(name) for holder, name in self._objects), *self.buffers()]
-
-    def buffers(self) -> Iterator[Tensor]:
-        """Yield the buffers of all modules."""
-        for module in self.modules:
-            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-
-
-def _identity(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (id(tensor), tensor.requires_grad, tensor.dtype)
-
-
-def _is_plain_list(value: Any) -> bool:
-    """Whether a list or mapping holds nothing but plain values, of which few."""
-    if isinstance(value, Mapping):
-        value = list(value.items())
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(item, (bool, int, float, str, type(None))) or _is_plain_list(item)
-        for item in value[:_LONG]
-    )
+        return self._checked(kind, graph, call)
 
 
 class _Start:
@@ -464,6 +502,7 @@ class _Start:
         buffers = () if kind.watched is None else kind.watched.buffers()
         self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
+        self._values = None if kind.watched is None else kind.watched.snapshot()
 
     @property
     def writable(self) -> list[Tensor]:
@@ -471,8 +510,14 @@ class _Start:
         baselines = () if self._loss is None else self._loss.carried
         return [*(tensor for tensor, _ in self._written), *baselines]
 
-    def again(self) -> None:
-        """Go back."""
+    def again(self, *, values: bool = False) -> None:
+        """Go back.
+
+        Args:
+            values: whether Python's values go back too, as after a run that is no step.
+        """
+        if values and self._values is not None:
+            self._values()
         checkpoints.set_random_state(self._random)
         with torch.no_grad():
             for tensor, value in self._written:

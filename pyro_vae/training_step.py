@@ -130,7 +130,7 @@ class TrainingSteps:
             compile=compile,
             state=loss if isinstance(loss, Objective) else None,
             checked=True,
-            owners=data.owners,
+            owners=(*data.owners, loss),
             wanted=lambda: self.parameters.trained,
         )
         self._unread: list[_Taken] = []

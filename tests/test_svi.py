@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -631,18 +632,18 @@ def test_the_store_cleared_in_the_middle(how):
     same(run, wanted, rtol=1e-9)
 
 
-def test_state_in_a_closure_is_seen_by_a_later_comparison(caplog):
+def test_state_that_cannot_be_watched_is_seen_by_a_later_comparison(caplog):
     """At the 8th step; it changes before the 6th. The learning rate is 0: losses are comparable."""
 
     def run_it(how):
-        state = {"beta": 1.0}
+        beta = contextvars.ContextVar("beta", default=1.0)
 
         def model(x):
-            with poutine.scale(scale=state["beta"]):
+            with poutine.scale(scale=beta.get()):
                 located(x)
 
         def before(step, run):
-            state["beta"] = 1.0 if step < 5 else 2.0
+            beta.set(1.0 if step < 5 else 2.0)
 
         calls = [(data(),)] * 10
         optim = functools.partial(torch.optim.Adam, lr=0.0)
@@ -665,11 +666,10 @@ def test_a_random_choice_of_python_s_is_caught_when_traced(caplog):
     """What differs between two runs of the second step is no function of tensors."""
 
     def make():
-        calls = []
+        calls = itertools.count(1)
 
         def model(x):
-            calls.append(1)
-            located(x * len(calls))
+            located(x * next(calls))
 
         return model, located_guide
 

@@ -1,0 +1,174 @@
+"""What a graph of a training step takes for constant, though Python may change it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.captured import MISSING, Captured, is_library, is_plain
+from pyro_vae.identity_checks import identity_check
+
+__all__ = ["Watched"]
+
+_OF_ALL_MODULES = frozenset(vars(PyroModule("")))
+_LONG = 20  # items of a list that are looked at
+_REQUIRES_GRAD, _DTYPE = map(operator.attrgetter, ("requires_grad", "dtype"))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Watched:
+    """Modes, attributes, captured values, hooks, and the identities of what holds tensors.
+
+    Args:
+        roots: functions and objects that a step runs, or that say what it does.
+        modules: that a step calls.
+        names: of the parameters of Pyro's store that it reads.
+        modes: whether train() and eval() of modules make a difference.
+    """
+
+    def __init__(
+        self, roots: Iterable[Any], modules: Iterable[nn.Module], names: list[str], *, modes: bool
+    ) -> None:
+        self._captured = Captured([*roots, *modules])
+        self.modules = {
+            id(part): part
+            for module in self._captured.modules.values()
+            for part in module.modules()
+        }
+        for module in self.modules.values():
+            self._add_attributes(module, modes)
+        self._structure: list[Any] = []  # children, and hooks
+        self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
+        for part in self.modules.values():
+            self._structure += [part._modules, *(getattr(part, name) for name in _HOOKS)]
+            self._held += [(d, n) for d in (part._parameters, part._buffers) for n in d]
+        store: Any = pyro.get_param_store()
+        self._held += [(store._params, name) for name in names]
+        self._store = (store, "_params")  # another one after it was cleared
+        self._lengths_of = [d for m in self.modules.values() for d in (m._parameters, m._buffers)]
+        self.expect()
+
+    def _add_attributes(self, module: nn.Module, modes: bool) -> None:
+        """Watch what is said of a module, beside what every module has."""
+        kind = type(module)
+        for name, value in list(vars(module).items()):
+            # The rows of a table are an input.
+            if (name in _OF_ALL_MODULES and not (name == "training" and modes)) or name == "_rows":
+                continue
+            self._captured.add(
+                vars(module), name, f"{kind.__name__}.{name}", followed=_is_told(kind, value)
+            )
+        self._captured.follow((), "")
+
+    def _tensors(self) -> list[Any]:
+        return [*(holder.get(name) for holder, name in self._held), self._store[0]._params]
+
+    @functools.cached_property
+    def _has_values(self) -> Callable[[list[Any]], bool]:
+        return self._captured.identity_check()
+
+    @functools.cached_property
+    def _has_tensors(self) -> Callable[[list[Any]], bool]:
+        return identity_check(self._held, slots=[self._store])
+
+    def expect(self) -> None:
+        """Take the present state for the one that a graph is for."""
+        captured = self._captured
+        self._values, self._contents = captured.values(), captured.contents()
+        self._places, self._digests = captured.places(), captured.digests()
+        self._expected_tensors = self._tensors()
+        self._lengths = list(map(len, self._lengths_of))
+        unique = {id(t): t for t in self._expected_tensors if isinstance(t, Tensor)}
+        self._unique = list(unique.values())
+        self._kinds = _kinds(self._unique)
+        self._full = [d for d in self._structure if d]
+        self._empty = [d for d in self._structure if not d]
+        self._parts = _parts(self._full)
+
+    def holds(self) -> bool:
+        """Whether all is as expected."""
+        # By identity first, for a step has no time to lose.
+        if not self._has_values(self._values):
+            now = self._captured.values()
+            if not all(map(_same, now, self._values)):
+                return False
+            self._values = now
+        contents = self._captured.contents()
+        if len(contents) != len(self._contents) or not all(map(_same, contents, self._contents)):
+            return False
+        return (
+            not any(self._empty)
+            and _parts(self._full) == self._parts
+            and self.holds_tensors()
+            and self._captured.digests() == self._digests
+        )
+
+    def holds_tensors(self) -> bool:
+        """Whether the parameters and buffers are the expected ones."""
+        return (
+            self._has_tensors(self._expected_tensors)
+            and list(map(len, self._lengths_of)) == self._lengths
+            and _kinds(self._unique) == self._kinds
+        )
+
+    def changed(self, *, plain: bool = False) -> str | None:
+        """Say where a value lies that is another than expected; None if there is none.
+
+        Args:
+            plain: whether to look for numbers and texts alone.
+        """
+        for (label, old), (_, new) in zip(self._places, self._captured.places(), strict=True):
+            differing = [
+                pair
+                for pair in itertools.zip_longest(old, new, fillvalue=MISSING)
+                if not _same(*pair)
+            ]
+            if any(not plain or all(map(_is_plain_or_missing, pair)) for pair in differing):
+                return label
+        return None
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that puts all values back where they lie now, tensors aside."""
+        return self._captured.snapshot()
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the buffers of all modules."""
+        for module in self.modules.values():
+            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (is_plain(one) and type(one) is type(other) and bool(one == other))
+
+
+def _is_plain_or_missing(value: Any) -> bool:
+    return value is MISSING or is_plain(value)
+
+
+def _is_told(kind: type, value: Any) -> bool:
+    """Whether to look into an attribute of a module: of a library's, into what users gave it."""
+    return not is_library(kind.__module__) or callable(value) or _is_plain_list(value)
+
+
+def _is_plain_list(value: Any) -> bool:
+    """Whether a list or mapping holds nothing but plain values and such lists."""
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(items, (list, tuple)) and all(
+        is_plain(item) or _is_plain_list(item) for item in items[:_LONG]
+    )
+
+
+def _parts(holders: list[Any]) -> list[int]:
+    """Return the identities of what modules have: children, and hooks by their numbers."""
+    return [*map(id, itertools.chain.from_iterable(d.values() for d in holders))]
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [*map(_REQUIRES_GRAD, tensors), *map(_DTYPE, tensors)]

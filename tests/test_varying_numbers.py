@@ -1,0 +1,98 @@
+"""Numbers among the arguments that differ from call to call: tensors of one graph, after a few."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from test_svi import data, replayed, vae, warned
+
+import pyro_vae as pv
+from pyro_vae.varying_numbers import VaryingNumbers
+
+
+def calls(values, steps=3):
+    return [
+        (data(seed=i), value) for i, value in enumerate(v for v in values for _ in range(steps))
+    ]
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, functools.partial(pv.ELBO, kl="sample")])
+def test_a_warm_up_by_a_float(loss):
+    """To the last bit, at every step; the fourth value is the last that is traced."""
+    run = replayed(calls=calls([0.1 * (i + 1) for i in range(8)]), loss=loss)
+    e, r = ["eager"], ["replayed"]
+    assert run.modes == (e + r * 2) * 4 + r * 12
+
+
+def test_whole_numbers_and_floats_in_float32():
+    """By the number of the epoch; in float32 to rounding."""
+
+    def make():
+        model, guide = vae()
+        return model.float(), guide.float()
+
+    given = [(data(seed=i).float(), 1 + i // 2) for i in range(20)]
+    run = replayed(make, given, rtol=1e-5)
+    assert run.modes[8:] == ["replayed"] * 12
+
+
+def test_a_model_that_decides_by_the_number(caplog):
+    """It has a graph for each value, as before; said once."""
+
+    def make():
+        model, guide = vae()
+        forward = model.forward
+        model.forward = lambda x, beta: forward(x, beta if beta < 0.5 else 0.5)
+        return model, guide
+
+    run = replayed(make, calls([0.1 * (i + 1) for i in range(8)], 4))
+    assert run.modes[-4:] == ["eager"] + ["replayed"] * 3
+    (message,) = warned(caplog)
+    assert "differs from call to call, and steps are traced anew for each value" in message
+    assert "if beta < 0.5 else 0.5" in message
+
+
+def test_where_no_trace_succeeds_there_are_no_more_of_them(monkeypatch, caplog):
+    """Three values, and the line that stops them all; one warning."""
+    from pyro_vae import traced_loss
+
+    traces = []
+    original = traced_loss.trace
+    monkeypatch.setattr(
+        traced_loss, "trace", lambda *a, **k: (traces.append(1), original(*a, **k))[1]
+    )
+
+    def make():
+        model, guide = vae()
+        forward = model.forward
+
+        def stopped(x, beta):
+            assert float(x.abs().max()) < 100
+            forward(x, beta)
+
+        model.forward = stopped
+        return model, guide
+
+    run = replayed(make, calls([0.1 * (i + 1) for i in range(8)]))
+    assert run.modes == ["eager"] * 24
+    assert 3 <= len(traces) <= 5
+    assert any("reads a number out of a tensor" in text for text in warned(caplog))
+
+
+def test_numbers_that_stay_are_constants():
+    numbers = VaryingNumbers()
+    x = torch.ones(3, dtype=torch.float64)
+    for value in range(5):
+        given = (x, {"beta": 0.1 * value, "layers": 2, "on": True})
+        key = numbers.meet(given)
+        (_, named), varying = numbers.as_tensors(key, given, [x])
+        if value < 3:
+            assert varying == ()
+            assert named["beta"] == 0.1 * value
+    assert named["layers"] == 2
+    assert named["on"] is True
+    assert named["beta"].dtype == torch.float64
+    assert varying == (0.4,)
