@@ -16,7 +16,6 @@ from pyro_vae.counts import as_count
 from pyro_vae.kl import analytic_kl, kl_per_dimension
 from pyro_vae.layouts import Layout, plan
 from pyro_vae.running import FirstValues, evaluation, preserved_rng
-from pyro_vae.sites import latent_nodes
 from pyro_vae.spine import Run
 from pyro_vae.traces import trace_pair
 
@@ -285,21 +284,22 @@ class ELBO(Objective):
         """Return, for each latent site, whether its KL is analytic or sampled, and why."""
         device = Batch(args, kwargs).device
         with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
-            model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-        told = {
-            name: "summed out: discrete, and not proposed by the guide"
-            for name, _ in latent_nodes(model_trace)
-            if name not in guide_trace.nodes
-        }
-        for name, node in latent_nodes(guide_trace):
-            if name not in model_trace.nodes:
+            run = self._run(model, guide, args, kwargs)
+        told = dict.fromkeys(
+            run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
+        )
+        for name, nodes in run.proposals():
+            if nodes[0][1] is None:
                 told[name] = "sampled: auxiliary site of the guide"
             elif self.kl == "sample":
                 stl = self.estimator == "stl"
                 told[name] = "sampled: stl leaves out its score" if stl else "sampled: kl='sample'"
             else:
-                found, reason = analytic_kl(node, model_trace.nodes[name])
-                told[name] = f"{'sampled' if found is None else 'analytic'}: {reason}"
+                # Of the nodes that the loss takes, with what is summed out side by side.
+                kls, reason = _closed_forms(nodes)
+                if len(nodes[0][1]["fn"].batch_shape) >= -run.layout.first_enum_dim:
+                    reason = f"its prior depends on discrete latents, {reason}"
+                told[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
         return told
 
     def _analytic(self, run: Run) -> dict[str, Tensor]:
@@ -308,13 +308,10 @@ class ELBO(Objective):
             return {}
         found: dict[str, Tensor] = {}
         for name, nodes in run.proposals():
-            terms = []
-            for guide_node, model_node in nodes:
-                kl = None if model_node is None else analytic_kl(guide_node, model_node)[0]
-                if kl is None:
-                    break
-                terms.append(scale_and_mask(kl, run.scale(guide_node), guide_node["mask"]))
-            else:
+            kls, _ = _closed_forms(nodes)
+            if kls is not None:
+                pairs = zip(kls, nodes, strict=True)
+                terms = [scale_and_mask(kl, run.scale(q), q["mask"]) for kl, (q, _) in pairs]
                 found[name] = run.per_datum(terms, local=run.is_local(name, nodes[0][0]))
         return found
 
@@ -402,6 +399,19 @@ class ELBO(Objective):
             # A dimension under the floor gets its KL back: no pressure, no gradient.
             given.append(torch.where(kl < floor, kl, torch.zeros_like(kl)).sum())
         return torch.stack(given).sum()
+
+
+def _closed_forms(nodes: list[tuple[Any, Any]]) -> tuple[list[Tensor] | None, str]:
+    """Return the KL of a latent's (guide, model) nodes in each trace, or None; and why."""
+    kls, reason = [], "auxiliary site of the guide"
+    for guide_node, model_node in nodes:
+        if model_node is None:
+            return None, reason
+        kl, reason = analytic_kl(guide_node, model_node)
+        if kl is None:
+            return None, reason
+        kls.append(kl)
+    return kls, reason
 
 
 def _identity(fn: Any) -> tuple[int, int]:
