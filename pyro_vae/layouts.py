@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vae.batches import Batch
 from pyro_vae.enumeration import enumerated, summed_out
@@ -35,15 +36,8 @@ __all__ = ["Layout", "device_of", "hide", "plan"]
 
 logger = logging.getLogger(__name__)
 
-_NORMALIZATIONS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+# Over a plate of particles these would normalize another dimension than a datum's own.
+_NORMALIZATIONS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +54,7 @@ class Layout:
         enumerated: discrete proposals of which all values are run, weighted by the guide.
         hidden: discrete proposals that are left to be summed out in the model.
         shares_globals: whether all particles of all data see one draw of the global latents.
+        frozen: modules in eval mode, which in training mode may want another way to run.
     """
 
     mode: str
@@ -70,6 +65,12 @@ class Layout:
     enumerated: tuple[str, ...]
     hidden: tuple[str, ...]
     shares_globals: bool
+    frozen: tuple[nn.Module, ...] = ()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a module was put in training mode since."""
+        return any(module.training for module in self.frozen)
 
     @property
     def first_enum_dim(self) -> int:
@@ -137,6 +138,7 @@ def plan(
             model_trace = trace_model(model, guide_trace, args, kwargs)
     nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
     structure, subsampled, mode = None, False, "loop"
+    frozen: tuple[nn.Module, ...] = ()
     asked = () if enumeration == "no" else _asked(guide_trace)
     hidden, enumerated_sites = ((), asked) if enumeration == "expectation" else (asked, ())
     if hidden:
@@ -157,14 +159,16 @@ def plan(
         plate = structure.data_plate
         subsampled = plate is not None and not plate.drawn and is_subsampled(model, batch, plate)
         if num_particles > 1 and vectorize:
-            # Over a plate of particles they would normalize another dimension than the data's,
-            # and in eval mode, in which particles are compared, it need not show.
+            # The guide sees each datum once in a plate, unless its sites see particles' draws.
             dependent = len(list(latent_nodes(guide_trace))) > 1
-            seen = [*in_model.values(), *(in_guide.values() if dependent else ())]
-            normalized = any(isinstance(module, _NORMALIZATIONS) for module in seen)
-            mode, reason = _choose_mode(
-                model, guide, batch, structure, needed=data == "needed", normalized=normalized
-            )
+            called = [*in_model.values(), *(in_guide.values() if dependent else ())]
+            frozen = tuple(module for module in called if not module.training)
+            if any(map(_normalizes_over_batch, called)):
+                mode, reason = "loop", "a module normalizes over the batch, each particle's its own"
+            else:
+                mode, reason = _choose_mode(
+                    model, guide, batch, structure, called, needed=data == "needed"
+                )
             if reason:
                 logger.warning("particles run in a loop, which is slow: %s", reason)
     plate = None if structure is None else structure.data_plate
@@ -181,6 +185,7 @@ def plan(
         enumerated_sites,
         hidden,
         share_globals and plate is not None and bool(structure and structure.global_latents),
+        frozen,
     )
     if layout.summed_out:
         _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
@@ -290,39 +295,57 @@ def _structure(
     return structure
 
 
+def _normalizes_over_batch(module: nn.Module) -> bool:
+    statistics = module.training or getattr(module, "running_mean", None) is None
+    return isinstance(module, _BatchNorm) and statistics
+
+
 def _choose_mode(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     batch: Batch,
     structure: Structure,
+    called: Sequence[nn.Module],
     *,
     needed: bool,
-    normalized: bool,
 ) -> tuple[str, str]:
-    """Return the first mode that agrees with single particles, and why it is the loop."""
+    """Return the first mode that agrees with single particles, and why it is the loop.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: their arguments.
+        structure: of the model.
+        called: the modules that see the draws of particles.
+        needed: whether each datum has a weight of its own.
+    """
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
         return "loop", "the model draws its own minibatch, another at each run"
     plate = structure.data_plate
     by_name = plate is not None and not structure.global_latents
     scorer = functools.partial(Scorer, model, guide, batch, seed=0)
-    modes = {}
+    together, modes = None, {}
+    normalized = any(isinstance(module, _NORMALIZATIONS) for module in called)
     if not normalized:
         try:
-            modes = scorer(data_plate=plate.name if by_name and plate is not None else False).modes
+            together = scorer(data_plate=plate.name if by_name and plate is not None else False)
         except ValueError:
             # Without a weight for each datum, the guide may be joint over the data.
             if needed or not by_name:
                 raise
-            by_name, modes = False, scorer(data_plate=False).modes
-        if set(modes.values()) == {"plate"}:
-            return "plate", ""
-    if by_name and plate is not None and "loop" not in modes.values():
+            by_name, together = False, scorer(data_plate=False)
+        modes = together.modes
+    mode = "plate" if together is not None and set(modes.values()) == {"plate"} else "repeat"
+    if mode == "repeat":
+        if not by_name or plate is None or "loop" in modes.values():
+            return "loop", f"modes are {modes}"
         try:
-            scorer(data_plate=plate.name, particles="repeat")
+            together = scorer(data_plate=plate.name, particles="repeat")
         except ValueError as error:
             return "loop", f"they cannot run in a plate, nor with the batch repeated ({error})"
-        return "repeat", ""
-    return "loop", "the model normalizes over the batch" if normalized else f"modes are {modes}"
+    if together is not None and not together.agrees_in_training(called):
+        return "loop", "in training mode, densities of particles together are not those of each"
+    return mode, ""
 
 
 def device_of(args: Any, kwargs: Any) -> torch.device:

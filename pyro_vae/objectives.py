@@ -124,6 +124,8 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         pair = tuple(map(_identity, (model, guide)))
         key = (pair, _kind(args), _kind(kwargs))
         for _ in range(2):
+            if key in self._layouts and self._layouts[key][0].is_stale:
+                del self._layouts[key]
             if key not in self._layouts:
                 while len(self._layouts) >= _LAYOUTS:
                     del self._layouts[next(iter(self._layouts))]

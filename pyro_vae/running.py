@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -11,12 +11,14 @@ import torch
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.handlers import keep_apart
 
 __all__ = [
     "FirstValues",
+    "as_in_training",
     "call_network",
     "called_modules",
     "evaluation",
@@ -189,6 +191,31 @@ def called_modules() -> Iterator[dict[int, nn.Module]]:
         yield found
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def as_in_training(
+    modules: Iterable[nn.Module], first: FirstValues | None = None
+) -> Iterator[None]:
+    """Leave modules in their modes, but let none drop out, and all else as it was found.
+
+    Args:
+        modules: those that are called inside.
+        first: as in :func:`evaluation`.
+    """
+    held = _Held()
+    dropouts = [m for m in modules if isinstance(m, _DropoutNd) and m.training]
+    for module in modules:
+        held.add(module)
+    for module in dropouts:
+        module.training = False
+    try:
+        with (FirstValues() if first is None else first).installed():
+            yield
+    finally:
+        for module in dropouts:
+            module.training = True
+        held.put_back()
 
 
 @contextlib.contextmanager

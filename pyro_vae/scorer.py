@@ -19,7 +19,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.admission import check_per_datum, points
 from pyro_vae.batches import Batch
@@ -40,7 +40,7 @@ from pyro_vae.particles import (
 )
 from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
-from pyro_vae.running import FirstValues, evaluation, preserved_rng, unwrapped
+from pyro_vae.running import FirstValues, as_in_training, evaluation, preserved_rng, unwrapped
 from pyro_vae.sites import (
     check_stable,
     guide_factors,
@@ -702,6 +702,43 @@ class Scorer:
         reference = score_model()
         choose_mode(self._model, "model", particles, reference, score_model)
         self._check_independent(rows, latents, reference)
+
+    def agrees_in_training(self, modules: Sequence[nn.Module]) -> bool:
+        """Return whether particles together are scored as each alone, with modules as they are.
+
+        A module that normalizes over the batch in training mode sees other rows. True where
+        nothing is in training mode, or what is draws random numbers, so that nothing can be told.
+
+        Args:
+            modules: that guide and model call.
+        """
+        if not any(module.training for module in modules):
+            return True
+        rows = self.data_blocks()[0]
+        with (
+            torch.no_grad(),
+            as_in_training(modules, self._first),
+            pyro.validation_enabled(False),
+            preserved_rng(self.batch.device),
+            poutine.block(),
+        ):
+            self._reseed(_CHECKS)
+            chosen = self._model.mode, self._guide.mode
+            self._model.mode = self._guide.mode = "loop"
+            values = self._guide.values(self._guide.traces(rows, 2), 2)
+            alone, again = (self._log_joint(rows, values) for _ in range(2))
+            self._model.mode, self._guide.mode = chosen
+            if not all(map(agree, alone, again)):
+                return True
+            return all(map(agree, alone, self._log_joint(rows, values)))
+
+    def _log_joint(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return log p(x, z) and log q(z | x) of given values, [K, N] each."""
+        num_particles = next(iter(values.values())).shape[0]
+        traces = self._model.traces(rows, num_particles, self._latents(values))
+        log_joint = self._model.log_prob(traces, rows, num_particles, is_any)
+        guide_traces = self._guide.traces(rows, num_particles, values)
+        return log_joint, self._log_guide(guide_traces, rows, values)
 
     def _find_masks(self) -> None:
         """Find the model's masks on latents, and whether they are others for other draws."""

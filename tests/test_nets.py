@@ -102,9 +102,9 @@ def test_statistics_move_in_training_only(loss):
     result = pv.fit(
         model, guide, x, loss=loss, batch_size=8, epochs=2, validation_data=x, progress=False
     )
-    # Three steps in an epoch, up to the one that was kept; looking at the pair is no training,
-    # nor is validation.
-    steps = 3 * result.best_epoch
+    # Three steps in an epoch, up to the one that was kept, each particle a batch of its own;
+    # looking at the pair is no training, nor is validation.
+    steps = 3 * result.best_epoch * loss.num_particles
     assert [norm.num_batches_tracked.item() for norm in norms] == [steps, steps]
 
     before = {k: v.clone() for net in (model, guide) for k, v in net.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pyro
@@ -358,26 +359,90 @@ def test_a_loss_remembers_several_pairs_and_forgets_the_oldest():
 # --- networks -----------------------------------------------------------------------------------
 
 
-def test_batch_normalization_gets_the_batch_repeated():
-    """In a plate it would take [K, N, D] with N = D for N channels of length D."""
+class Centered(nn.Module):
+    """A normalization of a user's own."""
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.decoder = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    def __init__(self, in_training_only):
+        super().__init__()
+        self.in_training_only = in_training_only
 
-        def forward(self, x):
-            pyro.module("model", self)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+    def forward(self, h):
+        if self.in_training_only and not self.training:
+            return h
+        return (h - h.mean(0)) / (1 + h.std(0))
 
+
+NORMALIZATIONS = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), "loop"),
+    "BatchNorm1d, no statistics": (lambda: nn.BatchNorm1d(6, track_running_stats=False), "loop"),
+    "BatchNorm2d": (
+        lambda: nn.Sequential(nn.Unflatten(-1, (3, 2, 1)), nn.BatchNorm2d(3), nn.Flatten()), "loop"
+    ),
+    "with dropout": (lambda: nn.Sequential(nn.Dropout(0.0), Centered(True)), "loop"),
+    "of a user's own": (lambda: Centered(False), "loop"),
+    "of a user's own, in training": (lambda: Centered(True), "loop"),
+    "frozen": (lambda: nn.BatchNorm1d(6).eval(), "repeat"),
+    "InstanceNorm1d": (
+        lambda: nn.Sequential(nn.Unflatten(-1, (2, 3)), nn.InstanceNorm1d(2), nn.Flatten()),
+        "repeat",
+    ),
+    "LayerNorm": (lambda: nn.LayerNorm(6), "plate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_particles_are_not_normalized_with_one_another(name):
+    """Each particle's batch has statistics of its own, as in a loop: the same loss to rounding."""
+    make, mode = NORMALIZATIONS[name]
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(40, 4)
-    guide = pv.AmortizedGuide(model, nn.Linear(4, 8), example=x)
-    loss = pv.IWAE(3, "dreg")
-    pv.fit(model, guide, x, loss=loss, batch_size=16, epochs=1, progress=False)
-    assert {layout.mode for layout, *_ in loss._layouts.values()} == {"repeat"}
+    layers = nn.Sequential(nn.Linear(2, 6), make(), nn.Linear(6, 4)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(layers(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2] / 2, 0.7).to_event(1))
+
+    before = copy.deepcopy(layers.state_dict())
+    loss = pv.ELBO(3, kl="sample")
+    loss._run(model, guide, (x,), {})
+    assert {layout.mode for layout, *_ in loss._layouts.values()} == {mode}
+    layers.load_state_dict(before)
+    torch.manual_seed(1)
+    found = loss.loss(model, guide, x)
+    torch.manual_seed(1)
+    shapes = [(5, 2)] * 3 if mode == "loop" else [(3, 5, 2)]
+    noise = torch.cat([torch.randn(shape, dtype=x.dtype).reshape(-1, 5, 2) for shape in shapes])
+    layers.load_state_dict(before)
+    z = x[:, :2] / 2 + 0.7 * noise
+    terms = [
+        dist.Normal(layers(one), 1.0).log_prob(x).sum() + dist.Normal(0.0, 1.0).log_prob(one).sum()
+        - dist.Normal(x[:, :2] / 2, 0.7).log_prob(one).sum()
+        for one in z
+    ]  # fmt: skip
+    assert found == pytest.approx(-torch.stack(terms).mean().item(), rel=1e-10)
+
+
+def test_a_pair_planned_in_eval_mode_is_planned_anew_for_training():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    x = torch.randn(5, 4)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(layers(z), 1.0).to_event(1), obs=x)
+
+    guide = pv.LocalGuide(model, num_data=5, example=x)
+    loss = pv.ELBO(3)
+    for training, mode in ((False, "repeat"), (True, "loop"), (False, "loop")):
+        layers.train(training)
+        loss.loss(model, guide, x)
+        assert {layout.mode for layout, *_ in loss._layouts.values()} == {mode}
 
 
 def test_a_network_that_asserts_its_shape_gets_the_batch_repeated():
