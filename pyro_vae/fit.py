@@ -14,6 +14,7 @@ from typing import Any
 
 import pyro.infer
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
@@ -83,7 +84,7 @@ def fit(
     compile: str | bool = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    callbacks: Iterable[Callable[[Epoch], bool | None]] = (),
+    callbacks: Iterable[Callable[[Epoch], bool | None] | LRScheduler] = (),
     data_plate: str | bool | None = None,
 ) -> FitResult:
     """Train a model/guide pair by stochastic variational inference.
@@ -120,12 +121,15 @@ def fit(
             operations of a step as a graph and replays them, and compiles the graph where
             training is long enough for that to save time (few steps run eagerly); "replay"
             never compiles, True at once, False runs eagerly. Losses are the same to rounding.
-        checkpoint: a file written after each epoch, whole or not at all, with the last and
-            the best parameters. Where it exists, training resumes from it, with the
-            optimizer's settings in it, and goes on as if it had not been interrupted. An
-            epoch that max_steps cut short is not taken up again.
+        checkpoint: a file written after each epoch and its callbacks, whole or not at all, with
+            the last and the best parameters. Where it exists, training resumes from it, with the
+            optimizer's settings in it and the state of schedulers among the callbacks, or that
+            they hold, and goes on as if it had not been interrupted. What else a callback keeps
+            is its own. An epoch that max_steps cut short is not taken up again.
         progress: whether to show a bar.
-        callbacks: called with an Epoch after each; one that returns True ends training.
+        callbacks: called with an Epoch after each; one that returns True ends training. A
+            torch.optim.lr_scheduler takes a step after each (ReduceLROnPlateau by the validation
+            ELBO, or the training ELBO where there is none).
         data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
             the data, and ELBOs are of the whole.
 
@@ -176,9 +180,10 @@ def fit(
         if seed is not None:
             torch.manual_seed(seed)
         trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed, compile)
+        trainer.callbacks = list(callbacks)
         if checkpoint is not None and os.path.exists(checkpoint):
             trainer.resume(checkpoint)
-        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress, list(callbacks))
+        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress)
     return trainer.result(stopped_by)
 
 
@@ -251,6 +256,7 @@ class _Trainer:
             *self.steps.pair, objective.loss, compile=how, modes=False, owners=(self.loss,)
         )
         self.state = _Progress()
+        self.callbacks: list[Any] = []
         self.best: Any = None  # at the end of the one that validated best
 
     # --- the loop
@@ -262,7 +268,6 @@ class _Trainer:
         patience: int | None,
         checkpoint: str | os.PathLike[str] | None,
         progress: bool,
-        callbacks: list[Callable[[Epoch], bool | None]],
     ) -> str:
         """Train; return what ended it, and leave the best parameters in place."""
         limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
@@ -277,10 +282,11 @@ class _Trainer:
             try:
                 while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
                     epoch = self._epoch(bar, max_steps)
+                    ended = self._call_back(epoch)
+                    # After them, for what they set (a learning rate) is part of what goes on.
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
-                    answers = [callback(epoch) for callback in callbacks]
-                    if any(answers):
+                    if ended:
                         stopped_by = "callback"
                         break
             except KeyboardInterrupt:
@@ -300,6 +306,21 @@ class _Trainer:
         if told := shortfall(self.schedule, self.state.step):
             logger.warning("training ended (%s) at %s", stopped_by, told)
         return stopped_by
+
+    def _call_back(self, epoch: Epoch) -> bool:
+        """Call all callbacks; return whether one of them ends training."""
+        answers = []
+        for callback in self.callbacks:
+            if isinstance(callback, ReduceLROnPlateau):
+                elbo = epoch.elbo if self.validation is None else epoch.validation_elbo
+                callback.step(-elbo)
+            elif isinstance(callback, LRScheduler):
+                callback.step()
+            else:
+                answers.append(callback(epoch))
+        if self.callbacks:
+            self.steps.last = self.steps.parameters.state()  # which they may have changed
+        return any(answers)
 
     def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
         state = self.state
@@ -370,7 +391,9 @@ class _Trainer:
     # --- checkpoints
 
     def _content(self) -> dict[str, Any]:
+        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
         return {
+            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
             "last": self.steps.last,
             "best": self.best,
             "optimizer": self.steps.optimizer.state_dict(),
@@ -395,7 +418,17 @@ class _Trainer:
             )
         progress = _Progress(**content["progress"])
         self.steps.resume(content["last"], progress.step, progress.epoch)
+        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
+        saved = content.get("schedulers", [])
+        if len(saved) != len(schedulers):
+            raise ValueError(
+                f"{os.fspath(checkpoint)} was written with {len(saved)} learning rate schedulers "
+                f"among the callbacks, and here are {len(schedulers)}: they go on from their "
+                "state in it; pass the same callbacks"
+            )
         self.steps.optimizer.load_state_dict(content["optimizer"])
+        for scheduler, state in zip(schedulers, saved, strict=True):
+            scheduler.load_state_dict(state)
         if isinstance(self.loss, Objective):
             self.loss.load_state_dict(content.get("loss", {}))
         self.state = progress
