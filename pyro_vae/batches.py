@@ -10,12 +10,19 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Batch", "EpochData", "StepData", "as_batch"]
+from pyro_vae.readers import read_all
 
-# How many offending rows an error message lists.
+__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "note_dtypes", "rows_text"]
+
+# How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
+_ARGUMENTS_SHOWN = 8
+# Of PyTorch's errors for operands of different dtypes.
+_DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type")
+# NumPy's kinds of numbers: booleans, integers, floating point, complex.
+_NUMBERS = "biufc"
 
 
 @runtime_checkable
@@ -53,40 +60,52 @@ class Batch:
 
     A tensor with at least one dimension holds a row per datum. Anything else
     (a flag, a 0-dimensional tensor, None) is handed on as it is.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        has_rows: False where nothing is known to have a row per datum: all is handed on whole.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    has_rows: bool = True
 
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {}
         for name, value in self._named():
-            if isinstance(value, np.ndarray):
-                raise TypeError(
-                    f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it"
-                )
-            if _has_rows(value):
+            _check_kind(name, value)
+            if self._is_rows(value):
                 sizes[name] = value.shape[0]
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
             raise ValueError(
-                f"the tensors of a batch need the same first dimension, the datum: {found}"
+                f"the tensors of a batch need the same first dimension, the datum: {found}. Let "
+                "the model hold what is not a row per datum"
             )
         if 0 in sizes.values():
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
 
     def __str__(self) -> str:
-        told = {
-            name: f"shape {list(value.shape)}" if isinstance(value, Tensor) else _short(value)
+        told = [
+            f"{name}: {value.dtype} of shape {list(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{name}: {_short(value)}"
             for name, value in self._named()
-        }
-        return "a batch of " + ", ".join(f"{name}: {text}" for name, text in told.items())
+        ]
+        more = len(told) - _ARGUMENTS_SHOWN
+        if more > 0:
+            told[_ARGUMENTS_SHOWN:] = [
+                f"and {more} more (a list is taken to be the model's arguments; if its entries are "
+                "rows, pass torch.stack or torch.tensor of it)"
+            ]
+        return "a batch of " + ", ".join(told)
 
     @property
     def size(self) -> int | None:
         """Number of data; None where no tensor has rows (the model closes over its data)."""
         for _, value in self._named():
-            if _has_rows(value):
+            if self._is_rows(value):
                 return int(value.shape[0])
         return None
 
@@ -94,7 +113,7 @@ class Batch:
     def device(self) -> torch.device:
         """The device of the first tensor with rows; the CPU where there is none."""
         for _, value in self._named():
-            if _has_rows(value):
+            if _has_dimensions(value):
                 return value.device
         return torch.device("cpu")
 
@@ -119,7 +138,7 @@ class Batch:
             missing: whether NaN is allowed, as a missing value.
         """
         for name, value in self._named():
-            if not _has_rows(value) or not (value.is_floating_point() or value.is_complex()):
+            if not _has_dimensions(value) or not (value.is_floating_point() or value.is_complex()):
                 continue
             by_row = value.reshape(value.shape[0], math.prod(value.shape[1:]))
             bad = (by_row.isinf() if missing else ~by_row.isfinite()).any(1)
@@ -136,23 +155,30 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         def apply(value: Any) -> Any:
-            return function(value) if _has_rows(value) else value
+            return function(value) if self._is_rows(value) else value
 
         return Batch(
             tuple(apply(value) for value in self.args),
             {name: apply(value) for name, value in self.kwargs.items()},
+            self.has_rows,
         )
+
+    def _is_rows(self, value: Any) -> bool:
+        return self.has_rows and _has_dimensions(value)
 
 
 def as_batch(*batch: Any) -> Batch:
     """Return the Batch of what a user passes: tensors, one tuple of them, or one mapping.
 
+    NumPy arrays, pandas Series and frames become tensors of their dtype.
+
     Args:
         *batch: the arguments of the model; or a single tuple or list of them; or a
-            single mapping from the model's argument names to them; or a TensorDataset.
+            single mapping from the model's argument names to them; or a torch Dataset, of
+            which all rows are read.
 
     Raises:
-        TypeError: for a NumPy array.
+        TypeError: for arrays that do not hold numbers, sparse ones, and iterators.
         ValueError: for tensors of different first dimension, or of none.
 
     Example:
@@ -164,13 +190,65 @@ def as_batch(*batch: Any) -> Batch:
         (only,) = batch
         if isinstance(only, Batch):
             return only
+        if isinstance(only, (Dataset, DataLoader)):
+            only = read_all(only)
         if isinstance(only, Mapping):
-            return Batch((), dict(only))
+            named = {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
+            return _without_lists(Batch((), named))
         if isinstance(only, (tuple, list)):
-            return Batch(tuple(only), {})
-        if isinstance(only, TensorDataset):  # indexed at once: a DataLoader collates row by row
-            return Batch(tuple(only.tensors), {})
-    return Batch(tuple(batch), {})
+            batch = tuple(only)
+        else:
+            batch = (only,)
+    tensors = tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(batch))
+    return _without_lists(Batch(tensors, {}))
+
+
+def _without_lists(batch: Batch) -> Batch:
+    """Return a batch; raise TypeError for a list that would be passed whole with some rows."""
+    size = batch.size
+    for name, value in batch._named():
+        if isinstance(value, (list, range)) and len(value) == size and size > 1:
+            raise TypeError(
+                f"{name} of the batch is a {type(value).__name__} of {size} entries beside tensors "
+                f"of {size} rows, of which no minibatch can be taken; pass torch.tensor(...) of "
+                "it, or, if it is no row per datum, a tuple"
+            )
+    return batch
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return the tensor of an array or a column or frame of a table; other values as they are."""
+    if isinstance(value, (Tensor, np.generic)):
+        return value
+    what = type(value).__name__
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} of the batch is a masked array, whose mask would be lost; pass "
+            "x.filled(numpy.nan) with pyro_vae.MissingData(model)"
+        )
+    if not isinstance(value, np.ndarray):
+        if not hasattr(value, "to_numpy"):
+            return value
+        value = value.to_numpy()
+    if value.ndim == 0:
+        return value
+    if value.dtype.kind not in _NUMBERS:
+        raise TypeError(
+            f"{name} of the batch is a {what} of dtype {value.dtype}, where numbers of one type "
+            "are needed; select the numeric columns, and give missing entries as NaN"
+        )
+    if value.dtype.kind == "u" and value.dtype.itemsize > 1:
+        value = value.astype(np.int64)  # PyTorch does not calculate with these
+    if not value.flags.writeable or not value.dtype.isnative or min(value.strides) < 0:
+        value = value.astype(value.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(value)
+
+
+def arguments(args: Any, kwargs: Any) -> Batch:
+    """Return the Batch of a call's arguments; without rows where their first dimensions differ."""
+    tensors = (*args, *kwargs.values())
+    sizes = {value.shape[0] for value in tensors if _has_dimensions(value)}
+    return Batch(tuple(args), kwargs, len(sizes) < 2)
 
 
 def rows_text(bad: Tensor) -> str:
@@ -181,10 +259,46 @@ def rows_text(bad: Tensor) -> str:
     return f"rows {shown}{more} ({len(index)} of {bad.shape[0]})"
 
 
+def note_dtypes(error: Exception, args: Any, kwargs: Any) -> None:
+    """Add what to do to an error of dtypes that differ, if it is one."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not any(word in text for word in _DTYPE_WORDS):
+        return
+    if any("dtype" in note for note in getattr(error, "__notes__", ())):
+        return
+    named = Batch(tuple(args), kwargs, has_rows=False)._named()
+    told = ", ".join(f"{n} is {v.dtype}" for n, v in named if isinstance(v, Tensor))
+    error.add_note(
+        f"of the batch, {told}: a network takes the dtype of its parameters, float32 unless you "
+        "changed it. Pass x.float(); or make the networks double (model.double(), "
+        "guide.double()) for data in float64"
+    )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 40 else f"{text[:36]} ..."
 
 
-def _has_rows(value: Any) -> bool:
+def _check_kind(name: str, value: Any) -> None:
+    """Raise TypeError for what no rows can be taken of as of a tensor."""
+    sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    if sparse or (hasattr(value, "tocsr") and hasattr(value, "toarray")):
+        what = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+        dense = "x.to_dense()" if isinstance(value, Tensor) else "torch.as_tensor(x.toarray())"
+        raise TypeError(
+            f"{name} of the batch is sparse ({what}), and rows are taken of dense tensors alone; "
+            f"pass {dense}. In pyro_vae.fit, where that is too large, pass an object whose source "
+            "is torch.arange(num_data) and whose draw(index) returns these rows, dense"
+        )
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it")
+    if hasattr(value, "__next__"):
+        raise TypeError(
+            f"{name} of the batch is an iterator ({type(value).__name__}), which can be read once; "
+            "pass tensors, or to pyro_vae.fit a torch IterableDataset or DataLoader"
+        )
+
+
+def _has_dimensions(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0

@@ -79,7 +79,7 @@ def describe(
         if discrete := [site.name for site in local if site.enumerable]:
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
-        sites, _ = run_model(model, as_batch(*batch))
+        sites, *_ = run_model(model, as_batch(*batch))
         plate, note = None, str(error)
     rows = tuple(
         {

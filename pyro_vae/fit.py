@@ -86,19 +86,28 @@ def fit(
     progress: bool = True,
     callbacks: Iterable[Callable[[Epoch], bool | None] | LRScheduler] = (),
     data_plate: str | bool | None = None,
+    drop_last: bool = False,
 ) -> FitResult:
     """Train a model/guide pair by stochastic variational inference.
 
     Every step takes a minibatch, shuffled anew at each epoch. Ctrl-C ends training and
     keeps what was learned. With validation data, the parameters that scored best on
-    them are kept. A LocalGuide is told which rows each minibatch holds.
+    them are kept. A LocalGuide is told which rows each minibatch holds. Where another guide, or
+    the model, has parameters for each row by its place (AutoNormal), every step takes all the
+    data in their order, and a warning says so.
+
+    Where all data share latents and the data plate has the size of the minibatch, what is in the
+    plate is scaled by the number of data over that size, as ``pyro.plate(name, num_data,
+    subsample=x)`` says it in the model; a warning tells of it. Else there would seem to be fewer
+    data.
 
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        data: a tensor, a tuple or a mapping of them, or a TensorDataset, first dimension the
-            datum; or an object that draws such data anew, for each step
-            (:class:`pyro_vae.batches.StepData`) or each epoch
+        data: a tensor or an array, a tuple or a mapping of them, first dimension the datum; a
+            torch Dataset, of which each step reads its rows; a DataLoader or an IterableDataset,
+            whose batches are the minibatches; or an object that draws such data anew, for
+            each step (:class:`pyro_vae.batches.StepData`) or each epoch
             (:class:`pyro_vae.batches.EpochData`).
         loss: a pyro.infer.ELBO, Pyro's or ours; pyro_vae.ELBO() by default.
         optim: a function from parameters to a torch optimizer (a class will do), a torch
@@ -108,7 +117,8 @@ def fit(
             from 0: one of pyro_vae.schedules (KL warm-up), or any function. Validation is
             never scaled. The history has the factor of each epoch's last step as beta; a
             warm-up that training cuts short is told in a logged warning.
-        batch_size: data in a minibatch; the last of an epoch may be smaller.
+        batch_size: data in a minibatch; the last of an epoch may be smaller. A DataLoader has
+            its own.
         epochs: passes over the data at most; 100 where max_steps is not given either.
         max_steps: optimizer steps at most.
         validation_data: like data, without ``epoch``; scored after each epoch on the same
@@ -132,6 +142,8 @@ def fit(
             ELBO, or the training ELBO where there is none).
         data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
             the data, and ELBOs are of the whole.
+        drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
+            which data it would have held is another matter in each epoch.
 
     Returns:
         A FitResult.
@@ -174,7 +186,7 @@ def fit(
     for module in (module_of(model), module_of(guide)):
         if device is not None and module is not None:
             module.to(device)
-    training = TrainingData(model, data, batch_size, device, data_plate)
+    training = TrainingData(model, guide, data, batch_size, device, data_plate, drop_last)
     validation = None if validation_data is None else training.validation(model, validation_data)
     with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
         if seed is not None:
@@ -196,6 +208,11 @@ def _check_arguments(
     if patience is not None and validation_data is None:
         raise ValueError(
             "patience counts epochs without a better validation ELBO: give validation_data"
+        )
+    if isinstance(validation_data, (int, float)):
+        raise TypeError(
+            f"validation_data={validation_data!r}: data are needed, like those to train on; split "
+            "them before, as in x[:800], x[800:]"
         )
     if isinstance(validation_data, (EpochData, StepData)):
         raise ValueError(
@@ -270,14 +287,11 @@ class _Trainer:
         progress: bool,
     ) -> str:
         """Train; return what ended it, and leave the best parameters in place."""
-        limits = [max_steps, None if epochs is None else epochs * self.data.steps_per_epoch]
-        total = min(limit for limit in limits if limit is not None)
-        self.steps.expect(total)
-        if self.validation is not None:
-            parts = sum(1 for _ in self.data.parts(self.validation))
-            self._validated.steps = parts * math.ceil(total / self.data.steps_per_epoch)
-        if total > self.state.step and (told := shortfall(self.schedule, total)):
-            logger.warning("training will end by %s", told)
+        per_epoch = self.data.steps_per_epoch
+        by_epochs = None if epochs is None or per_epoch is None else epochs * per_epoch
+        total = min((n for n in (max_steps, by_epochs) if n is not None), default=None)
+        if total is not None:
+            self._expect(total)
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
                 while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
@@ -321,6 +335,15 @@ class _Trainer:
         if self.callbacks:
             self.steps.last = self.steps.parameters.state()  # which they may have changed
         return any(answers)
+
+    def _expect(self, total: int) -> None:
+        """Prepare for so many steps in all, and say what they will be too few for."""
+        self.steps.expect(total)
+        if self.validation is not None:
+            parts = sum(1 for _ in self.data.parts(self.validation))
+            self._validated.steps = parts * math.ceil(total / (self.data.steps_per_epoch or total))
+        if total > self.state.step and (told := shortfall(self.schedule, total)):
+            logger.warning("training will end by %s", told)
 
     def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
         state = self.state

@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 __all__ = [
+    "FullSize",
     "LatentScale",
     "ParamStatements",
     "constrained_parameters",
@@ -257,6 +258,46 @@ class LatentScale(Messenger):
             told = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
             msg["infer"] = {**msg["infer"], **told}
             msg["scale"] = msg["scale"] * self.factor
+
+
+class FullSize(Messenger):
+    """Makes a plate of the size of a minibatch one of all the data, of which that is a subsample.
+
+    As if the model had ``pyro.plate(name, num_data, subsample=x)`` in the place of
+    ``pyro.plate(name, len(x))``: what is in the plate is scaled by ``num_data / len(x)``. A plate
+    that has another full size is left alone.
+
+    Args:
+        name: the plate's.
+        dim: its batch dimension, negative.
+        num_data: all the data.
+        local: latent sites of the plate, for a guide that samples them outside of it.
+        others: the model's other plates; a plate of another name in this one's dimension is
+            a guide's own for the data.
+    """
+
+    def __init__(
+        self, name: str, dim: int, num_data: int, local: Collection[str], others: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.name, self.dim, self.num_data = name, dim, num_data
+        self.local, self.others = frozenset(local), frozenset(others)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        stack = msg["cond_indep_stack"]
+        frames = [f for f in stack if f.dim == self.dim and f.name not in self.others]
+        if frames:
+            (frame,) = frames
+            if frame.full_size == frame.size:
+                full = frame._replace(full_size=self.num_data)
+                msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)
+                msg["scale"] = msg["scale"] * (self.num_data / frame.size)
+        elif msg["name"] in self.local:
+            shape = msg["fn"].batch_shape
+            if len(shape) >= -self.dim:
+                msg["scale"] = msg["scale"] * (self.num_data / shape[self.dim])
 
 
 def scale_parts(node: Any) -> tuple[Any, Tensor | None]:

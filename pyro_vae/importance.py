@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import as_batch
 from pyro_vae.counts import as_count
 from pyro_vae.estimators import iwae_bound
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import scale_parts
-from pyro_vae.layouts import Layout
+from pyro_vae.layouts import Layout, device_of
 from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
 from pyro_vae.running import evaluation, preserved_rng, unwrapped
@@ -36,8 +36,7 @@ class _Importance(Objective):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, str]:
         """Return, for each latent site, that its part of the weight is sampled."""
-        device = Batch(args, kwargs).device
-        with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
+        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
             run = self._run(model, guide, args, kwargs)
         told = dict.fromkeys(
             run.layout.summed_out, "summed out: discrete, and not proposed by the guide"

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vae.batches import Batch
+from pyro_vae.batches import Batch, arguments
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.masks import lift_masks
@@ -23,6 +23,8 @@ from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
     Structure,
+    check_stable,
+    drawn_subsamples,
     guide_factors,
     inspect,
     is_enumerable,
@@ -132,7 +134,7 @@ def plan(
         evaluation(model, guide, first=first),
         poutine.block(),
     ):
-        with called_modules() as in_guide:
+        with called_modules() as in_guide, drawn_subsamples() as drawn:
             guide_trace = trace_guide(guide, args, kwargs)
         with called_modules() as in_model:
             model_trace = trace_model(model, guide_trace, args, kwargs)
@@ -152,8 +154,9 @@ def plan(
         )
     guide = hide(guide, (*hidden, *factors))
     if num_particles > 1 or data != "no":
-        batch = Batch(args, kwargs)
+        batch = arguments(args, kwargs)
         structure = _structure(model, batch, data_plate, needed=data == "needed")
+        structure = structure.drawing(drawn)
         if data == "needed" and not share_globals:
             structure.require_no_globals()
         plate = structure.data_plate
@@ -282,6 +285,7 @@ def _structure(
             return inspect(model, batch, data_plate=False)
         return structure if structure.local_latents else inspect(model, batch, data_plate=False)
     structure = inspect(model, batch, data_plate=data_plate)
+    check_stable(model, batch, structure, runs=0)
     for site in structure.sites.values():
         for plate in site.plates:
             own = structure.data_plate is not None and plate.name == structure.data_plate.name
@@ -320,7 +324,12 @@ def _choose_mode(
         needed: whether each datum has a weight of its own.
     """
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
-        return "loop", "the model draws its own minibatch, another at each run"
+        return "loop", "model or guide draws its own minibatch, another at each run"
+    if structure.sequential:
+        return (
+            "loop",
+            f"the model draws a subsample of the sequential plates {structure.sequential}",
+        )
     plate = structure.data_plate
     by_name = plate is not None and not structure.global_latents
     scorer = functools.partial(Scorer, model, guide, batch, seed=0)
@@ -337,7 +346,7 @@ def _choose_mode(
         modes = together.modes
     mode = "plate" if together is not None and set(modes.values()) == {"plate"} else "repeat"
     if mode == "repeat":
-        if not by_name or plate is None or "loop" in modes.values():
+        if not by_name or plate is None or batch.size is None or "loop" in modes.values():
             return "loop", f"modes are {modes}"
         try:
             together = scorer(data_plate=plate.name, particles="repeat")

@@ -11,10 +11,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.batches import Batch
 from pyro_vae.counts import as_count
 from pyro_vae.kl import analytic_kl, kl_per_dimension
-from pyro_vae.layouts import Layout, plan
+from pyro_vae.layouts import Layout, device_of, plan
 from pyro_vae.running import FirstValues, evaluation, preserved_rng
 from pyro_vae.spine import Run
 from pyro_vae.traces import trace_pair
@@ -284,8 +283,7 @@ class ELBO(Objective):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, str]:
         """Return, for each latent site, whether its KL is analytic or sampled, and why."""
-        device = Batch(args, kwargs).device
-        with torch.no_grad(), preserved_rng(device), evaluation(model, guide):
+        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
             run = self._run(model, guide, args, kwargs)
         told = dict.fromkeys(
             run.layout.summed_out, "summed out: discrete, and not proposed by the guide"

@@ -31,7 +31,7 @@ from pyro_vae.enumeration import (
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.guides import LocalGuide
 from pyro_vae.masks import lift_masks, mask_of
-from pyro_vae.running import unwrapped
+from pyro_vae.running import Look, unwrapped
 from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob, values_trace
 
@@ -438,12 +438,12 @@ def choose_mode(
                 "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
             )
             return
-        try:
+        with Look() as look:
             found = score()
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            # A shape that the network cannot take; the loop, which is the reference and
-            # has already run, is always left to fall back on, and says so.
-            reasons.append(f"{mode}: {type(error).__name__}: {error}")
+        if look.error is not None:
+            # A shape that the network cannot take, told in its own way; the loop, which is the
+            # reference and has already run, is always left to fall back on, and says so.
+            reasons.append(f"{mode}: {type(look.error).__name__}: {look.error}")
             continue
         if agree(reference, found):
             return

@@ -11,14 +11,18 @@ import torch
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_vae.batches import note_dtypes
 from pyro_vae.handlers import keep_apart
 
 __all__ = [
     "FirstValues",
+    "Look",
     "as_in_training",
+    "batch_norms",
     "call_network",
     "called_modules",
     "evaluation",
@@ -193,6 +197,49 @@ def called_modules() -> Iterator[dict[int, nn.Module]]:
         hook.remove()
 
 
+class Look:
+    """A look at a model or guide that may fail: a context whose exception is the answer "not so".
+
+    Models that are right as they are may raise whatever they like on fewer rows, or run in
+    another way.
+
+    Attributes:
+        error: what was raised inside the context; None where nothing was.
+    """
+
+    error: Exception | None = None
+
+    def __enter__(self) -> Look:
+        return self
+
+    def __exit__(self, kind: Any, value: BaseException | None, traceback: Any) -> bool:
+        if isinstance(value, Exception):
+            self.error = value
+        return self.error is not None
+
+
+@contextlib.contextmanager
+def batch_norms() -> Iterator[dict[str, int]]:
+    """Collect how few values of a channel each BatchNorm saw in a call, of those in train mode."""
+    seen: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm) and inputs and inputs[0].ndim > 1:
+            values = inputs[0].numel() // inputs[0].shape[1]
+            seen[module] = min(values, seen.get(module, values))
+
+    found: dict[str, int] = {}
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
+    # Outside of evaluation, so that modes are the user's again.
+    for module, values in seen.items():
+        if module.training:
+            found[f"{type(module).__name__}({getattr(module, 'num_features', '')})"] = values
+
+
 @contextlib.contextmanager
 def as_in_training(
     modules: Iterable[nn.Module], first: FirstValues | None = None
@@ -228,6 +275,10 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
 
 def call_network(network: Any, args: Any, kwargs: Any) -> Any:
     """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
-    if type(network).forward is nn.Sequential.forward and not args and len(kwargs) == 1:
-        return network(*kwargs.values())
-    return network(*args, **kwargs)
+    try:
+        if type(network).forward is nn.Sequential.forward and not args and len(kwargs) == 1:
+            return network(*kwargs.values())
+        return network(*args, **kwargs)
+    except RuntimeError as error:
+        note_dtypes(error, args, kwargs)
+        raise

@@ -40,9 +40,17 @@ from pyro_vae.particles import (
 )
 from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
-from pyro_vae.running import FirstValues, as_in_training, evaluation, preserved_rng, unwrapped
+from pyro_vae.running import (
+    FirstValues,
+    Look,
+    as_in_training,
+    evaluation,
+    preserved_rng,
+    unwrapped,
+)
 from pyro_vae.sites import (
     check_stable,
+    drawn_subsamples,
     guide_factors,
     inspect,
     latent_nodes,
@@ -151,7 +159,14 @@ class Scorer:
                     "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
                 )
             with torch.no_grad(), poutine.block():
-                model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                with drawn_subsamples() as drawn:
+                    model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                if drawn:
+                    raise ValueError(
+                        f"the guide draws its own minibatch in plate {sorted(drawn)[0]!r} "
+                        "(subsample_size=...); a result for each datum needs to know which. Pass "
+                        "the minibatch as the batch, and give the plate no subsample_size"
+                    )
                 # On random numbers of its own: not outside of this context.
                 self.point_sites = points(guide, batch, guide_trace)
                 name = plate.name if plate else None
@@ -300,12 +315,12 @@ class Scorer:
             with self._scoring():
                 log_joint = torch.stack(self._score(whole, values)).sum(0)
                 some = self.take_data(values, half, self.num_data)
-                try:
+                with Look():
                     found = self.score_guide(half, some)
                     found_joint = torch.stack(self._score(half, some)).sum(0)
-                except (RuntimeError, ValueError, IndexError):
-                    return False  # it takes batches of this one size
-        return agree(log_guide[:, half], found) and agree(log_joint[:, half], found_joint)
+                    same = agree(log_guide[:, half], found)
+                    return same and agree(log_joint[:, half], found_joint)
+        return False  # it takes batches of this one size
 
     def guide_runs(self, count: int) -> list[dict[str, Any]]:
         """Return the guide's latent nodes in independent runs on the whole batch."""

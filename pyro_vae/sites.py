@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch, rows_text
-from pyro_vae.running import called_modules, evaluation, preserved_rng
+from pyro_vae.batches import Batch, as_batch, note_dtypes, rows_text
+from pyro_vae.running import Look, called_modules, evaluation, preserved_rng
 
 __all__ = [
     "DataPlateError",
@@ -22,6 +24,7 @@ __all__ = [
     "Structure",
     "check_guide",
     "check_stable",
+    "drawn_subsamples",
     "inspect",
     "is_circular",
     "is_enumerable",
@@ -73,6 +76,7 @@ class Site:
         value: its value in that run: drawn from the prior, or observed.
         mask: the mask on it (poutine.mask, obs_mask); None where there is none.
         missing: which of its values are missing; None where the model takes no missing data.
+        scale: what its log density is multiplied with, by subsampled plates and poutine.scale.
     """
 
     name: str
@@ -84,6 +88,15 @@ class Site:
     value: Tensor
     mask: Tensor | bool | None
     missing: Tensor | None = None
+    scale: Any = 1.0
+
+    @property
+    def own_scale(self) -> Tensor:
+        """Its scale without that of subsampled plates."""
+        scale = torch.as_tensor(self.scale, dtype=torch.float64)
+        for plate in self.plates:
+            scale = scale * plate.size / plate.full_size
+        return scale
 
     @property
     def support(self) -> Any:
@@ -132,12 +145,15 @@ class Structure:
         data_plate: the plate of the data; None where the model is treated as one datum.
         max_plate_nesting: number of batch dimensions that plates take up.
         num_data: data in this batch (1 where the model is treated as one datum).
+        sequential: plates that are iterated over (``for i in pyro.plate(...)``) and draw a
+            subsample: their sites are others in each run.
     """
 
     sites: Mapping[str, Site]
     data_plate: Plate | None
     max_plate_nesting: int
     num_data: int
+    sequential: tuple[str, ...] = ()
     local_latents: tuple[Site, ...] = field(init=False)
     global_latents: tuple[Site, ...] = field(init=False)
     observed: tuple[Site, ...] = field(init=False)
@@ -155,6 +171,21 @@ class Structure:
     def data_dim(self) -> int | None:
         """The data plate's batch dimension, negative; None for one datum."""
         return None if self.data_plate is None else self.data_plate.dim
+
+    def drawing(self, names: Collection[str]) -> Structure:
+        """Return this structure with plates of which a subsample is drawn: by the guide, say."""
+        if not names:
+            return self
+
+        def told(plate: Plate) -> Plate:
+            return replace(plate, drawn=plate.drawn or plate.name in names)
+
+        sites = {
+            name: replace(site, plates=tuple(map(told, site.plates)))
+            for name, site in self.sites.items()
+        }
+        plate = None if self.data_plate is None else told(self.data_plate)
+        return replace(self, sites=sites, data_plate=plate)
 
     def require_no_globals(self) -> None:
         """Raise ValueError if a latent site lies outside the data plate."""
@@ -197,7 +228,7 @@ def inspect(
     arguments = as_batch(*batch)
     try:
         with called_modules() as called:
-            sites, nesting = run_model(model, arguments)
+            sites, nesting, sequential = run_model(model, arguments)
     finally:
         # First of all errors, for it is the cause of most; but only a run tells what takes NaN.
         missing = any(getattr(module, "takes_missing", False) for module in called.values())
@@ -205,7 +236,7 @@ def inspect(
     _check_observed(sites)
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
-        return Structure(kinds, None, nesting, 1)
+        return Structure(kinds, None, nesting, 1, sequential)
     plate = _find_data_plate(sites, None if data_plate is True else data_plate)
     if arguments.size is not None and not plate.drawn and plate.size != arguments.size:
         raise DataPlateError(
@@ -221,7 +252,17 @@ def inspect(
         )
         for name, site in sites.items()
     }
-    return Structure(kinds, plate, nesting, plate.size)
+    for site in kinds.values():
+        shape = site.batch_shape
+        single = len(shape) < -plate.dim or shape[plate.dim] == 1
+        if site.kind == "local latent" and single and plate.size > 1:
+            raise DataPlateError(
+                f"latent site {site.name!r} has batch shape {list(shape)}, one value for the "
+                f"{plate.size} data of plate {plate.name!r}; give the plate its size, "
+                f"pyro.plate({plate.name!r}, len(x)), and the site that shape, or pass "
+                "data_plate=False to treat the whole batch as one datum"
+            )
+    return Structure(kinds, plate, nesting, plate.size, sequential)
 
 
 def plain_distribution(fn: Any) -> Any:
@@ -294,11 +335,10 @@ def is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool
         return True
     if batch.size is None or batch.size < 2:
         return False
-    try:
+    with Look():
         fewer = inspect(model, batch.rows(slice(0, batch.size - 1)), data_plate=plate.name)
-    except (ValueError, RuntimeError):
-        return False  # the model takes batches of this one size only: no minibatches
-    return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
+        return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
+    return False  # the model takes batches of this one size only: no minibatches
 
 
 def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -330,8 +370,17 @@ def check_stable(
     model: Callable[..., Any], batch: Batch, structure: Structure, *, runs: int = 1
 ) -> None:
     """Raise ValueError if a model's sites, or their shapes, are others in one of some runs."""
+    if structure.sequential:
+        raise ValueError(
+            f"the model draws a subsample of the sequential plate {structure.sequential[0]!r} "
+            "(subsample_size=...), and so has other sites in each run, which have no density in "
+            "common; iterate over all of it, or train with pyro_vae.ELBO"
+        )
     for seed in range(1, runs + 1):
-        _check_same(structure, run_model(model, batch, seed=seed)[0])
+        with Look() as look:
+            again, *_ = run_model(model, batch, seed=seed)
+        if look.error is None:  # a draw from the prior that the model cannot take says nothing
+            _check_same(structure, again)
 
 
 def _check_same(structure: Structure, again: Mapping[str, Site]) -> None:
@@ -396,29 +445,29 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
 
 def run_model(
     model: Callable[..., Any], batch: Batch, seed: int | None = None
-) -> tuple[dict[str, Site], int]:
-    """Run a model once; return its sites, latents not yet told apart, and its plate nesting."""
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+) -> tuple[dict[str, Site], int, tuple[str, ...]]:
+    """Run a model once.
+
+    Returns:
+        Its sites, latents not yet told apart, its plate nesting, and the sequential plates of
+        which it drew a subsample.
+    """
+    with (
+        torch.no_grad(),
+        preserved_rng(batch.device),
+        evaluation(model),
+        poutine.block(),
+        drawn_subsamples() as drawn,
+    ):
         if seed is not None:
             torch.manual_seed(seed)
         try:
             trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         except Exception as error:
+            note_dtypes(error, batch.args, batch.kwargs)
             error.add_note(f"while running the model on {batch}")
             raise
-    drawn = {
-        name
-        for name, node in trace.nodes.items()
-        if site_is_subsample(node) and _draws_subsample(node["fn"])
-    }
-    # A plate without a size (pyro.plate("data")) has that of what is in it.
-    unsized: dict[str, int] = {}
-    for _, node in sample_nodes(trace):
-        shape = node["fn"].batch_shape
-        for frame in node["cond_indep_stack"]:
-            if frame.vectorized and frame.size == -1:
-                size = shape[frame.dim] if len(shape) >= -frame.dim else 1
-                unsized[frame.name] = max(size, unsized.get(frame.name, 1))
+    unsized = _sizes_of_unsized(trace)
     sites = {}
     for name, node in sample_nodes(trace):
         if node["infer"].get("_deterministic"):
@@ -438,18 +487,63 @@ def run_model(
             name=name,
             kind="observed" if node["is_observed"] else "latent",
             fn=node["fn"],
-            batch_shape=node["fn"].batch_shape,
+            batch_shape=_batch_shape(node, plates),
             event_shape=node["fn"].event_shape,
             plates=plates,
             value=node["value"],
             mask=node["mask"],
             missing=node["infer"].get("_missing"),
+            scale=node["scale"],
         )
-    return sites, plate_nesting(trace)
+    vectorized = {plate.name for site in sites.values() for plate in site.plates}
+    return sites, plate_nesting(trace), tuple(sorted(drawn - vectorized))
 
 
-def _draws_subsample(plate: Any) -> bool:
-    return plate.subsample_size not in (None, -1, plate.size)
+@contextlib.contextmanager
+def drawn_subsamples() -> Iterator[set[str]]:
+    """Collect the names of plates that draw a subsample inside the context.
+
+    Not of those that are given it, by subsample=... or by a replayed trace.
+    """
+    drawn: set[str] = set()
+
+    class Watch(Messenger):
+        def _pyro_sample(self, msg: Any) -> None:
+            if site_is_subsample(msg) and msg["value"] is None:
+                plate = msg["fn"]
+                if plate.subsample_size not in (None, -1, plate.size):
+                    drawn.add(msg["name"])
+
+    with Watch():
+        yield drawn
+
+
+def _sizes_of_unsized(trace: Any) -> dict[str, int]:
+    """Return the sizes of plates without one (pyro.plate("data")): those of what is in them."""
+    sizes: dict[str, int] = {}
+    for _, node in sample_nodes(trace):
+        value, fn = node["value"], node["fn"]
+        shapes = [fn.batch_shape]
+        if isinstance(value, Tensor):
+            shapes.append(value.shape[: value.ndim - fn.event_dim])
+        for frame in node["cond_indep_stack"]:
+            if frame.vectorized and frame.size == -1:
+                found = [shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim]
+                sizes[frame.name] = max(*found, sizes.get(frame.name, 1), 1)
+    return sizes
+
+
+def _batch_shape(node: Any, plates: tuple[Plate, ...]) -> torch.Size:
+    """Return a site's batch shape; of an observed one in a plate without a size, its data's too."""
+    shape = node["fn"].batch_shape
+    unsized = {f.name for f in node["cond_indep_stack"] if f.vectorized and f.size == -1}
+    if not node["is_observed"] or not unsized:
+        return shape
+    own = {-dim: size for dim, size in enumerate(reversed(shape), 1)}
+    for plate in plates:
+        if plate.name in unsized and own.get(plate.dim, 1) == 1:
+            own[plate.dim] = plate.size
+    return torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0))
 
 
 def _check_observed(sites: Mapping[str, Site]) -> None:
@@ -463,7 +557,7 @@ def _check_observed(sites: Mapping[str, Site]) -> None:
         except NotImplementedError:  # a distribution without a declared support
             continue
         inside = support.check(site.value)
-        # The support of a pyro.factor's Unit is that of its numbers (none), and a mask is of events.
+        # A pyro.factor's Unit has the support of its numbers (none), and a mask is of events.
         if (events := len(site.event_shape) - support.event_dim) > 0:
             inside = inside.flatten(-events).all(-1)
         if isinstance(site.mask, Tensor):

@@ -99,7 +99,9 @@ class Run:
             guide = enumerated(guide, layout.enumerated, layout.first_enum_dim)
         self.args, self.kwargs = args, kwargs
         for _ in range(num_particles if layout.mode == "loop" else 1):
-            shared = self._pairs[0][1] if one_minibatch and self._pairs else None
+            sequential = layout.structure is not None and layout.structure.sequential
+            shares = one_minibatch or sequential  # whose sites are others for each subsample
+            shared = self._pairs[0][1] if shares and self._pairs else None
             self._pairs.append(self._pair(model, guide, args, kwargs, shared))
         dims = [
             self._pairs[0][1].nodes[name]["infer"]["_enumerate_dim"]

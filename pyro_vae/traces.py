@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_vae.batches import Batch
+from pyro_vae.batches import Batch, note_dtypes
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
 from pyro_vae.running import evaluation, preserved_rng
@@ -27,6 +27,7 @@ __all__ = [
     "mask_proposals",
     "non_finite_sites",
     "point_of",
+    "run_pair",
     "site_log_prob",
     "trace_given",
     "trace_guide",
@@ -49,9 +50,20 @@ def trace_pair(
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
+def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Any, Any]:
+    """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
+        return trace_pair(model, guide, batch.args, batch.kwargs)
+
+
 def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the guide; return its trace, the subsamples of plates included."""
-    return lift_masks(poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs))
+    try:
+        trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+    except RuntimeError as error:
+        note_dtypes(error, args, kwargs)
+        raise
+    return lift_masks(trace)
 
 
 def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
@@ -63,9 +75,12 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
     Raises:
         ValueError: where the guide does not propose just the model's latent sites.
     """
-    model_trace = poutine.trace(
-        poutine.replay(model, trace=guide_trace), graph_type="flat"
-    ).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    try:
+        model_trace = poutine.trace(replayed, graph_type="flat").get_trace(*args, **kwargs)
+    except RuntimeError as error:
+        note_dtypes(error, args, kwargs)
+        raise
     check_guide(model_trace, guide_trace)
     lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
     mask_proposals(model_trace, guide_trace)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -57,6 +56,8 @@ class _Taken:
 
     number: int
     index: Tensor | None
+    size: int | None  # of its minibatch
+    batch: Batch | None  # where its rows do not say it
     random_state: Mapping[str, Any]
     outcome: Tensor  # [2]: the loss, and whether a step has failed by now
 
@@ -100,7 +101,7 @@ class TrainingSteps:
         self.schedule = schedule
         self.taken = self.epochs = 0
         self._check_rows()
-        with self._rows(data.first_rows):
+        with data.rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example)
         for role, names in self.parameters.untold.items():
             logger.info(
@@ -112,9 +113,9 @@ class TrainingSteps:
         self._optim = optim
         self._update: Update | None = None
         self._latent_scale = LatentScale()
-        self.pair: tuple[Any, Any] = (model, guide)
+        self.pair: tuple[Any, Any] = (data.full_size(model), data.full_size(guide))
         if schedule is not None:
-            self.pair = (self._latent_scale(model), self._latent_scale(guide))
+            self.pair = (self._latent_scale(self.pair[0]), self._latent_scale(self.pair[1]))
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
@@ -228,7 +229,7 @@ class TrainingSteps:
         if self._update is not None:
             self._update.drop_gradients()
         try:
-            with self._rows(index):
+            with self.data.rows(index):
                 loss = self._traced(*batch.args, **batch.kwargs)
         except (ValueError, RuntimeError) as error:
             self._look()
@@ -240,19 +241,21 @@ class TrainingSteps:
             raise
         update = self._update
         if update is None:  # what was late is there now
-            with self._rows(self.data.first_rows):
+            with self.data.rows(self.data.first_rows):
                 self.parameters.find()
             update = self._begin()
         failed = update.failed
         queued = failed is not None and self.taken > 0  # the first one is looked at closely
         if not queued:
             self._check(float(loss), index, batch, random_state)
-            self._losses.append((float(loss), self.data.size_of(index)))
+            self._losses.append((float(loss), batch.size))
         update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
         if queued and failed is not None:
             outcome = torch.stack([_double(loss, failed.device), failed.double()])
-            self._unread.append(_Taken(self.taken, index, random_state, outcome))
+            kept = batch if self.data.streamed else None
+            taken = _Taken(self.taken, index, batch.size, kept, random_state, outcome)
+            self._unread.append(taken)
 
     def read(self) -> list[tuple[float, int | None]]:
         """Return the losses of the steps since the last call, each with the size of its minibatch.
@@ -273,11 +276,11 @@ class TrainingSteps:
         for step, (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
                 self.taken = step.number - 1
-                batch = self.data.minibatch(step.index)
+                batch = self.data.minibatch(step.index) if step.batch is None else step.batch
                 sites = self._non_finite_sites(step.index, batch, step.random_state)
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
                 raise self._failure(what, sites)
-            self._losses.append((loss, self.data.size_of(step.index)))
+            self._losses.append((loss, step.size))
 
     def _check(
         self, loss: float, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
@@ -309,7 +312,7 @@ class TrainingSteps:
         """Look again, with the same random numbers."""
         checkpoints.set_random_state(random_state)
         try:
-            with self._rows(index):
+            with self.data.rows(index):
                 return non_finite_sites(self.model, self.guide, self.data.drawn(batch))
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller tells of that one
@@ -335,18 +338,12 @@ class TrainingSteps:
         )
 
     def _check_rows(self) -> None:
-        size = 0 if self.data.first_rows is None else self.data.batch.size or 0
+        size = 0 if self.data.first_rows is None else self.data.num_data or 0
         if isinstance(self.guide, LocalGuide) and size > self.guide.num_data:
             raise IndexError(
                 f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
                 "data: make it with their num_data"
             )
-
-    def _rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.guide, LocalGuide) and index is not None:
-            # Checked as a whole: to check them here would be to wait for the device.
-            return self.guide.rows_as_given(index.to(self.guide.table.device))
-        return contextlib.nullcontext()
 
 
 def _double(loss: Any, device: torch.device) -> Tensor:

@@ -447,7 +447,7 @@ def test_a_loss_of_one_number_in_a_vector(device):
     model, guide = make_pair()
     steps = training_step.TrainingSteps(
         *(model, guide),
-        pv.minibatches.TrainingData(model, make_data(), 8, None, None),
+        pv.minibatches.TrainingData(model, guide, make_data(), 8, None, None),
         pv.ELBO(),
         None,
         None,
@@ -463,9 +463,10 @@ def test_a_loss_of_one_number_in_a_vector(device):
 
 
 def test_other_optimizers_are_read_at_each_step(device):
+    model, guide = make_pair()
     steps = training_step.TrainingSteps(
-        *make_pair(),
-        pv.minibatches.TrainingData(make_pair()[0], make_data(), 8, None, None),
+        *(model, guide),
+        pv.minibatches.TrainingData(model, guide, make_data(), 8, None, None),
         pv.ELBO(),
         lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
         None,

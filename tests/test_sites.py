@@ -205,7 +205,7 @@ def test_an_error_in_the_model_says_what_it_was_run_on():
     with pytest.raises(RuntimeError) as other:
         inspect(broken, torch.zeros(5, 4))
     assert other.value.__notes__ == [
-        "while running the model on a batch of argument 0: shape [5, 4]"
+        "while running the model on a batch of argument 0: torch.float32 of shape [5, 4]"
     ]
 
 

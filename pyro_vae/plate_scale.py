@@ -1,0 +1,103 @@
+"""Minibatches of a model with global latents: what a datum of them counts for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pyro_vae.batches import Batch
+from pyro_vae.handlers import FullSize
+from pyro_vae.running import Look
+from pyro_vae.sites import Structure, inspect
+
+__all__ = ["minibatch_scale"]
+
+
+def minibatch_scale(
+    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int | None
+) -> tuple[int | None, FullSize | None]:
+    """Return how many data a minibatch's loss is scaled to, and what is needed to scale it.
+
+    With latents that all data share, a minibatch of B out of N data must count N / B times:
+    else there seem to be fewer data, and the posterior of what is shared is too wide. A
+    model that says so itself, by the size of its plate or by poutine.scale, is left alone.
+
+    Args:
+        model: a Pyro model.
+        batch: a minibatch.
+        structure: of the model on that minibatch.
+        num_data: N; None where it is not known.
+
+    Returns:
+        N, or None where a loss is the sum of its minibatch; and the handler that gives the data
+        plate of model and guide its full size, or None where none is needed.
+
+    Raises:
+        ValueError: with latents that all data share, where the model's scale is neither, or N is
+            not known.
+    """
+    plate = structure.data_plate
+    if plate is None:
+        return 1, None
+    if plate.size != plate.full_size:
+        return plate.full_size, None
+    if num_data == plate.size:
+        return None, None
+    if num_data is not None and _scales_itself(model, batch, structure, num_data):
+        return num_data, None
+    if not structure.global_latents:
+        return None, None
+    names = [site.name for site in structure.global_latents]
+    advice = (
+        f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "
+        "data"
+    )
+    if num_data is None:
+        raise ValueError(
+            f"the latent sites {names} are shared by all data, of which nobody says how many there "
+            f"are: what a minibatch counts for is not known; {advice}"
+        )
+    scales = _relative_scales(structure)
+    if not any(_is(scale, 1.0) for scale in scales.values()):
+        told = ", ".join(f"{name!r} by {float(s.mean()):g}" for name, s in scales.items())
+        raise ValueError(
+            f"the latent sites {names} are shared by all data, and a minibatch must count "
+            f"num_data / batch_size = {num_data / plate.size:g} times; the model scales {told} "
+            f"instead. If that is a weight of the likelihood, {advice}, and it is kept beside it"
+        )
+    local = [site.name for site in structure.local_latents]
+    others = {p.name for site in structure.sites.values() for p in site.plates} - {plate.name}
+    return num_data, FullSize(plate.name, plate.dim, num_data, local, others)
+
+
+def _scales_itself(
+    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
+) -> bool:
+    """Return whether a model scales its likelihood up to all data, or by 1 / its batch's size."""
+    plate = structure.data_plate
+    scales = _relative_scales(structure)
+    if plate is None or all(_is(scale, 1.0) for scale in scales.values()):
+        return False
+    if all(_is(scale, num_data / plate.size) for scale in scales.values()):
+        return True
+    half = plate.size // 2
+    if half < 1 or batch.size is None:
+        return False
+    with Look():
+        fewer = inspect(model, batch.rows(slice(0, half)), data_plate=plate.name)
+        again = _relative_scales(fewer)
+        return all(_is(again[name] / scale, plate.size / half) for name, scale in scales.items())
+    return False
+
+
+def _relative_scales(structure: Structure) -> dict[str, torch.Tensor]:
+    """Return the scales of the observed sites, relative to that of the global latents."""
+    shared = [site.own_scale.mean() for site in structure.global_latents]
+    unit = torch.stack(shared).mean() if shared else torch.tensor(1.0)
+    return {site.name: site.own_scale / unit for site in structure.observed}
+
+
+def _is(scale: torch.Tensor, number: float) -> bool:
+    return bool(((scale - number).abs() <= 1e-4 * number).all())

@@ -1,0 +1,231 @@
+"""What a minibatch counts for where all data share latents."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+
+NUM_DATA, BATCH_SIZE = 50, 16  # the last minibatch has two data
+STATED = "shared by all data"
+
+
+@pytest.fixture(autouse=True)
+def _own_store():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def make_data(num_data=NUM_DATA):
+    generator = torch.Generator().manual_seed(0)
+    return 1.5 + 1.25**0.5 * torch.randn(num_data, generator=generator, dtype=torch.float64)
+
+
+def plate(kind, x, num_data=NUM_DATA):
+    """A plate that leaves its full size to fit, or says it in one of three ways."""
+    if kind == "full size":
+        return pyro.plate("data", num_data, subsample=x)
+    return pyro.plate("data", len(x))
+
+
+def model_of(kind, num_data=NUM_DATA):
+    """mu ~ Normal(0, 10), z ~ Normal(mu, 1), x ~ Normal(z, 1/2)."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 10.0))
+        scale = num_data / len(x) if kind == "scale" else 1.0
+        with plate(kind, x, num_data), poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    return model
+
+
+def guide_of(kind, num_data=NUM_DATA):
+    """Normal mu; z given mu and x as the posterior has it, up to its parameters' start."""
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(1.0, dtype=x.dtype))
+        sd = pyro.param("sd", torch.tensor(0.3, dtype=x.dtype), constraint=constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(loc, sd))
+        width = pyro.param("width", torch.tensor(0.2, dtype=x.dtype).sqrt())
+        scale = num_data / len(x) if kind == "scale" else 1.0
+        with plate(kind, x, num_data), poutine.scale(scale=scale):
+            pyro.sample("z", dist.Normal(mu / 5 + 4 * x / 5, width))
+
+    return guide
+
+
+def trained(kind, loss, **options):
+    pyro.clear_param_store()
+    options = {"epochs": 3, "batch_size": BATCH_SIZE, "compile": False, **options}
+    result = pv.fit(
+        *(model_of(kind), guide_of(kind), make_data()),
+        loss=loss(),
+        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
+        progress=False,
+        **options,
+    )
+    parameters = {name: p.item() for name, p in pyro.get_param_store().items()}
+    return result.history["elbo"], parameters
+
+
+LOSSES = {
+    "ELBO": pv.ELBO,
+    "ELBO of 3": lambda: pv.ELBO(3),
+    "stl": lambda: pv.ELBO(estimator="stl"),
+    "IWAE": lambda: pv.IWAE(3),
+    "Trace_ELBO": Trace_ELBO,
+    "TraceGraph_ELBO": TraceGraph_ELBO,
+    "TraceEnum_ELBO": lambda: TraceEnum_ELBO(strict_enumeration_warning=False),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("kind", ["full size", "scale"])
+def test_a_plate_of_the_minibatch_s_size_is_as_one_that_says_its_own(name, kind):
+    """Under one seed, to rounding: also the last minibatch, of another size."""
+    told, parameters = trained("len", LOSSES[name])
+    wanted, wanted_parameters = trained(kind, LOSSES[name])
+    assert told == pytest.approx(wanted, rel=1e-10)
+    assert parameters == pytest.approx(wanted_parameters, rel=1e-9)
+    assert parameters["loc"] != pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("options", [{"drop_last": True}, {"schedule": pv.schedules.Constant(0.5)}])
+def test_without_the_last_minibatch_and_with_a_schedule(options):
+    assert trained("len", pv.ELBO, **options)[1] == pytest.approx(
+        trained("full size", pv.ELBO, **options)[1], rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("loss", [pv.ELBO, Trace_ELBO, lambda: pv.IWAE(3)])
+def test_recorded_steps_are_the_eager_ones(loss):
+    options = {"epochs": 8, "compile": "replay"}
+    assert trained("len", loss, **options)[1] == pytest.approx(
+        trained("len", loss, epochs=8)[1], rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_eager_ones():
+    assert trained("len", pv.ELBO, epochs=30, compile=True)[1] == pytest.approx(
+        trained("len", pv.ELBO, epochs=30)[1], rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_the_exact_posterior_of_what_is_shared():
+    """sd of mu = (N / 1.25 + 0.01)^-1/2 = 0.025; by unscaled minibatches of 500 it is 0.05."""
+    num_data = 2000
+    x = make_data(num_data)
+    guide = guide_of("len", num_data)
+    for rate in (0.05, 0.005, 0.0005):
+        pv.fit(
+            *(model_of("len", num_data), guide, x),
+            loss=pv.ELBO(estimator="stl"),
+            optim=lambda parameters, rate=rate: torch.optim.Adam(parameters, lr=rate),
+            batch_size=500,
+            max_steps=600,
+            progress=False,
+        )
+    store = pyro.get_param_store()
+    exact = (num_data / 1.25 + 0.01) ** -0.5
+    assert store["sd"].item() == pytest.approx(exact, rel=0.05)
+    assert store["loc"].item() == pytest.approx(float(x.sum()) / 1.25 * exact**2, abs=exact / 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "said"),
+    [("len", 16, 1), ("len", 128, 0), ("full size", 16, 0), ("scale", 16, 0)],
+)
+def test_it_is_said_once(kind, batch_size, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        trained(kind, pv.ELBO, batch_size=batch_size)
+    told = [record.message for record in caplog.records if STATED in record.message]
+    assert len(told) == said
+    if said:
+        assert "['mu']" in told[0]
+        assert "(50 / 16)" in told[0]
+        assert "pyro.plate('data', 50, subsample=x)" in told[0]
+
+
+def test_without_global_latents_nothing_is_scaled():
+    def local(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = make_data()
+    guide = pv.LocalGuide(local, num_data=NUM_DATA, example=x)
+    result = pv.fit(local, guide, x, batch_size=16, epochs=1, compile=False, progress=False)
+    assert result.steps == 4
+    data = pv.minibatches.TrainingData(local, guide, x, 16, None, None)
+    assert data.full_size(local) is local
+
+
+def weighted(weight):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 10.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            with poutine.scale(scale=weight):
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    return model
+
+
+def test_a_scale_that_may_be_a_weight_or_a_wrong_size_is_refused():
+    with pytest.raises(ValueError, match=r"\['mu'\].*num_data / batch_size = 3.125.*'x' by 7") as e:
+        pv.fit(weighted(7.0), guide_of("len"), make_data(), batch_size=16, progress=False)
+    assert "pyro.plate('data', num_data, subsample=x)" in str(e.value)
+
+
+def test_a_weight_is_no_matter_where_no_minibatch_is_smaller():
+    pv.fit(weighted(7.0), guide_of("len"), make_data(), epochs=1, progress=False)
+
+
+def test_a_fixed_scale_of_the_minibatch_is_the_model_s_own():
+    data = pv.minibatches.TrainingData(
+        weighted(NUM_DATA / 16), guide_of("len"), make_data(), 16, None, None
+    )
+    assert data.full_size(data) is data
+
+
+def test_nobody_says_how_many_data_there_are():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_data())
+
+    with pytest.raises(ValueError, match=r"\['mu'\] are shared by all data, of which nobody says"):
+        pv.fit(model_of("len"), guide_of("len"), Endless(), batch_size=16, progress=False)
+
+
+def test_a_loader_knows_how_many():
+    loader = DataLoader(TensorDataset(make_data()), batch_size=16)
+    data = pv.minibatches.TrainingData(model_of("len"), guide_of("len"), loader, 128, None, None)
+    assert data.elbo(NUM_DATA * math.pi, 16) == (-math.pi, 16)
+
+
+def test_compiled_svi_does_not_know_and_stays_as_svi():
+    x = make_data()
+    losses = []
+    for make in (pv.CompiledSVI, pyro.infer.SVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.01})
+        svi = make(model_of("len"), guide_of("len"), optim, loss=Trace_ELBO())
+        losses.append([svi.step(x[:16]) for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
