@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -172,11 +173,14 @@ def _bound(
     def joined(values: Iterable[Tensor]) -> Tensor:
         return torch.cat(list(values), -1)
 
+    value = joined(block.bound.value for block in blocks.values())
+    named = f"{name}-{num_particles}" if of_weights else name
+    scorer.warn_of_outside(named, value == -math.inf)
     skewness = joined(block.bound.skewness for block in blocks.values())
     plain = joined(block.bound.std_error for block in blocks.values())
     return Bound(
-        name=f"{name}-{num_particles}" if of_weights else name,
-        value=joined(block.bound.value for block in blocks.values()),
+        name=named,
+        value=value,
         std_error=calibrated(plain, skewness, num_particles),
         num_particles=num_particles,
         given=fixed,

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, biject_to, constraints
 
+from pyro_vae.preimages import Preimage, preimage_key
 from pyro_vae.sites import Plate, Site, is_circular
+from pyro_vae.supports import flat_transforms
 
 __all__ = ["Coordinates"]
 
@@ -69,6 +71,20 @@ class Coordinates:
             data_dim=data_dim,
             columns=slice(start, start + math.prod(batch) * math.prod(event)),
         )
+
+    @property
+    def preimage_key(self) -> str | None:
+        """The name that preimages of the site's draws go by; None where none are kept."""
+        return preimage_key(self.name, flat_transforms([self.transform]))
+
+    @property
+    def cached_transform(self) -> Any:
+        """The transform, anew, remembering its last argument where it can."""
+        return self.transform if self.preimage_key is None else self.transform.with_cache(1)
+
+    def value(self, z: Tensor) -> Tensor:
+        """Return the value of unconstrained coordinates, inside the support."""
+        return Preimage(z, tuple(flat_transforms([self.transform]))).value
 
     @property
     def is_plain(self) -> bool:
@@ -168,7 +184,9 @@ def _support(site: Site) -> Any:
                     "the value: low + (high - low) * u with u in the unit interval"
                 )
             bound = rows[0]
-        bounds[name] = bound
+        # A plain number, where it is one: transforms of plain numbers are known to be alike.
+        plain = isinstance(bound, Tensor) and bound.numel() == 1
+        bounds[name] = bound.item() if plain else bound
     if bounds and not support.is_discrete:
         support = type(support)(**bounds)
     return constraints.independent(support, events) if events else support

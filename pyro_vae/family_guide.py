@@ -17,6 +17,7 @@ from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Family, Normal
 from pyro_vae.handlers import register
+from pyro_vae.preimages import KeepDraws
 from pyro_vae.proposals import proposal
 from pyro_vae.running import preserved_rng
 from pyro_vae.sites import Plate, Site, Structure, check_stable, is_subsampled
@@ -158,9 +159,12 @@ class FamilyGuide(nn.Module):
             with contextlib.ExitStack() as stack:
                 for plate in coordinates.inner:
                     stack.enter_context(made[plate.name])
+                kept = stack.enter_context(KeepDraws())
                 value = values[coordinates.name] = pyro.sample(coordinates.name, fn)
             if self.is_dependent:
-                z = value if coordinates.is_identity else coordinates.transform.inv(value)
+                z = kept.draws.get(coordinates.name, value)
+                if z is value and not coordinates.is_identity:
+                    z = coordinates.transform.inv(value)
                 before[coordinates.name] = coordinates.flatten(z)
         return values
 
@@ -197,16 +201,18 @@ class FamilyGuide(nn.Module):
             noise: [K, num_noise], the same for every datum.
 
         Returns:
-            Site name to values, [K, batch..., event...].
+            Site name to values, [K, batch..., event...]; and beside them what those on a
+            constrained support are made of, under the names of :mod:`pyro_vae.preimages`.
         """
         spread = noise.unsqueeze(1).expand(-1, params.shape[0], -1)
         z = self.family.from_noise(params, self.num_coordinates, spread)
-        return {
-            coordinates.name: coordinates.transform(
-                coordinates.arrange(coordinates.spread(z[..., coordinates.columns]))
-            )
-            for coordinates in self.coordinates
-        }
+        values = {}
+        for coordinates in self.coordinates:
+            mine = coordinates.arrange(coordinates.spread(z[..., coordinates.columns]))
+            values[coordinates.name] = coordinates.value(mine)
+            if (key := coordinates.preimage_key) and self.family.has_density:
+                values[key] = mine
+        return values
 
     def params_from(
         self, runs: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyro_vae.batches import as_batch
 from pyro_vae.counts import as_count
 from pyro_vae.estimators import iwae_bound
+from pyro_vae.graphs import is_recording
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import scale_parts
 from pyro_vae.layouts import Layout, device_of
@@ -144,6 +146,7 @@ class IWAE(_Importance):
         )
         log_joint, log_guide = _weighted(run, terms, ratios, ratio)
         log_weights = log_joint - log_guide
+        _check_edges(run, log_joint)
         bound = (scale * iwae_bound(log_weights)).sum()
         if run.layout.shares_globals:
             bound = bound - _kl_of_globals(run)
@@ -157,8 +160,26 @@ class IWAE(_Importance):
             # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
             # of a path from its share.
             run.scale_gradients(1 - ratio + ratio * shares)
-            bound = bound.detach() + without_value((scale * shares * log_weights).sum())
-        return -bound
+            # A draw of no density has no share.
+            weighed = torch.where(shares > 0, log_weights, 0.0)
+            bound = bound.detach() + without_value((scale * shares * weighed).sum())
+        return self._checked(run, -bound)
+
+
+def _check_edges(run: Run, log_joint: Tensor) -> None:
+    """Raise ValueError for gradients through draws that leave the support of a distribution.
+
+    They miss what a parameter moves across the edge, and would train to something else.
+    """
+    if is_recording() or not log_joint.requires_grad:
+        return
+    if bool((log_joint == -math.inf).any()) and (sites := run.outside()):
+        raise ValueError(
+            f"the guide proposes values of {', '.join(sites)} where the model's density is zero: "
+            "a gradient through the draws misses what crosses the edge of its support. Propose on "
+            "the support alone, as the guides of pyro_vae do, or train with pv.WakeSleep; the "
+            "value of the loss, and pv.iwae_bound, are right with such proposals"
+        )
 
 
 class WakeSleep(_Importance):
@@ -254,6 +275,7 @@ class WakeSleep(_Importance):
         log_joint, log_guide = _weighted(run, run.guide_terms(), *ratios)
         log_weights = log_joint - log_guide.detach()
         bound = (scale * iwae_bound(log_weights)).sum()
+        self._checked(run, -bound)
         if not torch.is_grad_enabled():
             return -bound
         if self.insomnia > 0:

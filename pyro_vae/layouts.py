@@ -32,6 +32,7 @@ from pyro_vae.sites import (
     latent_nodes,
     plate_nesting,
 )
+from pyro_vae.supports import SameMeasure
 from pyro_vae.traces import trace_guide, trace_model, values_trace
 
 __all__ = ["Layout", "device_of", "hide", "plan"]
@@ -136,7 +137,7 @@ def plan(
     ):
         with called_modules() as in_guide, drawn_subsamples() as drawn:
             guide_trace = trace_guide(guide, args, kwargs)
-        with called_modules() as in_model:
+        with called_modules() as in_model, SameMeasure(guide_trace):
             model_trace = trace_model(model, guide_trace, args, kwargs)
     nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
     structure, subsampled, mode = None, False, "loop"

@@ -13,13 +13,14 @@ from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Independent, biject_to
+from torch.distributions import Independent
 
 from pyro_vae.batches import Batch, rows_text
 from pyro_vae.graphs import is_recording
 from pyro_vae.missing_check import check_decisions, pattern_of
 from pyro_vae.running import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.sites import left_out, plain_distribution
+from pyro_vae.supports import value_of
 
 __all__ = ["MissingData", "MissingEncoder"]
 
@@ -331,28 +332,14 @@ def _masked(fn: Any, seen: Tensor, name: str) -> Any:
 
 def _stand_in(fn: Any, name: str) -> Tensor:
     """Return a value of the support that broadcasts with those of the distribution."""
-    leaf = plain_distribution(fn)
     try:
-        support = leaf.support
-    except NotImplementedError:  # a distribution without a declared support
-        return torch.zeros(())
-    while hasattr(support, "base_constraint"):  # independent, or of a mixture
-        support = support.base_constraint
-    if not support.is_discrete:
-        try:
-            transform = biject_to(support)
-        except NotImplementedError as error:
-            raise _RefusedError(
-                f"observed site {name!r}: no value is known inside the support of "
-                f"{type(leaf).__name__}, to stand in for a missing one; leave rows with missing "
-                "values out"
-            ) from error
-        shape = leaf.event_shape if support.event_dim else ()
-        return transform(torch.zeros(transform.inverse_shape(shape))).detach()
-    if support.event_dim:  # counts, or one hot: all in the first category
-        total = torch.as_tensor(getattr(support, "upper_bound", 1)).unsqueeze(-1)
-        return nn.functional.pad(total, (0, leaf.event_shape[-1] - 1))
-    return torch.as_tensor(getattr(support, "lower_bound", 0)).detach()
+        return value_of(fn)
+    except NotImplementedError as error:
+        raise _RefusedError(
+            f"observed site {name!r}: no value is known inside the support of "
+            f"{type(plain_distribution(fn)).__name__}, to stand in for a missing one; leave rows "
+            "with missing values out"
+        ) from error
 
 
 def _code_by_nan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.counts import as_count
+from pyro_vae.graphs import is_recording
 from pyro_vae.kl import analytic_kl, kl_per_dimension
 from pyro_vae.layouts import Layout, device_of, plan
 from pyro_vae.running import FirstValues, evaluation, preserved_rng
@@ -77,6 +79,16 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         """Return the loss as a number, in nats, without gradients."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def _checked(self, run: Run, loss: Tensor) -> Tensor:
+        """Return the loss; raise ValueError where it is infinite for values outside a support."""
+        if not is_recording() and bool(loss == math.inf) and (sites := run.outside()):
+            raise ValueError(
+                f"the loss is infinite: the guide proposes values of {', '.join(sites)} where the "
+                "model's density is zero. Propose on the support of its distribution alone, as the "
+                "guides of pyro_vae do; pv.WakeSleep takes proposals that are wider"
+            )
+        return loss
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -277,7 +289,7 @@ class ELBO(Objective):
                 elbo = elbo + without_value(self._score(run, terms))
             if self.free_bits:
                 elbo = elbo + without_value(self._freed(run))
-        return -elbo
+        return self._checked(run, -elbo)
 
     def explain(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

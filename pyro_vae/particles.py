@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from pyro_vae.enumeration import (
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.guides import LocalGuide
 from pyro_vae.masks import lift_masks, mask_of
+from pyro_vae.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.running import Look, unwrapped
 from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob, values_trace
@@ -56,10 +57,34 @@ _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Batch and event dimensions of a site in a single run, without particles."""
+    """Batch and event dimensions of a site in a single run, without particles.
+
+    Attributes:
+        batch_ndim: batch dimensions.
+        event_ndim: event dimensions.
+        preimage_of: of the coordinates that a site's draws are made from, that site.
+        transforms: from these to the site's values.
+    """
 
     batch_ndim: int
     event_ndim: int
+    preimage_of: str | None = None
+    transforms: tuple[Any, ...] = ()
+
+    @classmethod
+    def shapes(cls, traces: Iterable[Any]) -> dict[str, SiteShape]:
+        """Return those of all sites of some traces, and of the preimages of their draws."""
+        found = {}
+        for trace in traces:
+            for name, node in sample_nodes(trace):
+                own = cls(len(node["fn"].batch_shape), node["fn"].event_dim)
+                found[name] = own
+                preimage = preimage_of(node)
+                key = preimage and preimage_key(name, preimage.transforms)
+                if key and preimage:
+                    events = own.event_ndim + preimage.draw.ndim - node["value"].ndim
+                    found[key] = cls(own.batch_ndim, events, name, preimage.transforms)
+        return found
 
 
 class Runner:
@@ -111,6 +136,9 @@ class Runner:
     ) -> list[Any]:
         """Run in the mode: one trace, or a trace for each particle in a loop."""
         batch = self.batch if self._whole(rows) else self.batch.rows(rows)
+        if values is not None:
+            # Preimages of a guide that this one is compared with may be of another kind.
+            values = {name: value for name, value in values.items() if name in self.shapes}
         if self.mode == "loop":
             return [
                 self._trace(self.fn, batch, rows, 1, self._fold(values, k))
@@ -123,13 +151,19 @@ class Runner:
         return [self._trace(plate(self.fn), batch, rows, 1, values)]
 
     def values(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
-        """Return the values of sites not observed in a run, ``[K, *plates, *event]`` each."""
-        return {
-            name: self._unfold(
-                name, [trace.nodes[name]["value"] for trace in traces], num_particles
-            )
-            for name, _ in latent_nodes(traces[0])
-        }
+        """Return the values of sites not observed in a run, ``[K, *plates, *event]`` each.
+
+        The preimages of draws stand beside them.
+        """
+        found = {}
+        for name, node in latent_nodes(traces[0]):
+            nodes = [trace.nodes[name] for trace in traces]
+            found[name] = self._unfold(name, [n["value"] for n in nodes], num_particles)
+            preimage = preimage_of(node)
+            key = preimage and preimage_key(name, preimage.transforms)
+            if key and key in self.shapes:
+                found[key] = self._unfold(key, [draw_of(n) for n in nodes], num_particles)
+        return found
 
     def log_prob(
         self,
@@ -365,8 +399,13 @@ class Runner:
         if summed := [name for name in self.summed if values is None or name not in values]:
             fn = enumerated(fn, summed, -1 - self._plate_dims)
         if values is not None:
-            fn = poutine.replay(fn, trace=values_trace(values))
-        with self._table_rows(rows, times):
+            preimages = {
+                shape.preimage_of: Preimage(value, shape.transforms)
+                for name, value in values.items()
+                if (shape := self.shapes[name]).preimage_of is not None
+            }
+            fn = poutine.replay(fn, trace=values_trace(values, preimages))
+        with self._table_rows(rows, times), DrawByPreimage():
             trace = poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
         return lift_masks(trace, summed) if summed else trace
 

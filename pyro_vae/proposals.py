@@ -42,7 +42,8 @@ def proposal(
         ValueError: for a site with batch dimensions inside the datum, where the family has no
             density of each coordinate.
     """
-    transform = coordinates.transform
+    # Remembered, so that losses of Pyro's, too, score a draw by what it was made of.
+    transform = coordinates.cached_transform
     if isinstance(family, FactorizedFamily):
         arranged = coordinates.arrange(params.movedim(-1, 0)).movedim(0, -1)
         if not coordinates.is_identity:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,9 +58,12 @@ from pyro_vae.sites import (
     plate_nesting,
     sample_nodes,
 )
-from pyro_vae.traces import is_point, trace_pair
+from pyro_vae.supports import edge_share
+from pyro_vae.traces import is_point, outside_sites, trace_pair
 
 __all__ = ["Chunk", "DeterministicNode", "Scorer"]
+
+logger = logging.getLogger(__name__)
 
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
@@ -69,6 +73,8 @@ _DRAW_DATA = 256
 # leave the processor's cache, and go back to the system after each use.
 _CHUNK_PAIRS = 8192
 _CHUNK_ELEMENTS = 2**22
+# Draws at the edge of a support that may be averaged over: their log weights are off by some nats.
+_EDGE_SHARE = 1e-3
 # First in the key of every random stream: what it is for.
 _DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
@@ -145,6 +151,8 @@ class Scorer:
         )
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
+        self.outside: list[str] = []  # sites with draws of no density, once they were seen
+        self._looked_outside = False
         self._modules = (model, guide)
         self._first = FirstValues()  # the same ones for all that is scored
         with evaluation(*self._modules, first=self._first), preserved_rng(batch.device):
@@ -187,11 +195,7 @@ class Scorer:
             not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
-        shapes = {
-            name: SiteShape(len(node["fn"].batch_shape), node["fn"].event_dim)
-            for trace in (model_trace, guide_trace)
-            for name, node in sample_nodes(trace)
-        }
+        shapes = SiteShape.shapes((model_trace, guide_trace))
         data_dim = self.structure.data_dim
         # Sites of the guide, with the latent whose mask each has.
         self._masked = masked_proposals(model_trace, guide_trace)
@@ -250,6 +254,7 @@ class Scorer:
                 )
                 weights = LogWeights(log_likelihood, log_prior, log_guide)
                 self._refuse_nan(rows, weights)
+                self._note_outside(rows, values, weights)
                 start = blocks[0]
                 yield Chunk(
                     rows=rows,
@@ -259,18 +264,49 @@ class Scorer:
                 )
 
     def _refuse_edges(self, values: Mapping[str, Tensor]) -> None:
-        """Raise ValueError for shares that round to zero, where log densities are made up."""
+        """Raise ValueError for draws that round to an edge, where log densities are made up."""
+        kept = {shape.preimage_of for shape in self._guide.shapes.values()}
         for name, value in values.items():
             site = self.structure.sites.get(name)
-            if site is None or site.support_text != "Simplex":
+            if site is None or name in kept:
                 continue
-            least = float(value.min())
-            if least < 10 * torch.finfo(value.dtype).tiny:
+            share, edge = edge_share(site.fn, value)
+            if share > _EDGE_SHARE:
                 raise ValueError(
-                    f"draws of latent site {name!r} have shares of {least:.2g}, at the edge of "
-                    f"what {value.dtype} can hold, where neither density is to be trusted. Use "
-                    "float64, or a prior that is less sparse"
+                    f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of "
+                    f"what {value.dtype} can hold of its support ({site.support_text}, at {edge}), "
+                    "where neither density is to be trusted. Use float64, a prior that is less "
+                    "sparse, or a guide of pyro_vae, whose draws are scored before they round"
                 )
+
+    def _note_outside(self, rows: slice, values: Mapping[str, Tensor], weights: LogWeights) -> None:
+        """Keep the names of sites whose values have no density under the model."""
+        if self._looked_outside or not bool((weights.log_joint == -math.inf).any()):
+            return
+        self._looked_outside = True
+        num_particles = next(iter(values.values())).shape[0]
+        with self._scoring():
+            traces = self._model.traces(rows, num_particles, self._latents(values))
+            nodes = ((n, [t.nodes[n] for t in traces]) for n, _ in sample_nodes(traces[0]))
+            self.outside = outside_sites(nodes)
+
+    def warn_of_outside(self, what: str, infinite: Tensor) -> None:
+        """Log why ELBOs are -inf.
+
+        Args:
+            what: the name of the result.
+            infinite: which data have such an ELBO.
+        """
+        if self.outside and bool(infinite.any()):
+            logger.warning(
+                "%s is -inf for %d of %d data: the guide proposes values of %s where the model's "
+                "density is zero. Propose on the support of its distribution alone, as the guides "
+                "of pyro_vae do; iwae_bound takes proposals that are wider",
+                what,
+                int(infinite.sum()),
+                infinite.numel(),
+                ", ".join(self.outside),
+            )
 
     def _refuse_nan(self, rows: slice, weights: LogWeights) -> None:
         """Raise ValueError for weights that are NaN or +inf; -inf is a density of zero."""
@@ -644,7 +680,13 @@ class Scorer:
             return self._model.draw_summed(traces, num_particles)[0]
 
     def _latents(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in values.items() if name in self.structure.sites}
+        """Return the values of the model's sites, and their preimages."""
+        sites, shapes = self.structure.sites, self._guide.shapes
+        return {
+            name: value
+            for name, value in values.items()
+            if name in sites or (name in shapes and shapes[name].preimage_of in sites)
+        }
 
     def take_data(self, values: Mapping[str, Tensor], rows: slice, size: int) -> dict[str, Tensor]:
         """Return the values of some data, shaped as :meth:`draw` returns them.

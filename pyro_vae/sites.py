@@ -106,12 +106,9 @@ class Site:
     @property
     def support_text(self) -> str:
         """The support in words, with its bounds."""
-        try:
-            support = self.support
-        except NotImplementedError:
+        support = _plain_support(self)
+        if support is None:
             return "not declared"
-        while hasattr(support, "base_constraint"):
-            support = support.base_constraint
         bounds = [
             _bound_text(getattr(support, name))
             for name in ("lower_bound", "upper_bound")
@@ -233,7 +230,7 @@ def inspect(
         # First of all errors, for it is the cause of most; but only a run tells what takes NaN.
         missing = any(getattr(module, "takes_missing", False) for module in called.values())
         arguments.check_finite(missing=missing)
-    _check_observed(sites)
+    _check_observed(sites, lambda: run_model(model, arguments, seed=1)[0])
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
         return Structure(kinds, None, nesting, 1, sequential)
@@ -546,25 +543,19 @@ def _batch_shape(node: Any, plates: tuple[Plate, ...]) -> torch.Size:
     return torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0))
 
 
-def _check_observed(sites: Mapping[str, Site]) -> None:
-    """Raise ValueError for observed values of another shape, or outside the support."""
+def _check_observed(sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]]) -> None:
+    """Raise ValueError for observed values of another shape, or outside the support.
+
+    Not outside one that is another in a second run: that of Uniform(0, z) is a latent's to draw.
+    """
     for site in sites.values():
         if site.kind != "observed" or not isinstance(site.value, Tensor):
             continue
         _check_shape(site)
-        try:
-            support = site.support
-        except NotImplementedError:  # a distribution without a declared support
+        inside = _inside(site)
+        if inside is None or bool(inside.all()):
             continue
-        inside = support.check(site.value)
-        # A pyro.factor's Unit has the support of its numbers (none), and a mask is of events.
-        if (events := len(site.event_shape) - support.event_dim) > 0:
-            inside = inside.flatten(-events).all(-1)
-        if isinstance(site.mask, Tensor):
-            inside = inside | ~site.mask
-        elif site.mask is False:
-            continue
-        if not bool(inside.all()):
+        if _bounds(site) == _bounds(run_again()[site.name]):
             dims = {plate.dim: plate for plate in site.plates}
             where = _outside_text(inside, dims)
             raise ValueError(
@@ -572,6 +563,37 @@ def _check_observed(sites: Mapping[str, Site]) -> None:
                 f"{site.distribution} likelihood ({site.support_text}) in {where}; rescale or "
                 "clean the data, or choose another likelihood"
             )
+
+
+def _plain_support(site: Site) -> Any:
+    """Return the support of a number, or a joint event, of a site; None where none is declared."""
+    try:
+        support = site.support
+    except (NotImplementedError, AttributeError):
+        return None
+    while hasattr(support, "base_constraint"):  # independent, or of a mixture
+        support = support.base_constraint
+    return support
+
+
+def _inside(site: Site) -> Tensor | None:
+    """Return which entries of a site's batch are in the support, where no mask leaves them out."""
+    support = _plain_support(site)
+    if support is None:
+        return None
+    inside = support.check(site.value)
+    joint = site.value.ndim - inside.ndim
+    out = site.left_out
+    inside = inside | (out.flatten(-joint).all(-1) if joint else out)
+    events = len(site.event_shape) - joint
+    return inside.flatten(-events).all(-1) if events > 0 else inside
+
+
+def _bounds(site: Site) -> list[Any]:
+    """Return the bounds of a support as plain numbers, to be compared."""
+    support = _plain_support(site)
+    bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
 
 
 def _check_shape(site: Site) -> None:

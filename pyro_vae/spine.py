@@ -26,13 +26,15 @@ from pyro_vae.graphs import is_recording
 from pyro_vae.guides import LocalGuide
 from pyro_vae.layouts import Layout, device_of, hide
 from pyro_vae.particles import per_datum
+from pyro_vae.preimages import draw_of, with_draw
 from pyro_vae.running import preserved_rng, unwrapped
 from pyro_vae.sites import guide_factors, latent_nodes, sample_nodes
 from pyro_vae.traces import (
     ReplaceDraws,
+    outside_sites,
     point_of,
+    redrawn,
     site_log_prob,
-    trace_given,
     trace_guide,
     trace_model,
 )
@@ -139,8 +141,7 @@ class Run:
             def again() -> Any:
                 if is_recording():
                     # The state of the random numbers is no part of a graph: the draws are given.
-                    draws = {n: _leaf(node["value"]) for n, node in latent_nodes(guide_trace)}
-                    return trace_given(guide, draws, args, kwargs)
+                    return redrawn(guide, guide_trace, _leaf, args, kwargs)
                 with ReplaceDraws(_leaf), _random_state_of(state):
                     return trace_guide(guide, args, kwargs)
 
@@ -150,7 +151,7 @@ class Run:
             guide_trace = trace_guide(guide, args, kwargs)
         if self._draws == "gated":
             for _, node in latent_nodes(guide_trace):
-                node["value"] = node["value"].view_as(node["value"])
+                node.update(with_draw(node, draw_of(node).view_as(draw_of(node))))
             self._again.append((again, guide_trace))
         return trace_model(model, guide_trace, args, kwargs), guide_trace
 
@@ -185,6 +186,10 @@ class Run:
         out = self.layout.summed_out
         nodes = self.model_nodes()
         return ((name, n) for name, n in nodes if not n[0]["is_observed"] and name not in out)
+
+    def outside(self) -> list[str]:
+        """Return the sites whose values lie outside of the support of the model's distribution."""
+        return outside_sites(self.model_nodes())
 
     def proposals(self) -> Iterator[tuple[str, list[tuple[Any, Any]]]]:
         """Yield each proposal with its (guide, model) nodes; None for no site of the model."""
@@ -374,12 +379,12 @@ class Run:
         nodes = dict(latent_nodes(guide_trace))
         if self._simple or len(nodes) == 1:
             # No proposal depends on another draw: the distributions at hand will do.
-            copies = {name: {**node, "value": _leaf(node["value"])} for name, node in nodes.items()}
+            copies = {name: with_draw(node, _leaf(draw_of(node))) for name, node in nodes.items()}
         else:
             copies = {
                 name: {**node, "mask": nodes[name]["mask"]} for name, node in latent_nodes(again())
             }
-        leaves = {name: c["value"] for name, c in copies.items() if c["value"].requires_grad}
+        leaves = {name: draw_of(c) for name, c in copies.items() if draw_of(c).requires_grad}
         self._check_points(copies, list(leaves.values()))
         densities = {
             name: scale_and_mask(
@@ -403,9 +408,9 @@ class Run:
             sums = {"": torch.stack(list(sums.values())).sum()}
         terms = {(name, name): density.detach() for name, density in densities.items()}
         for (name, draw), slope in _slopes(sums, leaves).items():
-            value = nodes[draw]["value"]
+            value = draw_of(nodes[draw])
             change = slope * (value - value.detach())
-            event = tuple(range(change.ndim - nodes[draw]["fn"].event_dim, change.ndim))
+            event = tuple(range(change.ndim - _event_dim(nodes[draw]), change.ndim))
             change = change.sum(event) if event else change
             key = name or draw, draw
             terms[key] = terms[key] + change if key in terms else change
@@ -441,11 +446,11 @@ class Run:
         """
         for k, (_, guide_trace) in enumerate(self._pairs):
             for name, node in latent_nodes(guide_trace):
-                value, event_dim = node["value"], node["fn"].event_dim
-                if value.requires_grad and name not in self._points:
-                    spread = self._like_draw(factor, k, value.ndim - event_dim)
+                draw, event_dim = draw_of(node), _event_dim(node)
+                if draw.requires_grad and name not in self._points:
+                    spread = self._like_draw(factor, k, draw.ndim - event_dim)
                     spread = spread.reshape(*spread.shape, *[1] * event_dim)
-                    value.register_hook(functools.partial(torch.mul, spread))
+                    draw.register_hook(functools.partial(torch.mul, spread))
 
     def _like_draw(self, by_datum: Tensor, particle: int, batch_ndim: int) -> Tensor:
         """Bring [K, N] to the batch dimensions of a draw in one of the traces."""
@@ -502,6 +507,11 @@ def _sources(value: Any) -> set[int]:
             found.add(id(node.variable))
         stack.extend(function for function, _ in node.next_functions if function is not None)
     return found
+
+
+def _event_dim(node: Any) -> int:
+    """Return the event dimensions of :func:`draw_of` a node."""
+    return node["fn"].event_dim + draw_of(node).ndim - node["value"].ndim
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyro_vae.batches import Batch
 from pyro_vae.graphs import Graph, UntraceableError, trace
 from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
 from pyro_vae.parameters import make_optimizer
 from pyro_vae.running import module_of, unwrapped
 from pyro_vae.traced_loss import TracedLoss
+from pyro_vae.traces import OUTSIDE, non_finite_sites
 
 __all__ = ["CompiledSVI", "Update"]
 
@@ -153,7 +155,20 @@ class CompiledSVI:
         self._fill_gradients()
         self._update(traced=self._traced.mode != "eager")
         self._update.drop_gradients()
-        return _number(loss)
+        number = _number(loss)
+        if number == math.inf:
+            self._tell_outside(args, kwargs)
+        return number
+
+    def _tell_outside(self, args: Any, kwargs: Any) -> None:
+        """Raise ValueError where a loss is infinite for values outside a support."""
+        told = non_finite_sites(self.model, self.guide, Batch(args, kwargs))
+        if outside := [site for site in told if site.endswith(OUTSIDE)]:
+            raise ValueError(
+                f"the loss is infinite, at sites {', '.join(outside)}: the guide proposes values "
+                "where the model's density is zero. Propose on the support of its distribution "
+                "alone, as the guides of pyro_vae do; pv.WakeSleep takes proposals that are wider"
+            )
 
     def _of_optimizer(self) -> list[Tensor]:
         """Return the parameters of an optimizer that the user made: theirs are moved, no others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -16,17 +16,38 @@ from torch import Tensor
 from pyro_vae.batches import Batch, note_dtypes
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
+from pyro_vae.preimages import (
+    DrawByPreimage,
+    Preimage,
+    density,
+    draw_of,
+    keep_preimage,
+    preimage_of,
+    with_draw,
+)
 from pyro_vae.running import evaluation, preserved_rng
-from pyro_vae.sites import check_guide, is_point, latent_nodes, point_of, sample_nodes
+from pyro_vae.sites import (
+    check_guide,
+    is_point,
+    latent_nodes,
+    left_out,
+    plain_distribution,
+    point_of,
+    sample_nodes,
+)
+from pyro_vae.supports import SameMeasure, has_mask, inside, is_fixed
 
 __all__ = [
+    "OUTSIDE",
     "ReplaceDraws",
     "dependencies",
     "dream",
     "is_point",
     "mask_proposals",
     "non_finite_sites",
+    "outside_sites",
     "point_of",
+    "redrawn",
     "run_pair",
     "site_log_prob",
     "trace_given",
@@ -36,6 +57,8 @@ __all__ = [
     "values_trace",
 ]
 
+OUTSIDE = ", outside its support"  # ends what is said of a site
+
 
 def trace_pair(
     model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
@@ -43,10 +66,12 @@ def trace_pair(
     """Run the guide, replay the model with its draws, and return both traces.
 
     Raises:
-        ValueError: where the guide does not propose just the model's latent sites.
+        ValueError: where the guide does not propose just the model's latent sites, or a density
+            for a mass.
     """
     guide_trace = trace_guide(guide, args, kwargs)
-    model_trace = trace_model(model, guide_trace, args, kwargs)
+    with SameMeasure(guide_trace):
+        model_trace = trace_model(model, guide_trace, args, kwargs)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
@@ -57,9 +82,13 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch)
 
 
 def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run the guide; return its trace, the subsamples of plates included."""
+    """Run the guide; return its trace, the subsamples of plates included.
+
+    Draws on a constrained support keep the coordinates that they were made from.
+    """
     try:
-        trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+        with DrawByPreimage():
+            trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
     except RuntimeError as error:
         note_dtypes(error, args, kwargs)
         raise
@@ -90,6 +119,8 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
 class ReplaceDraws(Messenger):
     """Replaces each latent draw, as soon as it is made, by a function of it.
 
+    Where it is a function of coordinates, these are replaced.
+
     Args:
         replace: from a draw to what the program goes on with.
     """
@@ -100,7 +131,8 @@ class ReplaceDraws(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
-            msg["value"] = self.replace(msg["value"])
+            moved = with_draw(msg, self.replace(draw_of(msg)))
+            msg["value"], msg["infer"] = moved["value"], moved["infer"]
 
 
 def dream(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -163,25 +195,53 @@ def _another_value(node: Any) -> Tensor:
     return value
 
 
-def values_trace(values: Mapping[str, Tensor]) -> Any:
-    """Return a trace that holds nothing but the values of sites, to replay."""
+def values_trace(
+    values: Mapping[str, Tensor], preimages: Mapping[str, Preimage] | None = None
+) -> Any:
+    """Return a trace that holds nothing but the values of sites, to replay.
+
+    Args:
+        values: by site.
+        preimages: of some of them.
+    """
     trace = poutine.Trace()
     for name, value in values.items():
+        kept = None if preimages is None else preimages.get(name)
+        infer = {} if kept is None else keep_preimage({}, kept)
         trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None
+            name, name=name, type="sample", is_observed=False, value=value, infer=infer, fn=None
         )
     return trace
+
+
+def redrawn(
+    fn: Callable[..., Any],
+    trace: Any,
+    replace: Callable[[Tensor], Tensor],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
+
+    As :class:`ReplaceDraws` does, with no random numbers.
+    """
+    again = poutine.Trace()
+    for name, node in latent_nodes(trace):
+        again.add_node(name, **with_draw(node, replace(draw_of(node))))
+    return trace_guide(poutine.replay(fn, trace=again), args, kwargs)
 
 
 def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
     """Return a site's log density, of its batch shape, masked, and scaled if asked.
 
+    Outside the support of a latent site it is -inf.
+
     Raises:
-        ValueError: for a value outside the support, naming the site.
+        ValueError: for a value outside the support that is observed, naming the site.
     """
     fn = node["fn"]
     try:
-        log_prob = fn.log_prob(node["value"])
+        log_prob = _log_prob(node)
     except KeyError as error:
         raise ValueError(
             f"site {name!r}: {fn} knows the density of its own last draw alone, for its transform "
@@ -195,6 +255,45 @@ def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
     return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
 
 
+def _log_prob(node: Any) -> Tensor:
+    """Return a node's log density, -inf outside the support where values may lie there.
+
+    Observed values were looked at before, but where a mask leaves some out, or the support itself
+    is the model's to draw. Enumerated ones are the support.
+    """
+    fn, value = node["fn"], node["value"]
+    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return fn.log_prob(value)
+    if node["is_observed"] and node["mask"] is None and is_fixed(fn) and not has_mask(fn):
+        return fn.log_prob(value)
+    return density(fn, value, preimage_of(node))
+
+
+def outside_support(name: str, node: Any) -> str:
+    """Return which distribution's support a site's value lies outside of; "" where it does not."""
+    value = node["value"]
+    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return ""
+    within = inside(node["fn"], value)
+    if within is None:
+        return ""
+    out, events = left_out(node["fn"], node["mask"], value.device), node["fn"].event_dim
+    within = within | (out.flatten(-events).all(-1) if events else out)
+    if bool(within.all()):
+        return ""
+    return f"{name!r} ({type(plain_distribution(node['fn'])).__name__})"
+
+
+def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
+    """Return the sites with values outside of the support of the model's distribution.
+
+    Args:
+        nodes: of the model, by site; several where it ran several times.
+    """
+    told = {outside_support(name, node): None for name, some in nodes for node in some}
+    return [text for text in told if text]
+
+
 def non_finite_sites(
     model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
 ) -> list[str]:
@@ -206,5 +305,6 @@ def non_finite_sites(
             for name, node in sample_nodes(trace):
                 value, log_prob = node["value"], site_log_prob(name, node, scaled=True)
                 if not bool(torch.isfinite(value).all() & torch.isfinite(log_prob).all()):
-                    found.append(f"{name!r} of the {owner}")
+                    outside = OUTSIDE if outside_support(name, node) else ""
+                    found.append(f"{name!r} of the {owner}{outside}")
     return found

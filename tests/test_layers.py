@@ -57,6 +57,8 @@ LAYERS = {
         "running",
         "flows",
         "proposals",
+        "supports",
+        "preimages",
         "nets",
         "handlers",
         "missing",
