@@ -53,7 +53,7 @@ _KNOWN = (
     OrderedTransform,
 )
 # Priors of positive numbers that are as high at the smallest one as at the next.
-_FLAT_AT_ZERO = (td.Exponential, td.HalfNormal, td.HalfCauchy)
+_FLAT_AT_ZERO = (td.Exponential, td.HalfNormal)
 _UNRESOLVED = 1e-3  # nats, or of a logarithm, that rounding may change
 
 
@@ -259,9 +259,9 @@ def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
         last, before = preimage.last()
         if parts and _same(parts[-1], last):
             x = before.raw()
-            events = fn.event_dim + last.domain.event_dim - last.codomain.event_dim
+            events = len(fn.event_shape) + last.domain.event_dim - last.codomain.event_dim
             inner = _without(fn, parts[:-1])
-            log_prob = sum_rightmost(density(inner, x, before), events - inner.event_dim)
+            log_prob = sum_rightmost(density(inner, x, before), events - len(inner.event_shape))
             return log_prob - sum_rightmost(_log_slope(last, x), events - last.domain.event_dim)
     for kinds, rule in _RULES:
         if isinstance(fn, kinds) and (found := rule(fn, value, preimage)) is not None:
@@ -423,11 +423,15 @@ def _beta(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
 
 
 def _kumaraswamy(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None or _log_complement(preimage) is None:
+    log, complement = _log_value(preimage), _log_complement(preimage)
+    if log is None or complement is None:
         return None
     a, b = fn.concentration1, fn.concentration0
-    return a.log() + b.log() + (a - 1) * log + (b - 1) * (-torch.expm1(a * log)).log()
+    # log(1 - t^a), which is log a + log(1 - t) where t is near one.
+    near = complement < -15
+    rest = (-torch.expm1(a * torch.where(near, -1.0, log))).log()
+    rest = torch.where(near, a.log() + complement, rest)
+    return a.log() + b.log() + (a - 1) * log + (b - 1) * rest
 
 
 def _dirichlet(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
@@ -450,6 +454,23 @@ def _lkj(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
     return (order * log).sum(-1) + fn.log_prob(identity)
 
 
+def _weibull(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
+    log = _log_value(preimage)
+    if log is None:
+        return None
+    shape = fn.concentration
+    log = log - fn.scale.log()
+    return shape.log() - fn.scale.log() + (shape - 1) * log - (shape * log).exp()
+
+
+def _half_cauchy(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
+    log = _log_value(preimage)
+    if log is None:
+        return None
+    log_scale = fn.scale.log()
+    return math.log(2 / math.pi) - log_scale - softplus(2 * (log - log_scale))
+
+
 def _uniform(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
     # Torch's density of the upper end is zero, to which draws round.
     return -(fn.high - fn.low).log().expand(torch.broadcast_shapes(value.shape, fn.low.shape))
@@ -466,9 +487,9 @@ def _mapped_exponential(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | 
     if log is None or not _is_mapped(fn) or type(parts[-1]) is not td.ExpTransform:
         return None
     inner = _without(fn, parts[:-1])
-    return sum_rightmost(inner.log_prob(log), fn.event_dim - inner.event_dim) - sum_rightmost(
-        log, fn.event_dim
-    )
+    events = len(fn.event_shape)
+    log_prob = sum_rightmost(inner.log_prob(log), events - len(inner.event_shape))
+    return log_prob - sum_rightmost(log, events)
 
 
 _RULES: list[tuple[Any, Rule]] = [
@@ -479,6 +500,8 @@ _RULES: list[tuple[Any, Rule]] = [
     (td.Dirichlet, _dirichlet),
     (td.LKJCholesky, _lkj),
     (td.Uniform, _uniform),
+    (td.Weibull, _weibull),
+    (td.HalfCauchy, _half_cauchy),
     (_FLAT_AT_ZERO, _flat),
     (td.TransformedDistribution, _mapped_exponential),
 ]

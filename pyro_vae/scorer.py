@@ -657,7 +657,9 @@ class Scorer:
         traces = self._model.traces(rows, num_particles, self._latents(values))
         log_prior = self._model.log_prob(traces, rows, num_particles, is_latent)
         if not self.summed_out:
-            return self._model.log_prob(traces, rows, num_particles, is_observed), log_prior
+            log_likelihood = self._model.log_prob(traces, rows, num_particles, is_observed)
+            # Where there is no z, what x would be given it is no number, and matters to nothing.
+            return log_likelihood.masked_fill(log_prior == -math.inf, 0.0), log_prior
         # The discrete sites tie likelihood and prior: p(x | z) = p(x, z) / p(z).
         log_joint = self._model.log_prob(traces, rows, num_particles, is_any)
         never = log_prior == -math.inf

@@ -98,13 +98,17 @@ def inside(fn: Any, value: Tensor) -> Tensor | None:
         Of the value's shape without the event.
     """
     found = _inside(fn, value)
-    return None if found is None else found | _over_events(value.isnan(), fn.event_dim, any_=True)
+    return (
+        None
+        if found is None
+        else found | _over_events(value.isnan(), len(fn.event_shape), any_=True)
+    )
 
 
 def _inside(fn: Any, value: Tensor) -> Tensor | None:
     if is_circular(fn):
         return None  # a period is as good as another
-    plain, events = plain_distribution(fn), fn.event_dim
+    plain, events = plain_distribution(fn), len(fn.event_shape)
     if not _is_mapped(plain):
         return _satisfied(support_of(fn), value, events)
     # Torch calls the support of loc + scale * Beta(a, b) the reals: look at what goes in, too.
@@ -117,7 +121,9 @@ def _inside(fn: Any, value: Tensor) -> Tensor | None:
         value = last.inv(value)
         events += last.domain.event_dim - last.codomain.event_dim
     inner = None if ends else _inside(base, value)
-    return _both(found, None if inner is None else _over_events(inner, events - base.event_dim))
+    return _both(
+        found, None if inner is None else _over_events(inner, events - len(base.event_shape))
+    )
 
 
 def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
@@ -146,7 +152,12 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def _is_mapped(fn: Any) -> bool:
-    return isinstance(fn, td.TransformedDistribution) and all(t.bijective for t in fn.transforms)
+    """Return whether a distribution is another one mapped, and says no more of its support."""
+    return (
+        isinstance(fn, td.TransformedDistribution)
+        and type(fn).support is td.TransformedDistribution.support
+        and all(t.bijective for t in fn.transforms)
+    )
 
 
 def flat_transforms(transforms: Sequence[Any]) -> list[Any]:
@@ -184,7 +195,7 @@ def supported_log_prob(fn: Any, value: Tensor) -> Tensor:
     found = inside(fn, value)
     if found is None:
         return fn.log_prob(value)
-    events = found.reshape((*found.shape, *[1] * fn.event_dim))
+    events = found.reshape((*found.shape, *[1] * len(fn.event_shape)))
     try:
         other = value_of(fn).to(value)
     except NotImplementedError:
@@ -247,7 +258,8 @@ def edge_share(fn: Any, value: Tensor) -> tuple[float, float]:
 class SameMeasure(Messenger):
     """Refuses a density that is proposed for a mass, or a mass for a density, in a model's run.
 
-    Their ratio is no weight. A point, which a Delta is, counts as either.
+    Their ratio is no weight. A point, which a Delta is, counts as either. And where the model
+    cannot go on with a value outside a support, the error says where it comes from.
 
     Args:
         guide_trace: of the guide that the model is replayed with.
@@ -256,6 +268,23 @@ class SameMeasure(Messenger):
     def __init__(self, guide_trace: Any) -> None:
         super().__init__()
         self._proposals = dict(latent_nodes(guide_trace))
+        self._outside: list[str] = []
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, ValueError) and self._outside:
+            raise ValueError(
+                f"the guide proposes values of {', '.join(self._outside)} outside the support of "
+                f"the model's distribution, with which the model cannot go on: {error}"
+            ) from error
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["name"] not in self._proposals:
+            return
+        within = inside(msg["fn"], msg["value"])
+        if within is not None and not bool(within.all()):
+            kind = type(plain_distribution(msg["fn"])).__name__
+            self._outside.append(f"{msg['name']!r} ({kind})")
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
