@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import mpmath as mp
 import pyro
@@ -225,7 +226,7 @@ def test_a_share_refined_from_a_guide_by_hand(dtype, prior):
 class _Horn(dist.TorchDistribution):
     """p(t) = (1 - t)^-0.9 / 10 on the unit interval, by someone who has no log(1 - t)."""
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.unit_interval
     has_rsample = False
 
