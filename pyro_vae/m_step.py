@@ -11,7 +11,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer
+from pyro_vae.optimizers import make_optimizer
+from pyro_vae.parameters import Parameters, all_finite
 
 __all__ = ["MStep", "NonFiniteHalfStepError", "failure"]
 

@@ -1,4 +1,4 @@
-"""The parameters of a model and a guide, in nn.Modules or Pyro's store, and their optimizer."""
+"""The parameters of a model and a guide, in nn.Modules or Pyro's store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
-import pyro.optim
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -23,12 +22,9 @@ from pyro_vae.running import (
 )
 from pyro_vae.traces import trace_pair
 
-__all__ = ["Parameters", "all_finite", "make_optimizer"]
+__all__ = ["Parameters", "all_finite"]
 
 logger = logging.getLogger(__name__)
-
-# Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
 class Parameters:
@@ -179,65 +175,3 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no tensor holds NaN or an infinite value, by one transfer from the device."""
     extremes = [t.abs().max() for t in tensors if t.is_floating_point() and t.numel()]
     return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
-
-
-def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Return one torch optimizer for all parameters.
-
-    Args:
-        optim: a function from parameters to a torch optimizer, a torch optimizer, or a
-            pyro.optim object with plain arguments; None for Adam.
-        parameters: to train.
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: for a pyro.optim object that cannot be translated, or an optimizer of
-            other parameters.
-    """
-    if optim is None:
-        return _fused(torch.optim.Adam, parameters, {"lr": 1e-3})
-    if isinstance(optim, pyro.optim.PyroOptim):
-        return _from_pyro(optim, parameters)
-    make: Any = optim
-    made = (
-        optim if isinstance(optim, torch.optim.Optimizer) else callable(make) and make(parameters)
-    )
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(
-            f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
-            "optimizer, or a pyro.optim object is needed"
-        )
-    ours = {id(parameter) for parameter in parameters}
-    if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
-        raise ValueError(
-            "optim: none of its parameters is one of the model or the guide; pass a function "
-            "from parameters to an optimizer"
-        )
-    return made
-
-
-def _from_pyro(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Return the torch optimizer that a pyro.optim object makes for each parameter."""
-    untranslatable = {
-        "a learning rate scheduler": isinstance(optim, pyro.optim.PyroLRScheduler),
-        "arguments that are a function of the parameter": not isinstance(optim.pt_optim_args, dict),
-        "clip_args": bool(optim.pt_clip_args),
-    }
-    for what, present in untranslatable.items():
-        if present:
-            raise ValueError(
-                f"optim: a pyro.optim object with {what} cannot be translated; pass a function "
-                "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
-                "clipping)"
-            )
-    return _fused(optim.pt_optim_constructor, parameters, optim.pt_optim_args)
-
-
-def _fused(
-    make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """Return an optimizer that updates all parameters by one kernel, where PyTorch has one."""
-    told = {"fused", "foreach", "capturable", "differentiable"} & set(options)
-    if make in _FUSED and not told and all(map(torch.is_floating_point, parameters)):
-        options = {**options, "fused": True}
-    return make(parameters, **options)

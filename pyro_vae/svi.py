@@ -16,7 +16,7 @@ from pyro_vae.batches import Batch
 from pyro_vae.graphs import Graph, UntraceableError, trace
 from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
-from pyro_vae.parameters import make_optimizer
+from pyro_vae.optimizers import link_of, make_optimizer
 from pyro_vae.running import module_of, unwrapped
 from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import OUTSIDE, non_finite_sites
@@ -229,6 +229,7 @@ class Update:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self._link = link_of(optimizer)
         self.failed: Tensor | None = None
         self._graphs: dict[Any, Graph] = {}
         self._refused = False
@@ -238,7 +239,10 @@ class Update:
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         new = [p for p in parameters if id(p) not in known]
         if new:
-            self.optimizer.add_param_group({"params": new})
+            if self._link is None:
+                self.optimizer.add_param_group({"params": new})
+            else:
+                self._link.add(new)
             self._graphs.clear()
 
     def drop_gradients(self) -> None:
@@ -254,6 +258,13 @@ class Update:
             loss: of these gradients, a number or a tensor of one; where failures are marked.
             traced: whether they come from a graph.
         """
+        if self._link is not None:
+            self._link.pull()
+        self._take(loss, traced=traced)
+        if self._link is not None:
+            self._link.push()
+
+    def _take(self, loss: Any, *, traced: bool) -> None:
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
         nothing = all(gradient is None for gradient in gradients)

@@ -18,7 +18,8 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import LatentScale
 from pyro_vae.minibatches import TrainingData
 from pyro_vae.objectives import Objective
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer
+from pyro_vae.optimizers import make_optimizer
+from pyro_vae.parameters import Parameters, all_finite
 from pyro_vae.schedules import factor_at
 from pyro_vae.svi import Update
 from pyro_vae.traced_loss import TracedLoss

@@ -81,6 +81,7 @@ LAYERS = {
         "scorer",
         "deterministic",
         "parameters",
+        "optimizers",
         "annealing",
         "traced_loss",
         "watched",

@@ -12,7 +12,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.parameters import Parameters, all_finite, make_optimizer
+from pyro_vae.optimizers import make_optimizer
+from pyro_vae.parameters import Parameters, all_finite
 
 X = torch.linspace(-1.0, 1.0, 5)
 

@@ -1,0 +1,225 @@
+"""Optimizers: one of torch for all parameters, and Pyro's objects kept in step with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.optim
+import torch
+from torch import Tensor
+
+__all__ = ["PyroLink", "link_of", "make_optimizer"]
+
+# Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+# How a kernel is called: no setting of what it does.
+_KERNELS = frozenset({"fused", "foreach", "capturable", "differentiable"})
+
+
+def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Return one torch optimizer for all parameters.
+
+    Args:
+        optim: a function from parameters to a torch optimizer, a torch optimizer, or a
+            pyro.optim object with plain arguments (see :class:`PyroLink`); None for Adam.
+        parameters: to train.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a pyro.optim object that cannot be translated, or an optimizer of
+            other parameters.
+    """
+    if optim is None:
+        return _fused(torch.optim.Adam, parameters, {"lr": 1e-3})
+    if isinstance(optim, pyro.optim.PyroOptim):
+        link = PyroLink(optim, parameters)
+        _links[link.optimizer] = link
+        return link.optimizer
+    make: Any = optim
+    made = (
+        optim if isinstance(optim, torch.optim.Optimizer) else callable(make) and make(parameters)
+    )
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(
+            f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
+            "optimizer, or a pyro.optim object is needed"
+        )
+    ours = {id(parameter) for parameter in parameters}
+    if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
+        raise ValueError(
+            "optim: none of its parameters is one of the model or the guide; pass a function "
+            "from parameters to an optimizer"
+        )
+    return made
+
+
+class PyroLink:
+    """One torch optimizer for what a pyro.optim object has an optimizer each for, in step with it.
+
+    The two have one state: that of another pyro_vae.CompiledSVI, of pyro.infer.SVI with the same
+    object, of ``optim.get_state()`` and ``optim.save(path)``; what ``optim.load(path)`` or
+    ``optim.set_state(state)`` has brought waits for its parameters, as Pyro has it. Learning rates
+    that are set in ``optim.optim_objs``, or in the torch optimizer, count in both.
+
+    Args:
+        optim: a pyro.optim object with plain arguments.
+        parameters: to train.
+
+    Attributes:
+        optimizer: the torch optimizer, a fused one where PyTorch has it.
+
+    Raises:
+        ValueError: for an object whose arguments are not plain.
+    """
+
+    def __init__(self, optim: Any, parameters: list[Tensor]) -> None:
+        _check_plain(optim)
+        self._optim = optim
+        self._options = _fused_options(optim.pt_optim_constructor, parameters, optim.pt_optim_args)
+        self._parameters = list(parameters)
+        self._rates: list[Any] = []  # of the parameters, and of the groups, when last in step
+        self._of_groups: list[Any] = []
+        self.optimizer: torch.optim.Optimizer = optim.pt_optim_constructor(
+            self._groups(), **self._options
+        )
+        self._share_state()
+        self.optimizer.register_load_state_dict_post_hook(self._loaded)
+
+    def add(self, parameters: list[Tensor]) -> None:
+        """Take up more parameters."""
+        self._parameters += parameters
+        self._regroup()
+
+    def pull(self) -> None:
+        """Take over learning rates that were set in Pyro's object."""
+        single = self._optim.optim_objs
+        for parameter, rate in zip(self._parameters, self._rates, strict=True):
+            if single[parameter].param_groups[0].get("lr") != rate:
+                self._regroup()
+                return
+
+    def push(self) -> None:
+        """Hand on learning rates that were set in the torch optimizer, or by its step."""
+        groups = self.optimizer.param_groups
+        if [group.get("lr") for group in groups] == self._of_groups:
+            return
+        found = {id(p): group.get("lr") for group in groups for p in group["params"]}
+        self._rates = [found[id(parameter)] for parameter in self._parameters]
+        self._of_groups = [group.get("lr") for group in groups]
+        for parameter, rate in zip(self._parameters, self._rates, strict=True):
+            self._single(parameter).param_groups[0]["lr"] = rate
+
+    def _regroup(self) -> None:
+        defaults = self.optimizer.defaults
+        self.optimizer.param_groups.clear()
+        for group in self._groups():
+            self.optimizer.add_param_group({**defaults, **group})
+        self._share_state()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return groups of the parameters whose settings are the same."""
+        groups: list[dict[str, Any]] = []
+        alike: list[dict[str, Any]] = []
+        self._rates = []
+        for parameter in self._parameters:
+            settings = {
+                name: value
+                for name, value in self._single(parameter).param_groups[0].items()
+                if name not in _KERNELS and name not in ("params", "param_names")
+            }
+            self._rates.append(settings.get("lr"))
+            if settings not in alike:
+                alike.append(settings)
+                groups.append({"params": [], **settings})
+            groups[alike.index(settings)]["params"].append(parameter)
+        self._of_groups = [group.get("lr") for group in groups]
+        return groups
+
+    def _single(self, parameter: Tensor) -> torch.optim.Optimizer:
+        """Return Pyro's optimizer of one parameter, made as Pyro does."""
+        optim = self._optim
+        if parameter not in optim.optim_objs:
+            single = optim.optim_objs[parameter] = optim._get_optim(parameter)
+            optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+            for group in single.param_groups:  # its state is to be that of the same kernel
+                group.update({n: v for n, v in self._options.items() if n in _KERNELS})
+            name = pyro.get_param_store().param_name(parameter)
+            state = optim._state_waiting_to_be_consumed.pop(name, None)
+            if state is not None:
+                single.load_state_dict(state)
+        found: torch.optim.Optimizer = optim.optim_objs[parameter]
+        return found
+
+    def _share_state(self) -> None:
+        for parameter in self._parameters:
+            self.optimizer.state[parameter] = self._single(parameter).state[parameter]
+        _with_momentum(self.optimizer)
+
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put a state that was loaded in the place of the one that is shared."""
+        for parameter in self._parameters:
+            shared = self._single(parameter).state[parameter]
+            if optimizer.state[parameter] is not shared:
+                loaded = dict(optimizer.state[parameter])
+                shared.clear()
+                shared.update(loaded)
+                optimizer.state[parameter] = shared
+        self.push()
+
+
+_links: weakref.WeakKeyDictionary[torch.optim.Optimizer, PyroLink] = weakref.WeakKeyDictionary()
+
+
+def link_of(optimizer: torch.optim.Optimizer) -> PyroLink | None:
+    """Return the link of an optimizer to the pyro.optim object that it was made of, if any."""
+    return _links.get(optimizer)
+
+
+def _check_plain(optim: Any) -> None:
+    """Raise ValueError for a pyro.optim object that one torch optimizer cannot stand for."""
+    untranslatable = {
+        "a learning rate scheduler": isinstance(optim, pyro.optim.PyroLRScheduler),
+        "arguments that are a function of the parameter": not isinstance(optim.pt_optim_args, dict),
+        "clip_args": bool(optim.pt_clip_args),
+    }
+    for what, present in untranslatable.items():
+        if present:
+            raise ValueError(
+                f"optim: a pyro.optim object with {what} cannot be translated; pass a function "
+                "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
+                "clipping)"
+            )
+
+
+def _fused(
+    make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an optimizer that updates all parameters by one kernel, where PyTorch has one."""
+    return _with_momentum(make(parameters, **_fused_options(make, parameters, options)))
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Give a fused SGD its momenta, of zero: it fails where some parameters have one and some not.
+
+    As where one gets its first gradient in a later step.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _fused_options(
+    make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
+) -> dict[str, Any]:
+    # A first momentum that is dampened is not that which starts at zero.
+    told = _KERNELS & set(options) or options.get("dampening")
+    if make in _FUSED and not told and all(map(torch.is_floating_point, parameters)):
+        return {**options, "fused": True}
+    return options
