@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.elimination import Axis, Factor, Variable, eliminate, to_plates
-from pyro_vae.handlers import scale_parts
+from pyro_vae.handlers import same_scale, scale_parts
 from pyro_vae.sites import (
     Plate,
     is_enumerable,
@@ -241,10 +241,10 @@ def scaled_by(trace: Any, group: Sequence[str]) -> str:
     wanted = nodes[chosen]["scale"]
     for name, node in nodes.items():
         (scale, factor), (theirs, their_factor) = map(scale_parts, (node, nodes[chosen]))
-        equal = factor is their_factor and _equal(scale, theirs)
+        equal = factor is their_factor and same_scale(scale, theirs)
         if name in summed and not equal:
             before = node["infer"].get("_unscaled", node["scale"])
-            equal = their_factor is None and _equal(before, theirs)
+            equal = their_factor is None and same_scale(before, theirs)
         if not equal:
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
@@ -253,10 +253,6 @@ def scaled_by(trace: Any, group: Sequence[str]) -> str:
                 "plates that hold them all, and warm up without such latents"
             )
     return chosen
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or bool(torch.as_tensor(a == b).all())
 
 
 def unmasked_log_prob(node: Any) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import logging
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -28,11 +29,14 @@ __all__ = [
     "keep_apart",
     "name_apart",
     "register",
+    "same_scale",
     "scale_parts",
     "unobserve",
 ]
 
 logger = logging.getLogger(__name__)
+
+_SAME_SCALE = 1e-6  # relative
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -298,6 +302,19 @@ class FullSize(Messenger):
             shape = msg["fn"].batch_shape
             if len(shape) >= -self.dim:
                 msg["scale"] = msg["scale"] * (self.num_data / shape[self.dim])
+
+
+def same_scale(a: Any, b: Any) -> bool:
+    """Return whether two scales are one, to rounding.
+
+    A plate multiplies by its full size and divides by its size, so that two sites under one scale
+    and different plates may differ in the last bit.
+    """
+    if a is b:
+        return True
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return math.isclose(a, b, rel_tol=_SAME_SCALE)
+    return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
 
 
 def scale_parts(node: Any) -> tuple[Any, Tensor | None]:

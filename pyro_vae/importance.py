@@ -16,7 +16,7 @@ from pyro_vae.counts import as_count
 from pyro_vae.estimators import iwae_bound
 from pyro_vae.graphs import is_recording
 from pyro_vae.guides import LocalGuide
-from pyro_vae.handlers import scale_parts
+from pyro_vae.handlers import same_scale, scale_parts
 from pyro_vae.layouts import Layout, device_of
 from pyro_vae.objectives import Objective, not_reparameterized, without_value
 from pyro_vae.particles import per_datum
@@ -398,7 +398,8 @@ def _scales(run: Run) -> tuple[Any, dict[str, _Parts], Any]:
     alike = bool(observed) and all(_same_parts(s, observed[0]) for s in observed)
     scale = observed[0][0] if alike else run.plate_scale
     ratios = {
-        name: (1.0 if _same(s, scale) else s / scale, factor) for name, (s, factor) in parts.items()
+        name: (1.0 if same_scale(s, scale) else s / scale, factor)
+        for name, (s, factor) in parts.items()
     }
     latent = [ratios[name] for name, _ in run.latent_nodes() if name not in shared]
     alike = not latent or all(_same_parts(r, latent[0]) for r in latent)
@@ -446,7 +447,7 @@ def _scale_parts(run: Run, name: str, node: Any) -> _Parts:
 
 
 def _same_parts(a: _Parts, b: _Parts) -> bool:
-    return a[1] is b[1] and _same(a[0], b[0])
+    return a[1] is b[1] and same_scale(a[0], b[0])
 
 
 def _product(parts: _Parts) -> Any:
@@ -478,11 +479,3 @@ def _kl_of_globals(run: Run) -> Tensor:
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool((a == b).all())
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

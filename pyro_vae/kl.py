@@ -15,7 +15,7 @@ import torch.distributions as td
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
-from pyro_vae.handlers import scale_parts
+from pyro_vae.handlers import same_scale, scale_parts
 
 __all__ = ["analytic_kl", "kl_per_dimension"]
 
@@ -126,7 +126,7 @@ def kl_per_dimension(guide_node: Any, model_node: Any) -> tuple[Tensor | None, s
 def _refusal(guide_node: Any, model_node: Any) -> str:
     """Say why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
     (scale, factor), (other, other_factor) = map(scale_parts, (guide_node, model_node))
-    if factor is not other_factor or not _same(scale, other):
+    if factor is not other_factor or not same_scale(scale, other):
         return "model and guide scale the site differently"
     if not _same(guide_node["mask"], model_node["mask"]):
         return "model and guide mask the site differently"

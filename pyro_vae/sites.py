@@ -327,14 +327,15 @@ def is_enumerable(fn: Any) -> bool:
 
 
 def is_subsampled(model: Callable[..., Any], batch: Batch, plate: Plate) -> bool:
-    """Return whether the data plate keeps its full size when the batch is smaller."""
+    """Return whether the data plate keeps its full size when the batch is of another size."""
     if plate.size != plate.full_size:
         return True
-    if batch.size is None or batch.size < 2:
+    if batch.size is None or batch.size < 1:
         return False
+    other = batch.rows(slice(0, batch.size - 1)) if batch.size > 1 else batch.repeat(2)
     with Look():
-        fewer = inspect(model, batch.rows(slice(0, batch.size - 1)), data_plate=plate.name)
-        return fewer.data_plate is not None and fewer.data_plate.full_size == plate.full_size
+        seen = inspect(model, other, data_plate=plate.name)
+        return seen.data_plate is not None and seen.data_plate.full_size == plate.full_size
     return False  # the model takes batches of this one size only: no minibatches
 
 

@@ -1030,3 +1030,48 @@ def test_the_variance_that_sleep_learns():
     covariance = torch.linalg.inv(exact.posterior_precision)
     found = (2 * log_scale.detach()).exp()
     torch.testing.assert_close(found, covariance.diagonal(), rtol=0.01, atol=0)
+
+
+def test_scales_that_differ_in_the_last_bit_are_one():
+    """A plate of size 3 multiplies a scale by 3 and divides by 3: not the same number."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1).double(), torch.randn(4, 3).double()
+    weight = torch.rand(4, 1).double() + 0.5
+
+    def model(x, y, weight):
+        data = pyro.plate("data", 40, subsample=x, dim=-2)
+        with data, poutine.scale(scale=weight):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        with data, pyro.plate("features", 3, dim=-1), poutine.scale(scale=weight):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(x, y, weight):
+        total = x + y.sum(-1, keepdim=True)
+        with pyro.plate("data", 40, subsample=x, dim=-2):
+            pyro.sample("z", dist.Normal(total / 5, 5**-0.5))
+
+    covariance = torch.eye(4).double() + 1
+    exact = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
+    wanted = -(10 * weight.squeeze(-1) * exact.log_prob(torch.cat([x, y], -1))).sum().item()
+    loss = pv.IWAE(5, data_plate="data").loss(model, guide, x, y, weight)
+    assert loss == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_batch_of_one_datum_that_is_repeated_counts_as_one():
+    x = torch.tensor([[0.5, -1.0]]).double()
+
+    def model(x):
+        with pyro.plate("data", 1, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            if z.ndim != 2:
+                raise ValueError("a network of matrices alone")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 1, subsample=x):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    wanted = -dist.Normal(torch.zeros(2).double(), 2**0.5).log_prob(x).sum().item()
+    for loss in (pv.IWAE(4), pv.ELBO(4, kl="sample")):
+        assert loss.loss(model, guide, x) == pytest.approx(wanted, rel=1e-12)
