@@ -23,7 +23,7 @@ from pyro_vae.counts import as_count
 from pyro_vae.families import FactorizedFamily, Family
 from pyro_vae.family_guide import Conditionals, FamilyGuide
 from pyro_vae.handlers import name_apart
-from pyro_vae.running import call_network, evaluation, preserved_rng
+from pyro_vae.running import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.sites import Structure, inspect
 from pyro_vae.traces import dependencies
 
@@ -42,7 +42,8 @@ class AmortizedGuide(FamilyGuide):
 
     Args:
         model: a Pyro model with latent sites in the plate of its data.
-        encoder: called as ``encoder(*batch)``, or ``encoder(**batch)`` for a mapping;
+        encoder: an nn.Module (one of TorchScript too), or a function without parameters;
+            called as ``encoder(*batch)``, or ``encoder(**batch)`` for a mapping;
             returns features [N, F].
         example: a batch (tensor, tuple or mapping) to read shapes from; a few rows do.
         family: the variational family; families.Normal() by default.
@@ -76,7 +77,7 @@ class AmortizedGuide(FamilyGuide):
     def __init__(
         self,
         model: Callable[..., Any],
-        encoder: nn.Module,
+        encoder: Callable[..., Any],
         *,
         example: Any,
         family: Family | None = None,
@@ -99,8 +100,10 @@ class AmortizedGuide(FamilyGuide):
         batch = as_batch(example)
         if structure.data_plate.drawn:
             batch = batch.rows(slice(0, structure.data_plate.size))
-        with torch.no_grad(), evaluation(encoder):
+        with torch.enable_grad(), evaluation(encoder):
             features = self._features(batch.args, batch.kwargs)
+        _refuse_hidden_parameters(model, encoder, features)
+        features = features.detach()
         if not bool(features.isfinite().all()):
             raise ValueError(
                 "the encoder returned NaN or infinite features for the example; where data are "
@@ -219,6 +222,39 @@ class AmortizedGuide(FamilyGuide):
                 "for each datum of the batch"
             )
         return features
+
+
+def _refuse_hidden_parameters(
+    model: Callable[..., Any], encoder: Callable[..., Any], features: Tensor
+) -> None:
+    """Raise ValueError for an encoder that is a function, with parameters that nobody finds."""
+    own = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
+    if own or features.grad_fn is None:
+        return
+    module = module_of(model)
+    known = set() if module is None else set(map(id, module.parameters()))
+    hidden = [leaf for leaf in _leaves(features) if id(leaf) not in known]
+    if hidden:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in hidden[:5])
+        raise ValueError(
+            f"the encoder, {type(encoder).__name__!r}, uses parameters that are not its own (of "
+            f"shapes {shapes}), so that no optimizer would find them; pass the network itself, or "
+            "an nn.Module that has it as an attribute"
+        )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors without history that a tensor was made of, those with gradients."""
+    found, seen, todo = list[Tensor](), set[Any](), [tensor.grad_fn]
+    while todo:
+        function: Any = todo.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            found.append(function.variable)
+        todo += [source for source, _ in function.next_functions]
+    return found
 
 
 class LocalGuide(FamilyGuide):

@@ -275,8 +275,10 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
 
 def call_network(network: Any, args: Any, kwargs: Any) -> Any:
     """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
+    # Of a class: TorchScript's modules have a descriptor there, and functions nothing.
+    plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
     try:
-        if type(network).forward is nn.Sequential.forward and not args and len(kwargs) == 1:
+        if plain and not args and len(kwargs) == 1:
             return network(*kwargs.values())
         return network(*args, **kwargs)
     except RuntimeError as error:

@@ -48,7 +48,7 @@ class Watched:
         self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
         for part in self.modules.values():
             self._structure += [part._modules, *(getattr(part, name) for name in _HOOKS)]
-            self._held += [(d, n) for d in (part._parameters, part._buffers) for n in d]
+            self._held += [(d, n) for d in (part._parameters, part._buffers) for n in d.keys()]
         store: Any = pyro.get_param_store()
         self._held += [(store._params, name) for name in names]
         self._store = (store, "_params")  # another one after it was cleared
@@ -68,7 +68,9 @@ class Watched:
         self._captured.follow((), "")
 
     def _tensors(self) -> list[Any]:
-        return [*(holder.get(name) for holder, name in self._held), self._store[0]._params]
+        # TorchScript's mappings have no get().
+        found = [holder[name] if name in holder else None for holder, name in self._held]
+        return [*found, self._store[0]._params]
 
     @functools.cached_property
     def _has_values(self) -> Callable[[list[Any]], bool]:
