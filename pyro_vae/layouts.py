@@ -193,6 +193,9 @@ def plan(
     )
     if layout.summed_out:
         _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
+    if layout.enumerated:
+        for fn, trace in ((model, model_trace), (guide, guide_trace)):
+            _check_enumerated(fn, trace, layout.enumerated, nesting, args, kwargs)
     if layout.enumerated and layout.summed_out:
         raise ValueError(
             f"the guide enumerates {list(layout.enumerated)} and does not propose "
@@ -269,6 +272,28 @@ def _check_summed_out(
             )
 
         check_values(together, alone, nesting)
+
+
+def _check_enumerated(
+    fn: Callable[..., Any],
+    trace: Any,
+    names: tuple[str, ...],
+    nesting: int,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raise ValueError where there is no expectation over a guide's values, entry by entry.
+
+    The values are weighted as those that are summed out are, and must run together as those do.
+    """
+    try:
+        _check_summed_out(fn, trace, names, nesting, args, kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"the guide enumerates {list(names)}, over which there is no expectation entry by "
+            "entry. Leave infer={'enumerate': ...} out in the guide and they are drawn, with "
+            f"pv.ELBO(estimator='score'). What was found: {error}"
+        ) from error
 
 
 def hide(guide: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:

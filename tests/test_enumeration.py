@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pyro
@@ -751,3 +752,27 @@ def test_a_site_outside_the_plate_of_what_it_depends_on_is_refused():
         ValueError, match=r"'y' depends on 'd', which lies in the plate \['inner'\]"
     ):
         contract(trace, log_probs, 2)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_guide_that_enumerates_what_others_see_the_mean_of_is_refused(inner):
+    """Of the four assignments of two entries, two would count."""
+    x = torch.tensor([[0.3, -1.0], [2.0, 1.0], [0.5, 0.2]])
+
+    def model(x):
+        features = pyro.plate("features", 2, dim=-1)
+        with pyro.plate("data", len(x), dim=-2):
+            with features:
+                c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.3)))
+            mean = c.mean(-1, keepdim=True)
+            with features if inner else contextlib.nullcontext():
+                value = x if inner else x[:, :1]
+                pyro.sample("x", dist.Normal(3 * (c if inner else 0) - 2 * mean, 1.0), obs=value)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("features", 2, dim=-1):
+            pyro.sample("c", dist.Bernoulli(torch.tensor(0.4)), infer={"enumerate": "parallel"})
+
+    with pytest.raises(ValueError, match=r"the guide enumerates \['c'\].*Leave infer") as error:
+        pv.ELBO().loss(model, guide, x)
+    assert "'x'" in str(error.value)
