@@ -70,7 +70,7 @@ class ExactGuide(nn.Module):
         # In a tuple: a module of its own would make the model's parameters the guide's.
         self._model = (model,)
         batch = as_batch(example)
-        structure = inspect(model, batch, data_plate=data_plate)
+        structure = inspect(model, batch, data_plate=data_plate, strict=True)
         _check(structure)
         self._nesting = structure.max_plate_nesting
         self._names = tuple(

@@ -186,7 +186,11 @@ def fit(
     for module in (module_of(model), module_of(guide)):
         if device is not None and module is not None:
             module.to(device)
-    training = TrainingData(model, guide, data, batch_size, device, data_plate, drop_last)
+    # Pyro's own losses ask for no data plate, and never run the model under its prior.
+    as_svi = loss is not None and not isinstance(loss, Objective)
+    training = TrainingData(
+        model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
+    )
     validation = None if validation_data is None else training.validation(model, validation_data)
     with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
         if seed is not None:

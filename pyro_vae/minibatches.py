@@ -18,8 +18,8 @@ from pyro_vae.plate_scale import minibatch_scale
 from pyro_vae.readers import BatchReader, RowReader, reader_of
 from pyro_vae.row_order import NotSetUpError, bound_to_order, set_up_before
 from pyro_vae.running import Look, batch_norms, preserved_rng
-from pyro_vae.sites import Structure, inspect
-from pyro_vae.traces import run_pair
+from pyro_vae.sites import Structure, inspect, unvalidated
+from pyro_vae.traces import run_pair, under_guide
 
 __all__ = ["TrainingData", "mean_elbo"]
 
@@ -38,6 +38,8 @@ class TrainingData:
         device: where batches go; None leaves them.
         data_plate: as in :func:`pyro_vae.sites.inspect`.
         drop_last: whether an epoch leaves out a last minibatch that is smaller.
+        as_svi: whether the loss asks for no more than pyro.infer.SVI does: the model may then be
+            one that runs under the guide's draws alone, and have no data plate.
 
     Attributes:
         batch: all the data; of the first look, where they are drawn anew for each epoch; what
@@ -66,9 +68,11 @@ class TrainingData:
         device: torch.device | str | None,
         data_plate: str | bool | None,
         drop_last: bool = False,
+        *,
+        as_svi: bool = False,
     ) -> None:
         self._model, self._guide, self._device = model, guide, device
-        self._drop_last = drop_last
+        self._drop_last, self._as_svi = drop_last, as_svi
         self._drawing = data if isinstance(data, StepData) else None
         self._fresh = data if isinstance(data, EpochData) and self._drawing is None else None
         self._reader = reader_of(data, batch_size, drop_last)
@@ -77,7 +81,14 @@ class TrainingData:
         self.batch = self._first_of(data, batch_size)
         self.num_data = self.batch.size if self._reader is None else self._reader.num_data
         # All of them at once: values outside a likelihood's support are refused here.
-        structure = inspect(model, self._look(self.batch), data_plate=data_plate)
+        structure = self._inspect(self._look(self.batch), data_plate)
+        if loose := unvalidated(structure):
+            logger.warning(
+                "observed sites %s have values outside the support of their likelihoods, which do "
+                "not validate them: they are trained on as they are. No bound on log p(x) takes "
+                "them, for they have no density",
+                loose,
+            )
         plate = structure.data_plate
         self._plate: str | bool = False if plate is None else plate.name
         self.batch_size = min(batch_size, self.batch.size or 1)
@@ -96,6 +107,25 @@ class TrainingData:
         self._now = self.batch  # of the present epoch
 
     # --- looks
+
+    def _inspect(self, batch: Batch, data_plate: str | bool | None) -> Structure:
+        try:
+            return inspect(self._model, batch, data_plate=data_plate)
+        except Exception as error:
+            found = self._under_guide(batch, data_plate) if self._as_svi else None
+            if found is None:
+                raise
+            if found.data_plate is None and data_plate is None:
+                logger.warning("each step takes all data, for there is no data plate: %s", error)
+            return found
+
+    def _under_guide(self, batch: Batch, data_plate: str | bool | None) -> Structure | None:
+        """Return the structure that a step sees; None where there is none either."""
+        model = under_guide(self._model, self._guide)
+        for plate in (data_plate,) if data_plate is not None else (None, False):
+            with Look():
+                return inspect(model, batch, data_plate=plate)
+        return None
 
     def _first_of(self, data: Any, batch_size: int) -> Batch:
         """Return what is looked at first: all of the data, if they are at hand."""
@@ -146,7 +176,7 @@ class TrainingData:
     def _bound_role(self, few: Batch) -> str | None:
         def look() -> str | None:
             with self.rows(torch.arange(few.size or 0)):
-                plate = inspect(self._model, few, data_plate=self._plate).data_plate
+                plate = self._inspect(few, self._plate).data_plate
                 return bound_to_order(self._model, self._guide, few, plate, self.rows)
 
         if isinstance(self._reader, BatchReader):
@@ -181,7 +211,7 @@ class TrainingData:
             )
         if isinstance(self._reader, RowReader):
             self.batch = self._all()
-            structure = inspect(self._model, self.batch, data_plate=self._plate)
+            structure = self._inspect(self.batch, self._plate)
         if self.bound and self.num_data is not None and self.num_data > self.batch_size:
             logger.warning(
                 "each step takes all %d data, in their order, and batch_size is not used: %s. For "
@@ -195,7 +225,7 @@ class TrainingData:
 
     def _look_at_minibatch(self) -> None:
         """Find out what a minibatch counts for."""
-        few = inspect(self._model, self.example, data_plate=self._plate)
+        few = self._inspect(self.example, self._plate)
         self._full_size, self._scaled = minibatch_scale(
             self._model, self.example, few, self.num_data
         )
@@ -302,7 +332,7 @@ class TrainingData:
             )
         try:
             batch = self._made(data)
-            inspect(model, batch, data_plate=self._plate)
+            self._inspect(batch, self._plate)
         except Exception as error:
             error.add_note("in validation_data")
             raise
@@ -367,7 +397,7 @@ class TrainingData:
     def _check_read(self, batch: Batch) -> None:
         """Look at a minibatch of the first epoch, where all the data were never at hand."""
         if self._reader is not None and not self._looked:
-            inspect(self._model, batch, data_plate=self._plate)
+            self._inspect(batch, self._plate)
 
     def minibatch(self, index: Tensor | None) -> Batch:
         """Return these rows of the present epoch's data; None for all of them."""

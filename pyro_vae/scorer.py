@@ -156,7 +156,7 @@ class Scorer:
         self._modules = (model, guide)
         self._first = FirstValues()  # the same ones for all that is scored
         with evaluation(*self._modules, first=self._first), preserved_rng(batch.device):
-            self.structure = inspect(model, batch, data_plate=data_plate)
+            self.structure = inspect(model, batch, data_plate=data_plate, strict=True)
             self.structure.require_no_globals()
             check_stable(model, batch, self.structure)
             plate = self.structure.data_plate

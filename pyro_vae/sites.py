@@ -36,6 +36,7 @@ __all__ = [
     "plate_nesting",
     "point_of",
     "sample_nodes",
+    "unvalidated",
 ]
 
 
@@ -128,6 +129,11 @@ class Site:
         return left_out(self.fn, self.mask, self.value.device)
 
     @property
+    def validated(self) -> bool:
+        """Whether its distribution looks at values before it gives their density."""
+        return bool(getattr(plain_distribution(self.fn), "_validate_args", True))
+
+    @property
     def enumerable(self) -> bool:
         """Whether it is discrete, of finite support, and so can be summed out."""
         return is_enumerable(self.fn)
@@ -202,6 +208,7 @@ def inspect(
     model: Callable[..., Any],
     *batch: Any,
     data_plate: str | bool | None = None,
+    strict: bool = False,
 ) -> Structure:
     """Run the model once on a batch and return its structure.
 
@@ -212,6 +219,8 @@ def inspect(
         *batch: its arguments (see :func:`pyro_vae.batches.as_batch`).
         data_plate: the name of the plate of the data, where it is not plain; False to
             treat the whole batch as one datum.
+        strict: whether to refuse values outside the support of a likelihood that does not
+            validate them (validate_args=False): training may take them, a bound on log p(x) not.
 
     Returns:
         A Structure.
@@ -230,7 +239,7 @@ def inspect(
         # First of all errors, for it is the cause of most; but only a run tells what takes NaN.
         missing = any(getattr(module, "takes_missing", False) for module in called.values())
         arguments.check_finite(missing=missing)
-    _check_observed(sites, lambda: run_model(model, arguments, seed=1)[0])
+    _check_observed(sites, lambda: run_model(model, arguments, seed=1)[0], strict=strict)
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
         return Structure(kinds, None, nesting, 1, sequential)
@@ -544,7 +553,9 @@ def _batch_shape(node: Any, plates: tuple[Plate, ...]) -> torch.Size:
     return torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0))
 
 
-def _check_observed(sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]]) -> None:
+def _check_observed(
+    sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]], *, strict: bool
+) -> None:
     """Raise ValueError for observed values of another shape, or outside the support.
 
     Not outside one that is another in a second run: that of Uniform(0, z) is a latent's to draw.
@@ -553,16 +564,14 @@ def _check_observed(sites: Mapping[str, Site], run_again: Callable[[], Mapping[s
         if site.kind != "observed" or not isinstance(site.value, Tensor):
             continue
         _check_shape(site)
-        inside = _inside(site)
-        if inside is None or bool(inside.all()):
-            continue
-        if _bounds(site) == _bounds(run_again()[site.name]):
-            dims = {plate.dim: plate for plate in site.plates}
-            where = _outside_text(inside, dims)
+        where = _outside_support(site) if site.validated or strict else None
+        if where is not None and _bounds(site) == _bounds(run_again()[site.name]):
+            hint = ". Its validate_args=False lets training take them, but they have no density"
+            hint = "" if site.validated else hint
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
                 f"{site.distribution} likelihood ({site.support_text}) in {where}; rescale or "
-                "clean the data, or choose another likelihood"
+                f"clean the data, or choose another likelihood{hint}"
             )
 
 
@@ -595,6 +604,23 @@ def _bounds(site: Site) -> list[Any]:
     support = _plain_support(site)
     bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
+
+
+def unvalidated(structure: Structure) -> list[str]:
+    """Return the observed sites with values outside the support, which nothing validates."""
+    return [
+        site.name
+        for site in structure.observed
+        if not site.validated and isinstance(site.value, Tensor) and _outside_support(site)
+    ]
+
+
+def _outside_support(site: Site) -> str | None:
+    """Say where an observed site has values outside its support; None if nowhere."""
+    inside = _inside(site)
+    if inside is None or bool(inside.all()):
+        return None
+    return _outside_text(inside, {plate.dim: plate for plate in site.plates})
 
 
 def _check_shape(site: Site) -> None:

@@ -54,6 +54,7 @@ __all__ = [
     "trace_guide",
     "trace_model",
     "trace_pair",
+    "under_guide",
     "values_trace",
 ]
 
@@ -79,6 +80,21 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch)
     """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
         return trace_pair(model, guide, batch.args, batch.kwargs)
+
+
+def under_guide(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the model as it runs in training: with the guide's draws in the place of its own.
+
+    A draw from the prior may have what no draw of the guide has: another size, or a value that
+    the rest of the model cannot do with.
+    """
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        with poutine.block():
+            guide_trace = trace_guide(guide, args, kwargs)
+        return poutine.replay(model, trace=guide_trace)(*args, **kwargs)
+
+    return replayed
 
 
 def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -48,7 +48,9 @@ class Watched:
         self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
         for part in self.modules.values():
             self._structure += [part._modules, *(getattr(part, name) for name in _HOOKS)]
-            self._held += [(d, n) for d in (part._parameters, part._buffers) for n in d.keys()]
+            # By keys(), which TorchScript's mappings have; get() they have not.
+            self._held += [(part._parameters, name) for name in tuple(part._parameters.keys())]
+            self._held += [(part._buffers, name) for name in tuple(part._buffers.keys())]
         store: Any = pyro.get_param_store()
         self._held += [(store._params, name) for name in names]
         self._store = (store, "_params")  # another one after it was cleared
@@ -68,9 +70,7 @@ class Watched:
         self._captured.follow((), "")
 
     def _tensors(self) -> list[Any]:
-        # TorchScript's mappings have no get().
-        found = [holder[name] if name in holder else None for holder, name in self._held]
-        return [*found, self._store[0]._params]
+        return [*itertools.starmap(_entry, self._held), self._store[0]._params]
 
     @functools.cached_property
     def _has_values(self) -> Callable[[list[Any]], bool]:
@@ -148,6 +148,13 @@ class Watched:
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or (is_plain(one) and type(one) is type(other) and bool(one == other))
+
+
+def _entry(holder: Any, name: str) -> Any:
+    try:
+        return holder[name]
+    except (KeyError, AttributeError):  # as TorchScript's mappings say it
+        return None
 
 
 def _is_plain_or_missing(value: Any) -> bool:
