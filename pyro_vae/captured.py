@@ -107,7 +107,8 @@ class Captured:
     without naming it, as by getattr, and those of a library's objects).
 
     Args:
-        roots: functions, methods, modules or other objects to start from.
+        roots: functions, methods, modules or other objects to start from; of objects, all methods
+            and attributes count.
 
     Attributes:
         modules: nn.Modules that were met, by identity.
@@ -130,7 +131,10 @@ class Captured:
         self._met: dict[int, Any] = {}  # by identity, which nothing else has while it is kept
         self._names = set[str]()  # of attributes that code reads
         self._holders: list[tuple[Any, set[str]]] = []  # of attributes, and names looked up
-        self._queue: deque[tuple[Any, str]] = deque((root, "") for root in roots)
+        starts = list(roots)
+        # Of a module, the methods that a step calls are found from forward().
+        self._roots = {id(root) for root in starts if not isinstance(root, nn.Module)}
+        self._queue: deque[tuple[Any, str]] = deque((root, "") for root in starts)
         self._follow()
 
     # --- what is read at each step
@@ -325,7 +329,7 @@ class Captured:
         is_class = isinstance(holder, type)
         kind = holder if is_class else type(holder)
         attributes: Any = None if is_class else getattr(holder, "__dict__", None)
-        by_any_name = bool(self._names & _BY_ANY_NAME)
+        by_any_name = bool(self._names & _BY_ANY_NAME) or id(holder) in self._roots
         found = set(attributes or ()) if by_any_name else names & set(attributes or ())
         for owner in kind.__mro__:
             if is_library(owner.__module__):
@@ -349,7 +353,7 @@ def _of_class(owner: type, names: set[str], by_any_name: bool) -> set[str]:
     found = names & mine.keys()
     found |= {n for n in mine if n == "forward" or (n[:2] == "__" and callable(mine[n]))}
     if by_any_name:
-        values = (*_PLAIN, types.MemberDescriptorType)
+        values = (*_PLAIN, types.MemberDescriptorType, types.FunctionType, property)
         found |= {n for n, value in mine.items() if n[:2] != "__" and isinstance(value, values)}
     return found - _OF_ANY_CLASS
 

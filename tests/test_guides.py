@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -256,3 +257,42 @@ def test_a_table_follows_the_minibatch_that_the_model_draws():
     guide_trace = poutine.trace(guide).get_trace(x)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
     assert torch.equal(guide_trace.nodes["z"]["fn"].loc, model_trace.nodes["x"]["value"])
+
+
+def _encoded(encoder):
+    x = torch.linspace(-1.0, 1.0, 6)[:, None].expand(6, 3).clone()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample(
+                "x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 3]).to_event(1), obs=x
+            )
+
+    guide = pv.AmortizedGuide(model, encoder, example=x)
+    return guide, pv.fit(model, guide, x, epochs=60, compile="replay", progress=False)
+
+
+def test_encoders_of_torchscript():
+    """As the module that they are made from; all their parameters are trained."""
+    found = []
+    for kind in (lambda net: net, torch.jit.script):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch would have no more of it
+            net = kind(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()))
+        before = [p.detach().clone() for p in net.parameters()]
+        found.append(_encoded(net)[1].history["elbo"])
+        assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_an_encoder_that_is_a_function():
+    """One without parameters will do; one that hides some is refused, for nobody finds them."""
+    guide, result = _encoded(torch.tanh)
+    assert sum(p.numel() for p in guide.parameters()) == 2 * 3 + 2
+    assert len(result.history["elbo"]) == 60
+    net = torch.nn.Linear(3, 4)
+    for encoder in (lambda x: net(x), net.forward, pv.MissingEncoder(lambda x: net(x[:, :3]))):
+        with pytest.raises(ValueError, match=r"parameters that are not its own .*\[4, 3\], \[4\]"):
+            _encoded(encoder)
