@@ -165,6 +165,19 @@ class Captured:
         contents = map(list, self._contents)
         return single + list(zip(self._content_labels, contents, strict=True))
 
+    def forget(self, indices: set[int]) -> None:
+        """Watch some of the :meth:`places` no more."""
+        number = itertools.count()
+        lists: list[tuple[list[Any], list[str]]] = [
+            (self._entries, self._entry_labels),
+            (self._cells, self._cell_labels),
+            (self._slots, self._slot_labels),
+            (self._contents, self._content_labels),
+        ]
+        for values, labels in lists:
+            kept = [i for i in range(len(values)) if next(number) not in indices]
+            values[:], labels[:] = [values[i] for i in kept], [labels[i] for i in kept]
+
     def snapshot(self) -> Callable[[], None]:
         """Return a function that puts all values back where they lie now."""
         entries = [

@@ -450,7 +450,7 @@ class TracedLoss:
             reason = f"the graph of a step does not agree: {reason}"
         if reason is None:
             if kind.watched is not None:
-                kind.watched.expect()  # a run may leave something behind, as the tensor it saw last
+                kind.watched.settle()
             kind.compared.add(call.numbers)
             gradient_hooks.call(kind.with_hooks())
             return found

@@ -259,7 +259,7 @@ def test_a_table_follows_the_minibatch_that_the_model_draws():
     assert torch.equal(guide_trace.nodes["z"]["fn"].loc, model_trace.nodes["x"]["value"])
 
 
-def _encoded(encoder):
+def _encoded(network):
     x = torch.linspace(-1.0, 1.0, 6)[:, None].expand(6, 3).clone()
 
     def model(x):
@@ -269,7 +269,7 @@ def _encoded(encoder):
                 "x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 3]).to_event(1), obs=x
             )
 
-    guide = pv.AmortizedGuide(model, encoder, example=x)
+    guide = pv.AmortizedGuide(model, network, example=x)
     return guide, pv.fit(model, guide, x, epochs=60, compile="replay", progress=False)
 
 
@@ -293,6 +293,7 @@ def test_an_encoder_that_is_a_function():
     assert sum(p.numel() for p in guide.parameters()) == 2 * 3 + 2
     assert len(result.history["elbo"]) == 60
     net = torch.nn.Linear(3, 4)
-    for encoder in (lambda x: net(x), net.forward, pv.MissingEncoder(lambda x: net(x[:, :3]))):
-        with pytest.raises(ValueError, match=r"parameters that are not its own .*\[4, 3\], \[4\]"):
-            _encoded(encoder)
+    told = r"parameters that are not its own .*\[4, 3\], \[4\]"
+    for hiding in (lambda x: net(x), net.forward, pv.MissingEncoder(lambda x: net(x[:, :3]))):
+        with pytest.raises(ValueError, match=told):
+            _encoded(hiding)

@@ -371,3 +371,23 @@ def test_what_is_looked_at_has_an_end():
     assert "Trainer.config" in labels
     assert "SimpleNamespace.beta" in labels
     assert "Trainer.step" not in labels
+
+
+def test_what_a_step_leaves_behind_makes_no_graph_stale():
+    """A module that keeps its last draws, and minibatches of two sizes by turns."""
+
+    def make():
+        class Keeping(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last, self.all = None, []
+
+            def forward(self, x):
+                scaled(x, 1.0)
+                self.last = x + 1
+                self.all.append(self.last)
+
+        return Keeping(), guide
+
+    run = replayed(make, [(data(4 + 2 * (i % 2), seed=i),) for i in range(24)])
+    assert run.modes == ["eager"] * 2 + ["replayed"] * 22
