@@ -38,6 +38,9 @@ def test_streaming_equals_direct(sizes):
         torch.testing.assert_close(
             stream.std_error, estimators.std_error(influence), rtol=1e-9, atol=1e-12
         )
+        torch.testing.assert_close(
+            stream.skewness, estimators.skewness(influence), rtol=1e-9, atol=1e-12
+        )
     torch.testing.assert_close(
         iwae.effective_sample_size, estimators.effective_sample_size(weights), rtol=1e-9, atol=0
     )
@@ -86,6 +89,48 @@ def test_the_error_of_a_difference_is_paired():
 def test_the_error_of_a_mean_over_data():
     """Independent draws: 3-4-5."""
     assert estimators.mean_std_error(torch.tensor([3.0, 4.0])).item() == pytest.approx(2.5)
+
+
+def test_skewness_widens_what_few_particles_decide():
+    """Influences -1, -1, -1, 3: variance 3, third moment 6, so skewness 2 / sqrt(3)."""
+    influence = torch.tensor([[-1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0], [3.0, -1.0]]).double()
+    skewness = estimators.skewness(influence)
+    assert skewness.tolist() == pytest.approx([2 / 3**0.5, 0.0])
+    plain = estimators.std_error(influence)
+    wider = estimators.calibrated(plain, skewness, 4) / plain
+    assert wider.tolist() == pytest.approx([1 + 8 * (4 / 3) / 4, 1.0])
+    # One of a hundred decides: skewness is near its largest, sqrt(K), and the error at its widest.
+    spike = torch.zeros(100, 1, dtype=torch.float64)
+    spike[0] = 1.0
+    influence = spike - spike.mean(0)
+    skewness, plain = estimators.skewness(influence), estimators.std_error(influence)
+    assert 9.8 < skewness.item() < 10
+    assert (estimators.calibrated(plain, skewness, 100) / plain).item() == pytest.approx(4.0)
+
+
+def test_the_error_of_a_mean_is_wider_by_the_skewness_of_the_mean():
+    """N equal data: the skewness of their mean is less by sqrt(N); of one datum it is its own."""
+    plain, skewness = torch.full((9,), 0.3).double(), torch.full((9,), 6.0).double()
+    errors = estimators.calibrated(plain, skewness, 100)
+    found = estimators.mean_std_error(errors, skewness, 100)
+    assert found.item() == pytest.approx(0.1 * (1 + 8 * (6 / 3) ** 2 / 100))
+    alone = estimators.mean_std_error(errors[:1], skewness[:1], 100)
+    assert alone.item() == pytest.approx(errors[0].item())
+    mirrored = skewness * torch.tensor([1.0, -1.0] * 4 + [0.0])
+    found = estimators.mean_std_error(estimators.calibrated(plain, mirrored, 100), mirrored, 100)
+    assert found.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-6])
+def test_weights_that_all_but_agree_have_an_error_all_the_same(spread):
+    """Of a spread s the relative error of the mean weight is s / sqrt(K): no cancellation."""
+    noise = torch.randn(4000, 2, dtype=torch.float64)
+    stream = streamed(StreamingIWAE(), spread * noise - 700.0, [1000] * 4)
+    wanted = spread * noise.std(0) / 4000**0.5
+    torch.testing.assert_close(
+        stream.std_error, wanted, rtol=1e-2 if spread > 1e-4 else 1e-5, atol=0
+    )
+    assert stream.skewness.abs().max() < 0.2
 
 
 def test_effective_sample_size_between_one_and_all():
