@@ -312,7 +312,20 @@ def test_names_and_kinds_of_guides_are_checked(compared):
     ],
 )
 def test_the_tightest_bound(means, errors, chosen):
-    assert _tightest(np.array(means), np.array(errors)) == chosen
+    assert _tightest(np.array(means), np.array(errors), None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("means", "errors", "chosen"),
+    [
+        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.19], 2),  # the mixture, whose tail is the lightest
+        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.21], 0),  # too coarse
+        ([-1.0, -1.0, -9.0], [0.1, 0.3, 0.1], 0),  # not tight
+        ([-1.0, -1.0, -1.0], [0.0, 0.3, 0.1], 0),  # beside an exact posterior
+    ],
+)
+def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
+    assert _tightest(np.array(means), np.array(errors), 2) == chosen
 
 
 def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():
