@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.elimination import Axis, Factor, Variable, eliminate, to_plates
 from pyro_vae.handlers import same_scale, scale_parts
+from pyro_vae.plain_errors import text_of
 from pyro_vae.sites import (
     Plate,
     is_enumerable,
@@ -126,8 +127,8 @@ def enumerated(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
             raise type(error)(
-                f"{error}\nThis happened while {sorted(wanted)} are summed out: all their values "
-                "run at once, in a dimension left of the plates, over which the model must "
+                f"{text_of(error)}\nThis happened while {sorted(wanted)} are summed out: all their "
+                "values run at once, in a dimension left of the plates, over which the model must "
                 "broadcast (index with them; no Python if). Or propose them in the guide"
             ) from error
         finally:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.enumeration import Conditional, conditionals, enumerated, marginals
+from pyro_vae.plain_errors import trace_of
 from pyro_vae.running import evaluation
 from pyro_vae.sites import Structure, inspect, plain_distribution, sample_nodes
 from pyro_vae.traces import site_log_prob
@@ -157,7 +158,7 @@ class ExactGuide(nn.Module):
 
     def _run(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         model = enumerated(self._model[0], self._names, -1 - self._nesting)
-        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        trace = trace_of(model, batch.args, batch.kwargs)
         return trace, {
             name: site_log_prob(name, node, scaled=False) for name, node in sample_nodes(trace)
         }

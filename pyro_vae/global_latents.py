@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.family_guide import FamilyGuide
 from pyro_vae.guides import AmortizedGuide
+from pyro_vae.plain_errors import trace_of
 from pyro_vae.results import Given
 from pyro_vae.running import evaluation, preserved_rng
 from pyro_vae.sites import Site, Structure, inspect, latent_nodes
@@ -167,7 +168,7 @@ def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[st
     found = []
     with torch.no_grad(), preserved_rng(batch.device), evaluation(guide), poutine.block():
         for _ in range(runs):
-            trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+            trace = trace_of(guide, batch.args, batch.kwargs)
             found.append(dict(latent_nodes(trace)))
     return found
 

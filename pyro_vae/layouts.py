@@ -18,7 +18,8 @@ from pyro_vae.batches import Batch, arguments
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.masks import lift_masks
-from pyro_vae.running import FirstValues, called_modules, evaluation, preserved_rng
+from pyro_vae.plain_errors import text_of, trace_of
+from pyro_vae.running import FirstValues, called_modules, evaluation, preserved_rng, unwrapped
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
@@ -34,6 +35,7 @@ from pyro_vae.sites import (
 )
 from pyro_vae.supports import SameMeasure
 from pyro_vae.traces import trace_guide, trace_model, values_trace
+from pyro_vae.warned_once import warn_once
 
 __all__ = ["Layout", "device_of", "hide", "plan"]
 
@@ -174,7 +176,8 @@ def plan(
                     model, guide, batch, structure, called, needed=data == "needed"
                 )
             if reason:
-                logger.warning("particles run in a loop, which is slow: %s", reason)
+                owners = unwrapped(model), unwrapped(guide)
+                warn_once(logger, owners, "particles run in a loop, which is slow: %s", reason)
     plate = None if structure is None else structure.data_plate
     proposed = poutine.Trace()
     for name, node in guide_trace.nodes.items():
@@ -254,7 +257,7 @@ def _check_summed_out(
         for name, node in model_trace.nodes.items():
             if node["type"] == "sample" and not node["is_observed"] and name not in names:
                 given.add_node(name, **node)  # the model's own minibatch among them
-        return poutine.trace(poutine.replay(fn, trace=given)).get_trace(*args, **kwargs)
+        return trace_of(poutine.replay(fn, trace=given), args, kwargs)
 
     with (
         torch.no_grad(),
@@ -377,7 +380,10 @@ def _choose_mode(
         try:
             together = scorer(data_plate=plate.name, particles="repeat")
         except ValueError as error:
-            return "loop", f"they cannot run in a plate, nor with the batch repeated ({error})"
+            return (
+                "loop",
+                f"they cannot run in a plate, nor with the batch repeated ({text_of(error)})",
+            )
     if together is not None and not together.agrees_in_training(called):
         return "loop", "in training mode, densities of particles together are not those of each"
     return mode, ""

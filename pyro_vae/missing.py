@@ -18,6 +18,7 @@ from torch.distributions import Independent
 from pyro_vae.batches import Batch, rows_text
 from pyro_vae.graphs import is_recording
 from pyro_vae.missing_check import check_decisions, pattern_of
+from pyro_vae.plain_errors import text_of, trace_of
 from pyro_vae.running import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.sites import left_out, plain_distribution
 from pyro_vae.supports import value_of
@@ -116,9 +117,9 @@ class MissingData(nn.Module):
                 raise
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
             raise type(error)(
-                f"{error}\nThe batch has missing values (NaN), which may only be values of "
-                "observed sites: as a covariate, or as what another site depends on, a value must "
-                "be there. Impute it first, or give it a distribution as a latent site"
+                f"{text_of(error)}\nThe batch has missing values (NaN), which may only be values "
+                "of observed sites: as a covariate, or as what another site depends on, a value "
+                "must be there. Impute it first, or give it a distribution as a latent site"
             ) from error
 
     def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -140,7 +141,7 @@ class MissingData(nn.Module):
             model: Any = _LeaveMissingOut(absent)(self.model)
             if first:
                 model = poutine.replay(model, trace=first[0])
-            first.append(poutine.trace(model).get_trace(*args, **kwargs))
+            first.append(trace_of(model, args, kwargs))
             return first[-1]
 
         with (

@@ -31,10 +31,12 @@ from pyro_vae.enumeration import (
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.guides import LocalGuide
 from pyro_vae.masks import lift_masks, mask_of
+from pyro_vae.plain_errors import text_of, trace_of
 from pyro_vae.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.running import Look, unwrapped
 from pyro_vae.sites import latent_nodes, sample_nodes
 from pyro_vae.traces import site_log_prob, values_trace
+from pyro_vae.warned_once import warn_once
 
 __all__ = [
     "MODES",
@@ -406,7 +408,7 @@ class Runner:
             }
             fn = poutine.replay(fn, trace=values_trace(values, preimages))
         with self._table_rows(rows, times), DrawByPreimage():
-            trace = poutine.trace(fn).get_trace(*batch.args, **batch.kwargs)
+            trace = trace_of(fn, batch.args, batch.kwargs)
         return lift_masks(trace, summed) if summed else trace
 
     @contextlib.contextmanager
@@ -473,16 +475,15 @@ def choose_mode(
     for mode in modes:
         runner.mode = mode
         if mode == "loop" and reasons and agree(reference, score()):
-            logger.warning(
-                "the %s runs particle by particle, which is slow: %s", role, "; ".join(reasons)
-            )
+            told = "the %s runs particle by particle, which is slow: %s"
+            warn_once(logger, (unwrapped(runner.fn),), told, role, "; ".join(reasons))
             return
         with Look() as look:
             found = score()
         if look.error is not None:
             # A shape that the network cannot take, told in its own way; the loop, which is the
             # reference and has already run, is always left to fall back on, and says so.
-            reasons.append(f"{mode}: {type(look.error).__name__}: {look.error}")
+            reasons.append(f"{mode}: {type(look.error).__name__}: {text_of(look.error)}")
             continue
         if agree(reference, found):
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae import checkpoints
 from pyro_vae.graphs import Graph, UntraceableError, check_compile, trace
+from pyro_vae.warned_once import warn_once
 
 __all__ = ["Recorder"]
 
@@ -89,7 +90,8 @@ class Recorder:
                 graph.compile(*inputs)
             except RuntimeError as error:
                 self._uncompilable = True
-                logger.warning("%s is replayed, not compiled: %s", self.what, error)
+                told = "%s is replayed, not compiled: %s"
+                warn_once(logger, (Recorder,), told, self.what, error)
             else:
                 self._has_compiled = True
                 logger.info("%s is compiled", self.what)

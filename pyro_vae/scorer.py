@@ -39,6 +39,7 @@ from pyro_vae.particles import (
     is_latent,
     is_observed,
 )
+from pyro_vae.plain_errors import trace_of
 from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
 from pyro_vae.running import (
@@ -365,7 +366,7 @@ class Scorer:
             for run in range(count):
                 self._reseed(_RUNS, run)
                 batch = self.batch
-                trace = poutine.trace(self._guide.fn).get_trace(*batch.args, **batch.kwargs)
+                trace = trace_of(self._guide.fn, batch.args, batch.kwargs)
                 runs.append(dict(latent_nodes(trace)))
         return runs
 

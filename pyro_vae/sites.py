@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch, note_dtypes, rows_text
+from pyro_vae.plain_errors import trace_of
 from pyro_vae.running import Look, called_modules, evaluation, preserved_rng
 
 __all__ = [
@@ -469,7 +470,7 @@ def run_model(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+            trace = trace_of(model, batch.args, batch.kwargs)
         except Exception as error:
             note_dtypes(error, batch.args, batch.kwargs)
             error.add_note(f"while running the model on {batch}")

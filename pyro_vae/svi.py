@@ -17,6 +17,7 @@ from pyro_vae.graphs import Graph, UntraceableError, trace
 from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
 from pyro_vae.optimizers import link_of, make_optimizer
+from pyro_vae.plain_errors import plain_errors
 from pyro_vae.running import module_of, unwrapped
 from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import OUTSIDE, non_finite_sites
@@ -203,7 +204,7 @@ class CompiledSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, a number (or what the loss returns), without a step."""
-        with torch.no_grad():
+        with torch.no_grad(), plain_errors():
             return _number(self.loss(self.model, self.guide, *args, **kwargs))
 
     def _differentiated(self, *args: Any, **kwargs: Any) -> Any:

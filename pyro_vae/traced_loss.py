@@ -19,8 +19,10 @@ from pyro_vae import checkpoints, gradient_hooks
 from pyro_vae.graphs import Graph, UntraceableError, check_compile, form_of, rebuilt, trace
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import ParamStatements
+from pyro_vae.plain_errors import plain_errors
 from pyro_vae.running import called_modules, module_of, unwrapped
 from pyro_vae.varying_numbers import VaryingNumbers
+from pyro_vae.warned_once import warn_once
 from pyro_vae.watched import Watched
 
 __all__ = ["TracedLoss"]
@@ -191,7 +193,8 @@ class TracedLoss:
         self._differing: str | None = None  # what made a graph useless last
         self._wasted = 0  # kinds that were forgotten before they were worth their tracing
         self._told: set[str] = set()
-        own = unwrapped(guide)
+        self._pair = unwrapped(model), unwrapped(guide)
+        own = self._pair[1]
         self._table = own if isinstance(own, LocalGuide) else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -338,7 +341,8 @@ class TracedLoss:
         return total
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
-        return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        with plain_errors():
+            return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
     def _replay(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
         loss = self._run_graph(kind, graph, inputs)
@@ -361,7 +365,7 @@ class TracedLoss:
         kind.graph = None
         if call.numbers:  # with a graph for each number, as before
             self._numbers.refuse(call.key)
-            logger.warning(_EACH_NUMBER, reason)
+            warn_once(logger, self._pair, _EACH_NUMBER, reason)
             return self._run_once(call.args, call.kwargs)
         kind.eager = True
         self._failures[cause or reason] = self._failures.get(cause or reason, 0) + 1
@@ -371,7 +375,8 @@ class TracedLoss:
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            logger.warning("training steps run eagerly, which is slower: %s", reason)
+            told = "training steps run eagerly, which is slower: %s"
+            warn_once(logger, self._pair, told, reason)
 
     def _trace(self, kind: _Kind, call: _Call) -> Any:
         if kind.watched is not None:
@@ -478,7 +483,8 @@ class TracedLoss:
         try:
             graph.compile(*call.inputs)
         except RuntimeError as error:
-            logger.warning("training steps are replayed, not compiled: %s", error)
+            told = "training steps are replayed, not compiled: %s"
+            warn_once(logger, self._pair, told, error)
             return self._replay(kind, graph, call.inputs)
         logger.info("training steps are compiled from step %d on", self._calls)
         return self._checked(kind, graph, call)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch, note_dtypes
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
+from pyro_vae.plain_errors import trace_of
 from pyro_vae.preimages import (
     DrawByPreimage,
     Preimage,
@@ -104,7 +105,7 @@ def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """
     try:
         with DrawByPreimage():
-            trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+            trace = trace_of(guide, args, kwargs)
     except RuntimeError as error:
         note_dtypes(error, args, kwargs)
         raise
@@ -122,7 +123,7 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
     """
     replayed = poutine.replay(model, trace=guide_trace)
     try:
-        model_trace = poutine.trace(replayed, graph_type="flat").get_trace(*args, **kwargs)
+        model_trace = trace_of(replayed, args, kwargs)
     except RuntimeError as error:
         note_dtypes(error, args, kwargs)
         raise
@@ -154,7 +155,7 @@ class ReplaceDraws(Messenger):
 def dream(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the model with observed sites drawn as well; return its trace, unseen from outside."""
     with poutine.block():
-        return poutine.trace(unobserve(model)).get_trace(*args, **kwargs)
+        return trace_of(unobserve(model), args, kwargs)
 
 
 def trace_given(
@@ -179,7 +180,7 @@ def dependencies(
     """
     direct: dict[str, list[str]] = {}
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
-        trace: Any = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        trace: Any = trace_of(model, batch.args, batch.kwargs)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
         order = list(values)
         for parent in order:

@@ -8,13 +8,16 @@ import pyro
 import pytest
 import torch
 
+from pyro_vae import warned_once
+
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Empty param store, float32, one seed."""
+    """Empty param store, float32, one seed, nothing said yet."""
     dtype = torch.get_default_dtype()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    warned_once.forget()
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)

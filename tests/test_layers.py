@@ -34,6 +34,7 @@ LAYERS = {
         "schedules",
         "captured",
         "identity_checks",
+        "warned_once",
         "gradient_hooks",
         "varying_numbers",
         "graphs",
@@ -85,6 +86,7 @@ LAYERS = {
         "annealing",
         "traced_loss",
         "watched",
+        "plain_errors",
     },
     2: {
         "objectives",
