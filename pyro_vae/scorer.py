@@ -249,7 +249,7 @@ class Scorer:
                 if len(drawn) > 1:
                     values = {name: torch.cat([v[name] for v, _ in drawn]) for name in values}
                     log_guide = torch.cat([log_guide for _, log_guide in drawn])
-                self._refuse_edges(values)
+                self._refuse_edges(rows, values)
                 log_likelihood, log_prior = self.score_model(
                     rows, values, pairs, num_particles * self.num_data
                 )
@@ -264,14 +264,16 @@ class Scorer:
                     weights=weights,
                 )
 
-    def _refuse_edges(self, values: Mapping[str, Tensor]) -> None:
+    def _refuse_edges(self, rows: slice, values: Mapping[str, Tensor]) -> None:
         """Raise ValueError for draws that round to an edge, where log densities are made up."""
         kept = {shape.preimage_of for shape in self._guide.shapes.values()}
         for name, value in values.items():
             site = self.structure.sites.get(name)
             if site is None or name in kept:
                 continue
-            share, edge = edge_share(site.fn, value)
+            dim = self.structure.data_dim
+            axis = None if dim is None else dim - len(site.event_shape)
+            share, edge = edge_share(site.fn, value, rows, axis)
             if share > _EDGE_SHARE:
                 raise ValueError(
                     f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of "

@@ -229,7 +229,9 @@ def value_of(fn: Any) -> Tensor:
     return torch.as_tensor(getattr(support, "lower_bound", 0)).detach()
 
 
-def edge_share(fn: Any, value: Tensor) -> tuple[float, float]:
+def edge_share(
+    fn: Any, value: Tensor, rows: slice = slice(None), axis: int | None = None
+) -> tuple[float, float]:
     """Return the share of draws that are within rounding of an edge of a support, and which edge.
 
     Draws of a Beta, a Gamma or a Dirichlet are cut off there.
@@ -237,6 +239,8 @@ def edge_share(fn: Any, value: Tensor) -> tuple[float, float]:
     Args:
         fn: a distribution on that support.
         value: draws.
+        rows: which data they are of.
+        axis: of the data in values, negative; None where there is none.
     """
     support = support_of(fn)
     if support is None or support.is_discrete or is_circular(fn) or not value.is_floating_point():
@@ -249,6 +253,8 @@ def edge_share(fn: Any, value: Tensor) -> tuple[float, float]:
         ends = tuple(bound for bound in bounds if bound is not None)
     worst = 0.0, 0.0
     for end in map(torch.as_tensor, ends):
+        if axis is not None and end.ndim >= -axis and end.shape[axis] > 1:
+            end = end.movedim(axis, 0)[rows].movedim(0, axis)
         least = (end.abs() * 4 * finest.eps).clamp(min=10 * finest.tiny).to(value)
         share = float(((value - end).abs() < least).double().mean())
         worst = max(worst, (share, float(end.flatten()[0])))

@@ -332,3 +332,21 @@ def test_a_density_for_a_mass_is_refused(model, proposal):
     ):
         with pytest.raises(ValueError, match=r"latent site 'c' has .*whose ratio is no weight"):
             call()
+
+
+def test_edges_that_differ_by_datum_are_taken_block_by_block():
+    """More data than a block holds, each with an interval of its own."""
+    high = torch.linspace(1.0, 2.0, 300, dtype=torch.float64)
+
+    def model(high):
+        with pyro.plate("data", len(high)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros_like(high), high))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=torch.zeros_like(high))
+
+    def guide(high):
+        with pyro.plate("data", len(high)):
+            pyro.sample("z", dist.Uniform(torch.zeros_like(high), high))
+
+    total = pv.log_weights(model, guide, high, num_particles=3).total
+    exact = torch.full_like(total, -0.5 * math.log(2 * math.pi))
+    torch.testing.assert_close(total, exact)
