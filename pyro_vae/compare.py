@@ -42,8 +42,10 @@ from pyro_vae.families import Family, Normal
 from pyro_vae.family_guide import FamilyGuide, normal_moments, of_family
 from pyro_vae.global_latents import fix_globals
 from pyro_vae.guides import LocalGuide
+from pyro_vae.handlers import drop_references
 from pyro_vae.refine import refine
 from pyro_vae.results import PARETO_K_THRESHOLD, given_text, heavy_tailed
+from pyro_vae.running import module_of, unwrapped
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import inspect
 
@@ -95,6 +97,12 @@ class Comparison:
         from pyro_vae.plots import plot_gaps
 
         return plot_gaps(self.dataset, ax=ax)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for guide in self.guides.values():
+            if (module := module_of(unwrapped(guide))) is not None:
+                drop_references(module)
+        return dict(vars(self))
 
     def __repr__(self) -> str:
         return format_table({"": self})

@@ -10,10 +10,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.enumeration import Conditional, conditionals, enumerated, marginals
+from pyro_vae.handlers import Registered
 from pyro_vae.plain_errors import trace_of
 from pyro_vae.running import evaluation
 from pyro_vae.sites import Structure, inspect, plain_distribution, sample_nodes
@@ -22,7 +23,7 @@ from pyro_vae.traces import site_log_prob
 __all__ = ["ExactGuide"]
 
 
-class ExactGuide(nn.Module):
+class ExactGuide(Registered):
     r"""A guide that proposes discrete latents from their exact posterior.
 
     .. math:: q(c_1, \dots, c_J | x) = \prod_j p_\theta(c_j | c_1, \dots, c_{j-1}, x)

@@ -11,12 +11,12 @@ from typing import Any, TypeGuard
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
 from pyro_vae.coordinates import Coordinates
 from pyro_vae.families import FactorizedFamily, Family, Normal
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.preimages import KeepDraws
 from pyro_vae.proposals import proposal
 from pyro_vae.running import preserved_rng
@@ -32,7 +32,7 @@ _PRIOR_DRAWS = 1000
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
-class FamilyGuide(nn.Module):
+class FamilyGuide(Registered):
     """What the guides of a family have in common; see the subclasses.
 
     A subclass gives :meth:`family_params`, the parameters of each datum.

@@ -25,7 +25,7 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.results import FitResult
-from pyro_vae.running import evaluation, module_of, preserved_rng
+from pyro_vae.running import evaluation, module_of, one_thread, preserved_rng
 from pyro_vae.schedules import shortfall
 from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.training_step import TrainingSteps
@@ -192,7 +192,10 @@ def fit(
         model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
     )
     validation = None if validation_data is None else training.validation(model, validation_data)
-    with preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext():
+    with (
+        one_thread(),
+        preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext(),
+    ):
         if seed is not None:
             torch.manual_seed(seed)
         trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed, compile)

@@ -25,7 +25,9 @@ __all__ = [
     "FullSize",
     "LatentScale",
     "ParamStatements",
+    "Registered",
     "constrained_parameters",
+    "drop_references",
     "keep_apart",
     "name_apart",
     "register",
@@ -56,6 +58,23 @@ def register(module: nn.Module) -> None:
         module: called from within a model or guide; its parameters become param sites.
     """
     pyro.module(_name_of(module), module)
+
+
+class Registered(nn.Module):
+    """A module that registers its parameters with Pyro, and can be pickled all the same."""
+
+    def __getstate__(self) -> Any:
+        drop_references(self)
+        return getattr(super(), "__getstate__", self.__dict__.copy)()
+
+
+def drop_references(module: nn.Module) -> None:
+    """Take off a module's parameters what Pyro leaves on them, and pickle cannot take.
+
+    A weak reference of a parameter to itself, which the next param statement leaves anew.
+    """
+    for parameter in module.parameters():
+        vars(parameter).pop("unconstrained", None)
 
 
 def name_apart(module: PyroModule) -> None:

@@ -173,5 +173,6 @@ def _tell_of_sharing(modules: Mapping[str, nn.Module]) -> None:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no tensor holds NaN or an infinite value, by one transfer from the device."""
-    extremes = [t.abs().max() for t in tensors if t.is_floating_point() and t.numel()]
+    dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
+    extremes = [t.abs().max() for t in dense if t.is_floating_point() and t.numel()]
     return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

@@ -219,8 +219,9 @@ def _gradients(total: Tensor | None) -> dict[int, Tensor]:
             leaves[id(node.variable)] = node.variable
         stack.extend(function for function, _ in node.next_functions if function is not None)
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
+    dense = (None if gradient is None else gradient.to_dense() for gradient in found)
     return {
-        leaf: gradient.to_dense()
-        for leaf, gradient in zip(leaves, found, strict=True)
+        leaf: gradient
+        for leaf, gradient in zip(leaves, dense, strict=True)
         if gradient is not None and gradient.numel() and bool((gradient != 0).any())
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,11 +28,13 @@ __all__ = [
     "called_modules",
     "evaluation",
     "module_of",
+    "one_thread",
     "preserved_rng",
     "unwrapped",
 ]
 
 _SMALL = 2**20  # numbers
+_lock = threading.RLock()
 
 
 def module_of(fn: Any) -> nn.Module | None:
@@ -146,6 +149,28 @@ class _Held:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Refuse to run beside another thread that runs models and guides.
+
+    Pyro has one stack of handlers and one parameter store, and PyTorch one stream of random
+    numbers: a second thread would be traced into the first one's loss.
+
+    Raises:
+        RuntimeError: where another thread is inside.
+    """
+    if not _lock.acquire(blocking=False):
+        raise RuntimeError(
+            "pyro_vae is at work in another thread. Pyro's handlers and parameters, and PyTorch's "
+            "random numbers, are one for all threads of a process, so results would mix: run one "
+            "after the other, or in processes of their own (multiprocessing, joblib's 'loky')"
+        )
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
+@contextlib.contextmanager
 def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
     """Run models and guides in eval mode, and leave everything as it was found.
 
@@ -156,6 +181,12 @@ def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
         *fns: models and guides.
         first: first values of parameters that runs inside share with others; by default none.
     """
+    with one_thread(), _evaluation(fns, FirstValues() if first is None else first):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluation(fns: tuple[Any, ...], first: FirstValues) -> Iterator[None]:
     held = _Held()
     roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
     modules = [module for root in roots for module in root.modules()]
@@ -175,7 +206,7 @@ def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(switch)
     try:
-        with (FirstValues() if first is None else first).installed():
+        with first.installed():
             yield
     finally:
         hook.remove()

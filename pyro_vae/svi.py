@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
 from pyro_vae.optimizers import link_of, make_optimizer
 from pyro_vae.plain_errors import plain_errors
-from pyro_vae.running import module_of, unwrapped
+from pyro_vae.running import module_of, one_thread, unwrapped
 from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import OUTSIDE, non_finite_sites
 
@@ -28,6 +29,14 @@ logger = logging.getLogger(__name__)
 
 # Settings of an optimizer (its learning rate) that were met, and traced, at most.
 _SETTINGS = 4
+# Refuse sparse gradients.
+_NO_SPARSE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
 
 
 class CompiledSVI:
@@ -142,8 +151,31 @@ class CompiledSVI:
         """The torch optimizer; None before the first step."""
         return None if self._update is None else self._update.optimizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSVI:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __copy__(self) -> CompiledSVI:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a CompiledSVI cannot be pickled, for its graphs are of this process. Save what it "
+            "has trained: model.state_dict(), guide.state_dict() or "
+            "pyro.get_param_store().save(path), and svi.optimizer.state_dict(); pyro_vae.fit "
+            "writes checkpoints by itself (checkpoint=path)"
+        )
+
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a gradient step; return the loss, a number (or what the loss returns)."""
+        with one_thread():
+            return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         loss = self._traced(*args, **kwargs)
         parameters = self._traced.parameters
         self._tell_of_unregistered()
@@ -204,7 +236,7 @@ class CompiledSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, a number (or what the loss returns), without a step."""
-        with torch.no_grad(), plain_errors():
+        with one_thread(), torch.no_grad(), plain_errors():
             return _number(self.loss(self.model, self.guide, *args, **kwargs))
 
     def _differentiated(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,8 +261,19 @@ class Update:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if (
+            inspect.signature(optimizer.step).parameters["closure"].default
+            is inspect.Parameter.empty
+        ):
+            raise ValueError(
+                f"optim: a step of {type(optimizer).__name__} evaluates the loss several times, "
+                "which draws other random numbers each time: it would compare noise. Use an "
+                "optimizer of one evaluation a step (torch.optim.Adam); pyro_vae.em and "
+                "pyro_vae.refine have an L-BFGS of their own"
+            )
         self.optimizer = optimizer
         self._link = link_of(optimizer)
+        self._takes_sparse = isinstance(optimizer, torch.optim.SparseAdam)
         self.failed: Tensor | None = None
         self._graphs: dict[Any, Graph] = {}
         self._refused = False
@@ -300,6 +343,8 @@ class Update:
     def _step(self, loss: Any) -> None:
         for group in self.optimizer.param_groups:
             for parameter in _moving(group):
+                if parameter.grad.is_sparse != self._takes_sparse:
+                    parameter.grad = self._fitting(parameter, group)
                 if parameter.grad.is_inference():  # which nothing outside of a graph may write to
                     parameter.grad = parameter.grad.clone()
         self._move(loss)
@@ -320,6 +365,25 @@ class Update:
             optimizer.step()
         finally:
             del optimizer.found_inf
+
+    def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Any:
+        """Return a gradient as the optimizer can take it, where it is (or is not) sparse.
+
+        Raises:
+            TypeError: where it cannot.
+        """
+        kind = type(self.optimizer)
+        if self._takes_sparse or kind in _NO_SPARSE:
+            found, other = ("dense", "sparse") if self._takes_sparse else ("sparse", "dense")
+            raise TypeError(
+                f"optim: the gradient of a parameter of shape {tuple(parameter.shape)} is {found} "
+                f"(those of nn.Embedding(sparse=True) are sparse), and {kind.__name__} takes "
+                f"{other} ones alone. Make the embedding with sparse=False, or take "
+                "torch.optim.SGD or torch.optim.Adagrad, which take both"
+            )
+        # The fused kernels take dense ones alone; where they are zero, nothing moves.
+        gradient: Any = parameter.grad
+        return gradient.to_dense() if group.get("fused") else gradient
 
     def _is_recordable(self) -> bool:
         optimizer = self.optimizer

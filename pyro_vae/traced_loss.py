@@ -239,8 +239,14 @@ class TracedLoss:
         if kind is None:
             kind = self._remember(form)
         kind.calls += 1
-        if kind.eager or kind.watched is None:  # as after a first run that ended in an error
+        if kind.eager:
             return self._watch(kind, args, kwargs)
+        if kind.watched is None:  # as after a first run that ended in an error
+            loss = self._watch(kind, args, kwargs)
+            if any(p.grad is not None and p.grad.is_sparse for p in kind.parameters):
+                kind.eager = True
+                self._tell("a gradient is sparse, as of nn.Embedding(sparse=True)")
+            return loss
         if kind.graph is None:
             return self._trace(kind, call)
         if kind.hooks != gradient_hooks.mark() and kind.with_hooks() and not kind.backward_once:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -602,3 +603,44 @@ def test_an_exact_guide_carries_the_models_scale():
     for step in ("importance", "nuts"):
         with pytest.raises(ValueError, match=r"site 'c' has the scale .*poutine.scale"):
             pv.em(model, guide, X, e_step=step, progress=False)
+
+
+# --- a guide that observes -------------------------------------------------------------------
+
+
+def test_a_site_that_the_guide_observes_has_no_place_in_the_bound():
+    """With the exact posterior, the loss is -log p(x, t); Trace_ELBO's is off by log q(t)."""
+    t = torch.tensor([0.2, -0.4, 1.5])
+
+    def model(x, t):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("t", dist.Normal(z, 1.0), obs=t)
+
+    for name, infer in {"t": {}, "of the guide": {"is_auxiliary": True}}.items():
+
+        def guide(x, t, name=name, infer=infer):
+            a = pyro.param("a", torch.tensor(0.3))
+            with pyro.plate("data", len(x)):
+                pyro.sample(name, dist.Normal(a + x, 1.0), obs=t, infer=infer)
+                pyro.sample("z", dist.Normal((x + t) / 3, 3**-0.5))
+
+        both = torch.distributions.MultivariateNormal(
+            torch.zeros(2), torch.eye(2) + torch.ones(2, 2)
+        )
+        evidence = both.log_prob(torch.stack([X, t], -1)).sum()
+        log_q = dist.Normal(0.3 + X, 1.0).log_prob(t).sum()
+        for loss in (pv.ELBO(kl="sample"), pv.ELBO(3, "sample"), pv.IWAE(4)):
+            pyro.clear_param_store()
+            assert loss.loss(model, guide, X, t) == pytest.approx(-evidence.item(), rel=1e-12)
+        with warnings.catch_warnings(action="ignore"):  # a site of the guide that is observed
+            pyros = pyro.infer.Trace_ELBO().loss(model, guide, X, t)
+        assert pyros == pytest.approx((log_q - evidence).item(), rel=1e-12)
+        adam = pyro.optim.Adam({"lr": 0.1})
+        svi = pv.CompiledSVI(model, guide, adam, pv.ELBO(kl="sample"))
+        for _ in range(5):
+            assert svi.step(X, t) == pytest.approx(-evidence.item(), rel=1e-12)
+        assert pyro.param("a").item() == 0.3  # no gradient makes t improbable
+        found = pv.elbo(model, guide, X, t, num_particles=3, seed=0).value.sum()
+        assert found.item() == pytest.approx(evidence.item(), rel=1e-12)

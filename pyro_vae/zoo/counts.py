@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["SingleCellCounts", "TopicModel"]
 
 
-class TopicModel(nn.Module):
+class TopicModel(Registered):
     r"""Latent Dirichlet allocation with the topic of each word summed out (Blei et al. 2003).
 
     .. math::
@@ -78,7 +78,7 @@ class TopicModel(nn.Module):
         return draw(self, blank, seed=seed)
 
 
-class SingleCellCounts(nn.Module):
+class SingleCellCounts(Registered):
     r"""Counts of genes in cells: overdispersed, and of as many molecules as were caught.
 
     .. math::

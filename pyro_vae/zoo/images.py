@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
 from pyro_vae.zoo.simulation import draw
@@ -19,7 +19,7 @@ from pyro_vae.zoo.simulation import draw
 __all__ = ["VAE", "ConditionalVAE", "ConvVAE", "MixtureVAE", "TwoLayerVAE"]
 
 
-class _DecoderModel(nn.Module):
+class _DecoderModel(Registered):
     """What the models share: a decoder network, and a likelihood of each feature.
 
     A subclass gives :meth:`forward`, the Pyro model, which returns the value of its observed site.

@@ -9,14 +9,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]
 
 
-class _LinearGaussian(nn.Module):
+class _LinearGaussian(Registered):
     """What the two have in common; they differ in how many noise scales they learn."""
 
     def __init__(self, num_features: int, num_latents: int, num_scales: int) -> None:

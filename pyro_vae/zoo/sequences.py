@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
 from pyro_vae.zoo.simulation import draw
 
@@ -20,7 +20,7 @@ __all__ = ["DeepMarkovModel", "GatedTransition"]
 _MIN_SCALE = 1e-3
 
 
-class DeepMarkovModel(nn.Module):
+class DeepMarkovModel(Registered):
     r"""A deep Markov model: a state space model whose maps are networks (Krishnan et al. 2017).
 
     .. math::

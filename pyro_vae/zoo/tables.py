@@ -11,14 +11,14 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from pyro_vae.handlers import register
+from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["EyeColour", "ItemResponse"]
 
 
-class ItemResponse(nn.Module):
+class ItemResponse(Registered):
     r"""Item response theory: able persons solve hard items (Rasch 1960, Birnbaum 1968).
 
     .. math::
@@ -119,7 +119,7 @@ class ItemResponse(nn.Module):
         return draw(self, torch.zeros(num_data, self.num_items), seed=seed, given=items)
 
 
-class EyeColour(nn.Module):
+class EyeColour(Registered):
     r"""A table of eye colour by nationality, of which the colour alone is seen.
 
     .. math::
