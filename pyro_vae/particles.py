@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 MODES: tuple[str, ...] = ("plate", "repeat", "loop")
 
+_ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
+
 _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
 
 
@@ -116,6 +118,7 @@ class Runner:
         self.masks: Mapping[str, Tensor] = {}
         self.summed = summed
         self.num_values = 1  # of the discrete sites, those that one density depends on
+        self.double: frozenset[str] = frozenset()  # sites that are scored in float64
         self.mode = "plate"
 
     def block(self, rows: slice) -> tuple[Batch, dict[str, Any], Tensor | None]:
@@ -207,13 +210,46 @@ class Runner:
         masks: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return one site's log density for each particle and datum, unscaled: [K, N]."""
-        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        terms = [self._term(name, trace.nodes[name]) for trace in traces]
         mask = (self._masks_of(rows) if masks is None else masks).get(name)
         if mask is not None:
             folded = self._fold_mask(mask, num_particles, rows.stop - rows.start)
             pairs = zip(terms, folded, strict=True)
             terms = [scale_and_mask(term, 1.0, seen) for term, seen in pairs]
         return self._by_particle(terms, num_particles)
+
+    def _term(self, name: str, node: Any) -> Tensor:
+        return site_log_prob(name, node, scaled=False, double=name in self.double)
+
+    def _terms(self, trace: Any, keep: Callable[[str, Any], bool]) -> dict[str, Tensor]:
+        return {n: self._term(n, node) for n, node in sample_nodes(trace) if keep(n, node)}
+
+    def find_double(self, traces: list[Any], rows: slice, num_particles: int) -> None:
+        """Find the sites whose log density float32 gives wrong by more than a tolerance.
+
+        They are scored in float64 from then on.
+        """
+        double = set()
+        for name, _ in sample_nodes(traces[0]):
+            terms = [
+                [
+                    site_log_prob(name, trace.nodes[name], scaled=False, double=wide)
+                    for trace in traces
+                ]
+                for wide in (False, True)
+            ]
+            if terms[0][0].dtype == terms[1][0].dtype:
+                continue
+            if self.summed:
+                pairs = zip(*terms, strict=True)
+                sums = torch.stack([(a - b).abs().sum() for a, b in pairs])
+                gap = sums.sum() / (num_particles * (rows.stop - rows.start))
+            else:
+                narrow, wide_ = (self._by_particle(some, num_particles) for some in terms)
+                gap = (narrow - wide_).abs().nan_to_num().max()
+            if bool(gap > _ROUNDING):
+                double.add(name)
+        self.double = frozenset(double)
 
     def latent_masks(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
         """Return the masks on the latents of a run, ``[K, *plates]`` each, or of size 1."""
@@ -280,7 +316,7 @@ class Runner:
     def _contracted(
         self, traces: list[Any], num_particles: int, keep: Callable[[str, Any], bool]
     ) -> Tensor:
-        groups = [contract(trace, _log_probs(trace, keep), self._plate_dims) for trace in traces]
+        groups = [contract(trace, self._terms(trace, keep), self._plate_dims) for trace in traces]
         total: Tensor | None = None
         for names in groups[0]:
             term = self._by_particle([group[names] for group in groups], num_particles)
@@ -298,7 +334,7 @@ class Runner:
             Site name to values, ``[K, *plates, *event]``, and their log probability, [K, N].
         """
         found = [
-            draw(conditionals(trace, _log_probs(trace, is_any), self._plate_dims))
+            draw(conditionals(trace, self._terms(trace, is_any), self._plate_dims))
             for trace in traces
         ]
         drawn, chosen = {}, []
@@ -319,7 +355,7 @@ class Runner:
         """
         first = {name: value[:1] for name, value in values.items()}
         (together,) = self.traces(rows, 1, first)
-        terms = _log_probs(together, is_any)
+        terms = self._terms(together, is_any)
         self.num_values = max(
             t.shape[: max(0, t.ndim - self.nesting)].numel() for t in terms.values()
         )
@@ -343,7 +379,7 @@ class Runner:
 
     def pointwise_log_prob(self, traces: list[Any], name: str) -> Tensor:
         """Return one site's log density for each particle, not summed: ``[K, *batch]``."""
-        terms = [site_log_prob(name, trace.nodes[name], scaled=False) for trace in traces]
+        terms = [self._term(name, trace.nodes[name]) for trace in traces]
         if self.mode == "loop":
             return torch.stack(terms)
         (term,) = terms
@@ -452,14 +488,6 @@ def per_datum(term: Tensor, nesting: int, data_dim: int | None, leading: int) ->
     axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]
     term = term.sum(axes) if axes else term
     return term if data_axis is not None else term.unsqueeze(-1)
-
-
-def _log_probs(trace: Any, keep: Callable[[str, Any], bool]) -> dict[str, Tensor]:
-    return {
-        name: site_log_prob(name, node, scaled=False)
-        for name, node in sample_nodes(trace)
-        if keep(name, node)
-    }
 
 
 def choose_mode(

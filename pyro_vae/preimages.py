@@ -80,6 +80,10 @@ class Preimage:
             return value
         return value.clamp(*_within(low, high, value.dtype))
 
+    def double(self) -> Preimage:
+        """Return it in double precision."""
+        return Preimage(self.draw.double(), self.transforms)
+
     def last(self) -> tuple[Any, Preimage]:
         """Return the last transform, and the preimage of what went into it."""
         return self.transforms[-1], Preimage(self.draw, self.transforms[:-1])

@@ -40,6 +40,7 @@ from pyro_vae.particles import (
     is_observed,
 )
 from pyro_vae.plain_errors import trace_of
+from pyro_vae.precision import rounding_of_parameters
 from pyro_vae.recorder import Recorder
 from pyro_vae.results import LogWeights
 from pyro_vae.running import (
@@ -76,6 +77,9 @@ _CHUNK_PAIRS = 8192
 _CHUNK_ELEMENTS = 2**22
 # Draws at the edge of a support that may be averaged over: their log weights are off by some nats.
 _EDGE_SHARE = 1e-3
+# Nats of a datum that float32 parameters of a likelihood may cost before a warning.
+_COARSE = 1e-2
+_told_coarse: set[str] = set()  # sites that were warned of
 # First in the key of every random stream: what it is for.
 _DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
@@ -357,8 +361,8 @@ class Scorer:
                 with Look():
                     found = self.score_guide(half, some)
                     found_joint = torch.stack(self._score(half, some)).sum(0)
-                    same = agree(log_guide[:, half], found)
-                    return same and agree(log_joint[:, half], found_joint)
+                    same = self._agree(log_guide[:, half], found)
+                    return same and self._agree(log_joint[:, half], found_joint)
         return False  # it takes batches of this one size
 
     def guide_runs(self, count: int) -> list[dict[str, Any]]:
@@ -764,6 +768,35 @@ class Scorer:
         reference = score_model()
         choose_mode(self._model, "model", particles, reference, score_model)
         self._check_independent(rows, latents, reference)
+        self._guide.find_double(self._guide.traces(rows, count, values), rows, count)
+        model_traces = self._model.traces(rows, count, latents)
+        self._model.find_double(model_traces, rows, count)
+        self._warn_of_rounding(model_traces[0], rows)
+
+    def _warn_of_rounding(self, trace: Any, rows: slice) -> None:
+        """Say where parameters of a likelihood are too coarse, though it is scored in float64."""
+        for name in self._model.double:
+            node = trace.nodes[name]
+            if not node["is_observed"]:
+                continue
+            moved = rounding_of_parameters(node["fn"], node["value"])
+            # Of all the data together, whose parameters are rounded apart.
+            per_datum = 0.0 if moved is None else float(moved) / (rows.stop - rows.start) ** 0.5
+            if per_datum > _COARSE and name not in _told_coarse:
+                _told_coarse.add(name)
+                logger.warning(
+                    "the model gives the likelihood of %r in float32: its rounding moves the log "
+                    "density of a datum by about %.2g nats, which no standard error counts. Give "
+                    "data, parameters and networks in float64",
+                    name,
+                    per_datum,
+                )
+
+    def _agree(self, reference: Tensor, found: Tensor) -> bool:
+        """Return whether two log densities are equal to the rounding of what they are made of."""
+        if self._model.double or self._guide.double:
+            reference, found = reference.float(), found.float()
+        return agree(reference, found)
 
     def agrees_in_training(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether particles together are scored as each alone, with modules as they are.
@@ -790,9 +823,9 @@ class Scorer:
             values = self._guide.values(self._guide.traces(rows, 2), 2)
             alone, again = (self._log_joint(rows, values) for _ in range(2))
             self._model.mode, self._guide.mode = chosen
-            if not all(map(agree, alone, again)):
+            if not all(map(self._agree, alone, again)):
                 return True
-            return all(map(agree, alone, self._log_joint(rows, values)))
+            return all(map(self._agree, alone, self._log_joint(rows, values)))
 
     def _log_joint(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log p(x, z) and log q(z | x) of given values, [K, N] each."""

@@ -17,6 +17,7 @@ from pyro_vae.batches import Batch, note_dtypes
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
 from pyro_vae.plain_errors import trace_of
+from pyro_vae.precision import widened
 from pyro_vae.preimages import (
     DrawByPreimage,
     Preimage,
@@ -248,17 +249,23 @@ def redrawn(
     return trace_guide(poutine.replay(fn, trace=again), args, kwargs)
 
 
-def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
+def site_log_prob(name: str, node: Any, *, scaled: bool, double: bool = False) -> Tensor:
     """Return a site's log density, of its batch shape, masked, and scaled if asked.
 
     Outside the support of a latent site it is -inf.
+
+    Args:
+        name: the site.
+        node: of a trace.
+        scaled: whether by its scale.
+        double: whether in float64, where its distribution can be had in float64.
 
     Raises:
         ValueError: for a value outside the support that is observed, naming the site.
     """
     fn = node["fn"]
     try:
-        log_prob = _log_prob(node)
+        log_prob = _log_prob(_in_float64(node) if double else node)
     except KeyError as error:
         raise ValueError(
             f"site {name!r}: {fn} knows the density of its own last draw alone, for its transform "
@@ -270,6 +277,16 @@ def site_log_prob(name: str, node: Any, *, scaled: bool) -> Tensor:
             f"{role} site {name!r}: no log density of its value under {fn}: {error}"
         ) from error
     return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
+
+
+def _in_float64(node: Any) -> Any:
+    """Return a node with its distribution, value and preimage in float64, where there are such."""
+    fn, value, preimage = widened(node["fn"]), node["value"], preimage_of(node)
+    if fn is None or "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return node
+    value = value.double() if value.is_floating_point() else value
+    infer = node["infer"] if preimage is None else keep_preimage(node["infer"], preimage.double())
+    return {**node, "fn": fn, "value": value, "infer": infer}
 
 
 def _log_prob(node: Any) -> Tensor:

@@ -60,6 +60,7 @@ LAYERS = {
         "proposals",
         "supports",
         "preimages",
+        "precision",
         "nets",
         "handlers",
         "missing",
