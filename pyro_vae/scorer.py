@@ -771,17 +771,24 @@ class Scorer:
         self._guide.find_double(self._guide.traces(rows, count, values), rows, count)
         model_traces = self._model.traces(rows, count, latents)
         self._model.find_double(model_traces, rows, count)
-        self._warn_of_rounding(model_traces[0], rows)
+        self._warn_of_rounding(
+            model_traces[0], (rows.stop - rows.start) * count // len(model_traces)
+        )
 
-    def _warn_of_rounding(self, trace: Any, rows: slice) -> None:
-        """Say where parameters of a likelihood are too coarse, though it is scored in float64."""
+    def _warn_of_rounding(self, trace: Any, pairs: int) -> None:
+        """Say where parameters of a likelihood are too coarse, though it is scored in float64.
+
+        Args:
+            trace: of the model.
+            pairs: (particle, datum) that it holds.
+        """
         for name in self._model.double:
             node = trace.nodes[name]
             if not node["is_observed"]:
                 continue
             moved = rounding_of_parameters(node["fn"], node["value"])
-            # Of all the data together, whose parameters are rounded apart.
-            per_datum = 0.0 if moved is None else float(moved) / (rows.stop - rows.start) ** 0.5
+            # Of all together, whose parameters are rounded apart.
+            per_datum = 0.0 if moved is None else float(moved) / pairs**0.5
             if per_datum > _COARSE and name not in _told_coarse:
                 _told_coarse.add(name)
                 logger.warning(
