@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 # Over a plate of particles these would normalize another dimension than a datum's own.
 _ROUNDING = 0.05  # nats of a datum that a reported loss may be off by, before a warning
-_told_rounding: set[str] = set()  # sites that were warned of
 
 _NORMALIZATIONS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -145,7 +144,7 @@ def plan(
             guide_trace = trace_guide(guide, args, kwargs)
         with called_modules() as in_model, SameMeasure(guide_trace):
             model_trace = trace_model(model, guide_trace, args, kwargs)
-    _warn_of_rounding(model_trace)
+    _warn_of_rounding(model_trace, (unwrapped(model), unwrapped(guide)))
     nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
     structure, subsampled, mode = None, False, "loop"
     frozen: tuple[nn.Module, ...] = ()
@@ -212,10 +211,10 @@ def plan(
     return layout
 
 
-def _warn_of_rounding(model_trace: Any) -> None:
+def _warn_of_rounding(model_trace: Any, owners: tuple[Any, ...]) -> None:
     """Say where float32 gives another loss: training goes on with it, for gradients mind less."""
     for name, node in sample_nodes(model_trace):
-        if not node["is_observed"] or name in _told_rounding:
+        if not node["is_observed"]:
             continue
         with torch.no_grad(), pyro.validation_enabled(False):
             narrow, wide = (
@@ -223,8 +222,9 @@ def _warn_of_rounding(model_trace: Any) -> None:
             )
         gap = float((narrow.sum() - wide.sum()).abs())
         if gap > _ROUNDING * max(1, narrow.shape[0] if narrow.ndim else 1):
-            _told_rounding.add(name)
-            logger.warning(
+            warn_once(
+                logger,
+                owners,
                 "the loss is off by about %.2g nats: terms of the observed site %r are so large "
                 "that float32 keeps too few of their digits. Its gradients are little hurt by it, "
                 "and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for a loss to "

@@ -62,6 +62,7 @@ from pyro_vae.sites import (
 )
 from pyro_vae.supports import edge_share
 from pyro_vae.traces import is_point, outside_sites, trace_pair
+from pyro_vae.warned_once import warn_once
 
 __all__ = ["Chunk", "DeterministicNode", "Scorer"]
 
@@ -79,7 +80,6 @@ _CHUNK_ELEMENTS = 2**22
 _EDGE_SHARE = 1e-3
 # Nats of a datum that float32 parameters of a likelihood may cost before a warning.
 _COARSE = 1e-2
-_told_coarse: set[str] = set()  # sites that were warned of
 # First in the key of every random stream: what it is for.
 _DRAWS, _CHECKS, _RUNS = 0, 1, 2
 
@@ -789,9 +789,10 @@ class Scorer:
             moved = rounding_of_parameters(node["fn"], node["value"])
             # Of all together, whose parameters are rounded apart.
             per_datum = 0.0 if moved is None else float(moved) / pairs**0.5
-            if per_datum > _COARSE and name not in _told_coarse:
-                _told_coarse.add(name)
-                logger.warning(
+            if per_datum > _COARSE:
+                warn_once(
+                    logger,
+                    (unwrapped(self._model.fn),),
                     "the model gives the likelihood of %r in float32: its rounding moves the log "
                     "density of a datum by about %.2g nats, which no standard error counts. Give "
                     "data, parameters and networks in float64",

@@ -12,7 +12,6 @@ import torch
 import torch.distributions as td
 
 import pyro_vae as pv
-from pyro_vae import layouts, scorer
 from pyro_vae.precision import widened
 
 F64 = torch.float64
@@ -78,7 +77,6 @@ def test_bounds_of_large_counts_in_float32(kind, counts, caplog):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal((mode + mean).float(), (1.2 * sd).float()))
 
-    scorer._told_coarse.clear()
     narrow = model_of(kind, base.float(), load.float())
     found = pv.iwae_bound(narrow, guide, x.float(), num_particles=1000, seed=0)
     coarse = float(next((r.args[1] for r in caplog.records if "float32" in r.msg), 0.0))
@@ -88,7 +86,6 @@ def test_bounds_of_large_counts_in_float32(kind, counts, caplog):
 
 def test_a_loss_of_large_counts_says_that_it_is_off(counts, caplog):
     base, load, x = counts
-    layouts._told_rounding.clear()
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -101,7 +98,6 @@ def test_a_loss_of_large_counts_says_that_it_is_off(counts, caplog):
     assert (
         sum("loss is off by about" in r.message and "'x'" in r.message for r in caplog.records) == 1
     )
-    layouts._told_rounding.clear()
     caplog.clear()
     pv.ELBO().loss(model_of("Poisson", base, load), guide, x)
     assert not caplog.records
@@ -110,7 +106,6 @@ def test_a_loss_of_large_counts_says_that_it_is_off(counts, caplog):
 def test_parameters_that_are_too_coarse_are_warned_of(counts, caplog):
     """Where counts are twice their mean, a rounding of the mean counts to first order."""
     base, load, x = counts
-    scorer._told_coarse.clear()
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -123,7 +118,6 @@ def test_parameters_that_are_too_coarse_are_warned_of(counts, caplog):
     mean = base * torch.exp(0.5 * load)
     by_hand = (torch.finfo(torch.float32).eps / 2 * (2 * x - mean)).square().sum(1).sqrt().mean()
     assert told == pytest.approx(by_hand.item(), rel=0.2)
-    scorer._told_coarse.clear()
     caplog.clear()
     pv.elbo(model_of("Poisson", base, load), guide, 2 * x, num_particles=2, seed=0)
     assert not [r for r in caplog.records if "float32" in r.message]
