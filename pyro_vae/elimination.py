@@ -19,7 +19,8 @@ from torch import Tensor
 
 __all__ = ["Axis", "Factor", "Variable", "eliminate", "to_plates"]
 
-# ("plate", its name) or ("enum", Pyro's number of an enumerated dimension).
+# ("plate", its name), ("enum", Pyro's number of an enumerated dimension), or ("given", a name) of
+# values side by side that are not summed over.
 Axis = tuple[str, Any]
 
 
@@ -150,9 +151,10 @@ def _logsumexp(tensor: Tensor, axis: int) -> Tensor:
 
 def to_plates(factor: Factor, dims: Mapping[str, int], trailing: Sequence[Axis] = ()) -> Tensor:
     """Lay a factor out as the plates are, with other axes after them."""
-    plates = sorted(factor.plates, key=lambda axis: dims[axis[1]])
-    tensor = _aligned(factor, (*plates, *trailing))
-    shape = [1] * -min((dims[name] for _, name in plates), default=0)
-    for (_, name), size in zip(plates, tensor.shape, strict=False):
+    placed = [axis for axis in factor.axes if axis[0] != "enum"]
+    placed.sort(key=lambda axis: dims[axis[1]])
+    tensor = _aligned(factor, (*placed, *trailing))
+    shape = [1] * -min((dims[name] for _, name in placed), default=0)
+    for (_, name), size in zip(placed, tensor.shape, strict=False):
         shape[dims[name]] = size
-    return tensor.reshape([*shape, *tensor.shape[len(plates) :]])
+    return tensor.reshape([*shape, *tensor.shape[len(placed) :]])

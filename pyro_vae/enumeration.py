@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,12 +100,15 @@ def summed_out(
 
 
 def enumerated(
-    model: Callable[..., Any], names: Iterable[str], first_available_dim: int
+    model: Callable[..., Any],
+    names: Iterable[str],
+    first_available_dim: int,
+    expand: Container[str] = (),
 ) -> Callable[..., Any]:
     """Return the model with just these sites enumerated in parallel.
 
-    Whatever the user wrote in ``infer={"enumerate": ...}`` does not count. Sites that a
-    replay gives a value must not be among the names. A replay goes outside of this
+    Whatever the user wrote in ``infer={"enumerate": ...}`` does not count, but "expand". Sites
+    that a replay gives a value must not be among the names. A replay goes outside of this
     (``replay(enumerated(model, ...), trace)``), a plate of particles inside.
 
     Args:
@@ -113,6 +116,8 @@ def enumerated(
         names: the sites to enumerate.
         first_available_dim: the first dimension left of all plates, the particles' too:
             -1 - nesting.
+        expand: those whose values have the full shape of their plates, as those of which the
+            program itself says so.
     """
     wanted = frozenset(names)
 
@@ -122,7 +127,7 @@ def enumerated(
         # as of a guide that asks its model for a posterior, must find it as it was.
         saved = dict(vars(_ENUM_ALLOCATOR))
         try:
-            with EnumMessenger(first_available_dim), _Mark(wanted):
+            with EnumMessenger(first_available_dim), _Mark(wanted, expand):
                 return model(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
@@ -168,19 +173,25 @@ def with_placeholder(guide: Callable[..., Any], plate: Plate | None) -> Callable
 class _Mark(Messenger):
     """Marks the named sites, and no other, for parallel enumeration over all their values."""
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], expand: Container[str]) -> None:
         super().__init__()
         self.names = names
+        self.expand = expand
 
     def _pyro_sample(self, msg: Any) -> None:
         own = ("enumerate", "expand", "num_samples", "tmc")
-        msg["infer"] = {key: value for key, value in msg["infer"].items() if key not in own}
+        infer = {key: value for key, value in msg["infer"].items() if key not in own}
         if msg["name"] in self.names:
-            msg["infer"]["enumerate"] = "parallel"
+            expand = msg["name"] in self.expand or msg["infer"].get("expand", False)
+            infer.update(enumerate="parallel", expand=expand)
+        msg["infer"] = infer
 
 
 def contract(
-    trace: Any, log_probs: Mapping[str, Tensor], nesting: int
+    trace: Any,
+    log_probs: Mapping[str, Tensor],
+    nesting: int,
+    given: Mapping[str, int] | None = None,
 ) -> dict[tuple[str, ...], Tensor]:
     r"""Sum the enumerated sites out of a trace's log densities, exactly.
 
@@ -196,6 +207,8 @@ def contract(
             ``fn.log_prob(value)`` shapes them (enumerated dimensions left of the plates).
             With just the latent sites among them, the result is their marginal density.
         nesting: plate dimensions, the particles' too: those on the left are enumerated.
+        given: sites whose values lie side by side too, and are not summed over (proposals that
+            a guide enumerates), with their dimensions, which count among ``nesting``.
 
     Returns:
         Groups of sites to tensors without enumerated dimensions, of at most ``nesting``
@@ -207,37 +220,47 @@ def contract(
         ValueError: for a model whose sum is not a product over plates (sites in plates
             that are not nested), naming the sites.
     """
-    variables = variables_of(trace)
+    given = given or {}
+    variables = variables_of(trace, given)
     nodes = dict(sample_nodes(trace))
     result: dict[tuple[str, ...], Tensor] = {}
     factors = []
     for name, log_prob in log_probs.items():
-        factor = site_factor(name, nodes[name], log_prob, nesting, variables)
+        factor = site_factor(name, nodes[name], log_prob, nesting, variables, given)
         if factor.enum_axes:
             factors.append(factor)
         else:
             extra = max(0, log_prob.ndim - nesting)
             result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
     rest, _ = eliminate(factors, variables)
-    dims = plate_dims(nodes.values())
+    dims = {**plate_dims(nodes.values()), **{_given(name): dim for name, dim in given.items()}}
     for factor in rest:
         names = tuple(name for name in nodes if name in factor.sites)
         result[names] = to_plates(factor, dims)
     return result
 
 
-def scaled_by(trace: Any, group: Sequence[str]) -> str:
+def scaled_by(trace: Any, group: Sequence[str], given: Container[str] = ()) -> str:
     """Return the site of a group whose scale (subsampling, poutine.scale) the group has.
 
     A discrete site that is summed out has no term of its own to weigh, so KL warm-up
     (:class:`pyro_vae.handlers.LatentScale`) may have left it with another scale than the rest.
+
+    Args:
+        trace: of the model.
+        group: of its sites.
+        given: as in :func:`contract`.
 
     Raises:
         ValueError: where the scales differ else: the scale stands outside the sum over the
             discrete values, and so must be one for all.
     """
     nodes = {name: trace.nodes[name] for name in group}
-    summed = {name for name, node in nodes.items() if "_enumerate_dim" in node["infer"]}
+    summed = {
+        name
+        for name, node in nodes.items()
+        if "_enumerate_dim" in node["infer"] and name not in given
+    }
     chosen = next((name for name in group if name not in summed), group[0])
     wanted = nodes[chosen]["scale"]
     for name, node in nodes.items():
@@ -400,12 +423,12 @@ def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict
     return result
 
 
-def variables_of(trace: Any) -> dict[Axis, Variable]:
+def variables_of(trace: Any, given: Container[str] = ()) -> dict[Axis, Variable]:
     """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
     found = []
     for name, node in latent_nodes(trace):
         dim = node["infer"].get("_enumerate_dim")
-        if dim is not None:
+        if dim is not None and name not in given:
             axis = ("enum", node["infer"]["_dim_to_id"][dim])
             found.append(Variable(name, axis, _frames(node)))
     return {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
@@ -420,14 +443,25 @@ def plate_dims(nodes: Iterable[Any]) -> dict[str, int]:
     return {frame.name: frame.dim for node in nodes for frame in _frames(node)}
 
 
+def _given(name: str) -> str:
+    return f"values of {name}"
+
+
 def site_factor(
-    name: str, node: Any, log_prob: Tensor, nesting: int, variables: Mapping[Axis, Variable]
+    name: str,
+    node: Any,
+    log_prob: Tensor,
+    nesting: int,
+    variables: Mapping[Axis, Variable],
+    given: Mapping[str, int] | None = None,
 ) -> Factor:
     """Return a site's log density with its axes named.
 
     Batch dimensions in no plate are added up: without a plate they are one event.
     """
-    own = node["infer"].get("_enumerate_dim")
+    given = given or {}
+    own = None if name in given else node["infer"].get("_enumerate_dim")
+    side_by_side = {dim: site for site, dim in given.items()}
     if own is not None and (node["mask"] is not None or _is_masked(node["fn"])):
         log_prob = unmasked_log_prob(node)
     frames = {frame.dim: frame for frame in _frames(node)}
@@ -442,6 +476,9 @@ def site_factor(
         if dim in frames:
             axes.append(("plate", frames[dim].name))
             shape.append(frames[dim].size if size == 1 and frames[dim].size > 0 else size)
+        elif dim in side_by_side and size > 1:
+            axes.append(("given", _given(side_by_side[dim])))
+            shape.append(size)
         elif dim in ids and ("enum", ids[dim]) in variables and (size > 1 or dim == own):
             axes.append(("enum", ids[dim]))
             shape.append(size)

@@ -216,6 +216,11 @@ def impute(
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
+    if not (structure.local_latents or structure.global_latents):
+        raise ValueError(
+            "impute: the model has no latent site, so what is missing does not depend on what was "
+            "seen but through the likelihood: draw from it (pyro.infer.Predictive)"
+        )
     sites = [
         site for site in structure.observed if site.missing is not None and bool(site.missing.any())
     ]

@@ -18,12 +18,15 @@ from pyro_vae.batches import Batch, arguments
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
 from pyro_vae.masks import lift_masks
+from pyro_vae.particles import UnnamedDrawsError
 from pyro_vae.plain_errors import text_of, trace_of
+from pyro_vae.preimages import preimage_of
 from pyro_vae.running import FirstValues, called_modules, evaluation, preserved_rng, unwrapped
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
     Structure,
+    batch_nesting,
     check_stable,
     drawn_subsamples,
     guide_factors,
@@ -31,11 +34,10 @@ from pyro_vae.sites import (
     is_enumerable,
     is_subsampled,
     latent_nodes,
-    plate_nesting,
     sample_nodes,
 )
 from pyro_vae.supports import SameMeasure
-from pyro_vae.traces import site_log_prob, trace_guide, trace_model, values_trace
+from pyro_vae.traces import GiveValues, site_log_prob, trace_guide, trace_model
 from pyro_vae.warned_once import warn_once
 
 __all__ = ["Layout", "device_of", "hide", "plan"]
@@ -84,6 +86,11 @@ class Layout:
     def first_enum_dim(self) -> int:
         """The first dimension left of all plates, negative."""
         return -1 - self.nesting - (self.mode == "plate")
+
+    @property
+    def first_summed_dim(self) -> int:
+        """The first dimension left of those of the guide's enumerated proposals, negative."""
+        return self.first_enum_dim - len(self.enumerated)
 
     @property
     def data_dim(self) -> int | None:
@@ -145,9 +152,10 @@ def plan(
         with called_modules() as in_model, SameMeasure(guide_trace):
             model_trace = trace_model(model, guide_trace, args, kwargs)
     _warn_of_rounding(model_trace, (unwrapped(model), unwrapped(guide)))
-    nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+    nesting = batch_nesting(model_trace, guide_trace)
     structure, subsampled, mode = None, False, "loop"
     frozen: tuple[nn.Module, ...] = ()
+    _check_local_samples(guide_trace)
     asked = () if enumeration == "no" else _asked(guide_trace)
     hidden, enumerated_sites = ((), asked) if enumeration == "expectation" else (asked, ())
     if hidden:
@@ -201,13 +209,10 @@ def plan(
     if layout.summed_out:
         _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
     if layout.enumerated:
+        infer = {name: guide_trace.nodes[name]["infer"] for name in layout.enumerated}
+        expand = tuple(name for name in layout.enumerated if infer[name].get("expand"))
         for fn, trace in ((model, model_trace), (guide, guide_trace)):
-            _check_enumerated(fn, trace, layout.enumerated, nesting, args, kwargs)
-    if layout.enumerated and layout.summed_out:
-        raise ValueError(
-            f"the guide enumerates {list(layout.enumerated)} and does not propose "
-            f"{list(layout.summed_out)}; propose all discrete latents, or none"
-        )
+            _check_enumerated(fn, trace, layout.enumerated, nesting, args, kwargs, expand)
     return layout
 
 
@@ -243,6 +248,18 @@ def _asked(guide_trace: Any) -> tuple[str, ...]:
     )
 
 
+def _check_local_samples(guide_trace: Any) -> None:
+    """Raise ValueError for proposals that ask for several draws of their own."""
+    for name, node in latent_nodes(guide_trace):
+        count = node["infer"].get("num_samples")
+        if count is not None and not is_enumerable(node["fn"]):
+            raise ValueError(
+                f"the guide's site {name!r} asks for {count} draws of its own "
+                "(infer={'num_samples': ...}), which are for pyro.infer.TraceEnum_ELBO alone. "
+                f"Leave it out, and give the loss num_particles={count}"
+            )
+
+
 def _check_hidden(
     guide: Callable[..., Any],
     guide_trace: Any,
@@ -276,15 +293,19 @@ def _check_summed_out(
     nesting: int,
     args: Any,
     kwargs: Any,
+    expand: tuple[str, ...] = (),
 ) -> None:
     """Raise ValueError where the values of a site do not run together as each alone."""
+    others = {  # the model's own minibatch among them
+        name: node["value"]
+        for name, node in model_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and name not in names
+    }
+    kept = {name: preimage_of(model_trace.nodes[name]) for name in others}
+    preimages = {name: preimage for name, preimage in kept.items() if preimage is not None}
 
     def run(fn: Callable[..., Any], values: Mapping[str, Tensor]) -> Any:
-        given = values_trace(values)
-        for name, node in model_trace.nodes.items():
-            if node["type"] == "sample" and not node["is_observed"] and name not in names:
-                given.add_node(name, **node)  # the model's own minibatch among them
-        return trace_of(poutine.replay(fn, trace=given), args, kwargs)
+        return trace_of(GiveValues({**others, **values}, preimages)(fn), args, kwargs)
 
     with (
         torch.no_grad(),
@@ -293,7 +314,7 @@ def _check_summed_out(
         pyro.validation_enabled(False),
         poutine.block(),
     ):
-        together = lift_masks(run(enumerated(model, names, -1 - nesting), {}), names)
+        together = lift_masks(run(enumerated(model, names, -1 - nesting, expand), {}), names)
 
         def alone(values: dict[str, Tensor]) -> Any:
             shapes = {name: model_trace.nodes[name]["value"].ndim for name in names}
@@ -311,13 +332,14 @@ def _check_enumerated(
     nesting: int,
     args: Any,
     kwargs: Any,
+    expand: tuple[str, ...],
 ) -> None:
     """Raise ValueError where there is no expectation over a guide's values, entry by entry.
 
     The values are weighted as those that are summed out are, and must run together as those do.
     """
     try:
-        _check_summed_out(fn, trace, names, nesting, args, kwargs)
+        _check_summed_out(fn, trace, names, nesting, args, kwargs, expand)
     except ValueError as error:
         raise ValueError(
             f"the guide enumerates {list(names)}, over which there is no expectation entry by "
@@ -340,7 +362,7 @@ def _structure(
         except DataPlateError:
             return inspect(model, batch, data_plate=False)
         return structure if structure.local_latents else inspect(model, batch, data_plate=False)
-    structure = inspect(model, batch, data_plate=data_plate)
+    structure = inspect(model, batch, data_plate=data_plate, latents_needed=False)
     check_stable(model, batch, structure, runs=0)
     for site in structure.sites.values():
         for plate in site.plates:
@@ -394,6 +416,10 @@ def _choose_mode(
     if not normalized:
         try:
             together = scorer(data_plate=plate.name if by_name and plate is not None else False)
+        except UnnamedDrawsError:
+            if needed:
+                raise
+            return "loop", "random numbers are drawn outside of sample statements"
         except ValueError:
             # Without a weight for each datum, the guide may be joint over the data.
             if needed or not by_name:

@@ -110,7 +110,7 @@ class TrainingData:
 
     def _inspect(self, batch: Batch, data_plate: str | bool | None) -> Structure:
         try:
-            return inspect(self._model, batch, data_plate=data_plate)
+            return inspect(self._model, batch, data_plate=data_plate, latents_needed=False)
         except Exception as error:
             found = self._under_guide(batch, data_plate) if self._as_svi else None
             if found is None:

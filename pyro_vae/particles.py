@@ -17,7 +17,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -35,13 +34,14 @@ from pyro_vae.plain_errors import text_of, trace_of
 from pyro_vae.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.running import Look, unwrapped
 from pyro_vae.sites import latent_nodes, sample_nodes
-from pyro_vae.traces import site_log_prob, values_trace
+from pyro_vae.traces import GiveValues, site_log_prob
 from pyro_vae.warned_once import warn_once
 
 __all__ = [
     "MODES",
     "Runner",
     "SiteShape",
+    "UnnamedDrawsError",
     "agree",
     "choose_mode",
     "is_any",
@@ -57,6 +57,10 @@ MODES: tuple[str, ...] = ("plate", "repeat", "loop")
 _ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
 
 _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
+
+
+class UnnamedDrawsError(ValueError):
+    """A model or guide draws random numbers that no sample statement knows."""
 
 
 @dataclass(frozen=True)
@@ -442,7 +446,7 @@ class Runner:
                 for name, value in values.items()
                 if (shape := self.shapes[name]).preimage_of is not None
             }
-            fn = poutine.replay(fn, trace=values_trace(values, preimages))
+            fn = GiveValues(values, preimages)(fn)
         with self._table_rows(rows, times), DrawByPreimage():
             trace = trace_of(fn, batch.args, batch.kwargs)
         return lift_masks(trace, summed) if summed else trace
@@ -517,11 +521,19 @@ def choose_mode(
             return
         gap = float((reference - found).abs().max())
         reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
+    runner.mode = "loop"
+    if not agree(reference, score()):
+        raise UnnamedDrawsError(
+            f"the {role} draws random numbers outside of sample statements: its log density of the "
+            "same latents is another in each run, and a weight of each draw needs one. Give the "
+            "draw a name with pyro.sample, as a latent of its own; or, if it is dropout in "
+            f"training mode, call .eval() on the {role}'s modules. A mean over particles (pv.ELBO) "
+            "is well defined, and trains it"
+        )
     raise ValueError(
         f"the {role}'s log density of several particles does not agree with that of each alone "
-        f"({'; '.join(reasons)}). If the {role} draws random numbers outside of sample "
-        "statements (dropout in training mode), call .eval() on its modules; else its "
-        "broadcasting over the particle dimension, the leftmost, is wrong"
+        f"({'; '.join(reasons)}): its broadcasting over the particle dimension, the leftmost, is "
+        "wrong"
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_vae.batches import Batch
 from pyro_vae.particles import per_datum
 from pyro_vae.running import evaluation, preserved_rng
-from pyro_vae.sites import Plate, is_point, plate_nesting, sample_nodes
+from pyro_vae.sites import Plate, batch_nesting, is_point, sample_nodes
 from pyro_vae.traces import site_log_prob, trace_given, trace_pair
 
 __all__ = ["NotSetUpError", "bound_to_order", "set_up_before"]
@@ -116,7 +116,7 @@ class _Answers:
     @classmethod
     def of(cls, traces: tuple[Any, Any], plate: Plate, size: int) -> _Answers:
         answers = cls(plate, size)
-        nesting = max(map(plate_nesting, traces))
+        nesting = max(map(batch_nesting, traces))
         local = {
             name
             for trace in traces

@@ -52,12 +52,12 @@ from pyro_vae.running import (
     unwrapped,
 )
 from pyro_vae.sites import (
+    batch_nesting,
     check_stable,
     drawn_subsamples,
     guide_factors,
     inspect,
     latent_nodes,
-    plate_nesting,
     sample_nodes,
 )
 from pyro_vae.supports import edge_share
@@ -161,7 +161,9 @@ class Scorer:
         self._modules = (model, guide)
         self._first = FirstValues()  # the same ones for all that is scored
         with evaluation(*self._modules, first=self._first), preserved_rng(batch.device):
-            self.structure = inspect(model, batch, data_plate=data_plate, strict=True)
+            self.structure = inspect(
+                model, batch, data_plate=data_plate, strict=True, latents_needed=False
+            )
             self.structure.require_no_globals()
             check_stable(model, batch, self.structure)
             plate = self.structure.data_plate
@@ -184,7 +186,7 @@ class Scorer:
                 self.point_sites = points(guide, batch, guide_trace)
                 name = plate.name if plate else None
                 self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
-                if self.summed_out and not list(latent_nodes(guide_trace)):
+                if not list(latent_nodes(guide_trace)):
                     guide = with_placeholder(guide, plate)
                     model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
         if factors := guide_factors(guide_trace):
@@ -194,7 +196,7 @@ class Scorer:
                 "alone, else put them in the distribution that the guide samples from"
             )
         check_per_datum(self.structure, model_trace, guide_trace)
-        self.nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+        self.nesting = batch_nesting(model_trace, guide_trace)
         self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
         self._scorable = all(
             not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
@@ -662,6 +664,9 @@ class Scorer:
     def _score(self, rows: slice, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         num_particles = next(iter(values.values())).shape[0]
         traces = self._model.traces(rows, num_particles, self._latents(values))
+        if not any(site.kind != "observed" for site in self.structure.sites.values()):
+            log_likelihood = self._model.log_prob(traces, rows, num_particles, is_observed)
+            return log_likelihood, torch.zeros_like(log_likelihood)
         log_prior = self._model.log_prob(traces, rows, num_particles, is_latent)
         if not self.summed_out:
             log_likelihood = self._model.log_prob(traces, rows, num_particles, is_observed)

@@ -23,6 +23,7 @@ __all__ = [
     "Plate",
     "Site",
     "Structure",
+    "batch_nesting",
     "check_guide",
     "check_stable",
     "drawn_subsamples",
@@ -34,7 +35,6 @@ __all__ = [
     "latent_nodes",
     "left_out",
     "plain_distribution",
-    "plate_nesting",
     "point_of",
     "sample_nodes",
     "unvalidated",
@@ -147,7 +147,7 @@ class Structure:
     Attributes:
         sites: name to Site, in the order of the model.
         data_plate: the plate of the data; None where the model is treated as one datum.
-        max_plate_nesting: number of batch dimensions that plates take up.
+        max_plate_nesting: number of batch dimensions that plates, and sites in none, take up.
         num_data: data in this batch (1 where the model is treated as one datum).
         sequential: plates that are iterated over (``for i in pyro.plate(...)``) and draw a
             subsample: their sites are others in each run.
@@ -210,6 +210,7 @@ def inspect(
     *batch: Any,
     data_plate: str | bool | None = None,
     strict: bool = False,
+    latents_needed: bool = True,
 ) -> Structure:
     """Run the model once on a batch and return its structure.
 
@@ -222,6 +223,8 @@ def inspect(
             treat the whole batch as one datum.
         strict: whether to refuse values outside the support of a likelihood that does not
             validate them (validate_args=False): training may take them, a bound on log p(x) not.
+        latents_needed: whether a model without latents is an error; else its data plate is the
+            one that holds all that is observed.
 
     Returns:
         A Structure.
@@ -244,7 +247,7 @@ def inspect(
     if data_plate is False:
         kinds = {name: _with_kind(site, "global latent") for name, site in sites.items()}
         return Structure(kinds, None, nesting, 1, sequential)
-    plate = _find_data_plate(sites, None if data_plate is True else data_plate)
+    plate = _find_data_plate(sites, None if data_plate is True else data_plate, latents_needed)
     if arguments.size is not None and not plate.drawn and plate.size != arguments.size:
         raise DataPlateError(
             f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
@@ -363,15 +366,20 @@ def latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, node
 
 
-def plate_nesting(trace: Any) -> int:
-    """Return how many batch dimensions the vectorized plates of a trace take up."""
-    dims = [
-        frame.dim
-        for _, node in sample_nodes(trace)
-        for frame in node["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims, default=0)
+def batch_nesting(*traces: Any) -> int:
+    """Return how many batch dimensions sites take up: those of vectorized plates, and others.
+
+    What is left of all of them is free for particles and for the values of discrete sites.
+    """
+    depth = 0
+    for trace in traces:
+        for _, node in sample_nodes(trace):
+            if not node["infer"].get("_deterministic"):
+                depth = max(depth, len(node["fn"].batch_shape))
+            for frame in node["cond_indep_stack"]:
+                if frame.vectorized:
+                    depth = max(depth, -frame.dim)
+    return depth
 
 
 def check_stable(
@@ -504,7 +512,7 @@ def run_model(
             scale=node["scale"],
         )
     vectorized = {plate.name for site in sites.values() for plate in site.plates}
-    return sites, plate_nesting(trace), tuple(sorted(drawn - vectorized))
+    return sites, batch_nesting(trace), tuple(sorted(drawn - vectorized))
 
 
 @contextlib.contextmanager
@@ -655,7 +663,7 @@ def _outside_text(inside: Tensor, plates: Mapping[int, Plate]) -> str:
     return f"{rows_text(bad)} of plate {plates[outermost].name!r}"
 
 
-def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
+def _find_data_plate(sites: Mapping[str, Site], name: str | None, latents_needed: bool) -> Plate:
     observed = [site for site in sites.values() if site.kind == "observed"]
     latents = [site for site in sites.values() if site.kind == "latent"]
     if not observed:
@@ -663,7 +671,7 @@ def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
             "the model observes nothing: no sample statement has obs=...; its latent sites are "
             f"{_names(latents)}"
         )
-    if not latents:
+    if not latents and latents_needed:
         raise DataPlateError(
             f"the model has no latent site, only observed ones: {_names(observed)}"
         )
@@ -681,7 +689,10 @@ def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
             "to treat the whole batch as one datum"
         )
     candidates = {
-        plate.name: plate for site in latents for plate in site.plates if plate.name in shared
+        plate.name: plate
+        for site in latents or observed
+        for plate in site.plates
+        if plate.name in shared
     }
     if not candidates:
         raise DataPlateError(
@@ -695,13 +706,15 @@ def _find_data_plate(sites: Mapping[str, Site], name: str | None) -> Plate:
         name: {site.name for site in latents if name in {plate.name for plate in site.plates}}
         for name in candidates
     }
+    if not latents and len(candidates) == 1:
+        return next(iter(candidates.values()))
     widest = [
         name for name in held if all(held[name] > held[other] for other in held if other != name)
     ]
     if len(widest) != 1:
         raise DataPlateError(
-            f"the data plate is not plain: {sorted(candidates)} each hold every observed site "
-            "and a latent one; name it with data_plate="
+            f"the data plate is not plain: {sorted(candidates)} each hold every observed site"
+            f"{' and a latent one' if latents else ''}; name it with data_plate="
         )
     return candidates[widest[0]]
 
@@ -721,7 +734,7 @@ def _named_data_plate(
             f"the observed sites {_names(outside)} lie outside the data plate {name!r}; move "
             "them inside it"
         )
-    if all(name not in {plate.name for plate in site.plates} for site in latents):
+    if latents and all(name not in {plate.name for plate in site.plates} for site in latents):
         raise DataPlateError(
             f"no latent site lies inside the data plate {name!r}; the latent sites are "
             f"{_names(latents)}. Pass data_plate=False to treat the whole batch as one datum"

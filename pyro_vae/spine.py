@@ -96,7 +96,7 @@ class Run:
             guide = _repeat_rows(guide, num_particles)
             args, kwargs = repeated.args, repeated.kwargs
         if layout.summed_out:
-            model = enumerated(model, layout.summed_out, layout.first_enum_dim)
+            model = enumerated(model, layout.summed_out, layout.first_summed_dim)
         if layout.enumerated:
             guide = enumerated(guide, layout.enumerated, layout.first_enum_dim)
         self.args, self.kwargs = args, kwargs
@@ -329,15 +329,19 @@ class Run:
                     yield name, self.log_prob(name, nodes, scaled=scaled)
             return
         found: dict[str, list[Tensor]] = {}
-        for model_trace, _ in self._pairs:
+        for model_trace, guide_trace in self._pairs:
+            given = {
+                name: guide_trace.nodes[name]["infer"]["_enumerate_dim"]
+                for name in self.layout.enumerated
+            }
             log_probs = {
                 name: site_log_prob(name, model_trace.nodes[name], scaled=False)
                 for name in nodes_of
                 if name not in skip
             }
-            nesting = -1 - self.layout.first_enum_dim
-            for group, term in contract(model_trace, log_probs, nesting).items():
-                name = scaled_by(model_trace, group)
+            nesting = -1 - self.layout.first_summed_dim
+            for group, term in contract(model_trace, log_probs, nesting, given).items():
+                name = scaled_by(model_trace, group, given)
                 scale = self.scale(model_trace.nodes[name]) if scaled else 1.0
                 found.setdefault(name, []).append(scale_and_mask(term, scale))
         for name, terms in found.items():

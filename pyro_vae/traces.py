@@ -41,6 +41,7 @@ from pyro_vae.supports import SameMeasure, has_mask, inside, is_fixed
 
 __all__ = [
     "OUTSIDE",
+    "GiveValues",
     "ReplaceDraws",
     "dependencies",
     "dream",
@@ -57,7 +58,6 @@ __all__ = [
     "trace_model",
     "trace_pair",
     "under_guide",
-    "values_trace",
 ]
 
 OUTSIDE = ", outside its support"  # ends what is said of a site
@@ -153,6 +153,33 @@ class ReplaceDraws(Messenger):
             msg["value"], msg["infer"] = moved["value"], moved["infer"]
 
 
+class GiveValues(Messenger):
+    """Gives sites their values, and leaves all else that is known of them as it is.
+
+    A replay puts the sites of its trace in the place of the program's own; Pyro's messenger
+    guides (AutoNormalMessenger) keep the prior there.
+
+    Args:
+        values: of latent sites, and of the subsamples of plates.
+        preimages: of some of them.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], preimages: Mapping[str, Preimage] | None = None
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.preimages = preimages or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if not msg["is_observed"] and name in self.values:
+            msg["value"] = self.values[name]
+            msg["done"] = True
+            if name in self.preimages:
+                msg["infer"] = keep_preimage(msg["infer"], self.preimages[name])
+
+
 def dream(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the model with observed sites drawn as well; return its trace, unseen from outside."""
     with poutine.block():
@@ -163,7 +190,7 @@ def trace_given(
     fn: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> Any:
     """Run a model or guide with the values of its latent sites given; return its trace."""
-    return trace_guide(poutine.replay(fn, trace=values_trace(values)), args, kwargs)
+    return trace_guide(GiveValues(values)(fn), args, kwargs)
 
 
 def dependencies(
@@ -211,25 +238,6 @@ def _another_value(node: Any) -> Tensor:
         if not torch.equal(value, node["value"]):
             break
     return value
-
-
-def values_trace(
-    values: Mapping[str, Tensor], preimages: Mapping[str, Preimage] | None = None
-) -> Any:
-    """Return a trace that holds nothing but the values of sites, to replay.
-
-    Args:
-        values: by site.
-        preimages: of some of them.
-    """
-    trace = poutine.Trace()
-    for name, value in values.items():
-        kept = None if preimages is None else preimages.get(name)
-        infer = {} if kept is None else keep_preimage({}, kept)
-        trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer=infer, fn=None
-        )
-    return trace
 
 
 def redrawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -776,3 +777,121 @@ def test_a_guide_that_enumerates_what_others_see_the_mean_of_is_refused(inner):
     with pytest.raises(ValueError, match=r"the guide enumerates \['c'\].*Leave infer") as error:
         pv.ELBO().loss(model, guide, x)
     assert "'x'" in str(error.value)
+
+
+# --- proposals that the guide enumerates
+
+
+X3 = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
+
+
+def mixed_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
+        m = pyro.sample("m", dist.Bernoulli(torch.tensor([0.2, 0.6], dtype=x.dtype)[z]))
+        pyro.sample("x", dist.Normal(2.0 * m + z, 1.0), obs=x)
+
+
+def mixed_guide(x):
+    logits = pyro.param("logits", torch.tensor([-2.0, -1.0, 2.0], dtype=x.dtype))
+    with pyro.plate("data", len(x)):
+        pyro.sample("m", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+
+
+def mixed_elbo(logits):
+    """E_q(m)[log sum_z p(z) p(m | z) p(x | m, z) - log q(m)], by a sum of four terms."""
+    total = torch.zeros((), dtype=X3.dtype)
+    for m, log_q in (
+        (0, -torch.nn.functional.softplus(logits)),
+        (1, -torch.nn.functional.softplus(-logits)),
+    ):
+        terms = []
+        for z, (p, q) in enumerate(((0.3, 0.2), (0.7, 0.6))):
+            of_m = math.log(q if m else 1 - q)
+            terms.append(math.log(p) + of_m + dist.Normal(2.0 * m + z, 1.0).log_prob(X3))
+        joint = torch.logsumexp(torch.stack(terms), 0)
+        total = total + (log_q.exp() * (joint - log_q)).sum()
+    return total
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [pv.ELBO(), pv.ELBO(kl="sample"), pv.ELBO(3), pv.ELBO(2, vectorize_particles=False)],
+    ids=repr,
+)
+def test_a_guide_enumerates_some_sites_and_the_model_sums_others(loss):
+    pyro.clear_param_store()
+    value = loss.loss_and_grads(mixed_model, mixed_guide, X3)
+    logits = torch.tensor([-2.0, -1.0, 2.0], dtype=X3.dtype, requires_grad=True)
+    exact = mixed_elbo(logits)
+    exact.backward()
+    assert value == pytest.approx(-exact.item(), rel=1e-12)
+    found = pyro.param("logits").unconstrained().grad
+    torch.testing.assert_close(found, -logits.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_enumerated_and_summed_sites_in_inner_plates():
+    """m of each datum by the guide, c of each feature summed out given it: all by hand."""
+    x = data(3, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            m = pyro.sample("m", dist.Bernoulli(torch.tensor(0.4, dtype=x.dtype)))
+            with pyro.plate("features", 2, dim=-1):
+                c = pyro.sample("c", dist.Categorical(WEIGHTS))
+                pyro.sample("x", dist.Normal(MEANS[c] + 2 * m, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            probs = torch.tensor([[0.1], [0.5], [0.8]], dtype=x.dtype)
+            pyro.sample("m", dist.Bernoulli(probs), infer={"enumerate": "parallel"})
+
+    total = torch.zeros((), dtype=x.dtype)
+    q = torch.tensor([0.1, 0.5, 0.8], dtype=x.dtype)
+    for m, weight, prior in ((0, 1 - q, 0.6), (1, q, 0.4)):
+        terms = WEIGHTS.log() + dist.Normal(MEANS + 2 * m, 1.0).log_prob(x[..., None])
+        joint = torch.logsumexp(terms, -1).sum(-1) + math.log(prior)
+        total = total + (weight * (joint - weight.log())).sum()
+    for loss in (pv.ELBO(), pv.ELBO(2), pv.ELBO(2, vectorize_particles=False)):
+        assert -loss.loss(model, guide, x) == pytest.approx(total.item(), rel=1e-12)
+
+
+def test_values_of_a_plates_full_shape_where_the_guide_asks_for_them():
+    """config_enumerate(guide, expand=True), for models that broadcast no values of size one."""
+    x = data(6, 2)
+    weights = data(5, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            y = pyro.sample("y", dist.OneHotCategorical(x.new_ones(3)))
+            both = torch.cat([z.expand(*y.shape[:-1], 2), y], -1)
+            pyro.sample("x", dist.Normal(both @ weights, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("y", dist.OneHotCategorical(x.new_ones(6, 3)))
+
+    guide = pyro.infer.config_enumerate(guide, "parallel", expand=True)
+    losses = []
+    for loss in (pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), pv.ELBO(kl="sample")):
+        torch.manual_seed(0)
+        losses.append(loss.loss(model, guide, x))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_draws_of_a_sites_own_are_refused_by_name():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            infer = {"enumerate": "parallel", "num_samples": 1000}
+            pyro.sample("z", dist.Normal(x, 0.5), infer=infer)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.2), obs=x)
+
+    for loss in (pv.ELBO(), pv.IWAE(2), pv.WakeSleep(2)):
+        with pytest.raises(ValueError, match="'z' asks for 1000 draws .*num_particles=1000"):
+            loss.loss(model, guide, X3)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from models import encoder, factor_analysis, log_normal_evidence, log_normal_model
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormalMessenger
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
@@ -786,3 +788,114 @@ def test_a_masked_factor_counts_where_it_is_seen():
     exact = -0.5 * math.log(3) - x**2 / 3
     torch.testing.assert_close(weights.total[:, seen], exact[seen].expand(4, 2))
     assert bool((weights.log_likelihood[:, ~seen] == 0).all())
+
+
+# --- models without latents, sites outside of plates, draws without names
+
+
+def test_without_latents_a_log_weight_is_log_p():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+
+    def model(x):
+        mean = pyro.param("mean", torch.tensor(0.5, dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    exact = dist.Normal(torch.tensor(0.5, dtype=x.dtype), 1.0).log_prob(x)
+    weights = pv.log_weights(model, guide, x, num_particles=2)
+    torch.testing.assert_close(weights.total, exact.expand(2, -1))
+    assert not weights.log_prior.any() and not weights.log_guide.any()
+    whole = pv.iwae_bound(model, guide, x, num_particles=3, data_plate=False)
+    assert whole.value.item() == pytest.approx(exact.sum().item(), rel=1e-12)
+    for loss in (pv.ELBO(), pv.ELBO(3), pv.IWAE(3), pv.WakeSleep(3)):
+        assert -loss.loss(model, guide, x) == pytest.approx(exact.sum().item(), rel=1e-12)
+    optim = {"optim": lambda p: torch.optim.Adam(p, lr=0.1), "progress": False}
+    pv.fit(model, guide, x, loss=pv.IWAE(2), epochs=300, **optim)
+    assert pyro.param("mean").item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("events", [0, 1])
+@pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
+def test_a_leading_batch_dimension_outside_of_all_plates(events, particles):
+    """Legal in Pyro, also where the model indexes it; by the exact posterior all weights agree."""
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x if events else x[:, 0]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(1, *x.shape, dtype=x.dtype), 1.0).to_event(events)
+            z = pyro.sample("z", prior)
+            if particles != "plate":
+                z = z[0]
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(events), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x / 2)[None], 0.5**0.5).to_event(events))
+
+    exact = dist.Normal(x.new_zeros(()), 2**0.5).log_prob(x)
+    exact = exact.sum(-1) if events else exact
+    found = pv.log_weights(model, guide, x, num_particles=3, particles=particles).total
+    torch.testing.assert_close(found, exact.expand(3, -1))
+    for loss in (pv.ELBO(kl="sample"), pv.ELBO(3, kl="sample"), pv.IWAE(2)):
+        assert -loss.loss(model, guide, x) == pytest.approx(exact.sum().item(), rel=1e-10)
+    pv.to_arviz(model, guide, x, num_draws=2, seed=0)
+
+
+def with_a_draw_without_a_name(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        f = dist.Normal(z, 0.5).rsample()
+        pyro.sample("x", dist.Normal(f, 1.0), obs=x)
+
+
+def test_a_draw_without_a_name_has_a_mean_over_particles_and_no_weight():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    q = dist.Normal(x / 2, 0.7)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q)
+
+    # E[log p(x | f)] with f of variance 0.7^2 + 0.5^2 about x / 2, less the KL.
+    squares = (x / 2).square() + 0.7**2 + 0.25
+    exact = -0.5 * math.log(2 * math.pi) - 0.5 * squares
+    exact = exact - torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(()), 1.0))
+    model = with_a_draw_without_a_name
+    torch.manual_seed(0)
+    draws = torch.tensor([-pv.ELBO(20).loss(model, guide, x) for _ in range(100)]).double()
+    assert abs(draws.mean() - exact.sum()) < 4 * draws.std() / 10
+    told = "the model draws random numbers outside of sample statements.*pyro.sample.*pv.ELBO"
+    for refused in (
+        lambda: pv.elbo(model, guide, x),
+        lambda: pv.elbo(model, guide, x, particles="plate"),
+        lambda: pv.compare(model, {"guide": guide}, x),
+        lambda: pv.IWAE(3).loss(model, guide, x),
+    ):
+        with pytest.raises(ValueError, match=told):
+            refused()
+
+
+@pytest.mark.parametrize("particles", ["plate", "loop"])
+def test_a_messenger_guide_of_pyros(particles):
+    """It keeps the prior of its sites in the trace: the ELBO by algebra."""
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    guide = AutoNormalMessenger(model, init_loc_fn=init_to_value(values={"z": x / 2}))
+    guide(x)
+    q = dist.Normal(x / 2, 0.1)
+    exact = dist.Normal(x / 2, 1.0).log_prob(x) - 0.5 * 0.01
+    exact = exact - torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(()), 1.0))
+    found = pv.elbo(model, guide, x, num_particles=500, particles=particles, seed=0)
+    assert ((found.value - exact).abs() < 4 * found.std_error).all()
+    assert -pv.ELBO(3).loss(model, guide, x) == pytest.approx(exact.sum().item(), abs=1.0)
+    assert pv.refine(model, guide, x, seed=0).converged.all()
