@@ -131,8 +131,11 @@ class Site:
 
     @property
     def validated(self) -> bool:
-        """Whether its distribution looks at values before it gives their density."""
-        return bool(getattr(plain_distribution(self.fn), "_validate_args", True))
+        """Whether its distribution looks at values before it gives their density.
+
+        What its maker said counts: libraries (zuko, for one) switch it off for a whole process.
+        """
+        return bool(vars(plain_distribution(self.fn)).get("_validate_args", True))
 
     @property
     def enumerable(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pyro
@@ -225,3 +226,25 @@ def test_describe_counts_what_masks_leave_out():
     assert table["z"]["left_out"] == "2 of 8"
     assert table["x"]["left_out"] == "4 of 12"
     assert "left_out" not in pv.describe(hierarchical, torch.ones(5, 3)).rows[0]
+
+
+def test_values_are_looked_at_where_a_library_switched_validation_off():
+    """As zuko does for the whole process when it is imported."""
+    x = torch.tensor([0.0, 9.0])
+    before = torch.distributions.Distribution._validate_args
+    try:
+        torch.distributions.Distribution.set_default_validate_args(False)
+        with pytest.raises(ValueError, match="rows 1"):
+            inspect(bernoulli, x)
+        inspect(functools.partial(bernoulli, validate_args=False), x)
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+    with pytest.raises(ValueError, match="rows 1"):
+        inspect(bernoulli, x)
+    inspect(functools.partial(bernoulli, validate_args=False), x)
+
+
+def bernoulli(x, validate_args=None):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        pyro.sample("x", dist.Bernoulli(logits=z, validate_args=validate_args), obs=x)
