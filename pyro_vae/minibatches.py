@@ -316,8 +316,8 @@ class TrainingData:
 
     @property
     def owners(self) -> tuple[Any, ...]:
-        """The object that draws in each step, whose attributes a step depends on; or nothing."""
-        return () if self._drawing is None else (self._drawing,)
+        """What draws in each step, whose attributes a step depends on; or nothing."""
+        return () if self._drawing is None else (self._drawing, self._drawing.draw)
 
     def validation(self, model: Callable[..., Any], data: Any) -> Batch:
         """Return validation data, checked like the training data.
