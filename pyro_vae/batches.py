@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.readers import read_all
 
-__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "note_dtypes", "rows_text"]
+__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "dtypes_told", "rows_text"]
 
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
 _ARGUMENTS_SHOWN = 8
 # Of PyTorch's errors for operands of different dtypes.
-_DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type")
+_DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type", "not implemented for")
 # NumPy's kinds of numbers: booleans, integers, floating point, complex.
 _NUMBERS = "biufc"
 
@@ -259,20 +260,30 @@ def rows_text(bad: Tensor) -> str:
     return f"rows {shown}{more} ({len(index)} of {bad.shape[0]})"
 
 
-def note_dtypes(error: Exception, args: Any, kwargs: Any) -> None:
-    """Add what to do to an error of dtypes that differ, if it is one."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not any(word in text for word in _DTYPE_WORDS):
-        return
-    if any("dtype" in note for note in getattr(error, "__notes__", ())):
-        return
-    named = Batch(tuple(args), kwargs, has_rows=False)._named()
-    told = ", ".join(f"{n} is {v.dtype}" for n, v in named if isinstance(v, Tensor))
-    error.add_note(
-        f"of the batch, {told}: a network takes the dtype of its parameters, float32 unless you "
-        "changed it. Pass x.float(); or make the networks double (model.double(), "
-        "guide.double()) for data in float64"
-    )
+@contextlib.contextmanager
+def dtypes_told(args: Any, kwargs: Any) -> Iterator[None]:
+    """Say what to do where operands of different dtypes meet inside the context.
+
+    Args:
+        args: of what is run inside.
+        kwargs: likewise.
+
+    Raises:
+        TypeError: in the place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in _DTYPE_WORDS):
+            raise
+        named = Batch(tuple(args), kwargs, has_rows=False)._named()
+        told = ", ".join(f"{n} is {v.dtype}" for n, v in named if isinstance(v, Tensor))
+        raise TypeError(
+            f"{text}. Of the batch, {told or 'nothing is a tensor'}, and a network takes the dtype "
+            "of its parameters, float32 unless you changed it: pass x.float(); or make the "
+            "networks double, model.double() and guide.double(), for data in float64"
+        ) from error
 
 
 def _short(value: Any) -> str:
@@ -289,7 +300,8 @@ def _check_kind(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} of the batch is sparse ({what}), and rows are taken of dense tensors alone; "
             f"pass {dense}. In pyro_vae.fit, where that is too large, pass an object whose source "
-            "is torch.arange(num_data) and whose draw(index) returns these rows, dense"
+            "is torch.arange(num_data) and whose draw(index) returns these rows, as "
+            "coo.index_select(0, index).to_dense() does"
         )
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it")

@@ -242,6 +242,9 @@ class FamilyGuide(Registered):
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each column; of heavy tails, those of the middle."""
+    if rows.dtype in (torch.float16, torch.bfloat16):  # which PyTorch has no quantiles of
+        mean, std = _moments(rows.float())
+        return mean.to(rows.dtype), std.to(rows.dtype)
     some = rows[:: -(-len(rows) // 10_000)]
     some = torch.where(some.isfinite(), some, math.nan)
     levels = torch.tensor([0.16, 0.5, 0.84], dtype=rows.dtype, device=rows.device)

@@ -15,6 +15,7 @@ from typing import Any
 import pyro.infer
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoints
@@ -25,10 +26,11 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.minibatches import TrainingData, mean_elbo
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.results import FitResult
-from pyro_vae.running import evaluation, module_of, one_thread, preserved_rng
+from pyro_vae.running import Look, evaluation, module_of, one_thread, preserved_rng
 from pyro_vae.schedules import shortfall
 from pyro_vae.traced_loss import TracedLoss
-from pyro_vae.training_step import TrainingSteps
+from pyro_vae.traces import non_finite_sites
+from pyro_vae.training_step import NonFiniteLossError, TrainingSteps
 
 __all__ = ["Epoch", "fit"]
 
@@ -178,6 +180,11 @@ def fit(
     _check_arguments(patience, validation_data, compile, checkpoint)
     if epochs is None and max_steps is None:
         epochs = _DEFAULT_EPOCHS
+    if isinstance(guide, LocalGuide) and isinstance(data, (DataLoader, IterableDataset)):
+        raise ValueError(
+            f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
+            "does not say; pass tensors, or a torch Dataset with a length"
+        )
     if validation_data is not None and isinstance(guide, LocalGuide):
         raise ValueError(
             "validation_data: a LocalGuide has parameters for the training data alone; "
@@ -413,10 +420,45 @@ class _Trainer:
             preserved_rng(self.validation.device),
         ):
             torch.manual_seed(0 if self.seed is None else self.seed)
+            start = 0
             for batch in self.data.parts(self.validation):
-                loss = float(self._validated(*batch.args, **batch.kwargs))
-                elbos.append(self.data.elbo(loss, batch.size))
+                elbos.append(self.data.elbo(self._validation_loss(batch, start), batch.size))
+                start += batch.size or 0
         return mean_elbo(elbos)
+
+    def _validation_loss(self, batch: Batch, start: int) -> float:
+        """Return the loss of a part of the validation data, which begins at a row.
+
+        Raises:
+            NonFiniteLossError: where it is not finite, naming the rows.
+        """
+        with Look() as look:
+            loss = float(self._validated(*batch.args, **batch.kwargs))
+            if math.isfinite(loss):
+                return loss
+        step, sites_of = self.steps.taken, self._sites_not_finite(batch)
+        if look.error is not None and not sites_of:
+            look.error.add_note("in validation_data")
+            raise look.error
+        rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
+        sites = sorted(set().union(*sites_of.values()))
+        raise NonFiniteLossError(
+            f"validation_data: after step {step} the loss is not finite, in rows {rows} "
+            f"({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. Look at "
+            "these rows: rescale or leave them out, or bound the scale or logit there",
+            step,
+            sites,
+        ) from look.error
+
+    def _sites_not_finite(self, batch: Batch) -> dict[int, list[str]]:
+        """Return, by row of a batch, the sites that are not finite there."""
+        found = {}
+        for row in range(batch.size or 0):
+            with Look():
+                alone = batch.rows(slice(row, row + 1))
+                if sites := non_finite_sites(self.model, self.guide, alone):
+                    found[row] = sites
+        return found
 
     # --- checkpoints
 

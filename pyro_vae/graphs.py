@@ -348,6 +348,8 @@ def form_of(value: Any, inputs: list[Tensor]) -> Any:
     None where something among them cannot be told apart.
     """
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return None  # sparse: operations on it are no straight line
         inputs.append(value)
         return layout_of(value)
     if type(value) in (tuple, list) or hasattr(value, "_fields"):

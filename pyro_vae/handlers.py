@@ -225,10 +225,20 @@ class _Unobserve(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fixed = msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)
         if msg["is_observed"] and not fixed:
-            msg["fn"] = as_long_as(msg["fn"], msg["value"])
+            msg["fn"] = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
             msg["is_observed"] = False
             msg["value"] = None
             msg["done"] = False
+
+
+def _of_all_data(fn: Any, msg: Any) -> Any:
+    """Return a likelihood that a plate without a size has not expanded, as one of all its data."""
+    value = msg["value"]
+    unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
+    if not unsized or not isinstance(value, Tensor):
+        return fn
+    shape = value.shape[: value.ndim - fn.event_dim]
+    return fn.expand(torch.broadcast_shapes(fn.batch_shape, shape))
 
 
 def as_long_as(fn: Any, value: Any) -> Any:

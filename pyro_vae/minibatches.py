@@ -15,11 +15,11 @@ from pyro_vae.batches import Batch, EpochData, StepData, as_batch
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import FullSize
 from pyro_vae.plate_scale import minibatch_scale
-from pyro_vae.readers import BatchReader, RowReader, reader_of
+from pyro_vae.readers import BatchReader, RowReader, read_all, reader_of
 from pyro_vae.row_order import NotSetUpError, bound_to_order, set_up_before
 from pyro_vae.running import Look, batch_norms, preserved_rng
 from pyro_vae.sites import Structure, inspect, unvalidated
-from pyro_vae.traces import run_pair, under_guide
+from pyro_vae.traces import drawn_by, run_pair, under_guide
 
 __all__ = ["TrainingData", "mean_elbo"]
 
@@ -97,6 +97,8 @@ class TrainingData:
         if not self.whole:
             self.bound = self._why_bound()
             self.whole = bool(self.bound)
+            if self.bound and self._guide_draws():
+                self.bound = ""
         if self.whole:
             structure = self._take_whole(structure)
             plate = structure.data_plate
@@ -135,8 +137,7 @@ class TrainingData:
             # An epoch drawn to look at: the epochs to come have a generator of their own.
             return self._made(self._fresh.epoch(torch.Generator().manual_seed(0)))
         if isinstance(self._reader, RowReader):
-            few = torch.arange(min(batch_size, self._reader.num_data))
-            return self._made(self._reader.read(few))
+            return self._peek(self._reader, batch_size)
         if self._reader is not None:
             with preserved_rng(torch.device("cpu")):
                 first = next(iter(self._reader), None)
@@ -169,9 +170,13 @@ class TrainingData:
         if isinstance(self._reader, BatchReader):
             return self.batch
         if isinstance(self._reader, RowReader):
-            few = torch.arange(min(count, self._reader.num_data))
-            return self._made(self._reader.read(few))
+            return self._peek(self._reader, count)
         return self.batch.rows(slice(0, count))
+
+    def _peek(self, reader: RowReader, count: int) -> Batch:
+        """Read the first rows; what is drawn with them leaves the random state as it was."""
+        with preserved_rng(torch.device("cpu")):
+            return self._made(reader.read(torch.arange(min(count, reader.num_data))))
 
     def _bound_role(self, few: Batch) -> str | None:
         def look() -> str | None:
@@ -190,6 +195,14 @@ class TrainingData:
             run_pair(self._model, self._guide, batch)
             return look()
 
+    def _guide_draws(self) -> bool:
+        """Return whether the guide draws the minibatch, of all the data that it is given."""
+        if isinstance(self._reader, BatchReader):
+            return False
+        with Look():
+            return self._plate in drawn_by(self._guide, self._look(self._all()))
+        return False
+
     def _takes_all(self) -> bool:
         """Return whether the pair runs on all the data at once."""
         with Look() as look:
@@ -197,9 +210,9 @@ class TrainingData:
         return look.error is None  # whatever it is, it is no matter of minibatches
 
     def _all(self) -> Batch:
-        return (
-            self._made(self._reader.read()) if isinstance(self._reader, RowReader) else self.batch
-        )
+        if isinstance(self._reader, RowReader):
+            return self._peek(self._reader, self._reader.num_data)
+        return self.batch
 
     def _take_whole(self, structure: Structure) -> Structure:
         """Let each step take all the data, in their order; return the model's structure on them."""
@@ -214,9 +227,9 @@ class TrainingData:
             structure = self._inspect(self.batch, self._plate)
         if self.bound and self.num_data is not None and self.num_data > self.batch_size:
             logger.warning(
-                "each step takes all %d data, in their order, and batch_size is not used: %s. For "
-                "minibatches use pyro_vae.AmortizedGuide, or pyro_vae.LocalGuide, which is told "
-                "which rows it gets",
+                "each step takes all %d data, in their order, and batch_size is not used: %s. "
+                "Minibatches are for models whose plate takes its size from the batch, and guides "
+                "such as pyro_vae.AmortizedGuide, or LocalGuide, which is told which rows it gets",
                 self.num_data,
                 self.bound,
             )
@@ -253,7 +266,8 @@ class TrainingData:
         raise ValueError(
             f"the last minibatch of an epoch has 1 datum ({self.num_data} data, batch_size="
             f"{self.batch_size}), which {', '.join(sorted(norms))} in training mode cannot "
-            "normalize; pass drop_last=True, or another batch_size"
+            f"normalize; pass {'' if self.batch_size == 1 else 'drop_last=True, or '}another "
+            "batch_size"
         )
 
     def _look(self, batch: Batch) -> Batch:
@@ -331,7 +345,7 @@ class TrainingData:
                 f"order: {self.bound}. Use an AmortizedGuide, or leave validation_data out"
             )
         try:
-            batch = self._made(data)
+            batch = self._made(read_all(data, ordered=False))
             self._inspect(batch, self._plate)
         except Exception as error:
             error.add_note("in validation_data")

@@ -82,8 +82,12 @@ def tensors_of(data: Any) -> tuple[Tensor, ...] | None:
     return None
 
 
-def read_all(data: Any) -> Any:
+def read_all(data: Any, *, ordered: bool = True) -> Any:
     """Return all rows of a dataset or a loader, collated; other data as they are.
+
+    Args:
+        data: to read.
+        ordered: whether it matters which row is which.
 
     Raises:
         TypeError: for a loader that shuffles, or does not end.
@@ -91,13 +95,13 @@ def read_all(data: Any) -> Any:
     if (tensors := tensors_of(data)) is not None:
         return tensors
     if isinstance(data, DataLoader):
-        if not isinstance(data.sampler, SequentialSampler):
+        if ordered and not isinstance(data.sampler, SequentialSampler):
             raise TypeError(
                 "a DataLoader that shuffles gives its rows in another order each time, and a "
                 "result for each datum needs to know which is which; pass its dataset, or a "
                 "DataLoader with shuffle=False"
             )
-        return read_all(data.dataset)
+        return read_all(data.dataset, ordered=ordered)
     if isinstance(data, IterableDataset):
         return default_collate(list(data))
     if isinstance(data, Dataset):

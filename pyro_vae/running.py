@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.batches import note_dtypes
+from pyro_vae.batches import dtypes_told
 from pyro_vae.handlers import keep_apart
 
 __all__ = [
@@ -308,10 +308,7 @@ def call_network(network: Any, args: Any, kwargs: Any) -> Any:
     """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
     # Of a class: TorchScript's modules have a descriptor there, and functions nothing.
     plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
-    try:
-        if plain and not args and len(kwargs) == 1:
-            return network(*kwargs.values())
+    if plain and not args and len(kwargs) == 1:
+        args, kwargs = tuple(kwargs.values()), {}
+    with dtypes_told(args, kwargs):
         return network(*args, **kwargs)
-    except RuntimeError as error:
-        note_dtypes(error, args, kwargs)
-        raise

@@ -203,6 +203,8 @@ class Scorer:
             for _, node in latent_nodes(guide_trace)
         )
         shapes = SiteShape.shapes((model_trace, guide_trace))
+        for site in self.structure.observed:  # a plate without a size does not expand them
+            shapes[site.name] = SiteShape(len(site.batch_shape), len(site.event_shape))
         data_dim = self.structure.data_dim
         # Sites of the guide, with the latent whose mask each has.
         self._masked = masked_proposals(model_trace, guide_trace)

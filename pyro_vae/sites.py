@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch, note_dtypes, rows_text
+from pyro_vae.batches import Batch, as_batch, dtypes_told, rows_text
 from pyro_vae.plain_errors import trace_of
 from pyro_vae.running import Look, called_modules, evaluation, preserved_rng
 
@@ -481,9 +481,9 @@ def run_model(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            trace = trace_of(model, batch.args, batch.kwargs)
+            with dtypes_told(batch.args, batch.kwargs):
+                trace = trace_of(model, batch.args, batch.kwargs)
         except Exception as error:
-            note_dtypes(error, batch.args, batch.kwargs)
             error.add_note(f"while running the model on {batch}")
             raise
     unsized = _sizes_of_unsized(trace)

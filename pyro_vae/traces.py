@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_vae.batches import Batch, note_dtypes
+from pyro_vae.batches import Batch, dtypes_told
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
 from pyro_vae.plain_errors import trace_of
@@ -30,6 +30,7 @@ from pyro_vae.preimages import (
 from pyro_vae.running import evaluation, preserved_rng
 from pyro_vae.sites import (
     check_guide,
+    drawn_subsamples,
     is_point,
     latent_nodes,
     left_out,
@@ -44,6 +45,7 @@ __all__ = [
     "GiveValues",
     "ReplaceDraws",
     "dependencies",
+    "drawn_by",
     "dream",
     "is_point",
     "mask_proposals",
@@ -84,6 +86,19 @@ def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch)
         return trace_pair(model, guide, batch.args, batch.kwargs)
 
 
+def drawn_by(guide: Callable[..., Any], batch: Batch) -> set[str]:
+    """Return the plates of which a guide draws a subsample."""
+    with (
+        torch.no_grad(),
+        preserved_rng(batch.device),
+        evaluation(guide),
+        poutine.block(),
+        drawn_subsamples() as drawn,
+    ):
+        trace_guide(guide, batch.args, batch.kwargs)
+    return drawn
+
+
 def under_guide(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
     """Return the model as it runs in training: with the guide's draws in the place of its own.
 
@@ -104,12 +119,8 @@ def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     Draws on a constrained support keep the coordinates that they were made from.
     """
-    try:
-        with DrawByPreimage():
-            trace = trace_of(guide, args, kwargs)
-    except RuntimeError as error:
-        note_dtypes(error, args, kwargs)
-        raise
+    with DrawByPreimage(), dtypes_told(args, kwargs):
+        trace = trace_of(guide, args, kwargs)
     return lift_masks(trace)
 
 
@@ -123,11 +134,8 @@ def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: 
         ValueError: where the guide does not propose just the model's latent sites.
     """
     replayed = poutine.replay(model, trace=guide_trace)
-    try:
+    with dtypes_told(args, kwargs):
         model_trace = trace_of(replayed, args, kwargs)
-    except RuntimeError as error:
-        note_dtypes(error, args, kwargs)
-        raise
     check_guide(model_trace, guide_trace)
     lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
     mask_proposals(model_trace, guide_trace)

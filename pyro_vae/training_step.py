@@ -239,6 +239,12 @@ class TrainingSteps:
             if sites:
                 raise self._failure("the loss", sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
+            if "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    f"step {self.taken + 1} has a minibatch of 1 datum, which BatchNorm in "
+                    "training mode cannot normalize; pass drop_last=True (to the DataLoader, where "
+                    "one reads the data), another batch_size, or more data"
+                ) from error
             raise
         update = self._update
         if update is None:  # what was late is there now

@@ -1231,3 +1231,99 @@ def test_bad_arguments(options, error, told):
     with pytest.raises(error, match=told):
         run(x, guide, **options)
     assert same(parameters_of(guide), before)
+
+
+# --- minibatches of one datum, rows that overflow, dtypes
+
+
+def normalized(x, **options):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh()).double()
+    guide = pv.AmortizedGuide(model, encoder, example=x[:5])
+    return run(x, guide, **{"epochs": 2, "batch_size": 20, **options})
+
+
+def test_a_last_minibatch_of_one_datum_under_batch_norm():
+    x = make_data(41)
+    told = r"last minibatch of an epoch has 1 datum \(41 data, batch_size=20\), which BatchNorm1d"
+    with pytest.raises(ValueError, match=told + r".*drop_last=True, or another batch_size"):
+        normalized(x)
+    result, _ = normalized(x, drop_last=True)
+    assert result.steps == 4
+    assert normalized(x, batch_size=21)[0].steps == 4
+    with pytest.raises(ValueError, match=r"batch_size=1\), .*pass another batch_size"):
+        normalized(x, batch_size=1)
+
+
+def test_a_loader_s_minibatch_of_one_datum_under_batch_norm():
+    x = make_data(41)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=20)
+    guide = pv.AmortizedGuide(
+        model, nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4)).double(), example=x[:5]
+    )
+    with pytest.raises(ValueError, match=r"step 3 has a minibatch of 1 datum, which BatchNorm"):
+        run(loader, guide, epochs=1)
+
+
+def test_without_the_last_minibatch_each_epoch_leaves_out_others():
+    x = make_data(41)
+    data = pv.minibatches.TrainingData(model, make_guide(x), x, 20, None, None, drop_last=True)
+    epochs = [torch.cat([index for index, _ in data.epoch()]) for _ in range(2)]
+    assert all(len(rows.unique()) == 40 for rows in epochs)
+    assert data.steps_per_epoch == 2
+
+
+@pytest.mark.parametrize("compile", [False, "replay"])
+def test_a_validation_row_that_overflows_is_named(compile):
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Poisson(z.exp()).to_event(1), obs=x)
+
+    x = torch.ones(40, 1, dtype=torch.float64)
+    held_out = torch.ones(12, 1, dtype=torch.float64)
+    held_out[9] = 1e308
+    guide = pv.AmortizedGuide(
+        counts, nn.Sequential(nn.Linear(1, 2), nn.Tanh()).double(), example=x[:5]
+    )
+    with pytest.raises(pv.NonFiniteLossError, match=r"validation_data: .* rows 9 \(1 of") as caught:
+        run(x, guide, validation_data=held_out, batch_size=8, epochs=2, compile=compile)
+    assert caught.value.sites == ["'x' of the model"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+def test_data_of_another_dtype_than_the_networks(dtype):
+    def cast(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x.double())
+
+    x = make_data()
+    guide = make_guide(x, fn=cast)
+    for use in (lambda data: run(data, guide), lambda data: pv.elbo(cast, guide, data)):
+        with pytest.raises(TypeError, match=f"argument 0 is {dtype}.*pass x.float") as caught:
+            use(x.to(dtype))
+        assert "Trace Shapes" not in str(caught.value)
+
+
+def test_half_precision_throughout():
+    x = make_data().bfloat16()
+    guide = pv.AmortizedGuide(model, nn.Linear(1, 1).bfloat16(), example=x)
+    result, _ = run(x, guide, epochs=2, optim=None)
+    assert math.isfinite(result.history["elbo"][-1])
+
+
+def test_sparse_minibatches_made_dense_in_the_step():
+    """What the refusal of sparse tensors says to do."""
+    x = make_data()
+    matrix = x.to_sparse()
+
+    class Dense:
+        source = torch.arange(40)
+
+        def draw(self, index):
+            return matrix.index_select(0, index).to_dense()
+
+    wanted, _ = run(x, make_guide(x), compile=False)
+    found, _ = run(Dense(), make_guide(x), compile=False)
+    assert found.history["elbo"] == pytest.approx(wanted.history["elbo"], rel=1e-9)

@@ -13,7 +13,8 @@ from models import factor_analysis
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.sites import inspect
+from pyro_vae.batches import as_batch
+from pyro_vae.sites import DataPlateError, check_stable, inspect
 
 
 def hierarchical(x):
@@ -248,3 +249,53 @@ def bernoulli(x, validate_args=None):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
         pyro.sample("x", dist.Bernoulli(logits=z, validate_args=validate_args), obs=x)
+
+
+def test_a_plate_without_a_size_has_that_of_its_data():
+    def model(x):
+        f = pyro.sample("f", dist.Beta(10.0, 10.0))
+        with pyro.plate("data"):
+            pyro.sample("x", dist.Bernoulli(f), obs=x)
+
+    structure = inspect(model, torch.tensor([1.0, 1.0, 0.0]), data_plate=False)
+    assert structure.sites["x"].batch_shape == (3,)
+    assert structure.sites["x"].plates[0].size == 3
+
+
+def test_one_latent_in_a_plate_without_a_size_is_not_one_for_each_datum():
+    def model(x):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(DataPlateError, match=r"'z' has batch shape \[\], one value for the 4 data"):
+        inspect(model, torch.zeros(4))
+
+
+def test_a_subsample_that_is_given_is_not_drawn():
+    data = torch.arange(4.0)
+
+    def model(index):
+        with pyro.plate("data", 4, len(index), index) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[rows])
+
+    plate = inspect(model, torch.tensor([2, 0])).data_plate
+    assert (plate.size, plate.full_size, plate.drawn) == (2, 4, False)
+
+
+def test_sequential_plates_that_draw_are_refused_by_name():
+    """Always, not for some seeds."""
+
+    def model(x):
+        for i in pyro.plate("rows", 4, subsample_size=2):
+            pyro.sample(
+                f"x_{i}", dist.Normal(pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0)), 1.0), obs=x[i]
+            )
+
+    x = torch.zeros(4)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        structure = inspect(model, x, data_plate=False)
+        with pytest.raises(ValueError, match=r"subsample of the sequential plate 'rows'"):
+            check_stable(model, as_batch(x), structure)

@@ -1355,3 +1355,27 @@ def test_a_step_that_is_not_finite_is_named_under_replay(monkeypatch):
     assert told[0] == told[1]
     assert told[0][0] > 6
     assert told[0][1] == ["'x' of the model"]
+
+
+def test_sparse_arguments_run_eagerly():
+    """As pyro.infer.SVI takes them."""
+    x = torch.eye(4, dtype=torch.float64)
+
+    def sparse_model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=x.dtype), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x.to_dense())
+
+    def sparse_guide(x):
+        slope = pyro.param("sparse_slope", torch.tensor(0.1, dtype=x.dtype))
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(slope * x.to_dense(), 1.0).to_event(1))
+
+    losses = []
+    for make in (pyro.infer.SVI, pv.CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.1})
+        svi = make(sparse_model, sparse_guide, optim, loss=pyro.infer.Trace_ELBO())
+        losses.append([svi.step(x.to_sparse()) for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
