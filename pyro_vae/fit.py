@@ -321,6 +321,7 @@ class _Trainer:
                 stopped_by = "interrupted"
                 self.steps.read()
                 self.state.step = self.steps.taken
+        self.steps.drop_gradients()
         kept = f"step {self.state.step}"
         if self.best is not None:
             self.steps.parameters.restore(self.best)

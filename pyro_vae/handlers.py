@@ -182,7 +182,7 @@ class ParamStatements(Messenger):
         super().__init__()
         # Model and guide may each have a module of one name; the last of a name that is stored
         # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
-        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None]] = {}
+        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, Any]] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
         value, name = msg["value"], msg["name"]
@@ -191,7 +191,8 @@ class ParamStatements(Messenger):
         own = first if isinstance(first, nn.Parameter) and first is not stored else None
         if isinstance(first, Tensor) and "$$$" not in name:
             _check_shape(name, first, pyro.get_param_store())
-        self._found[name, id(own)] = (name, stored, own)
+        gradient = None if own is None else _mark(stored.grad)
+        self._found[name, id(own)] = (name, stored, own, gradient)
 
     def tensors(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the (unconstrained) tensor of each statement.
@@ -201,11 +202,27 @@ class ParamStatements(Messenger):
                 the user's own, but what the statement is about.
         """
         held = {id(p) for module in modules for p in module._parameters.values()}
-        for name, stored, own in self._found.values():
-            # Where pyro.module(update_module_params=True) has put the stored one in its place.
+        for name, stored, own, gradient in self._found.values():
+            if own is None or not ("$$$" in name or id(own) in held):
+                yield name, stored
+                continue
+            yield name, own
+            # Which pyro.module(update_module_params=True) may have put in the place of the other.
             replaced = id(stored) in held and id(own) not in held
-            is_module = "$$$" in name and not replaced
-            yield name, own if own is not None and (is_module or id(own) in held) else stored
+            if replaced or _mark(stored.grad) != gradient:
+                yield name, stored
+
+    @property
+    def clash(self) -> bool:
+        """Whether a module goes on with parameters that are not those of the store."""
+        return any(own is not None for _, _, own, _ in self._found.values())
+
+
+def _mark(gradient: Tensor | None) -> Any:
+    """Return what tells whether a gradient was added to."""
+    if gradient is None or gradient.is_inference():
+        return None if gradient is None else id(gradient)
+    return id(gradient), gradient._version
 
 
 def _check_shape(name: str, first: Tensor, store: Any) -> None:

@@ -62,15 +62,9 @@ class Parameters:
     def find(self) -> None:
         """Run the pair to see what it has: once more where a step has initialized ``late`` ones."""
         self._first = FirstValues()
-        with (
-            torch.no_grad(),
-            preserved_rng(self._batch.device),
-            evaluation(*self._pair, first=self._first),
-            poutine.block(),
-            called_modules() as called,
-            ParamStatements() as statements,
-        ):
-            trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
+        called, statements = self._run()
+        if statements.clash:  # a module may have taken up what the store has by its name
+            called, statements = self._run()
         held = {id(p): p for module in self._modules.values() for p in module.parameters()}
         modules = [m for module in self._modules.values() for m in module.modules()]
         modules += called.values()
@@ -101,6 +95,18 @@ class Parameters:
                 "with pyro.param or pyro.module(name, module); a module they merely close over "
                 "is invisible to Pyro"
             )
+
+    def _run(self) -> tuple[dict[int, nn.Module], ParamStatements]:
+        with (
+            torch.no_grad(),
+            preserved_rng(self._batch.device),
+            evaluation(*self._pair, first=self._first),
+            poutine.block(),
+            called_modules() as called,
+            ParamStatements() as statements,
+        ):
+            trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
+        return called, statements
 
     def _find_buffers(self, called: Iterable[nn.Module]) -> None:
         """Find the buffers (running means) of modules that plain functions call."""

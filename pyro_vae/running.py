@@ -109,9 +109,14 @@ def _put_back(
 ) -> None:
     """Give the store its contents of before, but what has left it since, with its module."""
     gone = params.keys() - store._params.keys()
-    store._params = {n: p for n, p in params.items() if n not in gone}
-    store._param_to_name = {p: n for p, n in param_to_name.items() if n not in gone}
-    store._constraints = {n: c for n, c in constraints.items() if n not in gone}
+    kept = (
+        (store._params, {n: p for n, p in params.items() if n not in gone}),
+        (store._param_to_name, {p: n for p, n in param_to_name.items() if n not in gone}),
+        (store._constraints, {n: c for n, c in constraints.items() if n not in gone}),
+    )
+    for now, before in kept:  # in place: by other objects one sees that the store was cleared
+        now.clear()
+        now.update(before)
 
 
 class _Held:

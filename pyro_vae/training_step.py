@@ -184,6 +184,11 @@ class TrainingSteps:
         self.last = self.parameters.state()
         self.epochs += 1
 
+    def drop_gradients(self) -> None:
+        """Leave no gradients behind: those of a graph cannot be added to outside of it."""
+        if self._update is not None:
+            self._update.drop_gradients()
+
     def initialize(self) -> None:
         """Be ready for :meth:`resume`, which gives all parameters their values."""
         if self._update is None:

@@ -349,21 +349,81 @@ def test_steps_without_a_parameter_or_a_gradient_are_those_of_svi(uses, how):
     assert found[1] == pytest.approx(found[0], rel=1e-12)
 
 
-def test_a_parameter_that_is_replaced_before_the_second_step():
-    """Its gradient is -3 (2 - w), its updates SGD's."""
+def new_bias(holder):
+    holder.net.bias = nn.Parameter(torch.tensor([5.0], dtype=torch.float64))
+
+
+def new_net(holder):
+    holder.net = nn.Linear(1, 1).double()
+    new_bias(holder)
+
+
+@pytest.mark.parametrize("change", [new_bias, new_net])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_a_parameter_that_is_replaced(change, steps):
+    """Its gradient is -3 (2 - w), its updates SGD's: before the traced step, and after it."""
+
+    class Holder:
+        net = nn.Linear(1, 1).double()
+
+    holder = Holder()
 
     def model(x):
         with pyro.plate("data", 3):
-            pyro.sample("x", dist.Normal(pyro.module("net", net).bias, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(pyro.module("net", holder.net).bias, 1.0), obs=x)
 
-    net = nn.Linear(1, 1).double()
     svi = pv.CompiledSVI(model, empty, pyro.optim.SGD({"lr": 0.01}), Trace_ELBO(), compile="replay")
     x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    svi.step(x)
-    net.bias = nn.Parameter(torch.tensor([5.0], dtype=torch.float64))
+    for _ in range(steps):
+        svi.step(x)
+    change(holder)
     wanted = 5.0
     for _ in range(100):
         svi.step(x)
         wanted -= 0.01 * 3 * (wanted - 2.0)
     assert svi.mode == "replayed"
-    assert net.bias.item() == pytest.approx(wanted, rel=1e-12)
+    assert holder.net.bias.item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("how", [False, "replay"])
+def test_a_module_that_takes_up_what_is_stored(how):
+    """pyro.module(update_module_params=True): the store's values go on, as Pyro says."""
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    wanted = None
+    for _ in range(2):
+        net = nn.Linear(1, 1).double()
+
+        def model(x, net=net):
+            loc = pyro.module("net", net, update_module_params=True).bias
+            with pyro.plate("data", 3):
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+        wanted = net.bias.item() if wanted is None else wanted
+        sgd = pyro.optim.SGD({"lr": 0.01})
+        svi = pv.CompiledSVI(model, empty, sgd, Trace_ELBO(), compile=how)
+        for _ in range(30):
+            svi.step(x)
+            wanted -= 0.01 * 3 * (wanted - 2.0)
+        assert net.bias.item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_fit_of_modules_that_take_up_what_is_stored():
+    for _ in range(2):
+        net, other = nn.Linear(1, 1).double(), nn.Linear(1, 1).double()
+
+        def model(x, net=net):
+            loc = pyro.module("net", net, update_module_params=True).bias
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(loc, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x, net=net, other=other):
+            shift = pyro.module("other", other).bias
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal((x + net.bias) / 2 + shift, 0.5**0.5))
+
+        before = net.bias.item()
+        pv.fit(model, guide, data()[:, 0], max_steps=300, progress=False)
+        assert net.bias.item() != before
+        assert pyro.param("net$$$bias").unconstrained() is net.bias
+        assert net.bias.grad is None
