@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_vae.batches import Batch, as_batch, dtypes_told, rows_text
 from pyro_vae.plain_errors import trace_of
@@ -133,9 +134,9 @@ class Site:
     def validated(self) -> bool:
         """Whether its distribution looks at values before it gives their density.
 
-        What its maker said counts: libraries (zuko, for one) switch it off for a whole process.
+        What its maker said counts, see :func:`_default_validation_told_apart`.
         """
-        return bool(vars(plain_distribution(self.fn)).get("_validate_args", True))
+        return vars(plain_distribution(self.fn)).get("_validate_args", True) is not False
 
     @property
     def enumerable(self) -> bool:
@@ -462,6 +463,21 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def _default_validation_told_apart() -> Iterator[None]:
+    """Have distributions that validate nothing by default hold 0, where others were told False.
+
+    Libraries (zuko, for one) switch validation off for a whole process. Plates copy a distribution,
+    and its copy holds the default as if it were its own.
+    """
+    default = Distribution._validate_args
+    Distribution._validate_args = default or 0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Distribution._validate_args = default
+
+
 def run_model(
     model: Callable[..., Any], batch: Batch, seed: int | None = None
 ) -> tuple[dict[str, Site], int, tuple[str, ...]]:
@@ -477,6 +493,7 @@ def run_model(
         evaluation(model),
         poutine.block(),
         drawn_subsamples() as drawn,
+        _default_validation_told_apart(),
     ):
         if seed is not None:
             torch.manual_seed(seed)
