@@ -303,7 +303,9 @@ class WakeSleep(_Importance):
                 "(subsample_size=...). Pass pyro.plate(name, num_data, subsample=x), or insomnia=1"
             )
         with torch.no_grad():
-            dreamt = dream(model, args, kwargs)
+            dreamt = dream(
+                model, args, kwargs, summed_out=layout.summed_out, nesting=layout.nesting
+            )
         values = {name: node["value"] for name, node in latent_nodes(dreamt)}
         observed = {name: values.pop(name) for name, _ in run.observed_nodes() if name in values}
         if self.dream is not None:

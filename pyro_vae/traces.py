@@ -14,6 +14,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.batches import Batch, dtypes_told
+from pyro_vae.enumeration import enumerated
 from pyro_vae.handlers import unobserve
 from pyro_vae.masks import lift_masks, mask_proposals
 from pyro_vae.plain_errors import trace_of
@@ -188,10 +189,33 @@ class GiveValues(Messenger):
                 msg["infer"] = keep_preimage(msg["infer"], self.preimages[name])
 
 
-def dream(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run the model with observed sites drawn as well; return its trace, unseen from outside."""
+def dream(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    summed_out: tuple[str, ...] = (),
+    nesting: int = 0,
+) -> Any:
+    """Run the model with observed sites drawn as well; return its trace, unseen from outside.
+
+    Args:
+        model: a Pyro model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        summed_out: latents that are summed out: a mask on another is that for all their values.
+        nesting: batch dimensions of the model's sites.
+    """
     with poutine.block():
-        return trace_of(unobserve(model), args, kwargs)
+        trace = lift_masks(trace_of(unobserve(model), args, kwargs))
+        proposed = {n: node for n, node in latent_nodes(trace) if n not in summed_out}
+        if summed_out and any(isinstance(node["mask"], Tensor) for node in proposed.values()):
+            values = {name: node["value"] for name, node in proposed.items()}
+            together = GiveValues(values)(enumerated(unobserve(model), summed_out, -1 - nesting))
+            masks = dict(latent_nodes(lift_masks(trace_of(together, args, kwargs), summed_out)))
+            for name, node in proposed.items():
+                node["mask"] = masks[name]["mask"]
+    return trace
 
 
 def trace_given(

@@ -949,15 +949,6 @@ def test_score_and_enumeration_agree_on_average():
             assert abs(found - wanted) < 6 * spread / math.sqrt(len(x) * num_particles)
 
 
-def test_proposals_of_some_of_the_enumerated_sites_are_refused():
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("c1", dist.Categorical(logits=LOGITS), infer={"enumerate": "parallel"})
-
-    with pytest.raises(ValueError, match=r"enumerates \['c1'\] and does not propose .*\['c2'\]"):
-        pv.ELBO().loss(two_sites()[0], guide, X)
-
-
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_a_proposal_that_depends_on_one_summed_out_is_refused(num_particles):
     def guide(x):
