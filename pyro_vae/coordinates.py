@@ -11,7 +11,7 @@ from torch.distributions import ComposeTransform, IndependentTransform, biject_t
 
 from pyro_vae.preimages import Preimage, preimage_key
 from pyro_vae.sites import Plate, Site, is_circular
-from pyro_vae.supports import flat_transforms
+from pyro_vae.supports import flat_transforms, support_of
 
 __all__ = ["Coordinates"]
 
@@ -47,6 +47,12 @@ class Coordinates:
     @classmethod
     def of(cls, site: Site, data_plate: Plate | None, start: int) -> Coordinates:
         """Return the coordinates of a latent site that begin at column ``start``."""
+        if support_of(site.fn) is None:
+            raise ValueError(
+                f"latent site {site.name!r}: {site.distribution} declares no support, so nothing "
+                "says what maps the reals to its values. Give the class one (support = "
+                "constraints.real_vector, for example), or write the guide by hand"
+            )
         try:
             transform = biject_to(_support(site))
         except NotImplementedError as error:

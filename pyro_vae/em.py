@@ -38,6 +38,7 @@ from pyro_vae.parameters import Parameters
 from pyro_vae.results import EMResult
 from pyro_vae.running import evaluation, preserved_rng
 from pyro_vae.sites import Structure, inspect
+from pyro_vae.supports import is_discrete, support_of
 from pyro_vae.traces import dream
 
 __all__ = ["NonFiniteHalfStepError", "em"]
@@ -238,7 +239,12 @@ def _refuse_scales(
 
 def _require_continuous(structure: Structure) -> None:
     latents = (*structure.local_latents, *structure.global_latents)
-    names = [site.name for site in latents if site.support.is_discrete]
+    if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
+        raise ValueError(
+            f"the distributions of the latent sites {undeclared} declare no support, which NUTS "
+            "needs; give their classes one, or use e_step='importance'"
+        )
+    names = [site.name for site in latents if is_discrete(site.fn)]
     if names:
         raise ValueError(
             f"the latent sites {names} are discrete, and NUTS needs gradients; use "

@@ -21,7 +21,14 @@ from pyro_vae.masks import lift_masks
 from pyro_vae.particles import UnnamedDrawsError
 from pyro_vae.plain_errors import text_of, trace_of
 from pyro_vae.preimages import preimage_of
-from pyro_vae.running import FirstValues, called_modules, evaluation, preserved_rng, unwrapped
+from pyro_vae.running import (
+    FirstValues,
+    Look,
+    called_modules,
+    evaluation,
+    preserved_rng,
+    unwrapped,
+)
 from pyro_vae.scorer import Scorer
 from pyro_vae.sites import (
     DataPlateError,
@@ -221,19 +228,21 @@ def _warn_of_rounding(model_trace: Any, owners: tuple[Any, ...]) -> None:
     for name, node in sample_nodes(model_trace):
         if not node["is_observed"]:
             continue
-        with torch.no_grad(), pyro.validation_enabled(False):
+        gap = 0.0
+        # Where a distribution cannot be had in float64, nothing can be told.
+        with Look(), torch.no_grad(), pyro.validation_enabled(False):
             narrow, wide = (
                 site_log_prob(name, node, scaled=False, double=double) for double in (False, True)
             )
-        gap = float((narrow.sum() - wide.sum()).abs())
-        if gap > _ROUNDING * max(1, narrow.shape[0] if narrow.ndim else 1):
+            gap = float((narrow.sum() - wide.sum()).abs()) / max((1, *narrow.shape[:1]))
+        if gap > _ROUNDING:
             warn_once(
                 logger,
                 owners,
-                "the loss is off by about %.2g nats: terms of the observed site %r are so large "
-                "that float32 keeps too few of their digits. Its gradients are little hurt by it, "
-                "and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for a loss to "
-                "trust, give data, parameters and networks in float64",
+                "the loss is off by about %.2g nats for a datum: terms of the observed site %r are "
+                "so large that float32 keeps too few of their digits. Its gradients are little "
+                "hurt by it, and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for "
+                "a loss to trust, give data, parameters and networks in float64",
                 gap,
                 name,
             )

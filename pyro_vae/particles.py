@@ -235,25 +235,26 @@ class Runner:
         """
         double = set()
         for name, _ in sample_nodes(traces[0]):
-            terms = [
-                [
-                    site_log_prob(name, trace.nodes[name], scaled=False, double=wide)
-                    for trace in traces
-                ]
-                for wide in (False, True)
-            ]
-            if terms[0][0].dtype == terms[1][0].dtype:
-                continue
-            if self.summed:
-                pairs = zip(*terms, strict=True)
-                sums = torch.stack([(a - b).abs().sum() for a, b in pairs])
-                gap = sums.sum() / (num_particles * (rows.stop - rows.start))
-            else:
-                narrow, wide_ = (self._by_particle(some, num_particles) for some in terms)
-                gap = (narrow - wide_).abs().nan_to_num().max()
-            if bool(gap > _ROUNDING):
-                double.add(name)
+            nodes = [trace.nodes[name] for trace in traces]
+            with Look():  # a distribution may be made for one dtype
+                if self._rounding(name, nodes, rows, num_particles) > _ROUNDING:
+                    double.add(name)
         self.double = frozenset(double)
+
+    def _rounding(self, name: str, nodes: list[Any], rows: slice, num_particles: int) -> float:
+        """Return how far a site's log density of a datum is from that in float64, at most."""
+        narrow, wide = (
+            [site_log_prob(name, node, scaled=False, double=double) for node in nodes]
+            for double in (False, True)
+        )
+        if narrow[0].dtype == wide[0].dtype:
+            return 0.0
+        if self.summed:  # with dimensions of its own: on average
+            pairs = zip(narrow, wide, strict=True)
+            total = torch.stack([(a - b).abs().nan_to_num().sum() for a, b in pairs]).sum()
+            return float(total) / (num_particles * (rows.stop - rows.start))
+        a, b = (self._by_particle(terms, num_particles) for terms in (narrow, wide))
+        return float((a - b).abs().nan_to_num().max())
 
     def latent_masks(self, traces: list[Any], num_particles: int) -> dict[str, Tensor]:
         """Return the masks on the latents of a run, ``[K, *plates]`` each, or of size 1."""

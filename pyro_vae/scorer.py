@@ -60,7 +60,7 @@ from pyro_vae.sites import (
     latent_nodes,
     sample_nodes,
 )
-from pyro_vae.supports import edge_share
+from pyro_vae.supports import edge_share, lost_share
 from pyro_vae.traces import is_point, outside_sites, trace_pair
 from pyro_vae.warned_once import warn_once
 
@@ -281,11 +281,14 @@ class Scorer:
                 continue
             dim = self.structure.data_dim
             axis = None if dim is None else dim - len(site.event_shape)
-            share, edge = edge_share(site.fn, value, rows, axis)
+            share = edge_share(site.fn, value, rows, axis)
+            holder = f"{name}_unconstrained"  # where Pyro's AutoNormal keeps what it drew
+            if holder in values:
+                share = max(share, lost_share(site.fn, value, values[holder]))
             if share > _EDGE_SHARE:
                 raise ValueError(
                     f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of "
-                    f"what {value.dtype} can hold of its support ({site.support_text}, at {edge}), "
+                    f"what {value.dtype} can hold of its support ({site.support_text}), "
                     "where neither density is to be trusted. Use float64, a prior that is less "
                     "sparse, or a guide of pyro_vae, whose draws are scored before they round"
                 )

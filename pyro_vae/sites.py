@@ -494,6 +494,7 @@ def run_model(
         poutine.block(),
         drawn_subsamples() as drawn,
         _default_validation_told_apart(),
+        _NameUndrawable(),
     ):
         if seed is not None:
             torch.manual_seed(seed)
@@ -533,6 +534,30 @@ def run_model(
         )
     vectorized = {plate.name for site in sites.values() for plate in site.plates}
     return sites, batch_nesting(trace), tuple(sorted(drawn - vectorized))
+
+
+class _NameUndrawable(Messenger):
+    """Says which latent it is whose distribution has no draws: a model is looked at by running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: Any = None  # the statement that is being drawn
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self._drawn = msg
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self._drawn = None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, NotImplementedError) and self._drawn is not None:
+            raise ValueError(
+                f"latent site {self._drawn['name']!r}: its prior "
+                f"{type(plain_distribution(self._drawn['fn'])).__name__} cannot be drawn from, and "
+                "a model is looked at by drawing from its priors. Give the class a method sample; "
+                "any value of its support will do where its draws are not asked for"
+            ) from error
 
 
 @contextlib.contextmanager

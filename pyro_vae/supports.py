@@ -229,10 +229,8 @@ def value_of(fn: Any) -> Tensor:
     return torch.as_tensor(getattr(support, "lower_bound", 0)).detach()
 
 
-def edge_share(
-    fn: Any, value: Tensor, rows: slice = slice(None), axis: int | None = None
-) -> tuple[float, float]:
-    """Return the share of draws that are within rounding of an edge of a support, and which edge.
+def edge_share(fn: Any, value: Tensor, rows: slice = slice(None), axis: int | None = None) -> float:
+    """Return the share of draws that are within rounding of an edge of a support.
 
     Draws of a Beta, a Gamma or a Dirichlet are cut off there.
 
@@ -244,21 +242,33 @@ def edge_share(
     """
     support = support_of(fn)
     if support is None or support.is_discrete or is_circular(fn) or not value.is_floating_point():
-        return 0.0, 0.0
+        return 0.0
     finest = torch.finfo(value.dtype)
     if isinstance(support, type(constraints.simplex)):
         ends, value = (0.0,), value.min(-1).values
     else:
         bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
         ends = tuple(bound for bound in bounds if bound is not None)
-    worst = 0.0, 0.0
+    worst = 0.0
     for end in map(torch.as_tensor, ends):
         if axis is not None and end.ndim >= -axis and end.shape[axis] > 1:
             end = end.movedim(axis, 0)[rows].movedim(0, axis)
         least = (end.abs() * 4 * finest.eps).clamp(min=10 * finest.tiny).to(value)
-        share = float(((value - end).abs() < least).double().mean())
-        worst = max(worst, (share, float(end.flatten()[0])))
+        worst = max(worst, float(((value - end).abs() < least).double().mean()))
     return worst
+
+
+def lost_share(fn: Any, value: Tensor, coordinates: Tensor) -> float:
+    """Return the share of draws from which the coordinates that they were made of cannot be told.
+
+    Args:
+        fn: a distribution on a support that torch maps the reals to.
+        value: draws.
+        coordinates: of each.
+    """
+    back = biject_to(fn.support).inv(value)
+    lost = (back - coordinates).abs() > 1e-3 * (1 + coordinates.abs())
+    return float((lost | back.isnan()).double().mean())
 
 
 class SameMeasure(Messenger):
