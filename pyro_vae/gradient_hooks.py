@@ -16,7 +16,8 @@ _KEPT = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 def mark() -> int:
     """Return a number that is another one after any hook of PyTorch's was added."""
-    return int(RemovableHandle.next_id)
+    number: int = RemovableHandle.next_id
+    return number
 
 
 def hooked(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -102,7 +102,7 @@ class _Kind:
         return self.hooked
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Call:
     """The arguments of a call, and how a graph takes them.
 
@@ -224,20 +224,21 @@ class TracedLoss:
             self._tell("an argument requires gradients, which no graph would give it")
             return self._run_once(args, kwargs)
         call = _Call(args, kwargs, (args, kwargs, rows), inputs)
-        surroundings = torch.get_default_dtype(), torch.is_grad_enabled()
-        kind = self._kinds.pop((form, *surroundings), None)
+        dtype, recorded = torch.get_default_dtype(), torch.is_grad_enabled()
+        signature = (form, dtype, recorded)
+        kind = self._kinds.pop(signature, None)
         if kind is None:
             form, call = self._with_tensors(form, call)
-            kind = self._kinds.pop((form, *surroundings), None)
-        form = (form, *surroundings)
+            signature = (form, dtype, recorded)
+            kind = self._kinds.pop(signature, None)
         if kind is not None:
-            self._kinds[form] = kind  # the last used
+            self._kinds[signature] = kind  # the last used
             if not kind.holds():  # as after train() or eval()
                 self._wasted += kind.calls < _WORTH
                 self._differing = kind.changed() or self._differing
                 kind = None
         if kind is None:
-            kind = self._remember(form)
+            kind = self._remember(signature)
         kind.calls += 1
         if kind.eager:
             return self._watch(kind, args, kwargs)
@@ -249,7 +250,7 @@ class TracedLoss:
             return loss
         if kind.graph is None:
             return self._trace(kind, call)
-        if kind.hooks != gradient_hooks.mark() and kind.with_hooks() and not kind.backward_once:
+        if not kind.backward_once and kind.with_hooks():
             return self._give_up(kind, _BACKWARD_AGAIN, call)
         if self._pays(kind, kind.graph):
             return self._compile(kind, kind.graph, call)

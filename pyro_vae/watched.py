@@ -86,7 +86,9 @@ class Watched:
         self._values, self._contents = captured.values(), captured.contents()
         self._places, self._digests = captured.places(), captured.digests()
         self._expected_tensors = self._tensors()
-        self._lengths = list(map(len, self._lengths_of))
+        self._sized = [d for d in self._lengths_of if d]
+        self._unsized = [d for d in self._lengths_of if not d]
+        self._lengths = list(map(len, self._sized))
         unique = {id(t): t for t in self._expected_tensors if isinstance(t, Tensor)}
         self._unique = list(unique.values())
         self._kinds = _kinds(self._unique)
@@ -116,7 +118,8 @@ class Watched:
         """Whether the parameters and buffers are the expected ones."""
         return (
             self._has_tensors(self._expected_tensors)
-            and list(map(len, self._lengths_of)) == self._lengths
+            and not any(self._unsized)
+            and list(map(len, self._sized)) == self._lengths
             and _kinds(self._unique) == self._kinds
         )
 
