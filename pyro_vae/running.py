@@ -153,8 +153,7 @@ class _Held:
             now.update(before)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+class one_thread:  # noqa: N801 - a context manager, without the time that a generator takes
     """Refuse to run beside another thread that runs models and guides.
 
     Pyro has one stack of handlers and one parameter store, and PyTorch one stream of random
@@ -163,15 +162,17 @@ def one_thread() -> Iterator[None]:
     Raises:
         RuntimeError: where another thread is inside.
     """
-    if not _lock.acquire(blocking=False):
-        raise RuntimeError(
-            "pyro_vae is at work in another thread. Pyro's handlers and parameters, and PyTorch's "
-            "random numbers, are one for all threads of a process, so results would mix: run one "
-            "after the other, or in processes of their own (multiprocessing, joblib's 'loky')"
-        )
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        if not _lock.acquire(blocking=False):
+            raise RuntimeError(
+                "pyro_vae is at work in another thread. Pyro's handlers and parameters, and "
+                "PyTorch's random numbers, are one for all threads of a process, so results would "
+                "mix: run one after the other, or in processes of their own (multiprocessing, "
+                "joblib's 'loky')"
+            )
+
+    def __exit__(self, *raised: object) -> None:
         _lock.release()
 
 

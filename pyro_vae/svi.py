@@ -139,6 +139,7 @@ class CompiledSVI:
         )
         self._update: Update | None = None
         self._moved: set[int] = set()  # parameters that had a gradient
+        self._filled: list[Tensor] | None = None  # of the last step, where all had one
         self._told = False
 
     @property
@@ -214,7 +215,12 @@ class CompiledSVI:
 
         As pyro.infer.SVI does: momentum moves them on.
         """
-        for parameter in self._traced.current:
+        current = self._traced.current
+        if current is self._filled and self._traced.mode != "eager":
+            return  # a graph gives gradients to the same parameters each time
+        missing = [parameter for parameter in current if parameter.grad is None]
+        self._filled = None if missing else current
+        for parameter in current:
             if parameter.grad is not None:
                 self._moved.add(id(parameter))
             elif id(parameter) in self._moved:
@@ -310,9 +316,12 @@ class Update:
 
     def _take(self, loss: Any, *, traced: bool) -> None:
         groups = self.optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"]]
-        nothing = all(gradient is None for gradient in gradients)
-        if not traced or nothing or not self._is_recordable():
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters]
+        state = self.optimizer.state
+        # What a first step would make of the state is no constant of the graph.
+        states = [state.get(p) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        if not traced or not states or not all(states) or not self._is_recordable():
             self._step(loss)
             return
         settings = (
@@ -322,11 +331,10 @@ class Update:
             if name not in ("params", "param_names")
         )
         # Of the state, for load_state_dict and others put a new one in its place.
-        states = (self.optimizer.state[p] for group in groups for p in _moving(group))
         key = (
             *settings,
-            *(gradient is None for gradient in gradients),
-            *(id(next(iter(state.values()))) for state in states),
+            *[gradient is None for gradient in gradients],
+            *[id(next(iter(kept.values()))) for kept in states if kept],
         )
         given = [gradient for gradient in gradients if gradient is not None]
         if self.failed is not None:
@@ -390,11 +398,7 @@ class Update:
         hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if self._refused or hooked or "step" in vars(optimizer):  # a learning rate scheduler's
             return False
-        # What a first step would make is no constant of the graph.
-        return all(
-            group.get("fused") and all(optimizer.state.get(p) for p in _moving(group))
-            for group in optimizer.param_groups
-        )
+        return all(group.get("fused") for group in optimizer.param_groups)
 
     def _capture(self, graph: Graph, given: list[Any]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
