@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from pyro_vae.guides import AmortizedGuide
 from pyro_vae.plain_errors import trace_of
 from pyro_vae.results import Given
 from pyro_vae.running import evaluation, preserved_rng
-from pyro_vae.sites import Site, Structure, inspect, latent_nodes
+from pyro_vae.sites import DataPlateError, Site, Structure, inspect, latent_nodes, run_model
 from pyro_vae.traces import is_point
 
 __all__ = ["fix_globals", "fix_globals_of_pair"]
@@ -59,7 +60,7 @@ def fix_globals(
     }
     if not given and (not shared or data_plate is False):
         return model, dict(guides), Given({})
-    structure = inspect(model, batch, data_plate=data_plate)
+    structure = _structure(model, batch, data_plate, given or {})
     wanted = [site.name for site in structure.global_latents]
     chosen = _values(given or {}, structure)
     values: dict[str, Tensor] = dict(chosen)
@@ -96,6 +97,32 @@ def fix_globals_of_pair(
     """Return :func:`fix_globals` of a single guide."""
     model, guides, fixed = fix_globals(model, {"guide": guide}, batch, data_plate, given)
     return model, guides["guide"], fixed
+
+
+def _structure(
+    model: Callable[..., Any],
+    batch: Batch,
+    data_plate: str | bool | None,
+    given: Mapping[str, Any],
+) -> Structure:
+    """Return the model's structure; where all its latents are given, that of what they leave."""
+    try:
+        return inspect(model, batch, data_plate=data_plate)
+    except DataPlateError:
+        sites, nesting, _ = run_model(model, batch)
+        latents = {name: site for name, site in sites.items() if site.kind == "latent"}
+        if not latents or latents.keys() - given.keys():
+            raise
+    fixed = {name: site.value for name, site in latents.items()}
+    hidden = poutine.block(pyro.condition(model, data=fixed), hide=list(fixed))
+    rest = inspect(hidden, batch, data_plate=data_plate, latents_needed=False)
+    plate = rest.data_plate
+    kinds = {
+        name: "global latent" if plate not in site.plates else "local latent"
+        for name, site in latents.items()
+    }
+    shared = {name: replace(site, kind=kinds[name]) for name, site in latents.items()}
+    return Structure({**shared, **rest.sites}, plate, nesting, rest.num_data)
 
 
 def _values(given: Mapping[str, Any], structure: Structure) -> dict[str, Tensor]:
@@ -135,8 +162,12 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
     """Return a guide of the other sites, given these; anything else is handed on."""
     if not callable(guide) or isinstance(guide, type):
         return guide
-    if isinstance(guide, FamilyGuide) and not fixed.keys() & {c.name for c in guide.coordinates}:
-        return guide
+    if (
+        isinstance(guide, FamilyGuide)
+        and getattr(guide, "global_guide", None) is None
+        and not fixed.keys() & {c.name for c in guide.coordinates}
+    ):
+        return guide  # as it is: what it is, is asked for
     first, second = _latents(guide, batch, 2)
     # Of Pyro's autoguides, which sample a site's unconstrained value beside it.
     helpers = {site: f"{site}_unconstrained" for site in fixed}

@@ -313,3 +313,33 @@ def test_the_advice_of_the_refusal_works(x):
     hidden = block(pyro.condition(model, data={"g": x.new_zeros(())}), hide=["g"])
     with pytest.raises(ValueError, match=r"guide samples \['g'\].*given=\{name: value\}"):
         pv.elbo(hidden, by_hand, x)
+
+
+def test_a_model_whose_latents_are_all_given(x):
+    """log p(x | g), datum by datum, though no latent lies in the plate of the data."""
+
+    def regression(x):
+        g = pyro.sample("g", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(g, 1.0), obs=x)
+
+    def shared(x):
+        pyro.sample("g", dist.Normal(x.new_zeros(()), 1.0))
+
+    exact = dist.Normal(0.5, 1.0).log_prob(x)
+    for bound in (pv.elbo, pv.iwae_bound):
+        found = bound(regression, shared, x, given={"g": 0.5}, num_particles=3)
+        torch.testing.assert_close(found.value, exact)
+    with pytest.raises(ValueError, match="given names 'x', a site of kind 'observed'"):
+        pv.elbo(regression, shared, x, given={"g": 0.5, "x": 0.0})
+    with pytest.raises(ValueError, match="no local latents: the latent sites"):
+        pv.elbo(regression, shared, x, given={"h": 0.5})
+
+
+def test_values_passed_beside_a_global_guide_of_the_whole_batch(guide, x):
+    """Of one datum too: the global guide's site is hidden, and the sum is that of the data."""
+    options = {"given": {"g": 0.7}, "num_particles": 20_000, "seed": 0}
+    whole = pv.elbo(model, guide, x, data_plate=False, **options)
+    each = pv.elbo(model, guide, x, **options)
+    error = (whole.std_error**2 + each.std_error.square().sum()).sqrt()
+    assert abs(whole.value - each.value.sum()) < 4 * error
