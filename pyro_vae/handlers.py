@@ -341,9 +341,11 @@ class FullSize(Messenger):
         if frames:
             (frame,) = frames
             if frame.full_size == frame.size:
-                full = frame._replace(full_size=self.num_data)
+                # A plate without a size has that of what is in it.
+                size = _length(msg, self.dim) if frame.size == -1 else frame.size
+                full = frame._replace(size=size, full_size=self.num_data)
                 msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)
-                msg["scale"] = msg["scale"] * (self.num_data / frame.size)
+                msg["scale"] = msg["scale"] * (self.num_data / size)
         elif msg["name"] in self.local:
             shape = msg["fn"].batch_shape
             if len(shape) >= -self.dim:
@@ -361,6 +363,15 @@ def same_scale(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return math.isclose(a, b, rel_tol=_SAME_SCALE)
     return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
+
+
+def _length(msg: Any, dim: int) -> int:
+    """Return how many entries a site has in a batch dimension: its distribution, or its data."""
+    fn, value = msg["fn"], msg["value"]
+    shapes = [fn.batch_shape]
+    if isinstance(value, Tensor):
+        shapes.append(value.shape[: value.ndim - fn.event_dim])
+    return max(shape[dim] for shape in shapes if len(shape) >= -dim)
 
 
 def scale_parts(node: Any) -> tuple[Any, Tensor | None]:

@@ -34,6 +34,8 @@ def make_data(num_data=NUM_DATA):
 
 def plate(kind, x, num_data=NUM_DATA):
     """A plate that leaves its full size to fit, or says it in one of three ways."""
+    if kind == "no size":
+        return pyro.plate("data")
     if kind == "full size":
         return pyro.plate("data", num_data, subsample=x)
     return pyro.plate("data", len(x))
@@ -46,7 +48,7 @@ def model_of(kind, num_data=NUM_DATA):
         mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 10.0))
         scale = num_data / len(x) if kind == "scale" else 1.0
         with plate(kind, x, num_data), poutine.scale(scale=scale):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            z = pyro.sample("z", dist.Normal(mu, torch.ones_like(x)))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     return model
@@ -94,7 +96,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("kind", ["full size", "scale"])
+@pytest.mark.parametrize("kind", ["full size", "scale", "no size"])
 def test_a_plate_of_the_minibatch_s_size_is_as_one_that_says_its_own(name, kind):
     """Under one seed, to rounding: also the last minibatch, of another size."""
     told, parameters = trained("len", LOSSES[name])
