@@ -38,7 +38,7 @@ def amortized(**options):
 
 GUIDES = {
     "amortized": lambda: (model, amortized()),
-    "flow": lambda: (model, amortized(family=pv.families.Flow())),
+    "low rank": lambda: (model, amortized(family=pv.families.LowRankNormal(1))),
     "local": lambda: (model, pv.LocalGuide(model, num_data=12, example=X)),
     "exact": lambda: (counted, pv.ExactGuide(counted, example=X)),
     "zoo": lambda: (
