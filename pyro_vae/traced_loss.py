@@ -444,7 +444,7 @@ class TracedLoss:
         start.again()
         found = self._run_graph(kind, graph, call.inputs)
         cause = "differs"
-        reason = _difference(
+        reason = difference = _difference(
             loss,
             gradients,
             found,
@@ -469,7 +469,7 @@ class TracedLoss:
         start.again(values=True)
         if graph.captured and cause == "differs":
             graph.release()
-            logger.warning(_ONE_BY_ONE, f"launched at once, they do not agree: {reason}")
+            logger.warning(_ONE_BY_ONE, f"launched at once, they do not agree: {difference}")
             return self._checked(kind, graph, call)
         return self._give_up(kind, reason, call, cause)
 

@@ -73,6 +73,7 @@ class Model(nn.Module):
         self.noise = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> None:
+        pyro.module("model", self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(self.net(z), self.noise.exp()).to_event(1), obs=x)
