@@ -160,3 +160,41 @@ def test_a_pyro_module_keeps_its_own_parameters():
     after = dict(model.named_parameters())
     assert all(after[name] is value for name, value in own.items())
     assert list(pyro.get_param_store().keys()) == ["sigma"]
+
+
+@pytest.mark.parametrize("how", [False, "replay"])
+def test_fit_is_svi_under_one_seed(how):
+    """On all the data, with first values that are drawn: loss by loss, and in what is stored."""
+    x = X[:, 0]
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 10.0))
+        shift = pyro.param("shift", (2 * mu).detach())
+        drawn = pyro.param("drawn", lambda: torch.randn((), dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu + shift + drawn, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.randn((), dtype=x.dtype))
+        pyro.sample("mu", dist.Normal(loc, 1.0))
+
+    torch.manual_seed(5)
+    svi = SVI(model, guide, adam(), Trace_ELBO())
+    losses = [svi.step(x) for _ in range(110)]
+    stored = {name: value.item() for name, value in pyro.get_param_store().items()}
+    pyro.clear_param_store()
+    result = pv.fit(
+        model,
+        guide,
+        x,
+        data_plate=False,
+        loss=Trace_ELBO(),
+        optim=adam(),
+        seed=5,
+        max_steps=110,
+        compile=how,
+        progress=False,
+    )
+    assert [-elbo for elbo in result.history["elbo"]] == pytest.approx(losses, rel=1e-10)
+    found = {name: value.item() for name, value in pyro.get_param_store().items()}
+    assert found == pytest.approx(stored, rel=1e-10)
