@@ -12,6 +12,7 @@ where :math:`q^*` is the refined guide, the best of the family for each datum
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,6 +254,8 @@ def compare(
             )
     blocks: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     reduced = []
+    for a, b in itertools.permutations(scorers.values(), 2):
+        a.share_preimages(b)
     crossed = all(a.can_score(b) for a in scorers.values() for b in scorers.values())
     # Every scorer must cut the data and the particles alike: as the least divisible one does.
     if len({len(scorer.data_blocks()) for scorer in scorers.values()}) > 1:
@@ -274,6 +277,9 @@ def compare(
             reduced.append(_reduce(blocks.pop(rows.start), list(made), references, crossed))
     dataset = _dataset(reduced, list(made), references, num_particles)
     dataset.attrs["given"] = given_text(fixed)
+    for name, scorer in scorers.items():
+        infinite = torch.as_tensor(dataset["elbo"].sel(guide=name).values) == -math.inf
+        scorer.warn_of_outside(f"the ELBO of {name!r}", infinite)
     dataset["converged"] = (("guide", "datum"), _converged(made, references, dataset))
     return Comparison(dataset, made)
 

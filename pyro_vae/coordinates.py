@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,17 @@ class Coordinates:
     def cached_transform(self) -> Any:
         """The transform, anew, remembering its last argument where it can."""
         return self.transform if self.preimage_key is None else self.transform.with_cache(1)
+
+    def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return what draws are made of; NaN or infinite where they lie outside of the support.
+
+        Args:
+            values: of sites, and their preimages where a guide keeps them.
+        """
+        key = self.preimage_key
+        if key is not None and key in values:
+            return values[key]
+        return self.transform.inv(values[self.name])
 
     def value(self, z: Tensor) -> Tensor:
         """Return the value of unconstrained coordinates, inside the support."""

@@ -223,7 +223,8 @@ class FamilyGuide(Registered):
             runs: the latent nodes of two runs of that guide. Where a proposal is Normal, on a
                 real support, and the same in both (it does not depend on another draw), its
                 moments are read off; elsewhere they are those of the draws.
-            values: draws of that guide, [K, batch..., event...] for each name.
+            values: draws of that guide, [K, batch..., event...] for each name; their preimages
+                too where it keeps them.
         """
         means, stds = [], []
         for coordinates in self.coordinates:
@@ -231,8 +232,9 @@ class FamilyGuide(Registered):
             if coordinates.is_identity:
                 moments = normal_moments([nodes[coordinates.name] for nodes in runs])
             if moments is None:
-                rows = coordinates.rows(coordinates.transform.inv(values[coordinates.name]))
-                mean, std = rows.mean(0), rows.std(0)
+                # Of the middle: heavy tails have no moments, and draws outside of the support no
+                # coordinates.
+                mean, std = _moments(coordinates.rows(coordinates.unconstrained(values)))
             else:
                 mean, std = (coordinates.rows(m.unsqueeze(0))[0] for m in moments)
             means.append(mean)

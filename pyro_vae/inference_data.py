@@ -146,6 +146,14 @@ def to_arviz(
     doubt = doubts(smoothed.pareto_k, smoothed.ess, num_draws)
     if resample == "psis" and doubt:
         logger.warning("to_arviz: resampled draws, %s", doubt)
+    if resample is None and scorer.outside:
+        logger.warning(
+            "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
+            "model, through %s: they are no draws of a posterior. Take resample='psis'",
+            int(np.isneginf(log_weight).sum()),
+            log_weight.size,
+            ", ".join(scorer.outside),
+        )
     groups["observed_data"] = {
         site.name: leading_datum(_with_missing(site), site, structure).cpu().numpy()
         for site in structure.observed

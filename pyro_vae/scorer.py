@@ -274,7 +274,8 @@ class Scorer:
 
     def _refuse_edges(self, rows: slice, values: Mapping[str, Tensor]) -> None:
         """Raise ValueError for draws that round to an edge, where log densities are made up."""
-        kept = {shape.preimage_of for shape in self._guide.shapes.values()}
+        shapes = self._guide.shapes
+        kept = {shapes[name].preimage_of for name in values if name in shapes}
         for name, value in values.items():
             site = self.structure.sites.get(name)
             if site is None or name in kept:
@@ -549,6 +550,11 @@ class Scorer:
             )
             for name, value in values.items()
         }
+
+    def share_preimages(self, other: Scorer) -> None:
+        """Take up the preimages of another guide's draws, to score these by."""
+        theirs = {n: s for n, s in other._guide.shapes.items() if s.preimage_of is not None}
+        self._guide.shapes = self._model.shapes = {**theirs, **self._guide.shapes}
 
     def can_score(self, other: Scorer) -> bool:
         """Whether this guide's density of the other guide's draws is known."""

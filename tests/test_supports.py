@@ -119,10 +119,28 @@ def test_importance_weights_of_a_wide_proposal(validate, compile, caplog):
     assert "'z' (Exponential)" in caplog.text
 
 
-def test_compare_and_refine_take_a_wide_proposal():
+def test_draws_of_a_wide_proposal_for_arviz(caplog):
+    pv.to_arviz(delays, wide, X, num_draws=50, seed=0)
+    assert "have no density under the model, through 'z' (Exponential)" in caplog.text
+    caplog.clear()
+    data = pv.to_arviz(delays, wide, X, num_draws=2000, seed=0, resample="psis")
+    assert "no density" not in caplog.text
+    z = data.posterior["z"].values
+    assert (z >= 0).all()
+    # E[z | x] of an Exponential plus a Normal: that of Normal(x - 1, 1) above zero.
+    mean = (
+        X
+        - 1
+        + torch.exp(-0.5 * (X - 1) ** 2 - torch.special.log_ndtr(X - 1)) / (2 * torch.pi) ** 0.5
+    )
+    assert abs(z.mean((0, 1)) - mean.numpy()).max() < 0.15
+
+
+def test_compare_and_refine_take_a_wide_proposal(caplog):
     guides = {"wide": wide, "refined": pv.families.Normal()}
     found = pv.compare(delays, guides, X, num_particles=4000, seed=0).dataset
     assert (found["elbo"].sel(guide="wide") == -math.inf).all()
+    assert "the ELBO of 'wide' is -inf for 3 of 3 data" in caplog.text
     for name in ("iwae_bound", "log_evidence"):
         value = found[name] if name == "log_evidence" else found[name].sel(guide="wide")
         error = found[f"{name}_se"]
