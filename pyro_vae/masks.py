@@ -101,8 +101,9 @@ def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
         ValueError: as :func:`masked_proposals`.
     """
     for name, latent in masked_proposals(model_trace, guide_trace).items():
-        node = guide_trace.nodes[name]
-        node["mask"] = _both(node["mask"], model_trace.nodes[latent]["mask"])
+        node, mask = guide_trace.nodes[name], model_trace.nodes[latent]["mask"]
+        # A mask of the guide's own leaves out no more than the model's: one tensor for both.
+        node["mask"] = mask if name == latent else _both(node["mask"], mask)
 
 
 def masked_proposals(model_trace: Any, guide_trace: Any) -> dict[str, str]:

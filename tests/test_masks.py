@@ -255,3 +255,42 @@ def test_a_sleep_phase_teaches_proposals_that_some_values_mask(inside):
     gradients = torch.stack(found)
     assert abs(gradients.mean() - len(X) * 0.5) < 4 * gradients.std() / 200**0.5
     assert gradients.std() / 200**0.5 < 0.3  # a mask by what is dreamt would say 1.6 for 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [pv.ELBO(), pv.IWAE(4, "dreg")], ids=repr)
+@pytest.mark.parametrize("masked", [False, True])
+def test_traced_steps_take_the_same_masks(loss, masked):
+    """150 steps, eager and replayed: the same losses, and no bound above log p(x) at their end."""
+    x = t([0.3, -1.0, 2.0])
+    model, _ = mixture(masked) if masked else (spike_and_slab(), None)
+    name = "z" if masked else "h"
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros_like(x))
+        scale = pyro.param("scale", torch.ones_like(x), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            fn = dist.Normal(loc, scale)
+            pyro.sample(name, fn.mask(torch.tensor([True] * 3)) if masked else fn)
+
+    runs = []
+    for compiled in (False, "replay"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.02})
+        svi = pv.CompiledSVI(model, guide, optim, loss=loss, compile=compiled)
+        runs.append([svi.step(x) for _ in range(150)])
+        assert svi.mode == ("replayed" if compiled else "eager")
+    assert runs[0] == pytest.approx(runs[1], rel=1e-10)
+    if masked:
+        terms = [
+            math.log(w) + dist.Normal(t(c), 2**0.5).log_prob(x)
+            for w, c in ((0.7, -1.0), (0.3, 2.0))
+        ]
+    else:
+        terms = log_joints(x)
+    evidence = torch.logsumexp(torch.stack(list(terms)), 0)
+    bound = pv.iwae_bound(model, guide, x, num_particles=20_000, seed=0)
+    assert ((bound.value - evidence).abs() < 5 * bound.std_error + 1e-3).all()
+    elbo = pv.elbo(model, guide, x, num_particles=20_000, seed=0)
+    assert (elbo.value < evidence + 3 * elbo.std_error).all()
