@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _KINDS = 16  # of arguments remembered at most
 _LONG = 20  # items of a list that are looked at
-_WORTH = 10  # calls of a kind, below which tracing it has been a waste
+_WORTH = 64  # calls of a kind, below which tracing it has been a waste
+_WASTED = 8  # kinds, after which others are traced when they have been called so often
 # Calls of one kind at which a graph is compared with eager: the first, and ever more rarely.
 _CHECKED = frozenset(2 * 4**k for k in range(12))
 # In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
@@ -55,6 +56,8 @@ class _Kind:
 
     Attributes:
         calls: so far.
+        last: the number of the last one, among those of all kinds.
+        wait: calls that run eagerly before it is traced.
         graph: of loss and gradients; None before it is traced, and where it cannot be.
         eager: whether it was given up.
         parameters: whose gradients the graph returns.
@@ -68,6 +71,8 @@ class _Kind:
     """
 
     calls: int = 0
+    last: int = 0
+    wait: int = 0
     graph: Graph | None = None
     eager: bool = False
     parameters: list[Tensor] = field(default_factory=list)
@@ -240,6 +245,7 @@ class TracedLoss:
         if kind is None:
             kind = self._remember(signature)
         kind.calls += 1
+        kind.last = self._calls
         if kind.eager:
             return self._watch(kind, args, kwargs)
         if kind.watched is None:  # as after a first run that ended in an error
@@ -275,22 +281,27 @@ class TracedLoss:
 
     # --- kinds of arguments
 
-    def _remember(self, form: Any) -> _Kind:
+    def _remember(self, signature: Any) -> _Kind:
         while len(self._kinds) >= _KINDS:
             least = self._kinds.pop(next(iter(self._kinds)))  # used least recently
             self._wasted += least.calls < _WORTH
-        if self._wasted > _KINDS:
+        idle = sum(
+            kind.graph is not None and kind.calls < _WORTH < self._calls - kind.last
+            for kind in self._kinds.values()
+        )
+        wait = 0
+        if self._wasted + idle > _WASTED:
+            wait = _WORTH
             what = f" ({self._differing})" if self._differing else ""
             self._tell(
-                f"arguments, or values that the step reads beside them{what}, differ from step to "
-                "step; pad arguments to a few shapes, and make numbers that change tensors, "
+                f"arguments, or values that the step reads beside them{what}, differ every few "
+                "steps; pad arguments to a few shapes, and make numbers that change tensors, "
                 "written to in place"
             )
-            return _Kind(eager=True)
         # Where the same code stops every trace, it will stop the next one.
         hopeless = max(self._failures.values(), default=0) >= _FAILURES
-        self._kinds[form] = _Kind(eager=hopeless)
-        return self._kinds[form]
+        self._kinds[signature] = _Kind(eager=hopeless, wait=wait)
+        return self._kinds[signature]
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
         """Run eagerly, without a view to a graph."""
@@ -324,7 +335,7 @@ class TracedLoss:
         self.unregistered = [p for p in kind.unregistered if p.grad is not None]
         known = {id(parameter) for parameter in self.parameters}
         self.parameters += [p for p in kind.parameters if id(p) not in known]
-        if not kind.eager:
+        if not kind.eager and kind.calls >= kind.wait:
             roots = (self.model, self.guide, *self._owners)
             kind.watched = Watched(roots, modules.values(), names, modes=self._modes)
         self.health = self._health(loss, [parameter.grad for parameter in kind.parameters])

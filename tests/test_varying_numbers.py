@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_a_model_that_decides_by_the_number(caplog):
     (message,) = warned(caplog)
     assert "differs from call to call, and steps are traced anew for each value" in message
     assert "if beta < 0.5 else 0.5" in message
+
+
+@pytest.mark.slow
+def test_numbers_that_are_traced_each_are_not_for_ever(caplog):
+    """Ten steps for each of 40 values; the last one stays, and is traced after many steps."""
+
+    def make():
+        model, guide = vae()
+        forward = model.forward
+        model.forward = lambda x, beta: forward(x, max(beta, 0.1))
+        return model, guide
+
+    values = [0.2 + 0.01 * min(i, 40) for i in range(50)]
+    run = replayed(make, calls(values, 10))
+    traced = sum(a == "eager" and b == "replayed" for a, b in itertools.pairwise(run.modes))
+    assert traced <= 20
+    assert run.modes[330:400] == ["eager"] * 70
+    assert run.modes[-30:] == ["replayed"] * 30
+    assert any("differ every few steps" in text for text in warned(caplog))
 
 
 def test_where_no_trace_succeeds_there_are_no_more_of_them(monkeypatch, caplog):
