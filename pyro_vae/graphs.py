@@ -33,6 +33,7 @@ __all__ = [
     "is_recording",
     "layout_of",
     "rebuilt",
+    "same_expression",
     "trace",
 ]
 
@@ -81,6 +82,30 @@ def is_recording() -> bool:
     raise an error may be left out: they have been made in a run before.
     """
     return _under_way[0] > 0
+
+
+def same_expression(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a trace come from the same inputs by the same operations.
+
+    Then their numbers are equal whenever the graph runs, which a look at them would not tell.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, has_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None or not all(has_proxy_slot(t, mode.tracer) for t in (one, other)):
+        return False
+    nodes = (get_proxy_slot(t, mode.tracer).proxy.node for t in (one, other))
+    return _same_node(*nodes)
+
+
+def _same_node(one: Any, other: Any) -> bool:
+    if one is other or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return one is other or (type(one) is type(other) and bool(one == other))
+    if one.op != "call_function" or one.target is not other.target:
+        return False
+    pure = isinstance(one.target, OpOverload) and graph_nodes.is_pure(one)
+    parts = ([*node.args, *node.kwargs.values()] for node in (one, other))
+    return pure and all(_same_node(*pair) for pair in zip(*parts, strict=False))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.graphs import same_expression
+
 __all__ = [
     "FullSize",
     "LatentScale",
@@ -362,6 +364,8 @@ def same_scale(a: Any, b: Any) -> bool:
         return True
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return math.isclose(a, b, rel_tol=_SAME_SCALE)
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and same_expression(a, b):
+        return True
     return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from test_svi import data, replayed, vae, warned
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.varying_numbers import VaryingNumbers
@@ -26,6 +30,33 @@ def test_a_warm_up_by_a_float(loss):
     run = replayed(calls=calls([0.1 * (i + 1) for i in range(8)]), loss=loss)
     e, r = ["eager"], ["replayed"]
     assert run.modes == (e + r * 2) * 4 + r * 12
+
+
+def scaled_alike():
+    """One weight on the latent, in model and guide: the KL is analytic."""
+    torch.manual_seed(0)
+    decoder, encoder = nn.Linear(2, 3).double(), nn.Linear(3, 2).double()
+
+    def model(x, beta):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=beta):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x, beta):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)), poutine.scale(scale=beta):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("loss", [pv.ELBO, TraceMeanField_ELBO])
+def test_a_weight_of_model_and_guide(loss):
+    """No number is read to know that the two scales are one."""
+    run = replayed(scaled_alike, calls([0.1 * (i + 1) for i in range(8)]), loss=loss, rtol=1e-12)
+    assert run.modes[-12:] == ["replayed"] * 12
 
 
 def test_whole_numbers_and_floats_in_float32():
