@@ -34,6 +34,13 @@ def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) ->
                 f"of plate {plate.name!r} (dim {plate.dim}). Sample it in that plate, or pass "
                 "data_plate=False to treat the whole batch as one datum"
             )
+        found = shape[plate.dim] if len(shape) >= -plate.dim else 1
+        if found not in (1, structure.num_data):
+            raise ValueError(
+                f"the guide proposes {found} values of {name!r} along plate {plate.name!r}, and "
+                f"the batch has {structure.num_data} data: it has parameters for each of the data "
+                "that it was made for. Pass all of these, in their order, or use an AmortizedGuide"
+            )
         model_node = model_trace.nodes.get(name)
         if model_node is not None and model_node["fn"].event_dim != node["fn"].event_dim:
             raise ValueError(
