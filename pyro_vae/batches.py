@@ -124,6 +124,32 @@ class Batch:
             index = index.to(self.device)
         return self._map(lambda value: value[index])
 
+    def fingerprints(self, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Return a number for each datum that tells it from others, and its length, [N] each.
+
+        A projection on a fixed random direction: two data that are apart by a share of their length
+        have numbers apart by about that; of another dtype or device they are nearly the same.
+
+        Args:
+            whole: whether all is one datum, so that N is 1.
+        """
+        size = 1 if whole else self.size or 0
+        number = torch.zeros(size, dtype=torch.float64)
+        square = torch.zeros(size, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        for _, value in self._named():
+            if not (_has_dimensions(value) if whole else self._is_rows(value)):
+                continue
+            plain = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+            plain = torch.view_as_real(plain) if plain.is_complex() else plain
+            rows = plain.reshape(size, plain.numel() // size).to("cpu", torch.float64)
+            direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+            # A missing value is unlike any number.
+            rows = torch.nan_to_num(rows, nan=-1 / 3, posinf=1e30, neginf=-1e30)
+            number += rows @ direction
+            square += rows.square().sum(1)
+        return number, square.sqrt()
+
     def repeat(self, times: int) -> Batch:
         """Return the batch with its data repeated, all of them once, then all again."""
         return self._map(lambda value: value.repeat(times, *[1] * (value.ndim - 1)))

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vae import arviz_bridge
 from pyro_vae.batches import Batch, as_batch
@@ -194,6 +195,7 @@ def compare(
     max_steps: int = 4000,
     tolerance: float = 0.02,
     seed: int | None = None,
+    progress: bool = True,
 ) -> Comparison:
     """Compare guides of one model on one batch, datum by datum.
 
@@ -220,6 +222,8 @@ def compare(
         max_steps: of refine.
         tolerance: of refine, in nats.
         seed: of the draws; None takes one from the global random state.
+        progress: whether to show bars, of refining and of scoring, with the time that is left; they
+            appear after a second.
 
     Returns:
         A Comparison. A guide of no family of ours (a hand-written one with other
@@ -243,7 +247,7 @@ def compare(
     model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
     options: dict[str, Any] = {"data_plate": data_plate, "seed": seed}
-    budget = {"max_steps": max_steps, "tolerance": tolerance}
+    budget = {"max_steps": max_steps, "tolerance": tolerance, "progress": progress}
     made, references = _with_references(model, guides, arguments, reference, {**options, **budget})
     scorers = {name: Scorer(model, guide, arguments, **options) for name, guide in made.items()}
     for name, scorer in scorers.items():
@@ -261,20 +265,28 @@ def compare(
     if len({len(scorer.data_blocks()) for scorer in scorers.values()}) > 1:
         for scorer in scorers.values():
             scorer.splittable = False
-    for chunks in zip(
-        *(s.chunks(num_particles, chunk_size) for s in scorers.values()), strict=True
-    ):
-        rows = chunks[0].rows
-        per_guide = blocks.setdefault(rows.start, [[] for _ in scorers])
-        for mine, chunk in enumerate(chunks):
-            log_guides = [
-                chunk.weights.log_guide if other == mine else scorer.score_guide(rows, chunk.values)
-                for other, scorer in enumerate(scorers.values())
-                if crossed or other == mine
-            ]
-            per_guide[mine].append((chunk.weights.log_joint, torch.stack(log_guides)))
-        if chunks[0].particles.stop == num_particles:
-            reduced.append(_reduce(blocks.pop(rows.start), list(made), references, crossed))
+    pairs = num_particles * next(iter(scorers.values())).num_data
+    with tqdm(
+        total=pairs, desc="compare", unit="draw", disable=not progress, delay=1.0, unit_scale=True
+    ) as bar:
+        for chunks in zip(
+            *(s.chunks(num_particles, chunk_size) for s in scorers.values()), strict=True
+        ):
+            rows = chunks[0].rows
+            per_guide = blocks.setdefault(rows.start, [[] for _ in scorers])
+            for mine, chunk in enumerate(chunks):
+                log_guides = [
+                    chunk.weights.log_guide
+                    if other == mine
+                    else scorer.score_guide(rows, chunk.values)
+                    for other, scorer in enumerate(scorers.values())
+                    if crossed or other == mine
+                ]
+                per_guide[mine].append((chunk.weights.log_joint, torch.stack(log_guides)))
+            drawn = chunks[0].particles.stop - chunks[0].particles.start
+            bar.update(drawn * (rows.stop - rows.start))
+            if chunks[0].particles.stop == num_particles:
+                reduced.append(_reduce(blocks.pop(rows.start), list(made), references, crossed))
     dataset = _dataset(reduced, list(made), references, num_particles)
     dataset.attrs["given"] = given_text(fixed)
     for name, scorer in scorers.items():

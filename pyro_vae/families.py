@@ -144,9 +144,34 @@ class FullRankNormal(Family):
         loc, factor = self._loc_and_factor(params, size)
         return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
 
+    def from_gaussian(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return that Gaussian."""
+        return self._params(mean, scale_tril)
+
     def units(self, params: Tensor, size: int) -> Tensor:
         """Return the scales for the locations, and 1 for all else."""
         return _location_units(params, size)
+
+    def shifted(self, params: Tensor, size: int, shift: Tensor) -> Tensor:
+        r"""Return the Gaussian moved in its own whitened coordinates.
+
+        .. math:: m' = m + L \delta, \quad L' = L T
+
+        with L the Cholesky factor and T lower triangular, its diagonal the exponentials of the
+        shift. So a Gaussian of any correlation is as easy to move as a round one.
+        """
+        loc, factor = self._loc_and_factor(params, size)
+        shift, turn = self._loc_and_factor(shift, size)
+        moved = loc + (factor @ shift.unsqueeze(-1)).squeeze(-1)
+        return self._params(moved, factor @ turn)
+
+    def _params(self, loc: Tensor, factor: Tensor) -> Tensor:
+        """Return the parameters of a location and a Cholesky factor."""
+        size = loc.shape[-1]
+        scale = factor.diagonal(dim1=-2, dim2=-1)
+        row, column = torch.tril_indices(size, size, -1, device=loc.device)
+        below = (factor / scale.unsqueeze(-1))[..., row, column]
+        return torch.cat([loc, scale.log(), below], -1)
 
     def _loc_and_factor(self, params: Tensor, size: int) -> tuple[Tensor, Tensor]:
         loc, log_scale, below = params.split([size, size, params.shape[-1] - 2 * size], -1)
@@ -223,6 +248,20 @@ class LowRankNormal(Family):
         loc, scale, factor = self._parts(params, size)
         own, shared = noise.split([size, self.rank], -1)
         return loc + scale * (own + (factor @ shared.unsqueeze(-1)).squeeze(-1))
+
+    def from_gaussian(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return the R directions in which that Gaussian is widest for its conditional scales."""
+        size, device = mean.shape[-1], mean.device
+        eye = torch.eye(size, dtype=mean.dtype, device=device)
+        inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
+        scale = inverse.square().sum(-2).rsqrt()
+        # In units of these scales the covariance is I + F F' along its widest directions.
+        left, values, _ = torch.linalg.svd(scale_tril / scale.unsqueeze(-1))
+        rank = min(self.rank, size)
+        factor = mean.new_zeros(*mean.shape, self.rank)
+        over = (values[..., :rank].square() - 1).clamp_min(0.01).sqrt()
+        factor[..., :rank] = left[..., :rank] * over.unsqueeze(-2)
+        return torch.cat([mean, scale.log(), factor.flatten(-2)], -1)
 
     def units(self, params: Tensor, size: int) -> Tensor:
         """Return the scales for the locations, and 1 for all else."""

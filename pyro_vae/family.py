@@ -63,6 +63,23 @@ class Family(ABC):
             [..., P].
         """
 
+    def from_gaussian(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return parameters close to a Gaussian: where :func:`pyro_vae.refine` may begin.
+
+        By default those of independent coordinates, each as wide as it is given all others:
+        what a mean field makes of a correlated Gaussian.
+
+        Args:
+            mean: [..., D].
+            scale_tril: the Cholesky factor of its covariance, [..., D, D].
+
+        Returns:
+            [..., P].
+        """
+        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
+        return self.initial(mean, inverse.square().sum(-2).rsqrt())
+
     @abstractmethod
     def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
         """Return the distribution of some coordinates given all those before them.
@@ -106,6 +123,18 @@ class Family(ABC):
             Positive numbers of the same shape as the parameters.
         """
         return torch.ones_like(params)
+
+    def shifted(self, params: Tensor, size: int, shift: Tensor) -> Tensor:
+        """Return the parameters moved by a shift, in :meth:`units` by default.
+
+        A family that can be thin along some direction moves in coordinates where it is not.
+
+        Args:
+            params: [..., P].
+            size: D.
+            shift: [..., P]; zero leaves the parameters as they are.
+        """
+        return params + self.units(params, size) * shift
 
 
 class FactorizedFamily(Family):

@@ -19,8 +19,8 @@ from pyro_vae.families import FactorizedFamily, Family, Normal
 from pyro_vae.handlers import Registered, register
 from pyro_vae.preimages import KeepDraws
 from pyro_vae.proposals import proposal
-from pyro_vae.running import preserved_rng
-from pyro_vae.sites import Plate, Site, Structure, check_stable, is_subsampled
+from pyro_vae.running import Look, preserved_rng
+from pyro_vae.sites import Plate, Site, Structure, check_stable, is_subsampled, run_model
 
 __all__ = ["Conditionals", "FamilyGuide", "normal_moments", "of_family"]
 
@@ -29,6 +29,7 @@ Conditionals = Callable[[Coordinates, Mapping[str, Tensor]], Tensor]
 
 # Draws from a latent's prior that place the start of its guide.
 _PRIOR_DRAWS = 1000
+_PRIOR_RUNS = 50  # of the model, where the draws of one do not vary
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
@@ -80,7 +81,9 @@ class FamilyGuide(Registered):
             start = coordinates[-1].columns.stop
         self.coordinates = tuple(coordinates)
         self.num_coordinates = start
-        self.register_buffer("_prior_params", self._prior_moments(structure), persistent=False)
+        self.register_buffer(
+            "_prior_params", self._prior_moments(model, batch, structure), persistent=False
+        )
 
     _prior_params: Tensor
 
@@ -173,25 +176,36 @@ class FamilyGuide(Registered):
         """Whether a site's proposal may depend on the draws of sites before it."""
         return len(self.coordinates) > 1 and not isinstance(self.family, FactorizedFamily)
 
-    def _prior_moments(self, structure: Structure) -> Tensor:
+    def _prior_moments(
+        self, model: Callable[..., Any], batch: Batch, structure: Structure
+    ) -> Tensor:
         """Return parameters with the prior's moments, over draws and data: [P]."""
         means, stds = [], []
         device = next(iter(structure.sites.values())).value.device
         with torch.no_grad(), preserved_rng(device):
             torch.manual_seed(0)  # the start of a guide is part of its definition
             for coordinates in self.coordinates:
-                fn = structure.sites[coordinates.name].fn
-                draws = coordinates.transform.inv(fn.sample((_PRIOR_DRAWS,)))
-                mean, std = _moments(coordinates.rows(draws).flatten(0, 1))
-                if not bool((std > 0).all()):
-                    raise ValueError(
-                        f"latent site {coordinates.name!r}: its prior does not vary (a point), so "
-                        "there is nothing to infer. Use pyro.deterministic, or condition on it"
-                    )
+                draws = structure.sites[coordinates.name].fn.sample((_PRIOR_DRAWS,))
+                mean, std = self._moments_of(coordinates, draws)
+                if not bool((std > 0).all()):  # given these parents, which have a prior too
+                    draws = _from_other_parents(model, batch, coordinates.name, draws)
+                    mean, std = self._moments_of(coordinates, draws)
+                    if bool((draws == draws[:1]).all()):
+                        raise ValueError(
+                            f"latent site {coordinates.name!r}: its prior does not vary (a point), "
+                            "so there is nothing to infer. Use pyro.deterministic, or condition "
+                            "on it"
+                        )
+                    # It varies between a few values, or between the ends of its support.
+                    mean = torch.where(mean.isfinite(), mean, 0.0)
+                    std = torch.where(std > 0, std, _WIDEST)
                 means.append(mean)
                 # Wide on the reals may be beyond all numbers once mapped to the support.
                 stds.append(std if coordinates.is_identity else std.clamp(max=_WIDEST))
         return self.family.initial(torch.cat(means), torch.cat(stds))
+
+    def _moments_of(self, coordinates: Coordinates, draws: Tensor) -> tuple[Tensor, Tensor]:
+        return _moments(coordinates.rows(coordinates.transform.inv(draws)).flatten(0, 1))
 
     def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Return draws made of standard normal noise, differentiable by the parameters.
@@ -205,7 +219,10 @@ class FamilyGuide(Registered):
             constrained support are made of, under the names of :mod:`pyro_vae.preimages`.
         """
         spread = noise.unsqueeze(1).expand(-1, params.shape[0], -1)
-        z = self.family.from_noise(params, self.num_coordinates, spread)
+        return self.values_of(self.family.from_noise(params, self.num_coordinates, spread))
+
+    def values_of(self, z: Tensor) -> dict[str, Tensor]:
+        """Return values as :meth:`from_noise` does, of coordinates [K, N, D]."""
         values = {}
         for coordinates in self.coordinates:
             mine = coordinates.arrange(coordinates.spread(z[..., coordinates.columns]))
@@ -242,15 +259,31 @@ class FamilyGuide(Registered):
         return self.family.initial(torch.cat(means, -1), torch.cat(stds, -1))
 
 
+def _from_other_parents(
+    model: Callable[..., Any], batch: Batch, name: str, draws: Tensor
+) -> Tensor:
+    """Return draws of a latent from the prior, its parents drawn anew for some of them."""
+    found = [draws]
+    for seed in range(1, _PRIOR_RUNS + 1):
+        with Look() as look:
+            sites, *_ = run_model(model, batch, seed=seed)
+        if look.error is None:  # a draw that the model cannot take says nothing
+            found.append(sites[name].fn.sample((_PRIOR_DRAWS // _PRIOR_RUNS,)))
+    return torch.cat(found[1:] or found)
+
+
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each column; of heavy tails, those of the middle."""
     if rows.dtype in (torch.float16, torch.bfloat16):  # which PyTorch has no quantiles of
         mean, std = _moments(rows.float())
         return mean.to(rows.dtype), std.to(rows.dtype)
     some = rows[:: -(-len(rows) // 10_000)]
-    some = torch.where(some.isfinite(), some, math.nan)
-    levels = torch.tensor([0.16, 0.5, 0.84], dtype=rows.dtype, device=rows.device)
-    low, median, high = torch.nanquantile(some, levels, dim=0)
+    # Sorted, NaN last: torch.nanquantile takes 2**24 numbers at most.
+    some = torch.where(some.isfinite(), some, math.nan).sort(dim=0).values
+    last = (some.isfinite().sum(0, keepdim=True) - 1).clamp_min(0)
+    low, median, high = (
+        some.gather(0, (level * last).round().long())[0] for level in (0.16, 0.5, 0.84)
+    )
     mean, std, middle = rows.mean(0), rows.std(0), (high - low) / 2
     light = (std < 2 * middle) | (std == 0)
     return torch.where(light, mean, median), torch.where(light, std, middle)

@@ -210,6 +210,9 @@ def fit(
         if checkpoint is not None and os.path.exists(checkpoint):
             trainer.resume(checkpoint)
         stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress)
+    if isinstance(guide, LocalGuide):
+        drawn_anew = isinstance(data, (EpochData, StepData))
+        guide.remember(None if drawn_anew else training.batch, guide.given)
     return trainer.result(stopped_by)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.family_guide import FamilyGuide
-from pyro_vae.guides import AmortizedGuide
+from pyro_vae.guides import AmortizedGuide, LocalGuide
 from pyro_vae.plain_errors import trace_of
 from pyro_vae.results import Given
 from pyro_vae.running import evaluation, preserved_rng
@@ -32,8 +32,8 @@ def fix_globals(
 ) -> tuple[Callable[..., Any], dict[str, Any], Given]:
     """Return a model and guides without global latents, and the values they were fixed at.
 
-    Values are those passed, and else the median of the first guide's ``global_guide``. Without
-    either, model and guides are returned as they are.
+    Values are those passed, else those that a LocalGuide was fitted at, else the median of the
+    first guide's ``global_guide``. Without any, model and guides are returned as they are.
 
     Args:
         model: a Pyro model.
@@ -46,13 +46,19 @@ def fix_globals(
         TypeError: where the global guide does not say its median; for a ``given`` that is no
             mapping.
         ValueError: where its median leaves out one of the model's global latents; for a given
-            site that is no global latent, a value of another shape or outside the support, and a
-            guide that has no density of its other sites given these.
+            site that is no global latent, a value of another shape or outside the support, a
+            guide that has no density of its other sites given these, and a LocalGuide that was
+            fitted at other values.
     """
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(
             f"given={given!r}: a mapping from the names of global latent sites to values is needed"
         )
+    if not given and data_plate is not False:
+        # Before the median of another guide, which may have been trained since.
+        given = {}
+        for guide in guides.values():
+            given = {**_fitted_at(guide), **given}
     shared = {
         name: guide
         for name, guide in guides.items()
@@ -74,6 +80,8 @@ def fix_globals(
                 "fixed; pass their values (given={...})"
             )
     fixed = Given({site: values[site].detach() for site in wanted if site in values}, chosen)
+    for name, guide in guides.items():
+        _check_fitted(name, guide, fixed)
     all_fixed = data_plate is not False and len(fixed) == len(wanted)
     return (
         poutine.block(pyro.condition(model, data=fixed), hide=list(fixed)),
@@ -85,6 +93,30 @@ def fix_globals(
         },
         fixed,
     )
+
+
+def _fitted_at(guide: Any) -> Mapping[str, Tensor]:
+    return guide.given if isinstance(guide, LocalGuide) else {}
+
+
+def _check_fitted(name: str, guide: Any, fixed: Given) -> None:
+    """Raise ValueError for a LocalGuide whose rows were fitted at other values of the globals."""
+    if isinstance(guide, LocalGuide) and guide.is_start:
+        return
+    for site, value in _fitted_at(guide).items():
+        here = fixed.get(site)
+        if here is None or torch.allclose(value.to(here), here, rtol=1e-4, atol=1e-6):
+            continue
+        raise ValueError(
+            f"the rows of guide {name!r} were fitted given {site!r} at {_short(value)}, not at "
+            f"{_short(here)}. Pass given={{{site!r}: ...}} of that value, or refine the guide "
+            "anew: pyro_vae.refine(model, guide, *batch, given=...)"
+        )
+
+
+def _short(value: Tensor) -> str:
+    shown = ", ".join(f"{number:.4g}" for number in value.flatten()[:3].tolist())
+    return f"[{shown}, ...]" if value.numel() > 3 else f"[{shown}]"
 
 
 def fix_globals_of_pair(

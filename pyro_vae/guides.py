@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import Batch, as_batch, rows_text
 from pyro_vae.coordinates import Coordinates
 from pyro_vae.counts import as_count
 from pyro_vae.families import FactorizedFamily, Family
@@ -28,6 +29,9 @@ from pyro_vae.sites import Structure, inspect
 from pyro_vae.traces import dependencies
 
 __all__ = ["AmortizedGuide", "LocalGuide"]
+
+_SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
+_SAME_DATUM = 1e-4  # of its length: what two fingerprints of a datum may be apart
 
 
 class AmortizedGuide(FamilyGuide):
@@ -272,6 +276,11 @@ class LocalGuide(FamilyGuide):
         table: the parameters, [num_data, P]: P is family.params_shape(D), for a factorized family
             (D, params_per_coordinate).
         converged: [num_data], whether :func:`pyro_vae.refine` found each row's optimum.
+        given: the values of global latent sites that its rows were fitted at, by name.
+
+    What :func:`pyro_vae.refine` or :func:`pyro_vae.fit` has fitted rows to is remembered: their
+    bounds on other data are refused, in another order too. ``guide.rows(index)`` says
+    which of the data a batch holds.
 
     Raises:
         DataPlateError: where the data plate cannot be told.
@@ -294,6 +303,8 @@ class LocalGuide(FamilyGuide):
     """
 
     converged: Tensor
+    _fingerprints: Tensor
+    _fitted: Tensor
 
     def __init__(
         self,
@@ -315,6 +326,11 @@ class LocalGuide(FamilyGuide):
         prior = self._prior_params
         self.table = nn.Parameter(prior.repeat(num_data, *[1] * prior.ndim))
         self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))
+        # Of the data that the rows were fitted to, and of the table then: infinite for none.
+        self.register_buffer("_fingerprints", torch.zeros(num_data, dtype=torch.float64))
+        self.register_buffer("_fitted", torch.tensor(math.inf, dtype=torch.float64))
+        self._hold({})
+        self._unchecked = False
         self._rows: Tensor | None = None
         self._trial: Tensor | None = None
 
@@ -322,6 +338,90 @@ class LocalGuide(FamilyGuide):
     def num_data(self) -> int:
         """Rows of the table."""
         return self.table.shape[0]
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The values of global latent sites that the rows were fitted at."""
+        held = self._modules.get("_given")
+        return {} if held is None else {_site_of(n): v for n, v in held.named_buffers()}
+
+    def _hold(self, given: Mapping[str, Tensor]) -> None:
+        self._modules.pop("_given", None)
+        if given:
+            self._given = nn.Module()
+            for site, value in given.items():
+                self._given.register_buffer(_buffer_of(site), value.detach().clone())
+
+    def remember(self, batch: Batch | None, given: Mapping[str, Tensor] | None = None) -> None:
+        """Remember what the rows were fitted to.
+
+        Args:
+            batch: a datum for each row; None forgets.
+            given: the values of global latent sites.
+        """
+        self._hold(given or {})
+        known = batch is not None and (self._data_plate is None or batch.size == self.num_data)
+        self._fitted.fill_(math.inf)
+        if batch is not None and known:
+            number, _ = batch.fingerprints(whole=self._data_plate is None)
+            self._fingerprints.copy_(number)
+            self._fitted.copy_(self._checksum()[0])
+
+    @property
+    def is_start(self) -> bool:
+        """Whether :meth:`for_any_data` is in force."""
+        return self._unchecked
+
+    @contextlib.contextmanager
+    def for_any_data(self) -> Iterator[None]:
+        """Take any batch of the right size, as a start for its rows."""
+        before, self._unchecked = self._unchecked, True
+        try:
+            yield
+        finally:
+            self._unchecked = before
+
+    def check_data(self, batch: Batch) -> None:
+        """Raise ValueError where the rows in force were fitted to other data than these."""
+        self.check_size(batch.size)
+        checksum, length = self._checksum()
+        # Rows that moved since speak for whatever moved them.
+        moved = not bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
+        if self._unchecked or moved:
+            return
+        number, length = batch.fingerprints(whole=self._data_plate is None)
+        wanted = self._fingerprints.to(number)
+        if self._data_plate is not None:
+            wanted = wanted[self.current_rows.to(wanted.device)]
+        other = (number - wanted).abs() > _SAME_DATUM * length + torch.finfo(number.dtype).tiny
+        if bool(other.any()):
+            raise ValueError(
+                f"{rows_text(other)} of the batch are not the data that this LocalGuide's rows "
+                "were fitted to. Where the batch holds some of those data, say which: with "
+                "guide.rows(index): ...; for other data, refine it on them: "
+                "pyro_vae.refine(model, guide, *batch)"
+            )
+
+    def _checksum(self) -> tuple[Tensor, Tensor]:
+        """Return a number that tells the table from others, and its length."""
+        table = self.table.detach().flatten().to("cpu", torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(len(table), generator=generator, dtype=torch.float64)
+        return table @ direction, table.norm()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # States of guides that remember nothing: of an earlier version.
+        state_dict.setdefault(f"{prefix}_fingerprints", torch.zeros_like(self._fingerprints))
+        state_dict.setdefault(f"{prefix}_fitted", torch.full_like(self._fitted, math.inf))
+        held = f"{prefix}_given."
+        self._hold(
+            {
+                _site_of(key.removeprefix(held)): value
+                for key, value in state_dict.items()
+                if key.startswith(held)
+            }
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextlib.contextmanager
     def rows(self, index: Tensor | slice) -> Iterator[None]:
@@ -403,6 +503,15 @@ class LocalGuide(FamilyGuide):
                 "say which rows a minibatch holds: with guide.rows(index): ..."
             )
         raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+
+
+def _buffer_of(site: str) -> str:
+    """Return a name for a buffer, which may hold no dot."""
+    return site.replace(".", "|")
+
+
+def _site_of(buffer: str) -> str:
+    return buffer.replace("|", ".")
 
 
 def _refuse_globals(structure: Structure, advice: str) -> None:

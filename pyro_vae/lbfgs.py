@@ -15,8 +15,8 @@ _DECREASE, _CURVATURE = 1e-4, 0.9  # the weak Wolfe conditions
 
 
 def minimize_rows(
-    objective: Callable[[Tensor], Tensor], start: Tensor, max_steps: int
-) -> tuple[Tensor, int]:
+    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], start: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor, int]:
     """Minimise every row's objective by itself, all rows in one evaluation.
 
     L-BFGS (Nocedal & Wright 2006, algorithm 7.4) with a step length of each row by
@@ -24,16 +24,18 @@ def minimize_rows(
     above its start. A value that is not finite counts as too long a step.
 
     Args:
-        objective: from [n, d] to [n]; each value depends on its own row alone.
+        objective: from [n, d] to [n], or to that and its gradient [n, d]; each value depends on
+            its own row alone.
         start: [n, d], where the objective is finite.
         max_steps: iterations at most.
 
     Returns:
-        The rows, [n, d], and the iterations taken.
+        The rows, [n, d]; the fall that the last direction of each promised to first order, [n],
+        which is small at an optimum and not where a row runs away; and the iterations taken.
 
     Example:
         >>> import torch
-        >>> rows, _ = minimize_rows(lambda x: (x - 3).square().sum(1), torch.zeros(2, 1), 50)
+        >>> rows, _, _ = minimize_rows(lambda x: (x - 3).square().sum(1), torch.zeros(2, 1), 50)
         >>> rows
         tensor([[3.],
                 [3.]])
@@ -43,15 +45,18 @@ def minimize_rows(
     steps: list[Tensor] = []
     changes: list[Tensor] = []
     done = torch.zeros_like(value, dtype=torch.bool)
+    promised = torch.full_like(value, torch.inf)
     taken = 0
     while taken < max_steps and not bool(done.all()):
         direction = _direction(slope_at, steps, changes)
         slope = _dot(slope_at, direction)
+        before = done
         if steps:  # a fall below the rounding of the objective cannot be seen
             done |= -slope < torch.finfo(x.dtype).eps * value.abs()
         uphill = ~(slope < 0)
         direction = torch.where(uphill[:, None], -slope_at, direction)
         slope = torch.where(uphill, -_dot(slope_at, slope_at), slope)
+        promised = torch.where(before, promised, -slope)
         first = 1 / slope_at.abs().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
         length = torch.ones_like(value) if steps else first.clamp_max(1.0)
         length = torch.where(done | (slope == 0), 0.0, length)
@@ -67,11 +72,11 @@ def minimize_rows(
         # A row that no step improves has reached the rounding of its objective.
         done |= ~better
         taken += 1
-    return x, taken
+    return x, promised, taken
 
 
 def _search(
-    objective: Callable[[Tensor], Tensor],
+    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     x: Tensor,
     value: Tensor,
     direction: Tensor,
@@ -125,12 +130,16 @@ def _direction(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> 
     return -q
 
 
-def _value_and_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(
+    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], x: Tensor
+) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        value = objective(x)
-        (gradient,) = torch.autograd.grad(value.sum(), [x])
-    return value.detach(), gradient
+        found = objective(x)
+        if not isinstance(found, Tensor):
+            return found
+        (gradient,) = torch.autograd.grad(found.sum(), [x])
+    return found.detach(), gradient
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ class Scorer:
             self.structure = inspect(
                 model, batch, data_plate=data_plate, strict=True, latents_needed=False
             )
+            if check := getattr(unwrapped(guide), "check_data", None):
+                check(batch)
             self.structure.require_no_globals()
             check_stable(model, batch, self.structure)
             plate = self.structure.data_plate

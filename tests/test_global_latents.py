@@ -343,3 +343,38 @@ def test_values_passed_beside_a_global_guide_of_the_whole_batch(guide, x):
     each = pv.elbo(model, guide, x, **options)
     error = (whole.std_error**2 + each.std_error.square().sum()).sqrt()
     assert abs(whole.value - each.value.sum()) < 4 * error
+
+
+def test_a_refined_guide_knows_the_globals_that_it_was_fitted_at():
+    """x ~ Normal(mu, sqrt 2) given mu: bounds take mu from the refined guide, and no other."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def start(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    guide = pv.refine(model, start, x, given={"mu": 0.7}, seed=0)
+    assert guide.given["mu"].item() == 0.7
+    exact = torch.distributions.Normal(0.7, 2**0.5).log_prob(x)
+    other = pv.LocalGuide(
+        pyro.poutine.block(pyro.condition(model, data={"mu": guide.given["mu"]}), hide=["mu"]),
+        num_data=3,
+        example=x,
+    )
+    other.load_state_dict(guide.state_dict())
+    for one in (guide, other):
+        bound = pv.elbo(model, one, x, num_particles=50, seed=0)
+        torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"fitted given 'mu' at \[0.7\], not at \[1\].*refine"):
+        pv.elbo(model, guide, x, num_particles=50, seed=0, given={"mu": 1.0})
+    again = pv.refine(model, guide, x, given={"mu": 1.0}, seed=0)
+    exact = torch.distributions.Normal(1.0, 2**0.5).log_prob(x)
+    bound = pv.elbo(model, again, x, num_particles=50, seed=0)
+    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-4)

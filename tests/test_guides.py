@@ -297,3 +297,104 @@ def test_an_encoder_that_is_a_function():
     for hiding in (lambda x: net(x), net.forward, pv.MissingEncoder(lambda x: net(x[:, :3]))):
         with pytest.raises(ValueError, match=told):
             _encoded(hiding)
+
+
+@pytest.fixture
+def refined(setting):
+    model, x = setting
+    return model, x, pv.refine(model, pv.LocalGuide(model, num_data=9, example=x), x, seed=0)
+
+
+def test_a_refined_guide_knows_its_data(refined):
+    model, x, guide = refined
+    options = {"num_particles": 10, "seed": 0}
+    index = torch.tensor([7, 2, 5])
+    whole = pv.elbo(model, guide, x, **options).value
+    with guide.rows(index):
+        part = pv.elbo(model, guide, x[index], **options).value
+    # Diagonal of neither posterior: the same draws would be needed for more.
+    assert (part - whole[index]).abs().max() < 2.0
+    message = r"rows 0, .* of the batch are not the data .* guide\.rows\(index\).*pyro_vae\.refine"
+    for other in (x.flip(0), x + 1):
+        for use in (pv.elbo, pv.log_weights, pv.iwae_bound):
+            with pytest.raises(ValueError, match=message):
+                use(model, guide, other, **options)
+    changed = x.clone()
+    changed[1, 2] += 0.1
+    with pytest.raises(ValueError, match=r"rows 1 \(1 of 9\)"):
+        pv.elbo(model, guide, changed, **options)
+    with guide.rows(index), pytest.raises(ValueError, match=r"\(2 of 3\)"):
+        pv.elbo(model, guide, x[[7, 5, 2]], **options)
+    # What the message says is what helps.
+    again = pv.refine(model, guide, x.flip(0), seed=0)
+    pv.elbo(model, again, x.flip(0), **options)
+
+
+def test_what_rows_were_fitted_to_is_saved_with_them(refined):
+    model, x, guide = refined
+    file = io.BytesIO()
+    torch.save(guide.state_dict(), file)
+    file.seek(0)
+    other = pv.LocalGuide(model, num_data=9, example=x)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for same in (other, copy.deepcopy(guide), copy.deepcopy(guide).float().double()):
+        pv.elbo(model, same, x, num_particles=10, seed=0)
+        with pytest.raises(ValueError, match="are not the data"):
+            pv.elbo(model, same, x.flip(0), num_particles=10, seed=0)
+    # A state without memory, and rows that were trained since, take what they are given.
+    plain = {name: v for name, v in guide.state_dict().items() if not name.startswith("_")}
+    other.load_state_dict(plain)
+    pv.elbo(model, other, x.flip(0), num_particles=10, seed=0)
+    with torch.no_grad():
+        guide.table += 0.01
+    pv.elbo(model, guide, x.flip(0), num_particles=10, seed=0)
+
+
+def test_fit_remembers_its_data_too(setting):
+    model, x = setting
+    guide = pv.LocalGuide(model, num_data=9, example=x)
+    pv.fit(model, guide, x, epochs=3, batch_size=4, progress=False, seed=0)
+    pv.elbo(model, guide, x, num_particles=10, seed=0)
+    with pytest.raises(ValueError, match="are not the data"):
+        pv.elbo(model, guide, x.flip(0), num_particles=10, seed=0)
+    pv.fit(model, guide, x.flip(0), epochs=1, progress=False, seed=0)
+    pv.elbo(model, guide, x.flip(0), num_particles=10, seed=0)
+
+
+def test_all_data_as_one_datum_are_known_too():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([1.0, 2.0, 4.0])
+    options = {"data_plate": False, "seed": 0}
+    start = pv.LocalGuide(model, num_data=1, example=x, data_plate=False)
+    guide = pv.refine(model, start, x, **options)
+    pv.elbo(model, guide, x, num_particles=10, **options)
+    with pytest.raises(ValueError, match=r"rows 0 \(1 of 1\) of the batch are not the data"):
+        pv.elbo(model, guide, x.flip(0), num_particles=10, **options)
+
+
+def test_a_prior_whose_parents_vary():
+    """Dirichlet(w), w ~ Gamma(1/8): one draw of w may leave a single corner, others do not."""
+
+    def model(x):
+        with pyro.plate("topics", 8):
+            w = pyro.sample("w", dist.Gamma(1 / 8, 1.0))
+        z = pyro.sample("z", dist.Dirichlet(w))
+        pyro.sample("x", dist.Multinomial(13, z), obs=x)
+
+    x = torch.tensor([3.0, 1, 0, 2, 5, 0, 1, 1])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        guide = pv.LocalGuide(model, num_data=1, example=(x,), data_plate=False)
+        assert torch.isfinite(guide.table).all()
+
+    def point(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(1.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="'z': its prior does not vary"):
+        pv.LocalGuide(point, num_data=2, example=torch.zeros(2))

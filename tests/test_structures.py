@@ -15,8 +15,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
-from pyro_vae.refine import _start as start_of
 from pyro_vae.scorer import Scorer
+from pyro_vae.starts import answer_of as start_of
 
 FAMILIES = [
     pv.families.Normal(),
