@@ -16,9 +16,9 @@ from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import FullSize
 from pyro_vae.plate_scale import minibatch_scale
 from pyro_vae.readers import BatchReader, RowReader, read_all, reader_of
-from pyro_vae.row_order import NotSetUpError, bound_to_order, set_up_before
+from pyro_vae.row_order import NotSetUpError, bound_to_order, divides_by_size, set_up_before
 from pyro_vae.running import Look, batch_norms, preserved_rng
-from pyro_vae.sites import Structure, inspect, unvalidated
+from pyro_vae.sites import Plate, Structure, inspect, unvalidated
 from pyro_vae.traces import drawn_by, run_pair, under_guide
 
 __all__ = ["TrainingData", "mean_elbo"]
@@ -240,7 +240,7 @@ class TrainingData:
         """Find out what a minibatch counts for."""
         few = self._inspect(self.example, self._plate)
         self._full_size, self._scaled = minibatch_scale(
-            self._model, self.example, few, self.num_data
+            self._model, self.example, few, self.num_data, self._divides
         )
         if self._scaled is not None:
             logger.warning(
@@ -254,6 +254,10 @@ class TrainingData:
                 self._plate,
                 self._scaled.num_data,
             )
+
+    def _divides(self, plate: Plate, names: list[str]) -> bool:
+        few = self._look(self._some(max(2, self.batch_size)))
+        return divides_by_size(self._model, self._guide, few, plate, names, self.rows)
 
     def _check_last(self, norms: set[str]) -> None:
         """Raise ValueError for a minibatch of one datum, which these cannot normalize."""

@@ -10,13 +10,17 @@ import torch
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import FullSize
 from pyro_vae.running import Look
-from pyro_vae.sites import Structure, inspect
+from pyro_vae.sites import Plate, Structure, inspect
 
 __all__ = ["minibatch_scale"]
 
 
 def minibatch_scale(
-    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int | None
+    model: Callable[..., Any],
+    batch: Batch,
+    structure: Structure,
+    num_data: int | None,
+    divides: Callable[[Plate, list[str]], bool] = lambda plate, names: False,
 ) -> tuple[int | None, FullSize | None]:
     """Return how many data a minibatch's loss is scaled to, and what is needed to scale it.
 
@@ -29,6 +33,8 @@ def minibatch_scale(
         batch: a minibatch.
         structure: of the model on that minibatch.
         num_data: N; None where it is not known.
+        divides: whether the densities of some observed sites are divided by the batch's size, by
+            other means than a scale.
 
     Returns:
         N, or None where a loss is the sum of its minibatch; and the handler that gives the data
@@ -49,6 +55,8 @@ def minibatch_scale(
         return num_data, None
     if not structure.global_latents:
         return None, None
+    if num_data is not None and divides(plate, [site.name for site in structure.observed]):
+        return num_data, None
     names = [site.name for site in structure.global_latents]
     advice = (
         f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "

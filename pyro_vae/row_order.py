@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.batches import Batch
 from pyro_vae.particles import per_datum
-from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.running import Look, evaluation, preserved_rng
 from pyro_vae.sites import Plate, batch_nesting, is_point, sample_nodes
 from pyro_vae.traces import site_log_prob, trace_given, trace_pair
 
-__all__ = ["NotSetUpError", "bound_to_order", "set_up_before"]
+__all__ = ["NotSetUpError", "bound_to_order", "divides_by_size", "set_up_before"]
 
 # Relative to a parameter's largest gradient: that of another row differs as much as it is large.
 _GRADIENT_TOLERANCE = 1e-2
@@ -103,6 +103,50 @@ def bound_to_order(
         return here.differs(elsewhere, permuted)
 
 
+def divides_by_size(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    plate: Plate,
+    names: Collection[str],
+    rows: Rows = lambda index: contextlib.nullcontext(),
+) -> bool:
+    """Return whether a model divides the log densities of its data by the size of their batch.
+
+    Half of the rows are run alone, with the draws that they have among all: the terms of
+    each site must then be larger by size / half, row by row.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: some rows of the data, the first ones.
+        plate: the data plate.
+        names: of observed sites in it.
+        rows: as in :func:`bound_to_order`.
+    """
+    size = batch.size or 1
+    order, half = torch.arange(size), torch.arange(size // 2)
+    with (
+        Look(),
+        torch.no_grad(),
+        preserved_rng(batch.device),
+        evaluation(model, guide),
+        poutine.block(),
+    ):
+        with rows(order):
+            traces = trace_pair(model, guide, batch.args, batch.kwargs)
+            found = _Answers.of(traces, plate, size)
+            whole = found.given(model, guide, batch, order).terms["model"]
+        with rows(half):
+            alone = found.given(model, guide, batch.rows(half), half).terms["model"]
+        keys = [f"log density of {name}" for name in names]
+        return all(
+            _close(alone[key], _taken_first(whole[key], len(half)) * size / len(half))
+            for key in keys
+        )
+    return False
+
+
 @dataclass
 class _Answers:
     """What a pair says of a batch: terms of its sites, row by row, and the draws they are of."""
@@ -157,7 +201,7 @@ class _Answers:
             for name, (value, axis) in self.values.items()
         }
         traces = tuple(trace_given(fn, values, batch.args, batch.kwargs) for fn in (model, guide))
-        return _Answers.of((traces[0], traces[1]), self.plate, self.size)
+        return _Answers.of((traces[0], traces[1]), self.plate, len(order))
 
     def differs(self, other: _Answers, order: Tensor) -> str | None:
         """Return whose answers, in this order, are not the other's; None where all are."""
@@ -182,6 +226,10 @@ class _Answers:
 
 def _taken(term: Tensor, index: Tensor) -> Tensor:
     return term[index.to(term.device)] if term.numel() == index.numel() else term
+
+
+def _taken_first(term: Tensor, count: int) -> Tensor:
+    return term[:count] if term.numel() > 1 else term
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -231,3 +231,19 @@ def test_compiled_svi_does_not_know_and_stays_as_svi():
         svi = make(model_of("len"), guide_of("len"), optim, loss=Trace_ELBO())
         losses.append([svi.step(x[:16]) for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("divides", [True, False])
+def test_a_factor_that_is_scaled_by_hand(divides):
+    """A likelihood as pyro.factor, times N / B or not: the one is left alone, the other scaled."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 10.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            times = NUM_DATA / len(x) if divides else 1.0
+            pyro.factor("x", times * dist.Normal(z, 0.5).log_prob(x))
+
+    data = pv.minibatches.TrainingData(model, guide_of("len"), make_data(), 16, None, None)
+    assert (data.full_size(model) is model) == divides
+    assert data.elbo(NUM_DATA * 2.0, 16) == (-2.0, 16)
