@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -30,6 +31,7 @@ __all__ = [
     "module_of",
     "one_thread",
     "preserved_rng",
+    "stored",
     "unwrapped",
 ]
 
@@ -99,6 +101,13 @@ class FirstValues:
                 store._params[name] = value
                 store._param_to_name[value] = name
                 store._constraints[name] = constraint
+
+
+def stored() -> Callable[[], None]:
+    """Return what gives Pyro's store its present contents back, but what has left it since."""
+    store = pyro.get_param_store()
+    contents = dict(store._params), dict(store._param_to_name), dict(store._constraints)
+    return functools.partial(_put_back, store, *contents)
 
 
 def _put_back(

@@ -20,7 +20,7 @@ from pyro_vae.graphs import Graph, UntraceableError, check_compile, form_of, reb
 from pyro_vae.guides import LocalGuide
 from pyro_vae.handlers import ParamStatements
 from pyro_vae.plain_errors import plain_errors
-from pyro_vae.running import called_modules, module_of, unwrapped
+from pyro_vae.running import called_modules, module_of, stored, unwrapped
 from pyro_vae.varying_numbers import VaryingNumbers
 from pyro_vae.warned_once import warn_once
 from pyro_vae.watched import Watched
@@ -527,6 +527,7 @@ class _Start:
         self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
         self._values = None if kind.watched is None else kind.watched.snapshot()
+        self._stored = stored()  # in which a loss may put new tensors: TraceGraph_ELBO's baselines
 
     @property
     def writable(self) -> list[Tensor]:
@@ -540,8 +541,10 @@ class _Start:
         Args:
             values: whether Python's values go back too, as after a run that is no step.
         """
-        if values and self._values is not None:
-            self._values()
+        if values:
+            self._stored()
+            if self._values is not None:
+                self._values()
         checkpoints.set_random_state(self._random)
         with torch.no_grad():
             for tensor, value in self._written:

@@ -333,3 +333,29 @@ def test_a_warm_up_of_every_objective():
             )
             found.append(result.history["elbo"])
         assert found[0] == pytest.approx(found[1], rel=1e-12, abs=0)
+
+
+def test_a_baseline_that_is_replaced_in_the_store_is_updated_once_in_a_step():
+    """TraceGraph_ELBO puts a new tensor there at each step: in a trace that is given up too."""
+    x = torch.tensor([0.5, -1.0, 2.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x):
+        q = pyro.param("q", torch.full((3,), 0.4), constraint=dist.constraints.unit_interval)
+        baseline = {"use_decaying_avg_baseline": True, "baseline_beta": 0.8}
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(q), infer={"baseline": baseline})
+
+    ends = []
+    for make in (pyro.infer.SVI, functools.partial(pv.CompiledSVI, compile="replay")):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(model, guide, pyro.optim.SGD({"lr": 0.1}), loss=pyro.infer.TraceGraph_ELBO())
+        losses = [svi.step(x) for _ in range(6)]
+        ends.append((losses, pyro.param("q").tolist()))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-6)
