@@ -345,11 +345,14 @@ def test_padding_that_is_nan_is_no_missing_value():
     sequences[past, 2] = math.nan
     sequences[0, 0, 0] = math.nan
     whole = pv.MissingData(model)
-    encoder = model.make_encoder(3)
 
     class Filled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = model.make_encoder(3)
+
         def forward(self, sequences, lengths):
-            return encoder(sequences.nan_to_num(), lengths)
+            return self.encoder(sequences.nan_to_num(), lengths)
 
     guide = pv.AmortizedGuide(whole, Filled(), example=(sequences, lengths))
     imputed = pv.impute(whole, guide, sequences, lengths, num_particles=50, seed=0)
