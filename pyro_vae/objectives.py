@@ -80,9 +80,19 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def _checked(self, run: Run, loss: Tensor) -> Tensor:
-        """Return the loss; raise ValueError where it is infinite for values outside a support."""
-        if not is_recording() and bool(loss == math.inf) and (sites := run.outside()):
+    def _checked(self, run: Run, loss: Tensor, kls: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss; raise ValueError where it is infinite for values outside a support.
+
+        Args:
+            run: that the loss is of.
+            loss: a scalar.
+            kls: closed forms, by site: infinite where a proposal reaches outside, whatever was
+                drawn.
+        """
+        if is_recording() or not bool(loss == math.inf):
+            return loss
+        reaching = [f"{name!r}" for name, kl in (kls or {}).items() if bool((kl == math.inf).any())]
+        if sites := run.outside() or reaching:
             raise ValueError(
                 f"the loss is infinite: the guide proposes values of {', '.join(sites)} where the "
                 "model's density is zero. Propose on the support of its distribution alone, as the "
@@ -289,7 +299,7 @@ class ELBO(Objective):
                 elbo = elbo + without_value(self._score(run, terms))
             if self.free_bits:
                 elbo = elbo + without_value(self._freed(run))
-        return self._checked(run, -elbo)
+        return self._checked(run, -elbo, kls)
 
     def explain(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

@@ -173,6 +173,27 @@ def test_losses_say_that_a_proposal_is_wide(validate):
     pyro.clear_param_store()
 
 
+def test_an_infinite_kl_is_told_whatever_is_drawn():
+    """KL(Normal, Gamma) is infinite, though a Normal at 9 is hardly ever below zero."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(num(2.0), num(1.0)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(num(9.0), 1.0))
+
+    for validate in (True, False):
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(ValueError, match="loss is infinite.*'z'"),
+        ):
+            pv.ELBO().loss(model, guide, X)
+    assert math.isfinite(pv.ELBO(kl="sample").loss(model, guide, X))
+
+
 def test_a_step_that_is_replayed_says_so_too():
     """At first no draw is outside; once the guide is moved there, the next step must tell."""
     pyro.clear_param_store()
