@@ -188,12 +188,9 @@ def plan(
             dependent = len(list(latent_nodes(guide_trace))) > 1
             called = [*in_model.values(), *(in_guide.values() if dependent else ())]
             frozen = tuple(module for module in called if not module.training)
-            if any(map(_normalizes_over_batch, called)):
-                mode, reason = "loop", "a module normalizes over the batch, each particle's its own"
-            else:
-                mode, reason = _choose_mode(
-                    model, guide, batch, structure, called, needed=data == "needed"
-                )
+            mode, reason = _choose_mode(
+                model, guide, batch, structure, called, needed=data == "needed"
+            )
             if reason:
                 owners = unwrapped(model), unwrapped(guide)
                 warn_once(logger, owners, "particles run in a loop, which is slow: %s", reason)
@@ -215,11 +212,11 @@ def plan(
     )
     if layout.summed_out:
         _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
-    if layout.enumerated:
-        infer = {name: guide_trace.nodes[name]["infer"] for name in layout.enumerated}
-        expand = tuple(name for name in layout.enumerated if infer[name].get("expand"))
+    if names := layout.enumerated:
+        infer = {name: guide_trace.nodes[name]["infer"] for name in names}
+        expand = tuple(name for name in names if infer[name].get("expand"))
         for fn, trace in ((model, model_trace), (guide, guide_trace)):
-            _check_enumerated(fn, trace, layout.enumerated, nesting, args, kwargs, expand)
+            _check_enumerated(fn, trace, names, nesting, args, kwargs, expand)
     return layout
 
 
@@ -410,6 +407,8 @@ def _choose_mode(
         called: the modules that see the draws of particles.
         needed: whether each datum has a weight of its own.
     """
+    if any(map(_normalizes_over_batch, called)):
+        return "loop", "a module normalizes over the batch, each particle's its own"
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
         return "loop", "model or guide draws its own minibatch, another at each run"
     if structure.sequential:
