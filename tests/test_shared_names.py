@@ -106,6 +106,7 @@ def trained_by_torch(make) -> list[Tensor]:
     return [p.detach() for p in parameters]
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's own compiler
 @pytest.mark.parametrize("how", [False, "replay", pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [by_hand, one_name, modules])
 def test_a_cell_that_is_run_twice(make, how):
