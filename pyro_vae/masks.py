@@ -6,7 +6,7 @@ count for nothing, and the bound grow with the guide's entropy past log p(x).
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae.graphs import is_recording
 from pyro_vae.provenance import Descendants
+from pyro_vae.running import Look
 from pyro_vae.sites import is_point, latent_nodes
 
 __all__ = [
@@ -180,15 +181,21 @@ def _inner_mask(fn: Any) -> Tensor | None:
     return torch.as_tensor(fn._mask)
 
 
-def depend_on_draws(draws: Mapping[str, Tensor], run: Any) -> bool:
+def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -> bool:
     """Return whether a model masks its latents by what is drawn, not by the data alone.
 
     Args:
         draws: the values of the latents.
         run: of no arguments, runs the model with these values; returns its traces.
+
+    Returns:
+        True also where operations cannot be followed: that is right for all masks, and slower.
     """
-    with Descendants(draws.values()) as found:
+    traces: list[Any] = []
+    with Look() as look, Descendants(draws.values()) as found:
         traces = run()
+    if look.error is not None:
+        return True
     masks = [
         mask
         for trace in traces
