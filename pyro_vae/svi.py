@@ -19,7 +19,7 @@ from pyro_vae.handlers import keep_apart
 from pyro_vae.objectives import Objective
 from pyro_vae.optimizers import link_of, make_optimizer
 from pyro_vae.plain_errors import plain_errors
-from pyro_vae.running import module_of, one_thread, unwrapped
+from pyro_vae.running import evaluation, module_of, one_thread, preserved_rng, unwrapped
 from pyro_vae.traced_loss import TracedLoss
 from pyro_vae.traces import OUTSIDE, non_finite_sites
 
@@ -196,7 +196,10 @@ class CompiledSVI:
 
     def _tell_outside(self, args: Any, kwargs: Any) -> None:
         """Raise ValueError where a loss is infinite for values outside a support."""
-        told = non_finite_sites(self.model, self.guide, Batch(args, kwargs))
+        batch = Batch(args, kwargs)
+        # Losses that are always infinite (TraceTailAdaptive_ELBO's) go on as if nobody had looked.
+        with preserved_rng(batch.device), evaluation(self.model, self.guide):
+            told = non_finite_sites(self.model, self.guide, batch)
         if outside := [site for site in told if site.endswith(OUTSIDE)]:
             raise ValueError(
                 f"the loss is infinite, at sites {', '.join(outside)}: the guide proposes values "
