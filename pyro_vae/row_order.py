@@ -89,9 +89,9 @@ def bound_to_order(
         poutine.block(),
     ):
         torch.manual_seed(0)
-        with rows(order):
+        with rows(order), torch.no_grad():
             traces = trace_pair(model, guide, batch.args, batch.kwargs)
-        found = _Answers.of(traces, plate, size)
+            found = _Answers.of(traces, plate, size)
         if found.sizes - {1, size}:
             return "guide"  # it answers for another number of data than it was given
         with rows(order):
