@@ -44,6 +44,16 @@ _SAME_SCALE = 1e-6  # relative
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
+# What a look at a first value may raise.
+_LOOKED_AT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # PyroModules whose names the store has for others that live no more, and what it has.
 _unowned: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
@@ -178,10 +188,18 @@ class ParamStatements(Messenger):
     the name of another (a notebook's cell that is run twice; a network in the model and one in the
     guide) goes on with its own parameters, but Pyro's SVI moves those in the store, and leaves
     the module's where they are. The ones in use are the module's.
+
+    Args:
+        checked: whether to compare the first value of each statement with what the store had by
+            its name before.
+
+    Raises:
+        ValueError: where that has another shape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, checked: bool = False) -> None:
         super().__init__()
+        self._before = frozenset(pyro.get_param_store().keys()) if checked else frozenset()
         # Model and guide may each have a module of one name; the last of a name that is stored
         # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
         self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, Any]] = {}
@@ -191,8 +209,8 @@ class ParamStatements(Messenger):
         first = msg["args"][1] if len(msg["args"]) > 1 else None
         stored = value.unconstrained() if hasattr(value, "unconstrained") else value
         own = first if isinstance(first, nn.Parameter) and first is not stored else None
-        if isinstance(first, Tensor) and "$$$" not in name:
-            _check_shape(name, first, pyro.get_param_store())
+        if name in self._before and "$$$" not in name and first is not None:
+            _check_shape(name, first, pyro.get_param_store()[name])
         gradient = None if own is None else _mark(stored.grad)
         self._found[name, id(own)] = (name, stored, own, gradient)
 
@@ -227,12 +245,18 @@ def _mark(gradient: Tensor | None) -> Any:
     return id(gradient), gradient._version
 
 
-def _check_shape(name: str, first: Tensor, store: Any) -> None:
-    """Raise ValueError where the store has a value of another shape than a statement's first."""
-    if name in store and store[name].shape != first.shape:
+def _check_shape(name: str, first: Any, stored: Tensor) -> None:
+    """Raise ValueError where a stored value has another shape than a statement's first one."""
+    if callable(first):
+        with torch.random.fork_rng(devices=[stored.device] if stored.is_cuda else []):
+            try:
+                first = first()
+            except _LOOKED_AT:  # what it is made of may be there at the very first run alone
+                return
+    if isinstance(first, Tensor) and stored.shape != first.shape:
         raise ValueError(
             f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
-            f"{tuple(store[name].shape)} by this name, and the statement's first value has shape "
+            f"{tuple(stored.shape)} by this name, and the statement's first value has shape "
             f"{tuple(first.shape)}. Where it is left from another model or guide, call "
             "pyro.clear_param_store() first; else give it another name"
         )

@@ -103,7 +103,7 @@ class Parameters:
             evaluation(*self._pair, first=self._first),
             poutine.block(),
             called_modules() as called,
-            ParamStatements() as statements,
+            ParamStatements(checked=True) as statements,
         ):
             trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
         return called, statements

@@ -311,7 +311,8 @@ class TracedLoss:
         """Run eagerly, and find the parameters and modules in use."""
         wanted = list(self._wanted())
         _drop_gradients([*self.parameters, *wanted])
-        with called_modules() as called, ParamStatements() as statements:
+        first = ParamStatements(checked=self._calls == 1)
+        with called_modules() as called, first as statements:
             loss = self._eager(args, kwargs)
         modules: dict[int, nn.Module] = {}
         for fn in (self.model, self.guide):

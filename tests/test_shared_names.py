@@ -154,7 +154,8 @@ def test_a_fit_that_is_run_twice(make, how, tmp_path):
     torch.testing.assert_close(found[2], found[0], rtol=0.0, atol=0.0)
 
 
-def test_a_value_of_another_shape_is_refused_by_name():
+@pytest.mark.parametrize("first", [torch.zeros, lambda size: lambda: torch.randn(size)])
+def test_a_value_of_another_shape_is_refused_by_name(first):
     def pair(size):
         def model(x):
             with pyro.plate("data", len(x)):
@@ -162,7 +163,7 @@ def test_a_value_of_another_shape_is_refused_by_name():
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
         def guide(x):
-            loc = pyro.param("loc", torch.zeros(size))
+            loc = pyro.param("loc", first(size))
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(loc, 1.0))
 
