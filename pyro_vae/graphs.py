@@ -170,6 +170,8 @@ class _Watch(TorchDispatchMode):
             return self.constants.read(func, *args)
         if func is _PACK and args[1] not in self.constants:
             raise UntraceableError("the lengths of packed sequences are numbers in a tensor")
+        if func is _PACK:  # of known lengths: rows that the compiler can take too
+            return self.constants.packed(*args)
         if torch.Tag.data_dependent_output in func.tags and any(
             isinstance(a, Tensor) and _is_live(a) for a in args
         ):

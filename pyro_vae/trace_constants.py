@@ -17,7 +17,6 @@ _LIKE = {
     *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
     *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
 }
-_PACK = _aten._pack_padded_sequence.default
 
 
 class TraceConstants:
@@ -48,9 +47,6 @@ class TraceConstants:
         if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
             constant = False
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if func is _PACK and args[1] in self:
-            self._add(made[1])  # how many sequences go on at each time
-            return
         if func._schema.is_mutable and not constant:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -60,6 +56,17 @@ class TraceConstants:
         elif constant:
             for tensor in made:
                 self._add(tensor)
+
+    def packed(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        """Do as PyTorch's operator for packed sequences, whose lengths are a constant."""
+        steps: list[int] = self.read(Tensor.tolist, lengths)
+        rows = input.transpose(0, 1) if batch_first else input
+        going_on = [sum(length > t for length in steps) for t in range(max(steps))]
+        index = [t * len(steps) + i for t, count in enumerate(going_on) for i in range(count)]
+        data = rows.flatten(0, 1).index_select(0, torch.tensor(index, device=input.device))
+        sizes = torch.tensor(going_on)
+        self._add(sizes)
+        return data, sizes
 
     def _add(self, tensor: Tensor) -> None:
         self._storages[_key(tensor)] = tensor.untyped_storage()

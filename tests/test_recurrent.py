@@ -110,6 +110,7 @@ def adam(parameters):
 
 @pytest.mark.parametrize("kind", some(KINDS, ["LSTM", "LSTM, two layers, two ways"]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_replayed_is_eager(kind, dtype):
     """In float64 to the last bit. In float32 Python adds up a loss in more digits than a graph."""
     calls = [(sequences(seed=i, dtype=dtype),) for i in range(10)]
