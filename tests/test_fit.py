@@ -1018,7 +1018,7 @@ def test_a_factor_of_zero_does_not_hide_an_infinite_prior():
 
     with pytest.raises(pv.NonFiniteLossError) as raised:
         run(make_data(), guide, fn=positive, schedule=Constant(0.0), loss=Trace_ELBO())
-    assert raised.value.sites == ["'z' of the model"]
+    assert raised.value.sites == ["'z' of the model, outside its support"]
 
 
 # --- what is not finite ----------------------------------------------------------------
