@@ -14,6 +14,8 @@ from pyro_vae.counts import as_count
 from pyro_vae.family import FactorizedFamily, Family
 from pyro_vae.flows import Flow
 
+_FACTORINGS = 20  # iterations of a start
+
 __all__ = [
     "Delta",
     "FactorizedFamily",
@@ -251,16 +253,22 @@ class LowRankNormal(Family):
 
     def from_gaussian(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
         """Return the R directions in which that Gaussian is widest for its conditional scales."""
-        size, device = mean.shape[-1], mean.device
-        eye = torch.eye(size, dtype=mean.dtype, device=device)
-        inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
-        scale = inverse.square().sum(-2).rsqrt()
-        # In units of these scales the covariance is I + F F' along its widest directions.
-        left, values, _ = torch.linalg.svd(scale_tril / scale.unsqueeze(-1))
-        rank = min(self.rank, size)
-        factor = mean.new_zeros(*mean.shape, self.rank)
-        over = (values[..., :rank].square() - 1).clamp_min(0.01).sqrt()
-        factor[..., :rank] = left[..., :rank] * over.unsqueeze(-2)
+        rank = min(self.rank, mean.shape[-1])
+        root = scale_tril.double()
+        eye = torch.eye(mean.shape[-1], dtype=root.dtype, device=root.device)
+        inverse = torch.linalg.solve_triangular(root, eye, upper=False)
+        variance, total = 1 / inverse.square().sum(-2), root.square().sum(-1)
+        floor = 0.01 * variance
+        # Principal axis factoring: directions for these scales, scales for these directions.
+        for _ in range(_FACTORINGS):
+            left, values, _ = torch.linalg.svd(root / variance.sqrt().unsqueeze(-1))
+            over = (values[..., :rank].square() - 1).clamp_min(0.01).sqrt()
+            factor = left[..., :rank] * over.unsqueeze(-2)
+            scale = variance.sqrt()
+            shared = (scale.unsqueeze(-1) * factor).square().sum(-1)
+            variance = torch.maximum(total - shared, floor)
+        factor = torch.nn.functional.pad(factor, (0, self.rank - rank)).to(mean)
+        scale = scale.to(mean)
         return torch.cat([mean, scale.log(), factor.flatten(-2)], -1)
 
     def units(self, params: Tensor, size: int) -> Tensor:
