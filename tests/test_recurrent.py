@@ -108,19 +108,30 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
 
-@pytest.mark.parametrize("kind", some(KINDS, ["LSTM", "LSTM, two layers, two ways"]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+# oneDNN has LSTM layers in float32 alone.
+CASES = {f"{name}, float64": (kind, torch.float64) for name, kind in KINDS.items()}
+CASES |= {
+    f"{name}, float32": (kind, torch.float32)
+    for name, kind in KINDS.items()
+    if name.startswith("LSTM,") or name in ("LSTM", "GRU")
+}
+
+
+@pytest.mark.parametrize(
+    "case", some(CASES, ["LSTM, two layers, two ways, float32", "LSTM, float64"])
+)
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_replayed_is_eager(kind, dtype):
+def test_replayed_is_eager(case):
     """In float64 to the last bit. In float32 Python adds up a loss in more digits than a graph."""
-    calls = [(sequences(seed=i, dtype=dtype),) for i in range(10)]
+    kind, dtype = case
+    calls = [(sequences(seed=i, dtype=dtype),) for i in range(5)]
     rtol = 0.0 if dtype == torch.float64 else 1e-5
     run = replayed(pair(kind, dtype), calls, optim=adam, rtol=rtol)
-    assert run.modes == ["eager"] + ["replayed"] * 9
+    assert run.modes == ["eager"] + ["replayed"] * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LSTM", "LSTM, two ways", "LSTM, packed", "GRU", "LSTMCell"])
+@pytest.mark.parametrize("kind", ["LSTM, two ways", "LSTM, packed", "GRU"])
 def test_compiled_is_eager(kind):
     calls = [(sequences(seed=i),) for i in range(6)]
     with warnings.catch_warnings():
@@ -160,11 +171,11 @@ def test_lengths_that_are_an_argument_run_eagerly(caplog):
     assert "the lengths of packed sequences are numbers in a tensor" in message
 
 
-@pytest.mark.parametrize("how", ["replay", pytest.param(True, marks=pytest.mark.slow)])
-def test_fit_bounds_and_refine(how):
+@pytest.mark.slow
+def test_fit_bounds_and_refine():
     """As eager: of a fit, to rounding; of bounds and a refined guide, likewise."""
     x, found = sequences(8), []
-    for way in (False, how):
+    for way in (False, "replay"):
         model, guide = pair(KINDS["LSTM"])()
         history = pv.fit(
             model, guide, x, batch_size=4, epochs=60, compile=way, progress=False
