@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_vae.absence_check import check_absent
 from pyro_vae.batches import Batch, arguments
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
@@ -210,6 +211,8 @@ def plan(
         share_globals and plate is not None and bool(structure and structure.global_latents),
         frozen,
     )
+    with preserved_rng(device_of(args, kwargs)), evaluation(model):
+        check_absent(model, model_trace, args, kwargs)
     if layout.summed_out:
         _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
     if names := layout.enumerated:

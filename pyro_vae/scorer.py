@@ -22,6 +22,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.absence_check import check_absent
 from pyro_vae.admission import check_per_datum, points
 from pyro_vae.batches import Batch
 from pyro_vae.counts import as_count
@@ -191,6 +192,7 @@ class Scorer:
                 if not list(latent_nodes(guide_trace)):
                     guide = with_placeholder(guide, plate)
                     model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+                check_absent(model, model_trace, batch.args, batch.kwargs)
         if factors := guide_factors(guide_trace):
             raise ValueError(
                 f"the guide has pyro.factor statements {factors}, which are no part of a density "

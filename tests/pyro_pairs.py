@@ -286,8 +286,7 @@ def epidemiology_sir() -> Pair:
         sir._relaxed_model, init_loc_fn=autoguide.init_to_median, init_scale=0.01
     )
     loss = Trace_ELBO(max_plate_nesting=sir.max_plate_nesting)
-    # Its latents under .mask(False) are not there for pv.ELBO, nor are their proposals.
-    return Pair(sir._relaxed_model, guide, loss=loss, same_value=False)
+    return Pair(sir._relaxed_model, guide, loss=loss)
 
 
 @pair

@@ -73,6 +73,7 @@ LAYERS = {
         "elimination",
         "enumeration",
         "enumeration_check",
+        "absence_check",
         "masks",
         "exact",
         "particles",

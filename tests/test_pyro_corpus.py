@@ -24,6 +24,7 @@ import pyro_vae as pv
 REFUSED: dict[str, str] = {
     "discrete_proposals": "cannot be reparameterized",
     "discrete_with_baselines": "cannot be reparameterized",
+    "epidemiology_sir": "depends on draws of .* that the model masks",
     "gradient_of_a_sample_without_reparameterization": "cannot be reparameterized",
 }
 
