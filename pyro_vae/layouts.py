@@ -52,9 +52,10 @@ __all__ = ["Layout", "device_of", "hide", "plan"]
 
 logger = logging.getLogger(__name__)
 
-# Over a plate of particles these would normalize another dimension than a datum's own.
+_MINIBATCHES = 8  # looked at, of a model that draws them itself
 _ROUNDING = 0.05  # nats of a datum that a reported loss may be off by, before a warning
 
+# Over a plate of particles these would normalize another dimension than a datum's own.
 _NORMALIZATIONS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -214,13 +215,33 @@ def plan(
     with preserved_rng(device_of(args, kwargs)), evaluation(model):
         check_absent(model, model_trace, args, kwargs)
     if layout.summed_out:
-        _check_summed_out(model, model_trace, layout.summed_out, nesting, args, kwargs)
+        traces = [model_trace]
+        if layout.draws_minibatch:
+            traces += _minibatches(model, guide, args, kwargs)
+        for trace in traces:
+            _check_summed_out(model, trace, layout.summed_out, nesting, args, kwargs)
     if names := layout.enumerated:
         infer = {name: guide_trace.nodes[name]["infer"] for name in names}
         expand = tuple(name for name in names if infer[name].get("expand"))
         for fn, trace in ((model, model_trace), (guide, guide_trace)):
             _check_enumerated(fn, trace, names, nesting, args, kwargs, expand)
     return layout
+
+
+def _minibatches(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+) -> list[Any]:
+    """Return traces of a model that draws its minibatch, with other data in each."""
+    with (
+        torch.no_grad(),
+        preserved_rng(device_of(args, kwargs)),
+        evaluation(model, guide),
+        poutine.block(),
+    ):
+        return [
+            trace_model(model, trace_guide(guide, args, kwargs), args, kwargs)
+            for _ in range(_MINIBATCHES)
+        ]
 
 
 def _warn_of_rounding(model_trace: Any, owners: tuple[Any, ...]) -> None:
