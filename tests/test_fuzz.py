@@ -56,6 +56,7 @@ EXCUSES = {
     "no latent site is continuous": ("summed", "proposed", "enumerated"),
     "no latent site": ("no latents",),
     "needs one scale for all latent sites": ("scales",),
+    "that the model masks": ("free_mask",),
     "depends on": ("latent_mask", "enumerated", "mean"),
     "several particles does not agree": ("drop_dims", "mean"),
 }
