@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from pyro_vae.batches import Batch
 from pyro_vae.handlers import FullSize
 from pyro_vae.running import Look
-from pyro_vae.sites import Plate, Structure, inspect
+from pyro_vae.sites import Plate, Site, Structure, inspect
 
 __all__ = ["minibatch_scale"]
 
@@ -41,8 +41,8 @@ def minibatch_scale(
         plate of model and guide its full size, or None where none is needed.
 
     Raises:
-        ValueError: with latents that all data share, where the model's scale is neither, or N is
-            not known.
+        ValueError: with latents that all data share, where the model's scale is neither, or is
+            that of some sites only, or N is not known.
     """
     plate = structure.data_plate
     if plate is None:
@@ -51,12 +51,16 @@ def minibatch_scale(
         return plate.full_size, None
     if num_data == plate.size:
         return None, None
+    if num_data is not None and structure.global_latents:
+        observed = [site.name for site in structure.observed]
+        by_hand = observed if divides(plate, observed) else []
+        _check_scaled_alike(structure, plate, num_data, by_hand)
+        if by_hand:
+            return num_data, None
     if num_data is not None and _scales_itself(model, batch, structure, num_data):
         return num_data, None
     if not structure.global_latents:
         return None, None
-    if num_data is not None and divides(plate, [site.name for site in structure.observed]):
-        return num_data, None
     names = [site.name for site in structure.global_latents]
     advice = (
         f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "
@@ -80,6 +84,33 @@ def minibatch_scale(
     return num_data, FullSize(plate.name, plate.dim, num_data, local, others)
 
 
+def _check_scaled_alike(
+    structure: Structure, plate: Plate, num_data: int, by_hand: Collection[str]
+) -> None:
+    """Raise ValueError where a model scales some sites of a minibatch up to all data, others not.
+
+    Another weight of a site, of a KL warm-up for one, is none of the two.
+
+    Args:
+        structure: of the model on a minibatch.
+        plate: the data plate.
+        num_data: of all data.
+        by_hand: observed sites that are scaled up by other means than a scale.
+    """
+    factor = num_data / plate.size
+    scales = _relative_scales(structure, (*structure.observed, *structure.local_latents))
+    scaled = [name for name, scale in scales.items() if name in by_hand or _is(scale, factor)]
+    alone = [name for name, scale in scales.items() if name not in scaled and _is(scale, 1.0)]
+    if scaled and alone:
+        raise ValueError(
+            f"the latent sites {[site.name for site in structure.global_latents]} are shared by "
+            f"all data, and the model scales {scaled} by num_data / batch_size = {factor:g}, but "
+            f"not {alone}, which a minibatch has of as few data. Scale all that is in plate "
+            f"{plate.name!r}, in model and guide: pyro.plate({plate.name!r}, num_data, "
+            "subsample=x) does"
+        )
+
+
 def _scales_itself(
     model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
 ) -> bool:
@@ -100,11 +131,14 @@ def _scales_itself(
     return False
 
 
-def _relative_scales(structure: Structure) -> dict[str, torch.Tensor]:
-    """Return the scales of the observed sites, relative to that of the global latents."""
+def _relative_scales(
+    structure: Structure, sites: Iterable[Site] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the scales of sites, the observed ones, relative to that of the global latents."""
     shared = [site.own_scale.mean() for site in structure.global_latents]
     unit = torch.stack(shared).mean() if shared else torch.tensor(1.0)
-    return {site.name: site.own_scale / unit for site in structure.observed}
+    of = structure.observed if sites is None else sites
+    return {site.name: site.own_scale / unit for site in of}
 
 
 def _is(scale: torch.Tensor, number: float) -> bool:
