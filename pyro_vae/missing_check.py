@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,9 @@ from pyro_vae.sites import left_out, sample_nodes
 from pyro_vae.traces import site_log_prob
 
 __all__ = ["check_decisions", "pattern_of"]
+
+# Fills between a column's least and largest number: with so few codes, each has its turn.
+_STEPS = 8
 
 # Of arguments, by which a run of the model returns its trace: what each observed site leaves out
 # is given after the first run, whose latents the others share.
@@ -100,24 +102,41 @@ def _gap(term: Tensor, wanted: Tensor, seen: Tensor) -> float:
 
 
 def _fills(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
-    """Yield functions that put numbers where an argument is NaN: those of the data, and beyond."""
-    for quantile, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0)):
+    """Yield functions that put numbers where an argument is NaN: those of the data, and beyond.
 
-        def fill(value: Any, quantile: float = quantile, beyond: float = beyond) -> Any:
+    Numbers between the extremes too: a model may ask for an interval, or for one code of several.
+    """
+    inner = [(step / _STEPS, 0.0) for step in range(1, _STEPS)]
+    for share, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0), *inner):
+
+        def fill(value: Any, share: float = share, beyond: float = beyond) -> Any:
             if not _may_miss(value):
                 return value
-            known = value.masked_fill(value.isnan(), math.inf if quantile == 0 else -math.inf)
             whole = value[~value.isnan()]
             if whole.numel() == 0:
-                return value.masked_fill(value.isnan(), quantile + beyond)
-            column = known.amin(0) if quantile == 0 else known.amax(0)
-            extreme = whole.min() if quantile == 0 else whole.max()
-            column = torch.where(column.isinf(), extreme, column)
+                return value.masked_fill(value.isnan(), share + beyond)
+            column = _seen_value(value, share)
+            extreme = whole.min() if share == 0 else whole.max()
+            column = torch.where(column.isnan(), extreme, column)
             return torch.where(
                 value.isnan(), column + beyond * (1 + whole.max() - whole.min()), value
             )
 
         yield fill
+
+
+def _seen_value(value: Tensor, share: float) -> Tensor:
+    """Return a number of each column, with this share of the column's others below; NaN for none.
+
+    The share of different numbers: each of a few codes has its turn, however rare.
+    """
+    ordered = value.sort(0).values  # NaN come last
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    ranks = (starts & ~ordered.isnan()).cumsum(0)
+    wanted = 1 + (share * (ranks[-1:] - 1)).round()
+    first = (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1)
+    return ordered.gather(0, first)[0]
 
 
 def _may_miss(value: Any) -> bool:

@@ -85,6 +85,22 @@ def test_a_decision_by_a_missing_value_is_refused(sites):
     assert pv.elbo(pv.MissingData(of(sites)), prior, complete).value.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "decide",
+    [lambda x: (x > 0.5) & (x < 1.0), lambda x: x == 2.0, lambda x: (x - 3.0).abs() > 2.5],
+    ids=["interval", "code", "outside"],
+)
+def test_a_decision_between_the_extremes_is_refused(decide):
+    """The third row has no value: log p of it is 0, and -0.7 with the answer that NaN gives."""
+
+    def sites(z, x):
+        pyro.sample("b", dist.Bernoulli(logits=z), obs=decide(x).to(x))
+
+    x = torch.tensor([0.0, 2.0, NAN, 0.7, 3.0, 4.0, 6.0, 1.0, 5.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="'b': its log density .* decides by a missing value"):
+        pv.elbo(pv.MissingData(of(sites)), prior, x)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_everything_that_takes_missing_data_refuses_it(name):
     with pytest.raises(ValueError, match="'b': its log density .* decides by a missing value"):
