@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributions import constraints
+import torch.distributions as td
 
 from pyro_vae.batches import Batch
 from pyro_vae.sites import Structure, is_circular, latent_nodes, plain_distribution
+from pyro_vae.supports import flat_transforms, support_of
 from pyro_vae.traces import is_point, trace_guide
 
 __all__ = ["check_per_datum", "points"]
+
+_PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 
 
 def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
     """Raise ValueError for a guide's site whose density is no bound, or not one per datum."""
     plate = structure.data_plate
-    for name, node in latent_nodes(guide_trace):
+    for name, _ in latent_nodes(guide_trace):
         model_node = model_trace.nodes.get(name)
         if model_node is not None and is_circular(model_node["fn"]):
-            _check_circle(name, node["fn"])
+            _check_circle(name, guide_trace)
     if plate is None:
         return
     for name, node in latent_nodes(guide_trace):
@@ -49,17 +53,46 @@ def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) ->
             )
 
 
-def _check_circle(name: str, fn: Any) -> None:
-    plain = plain_distribution(fn)
-    # Of a transformed distribution torch may call the support real, where it is an interval.
-    known = not isinstance(plain, torch.distributions.TransformedDistribution)
-    on_the_reals = known and plain.support in (constraints.real, constraints.real_vector)
-    if on_the_reals and not is_circular(fn):
+def _check_circle(name: str, guide_trace: Any) -> None:
+    """Raise ValueError for a proposal that goes round the circle of an angle more than once."""
+    fn = guide_trace.nodes[name]["fn"]
+    if is_circular(fn):
+        return
+    holder = guide_trace.nodes.get(f"{name}_unconstrained")  # where AutoNormal holds the density
+    if is_point(fn) and holder is not None:
+        fn = holder["fn"]  # torch maps the reals to an angle by the identity
+    width = _width(plain_distribution(fn))
+    if width > _PERIOD:
+        where = "the reals" if width == math.inf else f"an interval of {width:.3g}"
         raise ValueError(
-            f"latent site {name!r} is an angle, and the guide's {type(plain).__name__} runs over "
-            "the reals, on which the model's periodic density has no end: no bound. Propose "
-            "angles between -pi and pi: VonMises, or a guide of pyro_vae"
+            f"latent site {name!r} is an angle, and the guide's "
+            f"{type(plain_distribution(fn)).__name__} runs over {where}, on which the model's "
+            "periodic density goes on: no bound. Propose angles between -pi and pi: VonMises, or "
+            "a guide of pyro_vae"
         )
+
+
+def _width(fn: Any) -> float:
+    """Return how wide the interval is that a distribution of numbers draws from; 0 for no answer.
+
+    Of a transformed distribution torch may call the support real, where it is an interval.
+    """
+    transforms: list[Any] = []
+    while isinstance(fn, td.TransformedDistribution):
+        transforms = [*flat_transforms(fn.transforms), *transforms]
+        fn = plain_distribution(fn.base_dist)
+    support = support_of(fn)
+    if support is None or support.event_dim or any(t.domain.event_dim for t in transforms):
+        return 0.0
+    bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    ends = [
+        torch.full((), infinite) if bound is None else torch.as_tensor(bound)
+        for bound, infinite in zip(bounds, (-math.inf, math.inf), strict=True)
+    ]
+    for transform in transforms:
+        ends = [transform(end) for end in ends]
+    width = (ends[1] - ends[0]).abs().max()
+    return 0.0 if bool(width.isnan()) else float(width)
 
 
 def points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[str]:

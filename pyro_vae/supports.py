@@ -45,6 +45,8 @@ _OF_ROUNDING = tuple(
         dist.constraints.sphere,
     )
 )
+# Of fewer dimensions than the numbers that they are made of.
+_SURFACES = (type(constraints.simplex), type(dist.constraints.sphere))
 # On these nothing is to be looked at. (An independent one is unwrapped before.)
 _ANYWHERE = (type(constraints.real), *_OF_ROUNDING)
 
@@ -271,6 +273,21 @@ def lost_share(fn: Any, value: Tensor, coordinates: Tensor) -> float:
     return float((lost | back.isnan()).double().mean())
 
 
+def _check_dimension(name: str, mine: Any, theirs: Any) -> None:
+    """Raise ValueError for a density over all of space that is proposed for one on a surface."""
+    surface, space = support_of(mine), support_of(theirs)
+    if not isinstance(surface, _SURFACES) or space is None or space.is_discrete:
+        return
+    if space.event_dim or isinstance(plain_distribution(theirs), dist.Delta):
+        return
+    kinds = [type(plain_distribution(fn)).__name__ for fn in (mine, theirs)]
+    raise ValueError(
+        f"latent site {name!r} lies on a surface in the model ({kinds[0]}), and its parts are "
+        f"drawn apart in the guide ({kinds[1]}): none of these draws lies there, and the ratio of "
+        "the densities is no weight. Propose a distribution on the same support"
+    )
+
+
 class SameMeasure(Messenger):
     """Refuses a density that is proposed for a mass, or a mass for a density, in a model's run.
 
@@ -307,6 +324,7 @@ class SameMeasure(Messenger):
         if msg["is_observed"] or name not in self._proposals:
             return
         mine, theirs = msg["fn"], self._proposals[name]["fn"]
+        _check_dimension(name, mine, theirs)
         masses, proposed = is_discrete(mine), is_discrete(theirs)
         if masses is None or proposed is None or masses == proposed:
             return

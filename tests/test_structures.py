@@ -12,6 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.poutine import block
 from torch import nn
+from torch.distributions import AffineTransform, SigmoidTransform
 
 import pyro_vae as pv
 from pyro_vae.batches import as_batch
@@ -107,6 +108,56 @@ def test_an_angle_lives_on_the_circle():
         pv.elbo(model, on_the_line, y)
     with pytest.raises(ValueError, match="'t' is an angle.*no bound"):
         pv.elbo(model, on_the_line, y, data_plate=False)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "refused"),
+    [
+        (dist.TransformedDistribution(dist.Normal(0.0, 2.0), AffineTransform(0.0, 2.0)), True),
+        (dist.Uniform(-10.0, 10.0), True),
+        (dist.Uniform(0.0, 2 * math.pi), False),
+        (
+            dist.TransformedDistribution(
+                dist.Normal(0.0, 2.0),
+                [SigmoidTransform(), AffineTransform(-math.pi, 2 * math.pi)],
+            ),
+            False,
+        ),
+    ],
+    ids=["line", "wide", "round", "squeezed"],
+)
+def test_an_angle_is_proposed_once_round_its_circle(proposal, refused):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            t = pyro.sample("t", dist.VonMises(y.new_zeros(()), 0.5))
+            pyro.sample("y", dist.Normal(t.cos(), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("t", proposal)
+
+    y = torch.tensor([-1.0, 0.3, 1.2])
+    grid = torch.linspace(-math.pi, math.pi, 20_001, dtype=torch.float64)[:-1, None]
+    joint = dist.VonMises(0.0, 0.5).log_prob(grid) + dist.Normal(grid.cos(), 1.0).log_prob(y)
+    exact = joint.logsumexp(0) + math.log(2 * math.pi / 20_000)
+    if refused:
+        with pytest.raises(ValueError, match="'t' is an angle.*no bound"):
+            pv.iwae_bound(model, guide, y)
+    else:
+        bound = pv.iwae_bound(model, guide, y, num_particles=20_000, seed=0)
+        assert ((bound.value - exact).abs() < 5 * bound.std_error + 1e-3).all()
+
+
+def test_an_autoguide_of_an_angle_has_no_bound():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("t", dist.VonMises(y.new_zeros(()), 0.5).expand([len(y)]))
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    y = torch.tensor([-1.0, 0.3, 1.2])
+    guide = AutoNormal(model, init_scale=50.0)  # log p(x) + 3 nats, if that were a bound
+    with pytest.raises(ValueError, match="'t' is an angle.*no bound"):
+        pv.elbo(model, guide, y)
 
 
 def test_a_support_that_differs_from_datum_to_datum_is_refused():

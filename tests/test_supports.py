@@ -389,3 +389,20 @@ def test_edges_that_differ_by_datum_are_taken_block_by_block():
     total = pv.log_weights(model, guide, high, num_particles=3).total
     exact = torch.full_like(total, -0.5 * math.log(2 * math.pi))
     torch.testing.assert_close(total, exact)
+
+
+@pytest.mark.parametrize("call", [pv.iwae_bound, pv.elbo, pv.ELBO(1).loss, pv.IWAE(2).loss])
+def test_a_density_over_all_of_space_is_none_on_a_simplex(call):
+    """No draw of a box lies there; those within rounding of it have log p(x) - 6 nats."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Dirichlet(torch.ones(2)))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="'z' lies on a surface in the model .* no weight"):
+        call(model, guide, torch.zeros(3))
