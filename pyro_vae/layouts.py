@@ -18,6 +18,7 @@ from pyro_vae.absence_check import check_absent
 from pyro_vae.batches import Batch, arguments
 from pyro_vae.enumeration import enumerated, summed_out
 from pyro_vae.enumeration_check import check_values
+from pyro_vae.independence_check import check_independent
 from pyro_vae.masks import lift_masks
 from pyro_vae.particles import UnnamedDrawsError
 from pyro_vae.plain_errors import text_of, trace_of
@@ -214,6 +215,9 @@ def plan(
     )
     with preserved_rng(device_of(args, kwargs)), evaluation(model):
         check_absent(model, model_trace, args, kwargs)
+        if data == "needed" and num_particles > 1 and mode == "loop" and plate is not None:
+            # Other modes are chosen by a scorer, which has looked.
+            check_independent(model, guide, model_trace, plate, nesting, args, kwargs)
     if layout.summed_out:
         traces = [model_trace]
         if layout.draws_minibatch:

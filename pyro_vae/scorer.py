@@ -29,6 +29,7 @@ from pyro_vae.counts import as_count
 from pyro_vae.enumeration import summed_out, with_placeholder
 from pyro_vae.graphs import form_of, rebuilt
 from pyro_vae.handlers import unobserve
+from pyro_vae.independence_check import DependentDataError
 from pyro_vae.masks import check_proposal_mask, depend_on_draws, masked_proposals
 from pyro_vae.particles import (
     MODES,
@@ -877,7 +878,7 @@ class Scorer:
     def _check_independent(
         self, rows: slice, values: Mapping[str, Tensor], reference: Tensor
     ) -> None:
-        """Raise ValueError where a datum's density depends on the latents of other data.
+        """Raise DependentDataError where a datum's density depends on the latents of others.
 
         Of two particles, one is made that takes every other datum's values from the second:
         each datum must have the density that it had before.
@@ -896,12 +897,7 @@ class Scorer:
         wanted = torch.where(second, reference[1:2], reference[:1])
         if agree(wanted, found):
             return
-        raise ValueError(
-            f"the density of a datum depends on the latents of other data, by up to "
-            f"{float((wanted - found).abs().max()):.3g} nats: the data of plate {plate.name!r} "
-            "have no weights of their own. Pass data_plate=False to treat the whole batch as one "
-            "datum"
-        )
+        raise DependentDataError(plate, float((wanted - found).abs().max()))
 
 
 def _equal_step(count: int, most: int) -> int:

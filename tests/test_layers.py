@@ -74,6 +74,7 @@ LAYERS = {
         "enumeration",
         "enumeration_check",
         "absence_check",
+        "independence_check",
         "masks",
         "exact",
         "particles",
