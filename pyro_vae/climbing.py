@@ -333,14 +333,15 @@ class Climber:
         return noise.to(like), weight.to(like)
 
     def heights(
-        self, block: Block, z: Tensor, calls: int, *, check: bool = False
+        self, block: Block, z: Tensor, calls: int, *, prior: float = 1.0, check: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return log p(x, z) + log |det dz / d coordinates| and its gradient.
+        """Return log p(x | z) + w (log p(z) + log |det dz / d coordinates|) and its gradient.
 
         Args:
             block: of the data.
             z: coordinates, [K, n, D].
             calls: how many are to be expected.
+            prior: w, the weight of the prior.
             check: whether this is the block's first call.
 
         Returns:
@@ -348,12 +349,14 @@ class Climber:
         """
         scorer, guide = block.flat
 
-        def heights(scorer: Scorer, z: Tensor) -> list[Tensor]:
+        def heights(scorer: Scorer, prior: Tensor, z: Tensor) -> list[Tensor]:
             z = z.detach().requires_grad_()
-            height = _heights(scorer, guide, z)
+            height = _heights(scorer, guide, z, prior)
             return [height.detach(), *torch.autograd.grad(height.sum(), [z])]
 
-        height, slope = self._recorded("height", scorer, heights, [z], calls, check=check)
+        # A tensor: a number would be a constant of the graph.
+        inputs = [z.new_full((), prior), z]
+        height, slope = self._recorded("height", scorer, heights, inputs, calls, check=check)
         return height, slope
 
     def curvature(self, block: Block, z: Tensor) -> Tensor | None:
@@ -423,8 +426,10 @@ def per_row(numbers: Tensor, table: Tensor) -> Tensor:
     return numbers.reshape(-1, *[1] * (table.ndim - 1))
 
 
-def _heights(scorer: Scorer, guide: LocalGuide, z: Tensor) -> Tensor:
-    """Return log p(x, z) in unconstrained coordinates, [K, n], up to a constant.
+def _heights(scorer: Scorer, guide: LocalGuide, z: Tensor, prior: Tensor | float = 1.0) -> Tensor:
+    """Return log p(x, z) in unconstrained coordinates, [K, n], the prior to a power.
+
+    Up to a constant.
 
     Minus the log density of a nearly flat guide is the log determinant of the map to the
     supports, with the model's masks on it.
@@ -433,7 +438,7 @@ def _heights(scorer: Scorer, guide: LocalGuide, z: Tensor) -> Tensor:
     values = scorer.from_single(guide.values_of(z))
     log_likelihood, log_prior = scorer.score_model(rows, values)
     with guide.using(guide.table.detach()):
-        return log_likelihood + log_prior - scorer.score_guide(rows, values)
+        return log_likelihood + prior * (log_prior - scorer.score_guide(rows, values))
 
 
 def _log_weights(

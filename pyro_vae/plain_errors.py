@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,12 @@ from pyro import poutine
 
 __all__ = ["plain_errors", "text_of", "trace_of"]
 
-_TABLE = "\nTrace Shapes:"
+_TABLE = re.compile(r"\n *Trace Shapes:")  # indented as far as the longest name of a site is long
 
 
 def text_of(error: BaseException) -> str:
     """Return what an error says, without Pyro's table of all sites and their shapes."""
-    return str(error).partition(_TABLE)[0].rstrip()
+    return _TABLE.split(str(error), maxsplit=1)[0].rstrip()
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def _original(error: Exception) -> Exception:
-    while _TABLE in str(error):
+    while _TABLE.search(str(error)):
         cause, text = error.__cause__, text_of(error)
         if isinstance(cause, Exception) and text_of(cause) == text:
             error = cause

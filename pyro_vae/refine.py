@@ -384,6 +384,10 @@ def _hopeful(
             0
         )
         width = draws.std(0) if climber.family.has_density else 1e-3 * block.prior_scale
+        if climber.family.has_density:  # a narrow start within a wide answer is elsewhere too
+            spread = noise.unsqueeze(1).expand(-1, len(here), -1)
+            widths = [climber.family.from_noise(t, size, spread).std(0) for t in there]
+            width = torch.stack([torch.minimum(width, w) for w in widths])
         distance = _APART if size <= _MOST_HEAVY else 2 * _APART
         apart = (away.abs() > distance * width).any(-1)
         higher = elbos[1:] > elbos[0] + tolerance

@@ -22,6 +22,7 @@ _SCREENED = 32  # draws, of which a few become starts of the search for modes
 _STARTS, _FEW_STARTS, _MANY_COORDINATES = 3, 1, 16  # of draws of the guide, and of the prior
 _MODES = 3  # of a datum at most
 _CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
+_WEAK_PRIOR = 1e-2  # its weight where the data's own mode is looked for
 _APART = 3.0  # modes: so many standard deviations
 _LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter says nothing
 _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
@@ -49,8 +50,9 @@ def rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tensor
 
     The modes are those of log p(x, z) in unconstrained coordinates, by L-BFGS from the guide's
     location and from a few draws of guide and prior, chosen by their importance weights: so
-    they lie where the posterior has its mass. The Gaussian there has the curvature
-    of the mode, which makes posteriors of any scale and correlation alike.
+    they lie where the posterior has its mass. Where the data contradict the prior no draw comes
+    near their own mode: so one search begins where the likelihood is highest. The Gaussian at a
+    mode has its curvature, which makes posteriors of any scale and correlation alike.
 
     Args:
         climber: of the family.
@@ -125,23 +127,34 @@ def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
         chosen = torch.nan_to_num(score, nan=-torch.inf).topk(count, 0).indices
         draws = family.from_noise(table, size, spread)
         places.append(draws.gather(0, chosen.unsqueeze(-1).expand(-1, -1, size)))
-    found = torch.cat(places)
+    of_data, _ = _climbed(climber, block, torch.cat(places[:2]), _WEAK_PRIOR)
+    found = torch.cat([*places, of_data])
     return torch.where(found.isfinite(), found, found[1])
 
 
-def _climbed(climber: Climber, block: Block, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Return modes found from places, [M, n, D], and how high they are, [M, n]."""
+def _climbed(
+    climber: Climber, block: Block, places: Tensor, prior: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return modes found from places, [M, n, D], and how high they are, [M, n].
+
+    Args:
+        climber: of the family.
+        block: of n data.
+        places: [M, n, D].
+        prior: the weight of the prior.
+    """
     shape, calls = places.shape, 0
 
     def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
-        height, slope = climber.heights(block, flat.reshape(shape), _CLIMB, check=calls == 1)
+        z = flat.reshape(shape)
+        height, slope = climber.heights(block, z, _CLIMB, prior=prior, check=calls == 1)
         return -height.flatten(), -slope.flatten(0, 1)
 
     modes, _, _ = minimize_rows(objective, places.flatten(0, 1), _CLIMB)
     modes = modes.reshape(shape)
-    heights, _ = climber.heights(block, modes, _CLIMB)
+    heights, _ = climber.heights(block, modes, _CLIMB, prior=prior)
     return modes, torch.nan_to_num(heights, nan=-torch.inf, posinf=-torch.inf)
 
 

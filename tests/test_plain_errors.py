@@ -92,6 +92,8 @@ def test_what_pyro_adds_is_kept():
 def test_text_of():
     assert text_of(ValueError("a\nb\nTrace Shapes:\n z 3 |")) == "a\nb"
     assert text_of(ValueError("a")) == "a"
+    # Where a site's name is long, Pyro indents the title to its width.
+    assert text_of(ValueError("a\n      Trace Shapes:    \n guide$$$weight 3 |")) == "a"
 
 
 def test_a_loop_of_losses_warns_once(caplog):
