@@ -50,7 +50,8 @@ def minibatch_scale(
     if plate.size != plate.full_size:
         return plate.full_size, None
     if num_data == plate.size:
-        return None, None
+        # Validation data are others, of which the model may say that they are as many.
+        return _size_of_fewer(model, batch, structure, num_data), None
     if num_data is not None and structure.global_latents:
         observed = [site.name for site in structure.observed]
         by_hand = observed if divides(plate, observed) else []
@@ -109,6 +110,23 @@ def _check_scaled_alike(
             f"{plate.name!r}, in model and guide: pyro.plate({plate.name!r}, num_data, "
             "subsample=x) does"
         )
+
+
+def _size_of_fewer(
+    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
+) -> int | None:
+    """Return how many data a model scales a part of them up to; None where it does not."""
+    plate = structure.data_plate
+    if plate is None or batch.size is None or batch.size < 2:
+        return None
+    with Look():
+        part = batch.rows(slice(0, batch.size // 2))
+        fewer = inspect(model, part, data_plate=plate.name)
+        found = fewer.data_plate
+        if found is not None and found.size != found.full_size:
+            return found.full_size
+        return num_data if _scales_itself(model, part, fewer, num_data) else None
+    return None
 
 
 def _scales_itself(

@@ -291,3 +291,34 @@ def test_a_warm_up_beside_the_scale_is_taken(weight, caplog):
     result = pv.fit(model, guide_of("scale"), make_data(), epochs=1, batch_size=BATCH_SIZE)
     assert math.isfinite(result.history["elbo"][-1])
     assert STATED not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["full size", "scale"])
+@pytest.mark.parametrize("batch_size", [BATCH_SIZE, NUM_DATA])
+def test_validation_data_are_scaled_as_the_model_says(kind, batch_size):
+    """mu at 1.5, z as its posterior: log p(x) at mu, less KL / N; it was 50 / 7 times that."""
+    seen = make_data()[:7] - 1.5
+    sd = 1e-6
+
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(pyro.param("loc", x.new_tensor(1.5)), sd))
+        scale = NUM_DATA / len(x) if kind == "scale" else 1.0
+        with plate(kind, x), poutine.scale(scale=scale):
+            pyro.sample("z", dist.Normal(mu / 5 + 4 * x / 5, 0.2**0.5))
+
+    result = pv.fit(
+        model_of(kind),
+        guide,
+        make_data(),
+        validation_data=seen,
+        batch_size=batch_size,
+        epochs=1,
+        loss=pv.ELBO(kl="sample"),
+        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e-12),
+        compile=False,
+        progress=False,
+    )
+    log_p = dist.Normal(1.5, 1.25**0.5).log_prob(seen).mean()
+    wide = dist.Normal(0.0, 10.0)
+    kl = torch.distributions.kl_divergence(dist.Normal(1.5, sd), wide) / NUM_DATA
+    assert result.history["validation_elbo"][0] == pytest.approx(float(log_p - kl), abs=0.1)
