@@ -452,15 +452,49 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     if unknown := proposed - wanted - observed:
         raise ValueError(
             f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
-            f"sites are {sorted(wanted)}. Rename them, or mark a helper variable with "
-            "infer={'is_auxiliary': True}. A global latent is fixed at a value in model and guide "
-            "alike by given={name: value}"
+            f"sites are {sorted(wanted)}. Rename them. A global latent is fixed at a value in model "
+            "and guide alike by given={name: value}"
         )
     if clash := proposed & observed:
         raise ValueError(
             f"the guide proposes {sorted(clash)}, which the model observes; observe them in the "
             "guide too (obs=...), or leave them out"
         )
+    _check_helpers(guide_trace)
+
+
+def _check_helpers(guide_trace: Any) -> None:
+    """Raise ValueError for auxiliary sites of which no latent is made.
+
+    Their density counts in log q(z | x). That is right where points are made of them, as
+    Pyro's autoguides do; else the loss grows with their entropy past log p(x).
+    """
+    nodes = dict(latent_nodes(guide_trace))
+    helpers = {
+        name: node
+        for name, node in nodes.items()
+        if node["infer"].get("is_auxiliary") and not is_point(node["fn"])
+    }
+    made = [node for name, node in nodes.items() if name not in helpers and is_point(node["fn"])]
+    if not helpers or _numbers(helpers.values()) <= _numbers(made):
+        return
+    free = {  # a density of one everywhere is no matter
+        name: node
+        for name, node in helpers.items()
+        if bool((node["fn"].log_prob(node["value"]) != 0).any())
+    }
+    if _numbers(free.values()) > _numbers(made):
+        raise ValueError(
+            f"the guide's auxiliary sites {sorted(free)} have a density of which no latent of the "
+            "model is made: it counts in log q(z | x), and nothing stands beside it in the model: "
+            "no bound. Sample them in the model as well, from a distribution given the latents "
+            "(and leave is_auxiliary out); or let latents be points made of them (dist.Delta), "
+            "as pyro.infer.autoguide.AutoNormal does"
+        )
+
+
+def _numbers(nodes: Iterable[Any]) -> int:
+    return sum(node["value"].numel() for node in nodes)
 
 
 @contextlib.contextmanager

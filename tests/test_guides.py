@@ -398,3 +398,43 @@ def test_a_prior_whose_parents_vary():
 
     with pytest.raises(ValueError, match="'z': its prior does not vary"):
         pv.LocalGuide(point, num_data=2, example=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [pv.elbo, pv.iwae_bound, pv.ELBO(1).loss, pv.ELBO(3).loss, pv.IWAE(2).loss],
+)
+def test_a_helper_of_which_no_latent_is_made_is_refused(call):
+    """Its entropy of 1.42 nats would count: log p(x) is -1.39 at x = 0.5, the ELBO -0.2."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            noise = dist.Normal(torch.zeros_like(x), 1.0)
+            e = pyro.sample("e", noise, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(x / 2 + 0.3 * e, 0.7))
+
+    with pytest.raises(ValueError, match=r"auxiliary sites \['e'\] .* no bound"):
+        call(model, guide, torch.tensor([0.5, -1.0]))
+
+
+def test_a_helper_that_the_model_samples_too_has_its_bound():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("e", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            e = pyro.sample("e", dist.Normal(x / 2, 1.5))
+            pyro.sample("z", dist.Normal(x / 4 + e / 3, 0.7))
+
+    x = torch.tensor([0.5, -1.0])
+    bound = pv.iwae_bound(model, guide, x, num_particles=20_000, seed=0)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    assert ((bound.value - exact).abs() < 5 * bound.std_error + 1e-3).all()
