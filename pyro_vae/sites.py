@@ -452,8 +452,8 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     if unknown := proposed - wanted - observed:
         raise ValueError(
             f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
-            f"sites are {sorted(wanted)}. Rename them. A global latent is fixed at a value in model "
-            "and guide alike by given={name: value}"
+            f"sites are {sorted(wanted)}. Rename them. A global latent is fixed at a value in "
+            "model and guide alike by given={name: value}"
         )
     if clash := proposed & observed:
         raise ValueError(
