@@ -87,9 +87,10 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             run: that the loss is of.
             loss: a scalar.
             kls: closed forms, by site: infinite where a proposal reaches outside, whatever was
-                drawn.
+                drawn. None for a bound whose weights may be zero.
         """
-        if is_recording() or not bool(loss == math.inf):
+        # An infinite term beside the baseline of its gradient is NaN.
+        if is_recording() or not bool((loss == math.inf) | (loss.isnan() & (kls is not None))):
             return loss
         reaching = [f"{name!r}" for name, kl in (kls or {}).items() if bool((kl == math.inf).any())]
         if sites := run.outside() or reaching:

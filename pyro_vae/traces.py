@@ -281,9 +281,13 @@ def redrawn(
 ) -> Any:
     """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
 
-    As :class:`ReplaceDraws` does, with no random numbers.
+    As :class:`ReplaceDraws` does, with no random numbers, and on the minibatches that its plates
+    have drawn.
     """
     again = poutine.Trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            again.add_node(name, **node)
     for name, node in latent_nodes(trace):
         again.add_node(name, **with_draw(node, replace(draw_of(node))))
     return trace_guide(poutine.replay(fn, trace=again), args, kwargs)

@@ -559,7 +559,7 @@ def evidence(program: Program, parameters: Values, points: int = 3001) -> Tensor
     discrete = [site.name for site in program.latents if SUPPORTS[site.family] == "discrete"]
     answer.summed_out = tuple(discrete)
     if len(entries) == 2:
-        points = 241
+        points = 281
     grids = [_grid(site, points) for site, _, _ in entries]
     mesh = torch.meshgrid(*[u for u, _, _ in grids], indexing="ij") if grids else ()
     steps = sum((_log_step(u) for u, _, _ in grids), torch.zeros(()).to(torch.float64))
@@ -583,7 +583,7 @@ def evidence(program: Program, parameters: Values, points: int = 3001) -> Tensor
 def _grid(site: Site, points: int) -> tuple[Tensor, None, None]:
     low, high = {
         "real": (-8.0, 8.0),
-        "positive": (-22.0, 6.0) if points > 1000 else (-14.0, 5.0),
+        "positive": (-22.0, 8.0) if points > 1000 else (-14.0, 8.0),
         "unit": (-16.0, 16.0),
         "interval": (-22.0, 22.0),
         "simplex": (-16.0, 16.0),
