@@ -155,7 +155,7 @@ def to_arviz(
             ", ".join(scorer.outside),
         )
     groups["observed_data"] = {
-        site.name: leading_datum(_with_missing(site), site, structure).cpu().numpy()
+        site.name: leading_datum(_with_missing(site), site, structure).detach().cpu().numpy()
         for site in structure.observed
     }
     _leave_out(groups, structure)

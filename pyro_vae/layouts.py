@@ -36,6 +36,7 @@ from pyro_vae.sites import (
     DataPlateError,
     Structure,
     batch_nesting,
+    check_repeated,
     check_stable,
     drawn_subsamples,
     guide_factors,
@@ -161,6 +162,7 @@ def plan(
             guide_trace = trace_guide(guide, args, kwargs)
         with called_modules() as in_model, SameMeasure(guide_trace):
             model_trace = trace_model(model, guide_trace, args, kwargs)
+    check_repeated(model_trace)
     _warn_of_rounding(model_trace, (unwrapped(model), unwrapped(guide)))
     nesting = batch_nesting(model_trace, guide_trace)
     structure, subsampled, mode = None, False, "loop"

@@ -181,8 +181,10 @@ class Scorer:
                 with drawn_subsamples() as drawn:
                     model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
                 if drawn:
+                    plates = (p for site in self.structure.sites.values() for p in site.plates)
+                    whose = "model" if any(p.drawn for p in plates) else "guide"
                     raise ValueError(
-                        f"the guide draws its own minibatch in plate {sorted(drawn)[0]!r} "
+                        f"the {whose} draws its own minibatch in plate {sorted(drawn)[0]!r} "
                         "(subsample_size=...); a result for each datum needs to know which. Pass "
                         "the minibatch as the batch, and give the plate no subsample_size"
                     )

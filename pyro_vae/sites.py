@@ -26,6 +26,7 @@ __all__ = [
     "Structure",
     "batch_nesting",
     "check_guide",
+    "check_repeated",
     "check_stable",
     "drawn_subsamples",
     "inspect",
@@ -386,6 +387,29 @@ def batch_nesting(*traces: Any) -> int:
     return depth
 
 
+def check_repeated(trace: Any) -> None:
+    """Raise ValueError for an observed value that PyTorch repeats along dimensions of no plate.
+
+    A column [N, 1] beside values [N] makes a likelihood [N, N], and each datum counts N times:
+    Pyro's own losses refuse it too.
+    """
+    for name, node in sample_nodes(trace):
+        if not node["is_observed"]:
+            continue
+        batch, value = node["fn"].batch_shape, node["value"]
+        declared = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
+        own = tuple(value.shape[: value.ndim - node["fn"].event_dim])
+        own = (1,) * (len(batch) - len(own)) + own
+        for dim in range(-len(batch), 0):
+            if batch[dim] > 1 and own[dim] == 1 and dim not in declared:
+                raise ValueError(
+                    f"observed site {name!r}: its value has shape {list(value.shape)}, its "
+                    f"likelihood batch shape {list(batch)}, and dim {dim} is in no plate: each "
+                    f"value would count {batch[dim]} times. Where an argument is a column [N, 1], "
+                    "pass x.squeeze(-1); where the repetition is meant, put the site in a plate"
+                )
+
+
 def check_stable(
     model: Callable[..., Any], batch: Batch, structure: Structure, *, runs: int = 1
 ) -> None:
@@ -538,6 +562,7 @@ def run_model(
         except Exception as error:
             error.add_note(f"while running the model on {batch}")
             raise
+    check_repeated(trace)
     unsized = _sizes_of_unsized(trace)
     sites = {}
     for name, node in sample_nodes(trace):

@@ -106,6 +106,17 @@ def test_a_guide_that_draws_has_no_bound_for_each_datum():
     with pytest.raises(ValueError, match="the guide draws its own minibatch in plate 'data'"):
         pv.elbo(model_of(), posterior_of(subsample_size=2), X, num_particles=2)
 
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=2) as index:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="the model draws its own minibatch in plate 'data'"):
+        pv.elbo(model, guide, X.float(), num_particles=2, data_plate=False)
+
 
 @pytest.mark.parametrize("batch_size", [2, 128])
 def test_fit_takes_all_the_data_where_the_guide_draws(batch_size, caplog):

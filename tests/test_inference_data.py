@@ -463,3 +463,19 @@ def test_resampled_draws_say_for_how_many_data_they_are_not_to_be_trusted(data_p
     caplog.clear()
     pv.to_arviz(model, narrow, x[x > 0], resample="psis", num_draws=1000, seed=0)
     assert not caplog.text
+
+
+def test_data_that_require_gradients():
+    x = torch.linspace(-1, 1, 4).requires_grad_()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    tree = pv.to_arviz(model, guide, x, num_draws=3, seed=0)
+    np.testing.assert_array_equal(tree["observed_data"]["x"].values, x.detach().numpy())

@@ -299,3 +299,31 @@ def test_sequential_plates_that_draw_are_refused_by_name():
         structure = inspect(model, x, data_plate=False)
         with pytest.raises(ValueError, match=r"subsample of the sequential plate 'rows'"):
             check_stable(model, as_batch(x), structure)
+
+
+@pytest.mark.parametrize("of", ["latent", "likelihood"])
+def test_a_column_beside_values_is_refused(of):
+    """[N, 1] and [N] make [N, N], and each datum counts N times: by name, as Pyro does."""
+    x, column = torch.linspace(-1, 1, 6), torch.zeros(6, 1)
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(c if of == "latent" else 0 * x, 1.0))
+            pyro.sample("x", dist.Normal(z + c, 0.5), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + (c if of == "latent" else 0), 1.0))
+
+    with pytest.raises(ValueError, match="invalid log_prob shape"):
+        pyro.infer.Trace_ELBO().loss(model, guide, x, column)
+    for refuses in (
+        lambda: pv.ELBO().loss(model, guide, x, column),
+        lambda: pv.IWAE(3).loss(model, guide, x, column),
+        lambda: pv.elbo(model, guide, (x, column), num_particles=2),
+        lambda: pv.describe(model, (x, column)),
+        lambda: pv.LocalGuide(model, num_data=6, example=(x, column)),
+    ):
+        with pytest.raises(ValueError, match=r"'x'.*dim -2 is in no plate.*count 6 times"):
+            refuses()
+    pv.elbo(model, guide, (x, column.squeeze(-1)), num_particles=2)
