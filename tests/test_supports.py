@@ -155,7 +155,11 @@ def test_compare_and_refine_take_a_wide_proposal(caplog):
 def test_losses_say_that_a_proposal_is_wide(validate):
     pyro.clear_param_store()
     with pyro.validation_enabled(validate):
-        for loss in (pv.ELBO(kl="sample"), pv.ELBO(3), pv.ELBO(1, "sample", "stl")):
+        for loss in (
+            pv.ELBO(kl="sample"),
+            pv.ELBO(3),
+            *(pv.ELBO(4, "sample", e) for e in ("stl", "score")),
+        ):
             torch.manual_seed(0)
             with pytest.raises(ValueError, match=r"loss is infinite.*'z' \(Exponential\)"):
                 loss.loss(delays, wide, X)
@@ -406,3 +410,23 @@ def test_a_density_over_all_of_space_is_none_on_a_simplex(call):
 
     with pytest.raises(ValueError, match="'z' lies on a surface in the model .* no weight"):
         call(model, guide, torch.zeros(3))
+
+
+def test_an_infinite_loss_beside_a_baseline_is_told():
+    """The score of a discrete proposal weighs -inf less the mean of others that are -inf."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(torch.full((len(x),), 0.5, dtype=F64)))
+            z = pyro.sample("z", dist.Exponential(torch.ones(len(x), dtype=F64)))
+            pyro.sample("x", dist.Normal(z + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(logits=pyro.param("logits", lambda: 0 * x)))
+            pyro.sample("z", dist.Normal(0 * x - 3, 1.0))
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"loss is infinite.*'z' \(Exponential\)"):
+        pv.ELBO(4, kl="sample", estimator="score").loss_and_grads(model, guide, X)
