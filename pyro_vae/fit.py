@@ -309,14 +309,17 @@ class _Trainer:
         total = min((n for n in (max_steps, by_epochs) if n is not None), default=None)
         if total is not None:
             self._expect(total)
+        unsaved = False
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
                 while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
                     epoch = self._epoch(bar, max_steps)
+                    unsaved = checkpoint is not None
                     ended = self._call_back(epoch)
                     # After them, for what they set (a learning rate) is part of what goes on.
                     if checkpoint is not None:
                         checkpoints.save(self._content(), checkpoint)
+                        unsaved = False
                     if ended:
                         stopped_by = "callback"
                         break
@@ -324,6 +327,8 @@ class _Trainer:
                 stopped_by = "interrupted"
                 self.steps.read()
                 self.state.step = self.steps.taken
+                if unsaved and checkpoint is not None:  # in a callback: the epoch is whole
+                    checkpoints.save(self._content(), checkpoint)
         self.steps.drop_gradients()
         kept = f"step {self.state.step}"
         if self.best is not None:

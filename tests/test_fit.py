@@ -532,6 +532,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, end, seed):
     begun, _ = run(x, pieces, **(options | first))
     assert begun.history["epoch"] == [1, 2]
     assert begun.stopped_by == {"ctrl_c": "interrupted"}.get(end, end)
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["progress"]["epoch"] == 2, "the epoch whose callback was broken off is whole"
     with torch.no_grad():
         for parameter in pieces.parameters():
             parameter.add_(1.0)  # the file decides, not what the guide holds
