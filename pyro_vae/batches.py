@@ -205,7 +205,8 @@ def as_batch(*batch: Any) -> Batch:
             which all rows are read.
 
     Raises:
-        TypeError: for arrays that do not hold numbers, sparse ones, and iterators.
+        TypeError: for arrays that do not hold numbers, sparse ones, iterators, and a list of
+            plain numbers.
         ValueError: for tensors of different first dimension, or of none.
 
     Example:
@@ -224,6 +225,12 @@ def as_batch(*batch: Any) -> Batch:
             return _without_lists(Batch((), named))
         if isinstance(only, (tuple, list)):
             batch = tuple(only)
+            # A model of as many plain numbers is not met; a column of data in a list is.
+            if len(batch) > 1 and all(isinstance(value, (int, float)) for value in batch):
+                raise TypeError(
+                    f"the batch is a {type(only).__name__} of {len(batch)} numbers, which would be "
+                    "as many arguments of the model; pass torch.tensor(...) of it"
+                )
         else:
             batch = (only,)
     tensors = tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(batch))

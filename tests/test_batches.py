@@ -192,3 +192,8 @@ def test_arguments_of_other_first_dimensions_have_no_rows():
     assert batch.size is None
     assert batch.rows(slice(0, 1)).args[0] is X
     assert arguments((X, Y), {}).size == 3
+
+
+def test_a_list_of_numbers_is_no_list_of_arguments():
+    with pytest.raises(TypeError, match=r"a list of 3 numbers.*pass torch.tensor\(...\) of it"):
+        as_batch([1.0, 2.0, 3])
