@@ -1,4 +1,4 @@
-"""Whether a latent that the model masks is absent: no density may depend on its draw."""
+"""Whether a latent that the model masks everywhere is absent, or has a flat prior."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SEED = 5419351
 
 
 def check_absent(model: Callable[..., Any], model_trace: Any, args: Any, kwargs: Any) -> None:
-    """Raise ValueError where densities depend on draws that the model masks.
+    """Raise ValueError where densities depend on a latent that the model masks everywhere.
 
     A masked latent counts as one that is not there, and its proposal's density is left out as
-    well. That is right where nothing depends on the draw. Where something does, the mask is an
-    improper flat prior, the entropy of the proposal is missing from the bound, and a guide that
-    is trained by it shrinks to a point.
+    well. That is right where nothing depends on the draw. A mask of all of a site on which
+    something depends stands for an improper flat prior: the entropy of the proposal would be
+    missing from the bound, and a guide that is trained by it would shrink to a point.
 
     Args:
         model: a Pyro model.
@@ -61,26 +61,23 @@ def check_absent(model: Callable[..., Any], model_trace: Any, args: Any, kwargs:
             continue
         raise ValueError(
             f"the density of site {name!r} depends on draws of {sorted(changed)} that the model "
-            f"masks (it changes by {gap:.3g} nats). A latent that is masked counts as one that is "
-            "not there, and its proposal is left out too; a mask that stands for a flat prior "
-            "has no evidence to bound. Give the site a proper prior, however wide; mask what "
-            "depends on it as well; or train with pyro.infer.Trace_ELBO, which CompiledSVI takes"
+            f"masks everywhere (it changes by {gap:.3g} nats). A latent that is masked counts as "
+            "one that is not there, and its proposal is left out too; a mask that stands for a "
+            "flat prior has no evidence to bound. Give the site a proper prior, however wide; mask "
+            "what depends on it as well; or train with pyro.infer.Trace_ELBO, which CompiledSVI "
+            "takes"
         )
 
 
 def _drawn_anew(node: Any) -> Tensor | None:
-    """Return a latent's value with other draws where it is masked; None where it is not."""
+    """Return another draw of a latent that is masked everywhere; None for other latents."""
     mask = mask_of(node)
-    if mask is None or mask is True:
+    if mask is None or bool(torch.as_tensor(mask).any()):
         return None
-    value, fn = node["value"], node["fn"]
-    absent = ~torch.as_tensor(mask, device=value.device)
-    if not bool(absent.any()):
-        return None
-    absent = absent.reshape(absent.shape + (1,) * fn.event_dim)
+    value = node["value"]
     with Look() as look, torch.no_grad(), preserved_rng(value.device):
         torch.manual_seed(_SEED)
-        other = torch.where(absent, fn.sample().expand_as(value), value)
+        other = node["fn"].sample().expand_as(value)
     return None if look.error is not None or torch.equal(other, value) else other
 
 

@@ -162,6 +162,7 @@ def plan(
             guide_trace = trace_guide(guide, args, kwargs)
         with called_modules() as in_model, SameMeasure(guide_trace):
             model_trace = trace_model(model, guide_trace, args, kwargs)
+        check_absent(model, model_trace, args, kwargs)
     check_repeated(model_trace)
     _warn_of_rounding(model_trace, (unwrapped(model), unwrapped(guide)))
     nesting = batch_nesting(model_trace, guide_trace)
@@ -215,8 +216,6 @@ def plan(
         share_globals and plate is not None and bool(structure and structure.global_latents),
         frozen,
     )
-    with preserved_rng(device_of(args, kwargs)), evaluation(model):
-        check_absent(model, model_trace, args, kwargs)
         if data == "needed" and num_particles > 1 and mode == "loop" and plate is not None:
             # Other modes are chosen by a scorer, which has looked.
             check_independent(model, guide, model_trace, plate, nesting, args, kwargs)

@@ -190,7 +190,7 @@ class CompiledSVI:
         self._update(traced=self._traced.mode != "eager")
         self._update.drop_gradients()
         number = _number(loss)
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             self._tell_outside(args, kwargs)
         return number
 
