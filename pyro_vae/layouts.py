@@ -216,8 +216,9 @@ def plan(
         share_globals and plate is not None and bool(structure and structure.global_latents),
         frozen,
     )
-        if data == "needed" and num_particles > 1 and mode == "loop" and plate is not None:
-            # Other modes are chosen by a scorer, which has looked.
+    if data == "needed" and num_particles > 1 and mode == "loop" and plate is not None:
+        # Other modes are chosen by a scorer, which has looked.
+        with preserved_rng(device_of(args, kwargs)), evaluation(model, guide, first=first):
             check_independent(model, guide, model_trace, plate, nesting, args, kwargs)
     if layout.summed_out:
         traces = [model_trace]
