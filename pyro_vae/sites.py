@@ -37,6 +37,7 @@ __all__ = [
     "latent_nodes",
     "left_out",
     "plain_distribution",
+    "plain_support",
     "point_of",
     "sample_nodes",
     "unvalidated",
@@ -110,7 +111,7 @@ class Site:
     @property
     def support_text(self) -> str:
         """The support in words, with its bounds."""
-        support = _plain_support(self)
+        support = plain_support(self)
         if support is None:
             return "not declared"
         bounds = [
@@ -688,10 +689,10 @@ def _check_observed(
             )
 
 
-def _plain_support(site: Site) -> Any:
-    """Return the support of a number, or a joint event, of a site; None where none is declared."""
+def plain_support(fn: Any) -> Any:
+    """Return the support of one number or event of a distribution; None where none is declared."""
     try:
-        support = site.support
+        support = fn.support
     except (NotImplementedError, AttributeError):
         return None
     while hasattr(support, "base_constraint"):  # independent, or of a mixture
@@ -701,7 +702,7 @@ def _plain_support(site: Site) -> Any:
 
 def _inside(site: Site) -> Tensor | None:
     """Return which entries of a site's batch are in the support, where no mask leaves them out."""
-    support = _plain_support(site)
+    support = plain_support(site)
     if support is None:
         return None
     inside = support.check(site.value)
@@ -714,7 +715,7 @@ def _inside(site: Site) -> Tensor | None:
 
 def _bounds(site: Site) -> list[Any]:
     """Return the bounds of a support as plain numbers, to be compared."""
-    support = _plain_support(site)
+    support = plain_support(site)
     bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
 

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.sites import is_circular, latent_nodes, plain_distribution
+from pyro_vae.sites import is_circular, latent_nodes, plain_distribution, plain_support
 
 __all__ = [
     "SameMeasure",
@@ -53,12 +53,7 @@ _ANYWHERE = (type(constraints.real), *_OF_ROUNDING)
 
 def support_of(fn: Any) -> Any:
     """Return the support of one number or event of a distribution; None where none is declared."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        return None
-    while hasattr(support, "base_constraint"):  # independent, or of a mixture
-        support = support.base_constraint
+    support = plain_support(fn)
     return None if constraints.is_dependent(support) else support
 
 
