@@ -293,8 +293,8 @@ class Captured:
         for variable in sorted(variables):
             if variable in known and variable != "__builtins__":
                 self.add(known, variable, f"the global {variable!r}, which {name} reads")
-        defaults = function.__kwdefaults__ or {}
-        self._push([defaults], f"the defaults of {name}")
+        if function.__kwdefaults__:
+            self._push([function.__kwdefaults__], f"the defaults of {name}")
         self._watch_slot(function, "__defaults__", f"the defaults of {name}")
         if vars(function):
             self._holders.append((function, set()))

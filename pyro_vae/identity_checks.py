@@ -10,7 +10,7 @@ __all__ = ["identity_check"]
 
 
 def identity_check(
-    entries: Sequence[tuple[Any, str]],
+    entries: Sequence[tuple[Any, Any]],
     cells: Sequence[CellType] = (),
     slots: Sequence[tuple[Any, str]] = (),
 ) -> Callable[[list[Any]], bool]:
@@ -20,7 +20,7 @@ def identity_check(
     time of a loop, and makes no list.
 
     Args:
-        entries: mappings, each with a key that may be missing.
+        entries: mappings, each with a key (a text or an object) that may be missing.
         cells: of closures.
         slots: objects, each with the name of an attribute that it has.
 
@@ -37,7 +37,10 @@ def identity_check(
             bound[names[id(value)]] = value
         return names[id(value)]
 
-    reads = [f"{name_of(holder)}[{name!r}]" for holder, name in entries]
+    reads = [
+        f"{name_of(holder)}[{repr(key) if isinstance(key, str) else name_of(key)}]"
+        for holder, key in entries
+    ]
     reads += [f"{name_of(cell)}.cell_contents" for cell in cells]
     reads += [f"{name_of(holder)}.{name}" for holder, name in slots]
     # In pieces, for Python nests what "and" joins.

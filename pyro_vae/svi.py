@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import Graph, UntraceableError, trace
 from pyro_vae.handlers import keep_apart
+from pyro_vae.identity_checks import identity_check
 from pyro_vae.objectives import Objective
 from pyro_vae.optimizers import link_of, make_optimizer
 from pyro_vae.plain_errors import plain_errors
@@ -285,10 +286,19 @@ class Update:
         self._takes_sparse = isinstance(optimizer, torch.optim.SparseAdam)
         self.failed: Tensor | None = None
         self._graphs: dict[Any, Graph] = {}
+        self._last: _Repeated | None = None
+        self._num_added = -1  # parameters that add() was given last
         self._refused = False
 
     def add(self, parameters: list[Tensor]) -> None:
-        """Take up parameters that the optimizer does not have yet."""
+        """Take up parameters that the optimizer does not have yet.
+
+        Args:
+            parameters: all of them, in a list that only grows from call to call.
+        """
+        if len(parameters) == self._num_added:
+            return
+        self._num_added = len(parameters)
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         new = [p for p in parameters if id(p) not in known]
         if new:
@@ -297,6 +307,7 @@ class Update:
             else:
                 self._link.add(new)
             self._graphs.clear()
+            self._last = None
 
     def drop_gradients(self) -> None:
         """Do as Optimizer.zero_grad(), which takes as long as some operations of a small step."""
@@ -318,6 +329,13 @@ class Update:
             self._link.push()
 
     def _take(self, loss: Any, *, traced: bool) -> None:
+        if traced and self._last is not None and self._is_recordable(self._last):
+            gradients = self._last.gradients()
+            if gradients is not None:
+                if self.failed is not None:
+                    gradients.append(loss)
+                self._last.graph(*gradients)
+                return
         groups = self.optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters]
@@ -343,13 +361,16 @@ class Update:
         if self.failed is not None:
             given.append(loss)
         if key in self._graphs:
-            if self._graphs[key].capturable:
-                self._capture(self._graphs[key], given)
-            self._graphs[key](*given)
+            graph = self._graphs[key]
+            if graph.capturable:
+                self._capture(graph, given)
+            graph(*given)
+            is_whole = all(gradient is not None for gradient in gradients)
+            self._last = _Repeated(self.optimizer, graph) if is_whole else None
         elif len(self._graphs) >= _SETTINGS:
             self._step(loss)  # as with a learning rate that changes at each step
-        elif (graph := self._recorded(given)) is not None:
-            self._graphs[key] = graph
+        elif (recorded := self._recorded(given)) is not None:
+            self._graphs[key] = recorded
 
     def _step(self, loss: Any) -> None:
         for group in self.optimizer.param_groups:
@@ -396,11 +417,13 @@ class Update:
         gradient: Any = parameter.grad
         return gradient.to_dense() if group.get("fused") else gradient
 
-    def _is_recordable(self) -> bool:
+    def _is_recordable(self, last: _Repeated | None = None) -> bool:
         optimizer = self.optimizer
         hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if self._refused or hooked or "step" in vars(optimizer):  # a learning rate scheduler's
             return False
+        if last is not None:
+            return not last.graph.capturable and last.holds()
         return all(group.get("fused") for group in optimizer.param_groups)
 
     def _capture(self, graph: Graph, given: list[Any]) -> None:
@@ -462,6 +485,49 @@ class Update:
             optimizer.load_state_dict(before)
             self._step(given[-1])
             return None
+
+
+class _Repeated:
+    """The graph of an update of all parameters, and what of the optimizer it is for.
+
+    That nothing has changed is found by identity, in a fraction of the time of comparing values.
+
+    Args:
+        optimizer: a torch optimizer, after a step by the graph.
+        graph: of the update.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, graph: Graph) -> None:
+        self.graph = graph
+        self._groups = optimizer.param_groups
+        self._sizes = self._num_parameters()
+        self._parameters = [p for group in self._groups for p in group["params"]]
+        entries: list[tuple[Any, Any]] = [(self._groups, i) for i in range(len(self._groups))]
+        entries += [(group, name) for group in self._groups for name in group]
+        for parameter in self._parameters:
+            state = optimizer.state[parameter]
+            # load_state_dict and others put new tensors into the state.
+            entries += [(optimizer.state, parameter), (state, next(iter(state)))]
+        slots = [(optimizer, "param_groups"), (optimizer, "state")]
+        self._has = identity_check(entries, slots=slots)
+        self._expected = [holder[key] for holder, key in entries]
+        self._expected += [getattr(optimizer, name) for _, name in slots]
+
+    def _num_parameters(self) -> list[int]:
+        return [len(group["params"]) for group in self._groups]
+
+    def holds(self) -> bool:
+        """Return whether settings, state and parameters are those of the graph."""
+        return self._num_parameters() == self._sizes and self._has(self._expected)
+
+    def gradients(self) -> list[Tensor] | None:
+        """Return the gradients of all parameters; None where one has none."""
+        found = []
+        for parameter in self._parameters:
+            if (gradient := parameter.grad) is None:
+                return None
+            found.append(gradient)
+        return found
 
 
 def _moving(group: dict[str, Any]) -> list[Any]:

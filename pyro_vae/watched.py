@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ __all__ = ["Watched"]
 
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 _LONG = 20  # items of a list that are looked at
-_REQUIRES_GRAD, _DTYPE = map(operator.attrgetter, ("requires_grad", "dtype"))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -44,7 +42,7 @@ class Watched:
         }
         for module in self.modules.values():
             self._add_attributes(module, modes)
-        self._structure: list[Any] = []  # children, and hooks
+        self._structure: list[Any] = []  # mappings of children, and of hooks
         self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
         for part in self.modules.values():
             self._structure += [part._modules, *(getattr(part, name) for name in _HOOKS)]
@@ -69,32 +67,24 @@ class Watched:
             )
         self._captured.follow((), "")
 
-    def _tensors(self) -> list[Any]:
-        return [*itertools.starmap(_entry, self._held), self._store[0]._params]
-
     @functools.cached_property
     def _has_values(self) -> Callable[[list[Any]], bool]:
         return self._captured.identity_check()
-
-    @functools.cached_property
-    def _has_tensors(self) -> Callable[[list[Any]], bool]:
-        return identity_check(self._held, slots=[self._store])
 
     def expect(self) -> None:
         """Take the present state for the one that a graph is for."""
         captured = self._captured
         self._values, self._contents = captured.values(), captured.contents()
         self._places, self._digests = captured.places(), captured.digests()
-        self._expected_tensors = self._tensors()
-        self._sized = [d for d in self._lengths_of if d]
-        self._unsized = [d for d in self._lengths_of if not d]
-        self._lengths = list(map(len, self._sized))
-        unique = {id(t): t for t in self._expected_tensors if isinstance(t, Tensor)}
-        self._unique = list(unique.values())
-        self._kinds = _kinds(self._unique)
-        self._full = [d for d in self._structure if d]
-        self._empty = [d for d in self._structure if not d]
-        self._parts = _parts(self._full)
+        tensors = [*itertools.starmap(_entry, self._held), self._store[0]._params]
+        unique = {id(t): t for t in tensors if isinstance(t, Tensor)}
+        kinds = [(t, name) for t in unique.values() for name in ("requires_grad", "dtype")]
+        self._has_tensors = identity_check(self._held, slots=[self._store, *kinds])
+        self._tensors = [*tensors, *itertools.starmap(getattr, kinds)]
+        parts = [(holder, key) for holder in self._structure for key in tuple(holder.keys())]
+        self._has_parts = identity_check(parts)
+        self._parts = [holder[key] for holder, key in parts]
+        self._sizes, self._sizes_of_parts = _Sizes(self._lengths_of), _Sizes(self._structure)
 
     def holds(self) -> bool:
         """Whether all is as expected."""
@@ -108,20 +98,15 @@ class Watched:
         if len(contents) != len(self._contents) or not all(map(_same, contents, self._contents)):
             return False
         return (
-            not any(self._empty)
-            and _parts(self._full) == self._parts
+            self._sizes_of_parts.hold()
+            and self._has_parts(self._parts)
             and self.holds_tensors()
             and self._captured.digests() == self._digests
         )
 
     def holds_tensors(self) -> bool:
         """Whether the parameters and buffers are the expected ones."""
-        return (
-            self._has_tensors(self._expected_tensors)
-            and not any(self._unsized)
-            and list(map(len, self._sized)) == self._lengths
-            and _kinds(self._unique) == self._kinds
-        )
+        return self._sizes.hold() and self._has_tensors(self._tensors)
 
     def changed(self, *, plain: bool = False) -> str | None:
         """Say where a value lies that is another than expected; None if there is none.
@@ -191,10 +176,14 @@ def _is_plain_list(value: Any) -> bool:
     )
 
 
-def _parts(holders: list[Any]) -> list[int]:
-    """Return the identities of what modules have: children, and hooks by their numbers."""
-    return [*map(id, itertools.chain.from_iterable(d.values() for d in holders))]
+class _Sizes:
+    """The sizes of many mappings, most of which are empty."""
 
+    def __init__(self, holders: list[Any]) -> None:
+        self._full = [d for d in holders if len(d)]
+        self._empty = [d for d in holders if not len(d)]
+        self._expected = list(map(len, self._full))
 
-def _kinds(tensors: list[Tensor]) -> list[Any]:
-    return [*map(_REQUIRES_GRAD, tensors), *map(_DTYPE, tensors)]
+    def hold(self) -> bool:
+        """Return whether they are as they were."""
+        return not any(self._empty) and list(map(len, self._full)) == self._expected

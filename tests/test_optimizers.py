@@ -221,3 +221,63 @@ def test_a_first_gradient_in_a_later_step(how):
         return [svi.step(X, step > 3) for step in range(20)]
 
     same(*both(run, how))
+
+
+def _put_a_state_anew(optimizer):
+    for parameter in list(optimizer.state):
+        optimizer.state[parameter] = {
+            k: v.clone() * 0 for k, v in optimizer.state[parameter].items()
+        }
+
+
+def _put_tensors_anew(optimizer):
+    for state in optimizer.state.values():
+        state.update({name: value.clone() * 0 for name, value in state.items()})
+
+
+def _load(optimizer):
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["exp_avg"].zero_()
+    optimizer.load_state_dict(saved)
+
+
+CHANGES = {
+    "a rate": lambda optimizer: optimizer.param_groups[0].update(lr=0.01),
+    "a setting": lambda optimizer: optimizer.param_groups[0].update(betas=(0.5, 0.9)),
+    "the groups": lambda optimizer: optimizer.param_groups.__setitem__(
+        slice(None), [{**group, "maximize": True} for group in optimizer.param_groups]
+    ),
+    "one parameter less": lambda optimizer: optimizer.state.pop(
+        optimizer.param_groups[0]["params"].pop()
+    ),
+    "the state": _put_a_state_anew,
+    "its tensors": _put_tensors_anew,
+    "a state that is loaded": _load,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_in_an_optimizer_between_two_steps_counts(change):
+    found = []
+    for how in HOWS:
+        pyro.clear_param_store()
+        w, b = torch.tensor(4.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+
+        def model(x, w=w, b=b):
+            with pyro.plate("data", 3):
+                pyro.sample("x", dist.Normal(w, b.exp()), obs=x)
+
+        adam = torch.optim.Adam([w, b], lr=0.1, fused=True)
+        svi = pv.CompiledSVI(model, guide, adam, pv.ELBO(), compile=how)
+        hooked = []
+        for step in range(40):
+            if step == 12:
+                change(adam)
+            if step == 30:
+                adam.register_step_post_hook(lambda *_, hooked=hooked: hooked.append(1))
+            svi.step(X)
+        assert (svi.mode == "replayed") == (how == "replay")
+        found.append((w.item(), b.item(), len(hooked)))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[0][2] == 10
