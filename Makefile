@@ -67,7 +67,8 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/refine_loop.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/growth.py $(if $(DATA),--data '$(DATA)')
 
-# Without torch and Pyro: the only file these tests need is pyro_vae/arviz_bridge.py.
+# Without torch and Pyro: the only files these tests need are export/arviz_versions.py and
+# diagnostics/psis.py of the package.
 test-arviz1:
 	@if ! python=$$(tools/find_python.sh 3.12 $(PYTHON312) python3 python3.12 python3.13 python3.14 pyenv); \
 	then \

@@ -2,28 +2,33 @@
 
 from importlib.metadata import version
 
-from pyro_vae import families, nets, schedules
-from pyro_vae.bounds import elbo, iwae_bound
-from pyro_vae.compare import Comparison, compare
-from pyro_vae.description import describe
-from pyro_vae.diagnostics import explain, pareto_k
-from pyro_vae.em import NonFiniteHalfStepError, em
-from pyro_vae.exact import ExactGuide
-from pyro_vae.fit import Epoch, fit
-from pyro_vae.guides import AmortizedGuide, LocalGuide
-from pyro_vae.importance import IWAE, WakeSleep
-from pyro_vae.impute import Imputation, impute
-from pyro_vae.inference_data import to_arviz
-from pyro_vae.logweights import log_weights
-from pyro_vae.missing import MissingData, MissingEncoder
-from pyro_vae.objectives import ELBO
-from pyro_vae.refine import refine
-from pyro_vae.results import Bound, EMResult, FitResult, LogWeights
-from pyro_vae.sites import DataPlateError
-from pyro_vae.svi import CompiledSVI
-from pyro_vae.training_step import NonFiniteLossError
-
-from pyro_vae import datasets, zoo  # isort: skip - the edge, above all the rest
+from pyro_vae import datasets, families, nets, schedules, zoo
+from pyro_vae.diagnostics.pareto_k import pareto_k
+from pyro_vae.evaluation.bound import Bound
+from pyro_vae.evaluation.bounds import elbo, iwae_bound
+from pyro_vae.evaluation.compare import compare
+from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.log_weights import log_weights
+from pyro_vae.export.arviz import to_arviz
+from pyro_vae.guides.amortized import AmortizedGuide
+from pyro_vae.guides.exact import ExactGuide
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.losses.elbo import ELBO
+from pyro_vae.losses.explain import explain
+from pyro_vae.losses.iwae import IWAE
+from pyro_vae.losses.wake_sleep import WakeSleep
+from pyro_vae.missing_data.encoder import MissingEncoder
+from pyro_vae.missing_data.impute import Imputation, impute
+from pyro_vae.missing_data.model import MissingData
+from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.programs.describe import describe
+from pyro_vae.programs.structure import DataPlateError
+from pyro_vae.refinement.refine import refine
+from pyro_vae.training.em import NonFiniteHalfStepError, em
+from pyro_vae.training.fit import Epoch, fit
+from pyro_vae.training.result import EMResult, FitResult
+from pyro_vae.training.steps import NonFiniteLossError
+from pyro_vae.training.svi import CompiledSVI
 
 __version__ = version("pyro-vae")
 

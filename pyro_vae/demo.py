@@ -14,14 +14,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae import arviz_bridge, datasets, plots
-from pyro_vae.compare import PARETO_K_THRESHOLD, Comparison, compare, format_table
-from pyro_vae.families import Normal
-from pyro_vae.fit import fit
-from pyro_vae.guides import AmortizedGuide
-from pyro_vae.inference_data import to_arviz
+from pyro_vae.datasets import images as datasets
+from pyro_vae.evaluation.compare import PARETO_K_THRESHOLD, compare
+from pyro_vae.evaluation.comparison import Comparison, format_table
+from pyro_vae.export import arviz_versions as arviz_bridge
+from pyro_vae.export.arviz import to_arviz
+from pyro_vae.families.gaussian import Normal
+from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
-from pyro_vae.results import FitResult
+from pyro_vae.plots import results as plots
+from pyro_vae.training.fit import fit
+from pyro_vae.training.result import FitResult
 from pyro_vae.zoo.images import VAE
 
 __all__ = ["Settings", "run"]

@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vae import warned_once
+from pyro_vae.programs import warned_once
 
 
 @pytest.fixture(autouse=True)

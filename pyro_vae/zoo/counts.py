@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
+from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["SingleCellCounts", "TopicModel"]

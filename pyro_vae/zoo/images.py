@@ -11,8 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
 from pyro_vae.zoo.simulation import draw
 

@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.handlers import Registered, register
 from pyro_vae.nets import MLP
+from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]

@@ -9,8 +9,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.handlers import unobserve
-from pyro_vae.running import evaluation, preserved_rng
+from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.state import evaluation, preserved_rng
 
 __all__ = ["draw"]
 

@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import xarray as xr
 
-PATH = Path(__file__).parents[2] / "pyro_vae" / "arviz_bridge.py"
+PACKAGE = Path(__file__).parents[2] / "pyro_vae"
 N, DRAWS, PRIOR_DRAWS, Z, X = 5, 200, 50, 2, 3
 
 
-def load_bridge():
-    spec = importlib.util.spec_from_file_location("arviz_bridge_by_path", PATH)
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_by_path", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-bridge = load_bridge()
+bridge = load(PACKAGE / "export" / "arviz_versions.py")
+pareto = load(PACKAGE / "diagnostics" / "psis.py")
 IS_1 = int(az.__version__.split(".")[0]) >= 1
 
 
@@ -205,7 +206,7 @@ def arviz_psis(log_weights):
 def test_psis_is_arviz():
     log_weights = 2.0 * np.random.default_rng(1).normal(size=(4, 1000)) - 90.0
     given = log_weights.copy()
-    smoothed, k = bridge.psis(log_weights)
+    smoothed, k = pareto.psis(log_weights)
     wanted_smoothed, wanted_k = arviz_psis(log_weights.copy())
     np.testing.assert_allclose(smoothed, wanted_smoothed, rtol=0, atol=1e-12)
     np.testing.assert_allclose(k, wanted_k, rtol=0, atol=1e-12)
@@ -219,13 +220,13 @@ def test_psis_finds_the_tail_of_pareto_weights(shape):
     rows, num_particles = 40, 5000
     tail = int(3 * num_particles**0.5)
     uniform = np.random.default_rng(2).uniform(size=(rows, num_particles))
-    _, k = bridge.psis(-shape * np.log(uniform) - 90.0)
+    _, k = pareto.psis(-shape * np.log(uniform) - 90.0)
     wanted = (tail * shape + 10 * 0.5) / (tail + 10)
     std_error = k.std(ddof=1) / rows**0.5
     assert std_error < 0.02
     assert k.mean() == pytest.approx(wanted, abs=4 * std_error)
     # The other end of the same weights is bounded: the sign is the right one.
-    _, k = bridge.psis(shape * np.log(uniform) - 90.0)
+    _, k = pareto.psis(shape * np.log(uniform) - 90.0)
     assert (k < 0.5 * shape).all()
 
 
@@ -233,7 +234,7 @@ def test_smoothing_changes_the_tail_only():
     num_particles = 1000
     tail = int(3 * num_particles**0.5) + 1  # one more in ArviZ 0.x, which rounds up
     log_weights = np.random.default_rng(3).normal(size=(3, num_particles))
-    smoothed, _ = bridge.psis(log_weights)
+    smoothed, _ = pareto.psis(log_weights)
     np.testing.assert_allclose(np.exp(smoothed).sum(axis=1), 1.0, rtol=1e-12)
     order = np.argsort(log_weights, axis=1)
     shift = np.take_along_axis(smoothed - log_weights, order, axis=1)
@@ -248,7 +249,7 @@ def test_smoothing_changes_the_tail_only():
 def test_equal_weights_have_no_tail(num_particles):
     noise = np.random.default_rng(4).normal(size=(1, num_particles))
     level = np.array([[-700.0], [0.0], [3.0]])
-    smoothed, k = bridge.psis(level + 1e-10 * noise)
+    smoothed, k = pareto.psis(level + 1e-10 * noise)
     np.testing.assert_array_equal(k, 0.0)
     np.testing.assert_allclose(smoothed, -np.log(num_particles), rtol=0, atol=1e-8)
 
@@ -257,15 +258,15 @@ def test_equal_to_rounding_means_less_in_float32():
     # Some units in the last place of -700 in float32, which is 6e-5.
     log_weights = -700.0 + 3e-4 * np.random.default_rng(4).normal(size=(1, 1000))
     assert np.ptp(log_weights.astype(np.float32)) > 1e-3
-    np.testing.assert_array_equal(bridge.psis(log_weights.astype(np.float32))[1], 0.0)
-    _, k = bridge.psis(log_weights)
+    np.testing.assert_array_equal(pareto.psis(log_weights.astype(np.float32))[1], 0.0)
+    _, k = pareto.psis(log_weights)
     assert np.isfinite(k).all()
     assert (k != 0.0).all()
 
 
 def test_a_tail_of_equal_weights_is_not_heavy():
     log_weights = np.repeat([0.0, 5.0], [800, 200])[None]
-    smoothed, k = bridge.psis(log_weights)
+    smoothed, k = pareto.psis(log_weights)
     np.testing.assert_array_equal(k, 0.0)
     np.testing.assert_allclose(smoothed, log_weights - np.log(800 + 200 * np.exp(5.0)), atol=1e-12)
 
@@ -274,7 +275,7 @@ def test_a_tail_of_equal_weights_is_not_heavy():
 def test_a_handful_that_carries_all_the_weight_is_infinitely_heavy(background):
     log_weights = np.full((1, 1000), background)
     log_weights[0, :10] = np.random.default_rng(5).normal(size=10)
-    smoothed, k = bridge.psis(log_weights)
+    smoothed, k = pareto.psis(log_weights)
     np.testing.assert_array_equal(k, np.inf)
     np.testing.assert_allclose(
         np.exp(smoothed), np.exp(log_weights) / np.exp(log_weights).sum(), rtol=1e-12
@@ -285,9 +286,9 @@ def test_a_fit_that_fails_inside_arviz_is_no_number(monkeypatch):
     def fail(log_weights, efficiency):
         return np.full_like(log_weights, np.nan), np.full(len(log_weights), np.nan)
 
-    monkeypatch.setattr(bridge, "_arviz_psislw", fail)
+    monkeypatch.setattr(pareto, "_arviz_psislw", fail)
     log_weights = np.random.default_rng(9).normal(size=(2, 100))
-    smoothed, k = bridge.psis(log_weights)
+    smoothed, k = pareto.psis(log_weights)
     np.testing.assert_array_equal(k, np.inf)
     np.testing.assert_allclose(np.ptp(smoothed - log_weights, axis=1), 0.0, atol=1e-12)
 
@@ -295,19 +296,19 @@ def test_a_fit_that_fails_inside_arviz_is_no_number(monkeypatch):
 def test_weights_of_zero_below_the_tail_do_not_matter():
     log_weights = np.random.default_rng(6).normal(size=(1, 1000))
     zeroed = np.where(log_weights < 0.0, -np.inf, log_weights)
-    np.testing.assert_allclose(bridge.psis(zeroed)[1], bridge.psis(log_weights)[1], rtol=1e-12)
-    assert (np.exp(bridge.psis(zeroed)[0])[log_weights < 0.0] == 0.0).all()
+    np.testing.assert_allclose(pareto.psis(zeroed)[1], pareto.psis(log_weights)[1], rtol=1e-12)
+    assert (np.exp(pareto.psis(zeroed)[0])[log_weights < 0.0] == 0.0).all()
 
 
 def test_a_failed_row_does_not_touch_its_neighbours():
     good = np.random.default_rng(7).normal(size=(1, 1000))
     few = np.full((1, 1000), -np.inf)
     few[0, 0] = 0.0
-    smoothed, k = bridge.psis(np.concatenate([few, good, np.zeros((1, 1000))]))
+    smoothed, k = pareto.psis(np.concatenate([few, good, np.zeros((1, 1000))]))
     assert k[0] == np.inf
     assert k[2] == 0.0
-    np.testing.assert_array_equal(k[1:2], bridge.psis(good)[1])
-    np.testing.assert_array_equal(smoothed[1:2], bridge.psis(good)[0])
+    np.testing.assert_array_equal(k[1:2], pareto.psis(good)[1])
+    np.testing.assert_array_equal(smoothed[1:2], pareto.psis(good)[0])
 
 
 @pytest.mark.parametrize("num_particles", [10, 29, 30, 57, 225, 226, 1003, 5000])
@@ -316,26 +317,26 @@ def test_the_largest_weights_tell_their_k_hat(num_particles):
     scale = np.array([0.0, 0.1, 3.0, 8.0])[:, np.newaxis]
     log_weights = scale * np.random.default_rng(2).normal(size=(4, num_particles)) - 700
     log_weights[2, : num_particles // 2] = -np.inf
-    size = bridge.tail_length(num_particles)
+    size = pareto.tail_length(num_particles)
     assert size == num_particles if num_particles < 30 else size < num_particles / 4 + 1
     largest = np.sort(log_weights, axis=1)[:, -size:]
-    found = bridge.pareto_k_of_largest(largest, num_particles)
-    np.testing.assert_array_equal(found, bridge.psis(log_weights)[1])
+    found = pareto.pareto_k_of_largest(largest, num_particles)
+    np.testing.assert_array_equal(found, pareto.psis(log_weights)[1])
     with pytest.raises(ValueError, match=rf"wanted shape \[N, {size}\] for K = {num_particles}"):
-        bridge.pareto_k_of_largest(largest[:, 1:], num_particles)
+        pareto.pareto_k_of_largest(largest[:, 1:], num_particles)
 
 
 def test_too_few_particles_for_a_tail():
     log_weights = np.random.default_rng(8).normal(size=(2, 30))
-    assert np.isfinite(bridge.psis(log_weights)[1]).all()
-    smoothed, k = bridge.psis(log_weights[:, :29])
+    assert np.isfinite(pareto.psis(log_weights)[1]).all()
+    smoothed, k = pareto.psis(log_weights[:, :29])
     assert np.isnan(k).all()
     plain = np.exp(log_weights[:, :29])
     np.testing.assert_allclose(np.exp(smoothed), plain / plain.sum(axis=1, keepdims=True))
 
 
 def test_no_data():
-    smoothed, k = bridge.psis(np.zeros((0, 100)))
+    smoothed, k = pareto.psis(np.zeros((0, 100)))
     assert smoothed.shape == (0, 100)
     assert k.shape == (0,)
 
@@ -351,20 +352,20 @@ def test_psis_refuses_rows(value, message):
     log_weights = np.zeros((4, 50))
     log_weights[[1, 3], 7] = value
     with pytest.raises(ValueError, match=message):
-        bridge.psis(log_weights)
+        pareto.psis(log_weights)
 
 
 def test_psis_refuses_rows_without_weight():
     log_weights = np.zeros((4, 50))
     log_weights[2] = -np.inf
     with pytest.raises(ValueError, match=r"1 of 4 rows hold only -inf.*: rows 2"):
-        bridge.psis(log_weights)
+        pareto.psis(log_weights)
 
 
 @pytest.mark.parametrize("shape", [(50,), (2, 3, 50), (2, 0)])
 def test_psis_refuses_shapes(shape):
     with pytest.raises(ValueError, match=r"log_weights: wanted shape \[N, K\] with K > 0, found "):
-        bridge.psis(np.zeros(shape))
+        pareto.psis(np.zeros(shape))
 
 
 # The module itself
@@ -373,4 +374,5 @@ def test_psis_refuses_shapes(shape):
 def test_module_needs_no_torch_and_imports_arviz_late(monkeypatch):
     for name in ("torch", "pyro", "pyro_vae", "arviz"):
         monkeypatch.setitem(sys.modules, name, None)  # makes an import of it fail
-    load_bridge()
+    load(PACKAGE / "export" / "arviz_versions.py")
+    load(PACKAGE / "diagnostics" / "psis.py")

@@ -1,0 +1,5 @@
+"""Which data can I try? The digits that ship with the package, and loaders for local files."""
+
+from pyro_vae.datasets.images import ImageData, StochasticBinarization, digits, load
+
+__all__ = ["ImageData", "StochasticBinarization", "digits", "load"]

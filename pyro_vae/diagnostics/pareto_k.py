@@ -1,0 +1,85 @@
+"""Pareto k-hat of importance weights per datum, and which weights it says not to trust."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.diagnostics.psis import psis
+from pyro_vae.particles.log_weights import LogWeights
+
+__all__ = ["PARETO_K_THRESHOLD", "doubts", "heavy_tailed", "pareto_k"]
+
+
+# Vehtari et al. (2024): above it importance sampling is not to be trusted, its errors included.
+PARETO_K_THRESHOLD = 0.7
+
+
+# A share of effective particles above which a heavy tail does no harm: weights that all but agree.
+_NEARLY_EQUAL = 0.9
+
+
+def heavy_tailed(pareto_k: Any, ess: Any, num_particles: int) -> Any:
+    """Return for which data importance weights are not to be trusted, errors included.
+
+    Those with k-hat above 0.7, but for weights that all but agree, of which k-hat is the shape of
+    a tail too light to matter.
+
+    Args:
+        pareto_k: [N], a tensor or an array.
+        ess: effective sample size, [N], likewise.
+        num_particles: K.
+    """
+    return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > _NEARLY_EQUAL * num_particles)
+
+
+def doubts(pareto_k: np.ndarray, ess: np.ndarray, num_particles: int) -> str:
+    """Return for how many data importance weights are not to be trusted, in words; "" for none.
+
+    Args:
+        pareto_k: [N], or a number where the batch is one datum.
+        ess: effective sample size, likewise.
+        num_particles: K.
+    """
+    heavy = np.atleast_1d(heavy_tailed(pareto_k, ess, num_particles))
+    parts = []
+    if heavy.any():
+        parts.append(
+            f"for {heavy.sum()} of {heavy.size} data the importance weights are not to be trusted "
+            f"(k-hat is above {PARETO_K_THRESHOLD})"
+        )
+    if np.isnan(pareto_k).any():
+        parts.append(f"{num_particles} particles are too few for a k-hat")
+    return "; ".join(parts)
+
+
+def pareto_k(log_weights: LogWeights | Tensor) -> Tensor:
+    """Return the Pareto k-hat of each datum's importance weights (Vehtari et al. 2024).
+
+    Above 0.7 the guide misses so much of the posterior that importance sampling
+    through it, standard errors included, is not to be trusted. ArviZ's PSIS fits it,
+    to each datum alone: a k-hat of weights summed over data grows with their number.
+
+    Args:
+        log_weights: LogWeights, or a tensor [K, N] of log weights in nats.
+
+    Returns:
+        [N], float64; 0 where the weights are constant to rounding, nan where K is too
+        small to fit a tail.
+
+    Raises:
+        ValueError: for weights that are not [K, N], or hold nan or +inf.
+
+    Example:
+        >>> import torch
+        >>> pareto_k(torch.zeros(100, 2)).tolist()
+        [0.0, 0.0]
+    """
+    total = log_weights.total if isinstance(log_weights, LogWeights) else log_weights
+    if total.ndim != 2:
+        raise ValueError(f"log weights of shape [K, N] are needed, found {tuple(total.shape)}")
+    _, k_hat = psis(total.T.detach().cpu().numpy())
+    return torch.as_tensor(k_hat, dtype=torch.float64)

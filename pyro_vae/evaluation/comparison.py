@@ -1,0 +1,174 @@
+"""The result of compare: gaps per datum with paired errors, a table, a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
+from pyro_vae.particles.estimators import (
+    mean_std_error,
+)
+from pyro_vae.programs.handlers import drop_references
+from pyro_vae.programs.state import module_of, unwrapped
+
+__all__ = ["Comparison"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        dataset: dims (guide, datum). Of each guide and datum, in nats: elbo, iwae_bound,
+            approximation_gap, amortization_gap, each with its standard error ``<name>_se``
+            (value ± 1.96 of them covers with probability 0.95) and ``<name>_skewness``, that of
+            the particles' effects on it, from which errors of means over data are made;
+            pareto_k, ess, converged (of the guide's reference). Of each datum:
+            log_evidence, likewise, with log_evidence_pareto_k and log_evidence_ess, those of the
+            weights it was made from. Coordinate ``reference`` names the refined guide that each
+            guide's gaps are measured against. The attribute
+            ``log_evidence_from`` says which estimate log_evidence is, ``given`` which global
+            latents are fixed.
+        guides: name to guide, the refined ones too.
+    """
+
+    dataset: xr.Dataset
+    guides: Mapping[str, Callable[..., Any]]
+
+    def summary(self) -> pd.DataFrame:
+        """Return a row per guide: means over the data with Monte Carlo standard errors.
+
+        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7,
+        ``not_converged`` the number of data whose refined guide has not converged.
+        """
+        data = self.dataset
+        columns: dict[str, Any] = {}
+        for name in ("elbo", "log_evidence", "approximation_gap", "amortization_gap"):
+            mean, error = data[name].mean("datum"), _mean_error(data, name)
+            if "guide" not in mean.dims:
+                mean, error = (v.broadcast_like(data["guide"]) for v in (mean, error))
+            columns[name], columns[f"{name}_se"] = mean.values, error.values
+        columns["pareto_k_max"] = data["pareto_k"].max("datum").values
+        columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
+        columns["ess_median"] = data["ess"].median("datum").values
+        columns["not_converged"] = (~data["converged"]).sum("datum").values
+        return pd.DataFrame(columns, index=pd.Index(data["guide"].values, name="guide"))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the gaps of each guide as bars; needs the extra ``plots``."""
+        from pyro_vae.plots.results import plot_gaps
+
+        return plot_gaps(self.dataset, ax=ax)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for guide in self.guides.values():
+            if (module := module_of(unwrapped(guide))) is not None:
+                drop_references(module)
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        return format_table({"": self})
+
+
+def format_table(comparisons: Mapping[str, Comparison]) -> str:
+    """Return the gap table of several comparisons (train, test) as text.
+
+    Args:
+        comparisons: a label of the data, possibly empty, to a comparison.
+    """
+    header = [
+        "guide",
+        "ELBO",
+        "log p(x)",
+        "approximation gap",
+        "amortization gap",
+        "worst k-hat",
+        "share k-hat > 0.7",
+    ]
+    rows = []
+    notes = []
+    for label, comparison in comparisons.items():
+        for guide, row in comparison.summary().iterrows():
+            rows.append(
+                [
+                    f"{label} {guide}".strip(),
+                    *(
+                        _with_error(row[name], row[f"{name}_se"])
+                        for name in (
+                            "elbo",
+                            "log_evidence",
+                            "approximation_gap",
+                            "amortization_gap",
+                        )
+                    ),
+                    f"{row['pareto_k_max']:.2f}",
+                    f"{100 * row['pareto_k_bad']:.1f}%",
+                ]
+            )
+            if row["not_converged"] and _is_reference(comparison.dataset, guide):
+                notes.append(
+                    f"{label} {guide}: {int(row['not_converged'])} of "
+                    f"{comparison.dataset.sizes['datum']} data have not converged; their "
+                    "approximation gap is too large and their amortization gap too small"
+                )
+        notes.append(f"{label} {_evidence_text(comparison.dataset)}")
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [
+        " | ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [header, *rows]
+    ]
+    lines.insert(1, "-+-".join("-" * width for width in widths))
+    return "\n".join([*lines, *(note.strip() for note in notes)])
+
+
+def _evidence_text(data: xr.Dataset) -> str:
+    given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
+    heavy = heavy_tailed(
+        data["log_evidence_pareto_k"].values,
+        data["log_evidence_ess"].values,
+        data.attrs["log_evidence_num_particles"],
+    )
+    doubt = (
+        f"; a lower bound, and for {100 * heavy.mean():.1f}% of the data (k-hat > "
+        f"{PARETO_K_THRESHOLD}) one whose standard error is not to be trusted"
+        if heavy.any()
+        else ""
+    )
+    return (
+        f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
+        f"per datum ± Monte Carlo standard error{doubt}"
+    )
+
+
+def _is_reference(dataset: xr.Dataset, name: Any) -> bool:
+    return bool(dataset["reference"].sel(guide=name) == name)
+
+
+def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
+    """Return the standard error of the mean over the data of a variable."""
+    return xr.apply_ufunc(
+        lambda errors, skew: mean_of_errors(errors, skew, data.attrs["num_particles"]),
+        data[f"{name}_se"],
+        data[f"{name}_skewness"],
+        input_core_dims=[["datum"], ["datum"]],
+        vectorize=True,
+    )
+
+
+def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:
+    return float(mean_std_error(torch.tensor(errors), torch.tensor(skew), num_particles))
+
+
+def _with_error(value: float, error: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f} ± {error:.3f}"

@@ -1,0 +1,192 @@
+"""The only file that knows which ArviZ is installed.
+
+ArviZ 0.x keeps groups in its own ``InferenceData``, ArviZ 1.x in xarray's ``DataTree``; they
+differ in how a container is built and written and in where Pareto smoothing lives and what sign
+it expects. The functions here hide that, and nothing else: they take NumPy arrays and know
+neither Pyro nor PyTorch. ArviZ itself is imported inside them, because it costs seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+__all__ = ["container", "write"]
+
+# An arviz.InferenceData or an xarray.DataTree: no one annotation is right under both versions.
+Container = Any
+
+_SAMPLE_GROUPS = (
+    "posterior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "log_likelihood",
+    "sample_stats",
+)
+_DATA_GROUPS = ("observed_data", "constant_data")
+
+
+def container(
+    groups: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    coords: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Container:
+    """Build ArviZ's own container from arrays.
+
+    Args:
+        groups: the arrays of each group, by variable name. The groups ``posterior``,
+            ``posterior_predictive``, ``prior``, ``prior_predictive``, ``log_likelihood`` and
+            ``sample_stats`` hold arrays of shape [chain, draw, ...], ``observed_data`` and
+            ``constant_data`` arrays without these two dimensions.
+        coords: the values along a dimension, by its name.
+        dims: the names of a variable's dimensions after chain and draw. One entry serves the
+            variable in every group; in ``log_likelihood``, where event dimensions are summed
+            out, the first names count. Unnamed dimensions get ArviZ's default names.
+        attrs: attributes of the whole container: strings, numbers or lists of them.
+
+    Returns:
+        An ``arviz.InferenceData`` under ArviZ 0.x, an ``xarray.DataTree`` under ArviZ 1.x.
+
+    Raises:
+        ValueError: for a group that ArviZ does not know, an array without chain and draw, a
+            number of names that is not the array's number of dimensions, or lengths that
+            disagree between arrays or with ``coords``.
+        TypeError: for an attribute that netCDF cannot hold, such as None or a bool.
+
+    Example:
+        >>> import numpy as np
+        >>> tree = container(
+        ...     {"posterior": {"z": np.zeros((1, 100, 3, 2))}},
+        ...     dims={"z": ["datum", "z_dim"]},
+        ... )
+        >>> dict(tree["posterior"]["z"].sizes)
+        {'chain': 1, 'draw': 100, 'datum': 3, 'z_dim': 2}
+    """
+    import arviz as az
+
+    arrays: dict[str, Any] = {
+        group: {name: np.asarray(values) for name, values in variables.items()}
+        for group, variables in groups.items()
+    }
+    names: dict[str, Any] = {
+        "coords": {dim: np.asarray(values) for dim, values in (coords or {}).items()},
+        "dims": {name: list(of_one) for name, of_one in (dims or {}).items()},
+    }
+    attrs = dict(attrs or {})
+    _check(arrays, **names)
+    _check_attrs(attrs)
+    if _is_before_1():
+        return az.from_dict(**arrays, **names, attrs=attrs)
+    return az.from_dict(arrays, **names, attrs={"/": attrs})
+
+
+def write(tree: Container, path: str | os.PathLike[str]) -> Path:
+    """Write a container to a netCDF file that ``arviz.from_netcdf`` reads.
+
+    The file appears whole or not at all: whoever interrupts the writing keeps the old one.
+
+    Args:
+        tree: what :func:`container` returned.
+        path: the file to write, in a folder that exists. An older file is replaced.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ImportError: if no library that writes netCDF is installed.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    engine = _netcdf_engine()
+    # A temporary folder rather than a temporary file: the library creates the file itself, with
+    # the permissions that the user's umask gives. Same folder, hence same file system.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        unfinished = Path(folder) / path.name
+        tree.to_netcdf(str(unfinished), engine=engine)
+        os.replace(unfinished, path)
+    return path
+
+
+def _is_before_1() -> bool:
+    import arviz as az
+
+    return int(az.__version__.split(".")[0]) < 1
+
+
+def _netcdf_engine() -> str:
+    def installed(module: str) -> bool:
+        return importlib.util.find_spec(module) is not None
+
+    # h5netcdf comes without h5py, but cannot write without it.
+    if installed("h5netcdf") and installed("h5py"):
+        return "h5netcdf"
+    if installed("netCDF4"):
+        return "netcdf4"
+    raise ImportError('writing netCDF needs h5netcdf and h5py: pip install "h5netcdf[h5py]"')
+
+
+def _check(
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    coords: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+) -> None:
+    """Refuse what ArviZ would take and fill with nan, rename or misalign."""
+    lengths = {dim: (len(values), "coords") for dim, values in coords.items()}
+    for group, variables in arrays.items():
+        if group not in _SAMPLE_GROUPS + _DATA_GROUPS:
+            raise ValueError(
+                f"group {group!r}: wanted one of {', '.join(_SAMPLE_GROUPS + _DATA_GROUPS)}"
+            )
+        draws: tuple[str, tuple[int, ...]] | None = None
+        for name, array in variables.items():
+            where = f"group {group!r}, variable {name!r}"
+            shape = array.shape
+            if group in _SAMPLE_GROUPS:
+                if array.ndim < 2:
+                    raise ValueError(
+                        f"{where}: wanted shape [chain, draw, ...], found {list(shape)}"
+                    )
+                draws = draws or (name, shape[:2])
+                if shape[:2] != draws[1]:
+                    raise ValueError(
+                        f"{where}: wanted [chain, draw] = {list(draws[1])} as in {draws[0]!r}, "
+                        f"found {list(shape[:2])}"
+                    )
+                shape = shape[2:]
+            if name not in dims:
+                continue
+            names = dims[name]
+            if group == "log_likelihood":
+                names = names[: len(shape)]
+            if len(names) != len(shape):
+                raise ValueError(
+                    f"{where}: wanted {len(names)} dimensions {list(names)}, "
+                    f"found {len(shape)} of shape {list(shape)}"
+                )
+            for dim, length in zip(names, shape, strict=True):
+                wanted, source = lengths.setdefault(dim, (length, where))
+                if length != wanted:
+                    raise ValueError(
+                        f"{where}: wanted length {wanted} along {dim!r} as in {source}, "
+                        f"found {length}"
+                    )
+
+
+def _check_attrs(attrs: Mapping[str, Any]) -> None:
+    for name, value in attrs.items():
+        if np.asarray(value).dtype.kind not in "iufU":
+            raise TypeError(
+                f"attribute {name!r}: wanted a string, a number or a list of them, found {value!r}"
+            )

@@ -1,0 +1,255 @@
+"""Guides: a variational family and where its parameters come from.
+
+AmortizedGuide = family of an encoder's output; LocalGuide = family of a table
+with a row per datum. Both are nn.Modules and Pyro guides, made from the model's
+structure, and sample the model's local latent sites under their own names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.families.gaussian import FactorizedFamily, Family
+from pyro_vae.guides.base import Conditionals, FamilyGuide, refuse_globals
+from pyro_vae.guides.coordinates import Coordinates
+from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.handlers import name_apart
+from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
+from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.traces import dependencies
+
+__all__ = ["AmortizedGuide"]
+
+
+class AmortizedGuide(FamilyGuide):
+    r"""A guide whose parameters an encoder computes from the datum.
+
+    .. math:: q_\phi(z | x) = \mathrm{family}(z; \mathrm{head}(\mathrm{encoder}_\phi(x)))
+
+    Made from the model: it samples every continuous latent site of the data plate, under
+    the site's name, mapped to the site's support; discrete ones are left to be summed out. The
+    encoder returns features [N, F]; the guide adds the linear head. At the start every
+    datum's proposal is close to the prior. All parameters exist after construction.
+
+    Args:
+        model: a Pyro model with latent sites in the plate of its data.
+        encoder: an nn.Module (one of TorchScript too), or a function without parameters;
+            called as ``encoder(*batch)``, or ``encoder(**batch)`` for a mapping;
+            returns features [N, F].
+        example: a batch (tensor, tuple or mapping) to read shapes from; a few rows do.
+        family: the variational family; families.Normal() by default.
+        data_plate: the name of the plate of the data, where it is not plain.
+        global_guide: a Pyro guide for the latent sites outside the data plate, if the
+            model has any, for example AutoNormal(poutine.block(model, expose=[...])).
+        top_down: whether a site's proposal sees, beside the datum, the draws of those sites
+            that it depends on in the model (a hierarchy z2 -> z1 -> x: q(z2 | x) q(z1 | z2, x)),
+            through a network with one hidden layer. It is then of no family, and
+            :func:`pyro_vae.compare` measures it against the reference that you name.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: where no latent site is continuous, for a discrete one of infinitely many
+            values, global latents without a guide, or an encoder whose features are not [N, F].
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z.repeat(1, 2), 1.0).to_event(1), obs=x)
+        >>> x = torch.zeros(5, 4)
+        >>> guide = pv.AmortizedGuide(model, torch.nn.Linear(4, 8), example=x)
+        >>> guide(x)["z"].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: Callable[..., Any],
+        *,
+        example: Any,
+        family: Family | None = None,
+        data_plate: str | bool | None = None,
+        global_guide: Callable[..., Any] | None = None,
+        top_down: bool = False,
+    ) -> None:
+        structure = inspect(model, as_batch(example), data_plate=data_plate)
+        if structure.data_plate is None:
+            raise ValueError(
+                "AmortizedGuide is for latents of each datum; with data_plate=False there are "
+                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
+                "guide of Pyro's (pyro.infer.autoguide)"
+            )
+        if global_guide is None:
+            refuse_globals(structure, "Give a guide for them (global_guide=...)")
+        super().__init__(model, example, family, structure)
+        self.encoder = encoder
+        self.global_guide = global_guide
+        batch = as_batch(example)
+        if structure.data_plate.drawn:
+            batch = batch.rows(slice(0, structure.data_plate.size))
+        with torch.enable_grad(), evaluation(encoder):
+            features = self._features(batch.args, batch.kwargs)
+        _refuse_hidden_parameters(model, encoder, features)
+        features = features.detach()
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                "the encoder returned NaN or infinite features for the example; where data are "
+                "missing (NaN), let it see which: pyro_vae.MissingEncoder(encoder)"
+            )
+        prior = self._prior_params.to(features)
+        like: dict[str, Any] = {"device": features.device, "dtype": features.dtype}
+        self.head = nn.Linear(features.shape[1], prior.numel(), **like)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.copy_(prior.flatten())
+        self.parents: dict[str, tuple[str, ...]] = {}
+        if top_down:
+            if not isinstance(self.family, FactorizedFamily):
+                raise ValueError(
+                    f"top_down with {self.family}: that family is joint over the sites already; "
+                    "leave top_down out, or take families.Normal()"
+                )
+            names = [coordinates.name for coordinates in self.coordinates]
+            self.parents = dependencies(model, batch, names)
+        self.conditioners = nn.ModuleDict(
+            {
+                str(number): self._conditioner(features.shape[1], coordinates, like)
+                for number, coordinates in enumerate(self.coordinates)
+                if self.parents.get(coordinates.name)
+            }
+        )
+        if global_guide is not None:
+            # Pyro's autoguides make their parameters at the first call.
+            with (
+                torch.no_grad(),
+                poutine.block(),
+                preserved_rng(features.device),
+                evaluation(global_guide),
+            ):
+                if isinstance(global_guide, PyroModule):
+                    name_apart(global_guide)
+                global_guide(*batch.args, **batch.kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site; the Pyro guide."""
+        values: dict[str, Tensor] = {}
+        if self.global_guide is not None:
+            if isinstance(self.global_guide, PyroModule):
+                name_apart(self.global_guide)
+            returned = self.global_guide(*args, **kwargs)
+            values.update(returned if isinstance(returned, Mapping) else {})
+        return {**values, **super().forward(*args, **kwargs)}
+
+    def local_part(self) -> AmortizedGuide:
+        """Return this guide without its global part, the parameters shared."""
+        local = copy.copy(self)
+        local._modules = {**self._modules}
+        local._modules.pop("global_guide", None)
+        local.__dict__["global_guide"] = None
+        return local
+
+    def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).
+
+        With top_down, of each site where the conditioners add nothing.
+        """
+        return self._params(self._features(args, kwargs))
+
+    def _params(self, features: Tensor) -> Tensor:
+        shape = self.family.params_shape(self.num_coordinates)
+        return self.head(features).unflatten(-1, shape)
+
+    @property
+    def is_dependent(self) -> bool:
+        """Whether a site's proposal may depend on the draws of sites before it."""
+        return super().is_dependent or len(self.conditioners) > 0
+
+    def _conditioner(self, width: int, coordinates: Coordinates, like: Any) -> nn.Module:
+        """Return the network from features and parents to what is added to parameters."""
+        size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
+        inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
+        per_coordinate = self.family.params_shape(1)[1]
+        last = nn.Linear(width, size_of[coordinates.name] * per_coordinate, **like)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.Linear(inputs, width, **like), nn.Tanh(), last)
+
+    def _conditionals(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[int, Conditionals]:
+        if not self.conditioners:
+            return super()._conditionals(args, kwargs)
+        features = self._features(args, kwargs)
+        params = self._params(features)
+        number_of = {c.name: str(number) for number, c in enumerate(self.coordinates)}
+
+        def params_of(coordinates: Coordinates, before: Mapping[str, Tensor]) -> Tensor:
+            mine = params[:, coordinates.columns]
+            own = coordinates.spread(mine.flatten(1))
+            if parents := self.parents[coordinates.name]:
+                seen = [coordinates.spread(features), *(before[name] for name in parents)]
+                shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in seen))
+                rows = torch.cat([rows.expand(*shape, rows.shape[-1]) for rows in seen], -1)
+                own = own + self.conditioners[number_of[coordinates.name]](rows)
+            return own.unflatten(-1, mine.shape[1:])
+
+        return params.shape[0], params_of
+
+    def _features(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        features = call_network(self.encoder, args, kwargs)
+        size = Batch(tuple(args), kwargs).size
+        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != size:
+            found = (
+                f"a tensor of shape {tuple(features.shape)}"
+                if isinstance(features, Tensor)
+                else type(features).__name__
+            )
+            raise ValueError(
+                f"the encoder returned {found}; features of shape [{size}, F] are needed, a row "
+                "for each datum of the batch"
+            )
+        return features
+
+
+def _refuse_hidden_parameters(
+    model: Callable[..., Any], encoder: Callable[..., Any], features: Tensor
+) -> None:
+    """Raise ValueError for an encoder that is a function, with parameters that nobody finds."""
+    own = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
+    if own or features.grad_fn is None:
+        return
+    module = module_of(model)
+    known = set() if module is None else set(map(id, module.parameters()))
+    hidden = [leaf for leaf in _leaves(features) if id(leaf) not in known]
+    if hidden:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in hidden[:5])
+        raise ValueError(
+            f"the encoder, {type(encoder).__name__!r}, uses parameters that are not its own (of "
+            f"shapes {shapes}), so that no optimizer would find them; pass the network itself, or "
+            "an nn.Module that has it as an attribute"
+        )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors without history that a tensor was made of, those with gradients."""
+    found, seen, todo = list[Tensor](), set[Any](), [tensor.grad_fn]
+    while todo:
+        function: Any = todo.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            found.append(function.variable)
+        todo += [source for source, _ in function.next_functions]
+    return found

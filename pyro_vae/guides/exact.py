@@ -1,0 +1,222 @@
+"""The exact posterior of a model's discrete latents, as a guide."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.enumeration import Conditional, conditionals, enumerated, marginals
+from pyro_vae.programs.handlers import Registered
+from pyro_vae.programs.plain_errors import trace_of
+from pyro_vae.programs.state import evaluation
+from pyro_vae.programs.structure import Structure, inspect, plain_distribution, sample_nodes
+from pyro_vae.programs.traces import site_log_prob
+
+__all__ = ["ExactGuide"]
+
+
+class ExactGuide(Registered):
+    r"""A guide that proposes discrete latents from their exact posterior.
+
+    .. math:: q(c_1, \dots, c_J | x) = \prod_j p_\theta(c_j | c_1, \dots, c_{j-1}, x)
+
+    The E-step of expectation-maximization (Dempster, Laird & Rubin 1977). All values of
+    the sites are summed over, under the model's parameters as they are at each call; so
+    every log weight equals log p(x), and the ELBO too. It has no parameters, and no
+    gradient passes through it: that of the ELBO by the model's is then log p(x)'s
+    (Fisher's identity).
+
+    Sites are proposed outer plates first, then in the model's order, marked for parallel
+    enumeration (``infer={"enumerate": "parallel"}``): pyro.infer.TraceEnum_ELBO sums over
+    them, elsewhere they are drawn. The model runs in eval mode, unseen by handlers around.
+
+    Args:
+        model: a Pyro model whose latents are Categorical, Bernoulli or OneHotCategorical.
+        example: a batch (tensor, tuple or mapping) to read shapes from; a few rows do.
+        data_plate: the name of the plate of the data, where it is not plain; False to
+            treat the whole batch as one datum.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for latents that are not of these families, that lie outside the data
+            plate, or whose posterior is not a product over plates.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> means = torch.tensor([-1.0, 1.0])
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         c = pyro.sample("c", dist.Categorical(torch.ones(2)))
+        ...         pyro.sample("x", dist.Normal(means[c], 1.0), obs=x)
+        >>> x = torch.tensor([0.0, 3.0])
+        >>> guide = pv.ExactGuide(model, example=x)
+        >>> guide.posterior(x)["c"]
+        tensor([[0.5000, 0.5000],
+                [0.0025, 0.9975]])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], *, example: Any, data_plate: str | bool | None = None
+    ) -> None:
+        super().__init__()
+        # In a tuple: a module of its own would make the model's parameters the guide's.
+        self._model = (model,)
+        batch = as_batch(example)
+        structure = inspect(model, batch, data_plate=data_plate, strict=True)
+        _check(structure)
+        self._nesting = structure.max_plate_nesting
+        self._names = tuple(
+            site.name for site in (*structure.local_latents, *structure.global_latents)
+        )
+        self._frozen: tuple[Batch, tuple[Conditional, ...]] | None = None
+        self._conditionals(batch)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site from its posterior; the Pyro guide.
+
+        Returns:
+            Site name to value.
+        """
+        chain = self._current(Batch(args, kwargs))
+        frames = {frame.name: frame for conditional in chain for frame in conditional.frames}
+        with poutine.block(hide=list(frames)):
+            # Hidden, for a replayed model would take their indices for its own.
+            plates = {
+                name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()
+            }
+        values: dict[str, Tensor] = {}
+        indices: dict[str, Tensor] = {}
+        for conditional in chain:
+            proposal = _proposal(conditional, indices)
+            with contextlib.ExitStack() as stack:
+                for frame in conditional.frames:
+                    stack.enter_context(plates[frame.name])
+                stack.enter_context(poutine.scale(scale=conditional.scale))
+                mask: Any = conditional.mask
+                if mask is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
+                value = pyro.sample(conditional.name, proposal, infer={"enumerate": "parallel"})
+            values[conditional.name] = value
+            indices[conditional.name] = value.argmax(-1) if proposal.event_dim else value
+        return values
+
+    def posterior(self, *batch: Any) -> dict[str, Tensor]:
+        """Return the posterior probability of every value of every site.
+
+        Under the model's current parameters; the responsibilities of a mixture.
+
+        Args:
+            *batch: the model's arguments.
+
+        Returns:
+            Site name to probabilities, ``[*batch shape, values]``: each site's own marginals.
+        """
+        with self._isolated():
+            trace, log_probs = self._run(as_batch(*batch))
+            return marginals(trace, log_probs, self._nesting)
+
+    @contextlib.contextmanager
+    def frozen(self, *batch: Any) -> Iterator[None]:
+        """Keep the posterior of a batch as it is now, while the model's parameters change.
+
+        The E-step: inside the context, losses on this batch are the M-step's.
+
+        Args:
+            *batch: the model's arguments; inside the context the guide takes no others.
+        """
+        arguments = as_batch(*batch)
+        before, self._frozen = self._frozen, (arguments, self._conditionals(arguments))
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def _current(self, batch: Batch) -> tuple[Conditional, ...]:
+        if self._frozen is None:
+            return self._conditionals(batch)
+        frozen, chain = self._frozen
+        if not _same(frozen, batch):
+            raise ValueError(
+                f"the guide's posterior is frozen for {frozen}, and was called with other data "
+                f"({batch}); leave guide.frozen(...), or freeze this batch"
+            )
+        return chain
+
+    def _conditionals(self, batch: Batch) -> tuple[Conditional, ...]:
+        with self._isolated():
+            trace, log_probs = self._run(batch)
+            return conditionals(trace, log_probs, self._nesting)
+
+    def _run(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        model = enumerated(self._model[0], self._names, -1 - self._nesting)
+        trace = trace_of(model, batch.args, batch.kwargs)
+        return trace, {
+            name: site_log_prob(name, node, scaled=False) for name, node in sample_nodes(trace)
+        }
+
+    @contextlib.contextmanager
+    def _isolated(self) -> Iterator[None]:
+        with torch.no_grad(), evaluation(self._model[0]), poutine.block():
+            yield
+
+
+def _check(structure: Structure) -> None:
+    """Raise ValueError for latents that the guide cannot propose."""
+    structure.require_no_globals()
+    for site in (*structure.local_latents, *structure.global_latents):
+        if not site.enumerable:
+            raise ValueError(
+                f"latent site {site.name!r} ({site.distribution}) has no finitely many values: an "
+                "ExactGuide proposes discrete sites of finite support. Let a guide propose "
+                f"{site.name!r} alone (pyro_vae.AmortizedGuide, pyro_vae.LocalGuide): the "
+                "discrete sites are then summed out by themselves"
+            )
+        if not isinstance(plain_distribution(site.fn), _FAMILIES):
+            raise ValueError(
+                f"latent site {site.name!r} is {site.distribution}: an ExactGuide proposes "
+                f"{', '.join(family.__name__ for family in _FAMILIES)} sites. Write it as a "
+                "Categorical of its values, or leave it out of a guide of your own: it is then "
+                "summed out"
+            )
+        for plate in site.plates:
+            if plate.drawn:
+                raise ValueError(
+                    f"the model draws its own minibatch in plate {plate.name!r} "
+                    "(subsample_size=...), which the guide cannot know. Pass the minibatch as the "
+                    "batch, with pyro.plate(name, num_data, subsample=x)"
+                )
+
+
+_FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
+
+
+def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Any:
+    logits = conditional.given(indices)
+    family = plain_distribution(conditional.fn)
+    if isinstance(family, dist.Bernoulli):
+        # Finite where one value is impossible, for the density of the other to be so.
+        return dist.Bernoulli(logits=torch.nan_to_num(logits[..., 1] - logits[..., 0]))
+    if isinstance(family, dist.OneHotCategorical):
+        return dist.OneHotCategorical(logits=logits)
+    return dist.Categorical(logits=logits)
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    if len(one.args) != len(other.args) or one.kwargs.keys() != other.kwargs.keys():
+        return False
+    pairs = [*zip(one.args, other.args, strict=True)]
+    pairs += [(one.kwargs[name], other.kwargs[name]) for name in one.kwargs]
+    return all(
+        a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+        for a, b in pairs
+    )

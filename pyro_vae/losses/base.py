@@ -1,0 +1,208 @@
+"""What the losses have in common: plans, gradients, the interface of pyro.infer.ELBO."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.particles.plan import Layout, plan
+from pyro_vae.particles.run import Run
+from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.state import FirstValues
+from pyro_vae.programs.traces import trace_pair
+from pyro_vae.recording import is_recording
+
+__all__ = ["Objective", "not_reparameterized", "without_value"]
+
+
+_LAYOUTS = 16  # remembered at most
+
+
+class Objective(pyro.infer.ELBO, abc.ABC):
+    """A loss of Pyro's over the spine of log weights; see the subclasses.
+
+    Works in ``pyro.infer.SVI(model, guide, optim, loss=...)``, as an nn.Module through
+    ``loss(model, guide)``, and in :func:`pyro_vae.fit`. A subclass gives
+    :meth:`differentiable_loss`.
+
+    Args:
+        num_particles: draws of the guide for an estimate.
+        vectorize_particles: whether several particles run at once. The first call with a
+            pair compares them with single particles and falls back, first to the batch
+            repeated, then to a loop with a logged warning, if the networks cannot take
+            the extra dimension.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+    """
+
+    # What it has to know of the data plate, what it does with discrete proposals that ask to be
+    # enumerated, and whether it can do with global latents: see pyro_vae.layouts.plan.
+    _data = "no"
+    _enumeration = "no"
+    _share_globals = False
+
+    def __init__(
+        self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
+    ) -> None:
+        num_particles = as_count("num_particles", num_particles)
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        self.data_plate = data_plate
+        self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
+        self._layouts: dict[Any, tuple[Layout, Any, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was found out about a pair holds the pair: a copy looks for itself.
+        return {**vars(self), "_layouts": {}}
+
+    @abc.abstractmethod
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate, in nats."""
+
+    @abc.abstractmethod
+    def explain(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, str]:
+        """Return, for each latent site, how its part of the loss is computed, and why."""
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Return the loss as a number, in nats, without gradients."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def _checked(self, run: Run, loss: Tensor, kls: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss; raise ValueError where it is infinite for values outside a support.
+
+        Args:
+            run: that the loss is of.
+            loss: a scalar.
+            kls: closed forms, by site: infinite where a proposal reaches outside, whatever was
+                drawn. None for a bound whose weights may be zero.
+        """
+        # An infinite term beside the baseline of its gradient is NaN.
+        if is_recording() or not bool((loss == math.inf) | (loss.isnan() & (kls is not None))):
+            return loss
+        reaching = [f"{name!r}" for name, kl in (kls or {}).items() if bool((kl == math.inf).any())]
+        if sites := run.outside() or reaching:
+            raise ValueError(
+                f"the loss is infinite: the guide proposes values of {', '.join(sites)} where the "
+                "model's density is zero. Propose on the support of its distribution alone, as the "
+                "guides of pyro_vae do; pv.WakeSleep takes proposals that are wider"
+            )
+        return loss
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Return the loss as a number, and add its gradients to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    @property
+    def carried(self) -> list[Tensor]:
+        """The tensors that a step leaves to the next, and may write to."""
+        return list(self._baselines.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is carried from step to step, for a checkpoint: running baselines."""
+        return {name: value.clone() for name, value in self._baselines.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        for name in set(self._baselines) - set(state):
+            del self._baselines[name]
+        for name, value in state.items():
+            if name in self._baselines:
+                self._baselines[name].copy_(value)
+            else:
+                self._baselines[name] = value.clone()
+
+    def _get_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        return trace_pair(model, guide, args, kwargs)
+
+    def _run(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        **options: Any,
+    ) -> Run:
+        """Run a pair as its layout says, which is made anew where it does not fit."""
+        pair = tuple(map(_identity, (model, guide)))
+        key = (pair, _kind(args), _kind(kwargs))
+        for _ in range(2):
+            if key in self._layouts and self._layouts[key][0].is_stale:
+                del self._layouts[key]
+            if key not in self._layouts:
+                while len(self._layouts) >= _LAYOUTS:
+                    del self._layouts[next(iter(self._layouts))]
+                first = FirstValues()
+                with first.installed():
+                    layout = plan(
+                        model,
+                        guide,
+                        args,
+                        kwargs,
+                        num_particles=self.num_particles,
+                        vectorize=self.vectorize_particles,
+                        data_plate=self.data_plate,
+                        data=self._data,
+                        enumeration=self._enumeration,
+                        share_globals=self._share_globals,
+                        first=first,
+                    )
+                # With the pair, so that no other object takes its identity.
+                self._layouts[key] = (layout, model, guide)
+            layout = self._layouts[key][0]
+            run = Run(layout, model, guide, args, kwargs, self.num_particles, **options)
+            if run.as_planned:
+                return run
+            del self._layouts[key]
+        raise ValueError(
+            "the latent sites of the model are not the same in two runs on the same arguments"
+        )
+
+
+def _identity(fn: Any) -> tuple[int, int]:
+    """Tell callables apart; a bound method is a new object at each look."""
+    return id(getattr(fn, "__func__", fn)), id(getattr(fn, "__self__", None))
+
+
+def _kind(value: Any) -> Any:
+    """Return what a model may branch on of an argument: its kind, not its numbers."""
+    if isinstance(value, Mapping):
+        return tuple((name, _kind(value[name])) for name in sorted(value, key=str))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return "number"  # which a graph may take as a tensor
+    return type(value), getattr(value, "ndim", None)
+
+
+def without_value(term: Tensor) -> Tensor:
+    """Return zero, with the gradient of a term."""
+    return term - term.detach()
+
+
+def not_reparameterized(name: str, node: Any) -> ValueError:
+    """Return the error for a proposal that pathwise gradients cannot go through."""
+    return ValueError(
+        f"the guide's site {name!r} ({type(node['fn']).__name__}) cannot be reparameterized, which "
+        "pathwise gradients need. If it is discrete with few values, leave it out of the guide, "
+        "and it is summed out; else use pv.ELBO(estimator='score') or pv.WakeSleep"
+    )

@@ -1,0 +1,286 @@
+"""What the losses have in common, and the evidence lower bound with its gradient estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae.losses.base import Objective, not_reparameterized, without_value
+from pyro_vae.losses.kl import analytic_kl, kl_per_dimension
+from pyro_vae.particles.plan import device_of
+from pyro_vae.particles.run import Run
+from pyro_vae.programs.state import evaluation, preserved_rng
+
+__all__ = ["ELBO"]
+
+_BASELINE_DECAY = 0.9
+
+
+class ELBO(Objective):
+    r"""The evidence lower bound, with an analytic KL wherever there is one.
+
+    .. math::
+        \mathbb{E}_q[\log p(x | z)] - \mathrm{KL}(q(z | x), p(z))
+        \quad\text{or}\quad \mathbb{E}_q[\log p(x, z) - \log q(z | x)]
+
+    Site by site, a latent whose guide and model distributions have a closed-form KL
+    gets it; the others are sampled (:func:`pyro_vae.explain` says which and why).
+    The loss is the negative ELBO, summed over the data, with scales and masks applied,
+    as Pyro's is: ``pyro.infer.SVI(model, guide, optim, loss=pv.ELBO())`` and
+    ``pv.ELBO()(model, guide)(x).backward()`` both work.
+
+    Its gradient by the guide's parameters is estimated
+
+    - "pathwise": through the draws (Kingma & Welling 2014);
+    - "stl": through the draws alone, without the score of log q, whose expectation is
+      zero (sticking the landing, Roeder, Wu & Duvenaud 2017): no noise at all where the
+      guide is the exact posterior. The KL is then sampled, for that is what makes the
+      noise cancel. A guide whose proposals may depend on one another runs twice;
+    - "score": for latents that cannot be reparameterized, by the derivative of log q
+      times what the draw earned (REINFORCE, Williams 1992; Ranganath, Gerrish & Blei
+      2014), datum by datum, less a baseline: the mean of the other particles', or, of a
+      single particle, a running mean. Latents that can be reparameterized stay pathwise.
+
+    Args:
+        num_particles: K, draws of the guide for an estimate.
+        kl: "analytic", or "sample" for the same estimate as pyro.infer.Trace_ELBO;
+            by default analytic, and sampled for "stl".
+        estimator: of the gradient: "pathwise", "stl" or "score".
+        free_bits: nats of KL per latent dimension, on average over the batch, below which
+            a dimension is not pressed further (Kingma et al. 2016, eq. 15). Changes the
+            gradient, never the value.
+        vectorize_particles: whether several particles run at once, in a plate outside
+            the model's own. The first call compares them with single particles and
+            falls back, to the batch repeated or to a loop with a logged warning, if the
+            networks cannot take the extra dimension.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+
+    Raises:
+        ValueError: for an unknown option, num_particles < 1, a guide that does not
+            propose the model's latent sites, one whose draws cannot be reparameterized
+            (unless estimator="score"), or free bits of a site whose KL has no closed form
+            per dimension.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> optim = pyro.optim.Adam({"lr": 0.01})
+        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=pv.ELBO()).step(x), float)
+        True
+    """
+
+    _enumeration = "expectation"
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        kl: str | None = None,
+        estimator: str = "pathwise",
+        *,
+        free_bits: float = 0.0,
+        vectorize_particles: bool = True,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if kl not in (None, "analytic", "sample"):
+            raise ValueError(f"kl={kl!r}: 'analytic' or 'sample' is needed")
+        if estimator not in ("pathwise", "stl", "score"):
+            raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'score' is needed")
+        if kl == "analytic" and estimator == "stl":
+            raise ValueError(
+                "estimator='stl' needs kl='sample': without the sampled log q there is no score "
+                "to leave out, and the noise does not vanish at the exact posterior"
+            )
+        kl = ("sample" if estimator == "stl" else "analytic") if kl is None else kl
+        if not 0 <= free_bits < float("inf"):
+            raise ValueError(f"free_bits={free_bits}: a number of nats of at least 0 is needed")
+        if free_bits and kl == "sample":
+            raise ValueError("free_bits need kl='analytic': a KL of each latent dimension")
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
+        )
+        self.kl = kl
+        self.estimator = estimator
+        self.free_bits = free_bits
+        if estimator == "score" or free_bits:
+            self._data = "wanted"
+
+    def __repr__(self) -> str:
+        return (
+            f"ELBO(num_particles={self.num_particles}, kl={self.kl!r}, "
+            f"estimator={self.estimator!r})"
+        )
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
+        stl = self.estimator == "stl" and torch.is_grad_enabled()
+        draws = "gated" if stl else "attached"
+        run = self._run(model, guide, args, kwargs, draws=draws)
+        kls = self._analytic(run)
+        terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
+        terms.update((("kl", name), -kl) for name, kl in kls.items())
+        terms.update((("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls))
+        for name, nodes in run.guide_factor_nodes():  # as Trace_ELBO has them, but pathwise
+            terms["factor", name] = -run.log_prob(name, nodes, scaled=True)
+        if not terms:  # as where nothing of this batch is observed
+            return torch.zeros(())
+        elbo = torch.stack([term.sum() for term in terms.values()]).sum() / self.num_particles
+        if torch.is_grad_enabled():
+            if self.estimator == "score":
+                elbo = elbo + without_value(self._score(run, terms))
+            if self.free_bits:
+                elbo = elbo + without_value(self._freed(run))
+        return self._checked(run, -elbo, kls)
+
+    def explain(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, str]:
+        """Return, for each latent site, whether its KL is analytic or sampled, and why."""
+        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
+            run = self._run(model, guide, args, kwargs)
+        told = dict.fromkeys(
+            run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
+        )
+        for name, nodes in run.proposals():
+            if nodes[0][1] is None:
+                told[name] = "sampled: auxiliary site of the guide"
+            elif self.kl == "sample":
+                stl = self.estimator == "stl"
+                told[name] = "sampled: stl leaves out its score" if stl else "sampled: kl='sample'"
+            else:
+                # Of the nodes that the loss takes, with what is summed out side by side.
+                kls, reason = _closed_forms(nodes)
+                if len(nodes[0][1]["fn"].batch_shape) >= -run.layout.first_enum_dim:
+                    reason = f"its prior depends on discrete latents, {reason}"
+                told[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
+        return told
+
+    def _analytic(self, run: Run) -> dict[str, Tensor]:
+        """Return the scaled KL, [K, N], of each latent site that has a closed form."""
+        if self.kl == "sample":
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, nodes in run.proposals():
+            kls, _ = _closed_forms(nodes)
+            if kls is not None:
+                pairs = zip(kls, nodes, strict=True)
+                terms = [scale_and_mask(kl, run.scale(q), q["mask"]) for kl, (q, _) in pairs]
+                found[name] = run.per_datum(terms, local=run.is_local(name, nodes[0][0]))
+        return found
+
+    def _sampled_guide_terms(
+        self, run: Run, kls: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield log q, scaled, [K, N], of the sites without an analytic KL."""
+        stopped = run.stopped_guide_terms(scaled=True)
+        for name, nodes in run.guide_nodes():
+            reparameterized = nodes[0]["fn"].has_rsample or name in run.layout.enumerated
+            if not reparameterized and self.estimator != "score":
+                raise not_reparameterized(name, nodes[0])
+            if name in kls:
+                continue
+            if name in stopped:
+                yield name, stopped[name]
+                continue
+            term = run.log_prob(name, nodes, scaled=True)
+            # The derivative of log q at a fixed draw is zero on average: noise to leave out.
+            yield name, term if reparameterized else term.detach()
+
+    def _score(self, run: Run, terms: dict[tuple[str, Any], Tensor]) -> Tensor:
+        """Return a term whose derivative is that of the draws' probability, times their gain."""
+        num_data = max(term.shape[1] for term in terms.values())
+        total = torch.zeros((), dtype=next(iter(terms.values())).dtype)
+        for name, nodes in run.guide_nodes():
+            if nodes[0]["fn"].has_rsample or name in run.layout.enumerated:
+                continue
+            log_guide = run.log_prob(name, nodes, scaled=False)
+            # What a draw of one datum earns is that datum's; a KL of its own it cannot change.
+            earned = [t.detach() for (kind, n), t in terms.items() if (kind, n) != ("kl", name)]
+            local = sum((t for t in earned if t.shape[1] == num_data), torch.zeros_like(earned[0]))
+            common = sum(
+                (t for t in earned if t.shape[1] != num_data), torch.zeros_like(local[:, :1])
+            )
+            if log_guide.shape[1] == num_data:
+                signal = local + common
+            else:
+                signal = local.sum(1, keepdim=True) + common
+            total = total + ((signal - self._baseline(name, signal)) * log_guide).sum()
+        return total / self.num_particles
+
+    def _baseline(self, name: str, signal: Tensor) -> Tensor:
+        """Return what a draw was expected to earn, independent of that draw: [K, N]."""
+        count = signal.shape[0]
+        if count > 1:
+            return (signal.sum(0, keepdim=True) - signal) / (count - 1)
+        mean, baseline = signal.mean(), self._baselines.get(name)
+        if baseline is None:
+            self._baselines[name] = mean
+            return torch.zeros_like(signal)
+        before = baseline.to(signal).clone()
+        # In place: a graph that was traced from a step reads and writes it where it is.
+        baseline.copy_(_BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean)
+        return before.expand_as(signal)
+
+    def _freed(self, run: Run) -> Tensor:
+        """Return what free bits give back: KL below the floor, over the latent dimensions."""
+        given = []
+        if run.layout.enumerated:
+            raise ValueError(
+                f"free_bits: the guide enumerates {list(run.layout.enumerated)}, of which a "
+                "dimension's KL is no plain mean over data. Leave them out of the guide, and they "
+                "are summed out"
+            )
+        for name, nodes in run.proposals():
+            kls, counts = [], []
+            for guide_node, model_node in nodes:
+                kl, reason = (
+                    (None, "auxiliary site of the guide")
+                    if model_node is None
+                    else kl_per_dimension(guide_node, model_node)
+                )
+                if kl is None:
+                    raise ValueError(
+                        f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
+                    )
+                event = kl.ndim - len(guide_node["fn"].batch_shape)
+                scale, mask = run.scale(guide_node), guide_node["mask"]
+                kls.append(_scaled_per_dimension(kl, scale, mask, event))
+                counts.append(_scaled_per_dimension(torch.ones_like(kl), scale, mask, event))
+            event, local = nodes[0][0]["fn"].event_dim, run.is_local(name, nodes[0][0])
+            kl = run.per_dimension(kls, event, local=local)
+            floor = self.free_bits * run.per_dimension(counts, event, local=local)
+            # A dimension under the floor gets its KL back: no pressure, no gradient.
+            given.append(torch.where(kl < floor, kl, torch.zeros_like(kl)).sum())
+        return torch.stack(given).sum()
+
+
+def _closed_forms(nodes: list[tuple[Any, Any]]) -> tuple[list[Tensor] | None, str]:
+    """Return the KL of a latent's (guide, model) nodes in each trace, or None; and why."""
+    kls, reason = [], "auxiliary site of the guide"
+    for guide_node, model_node in nodes:
+        if model_node is None:
+            return None, reason
+        kl, reason = analytic_kl(guide_node, model_node)
+        if kl is None:
+            return None, reason
+        kls.append(kl)
+    return kls, reason
+
+
+def _scaled_per_dimension(term: Tensor, scale: Any, mask: Any, event: int) -> Tensor:
+    """Scale and mask a tensor of batch and event dimensions by batch dimensions."""
+    moved = term.movedim(tuple(range(term.ndim - event, term.ndim)), tuple(range(event)))
+    moved = scale_and_mask(moved, scale, mask)
+    return moved.movedim(tuple(range(event)), tuple(range(term.ndim - event, term.ndim)))

@@ -1,0 +1,221 @@
+"""Reweighted wake-sleep, with one weight per particle and datum."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.losses.base import without_value
+from pyro_vae.losses.importance import ImportanceObjective, scales_of_weights, weighted_terms
+from pyro_vae.particles.estimators import iwae_bound
+from pyro_vae.particles.modes import per_datum
+from pyro_vae.particles.plan import Layout
+from pyro_vae.particles.run import Run
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.state import unwrapped
+from pyro_vae.programs.structure import latent_nodes
+from pyro_vae.programs.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
+
+__all__ = ["WakeSleep"]
+
+
+class WakeSleep(ImportanceObjective):
+    r"""Reweighted wake-sleep, with weights of each datum (Bornschein & Bengio 2015).
+
+    With normalized weights :math:`\bar w_{kn}` of K draws of the guide, a step goes along
+
+    - wake-theta: the derivative of the importance-weighted bound by the model's
+      parameters;
+    - wake-phi: that of :math:`\sum_k \bar w_{kn} \log q(z_{kn} | x_n)` by the guide's, the
+      forward KL from the posterior, up to the error of the weights;
+    - sleep-phi: that of :math:`\log q(z | x)` at (z, x) dreamt by the model, the forward
+      KL for the model's own data.
+
+    The draws carry no gradient, so discrete proposals are as good as any, and neither
+    needs the other's: one loss serves both sets of parameters. Its value is the negative
+    importance-weighted bound; scales are treated as in :class:`pyro_vae.IWAE`.
+
+    Args:
+        num_particles: K, at least 2, for a single weight is always 1.
+        insomnia: the share of wake-phi; the rest is sleep-phi, which teaches an encoder
+            and is refused for a LocalGuide, whose rows belong to the data.
+        dream: where the batch is not just the observed values: from a mapping (observed
+            site to dreamt value) to the batch that holds them. By default each observed
+            value is found among the batch's tensors.
+        vectorize_particles: as in :class:`pyro_vae.ELBO`.
+        data_plate: as in :func:`pyro_vae.log_weights`; False for one weight of all the data.
+
+    Raises:
+        DataPlateError: where the data plate cannot be told.
+        ValueError: for unknown options, what :class:`pyro_vae.IWAE` refuses (but for
+            proposals that cannot be reparameterized), or a sleep phase that cannot be had.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> encoder = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), torch.nn.Linear(1, 4))
+        >>> guide = pv.AmortizedGuide(model, encoder, example=x)
+        >>> optim = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = pv.WakeSleep(10, insomnia=0.8)
+        >>> isinstance(pyro.infer.SVI(model, guide, optim, loss=loss).step(x), float)
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        insomnia: float = 1.0,
+        *,
+        dream: Callable[[Mapping[str, Tensor]], Any] | None = None,
+        vectorize_particles: bool = True,
+        data_plate: str | bool | None = None,
+    ) -> None:
+        if not 0 <= insomnia <= 1:
+            raise ValueError(f"insomnia={insomnia}: a share of wake-phi from 0 to 1 is needed")
+        num_particles = as_count("num_particles", num_particles)
+        if num_particles < 2 and insomnia > 0:
+            raise ValueError(
+                f"num_particles={num_particles}: wake-phi needs at least 2, for the normalized "
+                "weight of a single draw is always 1"
+            )
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
+        )
+        self.insomnia = insomnia
+        self.dream = dream
+        # Which argument an observed site is, as long as its layout is remembered.
+        self._sources = weakref.WeakKeyDictionary[Layout, dict[str, int | str]]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_sources"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _sources=weakref.WeakKeyDictionary())
+
+    def __repr__(self) -> str:
+        return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, a scalar to differentiate: the negative bound in nats."""
+        run = self._run(model, guide, args, kwargs, draws="detached", one_minibatch=True)
+        scale, *ratios = scales_of_weights(run)
+        log_joint, log_guide = weighted_terms(run, run.guide_terms(), *ratios)
+        log_weights = log_joint - log_guide.detach()
+        bound = (scale * iwae_bound(log_weights)).sum()
+        self._checked(run, -bound)
+        if not torch.is_grad_enabled():
+            return -bound
+        if self.insomnia > 0:
+            shares = torch.softmax(log_weights.detach(), 0)
+            wake = (scale * shares * log_guide).sum()
+            bound = bound + self.insomnia * without_value(wake)
+        if self.insomnia < 1:
+            asleep = (scale * self._sleep(run, model, guide, args, kwargs)).sum()
+            bound = bound + (1 - self.insomnia) * without_value(asleep)
+        return -bound
+
+    def _sleep(
+        self, run: Run, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Tensor:
+        """Return log q(z | x) of a dream for each datum, [N]."""
+        layout = run.layout
+        if isinstance(unwrapped(guide), LocalGuide):
+            raise ValueError(
+                "a sleep phase teaches an encoder what the model dreams; the rows of a LocalGuide "
+                "belong to the data, and would learn the prior. Use insomnia=1"
+            )
+        if layout.draws_minibatch:
+            raise ValueError(
+                "a sleep phase needs the minibatch as the batch; the model draws its own "
+                "(subsample_size=...). Pass pyro.plate(name, num_data, subsample=x), or insomnia=1"
+            )
+        with torch.no_grad():
+            dreamt = dream(
+                model, args, kwargs, summed_out=layout.summed_out, nesting=layout.nesting
+            )
+        values = {name: node["value"] for name, node in latent_nodes(dreamt)}
+        observed = {name: values.pop(name) for name, _ in run.observed_nodes() if name in values}
+        if self.dream is not None:
+            batch = as_batch(self.dream(observed))
+            args, kwargs = batch.args, batch.kwargs
+        else:
+            args, kwargs = self._with(run, observed, args, kwargs)
+        guide_trace = trace_given(guide, values, args, kwargs)
+        mask_proposals(dreamt, guide_trace)
+        total: Tensor | float = 0.0
+        for name, node in latent_nodes(guide_trace):
+            _require_density(name, node)
+            log_prob = site_log_prob(name, node, scaled=False)
+            total = total + per_datum(log_prob, layout.nesting, layout.data_dim, leading=0)
+        return torch.as_tensor(total)
+
+    def _with(
+        self, run: Run, observed: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with dreamt values in the place of the observed ones."""
+        if run.layout not in self._sources:
+            self._sources[run.layout] = _sources(run, observed)
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for name, key in self._sources[run.layout].items():
+            holder: Any = new_args if isinstance(key, int) else new_kwargs
+            holder[key] = observed[name].reshape(holder[key].shape).to(holder[key])
+        return tuple(new_args), new_kwargs
+
+
+def _sources(run: Run, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
+    """Return which argument of the batch each observed site's value is."""
+    found: dict[str, int | str] = {}
+    arguments = {
+        key: value
+        for key, value in (*enumerate(run.args), *run.kwargs.items())
+        if isinstance(value, Tensor)
+    }
+    for name, nodes in run.observed_nodes():
+        if name not in observed:
+            continue  # a factor: it is not drawn
+        value = nodes[0]["value"]
+        # The argument itself, or a view of it; else whatever is equal, if nothing else is.
+        keys = [key for key, argument in arguments.items() if _is_view(value, argument)] or [
+            key
+            for key, argument in arguments.items()
+            if argument.numel() == value.numel()
+            and torch.equal(argument.reshape(value.shape).to(value), value)
+        ]
+        if len(keys) != 1 or keys[0] in found.values():
+            raise ValueError(
+                f"the sleep phase cannot tell which argument of the batch holds the values of the "
+                f"observed site {name!r} (candidates: {keys}); give dream=, a function from "
+                "{site: dreamt value} to a batch, or insomnia=1"
+            )
+        found[name] = keys[0]
+    return found
+
+
+def _is_view(value: Tensor, argument: Tensor) -> bool:
+    return value is argument or (
+        value.data_ptr() == argument.data_ptr() and value.numel() == argument.numel()
+    )
+
+
+def _require_density(name: str, node: Any) -> None:
+    if node["infer"].get("is_auxiliary") or is_point(node["fn"]):
+        raise ValueError(
+            f"the sleep phase needs the guide's density of given latents, which its site {name!r} "
+            "hides (an auxiliary site, or a Delta); use insomnia=1, or a guide of pyro_vae"
+        )

@@ -1,0 +1,143 @@
+"""Whether a model decides by numbers that are missing: scored with others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_vae.programs.structure import left_out, sample_nodes
+from pyro_vae.programs.traces import site_log_prob
+
+__all__ = ["check_decisions", "pattern_of"]
+
+# Fills between a column's least and largest number: with so few codes, each has its turn.
+_STEPS = 8
+
+# Of arguments, by which a run of the model returns its trace: what each observed site leaves out
+# is given after the first run, whose latents the others share.
+Run = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Tensor] | None], Any]
+
+
+def pattern_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return which columns of which arguments have missing values; () for none."""
+    found = []
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if _may_miss(value):
+            columns = value.isnan().reshape(len(value), -1).any(0)
+            if bool(columns.any()):
+                found.append((name, *value.shape[1:], columns.cpu().numpy().tobytes()))
+    return tuple(found)
+
+
+def check_decisions(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where the density of what was seen varies with what was not.
+
+    A comparison with NaN is False, and an index made of NaN is some number: a model that goes on
+    with them scores a value that nobody observed. With numbers in the missing places, small and
+    large ones, what was seen must have the density that it has with NaN there.
+    """
+    coded = run(args, kwargs, None)
+    absent = {
+        name: left_out(node["fn"], node["mask"], node["value"].device)
+        for name, node in _scored(coded)
+    }
+    found: dict[str, list[Tensor]] = {}
+    for fill in _fills(args, kwargs):
+        others = tuple(fill(value) for value in args)
+        try:
+            trace = run(others, {name: fill(value) for name, value in kwargs.items()}, absent)
+            terms = dict(_terms(trace, coded))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            continue  # a number that the model cannot take says nothing
+        for name, term in terms.items():
+            found.setdefault(name, []).append(term)
+    for name, wanted in _terms(coded, coded):
+        node = coded.nodes[name]
+        seen = _seen(absent[name], node["fn"].event_dim)
+        gaps = [_gap(term, wanted, seen) for term in found.get(name, [wanted])]
+        if isinstance(node["fn"], Unit) and min(gaps) > 0:
+            continue  # a factor of a model's own for NaN, like no number's
+        if max(gaps) > 0:
+            kind = "observed" if node["is_observed"] else "latent"
+            raise ValueError(
+                f"{kind} site {name!r}: its log density of what was seen changes by "
+                f"{max(gaps):.3g} nats with the numbers that stand where values are missing: the "
+                "model decides by a missing value (NaN > 0 is False), or fills it in. Let what "
+                "is made of it be missing too, torch.where(x.isnan(), x, (x > 0).to(x)) for one; "
+                "mask the site there (poutine.mask); or give the value a distribution as a latent "
+                "site"
+            )
+
+
+def _scored(trace: Any) -> Iterator[tuple[str, Any]]:
+    for name, node in sample_nodes(trace):
+        if not node["infer"].get("_deterministic") and isinstance(node["value"], Tensor):
+            yield name, node
+
+
+def _terms(trace: Any, coded: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, node in _scored(trace):
+        if name in coded.nodes:
+            yield name, site_log_prob(name, node, scaled=False)
+
+
+def _seen(absent: Tensor, events: int) -> Tensor:
+    """Return which entries of a batch have a number that was seen."""
+    if events and absent.flatten(-events).shape[-1] == 0:  # a factor has no value
+        return absent.new_ones(absent.shape[:-events])
+    return ~(absent.flatten(-events).all(-1) if events else absent)
+
+
+def _gap(term: Tensor, wanted: Tensor, seen: Tensor) -> float:
+    """Return by how much a log density differs beyond rounding; 0 where it does not."""
+    term, wanted, seen = torch.broadcast_tensors(term, wanted, seen)
+    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-5
+    close = torch.isclose(term, wanted, rtol=tolerance, atol=tolerance)
+    wrong = seen & ~(close | term.isnan() | wanted.isnan())  # NaN is another error's
+    return float((term - wanted)[wrong].abs().max()) if bool(wrong.any()) else 0.0
+
+
+def _fills(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
+    """Yield functions that put numbers where an argument is NaN: those of the data, and beyond.
+
+    Numbers between the extremes too: a model may ask for an interval, or for one code of several.
+    """
+    inner = [(step / _STEPS, 0.0) for step in range(1, _STEPS)]
+    for share, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0), *inner):
+
+        def fill(value: Any, share: float = share, beyond: float = beyond) -> Any:
+            if not _may_miss(value):
+                return value
+            whole = value[~value.isnan()]
+            if whole.numel() == 0:
+                return value.masked_fill(value.isnan(), share + beyond)
+            column = _seen_value(value, share)
+            extreme = whole.min() if share == 0 else whole.max()
+            column = torch.where(column.isnan(), extreme, column)
+            return torch.where(
+                value.isnan(), column + beyond * (1 + whole.max() - whole.min()), value
+            )
+
+        yield fill
+
+
+def _seen_value(value: Tensor, share: float) -> Tensor:
+    """Return a number of each column, with this share of the column's others below; NaN for none.
+
+    The share of different numbers: each of a few codes has its turn, however rare.
+    """
+    ordered = value.sort(0).values  # NaN come last
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    ranks = (starts & ~ordered.isnan()).cumsum(0)
+    wanted = 1 + (share * (ranks[-1:] - 1)).round()
+    first = (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1)
+    return ordered.gather(0, first)[0]
+
+
+def _may_miss(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point()

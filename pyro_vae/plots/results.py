@@ -1,0 +1,582 @@
+"""Figures of results.
+
+Each function draws on the Matplotlib axes it is given, or on new ones, and returns them; none
+shows or saves a figure. Where a function takes datasets, that is the ``dataset`` of one
+:class:`~pyro_vae.Comparison`, or several of them by name, such as ``{"train": ..., "test": ...}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    from pyro_vae.training.result import FitResult
+
+    Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
+
+__all__ = [
+    "plot_gap_distribution",
+    "plot_gaps",
+    "plot_history",
+    "plot_latents",
+    "plot_pareto_k",
+    "plot_reconstructions",
+]
+
+# Okabe and Ito (2008): told apart under the common kinds of colour blindness.
+_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
+_CYCLE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)
+# Petroff (2021): ten colours for categories.
+_TEN = (
+    "#3f90da",
+    "#ffa90e",
+    "#bd1f01",
+    "#94a4a2",
+    "#832db6",
+    "#a96b59",
+    "#e76300",
+    "#b9ac70",
+    "#717581",
+    "#92dadd",
+)
+_GREY = "#999999"
+_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
+
+_UNRELIABLE_K = 0.7  # Vehtari, Simpson, Gelman, Yao and Gabry (2024), section 3.2
+
+
+def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
+    """Draw the ELBO over the epochs of a fit, with the best validation epoch marked.
+
+    Bands are one standard error. The axis is cut below where the first epochs would flatten all
+    the others, and says so.
+
+    Args:
+        result: what :func:`pyro_vae.fit` returned.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if the fit was stopped before its first epoch ended.
+    """
+    history = {name: np.asarray(values, dtype=float) for name, values in result.history.items()}
+    epoch = history["epoch"]
+    if epoch.size == 0:
+        raise ValueError("nothing to plot: the fit has no finished epoch")
+    validation = history.get("validation_elbo", np.full_like(epoch, np.nan))
+    has_validation = bool(np.isfinite(validation).any())
+
+    ax = _axes(ax, (6.4, 4.0))
+    _draw_curve(ax, history, "elbo", "training", _BLUE)
+    title = "ELBO of the training data"
+    if has_validation:
+        _draw_curve(ax, history, "validation_elbo", "validation", _VERMILION)
+        best = int(np.nanargmax(validation))
+        ax.plot(
+            epoch[best],
+            validation[best],
+            marker="o",
+            markersize=8,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            linestyle="none",
+            label=f"best validation: {_number(validation[best])} nats, epoch {epoch[best]:.0f}",
+        )
+        title = "ELBO of the training and the held-out data"
+    clipped = _limit_history(ax, np.concatenate([history["elbo"], validation]))
+    ax.set_xlabel(f"epoch ({clipped})" if clipped else "epoch")
+    ax.set_ylabel("ELBO [nats per datum]")
+    ax.locator_params(axis="x", integer=True)
+    _title_and_legend(ax, title, columns=3)
+    return ax
+
+
+def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
+    """Draw what each guide loses: its approximation gap and its amortization gap, stacked.
+
+    A bar starts at zero, which is log p(x), and ends at log p(x) - ELBO, both means over the
+    data. Error bars are one Monte Carlo standard error of the mean. A guide whose gap could not
+    be split has one grey bar.
+
+    Args:
+        datasets: a comparison's dataset, or several by name.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+    """
+    rows = _rows(datasets)
+    ax = _axes(ax, (8.0, 1.6 + 0.42 * (rows[-1].position + 1)))
+    is_split = [_draw_gap(ax, row) for row in rows]
+    _label_rows(ax, rows, lambda dataset: f"log p(x) = {_mean(dataset, 'log_evidence')} nats")
+    # Numbers stand to the right of the bars.
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high + 0.45 * (high - low))
+    ax.axvline(0.0, color="black", linewidth=1.0)
+    ax.set_xlabel("nats lost per datum, below log p(x)")
+    handles = [
+        _patch(_BLUE, "approximation gap (family)"),
+        _patch(_ORANGE, "amortization gap (encoder)"),
+    ]
+    if not all(is_split):
+        handles.append(_patch(_GREY, "gap, not split"))
+    _title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
+    return ax
+
+
+def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
+    """Draw the share of the data whose gap log p(x) - ELBO is below a value, for each guide.
+
+    Args:
+        datasets: a comparison's dataset, or several by name.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax, (6.4, 4.2))
+    named = _named(datasets)
+    guides = list(dict.fromkeys(row.guide for row in _rows(datasets)))
+    colors = {guide: _CYCLE[i % len(_CYCLE)] for i, guide in enumerate(guides)}
+    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(named)}
+    for row in _rows(datasets):
+        gap = np.asarray(row.dataset["log_evidence"] - row.dataset["elbo"].sel(guide=row.guide))
+        gap = np.sort(gap[np.isfinite(gap)])
+        share = np.arange(1, gap.size + 1) / gap.size
+        color, style = colors[row.guide], styles[row.name]
+        ax.step(gap, share, where="post", color=color, linestyle=style)
+    ax.set_ylim(0.0, 1.02)
+    ax.set_xlabel("gap log p(x) − ELBO of a datum [nats]")
+    ax.set_ylabel("share of the data below")
+    ax.grid(alpha=0.3)
+    handles = [_line(color, "-", guide) for guide, color in colors.items()]
+    if len(named) > 1:
+        handles += [_line("black", style, name) for name, style in styles.items()]
+    _title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
+    return ax
+
+
+def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
+    """Draw a histogram of Pareto k-hat for each guide, with the share above 0.7.
+
+    Values outside -0.5 to 1.5, infinite ones among them, are counted at the ends. Data without
+    an estimate are left out and counted beside.
+
+    Args:
+        datasets: a comparison's dataset, or several by name.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024). Pareto smoothed importance sampling.
+        Journal of Machine Learning Research 25(72).
+    """
+    rows = _rows(datasets)
+    ax = _axes(ax, (8.0, 1.6 + 0.6 * (rows[-1].position + 1)))
+    values = [_pareto_k(row) for row in rows]
+    width, low, high = 0.05, -0.5, 1.5  # 0.7 is an edge
+    edges = low + width * np.arange(round((high - low) / width) + 1)
+    shares = [
+        np.histogram(k[~np.isnan(k)].clip(low + width / 2, high - width / 2), edges)[0]
+        / max(1, np.count_nonzero(~np.isnan(k)))
+        for k in values
+    ]
+    tallest = max(float(share.max()) for share in shares) or 1.0
+    colors = [_BLUE if edge < _UNRELIABLE_K - width / 2 else _VERMILION for edge in edges[:-1]]
+    for row, k, share in zip(rows, values, shares, strict=True):
+        bottom = row.position + 0.42
+        # The axis of rows points down, the bars up.
+        ax.bar(edges[:-1], -0.8 * share / tallest, width, bottom, align="edge", color=colors)
+        ax.hlines(bottom, low, high, color="black", linewidth=0.6)
+        known = k[~np.isnan(k)]
+        text = f"{np.mean(known > _UNRELIABLE_K):.1%} above" if known.size else "none known"
+        if known.size < k.size:
+            text += f"\n{k.size - known.size} of {k.size} unknown"
+        ax.text(high + 0.04, row.position + 0.1, text, va="center", fontsize="small")
+    _label_rows(ax, rows, lambda dataset: f"{dataset.sizes['datum']} data")
+    ax.axvline(_UNRELIABLE_K, color="black", linestyle="--", linewidth=1.0)
+    ax.set_xlim(low - width, high + 0.45)
+    ticks = [-0.5, 0.0, 0.5, _UNRELIABLE_K, 1.0, 1.5]
+    ax.set_xticks(ticks, ["≤ −0.5", "0", "0.5", "0.7", "1", "≥ 1.5"])
+    ax.set_xlabel("Pareto k-hat of a datum's importance weights")
+    handles = [
+        _patch(_BLUE, "up to 0.7"),
+        _patch(_VERMILION, "above 0.7: importance estimates are unreliable"),
+    ]
+    _title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
+    return ax
+
+
+def plot_reconstructions(
+    data: np.ndarray,
+    reconstructions: np.ndarray,
+    prior_samples: np.ndarray | None,
+    shape: tuple[int, int],
+    *,
+    num_columns: int = 12,
+    unit: str = "intensity",
+) -> Figure:
+    """Draw data, their reconstructions below them, and samples of the prior, on one grey scale.
+
+    Args:
+        data: [n, H * W].
+        reconstructions: [n, H * W], of the same data in the same order, in the same unit.
+        prior_samples: [m, H * W] in the same unit, or None.
+        shape: (H, W).
+        num_columns: how many of each to draw, from the first.
+        unit: what the grey scale measures.
+
+    Returns:
+        The figure, with one panel for each row of images.
+
+    Raises:
+        ValueError: if an array has another shape, or there are not as many reconstructions as
+            data.
+    """
+    named = {"data": data, "reconstructions": reconstructions, "prior samples": prior_samples}
+    rows = {name: np.asarray(images) for name, images in named.items() if images is not None}
+    height, width = shape
+    for name, images in rows.items():
+        if images.ndim != 2 or images.shape[1] != height * width:
+            raise ValueError(
+                f"{name}: wanted shape [n, {height * width}] for images of {height} x {width}, "
+                f"found {list(images.shape)}"
+            )
+    if len(data) != len(reconstructions):
+        raise ValueError(f"{len(data)} data, but {len(reconstructions)} reconstructions")
+
+    num_columns = min(num_columns, max(map(len, rows.values())))
+    shown = {name: images[:num_columns] for name, images in rows.items()}
+    low = min(float(images.min()) for images in shown.values())
+    high = max(float(images.max()) for images in shown.values())
+    image_size = 0.75
+    figure, panels = _pyplot().subplots(
+        len(shown),
+        1,
+        figsize=(1.6 + image_size * num_columns, 0.6 + image_size * height / width * len(shown)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, (name, images) in zip(panels[:, 0], shown.items(), strict=True):
+        picture = ax.imshow(
+            _strip(images, shape, num_columns), cmap="gray", vmin=low, vmax=high, aspect="equal"
+        )
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    figure.colorbar(picture, ax=panels[:, 0], label=unit, aspect=30)
+    figure.suptitle(", ".join(shown).capitalize())
+    return figure
+
+
+def plot_latents(
+    means: np.ndarray, labels: np.ndarray | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw the posterior means of the data, on their two principal components if L > 2.
+
+    Args:
+        means: [N, L], with L >= 2.
+        labels: [N], a class for each datum, for the colours.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if ``means`` is not [N, L] with N >= 2 and L >= 2, or ``labels`` not [N].
+    """
+    means = np.asarray(means, dtype=float)
+    if means.ndim != 2 or min(means.shape) < 2:
+        raise ValueError(
+            f"means: wanted shape [N, L] with N and L of 2 or more, found {list(means.shape)}"
+        )
+    if labels is not None and np.shape(labels) != (len(means),):
+        raise ValueError(f"labels: wanted shape [{len(means)}], found {list(np.shape(labels))}")
+
+    points, names = _two_dimensions(means)
+    ax = _axes(ax, (6.4, 5.4))
+    dots: dict[str, Any] = {"s": 14, "alpha": 0.8, "linewidths": 0.0}
+    if labels is None:
+        ax.scatter(*points.T, color=_BLUE, **dots)
+    else:
+        labels = np.asarray(labels)
+        classes = np.unique(labels)
+        for color, label in zip(_class_colors(len(classes)), classes, strict=True):
+            ax.scatter(*points[labels == label].T, color=color, label=str(label), **dots)
+        ax.legend(
+            title="label",
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            ncols=1 + (len(classes) - 1) // 20,
+            frameon=False,
+            markerscale=2.0,
+        )
+    # One unit is as long on both axes: distances can be read.
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel(names[0])
+    ax.set_ylabel(names[1])
+    ax.grid(alpha=0.3)
+    ax.set_title("Posterior means of the latents", loc="left")
+    return ax
+
+
+# Estimates
+
+
+class _Estimate(NamedTuple):
+    value: float
+    std_error: float
+
+    def __str__(self) -> str:
+        if _error(self.std_error) is None:
+            return _number(self.value)
+        # To the first digit of the standard error, and never fewer than two decimals.
+        digits = max(2, min(6, -int(np.floor(np.log10(self.std_error)))))
+        return f"{_number(self.value, digits)} ± {_number(self.std_error, digits)}"
+
+
+def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Estimate:
+    """Average over the data; draws of different data are independent."""
+    select = {} if guide is None else {"guide": guide}
+    values = np.asarray(dataset[name].sel(select), dtype=float)
+    if f"{name}_se" not in dataset:
+        return _Estimate(float(values.mean()), np.nan)
+    errors = np.asarray(dataset[f"{name}_se"].sel(select), dtype=float)
+    return _Estimate(float(values.mean()), float(np.sqrt((errors**2).sum()) / errors.size))
+
+
+def _mean_total_gap(dataset: xr.Dataset, guide: str) -> _Estimate:
+    evidence, elbo = _mean(dataset, "log_evidence"), _mean(dataset, "elbo", guide)
+    return _Estimate(
+        evidence.value - elbo.value, float(np.hypot(evidence.std_error, elbo.std_error))
+    )
+
+
+def _pareto_k(row: _Row) -> np.ndarray:
+    return np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), dtype=float)
+
+
+def _two_dimensions(means: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return the points [N, 2] and what their two coordinates are."""
+    if means.shape[1] == 2:
+        return means, ["latent 1", "latent 2"]
+    centered = means - means.mean(axis=0)
+    _, singular, directions = np.linalg.svd(centered, full_matrices=False)
+    total = (singular**2).sum()
+    share = singular**2 / total if total > 0.0 else np.zeros_like(singular)
+    names = [
+        f"principal component {i + 1} of {means.shape[1]} latents ({share[i]:.0%} of the variance)"
+        for i in range(2)
+    ]
+    return centered @ directions[:2].T, names
+
+
+# Several datasets, several guides: a row each
+
+
+class _Row(NamedTuple):
+    position: float
+    name: str
+    dataset: xr.Dataset
+    guide: str
+    is_first: bool
+
+
+def _named(datasets: Datasets) -> dict[str, xr.Dataset]:
+    # A Dataset is a Mapping too, of its variables.
+    if hasattr(datasets, "data_vars"):
+        return {"": cast("xr.Dataset", datasets)}
+    return dict(datasets)
+
+
+def _guides(dataset: xr.Dataset) -> list[str]:
+    return [str(guide) for guide in dataset["guide"].values]
+
+
+def _rows(datasets: Datasets) -> list[_Row]:
+    """Give each guide of each dataset a row, and leave a row for a heading above them."""
+    rows = []
+    position = 0.0
+    for name, dataset in _named(datasets).items():
+        for index, guide in enumerate(_guides(dataset)):
+            position += 1.0
+            rows.append(_Row(position, name, dataset, guide, index == 0))
+        position += 1.0
+    if not rows:
+        raise ValueError("nothing to plot: no dataset, or none with a guide")
+    return rows
+
+
+# Matplotlib
+
+
+def _pyplot() -> ModuleType:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "pyro-vae[plots]"') from error
+    return pyplot
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is None:
+        _, ax = _pyplot().subplots(figsize=size, layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _title_and_legend(
+    ax: Axes, title: str, *, columns: int, handles: Sequence[Artist] | None = None
+) -> None:
+    """Put the legend between the title and the axes, where no data can be."""
+    legend = ax.legend(
+        handles=ax.get_legend_handles_labels()[0] if handles is None else handles,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.2,
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+    )
+    lines = -(-len(legend.get_texts()) // columns)
+    ax.set_title(title, loc="left", pad=8 + 15 * lines)
+
+
+def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str]) -> None:
+    ax.set_yticks([row.position for row in rows], [row.guide for row in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(rows[-1].position + 0.6, -0.1)
+    for row in rows:
+        if row.is_first:
+            heading = describe(row.dataset)
+            ax.text(
+                0.01,
+                row.position - 0.72,
+                f"{row.name}: {heading}" if row.name else heading,
+                transform=ax.get_yaxis_transform(),
+                va="center",
+                fontsize="small",
+                fontweight="bold",
+            )
+
+
+def _draw_gap(ax: Axes, row: _Row) -> bool:
+    """Draw a guide's bar and its numbers; say whether the gap could be split in two."""
+    parts = [
+        (_mean(row.dataset, "approximation_gap", row.guide), _BLUE),
+        (_mean(row.dataset, "amortization_gap", row.guide), _ORANGE),
+    ]
+    is_split = all(np.isfinite(estimate.value) for estimate, _ in parts)
+    if not is_split:
+        parts = [(_mean_total_gap(row.dataset, row.guide), _GREY)]
+    end = rightmost = 0.0
+    for estimate, color in parts:
+        ax.barh(
+            row.position,
+            estimate.value,
+            left=end,
+            xerr=_error(estimate.std_error),
+            height=0.62,
+            color=color,
+            error_kw={"capsize": 3, "elinewidth": 1.0},
+        )
+        end += estimate.value
+        rightmost = max(rightmost, end + (_error(estimate.std_error) or 0.0))
+    ax.annotate(
+        " + ".join(str(estimate) for estimate, _ in parts),
+        (rightmost, row.position),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
+    )
+    return is_split
+
+
+def _draw_curve(
+    ax: Axes, history: Mapping[str, np.ndarray], name: str, label: str, color: str
+) -> None:
+    known = np.isfinite(history[name])
+    epoch, value = history["epoch"][known], history[name][known]
+    # A single epoch makes no line.
+    ax.plot(epoch, value, color=color, label=label, marker="." if epoch.size < 30 else None)
+    if f"{name}_std_error" in history:
+        error = history[f"{name}_std_error"][known]
+        ax.fill_between(epoch, value - error, value + error, color=color, alpha=0.2, linewidth=0)
+
+
+def _limit_history(ax: Axes, elbo: np.ndarray) -> str:
+    """Cut the axis below the first epochs if they would flatten the others, and say so."""
+    elbo = elbo[np.isfinite(elbo)]
+    ax.grid(alpha=0.3)
+    if elbo.size == 0:
+        return ""
+    highest, lowest = elbo.max(), elbo.min()
+    bottom = highest - 2.0 * (highest - np.quantile(elbo, 0.15))
+    if lowest >= bottom or bottom >= highest:
+        return ""
+    ax.set_ylim(bottom, highest + 0.06 * (highest - bottom))
+    return f"the ELBO axis is cut; its lowest value is {_number(lowest)} nats"
+
+
+def _strip(images: np.ndarray, shape: tuple[int, int], num_columns: int) -> np.ndarray:
+    """Lay images [n, H * W] side by side, with gaps of nan, which are drawn blank."""
+    height, width = shape
+    gap = max(1, width // 12)
+    strip = np.full((height, num_columns * (width + gap) - gap), np.nan)
+    for i, image in enumerate(images):
+        left = i * (width + gap)
+        strip[:, left : left + width] = image.reshape(height, width)
+    return strip
+
+
+def _class_colors(number: int) -> Sequence[Any]:
+    if number <= len(_TEN):
+        return _TEN[:number]
+    # So many can be ordered, not told apart.
+    colors: Sequence[Any] = _pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, number))
+    return colors
+
+
+def _line(color: str, style: Any, label: str) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linestyle=style, label=label)
+
+
+def _patch(color: str, label: str) -> Patch:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=label)
+
+
+def _error(std_error: float) -> float | None:
+    return std_error if np.isfinite(std_error) and std_error > 0.0 else None
+
+
+def _number(value: float, digits: int = 2) -> str:
+    # A minus sign as on the ticks, and no "-0.00".
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")

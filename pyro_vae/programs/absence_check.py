@@ -1,0 +1,110 @@
+"""Whether a latent that the model masks everywhere is absent, or has a flat prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.programs.masks import mask_of
+from pyro_vae.programs.plain_errors import trace_of
+from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.state import Look, preserved_rng
+from pyro_vae.programs.structure import latent_nodes, sample_nodes
+from pyro_vae.programs.traces import GiveValues, site_log_prob
+
+__all__ = ["check_absent"]
+
+# Of other draws than those of the guide, which may be the same function of the random state.
+_SEED = 5419351
+
+
+def check_absent(model: Callable[..., Any], model_trace: Any, args: Any, kwargs: Any) -> None:
+    """Raise ValueError where densities depend on a latent that the model masks everywhere.
+
+    A masked latent counts as one that is not there, and its proposal's density is left out as
+    well. That is right where nothing depends on the draw. A mask of all of a site on which
+    something depends stands for an improper flat prior: the entropy of the proposal would be
+    missing from the bound, and a guide that is trained by it would shrink to a point.
+
+    Args:
+        model: a Pyro model.
+        model_trace: of the model under its guide, with masks lifted to sites.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+    """
+    changed = {
+        name: value
+        for name, node in latent_nodes(model_trace)
+        if (value := _drawn_anew(node)) is not None
+    }
+    if not changed:
+        return
+    given = {  # the subsamples of plates among them
+        name: node["value"]
+        for name, node in model_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+    with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        before, after = (
+            _terms(model, model_trace, {**given, **some}, args, kwargs) for some in ({}, changed)
+        )
+    if look.error is not None:
+        return
+    for name, term in before.items():
+        if name not in after or (gap := _gap(term, after[name])) == 0:
+            continue
+        raise ValueError(
+            f"the density of site {name!r} depends on draws of {sorted(changed)} that the model "
+            f"masks everywhere (it changes by {gap:.3g} nats). A latent that is masked counts as "
+            "one that is not there, and its proposal is left out too; a mask that stands for a "
+            "flat prior has no evidence to bound. Give the site a proper prior, however wide; mask "
+            "what depends on it as well; or train with pyro.infer.Trace_ELBO, which CompiledSVI "
+            "takes"
+        )
+
+
+def _drawn_anew(node: Any) -> Tensor | None:
+    """Return another draw of a latent that is masked everywhere; None for other latents."""
+    mask = mask_of(node)
+    if mask is None or bool(torch.as_tensor(mask).any()):
+        return None
+    value = node["value"]
+    with Look() as look, torch.no_grad(), preserved_rng(value.device):
+        torch.manual_seed(_SEED)
+        other = node["fn"].sample().expand_as(value)
+    return None if look.error is not None or torch.equal(other, value) else other
+
+
+def _terms(
+    model: Callable[..., Any], model_trace: Any, values: dict[str, Tensor], args: Any, kwargs: Any
+) -> dict[str, Tensor]:
+    """Return the log density of each site, masked, of the model run with these values."""
+    kept = {
+        name: preimage
+        for name, value in values.items()
+        if value is model_trace.nodes[name]["value"]
+        and (preimage := preimage_of(model_trace.nodes[name])) is not None
+    }
+    device = next(iter(values.values())).device
+    with preserved_rng(device):
+        trace = trace_of(GiveValues(values, kept)(model), args, kwargs)
+    return {
+        name: site_log_prob(name, node, scaled=False)
+        for name, node in sample_nodes(trace)
+        if not node["infer"].get("_deterministic")
+    }
+
+
+def _gap(before: Tensor, after: Tensor) -> float:
+    """Return by how much a log density changes beyond rounding; 0 where it does not."""
+    if before.shape != after.shape:
+        return math.inf
+    tolerance = 1e-9 if before.dtype == torch.float64 else 1e-4
+    close = torch.isclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return float((before - after)[~close].abs().max()) if not bool(close.all()) else 0.0

@@ -1,0 +1,349 @@
+"""What a batch is: tensors whose first dimension is the datum, and how to take rows of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_vae.programs.readers import read_all
+
+__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "dtypes_told", "rows_text"]
+
+# How many offending rows an error message lists, and how many arguments.
+_ROWS_SHOWN = 5
+_ARGUMENTS_SHOWN = 8
+# Of PyTorch's errors for operands of different dtypes.
+_DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type", "not implemented for")
+# NumPy's kinds of numbers: booleans, integers, floating point, complex.
+_NUMBERS = "biufc"
+
+
+@runtime_checkable
+class EpochData(Protocol):
+    """Data that are drawn anew for each epoch, for example binarized images."""
+
+    def epoch(self, generator: torch.Generator) -> Any:
+        """Return this epoch's batch (tensor, tuple or mapping) of all the data."""
+        ...
+
+
+@runtime_checkable
+class StepData(Protocol):
+    """Data of which each step draws values of its own, for example binarized images.
+
+    What they are drawn from stays where it is, and the drawing is part of the recorded step.
+    """
+
+    @property
+    def source(self) -> Any:
+        """What minibatches are rows of: a tensor, tuple or mapping."""
+        ...
+
+    def draw(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what model and guide get (tensor, tuple or mapping) of a minibatch.
+
+        By tensor operations, and PyTorch's global random numbers.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of model and guide: ``model(*args, **kwargs)``.
+
+    A tensor with at least one dimension holds a row per datum. Anything else
+    (a flag, a 0-dimensional tensor, None) is handed on as it is.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        has_rows: False where nothing is known to have a row per datum: all is handed on whole.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    has_rows: bool = True
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, int] = {}
+        for name, value in self._named():
+            _check_kind(name, value)
+            if self._is_rows(value):
+                sizes[name] = value.shape[0]
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
+            raise ValueError(
+                f"the tensors of a batch need the same first dimension, the datum: {found}. Let "
+                "the model hold what is not a row per datum"
+            )
+        if 0 in sizes.values():
+            raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
+
+    def __str__(self) -> str:
+        told = [
+            f"{name}: {value.dtype} of shape {list(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{name}: {_short(value)}"
+            for name, value in self._named()
+        ]
+        more = len(told) - _ARGUMENTS_SHOWN
+        if more > 0:
+            told[_ARGUMENTS_SHOWN:] = [
+                f"and {more} more (a list is taken to be the model's arguments; if its entries are "
+                "rows, pass torch.stack or torch.tensor of it)"
+            ]
+        return "a batch of " + ", ".join(told)
+
+    @property
+    def size(self) -> int | None:
+        """Number of data; None where no tensor has rows (the model closes over its data)."""
+        for _, value in self._named():
+            if self._is_rows(value):
+                return int(value.shape[0])
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor with rows; the CPU where there is none."""
+        for _, value in self._named():
+            if _has_dimensions(value):
+                return value.device
+        return torch.device("cpu")
+
+    def rows(self, index: slice | Tensor) -> Batch:
+        """Return the batch of these data."""
+        if isinstance(index, Tensor) and index.device != self.device:
+            index = index.to(self.device)
+        return self._map(lambda value: value[index])
+
+    def fingerprints(self, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Return a number for each datum that tells it from others, and its length, [N] each.
+
+        A projection on a fixed random direction: two data that are apart by a share of their length
+        have numbers apart by about that; of another dtype or device they are nearly the same.
+
+        Args:
+            whole: whether all is one datum, so that N is 1.
+        """
+        size = 1 if whole else self.size or 0
+        number = torch.zeros(size, dtype=torch.float64)
+        square = torch.zeros(size, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        for _, value in self._named():
+            if not (_has_dimensions(value) if whole else self._is_rows(value)):
+                continue
+            plain = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+            plain = torch.view_as_real(plain) if plain.is_complex() else plain
+            rows = plain.reshape(size, plain.numel() // size).to("cpu", torch.float64)
+            direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+            # A missing value is unlike any number.
+            rows = torch.nan_to_num(rows, nan=-1 / 3, posinf=1e30, neginf=-1e30)
+            number += rows @ direction
+            square += rows.square().sum(1)
+        return number, square.sqrt()
+
+    def repeat(self, times: int) -> Batch:
+        """Return the batch with its data repeated, all of them once, then all again."""
+        return self._map(lambda value: value.repeat(times, *[1] * (value.ndim - 1)))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device."""
+        return self._map(lambda value: value.to(device))
+
+    def check_finite(self, *, missing: bool = False) -> None:
+        """Raise ValueError, naming argument and rows, if there are NaN or infinite values.
+
+        Args:
+            missing: whether NaN is allowed, as a missing value.
+        """
+        for name, value in self._named():
+            if not _has_dimensions(value) or not (value.is_floating_point() or value.is_complex()):
+                continue
+            by_row = value.reshape(value.shape[0], math.prod(value.shape[1:]))
+            bad = (by_row.isinf() if missing else ~by_row.isfinite()).any(1)
+            if bool(bad.any()):
+                what = "infinite values" if missing else "NaN or infinite values"
+                raise ValueError(
+                    f"{name} of the batch holds {what} in {rows_text(bad)}; remove them, or mark "
+                    "them as missing: NaN in observed values is, for pyro_vae.MissingData(model)"
+                )
+
+    def _named(self) -> list[tuple[str, Any]]:
+        positional = [(f"argument {i}", value) for i, value in enumerate(self.args)]
+        return positional + [(f"argument {name!r}", value) for name, value in self.kwargs.items()]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def apply(value: Any) -> Any:
+            return function(value) if self._is_rows(value) else value
+
+        return Batch(
+            tuple(apply(value) for value in self.args),
+            {name: apply(value) for name, value in self.kwargs.items()},
+            self.has_rows,
+        )
+
+    def _is_rows(self, value: Any) -> bool:
+        return self.has_rows and _has_dimensions(value)
+
+
+def as_batch(*batch: Any) -> Batch:
+    """Return the Batch of what a user passes: tensors, one tuple of them, or one mapping.
+
+    NumPy arrays, pandas Series and frames become tensors of their dtype.
+
+    Args:
+        *batch: the arguments of the model; or a single tuple or list of them; or a
+            single mapping from the model's argument names to them; or a torch Dataset, of
+            which all rows are read.
+
+    Raises:
+        TypeError: for arrays that do not hold numbers, sparse ones, iterators, and a list of
+            plain numbers.
+        ValueError: for tensors of different first dimension, or of none.
+
+    Example:
+        >>> import torch
+        >>> as_batch(torch.zeros(3, 2)).size, as_batch({"x": torch.zeros(4)}).size
+        (3, 4)
+    """
+    if len(batch) == 1:
+        (only,) = batch
+        if isinstance(only, Batch):
+            return only
+        if isinstance(only, (Dataset, DataLoader)):
+            only = read_all(only)
+        if isinstance(only, Mapping):
+            named = {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
+            return _without_lists(Batch((), named))
+        if isinstance(only, (tuple, list)):
+            batch = tuple(only)
+            # A model of as many plain numbers is not met; a column of data in a list is.
+            if len(batch) > 1 and all(isinstance(value, (int, float)) for value in batch):
+                raise TypeError(
+                    f"the batch is a {type(only).__name__} of {len(batch)} numbers, which would be "
+                    "as many arguments of the model; pass torch.tensor(...) of it"
+                )
+        else:
+            batch = (only,)
+    tensors = tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(batch))
+    return _without_lists(Batch(tensors, {}))
+
+
+def _without_lists(batch: Batch) -> Batch:
+    """Return a batch; raise TypeError for a list that would be passed whole with some rows."""
+    size = batch.size
+    for name, value in batch._named():
+        if isinstance(value, (list, range)) and len(value) == size and size > 1:
+            raise TypeError(
+                f"{name} of the batch is a {type(value).__name__} of {size} entries beside tensors "
+                f"of {size} rows, of which no minibatch can be taken; pass torch.tensor(...) of "
+                "it, or, if it is no row per datum, a tuple"
+            )
+    return batch
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return the tensor of an array or a column or frame of a table; other values as they are."""
+    if isinstance(value, (Tensor, np.generic)):
+        return value
+    what = type(value).__name__
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} of the batch is a masked array, whose mask would be lost; pass "
+            "x.filled(numpy.nan) with pyro_vae.MissingData(model)"
+        )
+    if not isinstance(value, np.ndarray):
+        if not hasattr(value, "to_numpy"):
+            return value
+        value = value.to_numpy()
+    if value.ndim == 0:
+        return value
+    if value.dtype.kind not in _NUMBERS:
+        raise TypeError(
+            f"{name} of the batch is a {what} of dtype {value.dtype}, where numbers of one type "
+            "are needed; select the numeric columns, and give missing entries as NaN"
+        )
+    if value.dtype.kind == "u" and value.dtype.itemsize > 1:
+        value = value.astype(np.int64)  # PyTorch does not calculate with these
+    if not value.flags.writeable or not value.dtype.isnative or min(value.strides) < 0:
+        value = value.astype(value.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(value)
+
+
+def arguments(args: Any, kwargs: Any) -> Batch:
+    """Return the Batch of a call's arguments; without rows where their first dimensions differ."""
+    tensors = (*args, *kwargs.values())
+    sizes = {value.shape[0] for value in tensors if _has_dimensions(value)}
+    return Batch(tuple(args), kwargs, len(sizes) < 2)
+
+
+def rows_text(bad: Tensor) -> str:
+    """Return 'rows 3, 17 (2 of 100)' for a boolean tensor [N]."""
+    index = torch.nonzero(bad).flatten().tolist()
+    shown = ", ".join(str(i) for i in index[:_ROWS_SHOWN])
+    more = ", ..." if len(index) > _ROWS_SHOWN else ""
+    return f"rows {shown}{more} ({len(index)} of {bad.shape[0]})"
+
+
+@contextlib.contextmanager
+def dtypes_told(args: Any, kwargs: Any) -> Iterator[None]:
+    """Say what to do where operands of different dtypes meet inside the context.
+
+    Args:
+        args: of what is run inside.
+        kwargs: likewise.
+
+    Raises:
+        TypeError: in the place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in _DTYPE_WORDS):
+            raise
+        named = Batch(tuple(args), kwargs, has_rows=False)._named()
+        told = ", ".join(f"{n} is {v.dtype}" for n, v in named if isinstance(v, Tensor))
+        raise TypeError(
+            f"{text}. Of the batch, {told or 'nothing is a tensor'}, and a network takes the dtype "
+            "of its parameters, float32 unless you changed it: pass x.float(); or make the "
+            "networks double, model.double() and guide.double(), for data in float64"
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:36]} ..."
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Raise TypeError for what no rows can be taken of as of a tensor."""
+    sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    if sparse or (hasattr(value, "tocsr") and hasattr(value, "toarray")):
+        what = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+        dense = "x.to_dense()" if isinstance(value, Tensor) else "torch.as_tensor(x.toarray())"
+        raise TypeError(
+            f"{name} of the batch is sparse ({what}), and rows are taken of dense tensors alone; "
+            f"pass {dense}. In pyro_vae.fit, where that is too large, pass an object whose source "
+            "is torch.arange(num_data) and whose draw(index) returns these rows, as "
+            "coo.index_select(0, index).to_dense() does"
+        )
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it")
+    if hasattr(value, "__next__"):
+        raise TypeError(
+            f"{name} of the batch is an iterator ({type(value).__name__}), which can be read once; "
+            "pass tensors, or to pyro_vae.fit a torch IterableDataset or DataLoader"
+        )
+
+
+def _has_dimensions(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0

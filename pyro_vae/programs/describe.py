@@ -1,0 +1,109 @@
+"""A table of a model's sites, to print or to see in a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.structure import DataPlateError, Site, check_stable, inspect, run_model
+
+__all__ = ["Description", "describe"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A table of a model's sites; prints, and renders in a notebook.
+
+    Attributes:
+        rows: one mapping per site: site, kind, distribution, support, batch_shape,
+            event_shape, plates; and left_out, where a mask leaves out values, how many.
+        data_plate: the name of the data plate, or None.
+        note: what could not be told, or which discrete latents need no guide, or an empty
+            string.
+    """
+
+    rows: tuple[Mapping[str, str], ...]
+    data_plate: str | None
+    note: str
+
+    def __repr__(self) -> str:
+        columns = list(self.rows[0]) if self.rows else []
+        widths = [max(len(c), *(len(row[c]) for row in self.rows)) for c in columns]
+        lines = [columns, *([row[c] for c in columns] for row in self.rows)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, self._footer()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in (self.rows[0] if self.rows else ()))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><tr>{head}</tr>{body}</table><p>{html.escape(self._footer())}</p>"
+
+    def _footer(self) -> str:
+        plate = "none" if self.data_plate is None else repr(self.data_plate)
+        return f"data plate: {plate}" + (f" ({self.note})" if self.note else "")
+
+
+def describe(
+    model: Callable[..., Any], *batch: Any, data_plate: str | bool | None = None
+) -> Description:
+    """Return a table of a model's sites.
+
+    Args:
+        model: a Pyro model.
+        *batch: its arguments; a minibatch is enough.
+        data_plate: as in :func:`inspect`.
+
+    Returns:
+        A Description. Where the data plate cannot be told the table says why, and
+        latent sites are shown as "latent".
+
+    Raises:
+        ValueError: for NaN in the batch, for observed values outside their support, and for
+            sites that are others, or of another shape, in another run.
+    """
+    note = ""
+    try:
+        structure = inspect(model, *batch, data_plate=data_plate)
+        check_stable(model, as_batch(*batch), structure, runs=5)
+        sites, plate = structure.sites, structure.data_plate
+        local = structure.local_latents if plate else structure.global_latents
+        if discrete := [site.name for site in local if site.enumerable]:
+            note = f"discrete {discrete}: summed out where no guide proposes them"
+    except DataPlateError as error:
+        sites, *_ = run_model(model, as_batch(*batch))
+        plate, note = None, str(error)
+    rows = tuple(
+        {
+            "site": site.name,
+            "kind": site.kind,
+            "distribution": site.distribution,
+            "support": site.support_text,
+            "batch_shape": str(tuple(site.batch_shape)),
+            "event_shape": str(tuple(site.event_shape)),
+            "plates": ", ".join(
+                f"{p.name}[{p.size}{'' if p.size == p.full_size else f' of {p.full_size}'}]"
+                for p in site.plates
+            ),
+            "left_out": _left_out(site),
+        }
+        for site in sites.values()
+    )
+    if not any(row["left_out"] for row in rows):
+        for row in rows:
+            del row["left_out"]
+    return Description(rows, None if plate is None else plate.name, note)
+
+
+def _left_out(site: Site) -> str:
+    """Say how many of a site's values masks leave out; "" for none."""
+    count = int(site.left_out.sum())
+    return f"{count} of {site.left_out.numel()}" if count else ""

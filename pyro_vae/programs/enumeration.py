@@ -1,0 +1,516 @@
+"""Discrete latents that no guide proposes, enumerated to be summed out exactly.
+
+The model runs once with every value of these sites side by side, in dimensions left of the
+plates (Pyro's parallel enumeration). Its log densities are then factors, from which the
+sites are eliminated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.ops.indexing import Vindex
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR
+from torch import Tensor
+
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.elimination import Axis, Factor, Variable, eliminate, to_plates
+from pyro_vae.programs.handlers import same_scale, scale_parts
+from pyro_vae.programs.plain_errors import text_of
+from pyro_vae.programs.structure import (
+    Plate,
+    is_enumerable,
+    latent_nodes,
+    plain_distribution,
+    sample_nodes,
+)
+
+__all__ = [
+    "Conditional",
+    "conditionals",
+    "contract",
+    "draw",
+    "enumerated",
+    "marginals",
+    "plate_dims",
+    "scaled_by",
+    "site_factor",
+    "summed_out",
+    "support_of",
+    "unmasked_log_prob",
+    "variables_of",
+    "with_placeholder",
+]
+
+
+def summed_out(
+    model_trace: Any, guide_trace: Any | None = None, *, data_plate: str | None = None
+) -> tuple[str, ...]:
+    """Return the names of the model's latent sites that are summed out, in its order.
+
+    They are the discrete sites of finite support that the guide does not propose.
+
+    Args:
+        model_trace: a run of the model, enumerated or not.
+        guide_trace: a run of the guide; None for a guide that proposes nothing.
+        data_plate: the plate of the data, where there is one.
+
+    Raises:
+        ValueError: for other sites that the guide does not propose, and for sites outside
+            the data plate, which all data share.
+    """
+    proposed = (
+        set()
+        if guide_trace is None
+        else {
+            name
+            for name, node in latent_nodes(guide_trace)
+            if not node["infer"].get("is_auxiliary")
+        }
+    )
+    names = []
+    for name, node in latent_nodes(model_trace):
+        if name in proposed:
+            continue
+        if not is_enumerable(node["fn"]):
+            raise ValueError(
+                f"no guide proposes the latent site {name!r} "
+                f"({type(plain_distribution(node['fn'])).__name__}); only discrete sites of "
+                "finite support are summed out"
+            )
+        plates = {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+        if data_plate is not None and data_plate not in plates:
+            raise ValueError(
+                f"no guide proposes the latent site {name!r}, and it lies outside the data plate "
+                f"{data_plate!r}: summed out, it would couple all data. Condition the model on a "
+                "value, propose it, or pass data_plate=False to treat the batch as one datum"
+            )
+        names.append(name)
+    return tuple(names)
+
+
+def enumerated(
+    model: Callable[..., Any],
+    names: Iterable[str],
+    first_available_dim: int,
+    expand: Container[str] = (),
+) -> Callable[..., Any]:
+    """Return the model with just these sites enumerated in parallel.
+
+    Whatever the user wrote in ``infer={"enumerate": ...}`` does not count, but "expand". Sites
+    that a replay gives a value must not be among the names. A replay goes outside of this
+    (``replay(enumerated(model, ...), trace)``), a plate of particles inside.
+
+    Args:
+        model: a Pyro model.
+        names: the sites to enumerate.
+        first_available_dim: the first dimension left of all plates, the particles' too:
+            -1 - nesting.
+        expand: those whose values have the full shape of their plates, as those of which the
+            program itself says so.
+    """
+    wanted = frozenset(names)
+
+    @functools.wraps(model, assigned=(), updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Pyro's allocator of dimensions is one for all: an enumeration around this one,
+        # as of a guide that asks its model for a posterior, must find it as it was.
+        saved = dict(vars(_ENUM_ALLOCATOR))
+        try:
+            with EnumMessenger(first_available_dim), _Mark(wanted, expand):
+                return model(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            # Not a note: Pyro's trace makes an exception of its own, of this type and text.
+            raise type(error)(
+                f"{text_of(error)}\nThis happened while {sorted(wanted)} are summed out: all their "
+                "values run at once, in a dimension left of the plates, over which the model must "
+                "broadcast (index with them; no Python if). Or propose them in the guide"
+            ) from error
+        finally:
+            vars(_ENUM_ALLOCATOR).clear()
+            vars(_ENUM_ALLOCATOR).update(saved)
+
+    return run
+
+
+def with_placeholder(guide: Callable[..., Any], plate: Plate | None) -> Callable[..., Any]:
+    """Return a guide that proposes nothing, with an auxiliary site that is always zero.
+
+    It gives each particle and datum a draw, of density one, to be counted by.
+
+    Args:
+        guide: a guide without latent sites.
+        plate: the data plate; None for one datum.
+    """
+
+    @functools.wraps(guide, assigned=(), updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = guide(*args, **kwargs)
+        batch = Batch(args, kwargs)
+        nothing = dist.Delta(torch.zeros((), device=batch.device))
+        with contextlib.ExitStack() as stack:
+            if plate is not None:
+                size = plate.size if batch.size is None else batch.size
+                with poutine.block(hide=[plate.name]):
+                    data = pyro.plate(plate.name, size, dim=plate.dim)
+                stack.enter_context(data)
+            pyro.sample("_no_proposal", nothing, infer={"is_auxiliary": True})
+        return result
+
+    return run
+
+
+class _Mark(Messenger):
+    """Marks the named sites, and no other, for parallel enumeration over all their values."""
+
+    def __init__(self, names: frozenset[str], expand: Container[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.expand = expand
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own = ("enumerate", "expand", "num_samples", "tmc")
+        infer = {key: value for key, value in msg["infer"].items() if key not in own}
+        if msg["name"] in self.names:
+            expand = msg["name"] in self.expand or msg["infer"].get("expand", False)
+            infer.update(enumerate="parallel", expand=expand)
+        msg["infer"] = infer
+
+
+def contract(
+    trace: Any,
+    log_probs: Mapping[str, Tensor],
+    nesting: int,
+    given: Mapping[str, int] | None = None,
+) -> dict[tuple[str, ...], Tensor]:
+    r"""Sum the enumerated sites out of a trace's log densities, exactly.
+
+    .. math:: \log \sum_c p(c) \prod_i p(x_i | c)
+
+    Differentiable. A plate that every site of a group is in is kept, one that only some
+    are in is a product inside the sum. A mask on an enumerated site counts for nothing:
+    summed out, such a site is not there. So does a density of zero, for the gradient.
+
+    Args:
+        trace: of the model, run by :func:`enumerated`.
+        log_probs: log densities of some of its sites, by name: masked, not scaled, as
+            ``fn.log_prob(value)`` shapes them (enumerated dimensions left of the plates).
+            With just the latent sites among them, the result is their marginal density.
+        nesting: plate dimensions, the particles' too: those on the left are enumerated.
+        given: sites whose values lie side by side too, and are not summed over (proposals that
+            a guide enumerates), with their dimensions, which count among ``nesting``.
+
+    Returns:
+        Groups of sites to tensors without enumerated dimensions, of at most ``nesting``
+        dimensions, aligned at the right as the plates are. A site that no enumerated one
+        touches is a group of its own, and its tensor is what was given; sites connected
+        by enumerated ones are one group, among them those ones.
+
+    Raises:
+        ValueError: for a model whose sum is not a product over plates (sites in plates
+            that are not nested), naming the sites.
+    """
+    given = given or {}
+    variables = variables_of(trace, given)
+    nodes = dict(sample_nodes(trace))
+    result: dict[tuple[str, ...], Tensor] = {}
+    factors = []
+    for name, log_prob in log_probs.items():
+        factor = site_factor(name, nodes[name], log_prob, nesting, variables, given)
+        if factor.enum_axes:
+            factors.append(factor)
+        else:
+            extra = max(0, log_prob.ndim - nesting)
+            result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
+    rest, _ = eliminate(factors, variables)
+    dims = {**plate_dims(nodes.values()), **{_given(name): dim for name, dim in given.items()}}
+    for factor in rest:
+        names = tuple(name for name in nodes if name in factor.sites)
+        result[names] = to_plates(factor, dims)
+    return result
+
+
+def scaled_by(trace: Any, group: Sequence[str], given: Container[str] = ()) -> str:
+    """Return the site of a group whose scale (subsampling, poutine.scale) the group has.
+
+    A discrete site that is summed out has no term of its own to weigh, so KL warm-up
+    (:class:`pyro_vae.programs.handlers.LatentScale`) may have left it with another scale than the
+    rest.
+
+    Args:
+        trace: of the model.
+        group: of its sites.
+        given: as in :func:`contract`.
+
+    Raises:
+        ValueError: where the scales differ else: the scale stands outside the sum over the
+            discrete values, and so must be one for all.
+    """
+    nodes = {name: trace.nodes[name] for name in group}
+    summed = {
+        name
+        for name, node in nodes.items()
+        if "_enumerate_dim" in node["infer"] and name not in given
+    }
+    chosen = next((name for name in group if name not in summed), group[0])
+    wanted = nodes[chosen]["scale"]
+    for name, node in nodes.items():
+        (scale, factor), (theirs, their_factor) = map(scale_parts, (node, nodes[chosen]))
+        equal = factor is their_factor and same_scale(scale, theirs)
+        if name in summed and not equal:
+            before = node["infer"].get("_unscaled", node["scale"])
+            equal = their_factor is None and same_scale(before, theirs)
+        if not equal:
+            raise ValueError(
+                f"the sites {list(group)} are connected by discrete latents that are summed out, "
+                f"but their scales differ ({chosen!r}: {wanted}, {name!r}: {node['scale']}): a "
+                "scale cannot stand inside the sum. Give them one poutine.scale, subsample only "
+                "plates that hold them all, and warm up without such latents"
+            )
+    return chosen
+
+
+def unmasked_log_prob(node: Any) -> Tensor:
+    """Return the log density of a discrete site, as if no mask were on it."""
+    fn = node["fn"]
+    while _is_masked(fn):
+        fn = fn.base_dist
+    return fn.log_prob(node["value"])
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """The exact posterior of one discrete site, given those before it and all else.
+
+    Attributes:
+        name: the site.
+        fn: the model's distribution, in the enumerated run.
+        frames: the plates it is in, as in Pyro's cond_indep_stack.
+        scale: the model's scale on it (subsampling, poutine.scale).
+        mask: the model's mask on it.
+        parents: the sites before it that it depends on.
+        logits: normalized, ``[*plates, *parents, values]``.
+        support: its values, ``[values, *event]``.
+    """
+
+    name: str
+    fn: Any
+    frames: tuple[Any, ...]
+    scale: Any
+    mask: Tensor | bool | None
+    parents: tuple[str, ...]
+    logits: Tensor
+    support: Tensor
+
+    def given(self, indices: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits for values of its parents.
+
+        Args:
+            indices: site to the indices of its values, of any shape that broadcasts
+                with the plates.
+        """
+        if not self.parents:
+            return self.logits
+        index = tuple(indices[parent].long() for parent in self.parents)
+        return Vindex(self.logits)[(Ellipsis, *index, slice(None))]
+
+
+def conditionals(
+    trace: Any, log_probs: Mapping[str, Tensor], nesting: int
+) -> tuple[Conditional, ...]:
+    """Return the posterior of the enumerated sites as a chain of conditionals.
+
+    Sites of outer plates come first, then the model's order; their product is the joint
+    posterior.
+
+    Args:
+        trace: of the model, run by :func:`enumerated`.
+        log_probs: as in :func:`contract`, of all sites.
+        nesting: as in :func:`contract`.
+
+    Raises:
+        ValueError: as :func:`contract`.
+    """
+    variables = variables_of(trace)
+    nodes = dict(sample_nodes(trace))
+    factors = [
+        site_factor(name, nodes[name], log_prob, nesting, variables)
+        for name, log_prob in log_probs.items()
+    ]
+    touched = [factor for factor in factors if factor.enum_axes]
+    _, tables = eliminate(touched, variables, conditionals=True)
+    dims = plate_dims(nodes.values())
+    chain = []
+    for variable, table in reversed(tables):
+        rank = {axis: number for number, axis in enumerate(variables)}
+        parents = sorted(table.enum_axes - {variable.axis}, key=rank.__getitem__)
+        fn = nodes[variable.name]["fn"]
+        chain.append(
+            Conditional(
+                name=variable.name,
+                fn=fn,
+                frames=variable.frames,
+                scale=nodes[variable.name]["scale"],
+                mask=nodes[variable.name]["mask"],
+                parents=tuple(variables[axis].name for axis in parents),
+                logits=to_plates(table, dims, (*parents, variable.axis)),
+                support=support_of(fn),
+            )
+        )
+    return tuple(chain)
+
+
+def draw(chain: Sequence[Conditional]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw the sites of a chain of conditionals jointly.
+
+    Returns:
+        Site to value, ``[*plates, *event]``, and to the log probability of that value,
+        ``[*plates]``.
+    """
+    indices: dict[str, Tensor] = {}
+    values, log_probs = {}, {}
+    for conditional in chain:
+        logits = conditional.given(indices)
+        index = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
+        indices[conditional.name] = index
+        values[conditional.name] = conditional.support[index]
+        log_probs[conditional.name] = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    return values, log_probs
+
+
+def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
+    """Return the posterior probabilities of each enumerated site, ``[*plates, values]``.
+
+    They are the derivatives of the log evidence by the log prior of each value.
+
+    Args:
+        trace: of the model, run by :func:`enumerated`.
+        log_probs: as in :func:`contract`, of all sites.
+        nesting: as in :func:`contract`.
+    """
+    variables = variables_of(trace)
+    nodes = dict(sample_nodes(trace))
+    dims = plate_dims(nodes.values())
+    with torch.enable_grad():
+        factors = {
+            name: site_factor(name, nodes[name], log_prob.detach(), nesting, variables)
+            for name, log_prob in log_probs.items()
+        }
+        own = {v.name: v for v in variables.values()}
+        for name in own:
+            # A contiguous leaf: an expanded one would hold several entries in one.
+            factor = factors[name]
+            leaf = factor.tensor.detach().clone().requires_grad_()
+            factors[name] = Factor(factor.axes, leaf, factor.sites)
+        rest, _ = eliminate([f for f in factors.values() if f.enum_axes], variables)
+        evidence = torch.stack([factor.tensor.sum() for factor in rest]).sum()
+        gradients = torch.autograd.grad(evidence, [factors[name].tensor for name in own])
+    result = {}
+    for (name, variable), gradient in zip(own.items(), gradients, strict=True):
+        factor = Factor(factors[name].axes, gradient, frozenset())
+        for axis in factor.enum_axes - {variable.axis}:
+            factor = factor.reduce(axis)
+        result[name] = to_plates(factor, dims, (variable.axis,))
+    return result
+
+
+def variables_of(trace: Any, given: Container[str] = ()) -> dict[Axis, Variable]:
+    """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
+    found = []
+    for name, node in latent_nodes(trace):
+        dim = node["infer"].get("_enumerate_dim")
+        if dim is not None and name not in given:
+            axis = ("enum", node["infer"]["_dim_to_id"][dim])
+            found.append(Variable(name, axis, _frames(node)))
+    return {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
+
+
+def _frames(node: Any) -> tuple[Any, ...]:
+    return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def plate_dims(nodes: Iterable[Any]) -> dict[str, int]:
+    """Return the dimension of each vectorized plate, by its name."""
+    return {frame.name: frame.dim for node in nodes for frame in _frames(node)}
+
+
+def _given(name: str) -> str:
+    return f"values of {name}"
+
+
+def site_factor(
+    name: str,
+    node: Any,
+    log_prob: Tensor,
+    nesting: int,
+    variables: Mapping[Axis, Variable],
+    given: Mapping[str, int] | None = None,
+) -> Factor:
+    """Return a site's log density with its axes named.
+
+    Batch dimensions in no plate are added up: without a plate they are one event.
+    """
+    given = given or {}
+    own = None if name in given else node["infer"].get("_enumerate_dim")
+    side_by_side = {dim: site for site, dim in given.items()}
+    if own is not None and (node["mask"] is not None or _is_masked(node["fn"])):
+        log_prob = unmasked_log_prob(node)
+    frames = {frame.dim: frame for frame in _frames(node)}
+    ids = node["infer"].get("_dim_to_id", {})
+    depth = max([log_prob.ndim, *(-dim for dim in frames)])
+    tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
+    axes: list[Axis] = []
+    shape = []
+    events = []
+    for place, size in enumerate(tensor.shape):
+        dim = place - depth
+        if dim in frames:
+            axes.append(("plate", frames[dim].name))
+            shape.append(frames[dim].size if size == 1 and frames[dim].size > 0 else size)
+        elif dim in side_by_side and size > 1:
+            axes.append(("given", _given(side_by_side[dim])))
+            shape.append(size)
+        elif dim in ids and ("enum", ids[dim]) in variables and (size > 1 or dim == own):
+            axes.append(("enum", ids[dim]))
+            shape.append(size)
+        elif size == 1 or (dim >= -nesting and own is None):
+            events.append(place)
+            shape.append(size)
+        else:
+            raise ValueError(
+                f"site {name!r}: its log density has shape {list(log_prob.shape)}, whose "
+                f"dimension {dim} of size {size} is no plate's. Put the site in a plate, or make "
+                "it one event with .to_event(...)"
+            )
+    tensor = tensor.expand(shape)
+    if events:
+        tensor = tensor.sum(events)
+    factor = Factor(tuple(axes), tensor, frozenset([name]))
+    for axis in factor.enum_axes:
+        if outside := variables[axis].plates - factor.plates:
+            raise ValueError(
+                f"site {name!r} depends on {variables[axis].name!r}, which lies in the plate "
+                f"{sorted(plate for _, plate in outside)} that {name!r} is not in: it cannot be "
+                "summed out. Propose it in the guide"
+            )
+    return factor
+
+
+def support_of(fn: Any) -> Tensor:
+    """Return the values of a discrete distribution, ``[values, *event]``."""
+    values = fn.enumerate_support(expand=False)
+    return values.reshape(values.shape[0], *fn.event_shape)
+
+
+def _is_masked(fn: Any) -> bool:
+    return isinstance(fn, dist.MaskedDistribution)

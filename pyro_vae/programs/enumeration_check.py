@@ -1,0 +1,185 @@
+"""Whether all values of discrete latents at once are scored as each of them alone.
+
+All values run side by side, so a model that broadcasts wrongly over them gives a number of the
+right shape; and so does one in which an entry of a plate sees the values of other entries, of
+which there is no sum entry by entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+
+from pyro_vae.programs.elimination import Factor, Variable, to_plates
+from pyro_vae.programs.enumeration import (
+    plate_dims,
+    site_factor,
+    support_of,
+    unmasked_log_prob,
+    variables_of,
+)
+from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.structure import latent_nodes, sample_nodes
+from pyro_vae.programs.traces import site_log_prob
+
+__all__ = ["check_values"]
+
+_MOST_RUNS = 64
+_GROUP_BITS = 3  # of entries of the largest plate
+
+
+def check_values(together: Any, alone: Callable[[dict[str, Tensor]], Any], nesting: int) -> None:
+    """Raise ValueError where a site's density is another with all values at once.
+
+    Any two entries of a plate are given different values in one of the runs, in either order,
+    and all pairs of values as far as a bounded number of runs allows: the density of an entry
+    must be that of its own value, whatever those of the others. (Of a site's largest plate,
+    any two of eight neighbours, and others by chance.)
+
+    Args:
+        together: trace of the model, run by :func:`pyro_vae.programs.enumeration.enumerated`.
+        alone: from values of the enumerated sites, ``[*plates, *event]``, to a trace of the
+            model with all else as it was.
+        nesting: plate dimensions; those on the left are enumerated.
+    """
+    variables = variables_of(together)
+    summed = {variable.name for variable in variables.values()}
+    nodes = dict(sample_nodes(together))
+    dims = plate_dims(nodes.values())
+    factors = {
+        name: site_factor(name, node, _log_prob(name, node, summed), nesting, variables)
+        for name, node in nodes.items()
+        if not node["infer"].get("_deterministic")
+    }
+    worst, where = 0.0, ""
+    found: dict[str, Tensor] = {}
+    for indices in _assignments(variables, factors, dims, nesting):
+        values = {
+            v.name: support_of(nodes[v.name]["fn"])[indices[v.name]] for v in variables.values()
+        }
+        try:
+            trace = lift_masks(alone(values))
+        except (RuntimeError, ValueError, IndexError):
+            continue  # values that never occur, which no code need be able to take
+        for name, node in latent_nodes(trace):
+            if name in nodes and name not in summed:
+                node["mask"] = nodes[name]["mask"]  # one for all values
+        for name, factor in factors.items():
+            node = trace.nodes.get(name)
+            if node is None:
+                continue
+            single = site_factor(name, node, _log_prob(name, node, summed), nesting, {})
+            gap = _gap(to_plates(single, dims), _at(factor, indices, variables, dims))
+            if gap > worst:
+                worst, where, found = gap, name, values
+    # Of a model that draws outside of sample statements nothing can be told by comparing.
+    if worst > 0 and _is_density(lambda: _log_prob(where, alone(found).nodes[where], summed)):
+        raise ValueError(
+            f"the model's log density with all values of {sorted(summed)} at once differs from "
+            f"that of single values by {worst:.3g} nats, at site {where!r}: its broadcasting over "
+            "dimensions left of the plates, where the values lie, is wrong; or an entry of a plate "
+            "depends on the values of others (as on their mean), which cannot be summed out entry "
+            "by entry. Mend it, or propose the sites in the guide"
+        )
+
+
+def _log_prob(name: str, node: Any, summed: set[str]) -> Tensor:
+    return unmasked_log_prob(node) if name in summed else site_log_prob(name, node, scaled=False)
+
+
+def _is_density(run: Callable[[], Tensor]) -> bool:
+    """Return whether a log density is the same in two runs."""
+    return bool(torch.equal(*torch.broadcast_tensors(run(), run())))
+
+
+def _at(
+    factor: Factor,
+    indices: Mapping[str, Tensor],
+    variables: Mapping[Any, Variable],
+    dims: Mapping[str, int],
+) -> Tensor:
+    """Return a factor at given values of its discrete sites, laid out as the plates are."""
+    axes = sorted(factor.enum_axes)
+    table = to_plates(factor, dims, axes)
+    if not axes:
+        return table
+    index = [indices[variables[axis].name] for axis in axes]
+    depth = max(table.ndim - len(axes), *(i.ndim for i in index))
+    lead = depth - (table.ndim - len(axes))
+    table = table.reshape((1,) * lead + table.shape)
+    return Vindex(table)[(Ellipsis, *index)]
+
+
+def _gap(single: Tensor, together: Tensor) -> float:
+    """Return by how much two log densities differ beyond rounding; 0 where they agree."""
+    single, together = torch.broadcast_tensors(single, together)
+    tolerance = 1e-9 if single.dtype == torch.float64 else 1e-4
+    close = torch.isclose(single, together, rtol=tolerance, atol=tolerance, equal_nan=True)
+    wrong = ~(close | single.isnan() | together.isnan())  # NaN is another error's
+    return float((single - together)[wrong].abs().max()) if bool(wrong.any()) else 0.0
+
+
+def _assignments(
+    variables: Mapping[Any, Variable],
+    factors: Mapping[str, Factor],
+    dims: Mapping[str, int],
+    nesting: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield indices of values of each site, ``[*plates]``."""
+    sites = [_Entries(v, factors[v.name], dims, nesting) for v in variables.values()]
+    generator = torch.Generator().manual_seed(0)
+    for run in range(min(_MOST_RUNS, max(site.runs for site in sites))):
+        yield {site.name: site.indices(run, generator, first=site is sites[0]) for site in sites}
+
+
+class _Entries:
+    """The entries of a discrete site over its plates, and values to give them.
+
+    Entries are told apart by the bits of their numbers: any two differ in one of them. Of the
+    largest plate, groups of entries have values of their own instead of further bits.
+    """
+
+    def __init__(
+        self, variable: Variable, factor: Factor, dims: Mapping[str, int], nesting: int
+    ) -> None:
+        self.name = variable.name
+        shape = [1] * nesting
+        for axis, size in zip(factor.axes, factor.tensor.shape, strict=True):
+            if axis[0] == "plate":
+                shape[dims[axis[1]]] = size
+        self.device = factor.tensor.device
+        count = factor.tensor.shape[factor.axes.index(variable.axis)]
+        self.pairs = torch.tensor(
+            [(a, b) for a in range(count) for b in range(count) if a != b] or [(0, 0)]
+        )
+        largest = max(range(nesting), key=shape.__getitem__, default=None)
+        ordinals = torch.arange(math.prod(shape)).reshape(shape)
+        self.bits, self.group, groups = [], torch.zeros_like(ordinals), 1
+        for place, size in enumerate(shape):
+            number = torch.arange(size).reshape([-1 if i == place else 1 for i in range(nesting)])
+            bits = (size - 1).bit_length()
+            if place == largest:
+                self.group = (number >> _GROUP_BITS).expand(shape)
+                groups = max(1, size >> _GROUP_BITS)
+                bits = min(bits, _GROUP_BITS)
+            self.bits += [((number >> bit) & 1).expand(shape) for bit in range(bits)]
+        self.bits = self.bits or [torch.zeros_like(ordinals)]
+        self.runs = len(self.bits) * max(2, -(-len(self.pairs) // groups))
+
+    def indices(self, run: int, generator: torch.Generator, *, first: bool) -> Tensor:
+        """Return the index of a value for each entry.
+
+        The first site has each pair of values in turn, in its first group of entries.
+        """
+        groups = int(self.group.max()) + 1
+        turns = torch.randint(len(self.pairs), (groups,), generator=generator)
+        if first:
+            turns[0] = run // len(self.bits) % len(self.pairs)
+        pair = self.pairs[turns[self.group]]
+        bit = self.bits[run % len(self.bits)]
+        return torch.where(bit == 1, pair[..., 1], pair[..., 0]).to(self.device)

@@ -1,0 +1,412 @@
+"""Pyro primitives of our own: an effect handler, and registration without shared names."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import logging
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.hmm import HiddenMarkovModel
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_vae.recording import same_expression
+
+__all__ = [
+    "FullSize",
+    "LatentScale",
+    "ParamStatements",
+    "Registered",
+    "constrained_parameters",
+    "drop_references",
+    "keep_apart",
+    "name_apart",
+    "register",
+    "same_scale",
+    "scale_parts",
+    "unobserve",
+]
+
+logger = logging.getLogger(__name__)
+
+_SAME_SCALE = 1e-6  # relative
+
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+# What a look at a first value may raise.
+_LOOKED_AT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# PyroModules whose names the store has for others that live no more, and what it has.
+_unowned: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def register(module: nn.Module) -> None:
+    """Register a module's parameters with Pyro, as pyro.module does, under a name of its own.
+
+    Pyro keeps parameters by name in one store, where two modules of one name share
+    them. Each object gets a name that no other ever has, copies included.
+
+    The names leave the store with the object, for nothing else could find them.
+
+    Args:
+        module: called from within a model or guide; its parameters become param sites.
+    """
+    pyro.module(_name_of(module), module)
+
+
+class Registered(nn.Module):
+    """A module that registers its parameters with Pyro, and can be pickled all the same."""
+
+    def __getstate__(self) -> Any:
+        drop_references(self)
+        return getattr(super(), "__getstate__", self.__dict__.copy)()
+
+
+def drop_references(module: nn.Module) -> None:
+    """Take off a module's parameters what Pyro leaves on them, and pickle cannot take.
+
+    A weak reference of a parameter to itself, which the next param statement leaves anew.
+    """
+    for parameter in module.parameters():
+        vars(parameter).pop("unconstrained", None)
+
+
+def name_apart(module: PyroModule) -> None:
+    """Give a PyroModule, a guide of Pyro's for one, a name in Pyro's store that no other has.
+
+    By itself every AutoNormal is named "AutoNormal", and two of one model share parameters.
+
+    Args:
+        module: its parameters keep their values. One that has a name of ours keeps it; a copy
+            has none yet.
+    """
+    if module in _names:
+        return
+    module._pyro_context.used = False  # else Pyro refuses to rename what it contains
+    module._pyro_set_supermodule(_name_of(module), module._pyro_context)
+
+
+def keep_apart(module: nn.Module) -> None:
+    """Give a PyroModule a name of its own where another one that lives has its name's parameters.
+
+    Reading a constrained parameter of a PyroModule puts that of Pyro's store in its place, by
+    name. Two models of one class in one process (a cell that is run twice, a grid search) would
+    have one parameter, and training one would move the other. Where the other is gone, the store's
+    values are taken up, as Pyro says, for they may be loaded from a file.
+
+    Args:
+        module: a model or a guide; anything but a PyroModule is left alone.
+    """
+    if not isinstance(module, PyroModule) or module in _names or module._pyro_context.active:
+        return
+    if pyro.settings.get("module_local_params"):
+        return
+    taken = _taken(module, pyro.get_param_store()._params)
+    looked_for = frozenset(map(id, taken.values()))
+    if not taken or _unowned.get(module) == looked_for:
+        return
+    gc.collect()  # what is in a circle, and unreachable, does not live
+    mine = set(map(id, module.modules()))
+    others = (o for o in gc.get_objects() if issubclass(type(o), PyroModule) and id(o) not in mine)
+    if not any(id(p) in looked_for for other in others for p in other._parameters.values()):
+        _unowned[module] = looked_for
+        return
+    before = module._pyro_name
+    name_apart(module)
+    logger.warning(
+        "the names %s in Pyro's parameter store are those of another %s that lives: this one is "
+        "kept apart, its parameters are named %s from now on instead of %s. To avoid this, call "
+        "pyro.clear_param_store() when the other has served, or set "
+        "pyro.settings.set(module_local_params=True) before they are made",
+        sorted(taken)[:5],
+        type(module).__name__,
+        f"{module._pyro_name}.*",
+        f"{before}.*" if before else "*",
+    )
+
+
+def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the store has in place of a module's constrained parameters, by name."""
+    own = constrained_parameters(module)
+    if isinstance(module, AutoGuide) and module.prototype_trace is None:  # it has none yet
+        own = dict.fromkeys(name for name in store if name.startswith(f"{module._pyro_name}."))
+    return {n: store[n] for n, value in own.items() if n in store and store[n] is not value}
+
+
+def constrained_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
+    return {
+        ".".join(filter(None, (part._pyro_name, name))): part._parameters[f"{name}_unconstrained"]
+        for part in module.modules()
+        if isinstance(part, PyroModule)
+        for name in part._pyro_params
+    }
+
+
+def _name_of(module: nn.Module) -> str:
+    name = _names.get(module)
+    if name is None:
+        name = _names[module] = f"{type(module).__name__}-{next(_counter)}"
+        weakref.finalize(module, _forget, name).atexit = False
+    return name
+
+
+def _forget(name: str) -> None:
+    store = pyro.get_param_store()
+    for param_name, value in list(store.named_parameters()):
+        if param_name.startswith((f"{name}$$$", f"{name}.")):
+            # The store knows one name of each parameter, which may be another module's that lives.
+            known = store.param_name(value)
+            store._param_to_name[value] = param_name
+            del store[param_name]
+            if known not in (None, param_name):
+                store._param_to_name[value] = known
+
+
+class ParamStatements(Messenger):
+    """Collects the param statements of what runs inside, and the tensors that they train.
+
+    Under a name, Pyro's store keeps the first tensor that it was given. A module that comes with
+    the name of another (a notebook's cell that is run twice; a network in the model and one in the
+    guide) goes on with its own parameters, but Pyro's SVI moves those in the store, and leaves
+    the module's where they are. The ones in use are the module's.
+
+    Args:
+        checked: whether to compare the first value of each statement with what the store had by
+            its name before.
+
+    Raises:
+        ValueError: where that has another shape.
+    """
+
+    def __init__(self, *, checked: bool = False) -> None:
+        super().__init__()
+        self._before = frozenset(pyro.get_param_store().keys()) if checked else frozenset()
+        # Model and guide may each have a module of one name; the last of a name that is stored
+        # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
+        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, Any]] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value, name = msg["value"], msg["name"]
+        first = msg["args"][1] if len(msg["args"]) > 1 else None
+        stored = value.unconstrained() if hasattr(value, "unconstrained") else value
+        own = first if isinstance(first, nn.Parameter) and first is not stored else None
+        if name in self._before and "$$$" not in name and first is not None:
+            _check_shape(name, first, pyro.get_param_store()[name])
+        gradient = None if own is None else _mark(stored.grad)
+        self._found[name, id(own)] = (name, stored, own, gradient)
+
+    def tensors(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the (unconstrained) tensor of each statement.
+
+        Args:
+            modules: those in use; a parameter of theirs is not the first value of a statement of
+                the user's own, but what the statement is about.
+        """
+        held = {id(p) for module in modules for p in module._parameters.values()}
+        for name, stored, own, gradient in self._found.values():
+            if own is None or not ("$$$" in name or id(own) in held):
+                yield name, stored
+                continue
+            yield name, own
+            # Which pyro.module(update_module_params=True) may have put in the place of the other.
+            replaced = id(stored) in held and id(own) not in held
+            if replaced or _mark(stored.grad) != gradient:
+                yield name, stored
+
+    @property
+    def clash(self) -> bool:
+        """Whether a module goes on with parameters that are not those of the store."""
+        return any(own is not None for _, _, own, _ in self._found.values())
+
+
+def _mark(gradient: Tensor | None) -> Any:
+    """Return what tells whether a gradient was added to."""
+    if gradient is None or gradient.is_inference():
+        return None if gradient is None else id(gradient)
+    return id(gradient), gradient._version
+
+
+def _check_shape(name: str, first: Any, stored: Tensor) -> None:
+    """Raise ValueError where a stored value has another shape than a statement's first one."""
+    if callable(first):
+        with torch.random.fork_rng(devices=[stored.device] if stored.is_cuda else []):
+            try:
+                first = first()
+            except _LOOKED_AT:  # what it is made of may be there at the very first run alone
+                return
+    if isinstance(first, Tensor) and stored.shape != first.shape:
+        raise ValueError(
+            f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
+            f"{tuple(stored.shape)} by this name, and the statement's first value has shape "
+            f"{tuple(first.shape)}. Where it is left from another model or guide, call "
+            "pyro.clear_param_store() first; else give it another name"
+        )
+
+
+class _Unobserve(Messenger):
+    """Draws observed sites anew; deterministic sites and factors stay what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fixed = msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)
+        if msg["is_observed"] and not fixed:
+            msg["fn"] = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
+            msg["is_observed"] = False
+            msg["value"] = None
+            msg["done"] = False
+
+
+def _of_all_data(fn: Any, msg: Any) -> Any:
+    """Return a likelihood that a plate without a size has not expanded, as one of all its data."""
+    value = msg["value"]
+    unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
+    if not unsized or not isinstance(value, Tensor):
+        return fn
+    shape = value.shape[: value.ndim - fn.event_dim]
+    return fn.expand(torch.broadcast_shapes(fn.batch_shape, shape))
+
+
+def as_long_as(fn: Any, value: Any) -> Any:
+    """Return a likelihood of sequences of any length as one of a value's, which can be drawn from.
+
+    Pyro's hidden Markov models with the same parameters at all times have no length of their own.
+    """
+    base = getattr(fn, "base_dist", None)
+    if base is not None:
+        inner = as_long_as(base, value)
+        if inner is base:
+            return fn
+        fn = copy.copy(fn)
+        fn.base_dist = inner
+    elif isinstance(fn, HiddenMarkovModel) and fn.duration is None:
+        fn = copy.copy(fn)
+        fn._duration = value.shape[value.ndim - fn.event_dim]
+    else:
+        return fn
+    length = value.shape[value.ndim - fn.event_dim]
+    fn._event_shape = torch.Size((length, *fn.event_shape[1:]))
+    return fn
+
+
+def unobserve(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model that draws what it would observe.
+
+    pyro.poutine.uncondition would draw the Deltas of pyro.deterministic anew as well,
+    expanded to the plates.
+    """
+    return _Unobserve()(fn)
+
+
+class LatentScale(Messenger):
+    """Scales the log density of every latent site; of model and guide alike, it scales the KL.
+
+    Args:
+        factor: the scale; may be changed between runs. A 0-d tensor stays an input of a
+            graph that is traced from a run, where a float would become a constant of it.
+    """
+
+    def __init__(self, factor: float | Tensor = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            # Told, for a discrete latent that is summed out has no KL to scale, and scales are
+            # told apart by what made them: the number in a tensor stays unread.
+            told = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
+            msg["infer"] = {**msg["infer"], **told}
+            msg["scale"] = msg["scale"] * self.factor
+
+
+class FullSize(Messenger):
+    """Makes a plate of the size of a minibatch one of all the data, of which that is a subsample.
+
+    As if the model had ``pyro.plate(name, num_data, subsample=x)`` in the place of
+    ``pyro.plate(name, len(x))``: what is in the plate is scaled by ``num_data / len(x)``. A plate
+    that has another full size is left alone.
+
+    Args:
+        name: the plate's.
+        dim: its batch dimension, negative.
+        num_data: all the data.
+        local: latent sites of the plate, for a guide that samples them outside of it.
+        others: the model's other plates; a plate of another name in this one's dimension is
+            a guide's own for the data.
+    """
+
+    def __init__(
+        self, name: str, dim: int, num_data: int, local: Collection[str], others: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.name, self.dim, self.num_data = name, dim, num_data
+        self.local, self.others = frozenset(local), frozenset(others)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        stack = msg["cond_indep_stack"]
+        frames = [f for f in stack if f.dim == self.dim and f.name not in self.others]
+        if frames:
+            (frame,) = frames
+            if frame.full_size == frame.size:
+                # A plate without a size has that of what is in it.
+                size = _length(msg, self.dim) if frame.size == -1 else frame.size
+                full = frame._replace(size=size, full_size=self.num_data)
+                msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)
+                msg["scale"] = msg["scale"] * (self.num_data / size)
+        elif msg["name"] in self.local:
+            shape = msg["fn"].batch_shape
+            if len(shape) >= -self.dim:
+                msg["scale"] = msg["scale"] * (self.num_data / shape[self.dim])
+
+
+def same_scale(a: Any, b: Any) -> bool:
+    """Return whether two scales are one, to rounding.
+
+    A plate multiplies by its full size and divides by its size, so that two sites under one scale
+    and different plates may differ in the last bit.
+    """
+    if a is b:
+        return True
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return math.isclose(a, b, rel_tol=_SAME_SCALE)
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and same_expression(a, b):
+        return True
+    return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
+
+
+def _length(msg: Any, dim: int) -> int:
+    """Return how many entries a site has in a batch dimension: its distribution, or its data."""
+    fn, value = msg["fn"], msg["value"]
+    shapes = [fn.batch_shape]
+    if isinstance(value, Tensor):
+        shapes.append(value.shape[: value.ndim - fn.event_dim])
+    return max(shape[dim] for shape in shapes if len(shape) >= -dim)
+
+
+def scale_parts(node: Any) -> tuple[Any, Tensor | None]:
+    """Return a node's scale without the factor of a :class:`LatentScale`, and that factor.
+
+    The factor is None where there is none, or where it is a plain number: part of the scale.
+    """
+    infer = node.get("infer") or {}
+    factor = infer.get("_latent_scale")
+    return (infer["_unscaled"], factor) if isinstance(factor, Tensor) else (node["scale"], None)

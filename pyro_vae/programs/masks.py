@@ -1,0 +1,206 @@
+"""Masks on latents: each latent has one, in model and guide, for the draw that it came with.
+
+A latent that the model masks is not there, nor is its proposal. Otherwise its density would
+count for nothing, and the bound grow with the guide's entropy past log p(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.programs.provenance import Descendants
+from pyro_vae.programs.state import Look
+from pyro_vae.programs.structure import is_point, latent_nodes
+from pyro_vae.recording import is_recording
+
+__all__ = [
+    "check_proposal_mask",
+    "depend_on_draws",
+    "lift_masks",
+    "mask_of",
+    "mask_proposals",
+    "masked_proposals",
+]
+
+
+def mask_of(node: Any) -> Tensor | bool | None:
+    """Return the mask of whole events on a site, that inside its distribution included."""
+    return _both(node["mask"], _without_mask(node["fn"])[1])
+
+
+def lift_masks(trace: Any, summed: Container[str] = ()) -> Any:
+    """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
+
+    One that differs within an event stays where it is.
+
+    Args:
+        trace: of a model or a guide; it is changed, and returned.
+        summed: latents that are summed out. One that they mask, for some of their values, is
+            scored by its prior for all: it has one proposal, and a prior that integrates to one
+            where the latent is not there leaves the evidence what it is.
+    """
+    dims = {
+        node["infer"]["_enumerate_dim"]
+        for name, node in latent_nodes(trace)
+        if name in summed and "_enumerate_dim" in node["infer"]
+    }
+    for name, node in latent_nodes(trace):
+        fn, mask = _without_mask(node["fn"])
+        if mask is not None:
+            node["fn"] = fn
+            node["mask"] = _both(node["mask"], mask)
+        if name not in summed:
+            node["mask"] = _for_any_value(node["mask"], dims)
+    return trace
+
+
+def _for_any_value(mask: Any, dims: set[int]) -> Any:
+    """Return where a latent is there for some of the values that lie in these dimensions."""
+    if not isinstance(mask, Tensor) or not dims:
+        return mask
+    for dim in dims:
+        if mask.ndim >= -dim:
+            mask = mask.any(dim, keepdim=True)
+    # Left of the plates there are particles in what follows.
+    while mask.ndim >= -max(dims) and mask.shape[0] == 1:
+        mask = mask[0]
+    return mask
+
+
+def _both(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
+
+
+def _without_mask(fn: Any) -> tuple[Any, Any]:
+    """Return a distribution without a mask of whole events, and that mask; None for no mask."""
+    if isinstance(fn, dist.MaskedDistribution):
+        inner, mask = _without_mask(fn.base_dist)
+        return inner, _both(mask, fn._mask)
+    if isinstance(fn, dist.Independent):
+        inner, mask = _without_mask(fn.base_dist)
+        events = fn.reinterpreted_batch_ndims
+        if isinstance(mask, Tensor):
+            flat = mask.expand(inner.batch_shape).flatten(-events)
+            if not bool((flat == flat[..., :1]).all()):
+                return fn, None
+            mask = flat[..., 0]
+        return (fn, None) if mask is None else (inner.to_event(events), mask)
+    return fn, None
+
+
+def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
+    """Put the masks of a model's latent sites on their proposals too.
+
+    Raises:
+        ValueError: as :func:`masked_proposals`.
+    """
+    for name, latent in masked_proposals(model_trace, guide_trace).items():
+        node, mask = guide_trace.nodes[name], model_trace.nodes[latent]["mask"]
+        # A mask of the guide's own leaves out no more than the model's: one tensor for both.
+        node["mask"] = mask if name == latent else _both(node["mask"], mask)
+
+
+def masked_proposals(model_trace: Any, guide_trace: Any) -> dict[str, str]:
+    """Return the guide's sites that the model's masks are for, each with the latent masked.
+
+    Raises:
+        ValueError: for a masked latent whose density an auxiliary site holds that other
+            latents may share, and for masks of the guide that the model does not have.
+    """
+    auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
+    found = {}
+    for name, node in latent_nodes(model_trace):
+        if name not in guide_trace.nodes:
+            continue  # a discrete latent that is summed out has no proposal
+        guide_node = guide_trace.nodes[name]
+        _check_inner_masks(name, node, guide_node)
+        check_proposal_mask(name, guide_node["mask"], node["mask"])
+        if node["mask"] is None or node["mask"] is True:
+            continue
+        found[name] = name
+        if not auxiliary or not is_point(guide_node["fn"]):
+            continue
+        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
+        if holder not in auxiliary:
+            raise ValueError(
+                f"the model masks the latent site {name!r}, but the guide holds its density in "
+                f"{sorted(auxiliary)}, of which no part can be masked. Use a guide that samples "
+                f"{name!r} itself, such as pyro_vae's, or pyro.infer.autoguide.AutoNormal"
+            )
+        found[holder] = name
+    return found
+
+
+def _check_inner_masks(name: str, model_node: Any, guide_node: Any) -> None:
+    """Raise ValueError for masks inside an event, which cannot be carried over, unless equal."""
+    inner = [_inner_mask(node["fn"]) for node in (guide_node, model_node)]
+    if (inner[0] is None) != (inner[1] is None) or (
+        inner[0] is not None and not torch.equal(*torch.broadcast_tensors(*inner))
+    ):
+        one, other = ("model", "guide") if inner[0] is None else ("guide", "model")
+        raise ValueError(
+            f"the {one} masks parts of an event of the latent site {name!r}, and the {other} does "
+            "not, or others: put the same mask on both distributions; or sample the parts in an "
+            "inner plate, under poutine.mask in the model"
+        )
+
+
+def check_proposal_mask(name: str, mine: Any, theirs: Any) -> None:
+    """Raise ValueError where a guide masks what the model does not: the prior of a free draw.
+
+    Args:
+        name: of a latent site.
+        mine: the guide's mask.
+        theirs: the model's, of the same draws.
+    """
+    if mine is None or mine is True or is_recording():
+        return
+    mine = torch.as_tensor(mine)
+    there = torch.as_tensor(True if theirs is None else theirs, device=mine.device)
+    if bool((there & ~mine).any()):
+        raise ValueError(
+            f"the guide masks the latent site {name!r} where the model does not: its draws would "
+            "be scored by the prior and not by the guide, which is no bound. Mask it in the "
+            "model, and the guide follows"
+        )
+
+
+def _inner_mask(fn: Any) -> Tensor | None:
+    """Return the mask inside a distribution; None where there is none."""
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return torch.as_tensor(fn._mask)
+
+
+def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -> bool:
+    """Return whether a model masks its latents by what is drawn, not by the data alone.
+
+    Args:
+        draws: the values of the latents.
+        run: of no arguments, runs the model with these values; returns its traces.
+
+    Returns:
+        True also where operations cannot be followed: that is right for all masks, and slower.
+    """
+    traces: list[Any] = []
+    with Look() as look, Descendants(draws.values()) as found:
+        traces = run()
+    if look.error is not None:
+        return True
+    masks = [
+        mask
+        for trace in traces
+        for name, node in latent_nodes(trace)
+        if name in draws
+        for mask in (node["mask"], _inner_mask(node["fn"]))
+    ]
+    return found.read or any(map(found.includes, masks))

@@ -1,0 +1,344 @@
+"""The state that models and guides run in: modes, parameters, buffers and random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import unwrap
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.programs.batch import dtypes_told
+from pyro_vae.programs.handlers import keep_apart
+
+__all__ = [
+    "FirstValues",
+    "Look",
+    "as_in_training",
+    "batch_norms",
+    "call_network",
+    "called_modules",
+    "evaluation",
+    "module_of",
+    "one_thread",
+    "preserved_rng",
+    "random_state",
+    "set_random_state",
+    "stored",
+    "unwrapped",
+]
+
+_SMALL = 2**20  # numbers
+_lock = threading.RLock()
+
+
+def module_of(fn: Any) -> nn.Module | None:
+    """Return the nn.Module that a model or guide is, or is a method of; None for others."""
+    owner = getattr(fn, "__self__", fn)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def unwrapped(fn: Any) -> Any:
+    """Return the model or guide inside Pyro's handlers."""
+    inner = unwrap(fn)  # of a handler that was called on it
+    while hasattr(inner, "__wrapped__"):  # of poutine's functions
+        inner = unwrap(inner.__wrapped__)
+    return inner
+
+
+class FirstValues:
+    """First values of parameters, kept out of Pyro's store.
+
+    pyro.param(name, value) puts a value into the store in the first run, and later ones find it
+    there. A run that is only a look, under the prior perhaps, must not decide where training
+    starts; but several runs that belong together must have the same values.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Tensor, Any]] = {}
+        self._installed = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put them into the store; take them and all that is new out of it at the end."""
+        if self._installed:
+            yield
+            return
+        store = pyro.get_param_store()
+        before = (dict(store._params), dict(store._param_to_name), dict(store._constraints))
+        self.commit()
+        self._installed = True
+        try:
+            yield
+        finally:
+            self._installed = False
+            known = before[0]
+            self._made = {
+                name: (value, store._constraints[name])
+                for name, value in store._params.items()
+                if known.get(name) is not value
+            }
+            if self._made:
+                _put_back(store, *before)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the parameters."""
+        return frozenset(self._made)
+
+    def commit(self) -> None:
+        """Put them into the store for good, where it has no others by their names."""
+        store = pyro.get_param_store()
+        for name, (value, constraint) in self._made.items():
+            if name not in store:
+                store._params[name] = value
+                store._param_to_name[value] = name
+                store._constraints[name] = constraint
+
+
+def stored() -> Callable[[], None]:
+    """Return what gives Pyro's store its present contents back, but what has left it since."""
+    store = pyro.get_param_store()
+    contents = dict(store._params), dict(store._param_to_name), dict(store._constraints)
+    return functools.partial(_put_back, store, *contents)
+
+
+def _put_back(
+    store: Any,
+    params: dict[str, Tensor],
+    param_to_name: dict[Tensor, str],
+    constraints: dict[str, Any],
+) -> None:
+    """Give the store its contents of before, but what has left it since, with its module."""
+    gone = params.keys() - store._params.keys()
+    kept = (
+        (store._params, {n: p for n, p in params.items() if n not in gone}),
+        (store._param_to_name, {p: n for p, n in param_to_name.items() if n not in gone}),
+        (store._constraints, {n: c for n, c in constraints.items() if n not in gone}),
+    )
+    for now, before in kept:  # in place: by other objects one sees that the store was cleared
+        now.clear()
+        now.update(before)
+
+
+class _Held:
+    """What modules hold beside their parameters' values, to put back."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._buffers: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
+        self._parameters: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def add(self, module: nn.Module) -> None:
+        """Note what a module holds now."""
+        if id(module) in self._modules:
+            return
+        self._modules[id(module)] = module
+        for name, buffer in module._buffers.items():
+            # What a module keeps count of is small; what is large are data.
+            if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_inference():
+                found = (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+                self._buffers.append(found)
+        if isinstance(module, PyroModule) and module._pyro_params:
+            # Those of the store take their place, by name.
+            self._parameters.append((module._parameters, dict(module._parameters)))
+
+    def put_back(self) -> None:
+        """Undo what has changed."""
+        for holder, name, buffer, version, value in self._buffers:
+            if holder.get(name) is not buffer:
+                holder[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+        for now, before in self._parameters:
+            now.update(before)
+
+
+class one_thread:  # noqa: N801 - a context manager, without the time that a generator takes
+    """Refuse to run beside another thread that runs models and guides.
+
+    Pyro has one stack of handlers and one parameter store, and PyTorch one stream of random
+    numbers: a second thread would be traced into the first one's loss.
+
+    Raises:
+        RuntimeError: where another thread is inside.
+    """
+
+    def __enter__(self) -> None:
+        if not _lock.acquire(blocking=False):
+            raise RuntimeError(
+                "pyro_vae is at work in another thread. Pyro's handlers and parameters, and "
+                "PyTorch's random numbers, are one for all threads of a process, so results would "
+                "mix: run one after the other, or in processes of their own (multiprocessing, "
+                "joblib's 'loky')"
+            )
+
+    def __exit__(self, *raised: object) -> None:
+        _lock.release()
+
+
+@contextlib.contextmanager
+def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
+    """Run models and guides in eval mode, and leave everything as it was found.
+
+    The mode of each submodule, buffers, and Pyro's parameter store. Plain functions close over
+    modules that cannot be seen: each is put in eval mode as it is called, and restored likewise.
+
+    Args:
+        *fns: models and guides.
+        first: first values of parameters that runs inside share with others; by default none.
+    """
+    with one_thread(), _evaluation(fns, FirstValues() if first is None else first):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluation(fns: tuple[Any, ...], first: FirstValues) -> Iterator[None]:
+    held = _Held()
+    roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
+    modules = [module for root in roots for module in root.modules()]
+    training = [module for module in modules if module.training]
+    for root in roots:
+        keep_apart(root)
+    for module in modules:
+        held.add(module)
+    for module in training:
+        module.training = False
+
+    def switch(module: nn.Module, inputs: Any) -> None:
+        held.add(module)
+        if module.training:
+            module.training = False
+            training.append(module)
+
+    hook = register_module_forward_pre_hook(switch)
+    try:
+        with first.installed():
+            yield
+    finally:
+        hook.remove()
+        for module in training:
+            module.training = True
+        held.put_back()
+
+
+@contextlib.contextmanager
+def called_modules() -> Iterator[dict[int, nn.Module]]:
+    """Collect the nn.Modules that are called inside the context, by identity."""
+    found: dict[int, nn.Module] = {}
+    hook = register_module_forward_pre_hook(
+        lambda module, inputs: found.__setitem__(id(module), module)
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+class Look:
+    """A look at a model or guide that may fail: a context whose exception is the answer "not so".
+
+    Models that are right as they are may raise whatever they like on fewer rows, or run in
+    another way.
+
+    Attributes:
+        error: what was raised inside the context; None where nothing was.
+    """
+
+    error: Exception | None = None
+
+    def __enter__(self) -> Look:
+        return self
+
+    def __exit__(self, kind: Any, value: BaseException | None, traceback: Any) -> bool:
+        if isinstance(value, Exception):
+            self.error = value
+        return self.error is not None
+
+
+@contextlib.contextmanager
+def batch_norms() -> Iterator[dict[str, int]]:
+    """Collect how few values of a channel each BatchNorm saw in a call, of those in train mode."""
+    seen: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm) and inputs and inputs[0].ndim > 1:
+            values = inputs[0].numel() // inputs[0].shape[1]
+            seen[module] = min(values, seen.get(module, values))
+
+    found: dict[str, int] = {}
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
+    # Outside of evaluation, so that modes are the user's again.
+    for module, values in seen.items():
+        if module.training:
+            found[f"{type(module).__name__}({getattr(module, 'num_features', '')})"] = values
+
+
+@contextlib.contextmanager
+def as_in_training(
+    modules: Iterable[nn.Module], first: FirstValues | None = None
+) -> Iterator[None]:
+    """Leave modules in their modes, but let none drop out, and all else as it was found.
+
+    Args:
+        modules: those that are called inside.
+        first: as in :func:`evaluation`.
+    """
+    held = _Held()
+    dropouts = [m for m in modules if isinstance(m, _DropoutNd) and m.training]
+    for module in modules:
+        held.add(module)
+    for module in dropouts:
+        module.training = False
+    try:
+        with (FirstValues() if first is None else first).installed():
+            yield
+    finally:
+        for module in dropouts:
+            module.training = True
+        held.put_back()
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was found: looking must not change what is drawn next."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def call_network(network: Any, args: Any, kwargs: Any) -> Any:
+    """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
+    # Of a class: TorchScript's modules have a descriptor there, and functions nothing.
+    plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
+    if plain and not args and len(kwargs) == 1:
+        args, kwargs = tuple(kwargs.values()), {}
+    with dtypes_told(args, kwargs):
+        return network(*args, **kwargs)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's random number generators, of all devices in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` returned; on a machine without CUDA, the CPU's."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,388 @@
+"""One run of a guide and the replayed model, and the log density of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from pyro_vae.programs.batch import Batch, dtypes_told
+from pyro_vae.programs.enumeration import enumerated
+from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.masks import lift_masks, mask_proposals
+from pyro_vae.programs.plain_errors import trace_of
+from pyro_vae.programs.precision import widened
+from pyro_vae.programs.preimages import (
+    DrawByPreimage,
+    Preimage,
+    density,
+    draw_of,
+    keep_preimage,
+    preimage_of,
+    with_draw,
+)
+from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.structure import (
+    check_guide,
+    drawn_subsamples,
+    is_point,
+    latent_nodes,
+    left_out,
+    plain_distribution,
+    point_of,
+    sample_nodes,
+)
+from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
+
+__all__ = [
+    "OUTSIDE",
+    "GiveValues",
+    "ReplaceDraws",
+    "dependencies",
+    "drawn_by",
+    "dream",
+    "is_point",
+    "mask_proposals",
+    "non_finite_sites",
+    "outside_sites",
+    "point_of",
+    "redrawn",
+    "run_pair",
+    "site_log_prob",
+    "trace_given",
+    "trace_guide",
+    "trace_model",
+    "trace_pair",
+    "under_guide",
+]
+
+OUTSIDE = ", outside its support"  # ends what is said of a site
+
+
+def trace_pair(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Run the guide, replay the model with its draws, and return both traces.
+
+    Raises:
+        ValueError: where the guide does not propose just the model's latent sites, or a density
+            for a mass.
+    """
+    guide_trace = trace_guide(guide, args, kwargs)
+    with SameMeasure(guide_trace):
+        model_trace = trace_model(model, guide_trace, args, kwargs)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Any, Any]:
+    """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
+        return trace_pair(model, guide, batch.args, batch.kwargs)
+
+
+def drawn_by(guide: Callable[..., Any], batch: Batch) -> set[str]:
+    """Return the plates of which a guide draws a subsample."""
+    with (
+        torch.no_grad(),
+        preserved_rng(batch.device),
+        evaluation(guide),
+        poutine.block(),
+        drawn_subsamples() as drawn,
+    ):
+        trace_guide(guide, batch.args, batch.kwargs)
+    return drawn
+
+
+def under_guide(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the model as it runs in training: with the guide's draws in the place of its own.
+
+    A draw from the prior may have what no draw of the guide has: another size, or a value that
+    the rest of the model cannot do with.
+    """
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        with poutine.block():
+            guide_trace = trace_guide(guide, args, kwargs)
+        return poutine.replay(model, trace=guide_trace)(*args, **kwargs)
+
+    return replayed
+
+
+def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run the guide; return its trace, the subsamples of plates included.
+
+    Draws on a constrained support keep the coordinates that they were made from.
+    """
+    with DrawByPreimage(), dtypes_told(args, kwargs):
+        trace = trace_of(guide, args, kwargs)
+    return lift_masks(trace)
+
+
+def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
+    """Replay the model with the values of a guide's trace; return its trace.
+
+    A latent that the model masks is not there, nor is its proposal: the model's mask is
+    put on the guide's site as well.
+
+    Raises:
+        ValueError: where the guide does not propose just the model's latent sites.
+    """
+    replayed = poutine.replay(model, trace=guide_trace)
+    with dtypes_told(args, kwargs):
+        model_trace = trace_of(replayed, args, kwargs)
+    check_guide(model_trace, guide_trace)
+    lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
+    mask_proposals(model_trace, guide_trace)
+    return model_trace
+
+
+class ReplaceDraws(Messenger):
+    """Replaces each latent draw, as soon as it is made, by a function of it.
+
+    Where it is a function of coordinates, these are replaced.
+
+    Args:
+        replace: from a draw to what the program goes on with.
+    """
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.replace = replace
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            moved = with_draw(msg, self.replace(draw_of(msg)))
+            msg["value"], msg["infer"] = moved["value"], moved["infer"]
+
+
+class GiveValues(Messenger):
+    """Gives sites their values, and leaves all else that is known of them as it is.
+
+    A replay puts the sites of its trace in the place of the program's own; Pyro's messenger
+    guides (AutoNormalMessenger) keep the prior there.
+
+    Args:
+        values: of latent sites, and of the subsamples of plates.
+        preimages: of some of them.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], preimages: Mapping[str, Preimage] | None = None
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.preimages = preimages or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if not msg["is_observed"] and name in self.values:
+            msg["value"] = self.values[name]
+            msg["done"] = True
+            if name in self.preimages:
+                msg["infer"] = keep_preimage(msg["infer"], self.preimages[name])
+
+
+def dream(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    summed_out: tuple[str, ...] = (),
+    nesting: int = 0,
+) -> Any:
+    """Run the model with observed sites drawn as well; return its trace, unseen from outside.
+
+    Args:
+        model: a Pyro model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        summed_out: latents that are summed out: a mask on another is that for all their values.
+        nesting: batch dimensions of the model's sites.
+    """
+    with poutine.block():
+        trace = lift_masks(trace_of(unobserve(model), args, kwargs))
+        proposed = {n: node for n, node in latent_nodes(trace) if n not in summed_out}
+        if summed_out and any(isinstance(node["mask"], Tensor) for node in proposed.values()):
+            values = {name: node["value"] for name, node in proposed.items()}
+            together = GiveValues(values)(enumerated(unobserve(model), summed_out, -1 - nesting))
+            masks = dict(latent_nodes(lift_masks(trace_of(together, args, kwargs), summed_out)))
+            for name, node in proposed.items():
+                node["mask"] = masks[name]["mask"]
+    return trace
+
+
+def trace_given(
+    fn: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
+) -> Any:
+    """Run a model or guide with the values of its latent sites given; return its trace."""
+    return trace_guide(GiveValues(values)(fn), args, kwargs)
+
+
+def dependencies(
+    model: Callable[..., Any], batch: Batch, names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return, for each of some latent sites, those of them whose values its prior depends on.
+
+    Directly, or through latents that are not among them. Found by running the model with the
+    value of one site changed and all others kept.
+
+    Args:
+        model: a Pyro model.
+        batch: its arguments.
+        names: of latent sites.
+    """
+    direct: dict[str, list[str]] = {}
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+        trace: Any = trace_of(model, batch.args, batch.kwargs)
+        values = {name: node["value"] for name, node in latent_nodes(trace)}
+        order = list(values)
+        for parent in order:
+            changed = {**values, parent: _another_value(trace.nodes[parent])}
+            other = trace_given(model, changed, batch.args, batch.kwargs)
+            for name in order[order.index(parent) + 1 :]:
+                fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
+                before, after = (fn.log_prob(values[name]) for fn in fns)
+                if not torch.equal(before, after):
+                    direct.setdefault(name, []).append(parent)
+    found: dict[str, tuple[str, ...]] = {}
+    through: dict[str, set[str]] = {}
+    for name in order:
+        parents = direct.get(name, [])
+        seen = {p for p in parents if p in names}
+        seen = seen.union(*(through[p] for p in parents if p not in names))
+        through[name] = seen
+        if name in names:
+            found[name] = tuple(n for n in order if n in seen)
+    return found
+
+
+def _another_value(node: Any) -> Tensor:
+    """Draw a site anew, until it is another value (a discrete one may be the same)."""
+    for _ in range(20):
+        value = node["fn"].sample()
+        if not torch.equal(value, node["value"]):
+            break
+    return value
+
+
+def redrawn(
+    fn: Callable[..., Any],
+    trace: Any,
+    replace: Callable[[Tensor], Tensor],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
+
+    As :class:`ReplaceDraws` does, with no random numbers, and on the minibatches that its plates
+    have drawn.
+    """
+    again = poutine.Trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            again.add_node(name, **node)
+    for name, node in latent_nodes(trace):
+        again.add_node(name, **with_draw(node, replace(draw_of(node))))
+    return trace_guide(poutine.replay(fn, trace=again), args, kwargs)
+
+
+def site_log_prob(name: str, node: Any, *, scaled: bool, double: bool = False) -> Tensor:
+    """Return a site's log density, of its batch shape, masked, and scaled if asked.
+
+    Outside the support of a latent site it is -inf.
+
+    Args:
+        name: the site.
+        node: of a trace.
+        scaled: whether by its scale.
+        double: whether in float64, where its distribution can be had in float64.
+
+    Raises:
+        ValueError: for a value outside the support that is observed, naming the site.
+    """
+    fn = node["fn"]
+    try:
+        log_prob = _log_prob(_in_float64(node) if double else node)
+    except KeyError as error:
+        raise ValueError(
+            f"site {name!r}: {fn} knows the density of its own last draw alone, for its transform "
+            "has no inverse (planar and radial flows); take a flow with one"
+        ) from error
+    except ValueError as error:
+        role = "observed" if node["is_observed"] else "latent"
+        raise ValueError(
+            f"{role} site {name!r}: no log density of its value under {fn}: {error}"
+        ) from error
+    return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
+
+
+def _in_float64(node: Any) -> Any:
+    """Return a node with its distribution, value and preimage in float64, where there are such."""
+    fn, value, preimage = widened(node["fn"]), node["value"], preimage_of(node)
+    if fn is None or "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return node
+    value = value.double() if value.is_floating_point() else value
+    infer = node["infer"] if preimage is None else keep_preimage(node["infer"], preimage.double())
+    return {**node, "fn": fn, "value": value, "infer": infer}
+
+
+def _log_prob(node: Any) -> Tensor:
+    """Return a node's log density, -inf outside the support where values may lie there.
+
+    Observed values were looked at before, but where a mask leaves some out, or the support itself
+    is the model's to draw. Enumerated ones are the support.
+    """
+    fn, value = node["fn"], node["value"]
+    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return fn.log_prob(value)
+    if node["is_observed"] and node["mask"] is None and is_fixed(fn) and not has_mask(fn):
+        return fn.log_prob(value)
+    return density(fn, value, preimage_of(node))
+
+
+def outside_support(name: str, node: Any) -> str:
+    """Return which distribution's support a site's value lies outside of; "" where it does not."""
+    value = node["value"]
+    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+        return ""
+    within = inside(node["fn"], value)
+    if within is None:
+        return ""
+    out, events = left_out(node["fn"], node["mask"], value.device), node["fn"].event_dim
+    within = within | (out.flatten(-events).all(-1) if events else out)
+    if bool(within.all()):
+        return ""
+    return f"{name!r} ({type(plain_distribution(node['fn'])).__name__})"
+
+
+def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
+    """Return the sites with values outside of the support of the model's distribution.
+
+    Args:
+        nodes: of the model, by site; several where it ran several times.
+    """
+    told = {outside_support(name, node): None for name, some in nodes for node in some}
+    return [text for text in told if text]
+
+
+def non_finite_sites(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
+) -> list[str]:
+    """Return the sites whose value or log density is not finite in one run, in order."""
+    found = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        for owner, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, node in sample_nodes(trace):
+                value, log_prob = node["value"], site_log_prob(name, node, scaled=True)
+                if not bool(torch.isfinite(value).all() & torch.isfinite(log_prob).all()):
+                    outside = OUTSIDE if outside_support(name, node) else ""
+                    found.append(f"{name!r} of the {owner}{outside}")
+    return found

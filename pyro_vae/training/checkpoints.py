@@ -1,0 +1,110 @@
+"""Checkpoints on disk: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import tempfile
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["load", "save", "schedulers_of"]
+
+_VERSION = 1
+
+# What is not looked into, and how much of what is.
+_CLOSED = (
+    type,
+    types.ModuleType,
+    torch.Tensor,
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+_LONG = 50
+_EMPTY = types.CellType()
+
+
+def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint whole or not at all: a temporary file beside it, then a rename."""
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"pyro_vae_checkpoint": _VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint; no code in the file is run.
+
+    Raises:
+        ValueError: for a file that is not a checkpoint of :func:`save`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of whatever kind: torch.load meets bytes that are not its own
+        raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit") from error
+    if not isinstance(content, dict) or content.get("pyro_vae_checkpoint") != _VERSION:
+        raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit")
+    return content
+
+
+def schedulers_of(
+    callbacks: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> list[torch.optim.lr_scheduler.LRScheduler]:
+    """Return the learning rate schedulers of an optimizer that callbacks are, or hold.
+
+    Raises:
+        ValueError: where a scheduler moves the optimizer that no callback is seen to hold, so
+            that its state would be lost.
+    """
+    found = {
+        id(value): value
+        for callback in callbacks
+        for value in _held(callback)
+        if isinstance(value, torch.optim.lr_scheduler.LRScheduler) and value.optimizer is optimizer
+    }
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not found:
+        raise ValueError(
+            "checkpoint: a learning rate scheduler has the optimizer, and is in no callback, so "
+            "its state would be lost; pass it: callbacks=[scheduler], which takes a step after "
+            "each epoch"
+        )
+    return list(found.values())
+
+
+def _held(value: Any, depth: int = 3) -> Iterator[Any]:
+    """Yield an object, and what it holds: in a closure, in globals that it names, as attributes."""
+    yield value
+    if depth == 0 or isinstance(value, _CLOSED):
+        return
+    inner: list[Any] = []
+    if isinstance(value, Mapping):
+        inner += list(value.values())[:_LONG]
+    elif isinstance(value, (list, tuple)):
+        inner += value[:_LONG]
+    elif inspect.isfunction(value):
+        inner += [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        inner += [value.__globals__.get(name) for name in value.__code__.co_names]
+        inner += value.__defaults__ or ()
+    elif inspect.ismethod(value):
+        inner += [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inner += [value.func, *value.args, *value.keywords.values()]
+    else:
+        inner += list(getattr(value, "__dict__", {}).values())[:_LONG]
+    for item in inner:
+        yield from _held(item, depth - 1)

@@ -1,0 +1,323 @@
+r"""Expectation-maximisation: coordinate ascent of the ELBO in q, then in the model's parameters.
+
+.. math::
+    \log p_\theta(x) \ge \mathrm{ELBO}(q, \theta)
+    = \mathbb{E}_q[\log p_\theta(x, z)] + \mathrm{H}[q]
+
+The E-step raises it in q alone, the M-step in the model's parameters alone (Neal & Hinton 1998).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from tqdm.auto import tqdm
+
+from pyro_vae.guides.base import FamilyGuide
+from pyro_vae.guides.exact import ExactGuide
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.structure import Structure, inspect
+from pyro_vae.programs.supports import is_discrete, support_of
+from pyro_vae.programs.traces import dream
+from pyro_vae.training.e_steps import (
+    EStep,
+    Estimate,
+    ExactStep,
+    ImportanceStep,
+    NUTSStep,
+    VariationalStep,
+)
+from pyro_vae.training.m_step import MStep, NonFiniteHalfStepError, failure
+from pyro_vae.training.parameters import Parameters
+from pyro_vae.training.result import EMResult
+
+__all__ = ["NonFiniteHalfStepError", "em"]
+
+logger = logging.getLogger(__name__)
+
+_E_STEPS = ("auto", "exact", "variational", "importance", "nuts")
+_REFINE_STEPS, _WARMUP_STEPS = 100, 50
+_WINDOW = 5  # iterations over which a gain must show above its error
+
+
+def em(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    e_step: str = "auto",
+    num_iterations: int = 100,
+    tolerance: float = 1e-6,
+    num_particles: int = 100,
+    e_steps: int | None = None,
+    m_steps: int = 100,
+    optim: Any = None,
+    seed: int | None = 0,
+    progress: bool = True,
+    data_plate: str | bool | None = None,
+) -> EMResult:
+    r"""Estimate a model's parameters by expectation-maximisation on all the data at once.
+
+    Alternates two half-steps on one objective, the ELBO:
+
+    - E: the guide, with the model's parameters fixed. With an ExactGuide it becomes the exact
+      posterior (EM, Dempster, Laird & Rubin 1977). A LocalGuide is refined from its present
+      rows (variational EM; with families.Delta, MAP or hard EM, whose "ELBO" is
+      :math:`\log p(x, \hat z)` and no bound).
+      "importance" weights draws of any guide into the posterior, and "nuts" draws from it
+      (Monte Carlo EM, Wei & Tanner 1990); the guide itself stays as it is.
+    - M: the model's parameters, with q fixed, so that the objective is deterministic.
+      L-BFGS, until no more is to be gained.
+
+    An M-step that does not raise its objective is undone. With exact E-steps the ELBO
+    therefore never decreases, and after each is log p(x); with the others it may, by
+    their Monte Carlo error. Runs start and end with an E-step, so that guide and
+    parameters belong together. What is found is a local optimum.
+
+    The model's parameters are changed in place, from their present values: those of its
+    modules, of pyro.param and of pyro.module. Modules run in eval mode.
+
+    Args:
+        model: a Pyro model with parameters, without global latents.
+        guide: an ExactGuide, a LocalGuide, or any guide with a density for "importance"
+            and "nuts", where it proposes, and measures log p(x).
+        *batch: their arguments, all the data.
+        e_step: "exact", "variational", "importance" or "nuts"; "auto" is "exact" for an
+            ExactGuide and "variational" for a LocalGuide.
+        num_iterations: M-steps at most.
+        tolerance: in nats per datum: an iteration that gains less, two standard errors
+            included, ends the run.
+        num_particles: draws for each datum of an E-step that draws.
+        e_steps: of :func:`pyro_vae.refine` in a variational E-step, at most (100); of the
+            adaptation of NUTS (50).
+        m_steps: of the optimizer in an M-step, at most.
+        optim: as in :func:`pyro_vae.fit`, but of the model's parameters; torch's L-BFGS by
+            default.
+        seed: of everything random in here; None takes one from the global random state.
+        progress: whether to show a bar.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+
+    Returns:
+        An EMResult: the ELBO after each half-step, with its standard error. ``stopped_by`` is
+        "tolerance"; "noise", where five iterations together gained no more than two
+        standard errors, so that more particles would be needed to go on;
+        "num_iterations"; or "interrupted".
+
+    Raises:
+        NonFiniteHalfStepError: naming half-step and iteration; the parameters are those of
+            the last good half-step.
+        ValueError: for a model without parameters, or with global latents, a minibatch, a
+            guide that the E-step cannot use, and numbers out of range.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> from pyro_vae.em import em
+        >>> def model(x):
+        ...     mean = pyro.param("mean", torch.tensor(0.0, dtype=torch.float64))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+        >>> guide = pv.LocalGuide(model, num_data=3, example=x)
+        >>> result = em(model, guide, x, num_iterations=3, e_steps=100, progress=False)
+        >>> result.history["half_step"]
+        ['E', 'M', 'E', 'M', 'E', 'M', 'E']
+    """
+    num_iterations = as_count("num_iterations", num_iterations)
+    num_particles = as_count("num_particles", num_particles)
+    e_steps = None if e_steps is None else as_count("e_steps", e_steps)
+    m_steps = as_count("m_steps", m_steps)
+    kind = _check(e_step, guide, tolerance, num_particles)
+    arguments = as_batch(*batch)
+    structure = _check_model(model, arguments, data_plate)
+    if kind != "exact":
+        _refuse_scales(model, structure, arguments, kind)
+    if kind == "nuts":
+        _require_continuous(structure)
+    parameters = _parameters(model, structure, arguments)
+    seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
+    e: EStep
+    if isinstance(guide, ExactGuide) and kind == "exact":
+        e = ExactStep(model, guide, arguments, structure)
+    elif kind == "variational" and isinstance(guide, LocalGuide):
+        steps = _REFINE_STEPS if e_steps is None else e_steps
+        e = VariationalStep(model, guide, arguments, data_plate, num_particles, seed, steps)
+    elif kind == "importance":
+        e = ImportanceStep(model, guide, arguments, data_plate, num_particles, seed)
+    else:
+        warmup = _WARMUP_STEPS if e_steps is None else e_steps
+        e = NUTSStep(model, guide, arguments, data_plate, num_particles, seed, warmup, structure)
+    run = _Run(e, MStep(parameters, optim, m_steps))
+    with preserved_rng(arguments.device):
+        try:
+            stopped_by = run.loop(num_iterations, tolerance, progress)
+            if stopped_by != "interrupted":
+                e.warn()
+        finally:
+            e.close()
+    return run.result(stopped_by)
+
+
+def _check(e_step: str, guide: Callable[..., Any], tolerance: float, num_particles: int) -> str:
+    """Return the kind of E-step; raise ValueError for what does not go together."""
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    if e_step not in _E_STEPS:
+        raise ValueError(f"e_step={e_step!r}: one of {_E_STEPS} is needed")
+    exact, local = isinstance(guide, ExactGuide), isinstance(guide, LocalGuide)
+    if e_step == "auto":
+        if not exact and not local:
+            raise ValueError(
+                f"e_step='auto' is for an ExactGuide or a LocalGuide, found "
+                f"{type(guide).__name__}: choose e_step='importance' or 'nuts', or train model "
+                "and guide together with pyro_vae.fit"
+            )
+        return "exact" if exact else "variational"
+    if e_step == "exact" and not exact:
+        raise ValueError(
+            "e_step='exact' needs an ExactGuide, which enumerates discrete latents, found "
+            f"{type(guide).__name__}; continuous latents have no exact E-step here: choose "
+            "'variational', 'importance' or 'nuts'"
+        )
+    if e_step == "variational" and not local:
+        raise ValueError(
+            "e_step='variational' refines the rows of a LocalGuide, found "
+            f"{type(guide).__name__}: make one with pyro_vae.refine(model, guide, *batch)"
+        )
+    if e_step in ("importance", "nuts"):
+        if isinstance(guide, FamilyGuide) and not guide.family.has_density:
+            raise ValueError(
+                f"e_step={e_step!r} measures log p(x) by the guide's density, and "
+                f"{guide.family!r} is a point, which has none; use another family"
+            )
+        if num_particles < 2:
+            raise ValueError(f"num_particles=1: e_step={e_step!r} needs at least 2")
+    return e_step
+
+
+def _check_model(
+    model: Callable[..., Any], batch: Batch, data_plate: str | bool | None
+) -> Structure:
+    """Return the structure of a model on all its data, or raise ValueError."""
+    structure = inspect(model, batch, data_plate=data_plate)
+    structure.require_no_globals()
+    for site in structure.sites.values():
+        for plate in site.plates:
+            if plate.drawn or plate.size != plate.full_size:
+                raise ValueError(
+                    f"plate {plate.name!r} holds {plate.size} of {plate.full_size} entries: EM "
+                    "takes all the data at once; pass them all, without subsampling, or train "
+                    "by minibatches with pyro_vae.fit"
+                )
+    return structure
+
+
+def _refuse_scales(
+    model: Callable[..., Any], structure: Structure, batch: Batch, kind: str
+) -> None:
+    with torch.no_grad(), preserved_rng(batch.device), evaluation(model):
+        trace = dream(model, batch.args, batch.kwargs)
+    for name in structure.sites:
+        scale = trace.nodes[name]["scale"]
+        if bool((torch.as_tensor(scale) != 1).any()):
+            raise ValueError(
+                f"site {name!r} has the scale {scale} (poutine.scale), which the draws of "
+                f"e_step={kind!r} do not carry; leave it out, or use an ExactGuide"
+            )
+
+
+def _require_continuous(structure: Structure) -> None:
+    latents = (*structure.local_latents, *structure.global_latents)
+    if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
+        raise ValueError(
+            f"the distributions of the latent sites {undeclared} declare no support, which NUTS "
+            "needs; give their classes one, or use e_step='importance'"
+        )
+    names = [site.name for site in latents if is_discrete(site.fn)]
+    if names:
+        raise ValueError(
+            f"the latent sites {names} are discrete, and NUTS needs gradients; use "
+            "e_step='importance', or an ExactGuide where all are"
+        )
+
+
+def _parameters(model: Callable[..., Any], structure: Structure, batch: Batch) -> Parameters:
+    """Return the parameters of the model alone."""
+
+    def points(*args: Any, **kwargs: Any) -> None:
+        for site in structure.sites.values():
+            if site.kind != "observed":
+                event_dim = len(site.event_shape)
+                pyro.sample(site.name, dist.Delta(site.value, event_dim=event_dim))
+
+    try:
+        parameters = Parameters(model, points, batch)
+    except ValueError as error:
+        error.add_note("em estimates the parameters of the model, not those of the guide")
+        raise
+    parameters.initialize()
+    return parameters
+
+
+class _Run:
+    """The alternation, and its record."""
+
+    def __init__(self, e_step: EStep, m_step: MStep) -> None:
+        self.e_step, self.m_step = e_step, m_step
+        self.history: dict[str, list[Any]] = {
+            name: [] for name in ("iteration", "half_step", "elbo", "elbo_std_error")
+        }
+        self.iterations, self._begin = 0, time.perf_counter()
+
+    def loop(self, num_iterations: int, tolerance: float, progress: bool) -> str:
+        """Alternate; return what ended it."""
+        try:
+            with tqdm(total=num_iterations, disable=not progress, unit="iteration") as bar:
+                estimates = [self._record(0, "E", self.e_step.update(0))]
+                for iteration in range(1, num_iterations + 1):
+                    self.m_step.run(self.e_step.objective, iteration)
+                    self.iterations = iteration
+                    with self.m_step.undone_on_error():
+                        self._record(iteration, "M", self.e_step.estimate())
+                    found = self._record(iteration, "E", self.e_step.update(iteration))
+                    estimates = [*estimates, found][-_WINDOW - 1 :]
+                    bar.update()
+                    bar.set_postfix(ELBO=f"{found.mean:.4f}")
+                    gain, error = found.gain(estimates[-2])
+                    if gain + 2 * error < tolerance:
+                        return "tolerance"
+                    gain, error = found.gain(estimates[0])
+                    if error > 0 and len(estimates) > _WINDOW and gain < 2 * error:
+                        return "noise"
+        except KeyboardInterrupt:
+            logger.warning(
+                "interrupted in iteration %d; the model keeps the parameters of the last M-step "
+                "that was finished",
+                self.iterations + 1,
+            )
+            return "interrupted"
+        return "num_iterations"
+
+    def _record(self, iteration: int, half_step: str, estimate: Estimate) -> Estimate:
+        if not math.isfinite(estimate.mean):
+            raise failure(f"the ELBO ({estimate.mean})", half_step, iteration)
+        row = (iteration, half_step, estimate.mean, estimate.std_error)
+        for name, value in zip(self.history, row, strict=True):
+            self.history[name].append(value)
+        return estimate
+
+    def result(self, stopped_by: str) -> EMResult:
+        """Return what was done."""
+        elapsed = time.perf_counter() - self._begin
+        return EMResult(self.history, stopped_by, self.iterations, elapsed)

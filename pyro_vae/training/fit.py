@@ -1,0 +1,533 @@
+"""The training loop: batches, validation, checkpoint, resume, progress; it knows no loss."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from pyro_vae.compiler.arguments import check_compile
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.losses.base import Objective
+from pyro_vae.losses.elbo import ELBO
+from pyro_vae.programs.batch import Batch, EpochData, StepData
+from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.state import (
+    Look,
+    evaluation,
+    module_of,
+    one_thread,
+    preserved_rng,
+    random_state,
+    set_random_state,
+)
+from pyro_vae.programs.traces import non_finite_sites
+from pyro_vae.schedules import shortfall
+from pyro_vae.training import checkpoints
+from pyro_vae.training.minibatches import TrainingData, mean_elbo
+from pyro_vae.training.result import FitResult
+from pyro_vae.training.steps import NonFiniteLossError, TrainingSteps
+from pyro_vae.training.traced_loss import TracedLoss
+
+__all__ = ["Epoch", "fit"]
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_EPOCHS = 100
+_SHOWN = 50  # steps that the running ELBO of the bar is the mean of
+_HISTORY = (
+    "epoch",
+    "step",
+    "elbo",
+    "elbo_std_error",
+    "validation_elbo",
+    "validation_elbo_std_error",
+    "beta",
+)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a callback of :func:`fit` is told at the end of an epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps so far.
+        elbo: mean over the epoch, in nats per datum.
+        validation_elbo: in nats per datum; nan without validation data.
+        elapsed: seconds of training and validation so far.
+    """
+
+    epoch: int
+    step: int
+    elbo: float
+    validation_elbo: float
+    elapsed: float
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    loss: pyro.infer.ELBO | None = None,
+    optim: Any = None,
+    schedule: Callable[[int], float] | None = None,
+    batch_size: int = 128,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    validation_data: Any = None,
+    patience: int | None = None,
+    seed: int | None = 0,
+    device: torch.device | str | None = None,
+    compile: str | bool = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    callbacks: Iterable[Callable[[Epoch], bool | None] | LRScheduler] = (),
+    data_plate: str | bool | None = None,
+    drop_last: bool = False,
+) -> FitResult:
+    """Train a model/guide pair by stochastic variational inference.
+
+    Every step takes a minibatch, shuffled anew at each epoch. Ctrl-C ends training and
+    keeps what was learned. With validation data, the parameters that scored best on
+    them are kept. A LocalGuide is told which rows each minibatch holds. Where another guide, or
+    the model, has parameters for each row by its place (AutoNormal), every step takes all the
+    data in their order, and a warning says so.
+
+    Where all data share latents and the data plate has the size of the minibatch, what is in the
+    plate is scaled by the number of data over that size, as ``pyro.plate(name, num_data,
+    subsample=x)`` says it in the model; a warning tells of it. Else there would seem to be fewer
+    data.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        data: a tensor or an array, a tuple or a mapping of them, first dimension the datum; a
+            torch Dataset, of which each step reads its rows; a DataLoader or an IterableDataset,
+            whose batches are the minibatches; or an object that draws such data anew, for
+            each step (:class:`pyro_vae.programs.batch.StepData`) or each epoch
+            (:class:`pyro_vae.programs.batch.EpochData`).
+        loss: a pyro.infer.ELBO, Pyro's or ours; pyro_vae.ELBO() by default.
+        optim: a function from parameters to a torch optimizer (a class will do), a torch
+            optimizer, or a pyro.optim object with plain arguments; Adam with a learning
+            rate of 0.001 by default.
+        schedule: the factor on the latent terms of model and guide at each step, counted
+            from 0: one of pyro_vae.schedules (KL warm-up), or any function. Validation is
+            never scaled. The history has the factor of each epoch's last step as beta; a
+            warm-up that training cuts short is told in a logged warning.
+        batch_size: data in a minibatch; the last of an epoch may be smaller. A DataLoader has
+            its own.
+        epochs: passes over the data at most; 100 where max_steps is not given either.
+        max_steps: optimizer steps at most.
+        validation_data: like data, without ``epoch``; scored after each epoch on the same
+            random numbers.
+        patience: epochs without a better validation ELBO after which to stop.
+        seed: of everything random in here; the global random state stays as it was. None
+            draws from the global random state.
+        device: where modules and minibatches go; as they are by default.
+        compile: how steps run, as in :class:`pyro_vae.CompiledSVI`: "auto" records the
+            operations of a step as a graph and replays them, and compiles the graph where
+            training is long enough for that to save time (few steps run eagerly); "replay"
+            never compiles, True at once, False runs eagerly. Losses are the same to rounding.
+        checkpoint: a file written after each epoch and its callbacks, whole or not at all, with
+            the last and the best parameters. Where it exists, training resumes from it, with the
+            optimizer's settings in it and the state of schedulers among the callbacks, or that
+            they hold, and goes on as if it had not been interrupted. What else a callback keeps
+            is its own. An epoch that max_steps cut short is not taken up again.
+        progress: whether to show a bar.
+        callbacks: called with an Epoch after each; one that returns True ends training. A
+            torch.optim.lr_scheduler takes a step after each (ReduceLROnPlateau by the validation
+            ELBO, or the training ELBO where there is none).
+        data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
+            the data, and ELBOs are of the whole.
+        drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
+            which data it would have held is another matter in each epoch.
+
+    Returns:
+        A FitResult.
+
+    Raises:
+        NonFiniteLossError: for a loss or gradient that is not finite, naming step and
+            sites; the parameters are those of the last good step.
+        ValueError: for data that are empty, hold NaN or lie outside the likelihood's
+            support, a guide that does not fit the model, a checkpoint of another pair, a
+            factor of the schedule that is negative or not finite, or arguments that do not
+            go together.
+        FileNotFoundError: for a checkpoint in a folder that does not exist.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.linspace(-1, 1, 50)
+        >>> guide = pv.LocalGuide(model, num_data=50, example=x)
+        >>> pv.fit(model, guide, x, epochs=2, progress=False).stopped_by
+        'epochs'
+    """
+    batch_size = as_count("batch_size", batch_size)
+    epochs, max_steps, patience = (
+        None if value is None else as_count(name, value)
+        for name, value in {"epochs": epochs, "max_steps": max_steps, "patience": patience}.items()
+    )
+    _check_arguments(patience, validation_data, compile, checkpoint)
+    if epochs is None and max_steps is None:
+        epochs = _DEFAULT_EPOCHS
+    if isinstance(guide, LocalGuide) and isinstance(data, (DataLoader, IterableDataset)):
+        raise ValueError(
+            f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
+            "does not say; pass tensors, or a torch Dataset with a length"
+        )
+    if validation_data is not None and isinstance(guide, LocalGuide):
+        raise ValueError(
+            "validation_data: a LocalGuide has parameters for the training data alone; "
+            "use an AmortizedGuide, or leave validation_data out"
+        )
+    for module in (module_of(model), module_of(guide)):
+        if device is not None and module is not None:
+            module.to(device)
+    # Pyro's own losses ask for no data plate, and never run the model under its prior.
+    as_svi = loss is not None and not isinstance(loss, Objective)
+    training = TrainingData(
+        model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
+    )
+    validation = None if validation_data is None else training.validation(model, validation_data)
+    with (
+        one_thread(),
+        preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext(),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed, compile)
+        trainer.callbacks = list(callbacks)
+        if checkpoint is not None and os.path.exists(checkpoint):
+            trainer.resume(checkpoint)
+        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress)
+    if isinstance(guide, LocalGuide):
+        drawn_anew = isinstance(data, (EpochData, StepData))
+        guide.remember(None if drawn_anew else training.batch, guide.given)
+    return trainer.result(stopped_by)
+
+
+def _check_arguments(
+    patience: int | None,
+    validation_data: Any,
+    compiled: str | bool,
+    checkpoint: str | os.PathLike[str] | None,
+) -> None:
+    if patience is not None and validation_data is None:
+        raise ValueError(
+            "patience counts epochs without a better validation ELBO: give validation_data"
+        )
+    if isinstance(validation_data, (int, float)):
+        raise TypeError(
+            f"validation_data={validation_data!r}: data are needed, like those to train on; split "
+            "them before, as in x[:800], x[800:]"
+        )
+    if isinstance(validation_data, (EpochData, StepData)):
+        raise ValueError(
+            "validation_data is drawn anew each time, so that epochs could not be compared; pass "
+            "one draw of it: of StochasticBinarization, validation_data.fixed(seed=0)"
+        )
+    check_compile(compiled)
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
+
+
+@dataclass
+class _Progress:
+    """Where training stands: what a checkpoint holds beside the parameters."""
+
+    step: int = 0
+    epoch: int = 0
+    elapsed: float = 0.0
+    best_elbo: float = -math.inf
+    best_epoch: int = 0
+    history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
+
+
+class _Trainer:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        data: TrainingData,
+        validation: Batch | None,
+        loss: pyro.infer.ELBO | None,
+        optim: Any,
+        schedule: Callable[[int], float] | None,
+        seed: int | None,
+        compiled: str | bool,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.data, self.validation = data, validation
+        self.loss: Any = ELBO() if loss is None else loss
+        if not isinstance(self.loss, pyro.infer.ELBO):
+            raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
+        if isinstance(loss, pyro.infer.ReweightedWakeSleep):
+            raise TypeError(
+                "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
+            )
+        self.schedule: Any = schedule
+        if schedule is not None and (isinstance(schedule, type) or not callable(self.schedule)):
+            raise TypeError(
+                f"schedule={schedule!r}: a function from a step to the factor is needed; one "
+                "factor for all steps is pyro_vae.schedules.Constant(beta)"
+            )
+        self.seed = seed
+        self.steps = TrainingSteps(model, guide, data, self.loss, optim, schedule, compiled)
+        # Validation is too little of a run for a second compilation to pay.
+        how = "replay" if compiled == "auto" else compiled
+        objective: Any = self.loss  # of which Pyro's base class has no methods
+        self._validated = TracedLoss(
+            *self.steps.pair, objective.loss, compile=how, modes=False, owners=(self.loss,)
+        )
+        self.state = _Progress()
+        self.callbacks: list[Any] = []
+        self.best: Any = None  # at the end of the one that validated best
+
+    # --- the loop
+
+    def run(
+        self,
+        epochs: int | None,
+        max_steps: int | None,
+        patience: int | None,
+        checkpoint: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> str:
+        """Train; return what ended it, and leave the best parameters in place."""
+        per_epoch = self.data.steps_per_epoch
+        by_epochs = None if epochs is None or per_epoch is None else epochs * per_epoch
+        total = min((n for n in (max_steps, by_epochs) if n is not None), default=None)
+        if total is not None:
+            self._expect(total)
+        unsaved = False
+        with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
+            try:
+                while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
+                    epoch = self._epoch(bar, max_steps)
+                    unsaved = checkpoint is not None
+                    ended = self._call_back(epoch)
+                    # After them, for what they set (a learning rate) is part of what goes on.
+                    if checkpoint is not None:
+                        checkpoints.save(self._content(), checkpoint)
+                        unsaved = False
+                    if ended:
+                        stopped_by = "callback"
+                        break
+            except KeyboardInterrupt:
+                stopped_by = "interrupted"
+                self.steps.read()
+                self.state.step = self.steps.taken
+                if unsaved and checkpoint is not None:  # in a callback: the epoch is whole
+                    checkpoints.save(self._content(), checkpoint)
+        self.steps.drop_gradients()
+        kept = f"step {self.state.step}"
+        if self.best is not None:
+            self.steps.parameters.restore(self.best)
+            kept = f"epoch {self.state.best_epoch}, the best on the validation data"
+        if stopped_by == "interrupted":
+            logger.warning(
+                "interrupted after step %d; model and guide keep the parameters of %s",
+                self.state.step,
+                kept,
+            )
+        if told := shortfall(self.schedule, self.state.step):
+            logger.warning("training ended (%s) at %s", stopped_by, told)
+        return stopped_by
+
+    def _call_back(self, epoch: Epoch) -> bool:
+        """Call all callbacks; return whether one of them ends training."""
+        answers = []
+        for callback in self.callbacks:
+            if isinstance(callback, ReduceLROnPlateau):
+                elbo = epoch.elbo if self.validation is None else epoch.validation_elbo
+                callback.step(-elbo)
+            elif isinstance(callback, LRScheduler):
+                callback.step()
+            else:
+                answers.append(callback(epoch))
+        if self.callbacks:
+            self.steps.last = self.steps.parameters.state()  # which they may have changed
+        return any(answers)
+
+    def _expect(self, total: int) -> None:
+        """Prepare for so many steps in all, and say what they will be too few for."""
+        self.steps.expect(total)
+        if self.validation is not None:
+            parts = sum(1 for _ in self.data.parts(self.validation))
+            self._validated.steps = parts * math.ceil(total / (self.data.steps_per_epoch or total))
+        if total > self.state.step and (told := shortfall(self.schedule, total)):
+            logger.warning("training will end by %s", told)
+
+    def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
+        state = self.state
+        if max_steps is not None and state.step >= max_steps:
+            return "max_steps"
+        if epochs is not None and state.epoch >= epochs:
+            return "epochs"
+        if patience is not None and state.epoch - state.best_epoch >= patience:
+            return "patience"
+        return None
+
+    def _epoch(self, bar: Any, max_steps: int | None) -> Epoch:
+        state, before, begin = self.state, self.state.elapsed, time.perf_counter()
+        elbos: list[tuple[float, int]] = []
+
+        def read() -> None:
+            elbos.extend(self.data.elbo(*scored) for scored in self.steps.read())
+            bar.update(self.steps.taken - state.step)
+            state.step = self.steps.taken
+            # At each step, for the time of an epoch that is broken off counts too.
+            state.elapsed = before + time.perf_counter() - begin
+            bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
+
+        for index, batch in self.data.epoch():
+            self.steps.take(index, batch)
+            if self.steps.due:
+                read()
+            if max_steps is not None and self.steps.taken >= max_steps:
+                break
+        read()
+        beta = self.steps.factor  # before validation, which has none
+        (elbo, elbo_error), (validation, validation_error) = mean_elbo(elbos), self._validate()
+        self.steps.remember()
+        state.epoch += 1
+        state.elapsed = before + time.perf_counter() - begin
+        row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error, beta)
+        for name, value in zip(_HISTORY, row, strict=True):
+            state.history[name].append(value)
+        if self.validation is None:
+            state.best_epoch = state.epoch
+        elif validation > state.best_elbo:
+            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
+        bar.set_postfix(self._postfix(elbo), refresh=True)
+        return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
+
+    def _postfix(self, elbo: float) -> dict[str, str]:
+        shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
+        if self.state.epoch and self.validation is not None:
+            shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
+        return shown
+
+    def _validate(self) -> tuple[float, float]:
+        if self.validation is None:
+            return math.nan, math.nan
+        elbos = []
+        self.steps.set_factor(1.0)
+        with (
+            torch.no_grad(),
+            evaluation(self.model, self.guide),
+            preserved_rng(self.validation.device),
+        ):
+            torch.manual_seed(0 if self.seed is None else self.seed)
+            start = 0
+            for batch in self.data.parts(self.validation):
+                elbos.append(self.data.elbo(self._validation_loss(batch, start), batch.size))
+                start += batch.size or 0
+        return mean_elbo(elbos)
+
+    def _validation_loss(self, batch: Batch, start: int) -> float:
+        """Return the loss of a part of the validation data, which begins at a row.
+
+        Raises:
+            NonFiniteLossError: where it is not finite, naming the rows.
+        """
+        with Look() as look:
+            loss = float(self._validated(*batch.args, **batch.kwargs))
+            if math.isfinite(loss):
+                return loss
+        step, sites_of = self.steps.taken, self._sites_not_finite(batch)
+        if look.error is not None and not sites_of:
+            look.error.add_note("in validation_data")
+            raise look.error
+        rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
+        sites = sorted(set().union(*sites_of.values()))
+        raise NonFiniteLossError(
+            f"validation_data: after step {step} the loss is not finite, in rows {rows} "
+            f"({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. Look at "
+            "these rows: rescale or leave them out, or bound the scale or logit there",
+            step,
+            sites,
+        ) from look.error
+
+    def _sites_not_finite(self, batch: Batch) -> dict[int, list[str]]:
+        """Return, by row of a batch, the sites that are not finite there."""
+        found = {}
+        for row in range(batch.size or 0):
+            with Look():
+                alone = batch.rows(slice(row, row + 1))
+                if sites := non_finite_sites(self.model, self.guide, alone):
+                    found[row] = sites
+        return found
+
+    # --- checkpoints
+
+    def _content(self) -> dict[str, Any]:
+        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
+        return {
+            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+            "last": self.steps.last,
+            "best": self.best,
+            "optimizer": self.steps.optimizer.state_dict(),
+            "optimizer_type": type(self.steps.optimizer).__name__,
+            "loss": self.loss.state_dict() if isinstance(self.loss, Objective) else {},
+            "progress": dict(vars(self.state)),
+            "random_state": random_state(),
+        }
+
+    def resume(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: where it is not one, or of another pair or optimizer.
+        """
+        content = checkpoints.load(checkpoint)
+        self.steps.initialize()
+        here, there = type(self.steps.optimizer).__name__, content["optimizer_type"]
+        if here != there:
+            raise ValueError(
+                f"{os.fspath(checkpoint)} was written with the optimizer {there}, not {here}"
+            )
+        progress = _Progress(**content["progress"])
+        self.steps.resume(content["last"], progress.step, progress.epoch)
+        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
+        saved = content.get("schedulers", [])
+        if len(saved) != len(schedulers):
+            raise ValueError(
+                f"{os.fspath(checkpoint)} was written with {len(saved)} learning rate schedulers "
+                f"among the callbacks, and here are {len(schedulers)}: they go on from their "
+                "state in it; pass the same callbacks"
+            )
+        self.steps.optimizer.load_state_dict(content["optimizer"])
+        for scheduler, state in zip(schedulers, saved, strict=True):
+            scheduler.load_state_dict(state)
+        if isinstance(self.loss, Objective):
+            self.loss.load_state_dict(content.get("loss", {}))
+        self.state = progress
+        for name in _HISTORY:  # a column that an earlier version did not write is unknown
+            self.state.history.setdefault(name, [math.nan] * self.state.epoch)
+        self.best = content["best"]
+        set_random_state(content["random_state"])
+        logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
+
+    def result(self, stopped_by: str) -> FitResult:
+        state = self.state
+        return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)

@@ -1,0 +1,163 @@
+"""Minibatches of a model with global latents: what a datum of them counts for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.state import Look
+from pyro_vae.programs.structure import Plate, Site, Structure, inspect
+
+__all__ = ["minibatch_scale"]
+
+
+def minibatch_scale(
+    model: Callable[..., Any],
+    batch: Batch,
+    structure: Structure,
+    num_data: int | None,
+    divides: Callable[[Plate, list[str]], bool] = lambda plate, names: False,
+) -> tuple[int | None, FullSize | None]:
+    """Return how many data a minibatch's loss is scaled to, and what is needed to scale it.
+
+    With latents that all data share, a minibatch of B out of N data must count N / B times:
+    else there seem to be fewer data, and the posterior of what is shared is too wide. A
+    model that says so itself, by the size of its plate or by poutine.scale, is left alone.
+
+    Args:
+        model: a Pyro model.
+        batch: a minibatch.
+        structure: of the model on that minibatch.
+        num_data: N; None where it is not known.
+        divides: whether the densities of some observed sites are divided by the batch's size, by
+            other means than a scale.
+
+    Returns:
+        N, or None where a loss is the sum of its minibatch; and the handler that gives the data
+        plate of model and guide its full size, or None where none is needed.
+
+    Raises:
+        ValueError: with latents that all data share, where the model's scale is neither, or is
+            that of some sites only, or N is not known.
+    """
+    plate = structure.data_plate
+    if plate is None:
+        return 1, None
+    if plate.size != plate.full_size:
+        return plate.full_size, None
+    if num_data == plate.size:
+        # Validation data are others, of which the model may say that they are as many.
+        return _size_of_fewer(model, batch, structure, num_data), None
+    if num_data is not None and structure.global_latents:
+        observed = [site.name for site in structure.observed]
+        by_hand = observed if divides(plate, observed) else []
+        _check_scaled_alike(structure, plate, num_data, by_hand)
+        if by_hand:
+            return num_data, None
+    if num_data is not None and _scales_itself(model, batch, structure, num_data):
+        return num_data, None
+    if not structure.global_latents:
+        return None, None
+    names = [site.name for site in structure.global_latents]
+    advice = (
+        f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "
+        "data"
+    )
+    if num_data is None:
+        raise ValueError(
+            f"the latent sites {names} are shared by all data, of which nobody says how many there "
+            f"are: what a minibatch counts for is not known; {advice}"
+        )
+    scales = _relative_scales(structure)
+    if not any(_is(scale, 1.0) for scale in scales.values()):
+        told = ", ".join(f"{name!r} by {float(s.mean()):g}" for name, s in scales.items())
+        raise ValueError(
+            f"the latent sites {names} are shared by all data, and a minibatch must count "
+            f"num_data / batch_size = {num_data / plate.size:g} times; the model scales {told} "
+            f"instead. If that is a weight of the likelihood, {advice}, and it is kept beside it"
+        )
+    local = [site.name for site in structure.local_latents]
+    others = {p.name for site in structure.sites.values() for p in site.plates} - {plate.name}
+    return num_data, FullSize(plate.name, plate.dim, num_data, local, others)
+
+
+def _check_scaled_alike(
+    structure: Structure, plate: Plate, num_data: int, by_hand: Collection[str]
+) -> None:
+    """Raise ValueError where a model scales some sites of a minibatch up to all data, others not.
+
+    Another weight of a site, of a KL warm-up for one, is none of the two.
+
+    Args:
+        structure: of the model on a minibatch.
+        plate: the data plate.
+        num_data: of all data.
+        by_hand: observed sites that are scaled up by other means than a scale.
+    """
+    factor = num_data / plate.size
+    scales = _relative_scales(structure, (*structure.observed, *structure.local_latents))
+    scaled = [name for name, scale in scales.items() if name in by_hand or _is(scale, factor)]
+    alone = [name for name, scale in scales.items() if name not in scaled and _is(scale, 1.0)]
+    if scaled and alone:
+        raise ValueError(
+            f"the latent sites {[site.name for site in structure.global_latents]} are shared by "
+            f"all data, and the model scales {scaled} by num_data / batch_size = {factor:g}, but "
+            f"not {alone}, which a minibatch has of as few data. Scale all that is in plate "
+            f"{plate.name!r}, in model and guide: pyro.plate({plate.name!r}, num_data, "
+            "subsample=x) does"
+        )
+
+
+def _size_of_fewer(
+    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
+) -> int | None:
+    """Return how many data a model scales a part of them up to; None where it does not."""
+    plate = structure.data_plate
+    if plate is None or batch.size is None or batch.size < 2:
+        return None
+    with Look():
+        part = batch.rows(slice(0, batch.size // 2))
+        fewer = inspect(model, part, data_plate=plate.name)
+        found = fewer.data_plate
+        if found is not None and found.size != found.full_size:
+            return found.full_size
+        return num_data if _scales_itself(model, part, fewer, num_data) else None
+    return None
+
+
+def _scales_itself(
+    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
+) -> bool:
+    """Return whether a model scales its likelihood up to all data, or by 1 / its batch's size."""
+    plate = structure.data_plate
+    scales = _relative_scales(structure)
+    if plate is None or all(_is(scale, 1.0) for scale in scales.values()):
+        return False
+    if all(_is(scale, num_data / plate.size) for scale in scales.values()):
+        return True
+    half = plate.size // 2
+    if half < 1 or batch.size is None:
+        return False
+    with Look():
+        fewer = inspect(model, batch.rows(slice(0, half)), data_plate=plate.name)
+        again = _relative_scales(fewer)
+        return all(_is(again[name] / scale, plate.size / half) for name, scale in scales.items())
+    return False
+
+
+def _relative_scales(
+    structure: Structure, sites: Iterable[Site] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the scales of sites, the observed ones, relative to that of the global latents."""
+    shared = [site.own_scale.mean() for site in structure.global_latents]
+    unit = torch.stack(shared).mean() if shared else torch.tensor(1.0)
+    of = structure.observed if sites is None else sites
+    return {site.name: site.own_scale / unit for site in of}
+
+
+def _is(scale: torch.Tensor, number: float) -> bool:
+    return bool(((scale - number).abs() <= 1e-4 * number).all())

@@ -1,0 +1,365 @@
+"""Steps of training: loss, gradients and update, and an error where they are not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.losses.base import Objective
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.handlers import LatentScale
+from pyro_vae.programs.state import random_state, set_random_state
+from pyro_vae.programs.traces import non_finite_sites
+from pyro_vae.schedules import factor_at
+from pyro_vae.training.minibatches import TrainingData
+from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.parameters import Parameters, all_finite
+from pyro_vae.training.traced_loss import TracedLoss
+from pyro_vae.training.update import Update
+
+__all__ = ["NonFiniteLossError", "TrainingSteps"]
+
+logger = logging.getLogger(__name__)
+
+# Where work is queued while Python goes on. To read a number there is to wait for all of it.
+_QUEUED = frozenset({"cuda"})
+_READ_EVERY = 50  # steps there
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training met a loss or gradient that is not finite, and stopped.
+
+    Model and guide keep the parameters of the last good step; of the last epoch, where
+    that step's update itself overflowed.
+
+    Attributes:
+        step: the step that failed, counted from 1.
+        sites: the sites whose value or log density is not finite.
+    """
+
+    def __init__(self, message: str, step: int, sites: list[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.sites = sites
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose loss has not been read yet, and what is needed to take it again."""
+
+    number: int
+    index: Tensor | None
+    size: int | None  # of its minibatch
+    batch: Batch | None  # where its rows do not say it
+    random_state: Mapping[str, Any]
+    outcome: Tensor  # [2]: the loss, and whether a step has failed by now
+
+
+class TrainingSteps:
+    """Takes the steps of training, each on a minibatch.
+
+    On a CUDA device no step waits for the device: losses gather there and are read once in a
+    while. From a loss or gradient on that is not finite, the device itself skips all updates, so
+    that the parameters are those of the step before when the failure is read. Buffers, such as
+    running means, have then seen the steps that were on their way.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        data: of the minibatches.
+        loss: a pyro.infer.ELBO.
+        optim: as in :func:`pyro_vae.fit`.
+        schedule: from a step, counted from 0, to the factor on the latent terms; or None.
+        compile: as in :func:`pyro_vae.fit`.
+
+    Attributes:
+        taken: steps so far.
+        epochs: that were :meth:`remember`-ed.
+        parameters: of model and guide.
+        last: their state at the end of the last epoch.
+        pair: model and guide, under the schedule's factor.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        data: TrainingData,
+        loss: pyro.infer.ELBO,
+        optim: Any,
+        schedule: Callable[[int], float] | None,
+        compile: str | bool,
+    ) -> None:
+        self.model, self.guide, self.data = model, guide, data
+        self.schedule = schedule
+        self.taken = self.epochs = 0
+        self._check_rows()
+        with data.rows(data.first_rows):
+            self.parameters = Parameters(model, guide, data.example)
+        for role, names in self.parameters.untold.items():
+            logger.info(
+                "trained are all parameters of modules, those too that Pyro is not told of. %s: %s",
+                role,
+                ", ".join(names),
+            )
+        self.last: Mapping[str, Mapping[str, Tensor]] = self.parameters.state()
+        self._optim = optim
+        self._update: Update | None = None
+        self._latent_scale = LatentScale()
+        self.pair: tuple[Any, Any] = (data.full_size(model), data.full_size(guide))
+        if schedule is not None:
+            self.pair = (self._latent_scale(self.pair[0]), self._latent_scale(self.pair[1]))
+            # A tensor, which a graph reads where it is: a number would be a constant of it.
+            like = next(p for p in self.parameters.trained if p.is_floating_point())
+            self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
+        objective: Any = loss  # of which Pyro's base class has no methods
+
+        def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+            drawn = data.drawn(Batch(args, kwargs))
+            return objective.loss_and_grads(model, guide, *drawn.args, **drawn.kwargs)
+
+        self._traced = TracedLoss(
+            *self.pair,
+            loss_and_grads,
+            compile=compile,
+            state=loss if isinstance(loss, Objective) else None,
+            checked=True,
+            owners=(*data.owners, loss),
+            wanted=lambda: self.parameters.trained,
+        )
+        self._unread: list[_Taken] = []
+        self._losses: list[tuple[float, int | None]] = []
+        if not self.parameters.late:
+            self._begin()
+
+    def _begin(self) -> Update:
+        """Make the optimizer, now that all parameters have their first values."""
+        self.last = self.parameters.state()
+        update = self._update = Update(make_optimizer(self._optim, self.parameters.trained))
+        update.failed = self._mark_for(update.optimizer)
+        self._traced.checked = update.failed is None
+        return update
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        if self._update is None:
+            raise RuntimeError("the optimizer is made in the first step, or by resume()")
+        return self._update.optimizer
+
+    def _mark_for(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Return the device's own mark of a failure; None where each step's loss is read."""
+        devices = {parameter.device for parameter in self.parameters.trained}
+        if len(devices) > 1 or not all(device.type in _QUEUED for device in devices):
+            return None
+        # Only these look at the mark: with others, the parameters would be lost.
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            return None
+        return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
+
+    def expect(self, steps: int) -> None:
+        """Say how many steps there will be: whether compiling pays depends on it."""
+        self._traced.steps = steps
+
+    @property
+    def factor(self) -> float:
+        """The factor on the latent terms at the last step."""
+        return float(self._latent_scale.factor)
+
+    def set_factor(self, factor: float) -> None:
+        """Scale the latent terms, where there is a schedule."""
+        if isinstance(self._latent_scale.factor, Tensor):
+            self._latent_scale.factor.fill_(factor)
+
+    def remember(self) -> None:
+        """Keep the parameters at the end of an epoch, to come back to."""
+        self.last = self.parameters.state()
+        self.epochs += 1
+
+    def drop_gradients(self) -> None:
+        """Leave no gradients behind: those of a graph cannot be added to outside of it."""
+        if self._update is not None:
+            self._update.drop_gradients()
+
+    def initialize(self) -> None:
+        """Be ready for :meth:`resume`, which gives all parameters their values."""
+        if self._update is None:
+            self.parameters.initialize()
+            self._begin()
+
+    def resume(self, last: Mapping[str, Mapping[str, Tensor]], steps: int, epochs: int) -> None:
+        """Go on from the parameters at the end of an epoch.
+
+        Raises:
+            ValueError: where they are another pair's.
+        """
+        self.parameters.restore(last)
+        self.last, self.taken, self.epochs = last, steps, epochs
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to :meth:`read`."""
+        queues = self._update is not None and self._update.failed is not None
+        return not queues or len(self._unread) >= _READ_EVERY
+
+    def take(self, index: Tensor | None, batch: Batch) -> None:
+        """Take a step.
+
+        Args:
+            index: rows of the data that are in the minibatch; None for all.
+            batch: the minibatch.
+
+        Raises:
+            NonFiniteLossError: where the loss is not finite, or a gradient; here or, on a CUDA
+                device, when it is read.
+            ValueError: where nothing is to be learned.
+        """
+        try:
+            if self.schedule is not None:
+                self.set_factor(factor_at(self.schedule, self.taken))
+            self._take(index, batch)
+        except Exception:
+            self._look()  # at steps before, one of which may have failed first
+            raise
+
+    def _take(self, index: Tensor | None, batch: Batch) -> None:
+        start = random_state()
+        if self._update is not None:
+            self._update.drop_gradients()
+        try:
+            with self.data.rows(index):
+                loss = self._traced(*batch.args, **batch.kwargs)
+        except (ValueError, RuntimeError) as error:
+            self._look()
+            # A distribution refuses NaN itself, before there is a loss.
+            sites = self._non_finite_sites(index, batch, start)
+            if sites:
+                raise self._failure("the loss", sites) from error
+            error.add_note(f"in step {self.taken + 1} of training")
+            if "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    f"step {self.taken + 1} has a minibatch of 1 datum, which BatchNorm in "
+                    "training mode cannot normalize; pass drop_last=True (to the DataLoader, where "
+                    "one reads the data), another batch_size, or more data"
+                ) from error
+            raise
+        update = self._update
+        if update is None:  # what was late is there now
+            with self.data.rows(self.data.first_rows):
+                self.parameters.find()
+            update = self._begin()
+        failed = update.failed
+        queued = failed is not None and self.taken > 0  # the first one is looked at closely
+        if not queued:
+            self._check(float(loss), index, batch, start)
+            self._losses.append((float(loss), batch.size))
+        update(loss, traced=self._traced.mode != "eager")
+        self.taken += 1
+        if queued and failed is not None:
+            outcome = torch.stack([_double(loss, failed.device), failed.double()])
+            kept = batch if self.data.streamed else None
+            taken = _Taken(self.taken, index, batch.size, kept, random_state, outcome)
+            self._unread.append(taken)
+
+    def read(self) -> list[tuple[float, int | None]]:
+        """Return the losses of the steps since the last call, each with the size of its minibatch.
+
+        Raises:
+            NonFiniteLossError: for the first that is not finite, or whose gradient is not.
+        """
+        self._look()
+        found, self._losses = self._losses, []
+        return found
+
+    def _look(self) -> None:
+        """Wait for the device, and read what has gathered there."""
+        if not self._unread:
+            return
+        outcomes = torch.stack([step.outcome for step in self._unread]).tolist()
+        unread, self._unread = self._unread, []  # an interrupted wait has lost nothing
+        for step, (loss, failed) in zip(unread, outcomes, strict=True):
+            if failed:
+                self.taken = step.number - 1
+                batch = self.data.minibatch(step.index) if step.batch is None else step.batch
+                sites = self._non_finite_sites(step.index, batch, step.random_state)
+                what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
+                raise self._failure(what, sites)
+            self._losses.append((loss, step.size))
+
+    def _check(
+        self, loss: float, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
+    ) -> None:
+        """Raise an error for a loss or gradients that are not finite, or where there are none."""
+        if not math.isfinite(loss):
+            sites = self._non_finite_sites(index, batch, random_state)
+            raise self._failure(f"the loss ({loss})", sites)
+        health = self._traced.health
+        if self.taken and health is not None and math.isfinite(float(health)):
+            return
+        gradients = [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not gradients:
+            raise ValueError(
+                "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
+                "need modules registered, by pyro.module(name, module) or as a PyroModule"
+            )
+        if not all_finite(gradients):
+            raise self._failure("the gradient", self._non_finite_sites(index, batch, random_state))
+
+    def _non_finite_sites(
+        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
+    ) -> list[str]:
+        """Look again, with the same random numbers."""
+        set_random_state(random_state)
+        try:
+            with self.data.rows(index):
+                return non_finite_sites(self.model, self.guide, self.data.drawn(batch))
+        except (ValueError, RuntimeError):
+            return []  # it fails as the step did: the caller tells of that one
+
+    def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
+        if self._update is not None:
+            self._update.drop_gradients()
+        step, kept = self.taken + 1, "the step before"
+        if not self.parameters.finite():
+            # The update before this step overflowed, or a running mean in this one.
+            self.parameters.restore(self.last)
+            kept = f"the end of epoch {self.epochs}" if self.epochs else "the start"
+        where = (
+            "at sites " + ", ".join(sites)
+            if sites
+            else "though each site's log density is: a derivative, a sum or a KL overflows"
+        )
+        return NonFiniteLossError(
+            f"{what} of step {step} is not finite, {where}. Model and guide keep the parameters "
+            f"of {kept}. Try a smaller learning rate, or bound the scale or logit there",
+            step,
+            sites,
+        )
+
+    def _check_rows(self) -> None:
+        size = 0 if self.data.first_rows is None else self.data.num_data or 0
+        if isinstance(self.guide, LocalGuide) and size > self.guide.num_data:
+            raise IndexError(
+                f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
+                "data: make it with their num_data"
+            )
+
+
+def _double(loss: Any, device: torch.device) -> Tensor:
+    """Return a loss, a tensor or a number, in double precision."""
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(()).to(device, torch.float64)
+    return torch.tensor(loss, dtype=torch.float64, device=device)

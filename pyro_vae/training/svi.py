@@ -1,0 +1,249 @@
+"""CompiledSVI: a training step of a model and a guide, traced once and replayed as a graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.losses.base import Objective
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.handlers import keep_apart
+from pyro_vae.programs.plain_errors import plain_errors
+from pyro_vae.programs.state import evaluation, module_of, one_thread, preserved_rng, unwrapped
+from pyro_vae.programs.traces import OUTSIDE, non_finite_sites
+from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.traced_loss import TracedLoss
+from pyro_vae.training.update import Update
+
+__all__ = ["CompiledSVI"]
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledSVI:
+    r"""Stochastic variational inference as pyro.infer.SVI does it, without its interpreter.
+
+    Has the arguments and methods of pyro.infer.SVI. The first step with a kind of arguments
+    (shapes, dtypes, values of what is no tensor) runs eagerly. The second records every
+    tensor operation of loss, gradients and update, and later ones repeat these, replayed one
+    by one or compiled by TorchInductor. With one seed all of them give the same numbers to
+    rounding: the same operations on random numbers drawn in the same order.
+
+    What is recorded is proven: loss and gradients are compared with an eager step's when
+    traced, and again in later steps, ever more rarely (the 8th, 32nd, 128th, ...). Where they
+    differ, or cannot be traced (Python that reads numbers out of tensors), steps run eagerly
+    and a logged warning says why. A graph is made anew for other shapes, after train() or
+    eval(), and where plain attributes of modules, their parameters or buffers were replaced.
+    Other state that Python keeps between steps is seen by the comparisons alone: hand it to
+    the model as a tensor, and it stays an input of the graph.
+
+    Distributions do not validate their arguments in a graph; the eager steps do.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        optim: a function from parameters to a torch optimizer; a torch optimizer, which moves
+            its own parameters and no others; or a pyro.optim object with plain arguments, which is
+            translated to one torch optimizer (a fused one, where PyTorch has it) for all
+            parameters. Gradients that parameters have before a step are dropped. Trained are the
+            parameters that Pyro is told of (pyro.param, pyro.module, a PyroModule's), as by
+            pyro.infer.SVI, or those of the torch optimizer. A module that is given the name of
+            another one is trained, which pyro.infer.SVI does not do.
+        loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
+        loss_and_grads: as in pyro.infer.SVI; by default that of loss.
+        num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
+        num_steps: steps to expect, for compile="auto"; 0 if nobody knows.
+        compile: how steps run: "replay" the recorded operations; True compiles them first;
+            "auto" replays, and compiles once the run is, or has been, so long that this saves
+            time (a logged message of level INFO says so); False runs eagerly.
+
+    Attributes:
+        optimizer: the torch optimizer; None before the first step.
+        mode: how the last step ran: "eager", "replayed" or "compiled".
+
+    Raises:
+        TypeError: for an optimizer that is none.
+        ValueError: for a pyro.optim object that cannot be translated, or an unknown option.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.zeros(5)
+        >>> guide = pv.LocalGuide(model, num_data=5, example=x)
+        >>> svi = pv.CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pv.ELBO())
+        >>> losses = [svi.step(x) for _ in range(3)]
+        >>> svi.mode
+        'replayed'
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Any,
+        loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
+        *,
+        compile: str | bool = "auto",
+    ) -> None:
+        if num_samples:
+            raise ValueError(
+                f"num_samples={num_samples}: it serves pyro.infer.SVI.run, which Pyro deprecates; "
+                "use pyro.infer.Predictive, or pyro_vae.to_arviz"
+            )
+        self.model, self.guide, self.optim = model, guide, optim
+        for module in map(module_of, map(unwrapped, (model, guide))):
+            if module is not None:
+                keep_apart(module)
+        is_elbo = isinstance(loss, pyro.infer.ELBO)
+        self.loss = loss.loss if is_elbo else loss
+        given = loss_and_grads
+        if loss_and_grads is None:
+            loss_and_grads = loss.loss_and_grads if is_elbo else self._differentiated
+        self.loss_and_grads = loss_and_grads
+        self._traced = TracedLoss(
+            model,
+            guide,
+            loss_and_grads,
+            compile=compile,
+            steps=num_steps or None,
+            state=loss if isinstance(loss, Objective) else None,
+            owners=(loss, given),
+            wanted=self._of_optimizer,
+        )
+        self._update: Update | None = None
+        self._moved: set[int] = set()  # parameters that had a gradient
+        self._filled: list[Tensor] | None = None  # of the last step, where all had one
+        self._told = False
+
+    @property
+    def mode(self) -> str:
+        """How the last step ran: "eager", "replayed" or "compiled"."""
+        return self._traced.mode
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer; None before the first step."""
+        return None if self._update is None else self._update.optimizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSVI:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __copy__(self) -> CompiledSVI:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a CompiledSVI cannot be pickled, for its graphs are of this process. Save what it "
+            "has trained: model.state_dict(), guide.state_dict() or "
+            "pyro.get_param_store().save(path), and svi.optimizer.state_dict(); pyro_vae.fit "
+            "writes checkpoints by itself (checkpoint=path)"
+        )
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a gradient step; return the loss, a number (or what the loss returns)."""
+        with one_thread():
+            return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = self._traced(*args, **kwargs)
+        parameters = self._traced.parameters
+        self._tell_of_unregistered()
+        if self._update is None and (parameters or isinstance(self.optim, torch.optim.Optimizer)):
+            self._update = Update(make_optimizer(self.optim, parameters))
+        if self._update is None:  # nothing to move, yet
+            return _number(loss)
+        if not isinstance(self.optim, torch.optim.Optimizer):  # whose parameters are its maker's
+            self._update.add(parameters)
+        self._fill_gradients()
+        self._update(traced=self._traced.mode != "eager")
+        self._update.drop_gradients()
+        number = _number(loss)
+        if isinstance(number, float) and not math.isfinite(number):
+            self._tell_outside(args, kwargs)
+        return number
+
+    def _tell_outside(self, args: Any, kwargs: Any) -> None:
+        """Raise ValueError where a loss is infinite for values outside a support."""
+        batch = Batch(args, kwargs)
+        # Losses that are always infinite (TraceTailAdaptive_ELBO's) go on as if nobody had looked.
+        with preserved_rng(batch.device), evaluation(self.model, self.guide):
+            told = non_finite_sites(self.model, self.guide, batch)
+        if outside := [site for site in told if site.endswith(OUTSIDE)]:
+            raise ValueError(
+                f"the loss is infinite, at sites {', '.join(outside)}: the guide proposes values "
+                "where the model's density is zero. Propose on the support of its distribution "
+                "alone, as the guides of pyro_vae do; pv.WakeSleep takes proposals that are wider"
+            )
+
+    def _of_optimizer(self) -> list[Tensor]:
+        """Return the parameters of an optimizer that the user made: theirs are moved, no others."""
+        if not isinstance(self.optim, torch.optim.Optimizer):
+            return []
+        return [p for group in self.optim.param_groups for p in group["params"]]
+
+    def _fill_gradients(self) -> None:
+        """Give zeros to parameters of this step that have no gradient, but had one.
+
+        As pyro.infer.SVI does: momentum moves them on.
+        """
+        current = self._traced.current
+        if current is self._filled and self._traced.mode != "eager":
+            return  # a graph gives gradients to the same parameters each time
+        missing = [parameter for parameter in current if parameter.grad is None]
+        self._filled = None if missing else current
+        for parameter in current:
+            if parameter.grad is not None:
+                self._moved.add(id(parameter))
+            elif id(parameter) in self._moved:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _tell_of_unregistered(self) -> None:
+        """Say once which parameters get a gradient and stay where they are."""
+        if self._told or not self._traced.unregistered:
+            return
+        self._told = True
+        shapes = [tuple(p.shape) for p in self._traced.unregistered]
+        logger.warning(
+            "%d parameters of modules, of shapes %s, have a gradient and are not trained, for Pyro "
+            "does not know of them, as in pyro.infer.SVI. Register them by "
+            "pyro.module(name, module), or freeze them by requires_grad_(False)",
+            len(shapes),
+            ", ".join(map(str, shapes[:5])) + (", ..." if len(shapes) > 5 else ""),
+        )
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, a number (or what the loss returns), without a step."""
+        with one_thread(), torch.no_grad(), plain_errors():
+            return _number(self.loss(self.model, self.guide, *args, **kwargs))
+
+    def _differentiated(self, *args: Any, **kwargs: Any) -> Any:
+        loss = self.loss(*args, **kwargs)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+        return loss
+
+
+def _number(loss: Any) -> Any:
+    if isinstance(loss, tuple):
+        return type(loss)(map(_number, loss))
+    return loss.item() if isinstance(loss, Tensor) else loss

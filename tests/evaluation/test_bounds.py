@@ -1,0 +1,235 @@
+"""Bounds: exact on exact guides, streaming equal to direct, honest standard errors."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis
+from pyro import poutine
+
+import pyro_vae as pv
+from pyro_vae.diagnostics.pareto_k import heavy_tailed
+from pyro_vae.evaluation.bound import Bound
+from pyro_vae.particles.estimators import LargestWeights
+
+
+@pytest.fixture
+def setting():
+    model = factor_analysis()
+    torch.manual_seed(0)
+    x = model.data(6)
+    return model, x, pv.AmortizedGuide(model, encoder(6), example=x)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 50])
+def test_with_the_exact_posterior_every_bound_is_the_evidence(setting, num_particles):
+    model, x, _ = setting
+    for bound in (pv.elbo, pv.iwae_bound):
+        found = bound(model, model.posterior, x, num_particles=num_particles)
+        torch.testing.assert_close(found.value, model.log_evidence(x), rtol=0, atol=1e-10)
+        assert found.value.dtype == torch.float64 and found.num_particles == num_particles
+        if num_particles == 1:
+            assert found.std_error.isnan().all()
+        else:
+            assert (found.std_error < 1e-7).all()
+
+
+def test_streaming_is_the_reduction_of_the_log_weights(setting):
+    model, x, guide = setting
+    weights = pv.log_weights(model, guide, x, num_particles=500, seed=2).total
+    elbo = pv.elbo(model, guide, x, num_particles=500, seed=2, chunk_size=77)
+    iwae = pv.iwae_bound(model, guide, x, num_particles=500, seed=2, chunk_size=77)
+    torch.testing.assert_close(elbo.value, weights.mean(0))
+    torch.testing.assert_close(elbo.std_error, calibrated(weights))
+    torch.testing.assert_close(iwae.value, torch.logsumexp(weights, 0) - math.log(500))
+    relative = torch.exp(weights - iwae.value)
+    torch.testing.assert_close(iwae.std_error, calibrated(relative))
+    for bound in (elbo, iwae):
+        torch.testing.assert_close(bound.pareto_k, pv.pareto_k(weights))
+        torch.testing.assert_close(bound.ess, weights.softmax(0).square().sum(0).reciprocal())
+
+
+def calibrated(x):
+    """By hand: the standard error of a mean, wider by eight times the squared skewness over K."""
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    return x.std(0) / len(x) ** 0.5 * (1 + 8 * z.pow(3).mean(0) ** 2 / len(x)).clamp(max=4)
+
+
+def test_the_elbo_is_the_closed_form_within_its_standard_error(setting):
+    model, x, guide = setting
+    exact = model.elbo_of(x, *location_and_scale(guide.family_params(x)))
+    bound = pv.elbo(model, guide, x, num_particles=20_000, seed=0)
+    assert ((bound.value - exact).abs() < 4 * bound.std_error).all()
+    assert abs(bound.mean - exact.mean()) < 4 * bound.mean_std_error
+
+
+def location_and_scale(params):
+    return params[..., 0].detach(), params[..., 1].exp().detach()
+
+
+def test_standard_errors_are_those_of_repetition(setting):
+    """200 repetitions: the spread is the error but for what skewness adds, to 25% (5 errors)."""
+    model, x, _ = setting
+    guide = pv.refine(model, setting[2], x, seed=0)
+    for bound in (pv.elbo, pv.iwae_bound):
+        found = [bound(model, guide, x, num_particles=200, seed=s) for s in range(200)]
+        spread = torch.stack([f.value for f in found]).std(0)
+        added = [(1 + 8 * f.skewness.square() / 200).clamp(max=4) for f in found]
+        plain = [f.std_error / wider for f, wider in zip(found, added, strict=True)]
+        reported = torch.stack(plain).square().mean(0).sqrt()
+        assert ((spread / reported - 1).abs() < 0.25).all()
+        means = torch.tensor([f.mean for f in found])
+        assert abs(means.std() / found[0].mean_std_error - 1) < 0.3
+
+
+def test_the_bound_tightens_with_particles(setting):
+    """E[IWAE-K] grows with K to log p(x): by more than 4 standard errors at each step here."""
+    model, x, guide = setting
+    guide = pv.refine(model, guide, x, seed=0)
+    weights = pv.log_weights(model, guide, x, num_particles=20_000, seed=0).total
+    one = weights.reshape(20_000, -1)
+    many = torch.logsumexp(weights.reshape(20, 1000, -1), 0) - math.log(20)
+    low, high = one.mean(0), many.mean(0)
+    error = (one.var(0) / len(one) + many.var(0) / len(many)).sqrt()
+    assert (high - low > 4 * error).all()
+    assert (model.log_evidence(x) - high > -4 * many.std(0) / len(many) ** 0.5).all()
+
+
+def test_a_bound_prints_its_error(setting):
+    model, x, guide = setting
+    text = repr(pv.iwae_bound(model, guide, x, num_particles=10, seed=0))
+    assert text.startswith("IWAE-10: ") and "±" in text and "(6 data)" in text
+
+
+def test_float32_models_get_float32_weights_and_float64_bounds():
+    model = factor_analysis()
+    model = type(model)(model.loadings.float(), model.mean.float(), model.noise)
+    x = model.data(4)
+    bound = pv.iwae_bound(model, model.posterior, x, num_particles=64)
+    assert bound.value.dtype == torch.float64
+    torch.testing.assert_close(
+        bound.value, model.log_evidence(x).double(), rtol=0, atol=1e-4
+    )  # float32 rounding of numbers near 10
+
+
+def test_a_point_is_said_to_be_no_bound(caplog):
+    model = factor_analysis()
+    x = model.data(3)
+    guide = pv.LocalGuide(model, num_data=3, example=x, family=pv.families.Delta())
+    found = pv.elbo(model, guide, x, num_particles=2)
+    assert "'z', and a point has no entropy" in caplog.text
+    trace = poutine.trace(poutine.condition(model, {"z": guide(x)["z"]})).get_trace(x)
+    log_joint = sum(trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]) for name in "zx")
+    torch.testing.assert_close(found.value, log_joint.detach())
+    with pytest.raises(ValueError, match=r"guides\['map'\] proposes one point for \['z'\]"):
+        pv.compare(model, {"map": guide}, x, num_particles=10)
+
+
+# --- how far a bound is to be trusted ------------------------------------------------------------
+
+
+def normal(x):
+    """z ~ N(0, 1), x ~ N(z, 1): the posterior is N(x / 2, 1/2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def narrow(x):
+    """The posterior where x > 0; a tenth of its width elsewhere: k = 1 - 0.01."""
+    width = torch.where(x > 0, 1.0, 0.1).to(x) * 0.5**0.5
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, width))
+
+
+def test_a_bound_says_for_how_many_data_it_is_not_to_be_trusted():
+    x = torch.tensor([1.0, 2.0, -1.0, 3.0, -2.0], dtype=torch.float64)
+    found = pv.iwae_bound(normal, narrow, x, num_particles=2000, seed=0)
+    assert found.untrusted.tolist() == [False, False, True, False, True]
+    assert found.pareto_k[~found.untrusted].tolist() == [0.0, 0.0, 0.0]
+    assert (found.pareto_k[found.untrusted] > 0.7).all()
+    assert found.ess[0] == pytest.approx(2000) and found.ess[2] < 1000
+    assert "(5 data); for 2 of 5 data the error is not to be trusted" in repr(found)
+    good = pv.iwae_bound(normal, narrow, x[:2], num_particles=2000, seed=0)
+    assert repr(good).endswith("(2 data)")
+    # The error of an ELBO is, but its guide is as narrow.
+    elbo = pv.elbo(normal, narrow, x, num_particles=2000, seed=0)
+    assert not elbo.untrusted.any()
+    assert "for 2 of 5 data k-hat is above 0.7: the guide misses a part" in repr(elbo)
+    few = pv.iwae_bound(normal, narrow, x, num_particles=20, seed=0)
+    assert few.pareto_k[2].isnan() and "20 particles are too few for a k-hat" in repr(few)
+    whole = pv.iwae_bound(normal, narrow, x, num_particles=2000, data_plate=False, seed=0)
+    assert "for 1 of 1 data the error is not to be trusted" in repr(whole)
+
+
+def test_weights_that_all_but_agree_are_trusted_whatever_their_tail():
+    """A tail of k = 1 on a thousandth of the weight: the error is small and right."""
+    torch.manual_seed(0)
+    pareto = torch.rand(4000, 1, dtype=torch.float64).reciprocal()
+    log_weights = torch.log1p(1e-3 * pareto.clamp(max=1000))
+    k_hat = pv.pareto_k(log_weights)
+    ess = log_weights.softmax(0).square().sum(0).reciprocal()
+    assert k_hat > 0.7 and ess > 3900
+    assert not heavy_tailed(k_hat, ess, 4000).any()
+    assert heavy_tailed(k_hat, ess / 2, 4000).all()
+
+
+def test_an_elbo_that_a_few_particles_decide_says_so():
+    bound = Bound(
+        "ELBO",
+        torch.zeros(3),
+        torch.ones(3),
+        100,
+        skewness=torch.tensor([0.0, -9.0, 9.9]),
+        ess=torch.full((3,), 99.0),
+        largest=torch.zeros(21, 3),
+    )
+    assert bound.untrusted.tolist() == [False, True, True]
+    assert repr(bound).endswith(
+        "for 2 of 3 data the error is not to be trusted: a few particles decide it"
+    )
+
+
+def test_every_weight_zero_is_an_infinite_k_hat():
+    """x = 1 ~ Poisson(max(z, 0)): E[z+ exp(-z+)] = sqrt(e) (phi(1) - (1 - Phi(1)))."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(z.clamp(min=0)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor([0.0, -99.0]), 1.0))
+
+    x = torch.ones(2, dtype=torch.float64)
+    found = pv.iwae_bound(model, guide, x, num_particles=4000, seed=0)
+    assert found.value[1] == -math.inf and found.pareto_k[1] == math.inf
+    assert "for 1 of 2 data the error is not to be trusted" in repr(found)
+    normal, one = dist.Normal(0.0, 1.0), x.new_tensor(1.0)
+    exact = 0.5 + (normal.log_prob(one).exp() - normal.cdf(-one)).log()
+    assert abs(found.value[0] - exact) < 4 * found.std_error[0]
+
+
+def test_what_is_kept_for_k_hat_does_not_grow_with_the_particles():
+    stream = LargestWeights(50)
+    torch.manual_seed(0)
+    weights = torch.randn(20_000, 3)
+    most = 0
+    for chunk in weights.split(32):
+        stream.update(chunk)
+        most = max(most, sum(len(kept) for kept in stream._kept))
+    assert most <= 4 * 50
+    assert torch.equal(stream.value.sort(0).values, weights.sort(0).values[-50:])
+
+
+def test_bounds_can_be_pickled(setting):
+    model, x, guide = setting
+    found = pv.iwae_bound(model, guide, x, num_particles=100, seed=0)
+    again = pickle.loads(pickle.dumps(found))
+    assert repr(again) == repr(found) and torch.equal(again.pareto_k, found.pareto_k)

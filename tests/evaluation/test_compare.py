@@ -1,0 +1,353 @@
+"""Gaps: they add up, match closed forms, and carry honest paired errors."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.evaluation.compare import _tightest
+
+
+@pytest.fixture(scope="module")
+def compared():
+    model = factor_analysis("correlated")
+    torch.manual_seed(1)
+    x = model.data(30)
+    torch.manual_seed(0)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    pv.fit(model, guide, x, epochs=200, progress=False, batch_size=30)
+    found = pv.compare(model, {"amortized": guide, "mean-field": pv.families.Normal()}, x, seed=0)
+    return model, x, guide, found
+
+
+def test_gaps_add_up_exactly(compared):
+    data = compared[3].dataset
+    total = data.log_evidence - data.elbo
+    both = data.approximation_gap + data.amortization_gap
+    assert float(abs(total - both).max()) < 1e-12
+
+
+def test_gaps_are_the_closed_forms(compared):
+    """Each datum within 5 standard errors, and refine's tolerance of 1e-3, of the exact."""
+    model, x, guide, found = compared
+    data = found.dataset.sel(guide="amortized")
+    params = guide.family_params(x).detach()
+    elbo = model.elbo_of(x, params[..., 0], params[..., 1].exp())
+    optimum = model.log_evidence(x) - model.mean_field_gap
+    for name, exact in {
+        "elbo": elbo,
+        "log_evidence": model.log_evidence(x),
+        "approximation_gap": model.mean_field_gap.expand(30),
+        "amortization_gap": optimum - elbo,
+    }.items():
+        error = abs(data[name].values - exact.numpy())
+        assert (error < 5 * data[f"{name}_se"].values + 1e-3).all(), name
+
+
+def test_paired_errors_are_those_of_repetition(compared):
+    """60 seeds: the spread of each gap is its error within 40% (about 4 errors).
+
+    The error but for what skewness adds: with that, intervals cover what they should.
+    """
+    model, x, guide, found = compared
+    local = found.guides["mean-field"]
+    runs = [
+        pv.compare(
+            model,
+            {"amortized": guide, "local": local},
+            x[:30],
+            reference="local",
+            num_particles=400,
+            seed=seed,
+        ).dataset
+        for seed in range(60)
+    ]
+    for name in ("elbo", "amortization_gap", "approximation_gap", "log_evidence"):
+        values = torch.stack([torch.as_tensor(r[name].values) for r in runs])
+        errors = torch.stack([torch.as_tensor(r[f"{name}_se"].values) for r in runs])
+        skewness = torch.stack([torch.as_tensor(r[f"{name}_skewness"].values) for r in runs])
+        errors = errors / (1 + 8 * skewness**2 / 400).clamp(max=4)
+        spread, reported = values.std(0), errors.square().mean(0).sqrt()
+        if name == "amortization_gap":
+            spread, reported = spread[0], reported[0]  # of the reference it is zero
+        assert ((spread / reported - 1).abs() < 0.4).all(), name
+
+
+def test_pairing_pays_where_guides_are_near(compared):
+    """The difference of two near guides is known twice as well as from draws of their own."""
+    model, x, _, found = compared
+    near = copy.deepcopy(found.guides["mean-field"])
+    with torch.no_grad():
+        near.table += 0.02
+    both = {"near": near, "local": found.guides["mean-field"]}
+    data = pv.compare(model, both, x, reference="local", num_particles=400, seed=0).dataset
+    paired = data.amortization_gap_se.sel(guide="near")
+    independent = (data.elbo_se**2).sum("guide") ** 0.5
+    assert float((paired / independent).max()) < 0.5
+
+
+def test_the_evidence_says_where_it_is_from(compared):
+    data = compared[3].dataset
+    assert data.attrs["log_evidence_from"] in (
+        "IWAE-10000 through the mixture of 'amortized' and 'mean-field'",
+        "IWAE-5000 through 'mean-field'",
+    )
+    assert (data.log_evidence_pareto_k < 0.7).mean() > 0.8
+    assert data.attrs["log_evidence_from"] in repr(compared[3])
+    assert list(data.reference.values) == ["mean-field", "mean-field"]
+
+
+def test_a_bad_encoder_does_not_hide_its_own_gap(compared):
+    """Through a hopeless encoder IWAE falls short of log p(x); the comparison must not."""
+    model, x, _, _ = compared
+    hopeless = pv.AmortizedGuide(model, encoder(6), example=x)
+    with torch.no_grad():
+        hopeless.head.bias.add_(torch.tensor([8.0, -2.0] * 3))
+    alone = pv.iwae_bound(model, hopeless, x, num_particles=5000, seed=0)
+    found = pv.compare(model, {"bad": hopeless}, x, seed=0).dataset
+    assert alone.mean < model.log_evidence(x).mean() - 5
+    error = abs(found.log_evidence.values - model.log_evidence(x).numpy())
+    assert (error < 5 * found.log_evidence_se.values + 1e-3).all()
+    assert list(found.guide.values) == ["bad", "Normal per datum"]
+
+
+def test_a_hand_written_guide_is_compared_against_its_family(compared):
+    model, x, _, _ = compared
+
+    def hand(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(model.posterior_mean(x), 0.5).to_event(1))
+
+    found = pv.compare(model, {"hand": hand}, x, num_particles=2000, seed=0)
+    data = found.dataset.sel(guide="hand")
+    exact = model.elbo_of(x, model.posterior_mean(x), torch.full((30, 3), 0.5).double())
+    optimum = model.log_evidence(x) - model.mean_field_gap
+    gap = (optimum - exact).numpy()
+    assert (abs(data.amortization_gap.values - gap) < 5 * data.amortization_gap_se + 1e-3).all()
+
+
+def test_a_guide_of_no_family_has_no_split_unless_a_reference_is_named(compared):
+    model, x, guide, _ = compared
+    both = {"exact": model.posterior, "amortized": guide}
+    data = pv.compare(model, both, x, num_particles=500, seed=0).dataset
+    assert data.approximation_gap.sel(guide="exact").isnull().all()
+    assert data.reference.sel(guide="exact") == ""
+    named = pv.compare(model, both, x, num_particles=500, reference="exact", seed=0)
+    data = named.dataset
+    assert float(abs(data.approximation_gap).max()) < 1e-9  # the exact guide has no gap
+    assert (data.amortization_gap.sel(guide="amortized") > 0).all()
+    assert (data.pareto_k.sel(guide="exact") == 0).all()
+    assert float(abs(data.ess.sel(guide="exact") - 500).max()) < 1e-6
+
+
+def test_only_families(compared):
+    model, x, _, _ = compared
+    found = pv.compare(model, {"mf": pv.families.Normal()}, x, num_particles=1000, seed=0)
+    gap = found.dataset.approximation_gap.sel(guide="mf").values
+    error = found.dataset.approximation_gap_se.sel(guide="mf").values
+    assert (abs(gap - model.mean_field_gap.item()) < 5 * error + 1e-3).all()
+
+
+def test_unconverged_data_are_said(compared):
+    model, x, guide, _ = compared
+    found = pv.compare(
+        model, {"amortized": guide, "mf": pv.families.Normal()}, x, num_particles=50,
+        max_steps=2, seed=0,
+    )  # fmt: skip
+    assert not found.dataset.converged.any()
+    assert found.summary().loc["mf", "not_converged"] == 30
+    assert "mf: 30 of 30 data have not converged" in repr(found)
+
+
+def test_summary_and_table(compared):
+    found = compared[3]
+    summary = found.summary()
+    assert list(summary.index) == ["amortized", "mean-field"]
+    data = found.dataset
+    assert summary.loc["amortized", "elbo"] == pytest.approx(
+        float(data.elbo.sel(guide="amortized").mean())
+    )
+    error = data.elbo_se.sel(guide="amortized").values
+    # Of a mean over data: not wider by the skewness of each.
+    plain = error / (1 + 8 * data.elbo_skewness.sel(guide="amortized").values ** 2 / 5000)
+    assert summary.loc["amortized", "elbo_se"] == pytest.approx(
+        (plain**2).sum() ** 0.5 / 30, rel=1e-3
+    )
+    lines = repr(found).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")] == [
+        "guide", "ELBO", "log p(x)", "approximation gap", "amortization gap", "worst k-hat",
+        "share k-hat > 0.7",
+    ]  # fmt: skip
+    assert lines[2].split("|")[0].strip() == "amortized"
+
+
+def test_results_do_not_depend_on_the_chunk_size(compared):
+    model, x, guide, found = compared
+    local = found.guides["mean-field"]
+    both = {"amortized": guide, "local": local}
+    a, b = (
+        pv.compare(
+            model, both, x, num_particles=600, reference="local", chunk_size=c, seed=0
+        ).dataset
+        for c in (None, 500)
+    )
+    for name in a.data_vars:
+        assert float(abs(a[name] - b[name]).max()) < 1e-9 if a[name].dtype != bool else True
+
+
+def test_one_datum_models_are_compared():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(scale):
+        return lambda x: pyro.sample("mu", dist.Normal(x.sum() / (len(x) + 1), scale))
+
+    x = torch.randn(8, dtype=torch.float64)
+    covariance = torch.eye(8, dtype=x.dtype) + 1
+    exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
+    found = pv.compare(
+        model, {"exact": guide(1 / 3), "wide": guide(0.5)}, x, reference="exact",
+        data_plate=False, num_particles=1000, seed=0,
+    ).dataset  # fmt: skip
+    assert float(abs(found.log_evidence - exact.item()).max()) < 1e-8
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(0.0, 0.5), torch.distributions.Normal(0.0, 1 / 3)
+    ).item()
+    gap = found.amortization_gap.sel(guide="wide").item()
+    assert abs(gap - kl) < 4 * found.amortization_gap_se.sel(guide="wide").item()
+
+
+def test_bad_arguments_are_refused(compared):
+    model, x, guide, _ = compared
+    with pytest.raises(ValueError, match="guides is empty"):
+        pv.compare(model, {}, x)
+    with pytest.raises(ValueError, match=r"reference='best' is not among the guides \['a'\]"):
+        pv.compare(model, {"a": guide}, x, reference="best")
+    with pytest.raises(TypeError, match=r"guides\['a'\]: a guide or a family is needed"):
+        pv.compare(model, {"a": 3}, x)
+
+
+def test_particles_by_repeat_are_compared_too():
+    """A convolutional decoder: guides cross-score on the repeated batch."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.ConvTranspose2d(1, 1, 3))
+
+        def forward(self, x):
+            pyro.module("conv", self)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(3), obs=x)
+
+    torch.manual_seed(0)
+    model, x = Model(), (torch.rand(5, 1, 4, 4) > 0.5).float()
+    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
+    found = pv.compare(model, {"amortized": guide}, x, num_particles=300, seed=0).dataset
+    refined = found.iwae_bound.sel(guide="Normal per datum")
+    assert (abs(found.log_evidence - refined) < 5 * found.iwae_bound_se.max("guide") + 0.05).all()
+    assert (found.amortization_gap.sel(guide="amortized") > -0.05).all()
+
+
+def test_a_conditional_guide_is_no_mean_field():
+    """q(z1) q(z2 | z1), exact: not of the Normal family, whatever its sites' distributions."""
+    scale = 0.1
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+            b = pyro.sample("b", dist.Normal(a, scale))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def exact(x):
+        variance = 1 + scale**2
+        with pyro.plate("data", len(x)):
+            a = pyro.sample(
+                "a", dist.Normal(x / (1 + variance), (variance / (1 + variance)) ** 0.5)
+            )
+            precision = 1 / scale**2 + 1
+            pyro.sample("b", dist.Normal((a / scale**2 + x) / precision, precision**-0.5))
+
+    x = torch.randn(6, dtype=torch.float64)
+    marginal = torch.distributions.Normal(x.new_zeros(()), x.new_tensor(2 + scale**2).sqrt())
+    evidence = marginal.log_prob(x).numpy()
+    found = pv.compare(
+        model, {"exact": exact, "mf": pv.families.Normal()}, x, num_particles=500, seed=0
+    ).dataset
+    assert abs(found.elbo.sel(guide="exact").values - evidence).max() < 1e-9
+    assert abs(found.log_evidence.values - evidence).max() < 1e-9  # not hidden by the mean field
+    assert found.amortization_gap.sel(guide="exact").isnull().all()
+    assert (found.approximation_gap.sel(guide="mf") > 1.0).all()
+
+
+def test_names_and_kinds_of_guides_are_checked(compared):
+    model, x, guide, _ = compared
+    with pytest.raises(TypeError, match="a mapping from names"):
+        pv.compare(model, guide, x)
+    with pytest.raises(TypeError, match=r"guides\['mf'\]: a guide or a family is needed"):
+        pv.compare(model, {"mf": pv.families.Normal}, x)
+    with pytest.raises(ValueError, match="the name of the refined guide"):
+        pv.compare(model, {"Normal per datum": guide}, x, num_particles=10)
+
+
+@pytest.mark.parametrize(
+    ("means", "errors", "chosen"),
+    [
+        ([-10.0, -9.0, -9.01], [0.01, 0.3, 0.02], 2),  # a lucky heavy tail does not win
+        ([-9.0, -9.7, -9.01], [0.0, 0.001, 0.02], 0),  # an exact guide does
+        ([-9.7, -9.0], [0.001, 0.02], 1),  # a missed mode is precise, and low
+        ([-9.0, -9.5], [math.nan, math.nan], 0),  # a single particle tells no error
+    ],
+)
+def test_the_tightest_bound(means, errors, chosen):
+    assert _tightest(np.array(means), np.array(errors), None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("means", "errors", "chosen"),
+    [
+        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.19], 2),  # the mixture, whose tail is the lightest
+        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.21], 0),  # too coarse
+        ([-1.0, -1.0, -9.0], [0.1, 0.3, 0.1], 0),  # not tight
+        ([-1.0, -1.0, -1.0], [0.0, 0.3, 0.1], 0),  # beside an exact posterior
+    ],
+)
+def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
+    assert _tightest(np.array(means), np.array(errors), 2) == chosen
+
+
+def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():
+    """300 data are two blocks for one guide and one for the other: rows must stay aligned."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    torch.manual_seed(0)
+    data = torch.randn(300, dtype=torch.float64)
+
+    def whole(x):
+        with pyro.plate("data", 300):
+            pyro.sample("z", dist.Normal(data / 2, data.new_tensor(0.5).sqrt()))
+
+    net = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2).double())
+    guide = pv.AmortizedGuide(model, net, example=data)
+    found = pv.compare(
+        model, {"cut": guide, "whole": whole}, data, reference="whole", num_particles=50, seed=0
+    ).dataset
+    evidence = torch.distributions.Normal(0.0, data.new_tensor(2.0).sqrt()).log_prob(data).numpy()
+    assert abs(found.elbo.sel(guide="whole").values - evidence).max() < 1e-9
+    assert abs(found.log_evidence.values - evidence).max() < 1e-9

@@ -1,0 +1,716 @@
+"""The observed part of a model: the smaller model, exactly; and the encoder that sees masks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import math
+from dataclasses import dataclass, replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import FactorAnalysis, encoder, factor_analysis
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.programs.handlers import register
+from pyro_vae.programs.state import module_of
+from pyro_vae.programs.structure import inspect
+
+NAN = math.nan
+SEEN = [0, 2, 3, 5]  # of the six features of factor_analysis()
+
+
+@dataclass(frozen=True)
+class PartlySeen:
+    """Exact answers of factor analysis where each datum has missing values of its own."""
+
+    model: FactorAnalysis
+    widen: float = 1.0  # the posterior's scale, in units of the exact one
+
+    def posterior(self, x: Tensor) -> None:
+        seen = (~x.isnan()).to(x)
+        loadings = self.model.loadings * seen.unsqueeze(-1)  # [N, D, L]
+        precision = torch.eye(loadings.shape[-1], dtype=x.dtype) + (
+            loadings.mT @ loadings / self.model.noise**2
+        )
+        centred = torch.where(seen.bool(), x - self.model.mean, 0.0).unsqueeze(-1)
+        mean = torch.linalg.solve(precision, loadings.mT @ centred / self.model.noise**2)
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "z",
+                dist.MultivariateNormal(
+                    mean.squeeze(-1), precision_matrix=precision / self.widen**2
+                ),
+            )
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        values = []
+        for row in x:
+            seen = ~row.isnan()
+            small = replace(
+                self.model, loadings=self.model.loadings[seen], mean=self.model.mean[seen]
+            )
+            values.append(small.log_evidence(row[seen]) if seen.any() else row.new_zeros(()))
+        return torch.stack(values)
+
+
+class Guide(nn.Module):
+    """A guide that does not look at the data, so that it fits any number of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.tensor([-0.5, 0.1, -0.3], dtype=torch.float64))
+
+    def forward(self, x: Tensor, *_: Tensor) -> None:
+        register(self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+
+
+class Learned(nn.Module):
+    """Factor analysis whose loadings are learned, of the columns given; plates as they come."""
+
+    def __init__(self, columns: list[int]) -> None:
+        super().__init__()
+        known = factor_analysis()
+        self.loadings = nn.Parameter(known.loadings[columns].clone())
+        self.mean = nn.Parameter(known.mean[columns].clone())
+
+    def forward(self, x: Tensor) -> None:
+        register(self)
+        with pyro.plate("data", 40, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            location = z @ self.loadings.T + self.mean
+            pyro.sample("x", dist.Normal(location, 0.5).to_event(1), obs=x)
+
+
+def data(num_data: int = 20) -> Tensor:
+    torch.manual_seed(1)
+    return factor_analysis().data(num_data)
+
+
+def without(x: Tensor) -> Tensor:
+    """Return the data with the columns that are not SEEN missing."""
+    missing = torch.ones(x.shape[1], dtype=torch.bool)
+    missing[SEEN] = False
+    return x.masked_fill(missing, NAN)
+
+
+def scattered(x: Tensor, share: float = 0.4) -> Tensor:
+    """Return the data with values missing here and there, one datum wholly, one not at all."""
+    missing = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < share
+    missing[0], missing[1] = True, False
+    return x.masked_fill(missing, NAN)
+
+
+# --- the smaller model
+
+
+@pytest.mark.parametrize("num_particles", [1, 30])
+def test_the_spine_is_that_of_the_model_without_these_columns(num_particles):
+    x = data()
+    full = pv.MissingData(Learned(list(range(6))))
+    small, guide = Learned(SEEN), Guide()
+    ours = pv.log_weights(full, guide, without(x), num_particles=num_particles, seed=0)
+    theirs = pv.log_weights(small, guide, x[:, SEEN], num_particles=num_particles, seed=0)
+    for part in ("log_likelihood", "log_prior", "log_guide", "total"):
+        torch.testing.assert_close(
+            getattr(ours, part), getattr(theirs, part), rtol=1e-13, atol=1e-13
+        )
+    torch.testing.assert_close(
+        pv.iwae_bound(full, guide, without(x), num_particles=50, seed=0).value,
+        pv.iwae_bound(small, guide, x[:, SEEN], num_particles=50, seed=0).value,
+        rtol=1e-13,
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pv.ELBO(),
+        pv.ELBO(num_particles=3, kl="sample"),
+        pv.ELBO(num_particles=3, estimator="stl"),
+        pv.IWAE(5),
+        pv.IWAE(5, "dreg"),
+        pv.WakeSleep(5),
+        pyro.infer.Trace_ELBO(),
+    ],
+    ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'estimator', '')}",
+)
+def test_losses_and_gradients_are_those_of_the_smaller_model(loss):
+    x = data()
+    found = []
+    for columns, batch in ((list(range(6)), without(x)), (SEEN, x[:, SEEN])):
+        inner, guide = Learned(columns), Guide()
+        model = pv.MissingData(inner) if len(columns) == 6 else inner
+        torch.manual_seed(0)
+        value = loss.loss_and_grads(model, guide, batch)
+        rows = SEEN if len(columns) == 6 else slice(None)
+        gradients = [guide.loc.grad, guide.log_scale.grad]
+        gradients += [inner.loadings.grad[rows], inner.mean.grad[rows]]
+        found.append((torch.as_tensor(value), *gradients))
+        if len(columns) == 6:
+            rest = [i for i in range(6) if i not in SEEN]
+            assert not inner.loadings.grad[rest].any()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_the_exact_posterior_gives_the_exact_evidence_of_what_is_seen():
+    exact = PartlySeen(factor_analysis())
+    x = scattered(data())
+    model = pv.MissingData(exact.model)
+    weights = pv.log_weights(model, exact.posterior, x, num_particles=7, seed=0).total
+    torch.testing.assert_close(weights, exact.log_evidence(x).expand(7, -1), rtol=1e-11, atol=1e-11)
+    assert weights[:, 0].abs().max() < 1e-12  # nothing seen
+    bound = pv.elbo(model, exact.posterior, x, num_particles=3)
+    torch.testing.assert_close(bound.value, exact.log_evidence(x), rtol=1e-11, atol=1e-11)
+
+
+def test_the_iwae_bound_meets_the_exact_evidence():
+    exact = PartlySeen(factor_analysis(), widen=1.5)
+    x = scattered(data())
+    bound = pv.iwae_bound(
+        pv.MissingData(exact.model), exact.posterior, x, num_particles=5000, seed=0
+    )
+    error = bound.value - exact.log_evidence(x)
+    assert (error.abs() < 4 * bound.std_error).all()
+    assert abs(float(error.mean())) < 4 * bound.mean_std_error < 0.02
+
+
+def test_an_encoder_that_sees_the_mask_learns():
+    exact = PartlySeen(factor_analysis("orthogonal"))
+    x = scattered(data(200))
+    model = pv.MissingData(exact.model)
+    torch.manual_seed(0)
+    guide = pv.AmortizedGuide(model, pv.MissingEncoder(encoder(12, 32)), example=x)
+    before = pv.elbo(model, guide, x, num_particles=100, seed=0).mean
+    pv.fit(model, guide, x, epochs=40, batch_size=50, progress=False, seed=0,
+           optim=functools.partial(torch.optim.Adam, lr=0.02))  # fmt: skip
+    after = pv.elbo(model, guide, x, num_particles=100, seed=0)
+    best = float(exact.log_evidence(x).mean())
+    assert before < best - 3
+    assert best - 1 < after.mean < best + 4 * after.mean_std_error
+
+
+# --- likelihoods
+
+
+def of(make):
+    """Return a model of x [N, D] or [N, ...] whose likelihood is made from z [..., N]."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", make(z, x), obs=x)
+
+    return model
+
+
+def proposal(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.full((), 0.2, dtype=x.dtype), 0.9))
+
+
+def wide(z, count=3):
+    return z.unsqueeze(-1).expand(*z.shape, count)
+
+
+def masked_outside(z, x):
+    fn = dist.Normal(wide(z), 1.0)
+    return fn.to_event(1).mask(torch.tensor([True] * (len(x) - 1) + [False]))
+
+
+PRODUCTS = {
+    "Normal": (lambda z, x: dist.Normal(wide(z), 1.0).to_event(1), 1.5),
+    "Masked": (masked_outside, 1.5),
+    "nested": (
+        lambda z, x: dist.Independent(dist.Normal(wide(z)[..., None], 1.0).to_event(1), 1), 1.5
+    ),
+    "ExpandedDistribution": (
+        lambda z, x: dist.ExpandedDistribution(
+            dist.Normal(wide(z), 1.0).mask(True), wide(z).shape
+        ).to_event(1),
+        1.5,
+    ),
+    "Bernoulli": (lambda z, x: dist.Bernoulli(logits=wide(z)).to_event(1), 1.0),
+    "Binomial": (
+        lambda z, x: dist.Binomial(torch.tensor([3.0, 9.0, 4.0]), logits=wide(z)).to_event(1), 2.0
+    ),
+    "Poisson": (lambda z, x: dist.Poisson(wide(z).exp()).to_event(1), 3.0),
+    "NegativeBinomial": (lambda z, x: dist.NegativeBinomial(2.0, logits=wide(z)).to_event(1), 3.0),
+    "Categorical": (
+        lambda z, x: dist.Categorical(logits=wide(wide(z), 4) * torch.arange(4)).to_event(1), 3.0
+    ),
+    "LogNormal": (lambda z, x: dist.LogNormal(wide(z), 1.0).to_event(1), 1.5),
+    "Gamma": (lambda z, x: dist.Gamma(2.0, wide(z).exp()).to_event(1), 1.5),
+    "Beta": (lambda z, x: dist.Beta(2.0, wide(z).exp()).to_event(1), 0.3),
+    "Uniform": (lambda z, x: dist.Uniform(wide(z) - 90, wide(z) + 90).to_event(1), 1.5),
+    "StudentT": (lambda z, x: dist.StudentT(4.0, wide(z), 1.0).to_event(1), 1.5),
+    "ZeroInflatedPoisson": (
+        lambda z, x: dist.ZeroInflatedPoisson(wide(z).exp(), gate=torch.tensor(0.3)).to_event(1),
+        3.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_of_a_product_each_number_can_be_missing(name):
+    make, value = PRODUCTS[name]
+    x = torch.full((4, 3, 1) if name == "nested" else (4, 3), value, dtype=torch.float64)
+    missing = torch.zeros_like(x, dtype=torch.bool)
+    missing[1, 2], missing[2] = True, True
+    model = of(make)
+    found = pv.log_weights(
+        pv.MissingData(model), proposal, x.masked_fill(missing, NAN), num_particles=3, seed=0
+    )
+    # By hand: each number of every particle on its own.
+    values = _draws(x)
+    fn = make(values, x)
+    if name == "Masked":
+        fn = fn.base_dist
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    by_number = fn.log_prob(x).masked_fill(missing, 0.0).reshape(3, 4, 3)
+    wanted = by_number.sum(-1)
+    if name == "Masked":
+        wanted[:, -1] = 0.0
+    torch.testing.assert_close(found.log_likelihood, wanted, rtol=1e-12, atol=1e-12)
+    assert not found.log_likelihood[:, 2].any()
+    whole = pv.log_weights(pv.MissingData(model), proposal, x, num_particles=3, seed=0)
+    torch.testing.assert_close(
+        whole.total, pv.log_weights(model, proposal, x, num_particles=3, seed=0).total
+    )
+
+
+def _draws(x: Tensor) -> Tensor:
+    """The particles of seed 0, [3, N]."""
+    tree = pv.to_arviz(of(lambda z, x: dist.Normal(z, 1.0)), proposal, x.reshape(4, 3)[:, 0],
+                       num_draws=3, predictive=False, seed=0)  # fmt: skip
+    return torch.as_tensor(tree["posterior"]["z"].values[0])
+
+
+JOINT = {
+    "MultivariateNormal": (
+        lambda z, x: dist.MultivariateNormal(wide(z), torch.eye(3, dtype=x.dtype)),
+        [0.5, -1.0, 2.0],
+    ),
+    "Multinomial": (
+        lambda z, x: dist.Multinomial(4, logits=wide(z) * torch.arange(3)), [1.0, 0.0, 3.0]
+    ),
+    "OneHotCategorical": (
+        lambda z, x: dist.OneHotCategorical(logits=wide(z) * torch.arange(3)), [0.0, 1.0, 0.0]
+    ),
+    "Dirichlet": (lambda z, x: dist.Dirichlet(wide(z).exp()), [0.2, 0.5, 0.3]),
+    "DirichletMultinomial": (
+        lambda z, x: dist.DirichletMultinomial(wide(z).exp(), torch.tensor(4.0)), [1.0, 0.0, 3.0]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_of_a_joint_event_all_or_nothing_is_missing(name):
+    make, event = JOINT[name]
+    x = torch.tensor([event] * 4, dtype=torch.float64)
+    model = of(make)
+    complete = pv.log_weights(model, proposal, x, num_particles=3, seed=0)
+    x[2] = NAN
+    found = pv.log_weights(pv.MissingData(model), proposal, x, num_particles=3, seed=0)
+    wanted = complete.log_likelihood.clone()
+    wanted[:, 2] = 0.0
+    torch.testing.assert_close(found.log_likelihood, wanted)
+    x[1, 0] = NAN
+    message = rf"'x': a part of an event is missing in rows 1 .*{name}"
+    with pytest.raises(ValueError, match=message) as caught:
+        pv.log_weights(pv.MissingData(model), proposal, x, num_particles=3, seed=0)
+    assert "may only be values of observed" not in str(caught.value)
+
+
+def test_a_support_of_which_no_value_is_known_is_refused():
+    model = of(lambda z, x: dist.ProjectedNormal(wide(z, 2)))
+    x = torch.tensor([[1.0, 0.0], [NAN, NAN]])
+    with pytest.raises(ValueError, match="'x': no value is known inside the support of Projected"):
+        inspect(pv.MissingData(model), x)
+
+
+def test_a_value_outside_the_support_is_refused_beside_missing_ones():
+    make, _ = PRODUCTS["Poisson"]
+    x = torch.tensor([[1.0, NAN, 2.0], [NAN, -1.0, 0.0]])
+    with pytest.raises(ValueError, match="'x': values outside the support .* rows 1 "):
+        inspect(pv.MissingData(of(make)), x)
+
+
+# --- models
+
+
+def test_several_sites_inner_plates_and_scales():
+    def model(x, y):
+        plate, inner = pyro.plate("data", len(x), dim=-2), pyro.plate("items", 3, dim=-1)
+        with plate:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z, 2.0), obs=y.unsqueeze(-1))
+            with inner, pyro.poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.new_full((), 0.1), 1.2))
+
+    x, y = data(5)[:, :3], data(5)[:, 3]
+    whole = pv.to_arviz(model, guide, x, y, num_draws=4, seed=0, predictive=False)
+    z = torch.as_tensor(whole["posterior"]["z"].values[0]).reshape(4, 5)
+    x[0, 1], x[3], y[2] = NAN, NAN, NAN
+    found = pv.log_weights(pv.MissingData(model), guide, x, y, num_particles=4, seed=0)
+    by_hand = torch.distributions.Normal(z, 2.0, validate_args=False).log_prob(y).nan_to_num(0.0)
+    of_items = torch.distributions.Normal(z.unsqueeze(-1), 1.0, validate_args=False).log_prob(x)
+    torch.testing.assert_close(found.log_likelihood, by_hand + of_items.nan_to_num(0.0).sum(-1))
+    tree = pv.to_arviz(pv.MissingData(model), guide, x, y, num_draws=4, seed=0)
+    torch.testing.assert_close(
+        torch.as_tensor(tree["observed_data"]["x"].values), x, equal_nan=True
+    )
+    assert not torch.as_tensor(tree["posterior_predictive"]["x"].values).isnan().any()
+
+
+def mixture(x):
+    means = torch.tensor([[-1.0, 0.5, 2.0], [1.0, -0.5, 0.0]], dtype=x.dtype)
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
+        pyro.sample("x", dist.Normal(means[c], 1.0).to_event(1), obs=x)
+
+
+def test_discrete_latents_are_summed_out_over_what_is_seen():
+    x = scattered(data(12)[:, :3])
+    found = pv.iwae_bound(pv.MissingData(mixture), lambda x: None, x, num_particles=2).value
+    means = torch.tensor([[-1.0, 0.5, 2.0], [1.0, -0.5, 0.0]], dtype=x.dtype)
+    by_number = torch.distributions.Normal(means, 1.0, validate_args=False).log_prob(x.unsqueeze(1))
+    joint = by_number.nan_to_num(0.0).sum(-1) + torch.tensor([0.3, 0.7], dtype=x.dtype).log()
+    torch.testing.assert_close(found, joint.logsumexp(-1))
+    guide = pv.ExactGuide(pv.MissingData(mixture), example=x)
+    bound = pv.elbo(pv.MissingData(mixture), guide, x, num_particles=2)
+    torch.testing.assert_close(bound.value, joint.logsumexp(-1))
+
+
+def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 6).double()
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+                if z.ndim != 2:
+                    raise RuntimeError("two dimensions only")
+                pyro.sample("x", dist.Normal(self.layer(z), 0.5).to_event(1), obs=x)
+
+    torch.manual_seed(0)
+    model, x = Flat(), data(6)
+    found = pv.log_weights(pv.MissingData(model), Guide(), without(x), num_particles=5, seed=0)
+    small = factor_analysis()
+    small = replace(small, loadings=model.layer.weight[SEEN], mean=model.layer.bias[SEEN])
+    wanted = pv.log_weights(small, Guide(), x[:, SEEN], num_particles=5, seed=0)
+    torch.testing.assert_close(found.total, wanted.total)
+
+
+def test_obs_mask_and_missing_values_go_together():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=torch.tensor([True, False, True]))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x_unobserved", dist.Normal(z, 1.0))
+
+    x = torch.tensor([0.7, NAN, NAN], dtype=torch.float64)
+    found = pv.log_weights(pv.MissingData(model), guide, x, num_particles=4, seed=0).log_likelihood
+    assert found[:, 0].all()
+    assert not found[:, 1:].any()
+
+
+@pytest.mark.parametrize("kind", ["module", "method", "function"])
+def test_the_wrapper_is_the_model_to_torch_and_pyro(kind):
+    inner = Learned(list(range(6)))
+
+    def function(x):
+        pyro.module("inner", inner)
+        inner(x)
+
+    model = pv.MissingData({"module": inner, "method": inner.forward, "function": function}[kind])
+    assert module_of(model) is model
+    assert len(list(model.parameters())) == (0 if kind == "function" else 2)
+    x, guide = without(data()), Guide()
+    before = inner.mean.detach().clone()
+    pv.fit(model, guide, x, epochs=1, batch_size=10, progress=False)
+    assert not torch.equal(inner.mean[SEEN], before[SEEN])
+    if kind == "function":
+        return
+    stored = io.BytesIO()
+    torch.save(model.state_dict(), stored)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert inner.mean.any()
+    stored.seek(0)
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    ours = pv.elbo(model, guide, x, num_particles=2, seed=0).value
+    assert torch.equal(pv.elbo(other, guide, x, num_particles=2, seed=0).value, ours)
+
+
+def test_handlers_around_the_wrapper_do_no_harm():
+    x, guide = without(data()), Guide()
+    plain = pv.MissingData(factor_analysis())
+    wanted = pv.log_weights(plain, guide, x, num_particles=3, seed=0).total
+    for model in (pyro.poutine.scale(plain, scale=0.5), lambda x: plain(x)):
+        found = pv.log_weights(model, guide, x, num_particles=3, seed=0).total
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        pv.log_weights(
+            pv.MissingData(pyro.poutine.scale(factor_analysis(), scale=0.5)), guide, x,
+            num_particles=3, seed=0,
+        ).total,
+        wanted,
+    )  # fmt: skip
+
+
+def test_wrapped_twice_is_wrapped_once():
+    x = scattered(data())
+    once = pv.MissingData(factor_analysis())
+    twice = pv.MissingData(once)
+    assert torch.equal(inspect(twice, x).sites["x"].missing, x.isnan())
+    weights = [pv.log_weights(m, Guide(), x, num_particles=3, seed=0).total for m in (once, twice)]
+    assert torch.equal(*weights)
+
+
+def test_a_model_that_draws_its_own_minibatch():
+    def model(columns):
+        small = factor_analysis()
+        small = replace(small, loadings=small.loadings[columns], mean=small.mean[columns])
+
+        def run(x):
+            with pyro.plate("data", len(x), subsample_size=8) as index:
+                z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+                location = z @ small.loadings.T + small.mean
+                pyro.sample("x", dist.Normal(location, 0.5).to_event(1), obs=x[index])
+
+        return run
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=8):
+            pyro.sample("z", dist.Normal(x.new_zeros(3), 1.1).to_event(1))
+
+    x, found = data(), []
+    for run, batch in (
+        (pv.MissingData(model(list(range(6)))), without(x)),
+        (model(SEEN), x[:, SEEN]),
+    ):
+        torch.manual_seed(0)
+        found.append(pv.ELBO(num_particles=2).loss(run, guide, batch))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_float32_stays_float32():
+    model = of(PRODUCTS["Normal"][0])
+    x = torch.tensor([[1.0, NAN, 2.0]])
+    assert pv.log_weights(pv.MissingData(model), proposal, x, num_particles=2).total.dtype == (
+        torch.float32
+    )
+
+
+@pytest.mark.slow
+def test_refine_compare_and_arviz():
+    exact = PartlySeen(factor_analysis("orthogonal"))
+    x = scattered(data(8))
+    model = pv.MissingData(exact.model)
+    guide = pv.AmortizedGuide(model, pv.MissingEncoder(encoder(12)), example=x)
+    refined = pv.refine(model, guide, x, seed=0)
+    assert refined.converged.all()
+    comparison = pv.compare(model, {"encoder": guide, "exact": exact.posterior,
+        "mean-field": pv.families.Normal()}, x, num_particles=200, reference="mean-field",
+        seed=0)  # fmt: skip
+    evidence = torch.as_tensor(comparison.dataset["log_evidence"].values)
+    torch.testing.assert_close(evidence, exact.log_evidence(x), rtol=1e-9, atol=1e-9)
+    tree = pv.to_arviz(model, guide, x, num_draws=50, resample="psis", seed=0)
+    shown = torch.as_tensor(tree["observed_data"]["x"].values)
+    torch.testing.assert_close(shown, x, equal_nan=True, rtol=0, atol=0)
+    assert not tree["log_likelihood"]["x"].values[..., 0].any()
+
+
+# --- the mask argument
+
+
+def integers() -> tuple[Tensor, Tensor]:
+    x = torch.tensor([[3, 7, 1], [0, 2, 2], [5, 5, 5]])
+    return x, torch.tensor([[True, False, True], [True, True, True], [False, False, False]])
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword", "values"])
+def test_a_mask_says_what_nan_would(call):
+    x, seen = integers()
+    model = of(PRODUCTS["Poisson"][0])
+    coded = x.double().masked_fill(~seen, NAN)
+    torch.set_default_dtype(torch.float64)
+    try:
+        wanted = pv.log_weights(pv.MissingData(model), proposal, coded, num_particles=3, seed=0)
+        masked = pv.MissingData(
+            lambda x: model(x), mask="seen", values=0 if call == "values" else None
+        )
+
+        def guide(x, seen):
+            assert seen.dtype == torch.bool
+            proposal(x.double())
+
+        batch = {"x": x, "seen": seen} if call == "keyword" else (x, seen)
+        found = pv.log_weights(masked, guide, batch, num_particles=3, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.total, wanted.total)
+
+
+def test_what_is_there_where_the_mask_is_false_does_not_count():
+    x, seen = integers()
+    model = pv.MissingData(of(PRODUCTS["Poisson"][0]), mask="seen")
+    other = x.clone()
+    other[~seen] = -99
+    guide = lambda x, seen: proposal(x.float())  # noqa: E731
+    first = pv.log_weights(model, guide, x, seen, num_particles=3, seed=0).total
+    assert torch.equal(
+        pv.log_weights(model, guide, other, seen, num_particles=3, seed=0).total, first
+    )
+
+
+def test_minibatches_take_the_rows_of_the_mask():
+    x = data(32)
+    seen = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    model = pv.MissingData(factor_analysis(), mask="seen")
+    guide = pv.AmortizedGuide(model, pv.MissingEncoder(encoder(12), mask="seen"), example=(x, seen))
+    pv.fit(model, guide, (x, seen), epochs=1, batch_size=8, progress=False, seed=0)
+    alone = pv.AmortizedGuide(
+        pv.MissingData(factor_analysis()), pv.MissingEncoder(guide.encoder.encoder), example=x
+    )
+    alone.load_state_dict(guide.state_dict())
+    coded = x.masked_fill(~seen, NAN)
+    torch.testing.assert_close(
+        pv.elbo(model, guide, x, seen, num_particles=5, seed=0).value,
+        pv.elbo(pv.MissingData(factor_analysis()), alone, coded, num_particles=5, seed=0).value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "error", "message"),
+    [
+        ({"mask": "m"}, (torch.ones(2, 3),), TypeError, "last positional argument is no boolean"),
+        ({"mask": "m"}, {"x": torch.ones(2, 3)}, TypeError, "no such argument among ['x']"),
+        ({"mask": "m"}, {"x": torch.ones(2, 3), "m": torch.ones(2, 3)}, TypeError, "that keyword"),
+        ({"mask": "m"}, (torch.ones(2, 3), torch.ones(2, 3) > 0, torch.ones(2, 3) > 0),
+         ValueError, "as have the arguments [0, 1]"),
+        ({"mask": "m"}, (torch.ones(2, 3), torch.ones(2) > 0), ValueError, "arguments [] of [0]"),
+        ({"mask": "m", "values": 0}, (torch.ones(2, 3), torch.ones(2) > 0), ValueError,
+         "has shape [2], but the argument 0 that it speaks of has [2, 3]"),
+        ({"mask": "m", "values": "y"}, (torch.ones(2, 3), torch.ones(2, 3) > 0), ValueError,
+         "values='y': the batch has the arguments [0]"),
+        ({"mask": "m"}, (torch.full((2, 3), 2**24 + 1), torch.ones(2, 3) > 0), ValueError,
+         "have no exact value in torch.float32"),
+    ],
+)  # fmt: skip
+def test_masks_that_cannot_be_told_are_refused(options, batch, error, message):
+    model = pv.MissingData(of(PRODUCTS["Normal"][0]), **options)
+    with pytest.raises(error) as caught:
+        inspect(model, batch)
+    assert message in str(caught.value)
+
+
+def test_values_needs_a_mask():
+    with pytest.raises(ValueError, match="values='x' says what the mask is of: give mask="):
+        pv.MissingData(mixture, values="x")
+
+
+# --- refusals
+
+
+def test_nan_without_the_wrapper_is_refused_and_says_what_to_do():
+    x = data(4)
+    x[2, 1] = NAN
+    with pytest.raises(
+        ValueError, match=r"NaN or infinite values in rows 2 .*MissingData\(model\)"
+    ):
+        pv.log_weights(factor_analysis(), Guide(), x, num_particles=2)
+
+
+def test_infinite_values_are_refused_under_the_wrapper():
+    x = data(4)
+    x[2, 1], x[0, 0] = math.inf, NAN
+    with pytest.raises(
+        ValueError, match="argument 0 of the batch holds infinite values in rows 2 "
+    ):
+        pv.log_weights(pv.MissingData(factor_analysis()), Guide(), x, num_particles=2)
+
+
+def covariate(x, y):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(y, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def chain(x, y):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        first = pyro.sample("x", dist.Normal(z, 1.0), obs=y)
+        pyro.sample("next", dist.Normal(first, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("model", [covariate, chain])
+def test_a_missing_value_that_something_depends_on_is_refused(model):
+    batch = torch.ones(3), torch.tensor([0.0, NAN, 1.0])
+    with pytest.raises(ValueError, match="may only be values of observed sites"):
+        inspect(pv.MissingData(model), *batch)
+    with pytest.raises(ValueError, match="argument 1 of the batch holds NaN"):
+        inspect(model, *batch)
+
+
+# --- the encoder
+
+
+def test_the_encoder_sees_filled_data_and_mask():
+    x = torch.tensor([[1.5, NAN], [NAN, 2.0]])
+    seen = (~x.isnan()).float()
+    wanted = torch.cat([torch.tensor([[1.5, 0.0], [0.0, 2.0]]), seen], -1)
+    assert torch.equal(pv.MissingEncoder(nn.Identity())(x), wanted)
+    filled = pv.MissingEncoder(nn.Identity(), fill=torch.tensor([5.0, 6.0]))(x)
+    assert torch.equal(filled[:, :2], torch.tensor([[1.5, 6.0], [5.0, 2.0]]))
+    images = x.reshape(2, 1, 1, 2)
+    assert pv.MissingEncoder(nn.Identity(), dim=1)(images).shape == (2, 2, 1, 2)
+    assert torch.equal(
+        pv.MissingEncoder(nn.Identity())(x[:, 0]), torch.tensor([[1.5, 1.0], [0.0, 0.0]])
+    )
+
+
+def test_the_encoder_keeps_other_arguments():
+    class Both(nn.Module):
+        def forward(self, x, label):
+            return torch.cat([x, label], -1)
+
+    x, label = torch.tensor([[NAN, 2.0]]), torch.tensor([[7.0]])
+    with pytest.raises(
+        ValueError, match=r"arguments \[0, 1\] are floating-point tensors; say with"
+    ):
+        pv.MissingEncoder(Both())(x, label)
+    found = pv.MissingEncoder(Both(), values=0)(x, label)
+    assert torch.equal(found, torch.tensor([[0.0, 2.0, 0.0, 1.0, 7.0]]))
+    found = pv.MissingEncoder(Both(), values="x")(x=x, label=label)
+    assert torch.equal(found, torch.tensor([[0.0, 2.0, 0.0, 1.0, 7.0]]))
+
+
+def test_the_encoder_refuses_to_append_the_mask_to_the_data():
+    with pytest.raises(
+        ValueError, match="dim=0 of data of shape .* is that of the data themselves"
+    ):
+        pv.MissingEncoder(nn.Identity(), dim=0)(torch.ones(2, 3))

@@ -1,0 +1,901 @@
+"""The spine: exact weights, chunks, particles, refusals."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import encoder, factor_analysis, log_normal_evidence, log_normal_model
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormalMessenger
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.particles.evaluator import Scorer, _equal_step, _round_down
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.traces import non_finite_sites
+
+
+@pytest.fixture
+def exact():
+    model = factor_analysis()
+    torch.manual_seed(1)
+    return model, model.data(7)
+
+
+# --- the exact posterior as guide ----------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 7, 23, 10_000])
+@pytest.mark.parametrize("particles", ["auto", "plate", "repeat", "loop"])
+def test_weights_of_the_exact_posterior_are_the_evidence(exact, particles, chunk_size):
+    model, x = exact
+    weights = pv.log_weights(
+        model, model.posterior, x, num_particles=11, particles=particles, chunk_size=chunk_size
+    )
+    assert weights.total.shape == (11, 7)
+    assert weights.total.std(0).max() < 1e-10
+    torch.testing.assert_close(
+        weights.total, model.log_evidence(x).expand(11, -1), rtol=0, atol=1e-10
+    )
+
+
+def test_the_three_parts_are_what_they_say(exact):
+    model, x = exact
+    scorer = Scorer(model, model.posterior, as_batch(x), seed=0)
+    (chunk,) = scorer.chunks(4)
+    z = chunk.values["z"]
+    likelihood = dist.Normal(z @ model.loadings.T + model.mean, model.noise).log_prob(x).sum(-1)
+    torch.testing.assert_close(chunk.weights.log_likelihood, likelihood)
+    torch.testing.assert_close(chunk.weights.log_prior, dist.Normal(0.0, 1.0).log_prob(z).sum(-1))
+    posterior = torch.distributions.MultivariateNormal(
+        model.posterior_mean(x), precision_matrix=model.posterior_precision
+    )
+    torch.testing.assert_close(chunk.weights.log_guide, posterior.log_prob(z))
+
+
+# --- chunks and seeds change nothing -------------------------------------------------
+
+
+@pytest.mark.parametrize("num_data", [3, 300])
+def test_chunk_size_changes_no_result(num_data):
+    model = factor_analysis()
+    x = model.data(num_data)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    whole = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=10**6)
+    assert whole.total.shape == (70, num_data)
+    for chunk_size in (1000, 64, 7) if num_data == 3 else (40_000, 5000, 100):
+        part = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=chunk_size)
+        torch.testing.assert_close(part.total, whole.total, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
+
+
+def test_more_particles_are_the_same_and_others():
+    """The first hundreds of them do not depend on how many there are."""
+    model = factor_analysis()
+    x = model.data(300)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    few, many = (
+        pv.log_weights(model, guide, x, num_particles=k, seed=3).log_guide for k in (100, 270)
+    )
+    torch.testing.assert_close(many[:100], few, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "sizes"), [(256, {256}), (500, {250}), (10_000, {250}), (771, {193, 192})]
+)
+def test_blocks_of_data_are_equal(num_data, sizes):
+    """So that they share a graph; the last may be a little smaller."""
+    model = factor_analysis()
+    x = model.data(num_data)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    blocks = Scorer(model, guide, as_batch(x)).data_blocks()
+    assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, num_data)
+    assert {b.stop - b.start for b in blocks} == sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "step"), [(50, 21, 10), (50, 50, 50), (50, 80, 50), (13, 5, 5), (7, 1, 1)]
+)
+def test_pieces_are_equal_where_they_can_be(count, most, step):
+    assert _equal_step(count, most) == step
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(1, 1), (4, 2), (9, 5), (65, 50), (128, 100), (16384, 10000)]
+)
+def test_draws_come_in_round_numbers(number, rounded):
+    assert _round_down(number) == rounded
+
+
+def test_one_seed_one_result_and_the_global_state_is_left_alone(exact):
+    model, x = exact
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = pv.log_weights(model, guide, x, num_particles=4, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first.total, pv.log_weights(model, guide, x, num_particles=4, seed=1).total)
+    other = pv.log_weights(model, guide, x, num_particles=4, seed=2)
+    assert not torch.equal(first.total, other.total)
+
+
+def test_without_a_seed_the_global_state_decides(exact):
+    model, x = exact
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
+        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
+    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+
+
+# --- how particles are run -------------------------------------------------------------
+
+
+class ConvModel(nn.Module):
+    """Needs [N, C, H, W]: cannot take a dimension of particles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (1, 2, 2)), nn.ConvTranspose2d(1, 1, 3), nn.BatchNorm2d(1)
+        ).double()
+
+    def forward(self, x):
+        pyro.module("conv", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(3), obs=x)
+
+
+def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
+    torch.manual_seed(0)
+    model, x = ConvModel(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
+    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    assert scorer.modes == {"guide": "plate", "model": "repeat"}
+    by_repeat = pv.log_weights(model, guide, x, num_particles=6, seed=0)
+    (chunk,) = scorer.chunks(6)
+    by_hand = [
+        poutine.trace(poutine.condition(model.eval(), data={"z": z})).get_trace(x).nodes
+        for z in chunk.values["z"]
+    ]
+    likelihood = torch.stack([n["x"]["fn"].log_prob(x) for n in by_hand])
+    torch.testing.assert_close(by_repeat.log_likelihood, likelihood)
+
+
+def test_evaluation_leaves_batch_norm_and_the_mode_as_they_were():
+    model, x = ConvModel().train(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
+    before = model.net[2].running_mean.clone()
+    pv.log_weights(model, guide, x, num_particles=3)
+    assert torch.equal(model.net[2].running_mean, before)
+    assert model.training and model.net[2].training
+
+
+def test_a_wrong_broadcast_is_found_and_another_way_taken():
+    """Reshaping by the batch size mixes data up, silently, once there are particles."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            location = z.reshape(len(x), -1).flip(-1).reshape(z.shape)
+            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 2, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
+    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    assert scorer.modes == {"guide": "plate", "model": "repeat"}
+    with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
+        pv.log_weights(model, guide, x, num_particles=2, particles="plate")
+
+
+def test_falling_back_to_a_loop_says_so(caplog):
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            if z.ndim != 2 or len(z) != 3:
+                raise ValueError("only [3, 2]")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(3, 2)
+    guide = pv.LocalGuide(model, num_data=3, example=x)
+    with caplog.at_level(logging.WARNING):
+        pv.log_weights(model, guide, x, num_particles=2)
+    assert "the model runs particle by particle" in caplog.text and "only [3, 2]" in caplog.text
+
+
+def test_a_random_density_is_refused():
+    class Dropping(nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                noise = torch.randn(len(x))
+                pyro.sample("x", dist.Normal(z + noise, 1.0), obs=x)
+
+    model, x = Dropping(), torch.zeros(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    with pytest.raises(ValueError, match=r"dropout in training mode"):
+        pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_dropout_in_a_module_is_switched_off():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.drop(z), 1.0), obs=x)
+
+    model, x = Dropping(), torch.zeros(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    a, b = (pv.log_weights(model, guide, x, num_particles=2, seed=0) for _ in range(2))
+    assert torch.equal(a.total, b.total)
+
+
+# --- plates, scales, masks ------------------------------------------------------------
+
+
+def test_plates_inside_the_data_plate_and_at_other_dims():
+    """Inner plates are summed; the data plate may stand at another dimension than -1."""
+
+    def model(x):  # x: [N, 3]
+        data = pyro.plate("data", len(x), dim=-2)
+        with data:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("features", 3, dim=-1):
+                w = pyro.sample("w", dist.Normal(z.expand(*z.shape[:-1], 3), 1.0))
+                pyro.sample("x", dist.Normal(w, 0.5), obs=x)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Linear(3, 4).double(), example=x)
+    assert {c.name: c.batch for c in guide.coordinates} == {"z": (1, 1), "w": (1, 3)}
+    results = [
+        pv.log_weights(model, guide, x, num_particles=6, particles=particles, seed=0).total
+        for particles in ("plate", "repeat")
+    ]
+    torch.testing.assert_close(*results)
+    # Exact: marginally x ~ Normal(0, J + (1 + 0.25) I).
+    covariance = torch.ones(3, 3) + 1.25 * torch.eye(3)
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros(3, dtype=x.dtype), covariance.double()
+    ).log_prob(x)
+    refined = pv.refine(model, guide, x, seed=0)
+    bound = pv.iwae_bound(model, refined, x, num_particles=20_000, seed=0)
+    assert ((bound.value - evidence).abs() < 5 * bound.std_error + 1e-3).all()
+
+
+def test_scales_are_stripped_and_masks_kept(exact):
+    model, x = exact
+    plain = pv.log_weights(model, model.posterior, x, num_particles=3, seed=0)
+
+    def scaled(x):
+        with poutine.scale(scale=7.0):
+            return model(x)
+
+    def subsampled(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            location = z @ model.loadings.T + model.mean
+            pyro.sample("x", dist.Normal(location, model.noise).to_event(1), obs=x)
+
+    for other in (scaled, subsampled):
+        found = pv.log_weights(other, model.posterior, x, num_particles=3, seed=0)
+        torch.testing.assert_close(found.total, plain.total)
+
+    mask = torch.tensor([True, False] * 3 + [True])
+
+    def masked(x):
+        with poutine.mask(mask=mask):
+            return model(x)
+
+    found = pv.log_weights(masked, model.posterior, x, num_particles=3, seed=0)
+    assert (found.log_likelihood[:, ~mask] == 0).all() and (found.log_prior[:, ~mask] == 0).all()
+    torch.testing.assert_close(found.total[:, mask], plain.total[:, mask])
+
+
+def test_a_model_as_one_datum(exact):
+    """data_plate=False: one weight for the whole batch, the sum of the data's."""
+    model, x = exact
+    weights = pv.log_weights(model, model.posterior, x, num_particles=5, data_plate=False)
+    assert weights.total.shape == (5, 1)
+    torch.testing.assert_close(weights.total, model.log_evidence(x).sum().expand(5, 1))
+
+
+def test_global_latents_alone_are_one_datum():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def posterior(x):
+        n = len(x)
+        pyro.sample("mu", dist.Normal(x.sum() / (n + 1), (n + 1) ** -0.5))
+
+    x = torch.randn(10, dtype=torch.float64)
+    covariance = torch.eye(10, dtype=x.dtype) + 1
+    exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=6, data_plate=False)
+    torch.testing.assert_close(weights.total, exact.expand(6, 1))
+    with pytest.raises(pv.DataPlateError, match=r"no local latents.*\['mu'\].*data_plate=False"):
+        pv.log_weights(model, posterior, x, num_particles=6)
+
+
+def test_global_latents_beside_local_ones_are_refused_by_name():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"\['mu'\] lie outside the data plate 'data'"):
+        pv.log_weights(model, guide, x, num_particles=2)
+    values = {"mu": torch.tensor(0.3)}
+    fixed = poutine.block(pyro.condition(model, data=values), hide=list(values))
+
+    def local_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 0.3) / 2, 0.5**0.5))
+
+    weights = pv.log_weights(fixed, local_guide, x, num_particles=2)
+    evidence = torch.distributions.Normal(0.3, 2**0.5).log_prob(x)
+    torch.testing.assert_close(weights.total, evidence.expand(2, 4))
+
+
+# --- guides of any make -----------------------------------------------------------------
+
+
+def test_a_delta_with_its_density_counts():
+    """AutoNormal on a constrained support: the density is in the Delta and an auxiliary site."""
+    x = torch.tensor([3.0, 0.5, 1.0], dtype=torch.float64)
+    guide = pyro.infer.autoguide.AutoNormal(
+        log_normal_model, init_scale=1.0, create_plates=lambda x: pyro.plate("data", len(x))
+    )
+    bound = pv.iwae_bound(log_normal_model, guide, x, num_particles=20_000, seed=0)
+    exact = torch.tensor([log_normal_evidence(v) for v in x.tolist()], dtype=torch.float64)
+    assert ((bound.value - exact).abs() < 4 * bound.std_error).all()
+    assert (bound.std_error < 0.05).all()
+
+
+def test_sites_that_the_guide_observes_are_no_proposals():
+    model = factor_analysis()
+    x = model.data(4)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x, 3.0).to_event(1), obs=x)
+            pyro.sample(
+                "z",
+                dist.MultivariateNormal(
+                    model.posterior_mean(x), precision_matrix=model.posterior_precision
+                ),
+            )
+
+    weights = pv.log_weights(model, guide, x, num_particles=3)
+    torch.testing.assert_close(weights.total, model.log_evidence(x).expand(3, 4))
+
+
+def test_a_hand_written_pair_in_the_param_store():
+    torch.manual_seed(0)
+    decoder, head = nn.Linear(2, 5), nn.Linear(5, 4)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("head", head)
+        location, log_scale = head(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(location, log_scale.exp()).to_event(1))
+
+    x = torch.randn(6, 5)
+    weights = pv.log_weights(model, guide, x, num_particles=50, seed=0)
+    repeated = pv.log_weights(model, guide, x, num_particles=50, seed=0, particles="repeat")
+    assert weights.total.shape == (50, 6)
+    torch.testing.assert_close(repeated.total, weights.total)
+    with torch.no_grad():  # the guide's density by hand: standard normal noise, scaled
+        log_scale = head(x).chunk(2, -1)[1]
+        noise = -weights.log_guide.mean(0) - log_scale.sum(-1)
+    # Two coordinates of (1 + log 2 pi) / 2 nats each: within 5 standard errors of 50 draws.
+    torch.testing.assert_close(noise, torch.full((6,), 2.838), rtol=0, atol=5 / 50**0.5)
+
+
+def test_two_latent_sites_and_two_observed_ones():
+    """Hierarchical latents: the weights are sums over sites, whatever their order."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+            b = pyro.sample("b", dist.Normal(a, 2.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(b, 0.5), obs=y)
+
+    x, y = torch.randn(2, 5, dtype=torch.float64)
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 1 + 4 + 0.25]], dtype=torch.float64)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(2).double(), covariance).log_prob(
+        torch.stack([x, y], -1)
+    )
+    # The prior is a guide like any other: naive Monte Carlo.
+    naive = pv.iwae_bound(
+        model, poutine.block(model, hide=["x", "y"]), x, y, num_particles=50_000, seed=0
+    )
+    assert ((naive.value - exact).abs() < 4 * naive.std_error).all()
+    by_name = pv.iwae_bound(
+        model, poutine.block(model, hide=["x", "y"]), {"x": x, "y": y}, num_particles=50_000, seed=0
+    )
+    assert torch.equal(naive.value, by_name.value)
+
+
+# --- refusals -----------------------------------------------------------------------------
+
+
+def guide_with(*names):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in names:
+                pyro.sample(name, dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "the guide has no sample statement for the model's latent sites ['z']; it has []"),
+        (("z", "u"), "the guide samples ['u'], which the model does not"),
+        (("z", "x"), "the guide proposes ['x'], which the model observes"),
+    ],
+)
+def test_a_guide_of_other_sites_is_refused(exact, names, message):
+    model, x = exact
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pv.log_weights(model, guide_with(*names), x, num_particles=2)
+
+
+def test_bad_numbers_are_refused(exact):
+    model, x = exact
+    with pytest.raises(ValueError, match="num_particles=0: a whole number of at least 1"):
+        pv.log_weights(model, model.posterior, x, num_particles=0)
+    with pytest.raises(ValueError, match="chunk_size=0: a whole number of at least 1"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, chunk_size=0)
+    with pytest.raises(ValueError, match="particles='fast'"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, particles="fast")
+    with pytest.raises(ValueError, match=r"argument 0 .* NaN or infinite values in rows 2 \(1 of"):
+        pv.log_weights(
+            model, model.posterior, x.index_fill(0, torch.tensor([2]), torch.nan), num_particles=2
+        )
+    with pytest.raises(ValueError, match="the batch is empty"):
+        pv.log_weights(model, model.posterior, x[:0], num_particles=2)
+
+
+def test_a_model_that_draws_its_own_minibatch_is_refused(exact):
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"draws its own minibatch in plate 'data'"):
+        pv.log_weights(model, guide, torch.zeros(9), num_particles=2)
+
+
+def test_a_guide_of_another_size_is_refused(exact):
+    model, x = exact
+    guide = pv.LocalGuide(model, num_data=5, example=x)
+    with pytest.raises(ValueError, match="a row for each of 5 data but the batch has 7"):
+        pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_non_finite_sites_are_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z / 0, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert non_finite_sites(model, guide, as_batch(torch.zeros(2))) == ["'x' of the model"]
+
+
+def test_methods_of_a_module_are_evaluated_in_eval_mode():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.drop(z), 1.0), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.drop(x), 1.0))
+
+    both, x = Both(), torch.ones(4)
+    a, b = (pv.log_weights(both.model, both.guide, x, num_particles=2, seed=0) for _ in range(2))
+    assert torch.equal(a.total, b.total)
+    assert both.drop.training
+
+
+# --- what is not one density per datum -------------------------------------------------
+
+
+def test_guides_joint_over_the_data_are_refused():
+    """AutoDiagonalNormal's one site is the whole batch's: no bound of a datum is in it."""
+    model = factor_analysis()
+    x = model.data(5)
+    for auto in (
+        pyro.infer.autoguide.AutoDiagonalNormal,
+        pyro.infer.autoguide.AutoMultivariateNormal,
+    ):
+        with pytest.raises(
+            ValueError, match=r"'_AutoD?i?a?.*_latent' has batch shape \[\].* 5 data"
+        ):
+            pv.log_weights(model, auto(model), x, num_particles=2)
+
+    def no_plate(x):
+        pyro.sample("z", dist.Normal(x.new_zeros(5, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=r"'z' has batch shape \[\]"):
+        pv.log_weights(model, no_plate, x, num_particles=2)
+
+
+def test_another_event_dimension_in_the_guide_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.unsqueeze(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"'z' has 0 event dimensions .* 1 in the guide"):
+        pv.log_weights(model, guide, torch.zeros(4, 3), num_particles=2, data_plate="data")
+
+
+def test_a_factor_in_the_guide_is_refused():
+    model = factor_analysis()
+
+    def guide(x):
+        model.posterior(x)
+        with pyro.plate("more", len(x)):
+            pyro.factor("adjust", torch.ones(len(x)), has_rsample=True)
+
+    with pytest.raises(ValueError, match=r"pyro.factor statements \['adjust'\]"):
+        pv.log_weights(model, guide, model.data(3), num_particles=2)
+
+
+@pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
+def test_a_latent_that_the_model_masks_is_not_there(particles):
+    """Masked rows weigh nothing; the others are as in the model without those rows."""
+    model = factor_analysis()
+    x = model.data(300)  # two blocks
+    mask = torch.arange(300) % 3 != 0
+
+    def masked(x, mask):
+        with poutine.mask(mask=mask):
+            return model(x)
+
+    def guide(x, mask):
+        return model.posterior(x)
+
+    found = pv.log_weights(
+        masked, guide, x, mask, num_particles=4, particles=particles, chunk_size=100
+    )
+    assert (found.total[:, ~mask] == 0).all()
+    evidence = model.log_evidence(x)[mask].expand(4, -1)
+    torch.testing.assert_close(found.total[:, mask], evidence)
+
+
+def test_partly_observed_data_by_obs_mask():
+    """y seen for some data: the bounds are log p of what is seen, by closed form."""
+
+    def model(x, y, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=seen)
+
+    x, y = torch.randn(2, 6, dtype=torch.float64)
+    seen = torch.tensor([True, False, True, True, False, False])
+    pair = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), torch.tensor([[2.0, 1], [1, 2]]).double()
+    )
+    alone = torch.distributions.Normal(0.0, 2**0.5)
+    exact = torch.where(seen, pair.log_prob(torch.stack([x, y], -1)), alone.log_prob(x))
+    guide = pv.LocalGuide(model, num_data=6, example=(x, y, seen))
+    refined = pv.refine(model, guide, x, y, seen, seed=0)
+    bound = pv.iwae_bound(model, refined, x, y, seen, num_particles=5000, seed=0)
+    assert refined.converged[seen].all()
+    # Where y is missing the model has it as a latent of its own, to be integrated out.
+    assert ((bound.value - exact).abs() < 5 * bound.std_error + 1e-3).all()
+
+
+# --- models that take one size of batch ---------------------------------------------------
+
+
+def test_a_plate_of_fixed_size_and_data_closed_over_are_not_cut():
+    torch.manual_seed(0)
+    covariate = torch.randn(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", 300):
+            z = pyro.sample("z", dist.Normal(covariate, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", 300):
+            pyro.sample("z", dist.Normal((x + covariate) / 2, 0.5**0.5))
+
+    x = torch.randn(300, dtype=torch.float64)
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3, chunk_size=100)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+
+
+def test_data_closed_over_are_not_misaligned():
+    """covariate[: len(x)] runs on any rows, and is wrong on all but the first."""
+    covariate = torch.arange(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(covariate[: len(x)], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + covariate[: len(x)]) / 2, 0.5**0.5))
+
+    x = covariate + 1
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+    refined = pv.refine(model, posterior, x, seed=0)
+    bound = pv.elbo(model, refined, x, num_particles=10, seed=0)
+    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-3)
+
+
+def test_modules_that_plain_functions_close_over_run_in_eval_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double().train()
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            location = net(z.reshape(-1, 2)).reshape(z.shape)
+            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(300, 2, dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
+    before = net[1].running_mean.clone()
+    a, b = (
+        pv.log_weights(model, guide, x, num_particles=4, seed=0, chunk_size=c).total
+        for c in (None, 100)
+    )
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert torch.equal(net[1].running_mean, before)
+    assert net.training
+    assert all(module.training for module in net.modules())
+
+
+def test_weights_that_are_not_numbers_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("bad", torch.where(z > 4, torch.nan, 0.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(2.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"log weights of data .* through log p\(x \| z\)"):
+        pv.elbo(model, guide, torch.zeros(3), num_particles=50, seed=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_a_bad_seed_is_refused(exact, seed):
+    model, x = exact
+    with pytest.raises(ValueError, match="whole number of at least 0"):
+        pv.log_weights(model, model.posterior, x, num_particles=2, seed=seed)
+
+
+def test_many_data_and_a_network_that_takes_no_particles():
+    """More data than a block: what looks for blocks must not need the particles' dimension."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if z.ndim != 2:
+                raise ValueError("only matrices")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(300, 2)
+    guide = pv.LocalGuide(model, num_data=300, example=x)
+    assert Scorer(model, guide, as_batch(x)).modes["model"] == "repeat"
+
+
+def test_a_mask_reaches_the_density_that_a_delta_hides():
+    """AutoNormal's proposals are Deltas; the density is at an auxiliary site of another name."""
+    seen = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    auto = pyro.infer.autoguide.AutoNormal(
+        model, create_plates=lambda x: pyro.plate("data", len(x), dim=-1)
+    )
+    weights = pv.log_weights(model, auto, x, num_particles=4, seed=0)
+    assert (weights.total[:, ~seen] == 0).all()
+    assert (weights.total[:, seen] != 0).all()
+
+    joint = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    with pytest.raises(ValueError, match=r"masks the latent site 'z', but .*AutoMultivariate"):
+        pv.ELBO().loss(model, joint, x)
+
+
+def test_a_masked_factor_counts_where_it_is_seen():
+    x, seen = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([True, False, True])
+
+    def model(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=seen):
+                pyro.factor("x", -((z - x) ** 2))
+
+    def guide(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(2 * x / 3, 3**-0.5))
+
+    weights = pv.log_weights(model, guide, x, seen, num_particles=4)
+    # The guide is exact where the factor is seen: the integral of N(z; 0, 1) exp(-(z - x)^2).
+    exact = -0.5 * math.log(3) - x**2 / 3
+    torch.testing.assert_close(weights.total[:, seen], exact[seen].expand(4, 2))
+    assert bool((weights.log_likelihood[:, ~seen] == 0).all())
+
+
+# --- models without latents, sites outside of plates, draws without names
+
+
+def test_without_latents_a_log_weight_is_log_p():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+
+    def model(x):
+        mean = pyro.param("mean", torch.tensor(0.5, dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    exact = dist.Normal(torch.tensor(0.5, dtype=x.dtype), 1.0).log_prob(x)
+    weights = pv.log_weights(model, guide, x, num_particles=2)
+    torch.testing.assert_close(weights.total, exact.expand(2, -1))
+    assert not weights.log_prior.any() and not weights.log_guide.any()
+    whole = pv.iwae_bound(model, guide, x, num_particles=3, data_plate=False)
+    assert whole.value.item() == pytest.approx(exact.sum().item(), rel=1e-12)
+    for loss in (pv.ELBO(), pv.ELBO(3), pv.IWAE(3), pv.WakeSleep(3)):
+        assert -loss.loss(model, guide, x) == pytest.approx(exact.sum().item(), rel=1e-12)
+    optim = {"optim": lambda p: torch.optim.Adam(p, lr=0.1), "progress": False}
+    pv.fit(model, guide, x, loss=pv.IWAE(2), epochs=300, **optim)
+    assert pyro.param("mean").item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("events", [0, 1])
+@pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
+def test_a_leading_batch_dimension_outside_of_all_plates(events, particles):
+    """Legal in Pyro, also where the model indexes it; by the exact posterior all weights agree."""
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x if events else x[:, 0]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(1, *x.shape, dtype=x.dtype), 1.0).to_event(events)
+            z = pyro.sample("z", prior)
+            if particles != "plate":
+                z = z[0]
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(events), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x / 2)[None], 0.5**0.5).to_event(events))
+
+    exact = dist.Normal(x.new_zeros(()), 2**0.5).log_prob(x)
+    exact = exact.sum(-1) if events else exact
+    found = pv.log_weights(model, guide, x, num_particles=3, particles=particles).total
+    torch.testing.assert_close(found, exact.expand(3, -1))
+    for loss in (pv.ELBO(kl="sample"), pv.ELBO(3, kl="sample"), pv.IWAE(2)):
+        assert -loss.loss(model, guide, x) == pytest.approx(exact.sum().item(), rel=1e-10)
+    pv.to_arviz(model, guide, x, num_draws=2, seed=0)
+
+
+def with_a_draw_without_a_name(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        f = dist.Normal(z, 0.5).rsample()
+        pyro.sample("x", dist.Normal(f, 1.0), obs=x)
+
+
+def test_a_draw_without_a_name_has_a_mean_over_particles_and_no_weight():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    q = dist.Normal(x / 2, 0.7)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q)
+
+    # E[log p(x | f)] with f of variance 0.7^2 + 0.5^2 about x / 2, less the KL.
+    squares = (x / 2).square() + 0.7**2 + 0.25
+    exact = -0.5 * math.log(2 * math.pi) - 0.5 * squares
+    exact = exact - torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(()), 1.0))
+    model = with_a_draw_without_a_name
+    torch.manual_seed(0)
+    draws = torch.tensor([-pv.ELBO(20).loss(model, guide, x) for _ in range(100)]).double()
+    assert abs(draws.mean() - exact.sum()) < 4 * draws.std() / 10
+    told = "the model draws random numbers outside of sample statements.*pyro.sample.*pv.ELBO"
+    for refused in (
+        lambda: pv.elbo(model, guide, x),
+        lambda: pv.elbo(model, guide, x, particles="plate"),
+        lambda: pv.compare(model, {"guide": guide}, x),
+        lambda: pv.IWAE(3).loss(model, guide, x),
+    ):
+        with pytest.raises(ValueError, match=told):
+            refused()
+
+
+@pytest.mark.parametrize("particles", ["plate", "loop"])
+def test_a_messenger_guide_of_pyros(particles):
+    """It keeps the prior of its sites in the trace: the ELBO by algebra."""
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    guide = AutoNormalMessenger(model, init_loc_fn=init_to_value(values={"z": x / 2}))
+    guide(x)
+    q = dist.Normal(x / 2, 0.1)
+    exact = dist.Normal(x / 2, 1.0).log_prob(x) - 0.5 * 0.01
+    exact = exact - torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(()), 1.0))
+    found = pv.elbo(model, guide, x, num_particles=500, particles=particles, seed=0)
+    assert ((found.value - exact).abs() < 4 * found.std_error).all()
+    assert -pv.ELBO(3).loss(model, guide, x) == pytest.approx(exact.sum().item(), abs=1.0)
+    assert pv.refine(model, guide, x, seed=0).converged.all()

@@ -1,0 +1,213 @@
+"""The folders of pyro_vae: imports between them run one way, without circles between files.
+
+Docs: docs/architecture.md. A new folder needs its arrows here before the suite passes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "pyro_vae"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+
+# From each folder (or single file) to the folders that its files may import, itself aside.
+ARROWS: dict[str, set[str]] = {
+    "recording": set(),
+    "schedules": set(),
+    "plots": set(),
+    "programs": {"recording"},
+    "nets": set(),
+    "compiler": {"programs", "recording"},
+    "families": {"programs"},
+    "guides": {"families", "programs"},
+    "particles": {"compiler", "guides", "programs", "recording"},
+    "losses": {"guides", "particles", "programs", "recording"},
+    "refinement": {"compiler", "families", "guides", "particles", "programs"},
+    "training": {
+        *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
+    },
+    "diagnostics": {"particles"},
+    "evaluation": {
+        *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement"),
+    },
+    "missing_data": {"diagnostics", "particles", "plots", "programs", "recording"},
+    "export": {"diagnostics", "particles", "programs"},
+    "datasets": set(),
+    "zoo": {"nets", "programs"},
+    "demo": {
+        *("datasets", "evaluation", "export", "families", "guides", "nets"),
+        *("plots", "training", "zoo"),
+    },
+    "cli": {"demo"},
+}
+
+# Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
+ARRAYS_ALONE = {
+    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files"),
+    *("plots.imputation", "plots.results"),
+}
+# Have nothing to do with Pyro.
+WITHOUT_PYRO = {"recording", "schedules", "datasets", "diagnostics", "plots"}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def nodes_at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING:`, which never run.
+
+    An import inside a function counts like any other: it is the same dependency, only later.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_type_checking(node.test):
+            for statement in node.orelse:
+                yield statement
+                yield from nodes_at_run_time(statement)
+        else:
+            yield node
+            yield from nodes_at_run_time(node)
+
+
+def imported_names(source: str) -> set[str]:
+    """Dotted names that a file imports: `from a import b` gives "a.b", for b may be a module."""
+    names: set[str] = set()
+    for node in nodes_at_run_time(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def modules_of_ours(source: str) -> set[str]:
+    """Files of the package that a file imports; what is no file (a folder, a name) as it stands."""
+    found: set[str] = set()
+    for name in imported_names(source):
+        assert not name.startswith("."), f"a relative import: {name}"
+        first, _, rest = name.partition(".")
+        if first == PACKAGE:
+            parts = rest.split(".")
+            heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            found.add(next((head for head in heads if head in MODULES), rest))
+    return found
+
+
+def folder(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_the_house_has_no_unknown_room():
+    found = {folder(module) for module in MODULES}
+    assert found == set(ARROWS), "give each folder its arrows here and in docs/architecture.md"
+
+
+def test_arrows_have_no_circle():
+    TopologicalSorter(ARROWS).prepare()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module: str):
+    for other in modules_of_ours(MODULES[module].read_text(encoding="utf-8")):
+        allowed = ARROWS[folder(module)] | {folder(module)}
+        assert folder(other) in allowed, f"{module} imports {other}; allowed are {sorted(allowed)}"
+        whole = other in ARROWS and other not in MODULES
+        assert not whole or folder(module) in {"demo", "cli"}, f"{module} imports all of {other}"
+
+
+def test_every_arrow_is_used():
+    used = {
+        (folder(module), folder(other))
+        for module, path in MODULES.items()
+        for other in modules_of_ours(path.read_text(encoding="utf-8"))
+    }
+    unused = [
+        f"{one} -> {other}"
+        for one, others in ARROWS.items()
+        for other in others
+        if (one, other) not in used
+    ]
+    assert not unused
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    graph = {
+        module: modules_of_ours(path.read_text(encoding="utf-8")) & set(MODULES)
+        for module, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"files import each other in a circle: {error.args[1]}")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_documentation_names_every_file(module: str):
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    path = module.replace(".", "/") + ".py"
+    assert f"`{path}`" in page or f"`{path.rpartition('/')[2]}`" in page
+
+
+@pytest.mark.parametrize("module", sorted(ARRAYS_ALONE))
+def test_arrays_alone(module: str):
+    source = MODULES[module].read_text(encoding="utf-8")
+    top = {name.partition(".")[0] for name in imported_names(source)}
+    assert not top & {"torch", "pyro", PACKAGE}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if folder(m) in WITHOUT_PYRO])
+def test_without_pyro(module: str):
+    top = {n.partition(".")[0] for n in imported_names(MODULES[module].read_text(encoding="utf-8"))}
+    assert "pyro" not in top
+
+
+@pytest.mark.parametrize("name", sorted({folder(m) for m in MODULES if "." in m}))
+def test_a_folder_says_what_lives_there(name: str):
+    tree = ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+
+
+# --- the test tests itself: each way to break an arrow is seen --------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from pyro_vae.training.fit import fit",
+        "from pyro_vae.training import fit",
+        "import pyro_vae.training.fit",
+        "import pyro_vae.training.fit as f",
+        "def g():\n    from pyro_vae.training.fit import fit",
+        "try:\n    from pyro_vae.training.fit import fit\nexcept ImportError:\n    pass",
+        "if TYPE_CHECKING:\n    import os\nelse:\n    from pyro_vae.training.fit import fit",
+    ],
+)
+def test_sees_an_import(source: str):
+    assert modules_of_ours(source) == {"training.fit"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if TYPE_CHECKING:\n    from pyro_vae.training.fit import fit",
+        "if typing.TYPE_CHECKING:\n    from pyro_vae.training.fit import fit",
+        "import fit",
+        "import pyro_vae_other.fit",
+    ],
+)
+def test_leaves_other_imports_alone(source: str):
+    assert modules_of_ours(source) == set()
