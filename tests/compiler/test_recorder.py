@@ -11,7 +11,7 @@ from pyro_vae.compiler import recorder
 from pyro_vae.compiler.recorder import Recorder
 
 X = torch.arange(6, dtype=torch.float64)
-NAME = "pyro_vae.recorder"
+NAME = "pyro_vae.compiler.recorder"
 
 
 class Doubled:

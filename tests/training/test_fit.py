@@ -925,7 +925,7 @@ def test_a_warm_up_cut_short_is_said_at_the_end(caplog, options, stopped_by, ste
         f"training ended ({stopped_by}) at step {step}, with the factor {factor} on the latent "
         f"terms; {warmup!r} comes to 1 at step 21. Train longer, or shorten it"
     )
-    assert caplog.records[-1].name == "pyro_vae.fit"
+    assert caplog.records[-1].name == "pyro_vae.training.fit"
     assert caplog.records[-1].levelname == "WARNING"
     assert caplog.text.count("training ended") == 1
 

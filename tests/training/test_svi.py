@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.schedules import LinearWarmup
-from pyro_vae.training import update as update_module
 from pyro_vae.training import traced_loss
+from pyro_vae.training import update as update_module
 
 D = 3
 
