@@ -266,7 +266,7 @@ class TrainingSteps:
         if queued and failed is not None:
             outcome = torch.stack([_double(loss, failed.device), failed.double()])
             kept = batch if self.data.streamed else None
-            taken = _Taken(self.taken, index, batch.size, kept, random_state, outcome)
+            taken = _Taken(self.taken, index, batch.size, kept, start, outcome)
             self._unread.append(taken)
 
     def read(self) -> list[tuple[float, int | None]]:
