@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "families": {"programs"},
     "guides": {"families", "programs"},
     "particles": {"compiler", "guides", "programs", "recording"},
-    "losses": {"guides", "particles", "programs", "recording"},
+    "losses": {"particles", "programs", "recording"},
     "refinement": {"compiler", "families", "guides", "particles", "programs"},
     "training": {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),

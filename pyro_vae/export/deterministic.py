@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles.evaluator import DeterministicNode, Scorer
+from pyro_vae.programs.agreement import agree
 
 __all__ = ["DeterministicSite", "DeterministicValues"]
 
@@ -86,7 +87,7 @@ class DeterministicValues:
             depends = (
                 axis is None
                 and less is not None
-                and not _close(node.value, less[0].value)
+                and not agree(node.value, less[0].value)
                 and len(scorer.data_blocks()) > 1
             )
             if depends:
@@ -106,7 +107,7 @@ class DeterministicValues:
         together, alone = (self._folded(rows, few, each) for each in (False, True))
         if together is None or alone is None:
             return False
-        return all(_close(together[name], alone[name]) for name in self.sites)
+        return all(agree(together[name], alone[name]) for name in self.sites)
 
     def _folded(
         self, rows: slice, values: Mapping[str, Tensor], alone: bool
@@ -178,12 +179,3 @@ def _dims(
             break
     axes = [axis for axis in range(len(shape)) if axis != data_axis]
     return tuple(plates.get(axis, f"{name}_dim_{i}") for i, axis in enumerate(axes))
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-4
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.base import without_value
 from pyro_vae.losses.importance import ImportanceObjective, scales_of_weights, weighted_terms
 from pyro_vae.particles.estimators import iwae_bound
@@ -18,7 +17,7 @@ from pyro_vae.particles.plan import Layout
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.state import unwrapped
+from pyro_vae.programs.row_guide import row_guide
 from pyro_vae.programs.structure import latent_nodes
 from pyro_vae.programs.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
 
@@ -135,7 +134,7 @@ class WakeSleep(ImportanceObjective):
     ) -> Tensor:
         """Return log q(z | x) of a dream for each datum, [N]."""
         layout = run.layout
-        if isinstance(unwrapped(guide), LocalGuide):
+        if row_guide(guide) is not None:
             raise ValueError(
                 "a sleep phase teaches an encoder what the model dreams; the rows of a LocalGuide "
                 "belong to the data, and would learn the prior. Use insomnia=1"

@@ -30,14 +30,13 @@ from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import (
     MODES,
     Runner,
-    SiteShape,
-    agree,
     choose_mode,
     is_any,
     is_latent,
     is_observed,
 )
 from pyro_vae.programs.absence_check import check_absent
+from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
@@ -45,6 +44,7 @@ from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws, masked_proposals
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
+from pyro_vae.programs.site_shapes import SiteShape, site_shapes
 from pyro_vae.programs.state import (
     FirstValues,
     Look,
@@ -209,7 +209,7 @@ class Scorer:
             not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
             for _, node in latent_nodes(guide_trace)
         )
-        shapes = SiteShape.shapes((model_trace, guide_trace))
+        shapes = site_shapes(model_trace, guide_trace)
         for site in self.structure.observed:  # a plate without a size does not expand them
             shapes[site.name] = SiteShape(len(site.batch_shape), len(site.event_shape))
         data_dim = self.structure.data_dim
@@ -899,7 +899,7 @@ class Scorer:
         wanted = torch.where(second, reference[1:2], reference[:1])
         if agree(wanted, found):
             return
-        raise DependentDataError(plate, float((wanted - found).abs().max()))
+        raise DependentDataError(plate, largest_gap(wanted, found))
 
 
 def _equal_step(count: int, most: int) -> int:

@@ -10,7 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.particles.modes import agree, per_datum
+from pyro_vae.particles.modes import per_datum
+from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.state import Look
@@ -104,6 +105,6 @@ def check_independent(
         wanted = torch.where(odd, score(second), score({}))
         found = score(mixed)
         if not agree(wanted, found):
-            gap = float((wanted - found).abs().max())
+            gap = largest_gap(wanted, found)
     if gap:
         raise DependentDataError(plate, gap)

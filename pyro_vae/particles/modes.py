@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -20,13 +19,15 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.guides.local import LocalGuide
+from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import conditionals, contract, draw, enumerated
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import lift_masks, mask_of
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
+from pyro_vae.programs.row_guide import RowGuide, row_guide
+from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.structure import latent_nodes, sample_nodes
 from pyro_vae.programs.traces import GiveValues, site_log_prob
@@ -35,9 +36,7 @@ from pyro_vae.programs.warned_once import warn_once
 __all__ = [
     "MODES",
     "Runner",
-    "SiteShape",
     "UnnamedDrawsError",
-    "agree",
     "choose_mode",
     "is_any",
     "is_latent",
@@ -56,38 +55,6 @@ _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
 
 class UnnamedDrawsError(ValueError):
     """A model or guide draws random numbers that no sample statement knows."""
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """Batch and event dimensions of a site in a single run, without particles.
-
-    Attributes:
-        batch_ndim: batch dimensions.
-        event_ndim: event dimensions.
-        preimage_of: of the coordinates that a site's draws are made from, that site.
-        transforms: from these to the site's values.
-    """
-
-    batch_ndim: int
-    event_ndim: int
-    preimage_of: str | None = None
-    transforms: tuple[Any, ...] = ()
-
-    @classmethod
-    def shapes(cls, traces: Iterable[Any]) -> dict[str, SiteShape]:
-        """Return those of all sites of some traces, and of the preimages of their draws."""
-        found = {}
-        for trace in traces:
-            for name, node in sample_nodes(trace):
-                own = cls(len(node["fn"].batch_shape), node["fn"].event_dim)
-                found[name] = own
-                preimage = preimage_of(node)
-                key = preimage and preimage_key(name, preimage.transforms)
-                if key and preimage:
-                    events = own.event_ndim + preimage.draw.ndim - node["value"].ndim
-                    found[key] = cls(own.batch_ndim, events, name, preimage.transforms)
-        return found
 
 
 class Runner:
@@ -122,11 +89,11 @@ class Runner:
 
     def block(self, rows: slice) -> tuple[Batch, dict[str, Any], Tensor | None]:
         """Return all that a run on some data depends on: batch, masks, rows of a table."""
-        guide = unwrapped(self.fn)
+        guide = row_guide(self.fn)
         return (
             self.batch if self._whole(rows) else self.batch.rows(rows),
             self._masks_of(rows),
-            self.table_rows(guide, rows) if isinstance(guide, LocalGuide) else None,
+            None if guide is None else self.table_rows(guide, rows),
         )
 
     def on(self, batch: Batch, masks: Mapping[str, Any]) -> Runner:
@@ -450,14 +417,14 @@ class Runner:
     @contextlib.contextmanager
     def _table_rows(self, rows: slice, times: int) -> Iterator[None]:
         """Keep a per-datum guide aligned with the rows of the batch."""
-        guide = unwrapped(self.fn)
-        if not isinstance(guide, LocalGuide):
+        guide = row_guide(self.fn)
+        if guide is None:
             yield
             return
         with guide.rows_as_given(self.table_rows(guide, rows).repeat(times)):
             yield
 
-    def table_rows(self, guide: LocalGuide, rows: slice) -> Tensor:
+    def table_rows(self, guide: RowGuide, rows: slice) -> Tensor:
         """Return the rows of a per-datum guide's table that some data have."""
         index = guide.current_rows
         return index if self._whole(rows) else index[rows]
@@ -515,7 +482,7 @@ def choose_mode(
             continue
         if agree(reference, found):
             return
-        gap = float((reference - found).abs().max())
+        gap = largest_gap(reference, found)
         reasons.append(f"{mode}: log densities differ from single particles by {gap:.3g} nats")
     runner.mode = "loop"
     if not agree(reference, score()):
@@ -530,14 +497,6 @@ def choose_mode(
         f"the {role}'s log density of several particles does not agree with that of each alone "
         f"({'; '.join(reasons)}): its broadcasting over the particle dimension, the leftmost, is "
         "wrong"
-    )
-
-
-def agree(reference: Tensor, found: Tensor) -> bool:
-    """Return whether two log densities are equal to rounding."""
-    tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-4
-    return found.shape == reference.shape and torch.allclose(
-        reference, found, rtol=tolerance, atol=tolerance, equal_nan=True
     )
 
 

@@ -20,12 +20,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.guides.base import FamilyGuide
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Layout, device_of, hide
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
 from pyro_vae.programs.preimages import draw_of, with_draw
+from pyro_vae.programs.row_guide import repeated_rows
 from pyro_vae.programs.state import preserved_rng, unwrapped
 from pyro_vae.programs.structure import guide_factors, latent_nodes, sample_nodes
 from pyro_vae.programs.traces import (
@@ -93,7 +93,7 @@ class Run:
             model, guide = plate(model), plate(guide)
         elif layout.mode == "repeat":
             repeated = Batch(args, kwargs).repeat(num_particles)
-            guide = _repeat_rows(guide, num_particles)
+            guide = repeated_rows(guide, num_particles)
             args, kwargs = repeated.args, repeated.kwargs
         if layout.summed_out:
             model = enumerated(model, layout.summed_out, layout.first_summed_dim)
@@ -521,18 +521,6 @@ def _event_dim(node: Any) -> int:
 def _leaf(value: Tensor) -> Tensor:
     value = value.detach()
     return value.requires_grad_() if value.is_floating_point() else value
-
-
-def _repeat_rows(guide: Callable[..., Any], times: int) -> Callable[..., Any]:
-    local = unwrapped(guide)
-    if not isinstance(local, LocalGuide):
-        return guide
-
-    def repeated(*args: Any, **kwargs: Any) -> Any:
-        with local.rows(local.current_rows.repeat(times)):
-            return guide(*args, **kwargs)
-
-    return repeated
 
 
 def _subsamples(trace: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.masks import mask_of
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
@@ -103,8 +104,4 @@ def _terms(
 
 def _gap(before: Tensor, after: Tensor) -> float:
     """Return by how much a log density changes beyond rounding; 0 where it does not."""
-    if before.shape != after.shape:
-        return math.inf
-    tolerance = 1e-9 if before.dtype == torch.float64 else 1e-4
-    close = torch.isclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True)
-    return float((before - after)[~close].abs().max()) if not bool(close.all()) else 0.0
+    return largest_gap(before, after) if before.shape == after.shape else math.inf

@@ -15,6 +15,7 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
+from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.elimination import Factor, Variable, to_plates
 from pyro_vae.programs.enumeration import (
     plate_dims,
@@ -118,10 +119,8 @@ def _at(
 def _gap(single: Tensor, together: Tensor) -> float:
     """Return by how much two log densities differ beyond rounding; 0 where they agree."""
     single, together = torch.broadcast_tensors(single, together)
-    tolerance = 1e-9 if single.dtype == torch.float64 else 1e-4
-    close = torch.isclose(single, together, rtol=tolerance, atol=tolerance, equal_nan=True)
-    wrong = ~(close | single.isnan() | together.isnan())  # NaN is another error's
-    return float((single - together)[wrong].abs().max()) if bool(wrong.any()) else 0.0
+    known = ~(single.isnan() | together.isnan())  # NaN is another error's
+    return largest_gap(single[known], together[known])
 
 
 def _assignments(

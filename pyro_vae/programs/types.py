@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
+
+__all__ = ["ModeName", "Node", "Particles", "Program", "Trace", "Values"]
 
 # A Pyro model or guide: any callable that makes sample statements, an nn.Module among them. What it
 # takes and returns is the user's own.
 Program: TypeAlias = Callable[..., Any]
 # Values by the name of their site: draws of latents, values to hold global latents at, parameters.
 Values: TypeAlias = Mapping[str, Tensor]
+# A sample statement of a trace: its distribution, value, scale, mask and plates, by Pyro's words.
+Node: TypeAlias = dict[str, Any]
+
+# How several particles run: in a plate, with the batch repeated, or one after the other.
+ModeName: TypeAlias = Literal["plate", "repeat", "loop"]
+# The mode that is asked for; "auto" is the first that agrees with single particles.
+Particles: TypeAlias = Literal["auto", "plate", "repeat", "loop"]
+
+
+class Trace(Protocol):
+    """A trace of a Pyro program."""
+
+    @property
+    def nodes(self) -> MutableMapping[str, Node]:
+        """Its statements by name, in the order of the program."""
+        ...
