@@ -7,7 +7,16 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["ModeName", "Node", "Particles", "Program", "Trace", "Values"]
+__all__ = [
+    "Compile",
+    "DataPlate",
+    "ModeName",
+    "Node",
+    "Particles",
+    "Program",
+    "Trace",
+    "Values",
+]
 
 # A Pyro model or guide: any callable that makes sample statements, an nn.Module among them. What it
 # takes and returns is the user's own.
@@ -21,6 +30,12 @@ Node: TypeAlias = dict[str, Any]
 ModeName: TypeAlias = Literal["plate", "repeat", "loop"]
 # The mode that is asked for; "auto" is the first that agrees with single particles.
 Particles: TypeAlias = Literal["auto", "plate", "repeat", "loop"]
+
+# The argument compile=: how what runs again and again is run.
+Compile: TypeAlias = bool | Literal["auto", "replay"]
+# The argument data_plate=: the name of the plate of the data; None to find it; False to treat the
+# whole batch as one datum.
+DataPlate: TypeAlias = str | bool | None
 
 
 class Trace(Protocol):
