@@ -14,6 +14,7 @@ from pyro_vae.families.gaussian import Family
 from pyro_vae.guides.base import FamilyGuide, refuse_globals
 from pyro_vae.programs.batch import Batch, as_batch, rows_text
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.structure import inspect
 
 __all__ = ["LocalGuide"]
@@ -25,7 +26,7 @@ _SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
 _SAME_DATUM = 1e-4  # of its length: what two fingerprints of a datum may be apart
 
 
-class LocalGuide(FamilyGuide):
+class LocalGuide(FamilyGuide, RowGuide):
     """A guide with a row of parameters for each datum: no encoder, no amortization.
 
     Args:
@@ -210,7 +211,7 @@ class LocalGuide(FamilyGuide):
                 f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
                 f"has rows 0 to {self.num_data - 1}"
             )
-        with self.rows_as_given(index.to(self.table.device)):
+        with self.rows_as_given(index):
             yield
 
     @property
@@ -220,8 +221,8 @@ class LocalGuide(FamilyGuide):
 
     @contextlib.contextmanager
     def rows_as_given(self, index: Tensor) -> Iterator[None]:
-        """Take rows that were given before, and need not be checked again."""
-        before, self._rows = self._rows, index
+        """Use these rows inside the context, unchecked: rows [n] that were checked before."""
+        before, self._rows = self._rows, index.to(self.table.device)
         try:
             yield
         finally:

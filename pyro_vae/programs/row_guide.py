@@ -4,38 +4,83 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.types import Program
 
 __all__ = ["RowGuide", "repeated_rows", "row_guide"]
 
 
-class RowGuide(Protocol):
-    """A guide whose parameters are a table with a row per datum, as LocalGuide's."""
+class RowGuide(ABC):
+    """A guide whose parameters are a table with a row per datum, such as LocalGuide's.
+
+    Attributes:
+        converged: whether each row is at its optimum, [num_data].
+    """
+
+    converged: Tensor
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the latent sites of a batch, as a Pyro guide."""
 
     @property
-    def current_rows(self) -> Tensor:
-        """The rows that the batch holds now, [n]."""
-        ...
+    @abstractmethod
+    def num_data(self) -> int:
+        """Rows of the table."""
 
+    @property
+    @abstractmethod
+    def given_rows(self) -> Tensor | None:
+        """The rows named for the present batch, [n]; None where it holds all data."""
+
+    @property
+    @abstractmethod
+    def current_rows(self) -> Tensor:
+        """The rows of the present batch: :attr:`given_rows`, else all, [n]."""
+
+    @abstractmethod
     def rows_as_given(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Use these rows of the table inside the context; they are not checked again."""
-        ...
+        """Use these rows inside the context, unchecked: rows [n] that were checked before."""
+
+    @property
+    @abstractmethod
+    def given(self) -> Mapping[str, Tensor]:
+        """The values of global latent sites that the rows were fitted at."""
+
+    @property
+    @abstractmethod
+    def is_start(self) -> bool:
+        """Whether the rows are only a start for other rows, and may meet any data."""
+
+    @abstractmethod
+    def check_data(self, batch: Batch) -> None:
+        """Raise ValueError where the present rows were fitted to other data than these."""
+
+    @abstractmethod
+    def remember(self, batch: Batch | None, given: Mapping[str, Tensor] | None = None) -> None:
+        """Remember what the rows were fitted to.
+
+        Args:
+            batch: a datum for each row; None forgets.
+            given: the values of global latent sites.
+        """
 
 
 def row_guide(program: Program) -> RowGuide | None:
     """Return the guide inside Pyro's handlers if it has a row per datum, else None."""
     inner = unwrapped(program)
-    # Of the class: a property would compute the rows.
-    return cast(RowGuide, inner) if hasattr(type(inner), "rows_as_given") else None
+    return inner if isinstance(inner, RowGuide) else None
 
 
 def repeated_rows(program: Program, times: int) -> Program:
-    """Return a program that runs on its batch repeated, with the rows of its guide repeated."""
+    """Return a program for a batch that is repeated: the rows of its guide are repeated alike."""
     guide = row_guide(program)
     if guide is None:
         return program

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyro_vae.compiler.arguments import check_compile
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.programs.batch import Batch, EpochData, StepData
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import (
     Look,
     evaluation,
@@ -189,12 +189,12 @@ def fit(
     _check_arguments(patience, validation_data, compile, checkpoint)
     if epochs is None and max_steps is None:
         epochs = _DEFAULT_EPOCHS
-    if isinstance(guide, LocalGuide) and isinstance(data, (DataLoader, IterableDataset)):
+    if isinstance(guide, RowGuide) and isinstance(data, (DataLoader, IterableDataset)):
         raise ValueError(
             f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
             "does not say; pass tensors, or a torch Dataset with a length"
         )
-    if validation_data is not None and isinstance(guide, LocalGuide):
+    if validation_data is not None and isinstance(guide, RowGuide):
         raise ValueError(
             "validation_data: a LocalGuide has parameters for the training data alone; "
             "use an AmortizedGuide, or leave validation_data out"
@@ -219,7 +219,7 @@ def fit(
         if checkpoint is not None and os.path.exists(checkpoint):
             trainer.resume(checkpoint)
         stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress)
-    if isinstance(guide, LocalGuide):
+    if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
     return trainer.result(stopped_by)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.readers import BatchReader, RowReader, read_all, reader_of
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import Look, batch_norms, preserved_rng
 from pyro_vae.programs.structure import Plate, Structure, inspect, unvalidated
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
@@ -311,10 +311,10 @@ class TrainingData:
         return self._look(self.batch if self.first_rows is None else self._some(self.batch_size))
 
     def rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Tell a LocalGuide which rows of the data a batch holds; None for all."""
-        if isinstance(self._guide, LocalGuide) and index is not None:
+        """Name the rows that a batch holds to a guide with a row per datum; None for all."""
+        if isinstance(self._guide, RowGuide) and index is not None:
             # Checked as a whole: to check them here would be to wait for the device.
-            return self._guide.rows_as_given(index.to(self._guide.table.device))
+            return self._guide.rows_as_given(index)
         return contextlib.nullcontext()
 
     def full_size(self, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,10 +12,10 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import LatentScale
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.schedules import factor_at
@@ -351,7 +351,7 @@ class TrainingSteps:
 
     def _check_rows(self) -> None:
         size = 0 if self.data.first_rows is None else self.data.num_data or 0
-        if isinstance(self.guide, LocalGuide) and size > self.guide.num_data:
+        if isinstance(self.guide, RowGuide) and size > self.guide.num_data:
             raise IndexError(
                 f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
                 "data: make it with their num_data"

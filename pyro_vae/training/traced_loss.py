@@ -20,9 +20,9 @@ from pyro_vae.compiler.arguments import check_compile, form_of, rebuilt
 from pyro_vae.compiler.graph import Graph, UntraceableError, trace
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.plain_errors import plain_errors
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import (
     called_modules,
     module_of,
@@ -208,7 +208,7 @@ class TracedLoss:
         self._told: set[str] = set()
         self._pair = unwrapped(model), unwrapped(guide)
         own = self._pair[1]
-        self._table = own if isinstance(own, LocalGuide) else None
+        self._table = own if isinstance(own, RowGuide) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph is of these very tensors, and of places in these very objects: a copy traces anew.
