@@ -8,9 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import factor_analysis
 
 import pyro_vae as pv
+from tests.models import factor_analysis
 
 N = 6
 

@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from test_svi import Run, same, warned
 from torch import nn
+
+from tests.training.test_svi import Run, same, warned
 
 X = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 

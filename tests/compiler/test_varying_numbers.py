@@ -11,11 +11,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from test_svi import data, replayed, vae, warned
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
+from tests.training.test_svi import data, replayed, vae, warned
 
 
 def calls(values, steps=3):

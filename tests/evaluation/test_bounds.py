@@ -9,13 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis
 from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.pareto_k import heavy_tailed
 from pyro_vae.evaluation.bound import Bound
 from pyro_vae.particles.estimators import LargestWeights
+from tests.models import encoder, factor_analysis
 
 
 @pytest.fixture

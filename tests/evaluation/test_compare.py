@@ -10,11 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation.compare import _tightest
+from tests.models import encoder, factor_analysis
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import factor_analysis, log_normal_model
 from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
+from tests.models import factor_analysis, log_normal_model
 
 
 def points(model, x, **options):

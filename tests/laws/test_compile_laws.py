@@ -17,9 +17,9 @@ import pyro.infer
 import pyro.optim
 import pytest
 import torch
-from test_registry import ENTRIES, FAMILIES, KINDS, pair
 
 import pyro_vae as pv
+from tests.laws.test_registry import ENTRIES, FAMILIES, KINDS, pair
 
 NUM_STEPS = 4
 SLOW = {"deep Markov model", "flow"}  # seconds each

@@ -10,13 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import factor_analysis
-from test_missing import NAN, PartlySeen, data, mixture, of, proposal, scattered
 from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.plots.imputation import plot_imputation
+from tests.missing_data.test_model import NAN, PartlySeen, data, mixture, of, proposal, scattered
+from tests.models import factor_analysis
 
 DRAWS, PARTICLES = 4000, 8000
 

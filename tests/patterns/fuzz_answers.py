@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from fuzz_programs import NUM_VALUES, SUPPORTS, Program, Site, build
 from torch import Tensor
+
+from tests.patterns.fuzz_programs import NUM_VALUES, SUPPORTS, Program, Site, build
 
 __all__ = ["Answer", "Values", "evidence", "log_density"]
 

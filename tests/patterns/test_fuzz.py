@@ -4,7 +4,7 @@ Each seed is a program of :mod:`fuzz_programs`; what it comes to is worked out b
 :mod:`fuzz_answers`, from the draws that were made. A ValueError that names what is wrong is a
 refusal; refusals are counted, and programs without anything unusual must not be refused.
 
-    PYRO_VAE_FUZZ=2000 pytest -m slow tests/test_fuzz.py         # as many programs
+    PYRO_VAE_FUZZ=2000 pytest -m slow tests/patterns/test_fuzz.py         # as many programs
     PYRO_VAE_FUZZ=1 PYRO_VAE_FUZZ_SEED=1234 pytest -m slow ...   # program 1234 alone
 """
 
@@ -22,19 +22,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import fuzz_answers
 import pyro
 import pyro.infer
 import pyro.optim
 import pytest
 import torch
-from fuzz_answers import Answer
-from fuzz_programs import ENUMERABLE, default_dtype, generate
 from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Scorer
 from pyro_vae.programs.batch import as_batch
+from tests.patterns import fuzz_answers
+from tests.patterns.fuzz_answers import Answer
+from tests.patterns.fuzz_programs import ENUMERABLE, default_dtype, generate
 
 # Programs of a run, dealt out to test items so that processes can share them.
 COUNT = int(os.environ.get("PYRO_VAE_FUZZ", "400"))

@@ -17,7 +17,10 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, autoguide, config_enumer
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
-from test_patterns import (
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from tests.patterns.test_patterns import (
     agrees_with_pyro,
     evaluation_laws,
     mlp,
@@ -25,9 +28,6 @@ from test_patterns import (
     svi_steps,
     uses,
 )
-from torch import Tensor, nn
-
-import pyro_vae as pv
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,12 @@ from pyro import poutine
 from pyro.contrib.cevae import CEVAE, TraceCausalEffect_ELBO
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.nn import PyroModule
-from test_patterns import (
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.programs.batch import as_batch
+from tests.patterns.test_patterns import (
     agrees_with_pyro,
     evaluation_laws,
     loss_and_gradients,
@@ -21,11 +26,6 @@ from test_patterns import (
     svi_steps,
     uses,
 )
-from torch import Tensor, nn
-
-import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
-from pyro_vae.programs.batch import as_batch
 
 
 @pytest.fixture(autouse=True)

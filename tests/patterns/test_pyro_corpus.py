@@ -15,10 +15,10 @@ import pyro
 import pyro.infer
 import pytest
 import torch
-from pyro_pairs import PAIRS, Pair
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from tests.patterns.pyro_pairs import PAIRS, Pair
 
 # Pairs that a loss of ours does not take, and words of the message.
 REFUSED: dict[str, str] = {

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import factor_analysis
 
 import pyro_vae as pv
 from pyro_vae.programs.counts import as_count
+from tests.models import factor_analysis
 
 
 @pytest.mark.parametrize("value", [1000, 1e3, np.int64(1000), np.float32(1000), torch.tensor(1000)])

@@ -9,11 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from test_svi import warned
 
 import pyro_vae as pv
 from pyro_vae.programs.plain_errors import text_of
 from pyro_vae.programs.warned_once import forget, warn_once
+from tests.training.test_svi import warned
 
 X = torch.linspace(-1.0, 1.0, 6)
 

@@ -1,6 +1,6 @@
 """How often refine says "converged" of a row that is not: models whose optimum is known.
 
-    python tests/certificates.py --data 24
+    python -m tests.refinement.certificates --data 24
 
 Each problem has a Pyro model and, written apart from it in plain torch, log p(x, u) in the
 unconstrained coordinates u of a datum, one or two of them. The ELBO of independent Gaussians is

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 
-import certificates
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis, log_normal_model
 from torch import nn
 
 import pyro_vae as pv
+from tests.models import encoder, factor_analysis, log_normal_model
+from tests.refinement import certificates
 
 
 def exact_elbo(model, x, guide):
@@ -326,7 +326,7 @@ def test_bars_say_how_far_it_is(capsys):
     "name", ["Gamma(0.3)-Normal", "Beta(0.5, 0.5)-Binomial", "square, 0.3", "Student t(1)"]
 )
 def test_a_certificate_is_kept(name, capsys):
-    """Against optima found apart from refine; the whole registry: python tests/certificates.py."""
+    """Against optima found apart from refine; `-m tests.refinement.certificates` takes all."""
     found = certificates.measure(name, num_data=4)
     with capsys.disabled():
         print("\n" + certificates.line(found))

@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from models import factor_analysis
 from pyro import poutine
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -23,6 +22,7 @@ from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.schedules import Constant, Cyclical, LinearWarmup, Schedule
 from pyro_vae.training import checkpoints
 from pyro_vae.training.minibatches import mean_elbo
+from tests.models import factor_analysis
 
 HISTORY = [
     "epoch",

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.programs.handlers import LatentScale
+from tests.models import encoder, factor_analysis
 
 X = torch.tensor([0.3, -1.1, 2.0, 0.8, -0.4], dtype=torch.float64)
 WEIGHT, NOISE = 1.5, 0.8

@@ -12,13 +12,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import FactorAnalysis, encoder, factor_analysis
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.programs.handlers import register
 from pyro_vae.programs.state import module_of
 from pyro_vae.programs.structure import inspect
+from tests.models import FactorAnalysis, encoder, factor_analysis
 
 NAN = math.nan
 SEEN = [0, 2, 3, 5]  # of the six features of factor_analysis()

@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis, log_normal_evidence, log_normal_model
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.infer.autoguide.initialization import init_to_value
@@ -20,6 +19,7 @@ import pyro_vae as pv
 from pyro_vae.particles.evaluator import Scorer, _equal_step, _round_down
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.traces import non_finite_sites
+from tests.models import encoder, factor_analysis, log_normal_evidence, log_normal_model
 
 
 @pytest.fixture

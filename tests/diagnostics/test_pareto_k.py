@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis, log_normal_model
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
+from tests.models import encoder, factor_analysis, log_normal_model
 
 
 def test_k_hat_is_the_tail_index_of_the_ratio():

@@ -9,12 +9,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import factor_analysis
 from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.structure import DataPlateError, check_stable, inspect
+from tests.models import factor_analysis
 
 
 def hierarchical(x):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from test_svi import D, Model, Run, adam, data, replayed, vae, warned
 from torch import nn
 
 import pyro_vae as pv
+from tests.training.test_svi import D, Model, Run, adam, data, replayed, vae, warned
 
 
 def at(step, change):

@@ -7,10 +7,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from test_svi import warned
 from torch import nn
 
 import pyro_vae as pv
+from tests.training.test_svi import warned
 
 
 def networks():

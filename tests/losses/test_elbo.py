@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import encoder, factor_analysis, log_normal_model
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -22,6 +21,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae as pv
+from tests.models import encoder, factor_analysis, log_normal_model
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from test_svi import D, data, functions, replayed, some, warned
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.compiler.captured import Captured
+from tests.training.test_svi import D, data, functions, replayed, some, warned
 
 BETA = 1.0
 SETTINGS = types.ModuleType("settings_of_the_test")
