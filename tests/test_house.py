@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "compiler": {"programs", "recording"},
     "families": {"programs"},
     "guides": {"families", "programs"},
-    "particles": {"compiler", "guides", "programs", "recording"},
+    "particles": {"compiler", "programs", "recording"},
     "losses": {"particles", "programs", "recording"},
     "refinement": {"compiler", "families", "guides", "particles", "programs"},
     "training": {

@@ -7,7 +7,6 @@ structure, and sample the model's local latent sites under their own names.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,14 +149,6 @@ class AmortizedGuide(FamilyGuide):
             returned = self.global_guide(*args, **kwargs)
             values.update(returned if isinstance(returned, Mapping) else {})
         return {**values, **super().forward(*args, **kwargs)}
-
-    def local_part(self) -> AmortizedGuide:
-        """Return this guide without its global part, the parameters shared."""
-        local = copy.copy(self)
-        local._modules = {**self._modules}
-        local._modules.pop("global_guide", None)
-        local.__dict__["global_guide"] = None
-        return local
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).

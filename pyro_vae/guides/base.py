@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pyro_vae.families.gaussian import FactorizedFamily, Family, Normal
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.guides.proposals import proposal
 from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.preimages import KeepDraws
 from pyro_vae.programs.state import Look, preserved_rng
@@ -40,7 +42,7 @@ _PRIOR_RUNS = 50  # of the model, where the draws of one do not vary
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
-class FamilyGuide(Registered):
+class FamilyGuide(Registered, DeclaredGuide):
     """What the guides of a family have in common; see the subclasses.
 
     A subclass gives :meth:`family_params`, the parameters of each datum.
@@ -59,6 +61,7 @@ class FamilyGuide(Registered):
         structure: Structure,
     ) -> None:
         super().__init__()
+        self.global_guide = None
         batch = as_batch(example)
         check_stable(model, batch, structure, runs=5)
         self.family = Normal() if family is None else family
@@ -177,6 +180,18 @@ class FamilyGuide(Registered):
                     z = coordinates.transform.inv(value)
                 before[coordinates.name] = coordinates.flatten(z)
         return values
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The sites that the guide samples by itself, those of its global part aside."""
+        return tuple(coordinates.name for coordinates in self.coordinates)
+
+    def local_part(self) -> FamilyGuide:
+        """Return this guide without its global part, the parameters shared."""
+        local = copy.copy(self)
+        local._modules = {k: m for k, m in self._modules.items() if k != "global_guide"}
+        vars(local)["global_guide"] = None
+        return local
 
     @property
     def is_dependent(self) -> bool:

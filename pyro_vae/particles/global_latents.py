@@ -11,11 +11,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.guides.amortized import AmortizedGuide
-from pyro_vae.guides.base import FamilyGuide
-from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.plain_errors import trace_of
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.structure import (
     DataPlateError,
@@ -69,7 +68,7 @@ def fix_globals(
     shared = {
         name: guide
         for name, guide in guides.items()
-        if isinstance(guide, AmortizedGuide) and guide.global_guide is not None
+        if isinstance(guide, DeclaredGuide) and guide.global_guide is not None
     }
     if not given and (not shared or data_plate is False):
         return model, dict(guides), Given({})
@@ -103,12 +102,12 @@ def fix_globals(
 
 
 def _fitted_at(guide: Any) -> Mapping[str, Tensor]:
-    return guide.given if isinstance(guide, LocalGuide) else {}
+    return guide.given if isinstance(guide, RowGuide) else {}
 
 
 def _check_fitted(name: str, guide: Any, fixed: Given) -> None:
     """Raise ValueError for a LocalGuide whose rows were fitted at other values of the globals."""
-    if isinstance(guide, LocalGuide) and guide.is_start:
+    if isinstance(guide, RowGuide) and guide.is_start:
         return
     for site, value in _fitted_at(guide).items():
         here = fixed.get(site)
@@ -202,9 +201,9 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
     if not callable(guide) or isinstance(guide, type):
         return guide
     if (
-        isinstance(guide, FamilyGuide)
-        and getattr(guide, "global_guide", None) is None
-        and not fixed.keys() & {c.name for c in guide.coordinates}
+        isinstance(guide, DeclaredGuide)
+        and guide.global_guide is None
+        and not fixed.keys() & set(guide.site_names)
     ):
         return guide  # as it is: what it is, is asked for
     first, second = _latents(guide, batch, 2)

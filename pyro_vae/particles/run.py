@@ -19,10 +19,10 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.guides.base import FamilyGuide
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Layout, device_of, hide
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.row_guide import repeated_rows
@@ -77,9 +77,9 @@ class Run:
         self._again: list[tuple[Callable[[], Any], Any]] = []
         self._points: set[str] = set()  # proposals that are parameters themselves
         own = unwrapped(guide)
-        of_ours = isinstance(own, FamilyGuide)
-        global_guide = getattr(own, "global_guide", None) if of_ours else None
-        self._simple = of_ours and not own.is_dependent and global_guide is None
+        declared = isinstance(own, DeclaredGuide)
+        global_guide = own.global_guide if declared else None
+        self._simple = declared and not own.is_dependent and global_guide is None
         guide = hide(guide, layout.hidden)
         if layout.shares_globals:
             shared = trace_guide(guide if global_guide is None else global_guide, args, kwargs)
