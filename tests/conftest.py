@@ -10,6 +10,9 @@ import torch
 
 from pyro_vae.programs import warned_once
 
+# Helpers that assert say as much as tests do where they fail.
+pytest.register_assert_rewrite("tests.runs", "tests.patterns.laws")
+
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:

@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.compiler.captured import Captured
-from tests.training.test_svi import D, data, functions, replayed, some, warned
+from tests.runs import D, data, functions, replayed, some, warned
 
 BETA = 1.0
 SETTINGS = types.ModuleType("settings_of_the_test")

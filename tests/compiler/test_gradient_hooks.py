@@ -11,7 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
-from tests.training.test_svi import Run, same, warned
+from tests.runs import Run, same, warned
 
 X = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pyro_vae as pv
-from tests.training.test_svi import Run, replayed, same, some, warned
+from tests.runs import Run, replayed, same, some, warned
 
 T, F = 5, 2
 LENGTHS = [5, 2, 4, 1, 3, 5]

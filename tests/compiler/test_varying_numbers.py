@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
-from tests.training.test_svi import data, replayed, vae, warned
+from tests.runs import data, replayed, vae, warned
 
 
 def calls(values, steps=3):

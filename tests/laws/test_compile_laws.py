@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import logging
 import re
 import warnings
 
@@ -19,7 +18,8 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from tests.laws.test_registry import ENTRIES, FAMILIES, KINDS, pair
+from tests.laws.registry import ENTRIES, FAMILIES, KINDS, pair
+from tests.runs import warned
 
 NUM_STEPS = 4
 SLOW = {"deep Markov model", "flow"}  # seconds each
@@ -103,8 +103,7 @@ def check(caplog, loss, name, family=None, *, missing=False, fallback=None):
     # An ExactGuide draws outside of sample statements, and stl and dreg run it twice: a graph draws
     # twice, an eager step goes back to the state before.
     assert name == "eye colour" or torch.equal(found_random, random)
-    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    told = [message for message in told if "steps run eagerly" in message]
+    told = [message for message in warned(caplog) if "steps run eagerly" in message]
     if fallback is None:
         assert modes == ["eager"] + ["replayed"] * (NUM_STEPS - 1)
         assert not told

@@ -15,7 +15,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.plots.imputation import plot_imputation
-from tests.missing_data.test_model import NAN, PartlySeen, data, mixture, of, proposal, scattered
+from tests.missing_data.models import NAN, PartlySeen, data, mixture, of, proposal, scattered
 from tests.models import factor_analysis
 
 DRAWS, PARTICLES = 4000, 8000

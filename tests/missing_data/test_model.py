@@ -6,7 +6,7 @@ import copy
 import functools
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -18,44 +18,18 @@ import pyro_vae as pv
 from pyro_vae.programs.handlers import register
 from pyro_vae.programs.state import module_of
 from pyro_vae.programs.structure import inspect
-from tests.models import FactorAnalysis, encoder, factor_analysis
-
-NAN = math.nan
-SEEN = [0, 2, 3, 5]  # of the six features of factor_analysis()
-
-
-@dataclass(frozen=True)
-class PartlySeen:
-    """Exact answers of factor analysis where each datum has missing values of its own."""
-
-    model: FactorAnalysis
-    widen: float = 1.0  # the posterior's scale, in units of the exact one
-
-    def posterior(self, x: Tensor) -> None:
-        seen = (~x.isnan()).to(x)
-        loadings = self.model.loadings * seen.unsqueeze(-1)  # [N, D, L]
-        precision = torch.eye(loadings.shape[-1], dtype=x.dtype) + (
-            loadings.mT @ loadings / self.model.noise**2
-        )
-        centred = torch.where(seen.bool(), x - self.model.mean, 0.0).unsqueeze(-1)
-        mean = torch.linalg.solve(precision, loadings.mT @ centred / self.model.noise**2)
-        with pyro.plate("data", len(x)):
-            pyro.sample(
-                "z",
-                dist.MultivariateNormal(
-                    mean.squeeze(-1), precision_matrix=precision / self.widen**2
-                ),
-            )
-
-    def log_evidence(self, x: Tensor) -> Tensor:
-        values = []
-        for row in x:
-            seen = ~row.isnan()
-            small = replace(
-                self.model, loadings=self.model.loadings[seen], mean=self.model.mean[seen]
-            )
-            values.append(small.log_evidence(row[seen]) if seen.any() else row.new_zeros(()))
-        return torch.stack(values)
+from tests.missing_data.models import (
+    NAN,
+    SEEN,
+    PartlySeen,
+    data,
+    mixture,
+    of,
+    proposal,
+    scattered,
+    without,
+)
+from tests.models import encoder, factor_analysis
 
 
 class Guide(nn.Module):
@@ -87,25 +61,6 @@ class Learned(nn.Module):
             z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
             location = z @ self.loadings.T + self.mean
             pyro.sample("x", dist.Normal(location, 0.5).to_event(1), obs=x)
-
-
-def data(num_data: int = 20) -> Tensor:
-    torch.manual_seed(1)
-    return factor_analysis().data(num_data)
-
-
-def without(x: Tensor) -> Tensor:
-    """Return the data with the columns that are not SEEN missing."""
-    missing = torch.ones(x.shape[1], dtype=torch.bool)
-    missing[SEEN] = False
-    return x.masked_fill(missing, NAN)
-
-
-def scattered(x: Tensor, share: float = 0.4) -> Tensor:
-    """Return the data with values missing here and there, one datum wholly, one not at all."""
-    missing = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < share
-    missing[0], missing[1] = True, False
-    return x.masked_fill(missing, NAN)
 
 
 # --- the smaller model
@@ -200,22 +155,6 @@ def test_an_encoder_that_sees_the_mask_learns():
 
 
 # --- likelihoods
-
-
-def of(make):
-    """Return a model of x [N, D] or [N, ...] whose likelihood is made from z [..., N]."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", make(z, x), obs=x)
-
-    return model
-
-
-def proposal(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(torch.full((), 0.2, dtype=x.dtype), 0.9))
 
 
 def wide(z, count=3):
@@ -375,13 +314,6 @@ def test_several_sites_inner_plates_and_scales():
         torch.as_tensor(tree["observed_data"]["x"].values), x, equal_nan=True
     )
     assert not torch.as_tensor(tree["posterior_predictive"]["x"].values).isnan().any()
-
-
-def mixture(x):
-    means = torch.tensor([[-1.0, 0.5, 2.0], [1.0, -0.5, 0.0]], dtype=x.dtype)
-    with pyro.plate("data", len(x)):
-        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
-        pyro.sample("x", dist.Normal(means[c], 1.0).to_event(1), obs=x)
 
 
 def test_discrete_latents_are_summed_out_over_what_is_seen():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Scorer
 from pyro_vae.programs.batch import as_batch
-from tests.patterns.test_patterns import (
+from tests.patterns.laws import (
     agrees_with_pyro,
     evaluation_laws,
     loss_and_gradients,

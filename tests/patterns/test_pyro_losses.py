@@ -10,7 +10,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from tests.training.test_svi import warned
+from tests.runs import warned
 
 
 def networks():

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 import pyro_vae as pv
 from pyro_vae.programs.plain_errors import text_of
 from pyro_vae.programs.warned_once import forget, warn_once
-from tests.training.test_svi import warned
+from tests.runs import warned
 
 X = torch.linspace(-1.0, 1.0, 6)
 

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
-from tests.training.test_svi import D, Model, Run, adam, data, replayed, vae, warned
+from tests.runs import D, Model, Run, adam, data, replayed, vae, warned
 
 
 def at(step, change):
