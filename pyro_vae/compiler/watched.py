@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compiler.captured import MISSING, Captured, is_library, is_plain
 from pyro_vae.compiler.identity_checks import identity_check
+from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 
 __all__ = ["Watched"]
 
@@ -49,9 +50,8 @@ class Watched:
             # By keys(), which TorchScript's mappings have; get() they have not.
             self._held += [(part._parameters, name) for name in tuple(part._parameters.keys())]
             self._held += [(part._buffers, name) for name in tuple(part._buffers.keys())]
-        store: Any = pyro.get_param_store()
-        self._held += [(store._params, name) for name in names]
-        self._store = (store, "_params")  # another one after it was cleared
+        self._held += [(store_parameters(), name) for name in names]
+        self._store = (pyro.get_param_store(), STORE_PARAMETERS)  # another one after it was cleared
         self._lengths_of = [d for m in self.modules.values() for d in (m._parameters, m._buffers)]
         self.expect()
 
@@ -76,7 +76,7 @@ class Watched:
         captured = self._captured
         self._values, self._contents = captured.values(), captured.contents()
         self._places, self._digests = captured.places(), captured.digests()
-        tensors = [*itertools.starmap(_entry, self._held), self._store[0]._params]
+        tensors = [*itertools.starmap(_entry, self._held), store_parameters()]
         unique = {id(t): t for t in tensors if isinstance(t, Tensor)}
         kinds = [(t, name) for t in unique.values() for name in ("requires_grad", "dtype")]
         self._has_tensors = identity_check(self._held, slots=[self._store, *kinds])

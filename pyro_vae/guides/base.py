@@ -20,16 +20,11 @@ from pyro_vae.guides.proposals import proposal
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
+from pyro_vae.programs.looks import check_stable, run_model
 from pyro_vae.programs.preimages import KeepDraws
+from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look, preserved_rng
-from pyro_vae.programs.structure import (
-    Plate,
-    Site,
-    Structure,
-    check_stable,
-    is_subsampled,
-    run_model,
-)
+from pyro_vae.programs.structure import is_subsampled
 
 __all__ = ["Conditionals", "FamilyGuide", "normal_moments", "of_family"]
 
@@ -288,7 +283,7 @@ def _from_other_parents(
     found = [draws]
     for seed in range(1, _PRIOR_RUNS + 1):
         with Look() as look:
-            sites, *_ = run_model(model, batch, seed=seed)
+            sites = run_model(model, batch, seed=seed).sites
         if look.error is None:  # a draw that the model cannot take says nothing
             found.append(sites[name].fn.sample((_PRIOR_DRAWS // _PRIOR_RUNS,)))
     return torch.cat(found[1:] or found)

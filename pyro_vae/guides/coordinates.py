@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, biject_to, constraints
 
+from pyro_vae.programs.nodes import is_circular
 from pyro_vae.programs.preimages import Preimage, preimage_key
-from pyro_vae.programs.structure import Plate, Site, is_circular
+from pyro_vae.programs.sites import Plate, Site
 from pyro_vae.programs.supports import flat_transforms, support_of
 
 __all__ = ["Coordinates"]

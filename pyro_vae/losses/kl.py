@@ -16,6 +16,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_vae.programs.handlers import same_scale, scale_parts
+from pyro_vae.programs.pyro_internals import mask_inside
 
 __all__ = ["analytic_kl", "kl_per_dimension"]
 
@@ -173,7 +174,7 @@ def _masked(q: Any, p: Any) -> Tensor | None:
     if not isinstance(q, dist.MaskedDistribution) and not isinstance(p, dist.MaskedDistribution):
         return None
     (q, q_mask), (p, p_mask) = (
-        (d.base_dist, d._mask) if isinstance(d, dist.MaskedDistribution) else (d, True)
+        (d.base_dist, mask_inside(d)) if isinstance(d, dist.MaskedDistribution) else (d, True)
         for d in (q, p)
     )
     if not _same(q_mask, p_mask):
@@ -322,7 +323,7 @@ def _factors(d: Any) -> Any:
     if base is None or isinstance(d, td.Independent):
         return base
     if isinstance(d, dist.MaskedDistribution):
-        mask: Any = d._mask
+        mask: Any = mask_inside(d)
         if isinstance(mask, Tensor):
             mask = mask.reshape(*mask.shape, *(1,) * len(d.event_shape))
         return dist.MaskedDistribution(base, mask)

@@ -17,8 +17,8 @@ from pyro_vae.particles.plan import Layout
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.row_guide import row_guide
-from pyro_vae.programs.structure import latent_nodes
 from pyro_vae.programs.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
 
 __all__ = ["WakeSleep"]

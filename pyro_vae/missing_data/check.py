@@ -9,7 +9,8 @@ import torch
 from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_vae.programs.structure import left_out, sample_nodes
+from pyro_vae.programs.nodes import left_out, sample_nodes
+from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
 
 __all__ = ["check_decisions", "pattern_of"]
@@ -75,7 +76,7 @@ def check_decisions(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _scored(trace: Any) -> Iterator[tuple[str, Any]]:
     for name, node in sample_nodes(trace):
-        if not node["infer"].get("_deterministic") and isinstance(node["value"], Tensor):
+        if not is_deterministic(node) and isinstance(node["value"], Tensor):
             yield name, node
 
 

@@ -28,7 +28,8 @@ from pyro_vae.particles.global_latents import fix_globals_of_pair, given_text
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.structure import Site, Structure, check_drawable, inner_dims, leading_datum
+from pyro_vae.programs.observed import check_drawable
+from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
 
 __all__ = ["Imputation", "impute"]
 

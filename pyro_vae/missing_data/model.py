@@ -17,9 +17,10 @@ from torch.distributions import Independent
 
 from pyro_vae.missing_data.check import check_decisions, pattern_of
 from pyro_vae.programs.batch import Batch, rows_text
+from pyro_vae.programs.nodes import left_out, plain_distribution
 from pyro_vae.programs.plain_errors import text_of, trace_of
+from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.state import evaluation, module_of, preserved_rng
-from pyro_vae.programs.structure import left_out, plain_distribution
 from pyro_vae.programs.supports import value_of
 from pyro_vae.recording import is_recording
 
@@ -222,7 +223,7 @@ def _masked(fn: Any, seen: Tensor, name: str) -> Any:
     if isinstance(fn, Independent):
         return _masked(fn.base_dist, seen, name).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
-        return _masked(fn.base_dist, seen, name).mask(fn._mask)
+        return _masked(fn.base_dist, seen, name).mask(mask_inside(fn))
     if isinstance(fn, ExpandedDistribution):
         return _masked(fn.base_dist, seen, name).expand(fn.batch_shape)
     events = seen.flatten(-fn.event_dim)

@@ -10,7 +10,8 @@ import torch
 import torch.distributions as td
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.structure import Structure, is_circular, latent_nodes, plain_distribution
+from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import is_point, trace_guide
 

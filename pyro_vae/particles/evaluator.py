@@ -41,7 +41,15 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.looks import check_stable
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws, masked_proposals
+from pyro_vae.programs.nodes import (
+    batch_nesting,
+    drawn_subsamples,
+    guide_factors,
+    latent_nodes,
+    sample_nodes,
+)
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.site_shapes import SiteShape, site_shapes
@@ -53,15 +61,7 @@ from pyro_vae.programs.state import (
     preserved_rng,
     unwrapped,
 )
-from pyro_vae.programs.structure import (
-    batch_nesting,
-    check_stable,
-    drawn_subsamples,
-    guide_factors,
-    inspect,
-    latent_nodes,
-    sample_nodes,
-)
+from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.supports import edge_share, lost_share
 from pyro_vae.programs.traces import is_point, outside_sites, trace_pair
 from pyro_vae.programs.warned_once import warn_once

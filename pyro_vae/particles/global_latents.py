@@ -13,17 +13,13 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.declared_guide import DeclaredGuide
+from pyro_vae.programs.looks import run_model
+from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.row_guide import RowGuide
+from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import evaluation, preserved_rng
-from pyro_vae.programs.structure import (
-    DataPlateError,
-    Site,
-    Structure,
-    inspect,
-    latent_nodes,
-    run_model,
-)
+from pyro_vae.programs.structure import DataPlateError, inspect
 from pyro_vae.programs.traces import is_point
 
 __all__ = ["Given", "fix_globals", "fix_globals_of_pair", "given_text"]
@@ -147,8 +143,8 @@ def _structure(
     try:
         return inspect(model, batch, data_plate=data_plate)
     except DataPlateError:
-        sites, nesting, _ = run_model(model, batch)
-        latents = {name: site for name, site in sites.items() if site.kind == "latent"}
+        run = run_model(model, batch)
+        latents = {name: site for name, site in run.sites.items() if site.kind == "latent"}
         if not latents or latents.keys() - given.keys():
             raise
     fixed = {name: site.value for name, site in latents.items()}
@@ -160,7 +156,7 @@ def _structure(
         for name, site in latents.items()
     }
     shared = {name: replace(site, kind=kinds[name]) for name, site in latents.items()}
-    return Structure({**shared, **rest.sites}, plate, nesting, rest.num_data)
+    return Structure({**shared, **rest.sites}, plate, run.nesting, rest.num_data)
 
 
 def _values(given: Mapping[str, Any], structure: Structure) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.programs.agreement import agree, largest_gap
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.pyro_internals import is_deterministic
+from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.structure import Plate, latent_nodes, sample_nodes
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 
 __all__ = ["DependentDataError", "check_independent"]
@@ -82,7 +84,7 @@ def check_independent(
         terms = [
             per_datum(term, max(nesting, term.ndim), plate.dim, leading=0)
             for name, node in sample_nodes(trace)
-            if not node["infer"].get("_deterministic")
+            if not is_deterministic(node)
             for term in (site_log_prob(name, node, scaled=False),)
             if term.ndim >= -plate.dim and term.shape[plate.dim] == size
         ]

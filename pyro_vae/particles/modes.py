@@ -24,12 +24,12 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import conditionals, contract, draw, enumerated
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import lift_masks, mask_of
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.programs.row_guide import RowGuide, row_guide
 from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.state import Look, unwrapped
-from pyro_vae.programs.structure import latent_nodes, sample_nodes
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 from pyro_vae.programs.warned_once import warn_once
 

@@ -21,9 +21,20 @@ from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.batch import Batch, arguments
 from pyro_vae.programs.enumeration import enumerated, summed_out
 from pyro_vae.programs.enumeration_check import check_values
+from pyro_vae.programs.looks import check_stable
 from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.nodes import (
+    batch_nesting,
+    drawn_subsamples,
+    guide_factors,
+    is_enumerable,
+    latent_nodes,
+    sample_nodes,
+)
+from pyro_vae.programs.observed import check_repeated
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import (
     FirstValues,
     Look,
@@ -32,20 +43,7 @@ from pyro_vae.programs.state import (
     preserved_rng,
     unwrapped,
 )
-from pyro_vae.programs.structure import (
-    DataPlateError,
-    Structure,
-    batch_nesting,
-    check_repeated,
-    check_stable,
-    drawn_subsamples,
-    guide_factors,
-    inspect,
-    is_enumerable,
-    is_subsampled,
-    latent_nodes,
-    sample_nodes,
-)
+from pyro_vae.programs.structure import DataPlateError, inspect, is_subsampled
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide, trace_model
 from pyro_vae.programs.warned_once import warn_once

@@ -24,10 +24,10 @@ from pyro_vae.particles.plan import Layout, device_of, hide
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.enumeration import contract, enumerated, scaled_by, unmasked_log_prob
+from pyro_vae.programs.nodes import guide_factors, latent_nodes, sample_nodes
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.row_guide import repeated_rows
 from pyro_vae.programs.state import preserved_rng, unwrapped
-from pyro_vae.programs.structure import guide_factors, latent_nodes, sample_nodes
 from pyro_vae.programs.traces import (
     ReplaceDraws,
     outside_sites,

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.masks import mask_of
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.state import Look, preserved_rng
-from pyro_vae.programs.structure import latent_nodes, sample_nodes
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 
 __all__ = ["check_absent"]
@@ -98,7 +99,7 @@ def _terms(
     return {
         name: site_log_prob(name, node, scaled=False)
         for name, node in sample_nodes(trace)
-        if not node["infer"].get("_deterministic")
+        if not is_deterministic(node)
     }
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.structure import DataPlateError, Site, check_stable, inspect, run_model
+from pyro_vae.programs.looks import check_stable, run_model
+from pyro_vae.programs.sites import Site
+from pyro_vae.programs.structure import DataPlateError, inspect
 
 __all__ = ["Description", "describe"]
 
@@ -79,7 +81,7 @@ def describe(
         if discrete := [site.name for site in local if site.enumerable]:
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
-        sites, *_ = run_model(model, as_batch(*batch))
+        sites = run_model(model, as_batch(*batch)).sites
         plate, note = None, str(error)
     rows = tuple(
         {

@@ -20,20 +20,15 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.elimination import Axis, Factor, Variable, eliminate, to_plates
 from pyro_vae.programs.handlers import same_scale, scale_parts
+from pyro_vae.programs.nodes import is_enumerable, latent_nodes, plain_distribution, sample_nodes
 from pyro_vae.programs.plain_errors import text_of
-from pyro_vae.programs.structure import (
-    Plate,
-    is_enumerable,
-    latent_nodes,
-    plain_distribution,
-    sample_nodes,
-)
+from pyro_vae.programs.pyro_internals import enumerate_dim, enumeration_apart, enumeration_ids
+from pyro_vae.programs.sites import Plate
 
 __all__ = [
     "Conditional",
@@ -123,11 +118,12 @@ def enumerated(
 
     @functools.wraps(model, assigned=(), updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
-        # Pyro's allocator of dimensions is one for all: an enumeration around this one,
-        # as of a guide that asks its model for a posterior, must find it as it was.
-        saved = dict(vars(_ENUM_ALLOCATOR))
         try:
-            with EnumMessenger(first_available_dim), _Mark(wanted, expand):
+            with (
+                enumeration_apart(),
+                EnumMessenger(first_available_dim),
+                _Mark(wanted, expand),
+            ):
                 return model(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
@@ -136,9 +132,6 @@ def enumerated(
                 "values run at once, in a dimension left of the plates, over which the model must "
                 "broadcast (index with them; no Python if). Or propose them in the guide"
             ) from error
-        finally:
-            vars(_ENUM_ALLOCATOR).clear()
-            vars(_ENUM_ALLOCATOR).update(saved)
 
     return run
 
@@ -260,7 +253,7 @@ def scaled_by(trace: Any, group: Sequence[str], given: Container[str] = ()) -> s
     summed = {
         name
         for name, node in nodes.items()
-        if "_enumerate_dim" in node["infer"] and name not in given
+        if enumerate_dim(node) is not None and name not in given
     }
     chosen = next((name for name in group if name not in summed), group[0])
     wanted = nodes[chosen]["scale"]
@@ -428,9 +421,9 @@ def variables_of(trace: Any, given: Container[str] = ()) -> dict[Axis, Variable]
     """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
     found = []
     for name, node in latent_nodes(trace):
-        dim = node["infer"].get("_enumerate_dim")
+        dim = enumerate_dim(node)
         if dim is not None and name not in given:
-            axis = ("enum", node["infer"]["_dim_to_id"][dim])
+            axis = ("enum", enumeration_ids(node)[dim])
             found.append(Variable(name, axis, _frames(node)))
     return {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
 
@@ -461,12 +454,12 @@ def site_factor(
     Batch dimensions in no plate are added up: without a plate they are one event.
     """
     given = given or {}
-    own = None if name in given else node["infer"].get("_enumerate_dim")
+    own = None if name in given else enumerate_dim(node)
     side_by_side = {dim: site for site, dim in given.items()}
     if own is not None and (node["mask"] is not None or _is_masked(node["fn"])):
         log_prob = unmasked_log_prob(node)
     frames = {frame.dim: frame for frame in _frames(node)}
-    ids = node["infer"].get("_dim_to_id", {})
+    ids = enumeration_ids(node)
     depth = max([log_prob.ndim, *(-dim for dim in frames)])
     tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
     axes: list[Axis] = []

@@ -25,7 +25,8 @@ from pyro_vae.programs.enumeration import (
     variables_of,
 )
 from pyro_vae.programs.masks import lift_masks
-from pyro_vae.programs.structure import latent_nodes, sample_nodes
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
+from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
 
 __all__ = ["check_values"]
@@ -55,7 +56,7 @@ def check_values(together: Any, alone: Callable[[dict[str, Tensor]], Any], nesti
     factors = {
         name: site_factor(name, node, _log_prob(name, node, summed), nesting, variables)
         for name, node in nodes.items()
-        if not node["infer"].get("_deterministic")
+        if not is_deterministic(node)
     }
     worst, where = 0.0, ""
     found: dict[str, Tensor] = {}

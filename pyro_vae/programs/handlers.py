@@ -21,6 +21,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.programs.pyro_internals import (
+    forget_parameter,
+    is_called,
+    is_deterministic,
+    name_of,
+    of_length,
+    pyro_parameters,
+    rename,
+    store_parameters,
+)
 from pyro_vae.recording import same_expression
 
 __all__ = [
@@ -100,8 +110,7 @@ def name_apart(module: PyroModule) -> None:
     """
     if module in _names:
         return
-    module._pyro_context.used = False  # else Pyro refuses to rename what it contains
-    module._pyro_set_supermodule(_name_of(module), module._pyro_context)
+    rename(module, _name_of(module))
 
 
 def keep_apart(module: nn.Module) -> None:
@@ -115,11 +124,11 @@ def keep_apart(module: nn.Module) -> None:
     Args:
         module: a model or a guide; anything but a PyroModule is left alone.
     """
-    if not isinstance(module, PyroModule) or module in _names or module._pyro_context.active:
+    if not isinstance(module, PyroModule) or module in _names or is_called(module):
         return
     if pyro.settings.get("module_local_params"):
         return
-    taken = _taken(module, pyro.get_param_store()._params)
+    taken = _taken(module, store_parameters())
     looked_for = frozenset(map(id, taken.values()))
     if not taken or _unowned.get(module) == looked_for:
         return
@@ -129,7 +138,7 @@ def keep_apart(module: nn.Module) -> None:
     if not any(id(p) in looked_for for other in others for p in other._parameters.values()):
         _unowned[module] = looked_for
         return
-    before = module._pyro_name
+    before = name_of(module)
     name_apart(module)
     logger.warning(
         "the names %s in Pyro's parameter store are those of another %s that lives: this one is "
@@ -138,7 +147,7 @@ def keep_apart(module: nn.Module) -> None:
         "pyro.settings.set(module_local_params=True) before they are made",
         sorted(taken)[:5],
         type(module).__name__,
-        f"{module._pyro_name}.*",
+        f"{name_of(module)}.*",
         f"{before}.*" if before else "*",
     )
 
@@ -147,17 +156,17 @@ def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Return what the store has in place of a module's constrained parameters, by name."""
     own = constrained_parameters(module)
     if isinstance(module, AutoGuide) and module.prototype_trace is None:  # it has none yet
-        own = dict.fromkeys(name for name in store if name.startswith(f"{module._pyro_name}."))
+        own = dict.fromkeys(name for name in store if name.startswith(f"{name_of(module)}."))
     return {n: store[n] for n, value in own.items() if n in store and store[n] is not value}
 
 
 def constrained_parameters(module: nn.Module) -> dict[str, Any]:
     """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
     return {
-        ".".join(filter(None, (part._pyro_name, name))): part._parameters[f"{name}_unconstrained"]
+        ".".join(filter(None, (name_of(part), name))): part._parameters[f"{name}_unconstrained"]
         for part in module.modules()
         if isinstance(part, PyroModule)
-        for name in part._pyro_params
+        for name in pyro_parameters(part)
     }
 
 
@@ -173,12 +182,7 @@ def _forget(name: str) -> None:
     store = pyro.get_param_store()
     for param_name, value in list(store.named_parameters()):
         if param_name.startswith((f"{name}$$$", f"{name}.")):
-            # The store knows one name of each parameter, which may be another module's that lives.
-            known = store.param_name(value)
-            store._param_to_name[value] = param_name
-            del store[param_name]
-            if known not in (None, param_name):
-                store._param_to_name[value] = known
+            forget_parameter(param_name, value)
 
 
 class ParamStatements(Messenger):
@@ -266,7 +270,7 @@ class _Unobserve(Messenger):
     """Draws observed sites anew; deterministic sites and factors stay what they are."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        fixed = msg["infer"].get("_deterministic") or isinstance(msg["fn"], dist.Unit)
+        fixed = is_deterministic(msg) or isinstance(msg["fn"], dist.Unit)
         if msg["is_observed"] and not fixed:
             msg["fn"] = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
             msg["is_observed"] = False
@@ -298,12 +302,9 @@ def as_long_as(fn: Any, value: Any) -> Any:
         fn.base_dist = inner
     elif isinstance(fn, HiddenMarkovModel) and fn.duration is None:
         fn = copy.copy(fn)
-        fn._duration = value.shape[value.ndim - fn.event_dim]
     else:
         return fn
-    length = value.shape[value.ndim - fn.event_dim]
-    fn._event_shape = torch.Size((length, *fn.event_shape[1:]))
-    return fn
+    return of_length(fn, value.shape[value.ndim - fn.event_dim])
 
 
 def unobserve(fn: Callable[..., Any]) -> Callable[..., Any]:

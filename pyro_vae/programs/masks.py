@@ -13,9 +13,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.provenance import Descendants
+from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.structure import is_point, latent_nodes
 from pyro_vae.recording import is_recording
 
 __all__ = [
@@ -45,9 +46,9 @@ def lift_masks(trace: Any, summed: Container[str] = ()) -> Any:
             where the latent is not there leaves the evidence what it is.
     """
     dims = {
-        node["infer"]["_enumerate_dim"]
+        dim
         for name, node in latent_nodes(trace)
-        if name in summed and "_enumerate_dim" in node["infer"]
+        if name in summed and (dim := enumerate_dim(node)) is not None
     }
     for name, node in latent_nodes(trace):
         fn, mask = _without_mask(node["fn"])
@@ -82,7 +83,7 @@ def _without_mask(fn: Any) -> tuple[Any, Any]:
     """Return a distribution without a mask of whole events, and that mask; None for no mask."""
     if isinstance(fn, dist.MaskedDistribution):
         inner, mask = _without_mask(fn.base_dist)
-        return inner, _both(mask, fn._mask)
+        return inner, _both(mask, mask_inside(fn))
     if isinstance(fn, dist.Independent):
         inner, mask = _without_mask(fn.base_dist)
         events = fn.reinterpreted_batch_ndims
@@ -178,7 +179,7 @@ def _inner_mask(fn: Any) -> Tensor | None:
         if not hasattr(fn, "base_dist"):
             return None
         fn = fn.base_dist
-    return torch.as_tensor(fn._mask)
+    return torch.as_tensor(mask_inside(fn))
 
 
 def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -> bool:

@@ -22,6 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad, softplus
 
+from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.supports import flat_transforms, inside, supported_log_prob
 
 __all__ = [
@@ -252,7 +253,7 @@ def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
         return sum_rightmost(density(fn.base_dist, value, preimage), events)
     if kind is dist.MaskedDistribution:
         log_prob = density(fn.base_dist, value, preimage)
-        return scale_and_mask(log_prob, mask=fn._mask)
+        return scale_and_mask(log_prob, mask=mask_inside(fn))
     if kind is dist.ExpandedDistribution:
         log_prob = density(fn.base_dist, value, preimage)
         return log_prob.broadcast_to(torch.broadcast_shapes(fn.batch_shape, log_prob.shape))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.preimages import preimage_key, preimage_of
-from pyro_vae.programs.structure import sample_nodes
 
 __all__ = ["SiteShape", "site_shapes"]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.programs.batch import dtypes_told
 from pyro_vae.programs.handlers import keep_apart
+from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
 
 __all__ = [
     "FirstValues",
@@ -33,7 +32,6 @@ __all__ = [
     "preserved_rng",
     "random_state",
     "set_random_state",
-    "stored",
     "unwrapped",
 ]
 
@@ -73,22 +71,16 @@ class FirstValues:
         if self._installed:
             yield
             return
-        store = pyro.get_param_store()
-        before = (dict(store._params), dict(store._param_to_name), dict(store._constraints))
+        before = StoreContents.now()
         self.commit()
         self._installed = True
         try:
             yield
         finally:
             self._installed = False
-            known = before[0]
-            self._made = {
-                name: (value, store._constraints[name])
-                for name, value in store._params.items()
-                if known.get(name) is not value
-            }
+            self._made = before.made_since()
             if self._made:
-                _put_back(store, *before)
+                before.restore()
 
     @property
     def names(self) -> frozenset[str]:
@@ -97,37 +89,9 @@ class FirstValues:
 
     def commit(self) -> None:
         """Put them into the store for good, where it has no others by their names."""
-        store = pyro.get_param_store()
         for name, (value, constraint) in self._made.items():
-            if name not in store:
-                store._params[name] = value
-                store._param_to_name[value] = name
-                store._constraints[name] = constraint
-
-
-def stored() -> Callable[[], None]:
-    """Return what gives Pyro's store its present contents back, but what has left it since."""
-    store = pyro.get_param_store()
-    contents = dict(store._params), dict(store._param_to_name), dict(store._constraints)
-    return functools.partial(_put_back, store, *contents)
-
-
-def _put_back(
-    store: Any,
-    params: dict[str, Tensor],
-    param_to_name: dict[Tensor, str],
-    constraints: dict[str, Any],
-) -> None:
-    """Give the store its contents of before, but what has left it since, with its module."""
-    gone = params.keys() - store._params.keys()
-    kept = (
-        (store._params, {n: p for n, p in params.items() if n not in gone}),
-        (store._param_to_name, {p: n for p, n in param_to_name.items() if n not in gone}),
-        (store._constraints, {n: c for n, c in constraints.items() if n not in gone}),
-    )
-    for now, before in kept:  # in place: by other objects one sees that the store was cleared
-        now.clear()
-        now.update(before)
+            if name not in pyro.get_param_store():
+                StoreContents.add(name, value, constraint)
 
 
 class _Held:
@@ -148,7 +112,7 @@ class _Held:
             if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_inference():
                 found = (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
                 self._buffers.append(found)
-        if isinstance(module, PyroModule) and module._pyro_params:
+        if pyro_parameters(module):
             # Those of the store take their place, by name.
             self._parameters.append((module._parameters, dict(module._parameters)))
 

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.programs.structure import is_circular, latent_nodes, plain_distribution, plain_support
+from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution, plain_support
 
 __all__ = [
     "SameMeasure",

@@ -15,8 +15,18 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch, dtypes_told
 from pyro_vae.programs.enumeration import enumerated
+from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.masks import lift_masks, mask_proposals
+from pyro_vae.programs.nodes import (
+    drawn_subsamples,
+    is_point,
+    latent_nodes,
+    left_out,
+    plain_distribution,
+    point_of,
+    sample_nodes,
+)
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.precision import widened
 from pyro_vae.programs.preimages import (
@@ -28,17 +38,8 @@ from pyro_vae.programs.preimages import (
     preimage_of,
     with_draw,
 )
+from pyro_vae.programs.pyro_internals import enumerate_dim
 from pyro_vae.programs.state import evaluation, preserved_rng
-from pyro_vae.programs.structure import (
-    check_guide,
-    drawn_subsamples,
-    is_point,
-    latent_nodes,
-    left_out,
-    plain_distribution,
-    point_of,
-    sample_nodes,
-)
 from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
 
 __all__ = [
@@ -326,7 +327,7 @@ def site_log_prob(name: str, node: Any, *, scaled: bool, double: bool = False) -
 def _in_float64(node: Any) -> Any:
     """Return a node with its distribution, value and preimage in float64, where there are such."""
     fn, value, preimage = widened(node["fn"]), node["value"], preimage_of(node)
-    if fn is None or "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+    if fn is None or enumerate_dim(node) is not None or not isinstance(value, Tensor):
         return node
     value = value.double() if value.is_floating_point() else value
     infer = node["infer"] if preimage is None else keep_preimage(node["infer"], preimage.double())
@@ -340,7 +341,7 @@ def _log_prob(node: Any) -> Tensor:
     is the model's to draw. Enumerated ones are the support.
     """
     fn, value = node["fn"], node["value"]
-    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+    if enumerate_dim(node) is not None or not isinstance(value, Tensor):
         return fn.log_prob(value)
     if node["is_observed"] and node["mask"] is None and is_fixed(fn) and not has_mask(fn):
         return fn.log_prob(value)
@@ -350,7 +351,7 @@ def _log_prob(node: Any) -> Tensor:
 def outside_support(name: str, node: Any) -> str:
     """Return which distribution's support a site's value lies outside of; "" where it does not."""
     value = node["value"]
-    if "_enumerate_dim" in node["infer"] or not isinstance(value, Tensor):
+    if enumerate_dim(node) is not None or not isinstance(value, Tensor):
         return ""
     within = inside(node["fn"], value)
     if within is None:

@@ -34,8 +34,8 @@ from pyro_vae.particles.estimators import (
 )
 from pyro_vae.particles.evaluator import Chunk, Scorer
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, preserved_rng
-from pyro_vae.programs.structure import Structure
 from pyro_vae.refinement.refine import refine_table
 
 __all__ = ["EStep", "Estimate", "ExactStep", "ImportanceStep", "NUTSStep", "VariationalStep"]

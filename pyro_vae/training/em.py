@@ -25,8 +25,9 @@ from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, preserved_rng
-from pyro_vae.programs.structure import Structure, inspect
+from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.supports import is_discrete, support_of
 from pyro_vae.programs.traces import dream
 from pyro_vae.training.e_steps import (

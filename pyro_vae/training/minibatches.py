@@ -13,10 +13,12 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.readers import BatchReader, RowReader, read_all, reader_of
 from pyro_vae.programs.row_guide import RowGuide
+from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, batch_norms, preserved_rng
-from pyro_vae.programs.structure import Plate, Structure, inspect, unvalidated
+from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.training.plate_scale import minibatch_scale
 from pyro_vae.training.row_order import (

@@ -9,8 +9,9 @@ import torch
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.structure import Plate, Site, Structure, inspect
+from pyro_vae.programs.structure import inspect
 
 __all__ = ["minibatch_scale"]
 

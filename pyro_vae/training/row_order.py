@@ -14,8 +14,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.nodes import batch_nesting, is_point, sample_nodes
+from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look, evaluation, preserved_rng
-from pyro_vae.programs.structure import Plate, batch_nesting, is_point, sample_nodes
 from pyro_vae.programs.traces import site_log_prob, trace_given, trace_pair
 
 __all__ = ["NotSetUpError", "bound_to_order", "divides_by_size", "set_up_before"]

@@ -12,7 +12,6 @@ from typing import Any
 import pyro
 import pyro.util
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.compiler import gradient_hooks
@@ -22,13 +21,13 @@ from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.plain_errors import plain_errors
+from pyro_vae.programs.pyro_internals import StoreContents, handlers_at_work
 from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import (
     called_modules,
     module_of,
     random_state,
     set_random_state,
-    stored,
     unwrapped,
 )
 from pyro_vae.programs.warned_once import warn_once
@@ -225,7 +224,7 @@ class TracedLoss:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self._tell("torch.autocast is on")
             return self._run_once(args, kwargs)
-        if self.compile is False or (self.compile == "auto" and few) or _handled_from_outside():
+        if self.compile is False or (self.compile == "auto" and few) or handlers_at_work():
             return self._run_once(args, kwargs)
         inputs: list[Tensor] = []
         rows = None if self._table is None else self._table.given_rows
@@ -536,7 +535,9 @@ class _Start:
         self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
         self._loss, self._saved = state, None if state is None else state.state_dict()
         self._values = None if kind.watched is None else kind.watched.snapshot()
-        self._stored = stored()  # in which a loss may put new tensors: TraceGraph_ELBO's baselines
+        self._stored = (
+            StoreContents.now()
+        )  # in which a loss may put new tensors: TraceGraph_ELBO's baselines
 
     @property
     def writable(self) -> list[Tensor]:
@@ -551,7 +552,7 @@ class _Start:
             values: whether Python's values go back too, as after a run that is no step.
         """
         if values:
-            self._stored()
+            self._stored.restore()
             if self._values is not None:
                 self._values()
         set_random_state(self._random)
@@ -560,11 +561,6 @@ class _Start:
                 tensor.copy_(value)
         if self._loss is not None:
             self._loss.load_state_dict(self._saved)
-
-
-def _handled_from_outside() -> bool:
-    """Whether handlers of Pyro's are at work around the step, which a graph would not see."""
-    return bool(poutine.runtime._PYRO_STACK)
 
 
 @contextlib.contextmanager

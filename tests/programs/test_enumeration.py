@@ -25,7 +25,7 @@ from pyro_vae.programs.enumeration import (
     scaled_by,
     summed_out,
 )
-from pyro_vae.programs.structure import sample_nodes
+from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.traces import site_log_prob
 
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

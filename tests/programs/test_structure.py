@@ -13,7 +13,8 @@ from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.structure import DataPlateError, check_stable, inspect
+from pyro_vae.programs.looks import check_stable
+from pyro_vae.programs.structure import DataPlateError, inspect
 from tests.models import factor_analysis
 
 

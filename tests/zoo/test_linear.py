@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.programs.structure import latent_nodes, sample_nodes
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.zoo.counts import Multinomial
 
 NUM_DATA = 7

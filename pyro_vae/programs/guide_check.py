@@ -1,0 +1,80 @@
+"""Whether a guide proposes just what the model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pyro_vae.programs.nodes import is_enumerable, is_point, latent_nodes, sample_nodes
+
+__all__ = ["check_guide"]
+
+
+def check_guide(model_trace: Any, guide_trace: Any) -> None:
+    """Raise ValueError if a guide does not propose just the model's latent sites.
+
+    Discrete sites of finite support need no proposal: they are summed out. Sites that the
+    guide observes, or marks auxiliary, are no proposals.
+    """
+    wanted = {name for name, _ in latent_nodes(model_trace)}
+    observed = {name for name, node in sample_nodes(model_trace) if node["is_observed"]}
+    proposed = {
+        name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
+    }
+    missing = {
+        name
+        for name, node in latent_nodes(model_trace)
+        if name not in proposed and not is_enumerable(node["fn"])
+    }
+    if missing:
+        raise ValueError(
+            f"the guide has no sample statement for the model's latent sites {sorted(missing)}; "
+            f"it has {sorted(proposed)}. Only discrete sites of finite support need none: they "
+            "are summed out"
+        )
+    if unknown := proposed - wanted - observed:
+        raise ValueError(
+            f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
+            f"sites are {sorted(wanted)}. Rename them. A global latent is fixed at a value in "
+            "model and guide alike by given={name: value}"
+        )
+    if clash := proposed & observed:
+        raise ValueError(
+            f"the guide proposes {sorted(clash)}, which the model observes; observe them in the "
+            "guide too (obs=...), or leave them out"
+        )
+    _check_helpers(guide_trace)
+
+
+def _check_helpers(guide_trace: Any) -> None:
+    """Raise ValueError for auxiliary sites of which no latent is made.
+
+    Their density counts in log q(z | x). That is right where points are made of them, as
+    Pyro's autoguides do; else the loss grows with their entropy past log p(x).
+    """
+    nodes = dict(latent_nodes(guide_trace))
+    helpers = {
+        name: node
+        for name, node in nodes.items()
+        if node["infer"].get("is_auxiliary") and not is_point(node["fn"])
+    }
+    made = [node for name, node in nodes.items() if name not in helpers and is_point(node["fn"])]
+    if not helpers or _numbers(helpers.values()) <= _numbers(made):
+        return
+    free = {  # a density of one everywhere is no matter
+        name: node
+        for name, node in helpers.items()
+        if bool((node["fn"].log_prob(node["value"]) != 0).any())
+    }
+    if _numbers(free.values()) > _numbers(made):
+        raise ValueError(
+            f"the guide's auxiliary sites {sorted(free)} have a density of which no latent of the "
+            "model is made: it counts in log q(z | x), and nothing stands beside it in the model: "
+            "no bound. Sample them in the model as well, from a distribution given the latents "
+            "(and leave is_auxiliary out); or let latents be points made of them (dist.Delta), "
+            "as pyro.infer.autoguide.AutoNormal does"
+        )
+
+
+def _numbers(nodes: Iterable[Any]) -> int:
+    return sum(node["value"].numel() for node in nodes)

@@ -1,0 +1,158 @@
+"""Sample statements of a trace: which there are, and what their distributions are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.programs.pyro_internals import is_deterministic, mask_inside
+
+__all__ = [
+    "batch_nesting",
+    "drawn_subsamples",
+    "guide_factors",
+    "is_circular",
+    "is_enumerable",
+    "is_point",
+    "latent_nodes",
+    "left_out",
+    "plain_distribution",
+    "plain_support",
+    "point_of",
+    "sample_nodes",
+]
+
+_WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")  # torch's and Pyro's
+
+
+def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the (name, node) of a trace's sample statements, plates' subsamples left out."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            yield name, node
+
+
+def latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the (name, node) of a trace's sample statements that are not observed."""
+    return ((name, node) for name, node in sample_nodes(trace) if not node["is_observed"])
+
+
+def batch_nesting(*traces: Any) -> int:
+    """Return how many batch dimensions sites take up: those of vectorized plates, and others.
+
+    The dimensions left of all of them are free for particles and the values of discrete sites.
+    """
+    depth = 0
+    for trace in traces:
+        for _, node in sample_nodes(trace):
+            if not is_deterministic(node):
+                depth = max(depth, len(node["fn"].batch_shape))
+            dims = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
+            depth = max(depth, *dims, 0)
+    return depth
+
+
+def guide_factors(guide_trace: Any) -> list[str]:
+    """Return the names of a guide's pyro.factor statements."""
+    return [
+        name
+        for name, node in sample_nodes(guide_trace)
+        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
+    ]
+
+
+@contextlib.contextmanager
+def drawn_subsamples() -> Iterator[set[str]]:
+    """Collect the names of plates that draw a subsample inside the context.
+
+    Plates whose subsample is given, by subsample=... or by a replayed trace, are left out.
+    """
+    drawn: set[str] = set()
+
+    class Watch(Messenger):
+        def _pyro_sample(self, msg: Any) -> None:
+            if site_is_subsample(msg) and msg["value"] is None:
+                plate = msg["fn"]
+                if plate.subsample_size not in (None, -1, plate.size):
+                    drawn.add(msg["name"])
+
+    with Watch():
+        yield drawn
+
+
+def plain_distribution(fn: Any) -> Any:
+    """Return a distribution without Independent, Masked and Expanded around it."""
+    while hasattr(fn, "base_dist") and type(fn).__name__ in _WRAPPERS:
+        fn = fn.base_dist
+    return fn
+
+
+def plain_support(fn: Any) -> Any:
+    """Return the support of one number or event of a distribution; None where none is declared."""
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+    while hasattr(support, "base_constraint"):  # independent, or of a mixture
+        support = support.base_constraint
+    return support
+
+
+def is_point(fn: Any) -> bool:
+    """Return whether a distribution is a Delta, which may hide a density."""
+    return point_of(fn) is not None
+
+
+def point_of(fn: Any) -> dist.Delta | None:
+    """Return the Delta that a distribution is, or wraps; None for another."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn if isinstance(fn, dist.Delta) else None
+
+
+def is_circular(fn: Any) -> bool:
+    """Return whether a density is periodic; torch says of its support that it is the reals."""
+    kinds = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+    return isinstance(plain_distribution(fn), kinds)
+
+
+def is_enumerable(fn: Any) -> bool:
+    """Return whether a distribution is discrete and its finitely many values can be listed."""
+    if not getattr(fn, "has_enumerate_support", False):
+        return False
+    if isinstance(plain_distribution(fn), dist.Empirical):
+        return False  # lists its samples, of which several may be one value
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError:  # total counts of a Binomial that differ, event dimensions
+        return False
+    return True
+
+
+def left_out(fn: Any, mask: Tensor | bool | None, device: torch.device) -> Tensor:
+    """Return which values of a sample statement masks leave out, ``[*batch, *event]``.
+
+    Args:
+        fn: its distribution, with the masks inside.
+        mask: that on the statement (poutine.mask).
+        device: of the result.
+    """
+    shape = (*fn.batch_shape, *fn.event_shape)
+    masks = [(mask, fn.event_dim)]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((mask_inside(fn), fn.event_dim))
+        fn = fn.base_dist
+    out = torch.zeros(shape, dtype=torch.bool, device=device)
+    for seen, events in masks:
+        if seen is not None:
+            there = torch.as_tensor(seen, device=device)
+            out = out | ~there.reshape((*there.shape, *[1] * events))
+    return out

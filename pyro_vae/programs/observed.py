@@ -1,0 +1,148 @@
+"""Observed values: of the shape of their likelihood, in its support, each counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.programs.batch import rows_text
+from pyro_vae.programs.handlers import as_long_as
+from pyro_vae.programs.nodes import plain_support, sample_nodes
+from pyro_vae.programs.sites import Plate, Site, Structure
+from pyro_vae.programs.state import preserved_rng
+
+__all__ = ["check_drawable", "check_observed", "check_repeated", "unvalidated"]
+
+
+def check_observed(
+    sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]], *, strict: bool
+) -> None:
+    """Raise ValueError for observed values of another shape, or outside the support.
+
+    Not outside one that is another in a second run: that of Uniform(0, z) is a latent's to draw.
+    """
+    for site in sites.values():
+        if site.kind != "observed" or not isinstance(site.value, Tensor):
+            continue
+        _check_shape(site)
+        where = _outside_support(site) if site.validated or strict else None
+        if where is not None and _bounds(site) == _bounds(run_again()[site.name]):
+            hint = ". Its validate_args=False lets training take them, but they have no density"
+            hint = "" if site.validated else hint
+            raise ValueError(
+                f"observed site {site.name!r}: values outside the support of its "
+                f"{site.distribution} likelihood ({site.support_text}) in {where}; rescale or "
+                f"clean the data, or choose another likelihood{hint}"
+            )
+
+
+def check_repeated(trace: Any) -> None:
+    """Raise ValueError for an observed value that PyTorch repeats along dimensions of no plate.
+
+    A column [N, 1] beside values [N] makes a likelihood [N, N], and each datum counts N times:
+    Pyro's own losses refuse it too.
+    """
+    for name, node in sample_nodes(trace):
+        if not node["is_observed"]:
+            continue
+        batch, value = node["fn"].batch_shape, node["value"]
+        declared = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
+        own = tuple(value.shape[: value.ndim - node["fn"].event_dim])
+        own = (1,) * (len(batch) - len(own)) + own
+        for dim in range(-len(batch), 0):
+            if batch[dim] > 1 and own[dim] == 1 and dim not in declared:
+                raise ValueError(
+                    f"observed site {name!r}: its value has shape {list(value.shape)}, its "
+                    f"likelihood batch shape {list(batch)}, and dim {dim} is in no plate: each "
+                    f"value would count {batch[dim]} times. Where an argument is a column [N, 1], "
+                    "pass x.squeeze(-1); where the repetition is meant, put the site in a plate"
+                )
+
+
+def unvalidated(structure: Structure) -> list[str]:
+    """Return the observed sites with values outside the support, which nothing validates."""
+    return [
+        site.name
+        for site in structure.observed
+        if not site.validated and isinstance(site.value, Tensor) and _outside_support(site)
+    ]
+
+
+def check_drawable(structure: Structure, device: torch.device) -> None:
+    """Raise ValueError for a likelihood that cannot be drawn from, naming its site."""
+    with preserved_rng(device), torch.no_grad():
+        for site in structure.observed:
+            if isinstance(site.fn, dist.Unit):  # of pyro.factor: nothing to draw
+                continue
+            try:
+                as_long_as(site.fn, site.value).sample()
+            except (NotImplementedError, AssertionError) as error:
+                raise ValueError(
+                    f"observed site {site.name!r}: its {site.distribution} likelihood cannot be "
+                    f"drawn from ({type(error).__name__}{f': {error}' if str(error) else ''}). "
+                    "Where draws of the latents are enough: pyro_vae.to_arviz(..., "
+                    "predictive=False)"
+                ) from error
+
+
+def _check_shape(site: Site) -> None:
+    # Torch would broadcast a value of other event dimensions, and count it several times.
+    shape, wanted = tuple(site.value.shape), (*site.batch_shape, *site.event_shape)
+    events = len(site.event_shape)
+    batch = shape[: len(shape) - events]
+    if (
+        len(shape) < events
+        or any(
+            b not in (1, a)
+            for a, b in zip(shape[len(shape) - events :], site.event_shape, strict=True)
+        )
+        or len(batch) > len(site.batch_shape)
+        or any(a not in (1, b) for a, b in zip(batch[::-1], site.batch_shape[::-1], strict=False))
+    ):
+        raise ValueError(
+            f"observed site {site.name!r}: its value has shape {list(shape)}, but its "
+            f"{site.distribution} likelihood has shape {list(wanted)} (batch "
+            f"{list(site.batch_shape)}, event {events} dimensions); give data of that shape, or "
+            "mend the likelihood (.to_event(...))"
+        )
+
+
+def _inside(site: Site) -> Tensor | None:
+    """Return which entries of a site's batch are in the support, where no mask leaves them out."""
+    support = plain_support(site)
+    if support is None:
+        return None
+    inside = support.check(site.value)
+    joint = site.value.ndim - inside.ndim
+    out = site.left_out
+    inside = inside | (out.flatten(-joint).all(-1) if joint else out)
+    events = len(site.event_shape) - joint
+    return inside.flatten(-events).all(-1) if events > 0 else inside
+
+
+def _bounds(site: Site) -> list[Any]:
+    """Return the bounds of a support as plain numbers, to be compared."""
+    support = plain_support(site)
+    bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
+
+
+def _outside_support(site: Site) -> str | None:
+    """Say where an observed site has values outside its support; None if nowhere."""
+    inside = _inside(site)
+    if inside is None or bool(inside.all()):
+        return None
+    return _outside_text(inside, {plate.dim: plate for plate in site.plates})
+
+
+def _outside_text(inside: Tensor, plates: Mapping[int, Plate]) -> str:
+    """Name the entries of the outermost plate that hold values outside the support."""
+    outermost = min((dim for dim in plates if -dim <= inside.ndim), default=None)
+    if outermost is None:
+        return "the data"
+    bad = ~inside.movedim(outermost, 0).reshape(inside.shape[outermost], -1).all(1)
+    return f"{rows_text(bad)} of plate {plates[outermost].name!r}"
