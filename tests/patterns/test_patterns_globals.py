@@ -20,14 +20,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from tests.patterns.laws import (
-    agrees_with_pyro,
-    evaluation_laws,
-    mlp,
-    normal,
-    svi_steps,
-    uses,
-)
+from tests.patterns.laws import agrees_with_pyro, evaluation_laws, mlp, normal, svi_steps, uses
 
 
 @pytest.fixture(autouse=True)
