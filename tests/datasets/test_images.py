@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,45 +11,7 @@ import torch
 
 from pyro_vae import datasets
 from pyro_vae.datasets.images import StochasticBinarization
-
-RNG_SEED = 20
-
-
-def grey(num_images: int, height: int = 3, width: int = 4) -> np.ndarray:
-    """Images with every intensity from 0 to 255 in reach; one pixel is 255 for sure."""
-    images = np.random.default_rng(RNG_SEED + num_images).integers(
-        0, 256, size=(num_images, height, width), dtype=np.uint8
-    )
-    images[0, 0, 0] = 255
-    return images
-
-
-def idx_bytes(array: np.ndarray, magic: int) -> bytes:
-    return struct.pack(f">I{array.ndim}I", magic, *array.shape) + array.tobytes()
-
-
-def write_images(path: Path, images: np.ndarray, magic: int = 0x803) -> Path:
-    content = idx_bytes(images, magic)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def write_labels(path: Path, labels: np.ndarray) -> Path:
-    return write_images(path, labels.astype(np.uint8), magic=0x801)
-
-
-def write_mnist(directory: Path, suffix: str = "") -> tuple[np.ndarray, np.ndarray]:
-    train, test = grey(7), grey(5)
-    write_images(directory / f"train-images-idx3-ubyte{suffix}", train)
-    write_images(directory / f"t10k-images-idx3-ubyte{suffix}", test)
-    write_labels(directory / f"train-labels-idx1-ubyte{suffix}", np.arange(7))
-    write_labels(directory / f"t10k-labels-idx1-ubyte{suffix}", np.arange(5))
-    return train, test
-
-
-def rows(images: torch.Tensor) -> list[tuple[int, ...]]:
-    return sorted(tuple(row) for row in images.tolist())
-
+from tests.datasets.files import RNG_SEED, grey, rows, write_images, write_labels
 
 # --- digits ----------------------------------------------------------------------------------
 
@@ -138,35 +98,6 @@ def test_npy_of_flat_square_images(tmp_path: Path):
     assert data.test_labels is None
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_directory_of_idx_files(tmp_path: Path, suffix: str):
-    train, test = write_mnist(tmp_path, suffix)
-    data = datasets.load(tmp_path)
-    assert np.array_equal(data.train.numpy(), train.reshape(7, 12))
-    assert np.array_equal(data.test.numpy(), test.reshape(5, 12))
-    assert data.train_labels.tolist() == list(range(7))
-    assert data.test_labels.tolist() == list(range(5))
-    assert data.name == tmp_path.name
-
-
-@pytest.mark.parametrize("images_suffix", ["", ".gz"])
-@pytest.mark.parametrize("labels_suffix", ["", ".gz"])
-def test_idx_file_takes_the_labels_beside_it(
-    tmp_path: Path, images_suffix: str, labels_suffix: str
-):
-    images = grey(6)
-    path = write_images(tmp_path / f"train-images-idx3-ubyte{images_suffix}", images)
-    write_labels(tmp_path / f"train-labels-idx1-ubyte{labels_suffix}", images[:, 1, 1])
-    data = datasets.load(path)
-    assert torch.equal(data.train_labels, data.train[:, 5].long())
-    assert torch.equal(data.test_labels, data.test[:, 5].long())
-
-
-def test_idx_file_without_labels(tmp_path: Path):
-    data = datasets.load(write_images(tmp_path / "t10k-images.idx3-ubyte", grey(6)))
-    assert (len(data.train), len(data.test), data.train_labels) == (5, 1, None)
-
-
 @pytest.mark.parametrize(("largest", "expected"), [(1, 1), (2, 16), (16, 16), (17, 255)])
 def test_max_value_is_the_smallest_common_encoding(tmp_path: Path, largest: int, expected: int):
     np.save(tmp_path / "a.npy", np.full((4, 2, 2), largest, dtype=np.int64))
@@ -188,65 +119,6 @@ def test_whole_numbers_of_any_type(tmp_path: Path, dtype: type):
 # --- load: what is refused -------------------------------------------------------------------
 
 
-def test_missing_file(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no file or directory at .*nothing\.npz"):
-        datasets.load(tmp_path / "nothing.npz")
-
-
-def test_unknown_suffix(tmp_path: Path):
-    (tmp_path / "a.csv").write_text("1,2\n")
-    with pytest.raises(ValueError, match=r"a\.csv by its name: expected \.npz, \.npy, or an idx"):
-        datasets.load(tmp_path / "a.csv")
-
-
-def test_directory_names_what_is_missing_and_found(tmp_path: Path):
-    write_mnist(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").rename(tmp_path / "other")
-    with pytest.raises(
-        FileNotFoundError, match=r"missing t10k-labels-idx1-ubyte; found other, t10k-images"
-    ):
-        datasets.load(tmp_path)
-
-
-def test_empty_directory(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="found an empty directory"):
-        datasets.load(tmp_path)
-
-
-def test_idx_wrong_magic_number(tmp_path: Path):
-    path = write_labels(tmp_path / "train-images-idx3-ubyte", np.arange(4))
-    with pytest.raises(ValueError, match=r"of images.*magic number 0x00000803, found 0x00000801"):
-        datasets.load(path)
-
-
-@pytest.mark.parametrize(("size", "message"), [(0, "header of 16"), (10, "header of 16")])
-def test_idx_cut_in_the_header(tmp_path: Path, size: int, message: str):
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(idx_bytes(grey(4), 0x803)[:size])
-    with pytest.raises(ValueError, match=f"cut short, .*{message} bytes, found {size} bytes"):
-        datasets.load(path)
-
-
-@pytest.mark.parametrize(("change", "problem"), [(-1, "cut short"), (1, "too long")])
-def test_idx_of_the_wrong_length(tmp_path: Path, change: int, problem: str):
-    content = idx_bytes(grey(4), 0x803) + b"\0"
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(content[: len(content) - 1 + change])
-    with pytest.raises(
-        ValueError,
-        match=rf"{problem}, the header promises images of shape \[4, 3, 4\], 64 bytes in all, "
-        rf"found {64 + change} bytes",
-    ):
-        datasets.load(path)
-
-
-def test_idx_gz_cut_short(tmp_path: Path):
-    path = write_images(tmp_path / "train-images-idx3-ubyte.gz", grey(4))
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match="gzip data are damaged or cut short"):
-        datasets.load(path)
-
-
 def test_label_counts(tmp_path: Path):
     path = write_images(tmp_path / "train-images-idx3-ubyte", grey(4))
     write_labels(tmp_path / "train-labels-idx1-ubyte", np.arange(3))
@@ -261,47 +133,6 @@ def test_labels_that_are_no_classes(tmp_path: Path):
     np.savez(tmp_path / "a.npz", x=grey(4), y=np.zeros((4, 10)))
     with pytest.raises(ValueError, match=r"labels of shape \[N\].* found shape \[4, 10\]"):
         datasets.load(tmp_path / "a.npz")
-
-
-def test_npz_without_a_known_key(tmp_path: Path):
-    np.savez(tmp_path / "a.npz", images=grey(4), target=np.arange(4))
-    with pytest.raises(ValueError, match=r"expected the keys .* found \['images', 'target'\]"):
-        datasets.load(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("suffix", ["npz", "npy"])
-def test_cut_short(tmp_path: Path, suffix: str):
-    path = tmp_path / f"a.{suffix}"
-    if suffix == "npz":
-        np.savez(path, x=grey(40))
-    else:
-        np.save(path, grey(40))
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"a\.{suffix}: expected an? \.{suffix} .*could not read"):
-        datasets.load(path)
-
-
-@pytest.mark.parametrize("suffix", ["npz", "npy"])
-def test_pickled_objects_are_not_loaded(tmp_path: Path, suffix: str):
-    path = tmp_path / f"a.{suffix}"
-    ragged = np.array([{"a": 1}, None], dtype=object)
-    if suffix == "npz":
-        np.savez(path, x=ragged)
-    else:
-        np.save(path, ragged, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"could not read it .*allow_pickle=False"):
-        datasets.load(path)
-
-
-def test_content_of_the_other_numpy_format(tmp_path: Path):
-    np.save(tmp_path / "a.npy", grey(4))
-    (tmp_path / "a.npy").rename(tmp_path / "b.npz")
-    with pytest.raises(ValueError, match=r"b\.npz: expected an archive, found one array"):
-        datasets.load(tmp_path / "b.npz")
-    np.savez(tmp_path / "a.npz", x=grey(4))
-    (tmp_path / "a.npz").rename(tmp_path / "b.npy")
-    with pytest.raises(ValueError, match=r"b\.npy: expected one array, found an archive"):
-        datasets.load(tmp_path / "b.npy")
 
 
 @pytest.mark.parametrize("shape", [(), (12,), (4, 12), (4, 3, 4, 1), (4, 0, 4), (4, 0), (0, 3, 3)])

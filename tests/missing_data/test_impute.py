@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
-from pyro_vae.plots.imputation import plot_imputation
 from tests.missing_data.models import NAN, PartlySeen, data, mixture, of, proposal, scattered
 from tests.models import factor_analysis
 
@@ -238,65 +236,7 @@ def test_refusals(model, options, message):
         pv.impute(model, factor_analysis().posterior, data(4), **options)
 
 
-def test_resampling_takes_particles_as_often_as_they_weigh():
-    weights = np.array([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
-    with np.errstate(divide="ignore"):
-        smoothed = SmoothedWeights.of(np.log(weights))
-    index, found = smoothed.draw(20_000, [0]), smoothed.weights
-    np.testing.assert_allclose(found, weights, atol=1e-12)
-    share = np.stack([(index == k).mean(0) for k in range(3)], axis=1)
-    assert (np.abs(share - weights) <= 4 * np.sqrt(weights * (1 - weights) / 20_000)).all()
-
-
 # --- the figure
-
-
-@pytest.fixture
-def images():
-    generator = np.random.default_rng(0)
-    truth = generator.uniform(0, 16, (5, 12))
-    observed = np.arange(12) >= 6
-    mean = np.where(observed, truth, 7.0)
-    return truth, np.tile(observed, (5, 1)), mean, np.stack([mean, mean + ~observed])
-
-
-def test_the_figure_has_a_row_for_each_kind_of_image(images):
-    truth, observed, mean, draws = images
-    figure = plot_imputation(mean, draws, observed, (3, 4), truth=truth, num_columns=4)
-    labels = [ax.get_ylabel() for ax in figure.axes]
-    assert labels == ["seen", "mean", "draw 1", "draw 2", "truth", "intensity"]
-    seen = figure.axes[0].images
-    shown = np.ma.filled(np.ma.masked_invalid(seen[1].get_array()), np.nan)
-    # Images are 4 pixels wide with gaps of one; the upper half is marked, the gaps are not.
-    assert shown.shape == (3, 4 * 5 - 1)
-    marked = np.isfinite(shown)
-    np.testing.assert_array_equal(marked[:, :4], ~observed[0].reshape(3, 4))
-    assert not marked[:, 4].any()
-    np.testing.assert_array_equal(
-        figure.axes[4].images[0].get_array()[:, 5:9], truth[1].reshape(3, 4)
-    )
-    low, high = truth[:4].min(), truth[:4].max()
-    assert {ax.images[0].get_clim() for ax in figure.axes[:5]} == {(low, high)}
-    plt.close(figure)
-
-
-@pytest.mark.parametrize(
-    ("shift", "extend"),
-    [(0.0, "neither"), (-99.0, "min"), (99.0, "max"), ([[[99.0]], [[-99.0]]], "both")],
-)
-def test_the_scale_says_where_draws_exceed_it(images, shift, extend):
-    truth, observed, mean, _ = images
-    figure = plot_imputation(mean, np.stack([mean, mean]) + shift, observed, (3, 4), truth=truth)
-    assert figure.axes[-2].images[0].colorbar.extend == extend
-    plt.close(figure)
-
-
-def test_an_array_of_another_shape_is_refused(images):
-    truth, observed, mean, draws = images
-    with pytest.raises(ValueError, match=r"mean: wanted shape \[5, 16\] for 5 images of 4 x 4"):
-        plot_imputation(mean, draws, observed, (4, 4))
-    with pytest.raises(ValueError, match=r"truth: wanted shape \[5, 12\] .* found \[3, 12\]"):
-        plot_imputation(mean, draws, observed, (3, 4), truth=truth[:3])
 
 
 def test_an_imputation_draws_itself():
@@ -371,14 +311,6 @@ def test_a_single_particle_has_no_standard_error():
 
 
 # --- how far the weights are to be trusted
-
-
-def test_weights_that_are_all_zero_are_said_and_not_drawn_from():
-    log_weights = np.array([[0.0, -1.0, -2.0], [-np.inf] * 3])
-    smoothed = SmoothedWeights.of(log_weights)
-    assert np.isnan(smoothed.weights[1]).all() and np.isinf(smoothed.pareto_k[1])
-    with pytest.raises(ValueError, match=r"every importance weight is zero for 1 of 2 data: \[1\]"):
-        smoothed.draw(5, [0])
 
 
 def test_an_imputation_says_for_how_many_data_it_is_not_to_be_trusted():

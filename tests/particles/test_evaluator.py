@@ -18,7 +18,6 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Scorer, _equal_step, _round_down
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.traces import non_finite_sites
 from tests.models import encoder, factor_analysis, log_normal_evidence, log_normal_model
 
 
@@ -511,20 +510,6 @@ def test_a_guide_of_another_size_is_refused(exact):
     guide = pv.LocalGuide(model, num_data=5, example=x)
     with pytest.raises(ValueError, match="a row for each of 5 data but the batch has 7"):
         pv.log_weights(model, guide, x, num_particles=2)
-
-
-def test_non_finite_sites_are_named():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z / 0, 1.0), obs=x)
-            pyro.sample("y", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    assert non_finite_sites(model, guide, as_batch(torch.zeros(2))) == ["'x' of the model"]
 
 
 def test_methods_of_a_module_are_evaluated_in_eval_mode():

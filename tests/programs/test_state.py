@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.programs.structure import inspect
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100.0
@@ -198,3 +199,10 @@ def test_fit_is_svi_under_one_seed(how):
     assert [-elbo for elbo in result.history["elbo"]] == pytest.approx(losses, rel=1e-10)
     found = {name: value.item() for name, value in pyro.get_param_store().items()}
     assert found == pytest.approx(stored, rel=1e-10)
+
+
+def test_random_state_comes_back():
+    state = random_state()
+    first = torch.randn(3)
+    set_random_state(state)
+    assert torch.equal(torch.randn(3), first)

@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 
-from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.training import checkpoints
 
 
@@ -97,10 +96,3 @@ def test_reading_runs_no_code(tmp_path, zipped):
     assert not victim.exists()
     pickle.loads(pickle.dumps(content)).clear()  # it would have, unguarded
     assert victim.exists()
-
-
-def test_random_state_comes_back():
-    state = random_state()
-    first = torch.randn(3)
-    set_random_state(state)
-    assert torch.equal(torch.randn(3), first)
