@@ -13,10 +13,11 @@ from torch import Tensor
 from pyro_vae.diagnostics.psis import tail_length
 from pyro_vae.evaluation.bound import Bound
 from pyro_vae.particles.estimators import LargestWeights, StreamingELBO, StreamingIWAE, calibrated
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.types import Compile, Particles
 
 __all__ = ["elbo", "iwae_bound"]
 
@@ -31,9 +32,9 @@ def elbo(
     given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
-    particles: str = "auto",
+    particles: Particles = "auto",
     seed: int | None = None,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
 ) -> Bound:
     r"""Return the evidence lower bound of each datum.
 
@@ -83,9 +84,9 @@ def iwae_bound(
     given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
-    particles: str = "auto",
+    particles: Particles = "auto",
     seed: int | None = None,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
 ) -> Bound:
     r"""Return the importance-weighted bound of each datum (Burda et al. 2016).
 
@@ -141,14 +142,14 @@ def _bound(
     given: Mapping[str, Any] | None,
     chunk_size: int | None,
     data_plate: str | bool | None,
-    particles: str,
+    particles: Particles,
     seed: int | None,
-    compile: str | bool,
+    compile: Compile,
 ) -> Bound:
     num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Scorer(
+    scorer = Evaluator(
         model,
         guide,
         arguments,

@@ -40,7 +40,7 @@ from pyro_vae.particles.estimators import (
     skewness,
     std_error,
 )
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.counts import as_count
@@ -116,7 +116,7 @@ def compare(
     options: dict[str, Any] = {"data_plate": data_plate, "seed": seed}
     budget = {"max_steps": max_steps, "tolerance": tolerance, "progress": progress}
     made, references = _with_references(model, guides, arguments, reference, {**options, **budget})
-    scorers = {name: Scorer(model, guide, arguments, **options) for name, guide in made.items()}
+    scorers = {name: Evaluator(model, guide, arguments, **options) for name, guide in made.items()}
     for name, scorer in scorers.items():
         if scorer.point_sites:
             raise ValueError(
@@ -236,7 +236,7 @@ def _family_of(
     """Return a guide's family: its own, or Normal for independent Normals written by hand."""
     if isinstance(guide, FamilyGuide):
         return guide.family if of_family(guide) else None
-    scorer = Scorer(model, guide, batch, data_plate=options["data_plate"], seed=options["seed"])
+    scorer = Evaluator(model, guide, batch, data_plate=options["data_plate"], seed=options["seed"])
     runs = scorer.guide_runs(2)
     if all(normal_moments([run[name] for run in runs]) is not None for name in runs[0]):
         return Normal()

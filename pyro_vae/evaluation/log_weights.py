@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.types import Compile, Particles
 
 __all__ = ["log_weights"]
 
@@ -23,9 +24,9 @@ def log_weights(
     given: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     data_plate: str | bool | None = None,
-    particles: str = "auto",
+    particles: Particles = "auto",
     seed: int | None = None,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
 ) -> LogWeights:
     r"""Draw particles from the guide and return their log weights, datum by datum.
 
@@ -82,7 +83,7 @@ def log_weights(
     num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Scorer(
+    scorer = Evaluator(
         model,
         guide,
         arguments,

@@ -15,7 +15,7 @@ from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.export import arviz_versions as arviz_bridge
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair, given_text
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
@@ -93,7 +93,7 @@ def to_arviz(
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
     arguments = as_batch(*batch)
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
+    scorer = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     if predictive:
         check_drawable(structure, arguments.device)

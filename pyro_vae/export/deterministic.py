@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.evaluator import DeterministicNode, Scorer
+from pyro_vae.particles.evaluator import DeterministicNode, Evaluator
 from pyro_vae.programs.agreement import agree
 
 __all__ = ["DeterministicSite", "DeterministicValues"]
@@ -47,7 +47,7 @@ class DeterministicValues:
         values: latent site to ``[K, *plates, *event]``, for that block.
     """
 
-    def __init__(self, scorer: Scorer, rows: slice, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, scorer: Evaluator, rows: slice, values: Mapping[str, Tensor]) -> None:
         self._scorer = scorer
         few = {name: value[:2] for name, value in values.items()}
         alone = scorer.deterministic_nodes(rows, few, alone=True)
@@ -145,7 +145,7 @@ def _by_particle(
 
 
 def _data_axis(
-    node: DeterministicNode, less: DeterministicNode | None, size: int, scorer: Scorer
+    node: DeterministicNode, less: DeterministicNode | None, size: int, scorer: Evaluator
 ) -> int | None:
     """Return the axis whose length is the number of data."""
     plate, shape = scorer.structure.data_plate, node.value.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles.plan import Layout, plan
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.state import FirstValues
 from pyro_vae.programs.traces import trace_pair

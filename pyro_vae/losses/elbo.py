@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.losses.base import Objective, not_reparameterized, without_value
 from pyro_vae.losses.kl import analytic_kl, kl_per_dimension
 from pyro_vae.particles.plan import device_of
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from pyro_vae.programs.state import evaluation, preserved_rng
 
 __all__ = ["ELBO"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.losses.base import Objective
 from pyro_vae.particles.plan import device_of
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.state import evaluation, preserved_rng
 

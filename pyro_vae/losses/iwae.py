@@ -17,7 +17,7 @@ from pyro_vae.losses.importance import (
     weighted_terms,
 )
 from pyro_vae.particles.estimators import iwae_bound
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from pyro_vae.recording import is_recording
 
 __all__ = ["IWAE"]

@@ -14,7 +14,7 @@ from pyro_vae.losses.importance import ImportanceObjective, scales_of_weights, w
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Layout
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.nodes import latent_nodes

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.particles.estimators import calibrated, skewness_of
-from pyro_vae.particles.evaluator import Chunk, Scorer
+from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair, given_text
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.batch import as_batch
@@ -33,7 +33,7 @@ from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
 
 __all__ = ["Imputation", "impute"]
 
-# First in the key of a random stream: what it is for (0 to 2 are the Scorer's own).
+# First in the key of a random stream: what it is for (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.
 _DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
@@ -206,7 +206,7 @@ def impute(
     num_particles = as_count("num_particles", num_particles)
     arguments = as_batch(*batch)
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
+    scorer = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     if not (structure.local_latents or structure.global_latents):
         raise ValueError(
@@ -231,7 +231,7 @@ def impute(
 
 
 def _impute_block(
-    scorer: Scorer, chunks: Sequence[Chunk], names: Sequence[str], num_draws: int
+    scorer: Evaluator, chunks: Sequence[Chunk], names: Sequence[str], num_draws: int
 ) -> dict[str, np.ndarray]:
     """Return draws, means, sds and standard errors of one block of data, by variable name.
 
@@ -261,7 +261,7 @@ def _impute_block(
 
 
 def _predicted(
-    scorer: Scorer, rows: slice, latents: Mapping[str, Tensor], purpose: int
+    scorer: Evaluator, rows: slice, latents: Mapping[str, Tensor], purpose: int
 ) -> Iterator[dict[str, Tensor]]:
     """Draw the observed sites given latents, piece by piece: ``[k, N, *inner, *event]``."""
     num_draws = next(iter(latents.values())).shape[0]

@@ -20,7 +20,7 @@ from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 
-__all__ = ["DependentDataError", "check_independent"]
+__all__ = ["DependentDataError", "check_independent", "every_other", "mix"]
 
 _SEED = 0  # of all runs: what is drawn beside the sites is the same in each
 
@@ -34,6 +34,23 @@ class DependentDataError(ValueError):
             f"nats: the data of plate {plate.name!r} have no weights of their own. Pass "
             "data_plate=False to treat the whole batch as one datum"
         )
+
+
+def every_other(num_data: int, device: torch.device) -> Tensor:
+    """Return which data have an odd number, [N]."""
+    return torch.arange(num_data, device=device) % 2 == 1
+
+
+def mix(odd: Tensor, first: Tensor, second: Tensor, axis: int) -> Tensor:
+    """Return the values of ``second`` for the data with an odd number, of ``first`` for the rest.
+
+    Args:
+        odd: from :func:`every_other`, [N].
+        first: values.
+        second: values.
+        axis: their axis of the data, negative.
+    """
+    return torch.where(odd.reshape(-1, *[1] * (-axis - 1)), second, first)
 
 
 def check_independent(
@@ -97,11 +114,9 @@ def check_independent(
         drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), args, kwargs)))
         second = {name: drawn[name]["value"] for name in local & drawn.keys()}
         device = model_trace.nodes[next(iter(local))]["value"].device
-        odd = torch.arange(size, device=device) % 2 == 1
+        odd = every_other(size, device)
         mixed = {
-            name: torch.where(
-                odd.reshape(-1, *[1] * (value.ndim - 1 - axes[name])), value, first[name]
-            )
+            name: mix(odd, first[name], value, axes[name] - value.ndim)
             for name, value in second.items()
         }
         wanted = torch.where(odd, score(second), score({}))

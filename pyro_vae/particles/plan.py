@@ -14,9 +14,9 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.independence_check import check_independent
-from pyro_vae.particles.modes import UnnamedDrawsError
+from pyro_vae.particles.mode_choice import UnnamedDrawsError
 from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.batch import Batch, arguments
 from pyro_vae.programs.enumeration import enumerated, summed_out
@@ -447,7 +447,7 @@ def _choose_mode(
         )
     plate = structure.data_plate
     by_name = plate is not None and not structure.global_latents
-    scorer = functools.partial(Scorer, model, guide, batch, seed=0)
+    scorer = functools.partial(Evaluator, model, guide, batch, seed=0)
     together, modes = None, {}
     normalized = any(isinstance(module, _NORMALIZATIONS) for module in called)
     if not normalized:
@@ -474,7 +474,7 @@ def _choose_mode(
                 "loop",
                 f"they cannot run in a plate, nor with the batch repeated ({text_of(error)})",
             )
-    if together is not None and not together.agrees_in_training(called):
+    if together is not None and not together.runner.agrees_in_training(called):
         return "loop", "in training mode, densities of particles together are not those of each"
     return mode, ""
 

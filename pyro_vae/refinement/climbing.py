@@ -19,7 +19,7 @@ from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.estimators import elbo, elbo_influence, std_error
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.refinement.lbfgs import minimize_rows
 
 __all__ = ["Block", "Climber", "per_row"]
@@ -51,12 +51,12 @@ class Block:
     """
 
     rows: Tensor
-    scorer: Scorer
+    scorer: Evaluator
     guide: LocalGuide
-    make: Callable[[Family], tuple[Scorer, LocalGuide]]
+    make: Callable[[Family], tuple[Evaluator, LocalGuide]]
 
     @functools.cached_property
-    def flat(self) -> tuple[Scorer, LocalGuide]:
+    def flat(self) -> tuple[Evaluator, LocalGuide]:
         """A scorer, and independent Gaussians far wider than the prior: a nearly flat density."""
         scorer, guide = self.make(Normal())
         with torch.no_grad():
@@ -87,7 +87,7 @@ class Climber:
     def __init__(
         self,
         model: Callable[..., Any],
-        whole: Scorer,
+        whole: Evaluator,
         family: Family,
         like: Tensor,
         data_plate: str | bool | None,
@@ -129,7 +129,7 @@ class Climber:
         if rows.numel() < self.whole.num_data:
             batch = batch.rows(rows)
 
-        def make(family: Family) -> tuple[Scorer, LocalGuide]:
+        def make(family: Family) -> tuple[Evaluator, LocalGuide]:
             guide = LocalGuide(
                 self._model,
                 num_data=rows.numel(),
@@ -137,7 +137,7 @@ class Climber:
                 family=family,
                 data_plate=self._data_plate,
             ).to(self._like)
-            scorer = Scorer(
+            scorer = Evaluator(
                 self._model,
                 guide,
                 batch,
@@ -210,7 +210,7 @@ class Climber:
         guide = block.guide
 
         def slope(
-            scorer: Scorer,
+            scorer: Evaluator,
             shift: Tensor,
             start: Tensor,
             power: Tensor,
@@ -306,7 +306,7 @@ class Climber:
         """Return the log weights of draws made of given noise, [K, n]."""
         guide = block.guide
 
-        def log_weights(scorer: Scorer, table: Tensor, noise: Tensor) -> list[Tensor]:
+        def log_weights(scorer: Evaluator, table: Tensor, noise: Tensor) -> list[Tensor]:
             return [_log_weights(scorer, guide, table, noise)]
 
         scorer = block.scorer.without_gradients()
@@ -349,7 +349,7 @@ class Climber:
         """
         scorer, guide = block.flat
 
-        def heights(scorer: Scorer, prior: Tensor, z: Tensor) -> list[Tensor]:
+        def heights(scorer: Evaluator, prior: Tensor, z: Tensor) -> list[Tensor]:
             z = z.detach().requires_grad_()
             height = _heights(scorer, guide, z, prior)
             return [height.detach(), *torch.autograd.grad(height.sum(), [z])]
@@ -387,7 +387,7 @@ class Climber:
     def _recorded(
         self,
         name: str,
-        scorer: Scorer,
+        scorer: Evaluator,
         function: Callable[..., list[Tensor]],
         inputs: list[Tensor],
         calls: int,
@@ -426,7 +426,9 @@ def per_row(numbers: Tensor, table: Tensor) -> Tensor:
     return numbers.reshape(-1, *[1] * (table.ndim - 1))
 
 
-def _heights(scorer: Scorer, guide: LocalGuide, z: Tensor, prior: Tensor | float = 1.0) -> Tensor:
+def _heights(
+    scorer: Evaluator, guide: LocalGuide, z: Tensor, prior: Tensor | float = 1.0
+) -> Tensor:
     """Return log p(x, z) in unconstrained coordinates, [K, n], the prior to a power.
 
     Up to a constant.
@@ -442,7 +444,7 @@ def _heights(scorer: Scorer, guide: LocalGuide, z: Tensor, prior: Tensor | float
 
 
 def _log_weights(
-    scorer: Scorer, guide: LocalGuide, table: Tensor, noise: Tensor, power: Tensor | float = 1.0
+    scorer: Evaluator, guide: LocalGuide, table: Tensor, noise: Tensor, power: Tensor | float = 1.0
 ) -> Tensor:
     """Return the log weights of draws made of given noise, [K, n]; of p(x, z) to a power.
 

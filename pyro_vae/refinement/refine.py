@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
@@ -124,7 +124,7 @@ def refine(
             stack.enter_context(guide.for_any_data())
             given = {**guide.given, **(given or {})}
         model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-        scorer = Scorer(model, guide, arguments, data_plate=data_plate, seed=seed)
+        scorer = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
     if family is None and of_family(guide):
         family = guide.family
     local = LocalGuide(
@@ -178,7 +178,7 @@ def _search(
 
 def refine_table(
     model: Callable[..., Any],
-    scorer: Scorer,
+    scorer: Evaluator,
     start: Tensor,
     family: Family,
     data_plate: str | bool | None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.state import evaluation
 from pyro_vae.refinement.climbing import Block, Climber
 from pyro_vae.refinement.lbfgs import minimize_rows
@@ -29,7 +29,7 @@ _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
 _COMPARED = 64  # particles by which starts are compared
 
 
-def answer_of(local: LocalGuide, guide: Callable[..., Any], scorer: Scorer) -> Tensor:
+def answer_of(local: LocalGuide, guide: Callable[..., Any], scorer: Evaluator) -> Tensor:
     """Return a guide's own answer in the parameters of a local guide, [N, P]."""
     batch = scorer.batch
     with evaluation(guide), torch.no_grad():

@@ -32,7 +32,7 @@ from pyro_vae.particles.estimators import (
     mean_std_error,
     std_error,
 )
-from pyro_vae.particles.evaluator import Chunk, Scorer
+from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, preserved_rng
@@ -153,7 +153,7 @@ class DrawnStep(EStep):
     ) -> None:
         self._seed, self._num_particles = seed, num_particles
         self._scorer, self._graded = (
-            Scorer(model, guide, batch, data_plate=data_plate, seed=seed, gradients=gradients)
+            Evaluator(model, guide, batch, data_plate=data_plate, seed=seed, gradients=gradients)
             for gradients in (False, True)
         )
         self._draws: list[_Draws] = []

@@ -18,7 +18,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.particles.plan import plan
-from pyro_vae.particles.run import Run
+from pyro_vae.particles.training_run import Run
 from tests.models import encoder, factor_analysis, log_normal_model
 
 # x ~ Normal(w z, e^s), z ~ Normal(a, 1);  q(z | x) = Normal(c x + d, e^r), off the posterior.

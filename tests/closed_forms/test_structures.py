@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributions import AffineTransform, SigmoidTransform
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.refinement.starts import answer_of as start_of
 
@@ -70,7 +70,7 @@ def test_draws_of_noise_are_scored_as_the_joint(family):
     guide = perturbed(
         pv.LocalGuide(both_sides, num_data=4, example=x, family=family, data_plate="data")
     )
-    scorer = Scorer(both_sides, guide, as_batch(x), data_plate="data", seed=0)
+    scorer = Evaluator(both_sides, guide, as_batch(x), data_plate="data", seed=0)
     size = guide.num_coordinates
     noise = torch.randn(5, family.num_noise(size), dtype=torch.float64)
     values = guide.from_noise(guide.table, noise)
@@ -258,7 +258,7 @@ def test_refine_starts_at_the_parameters_of_its_own_family(family):
     x = torch.randn(4, 3, dtype=torch.float64)
     guide = perturbed(pv.LocalGuide(model, num_data=4, example=x, family=family))
     local = pv.LocalGuide(model, num_data=4, example=x, family=family)
-    start = start_of(local, guide, Scorer(model, guide, as_batch(x), seed=0))
+    start = start_of(local, guide, Evaluator(model, guide, as_batch(x), seed=0))
     assert torch.equal(start, guide.table)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
 from tests.laws.registry import (
     ENTRIES,
@@ -48,8 +48,8 @@ def check_vectorized(model: Any, guide: Any, batch: Batch) -> None:
         rows = slice(0, 1)
     else:
         options, rows = {}, slice(0, N)
-    together = Scorer(model, guide, batch, seed=0, **options)
-    alone = Scorer(model, guide, batch, particles="loop", seed=0, **options)
+    together = Evaluator(model, guide, batch, seed=0, **options)
+    alone = Evaluator(model, guide, batch, particles="loop", seed=0, **options)
     assert "loop" not in together.modes.values()
     values, log_guide = alone.draw(rows, 3, (9,))
     torch.testing.assert_close(together.score_guide(rows, values), log_guide)

@@ -16,7 +16,8 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer, _equal_step, _round_down
+from pyro_vae.particles.blocks import equal_step, round_down
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from tests.models import encoder, factor_analysis, log_normal_evidence, log_normal_model
 
@@ -47,7 +48,7 @@ def test_weights_of_the_exact_posterior_are_the_evidence(exact, particles, chunk
 
 def test_the_three_parts_are_what_they_say(exact):
     model, x = exact
-    scorer = Scorer(model, model.posterior, as_batch(x), seed=0)
+    scorer = Evaluator(model, model.posterior, as_batch(x), seed=0)
     (chunk,) = scorer.chunks(4)
     z = chunk.values["z"]
     likelihood = dist.Normal(z @ model.loadings.T + model.mean, model.noise).log_prob(x).sum(-1)
@@ -94,7 +95,7 @@ def test_blocks_of_data_are_equal(num_data, sizes):
     model = factor_analysis()
     x = model.data(num_data)
     guide = pv.AmortizedGuide(model, encoder(6), example=x)
-    blocks = Scorer(model, guide, as_batch(x)).data_blocks()
+    blocks = Evaluator(model, guide, as_batch(x)).data_blocks()
     assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
     assert (blocks[0].start, blocks[-1].stop) == (0, num_data)
     assert {b.stop - b.start for b in blocks} == sizes
@@ -104,14 +105,14 @@ def test_blocks_of_data_are_equal(num_data, sizes):
     ("count", "most", "step"), [(50, 21, 10), (50, 50, 50), (50, 80, 50), (13, 5, 5), (7, 1, 1)]
 )
 def test_pieces_are_equal_where_they_can_be(count, most, step):
-    assert _equal_step(count, most) == step
+    assert equal_step(count, most) == step
 
 
 @pytest.mark.parametrize(
     ("number", "rounded"), [(1, 1), (4, 2), (9, 5), (65, 50), (128, 100), (16384, 10000)]
 )
 def test_draws_come_in_round_numbers(number, rounded):
-    assert _round_down(number) == rounded
+    assert round_down(number) == rounded
 
 
 def test_one_seed_one_result_and_the_global_state_is_left_alone(exact):
@@ -162,7 +163,7 @@ def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
     torch.manual_seed(0)
     model, x = ConvModel(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
     guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
-    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    scorer = Evaluator(model, guide, as_batch(x), seed=0)
     assert scorer.modes == {"guide": "plate", "model": "repeat"}
     by_repeat = pv.log_weights(model, guide, x, num_particles=6, seed=0)
     (chunk,) = scorer.chunks(6)
@@ -194,7 +195,7 @@ def test_a_wrong_broadcast_is_found_and_another_way_taken():
 
     x = torch.randn(4, 2, dtype=torch.float64)
     guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
-    scorer = Scorer(model, guide, as_batch(x), seed=0)
+    scorer = Evaluator(model, guide, as_batch(x), seed=0)
     assert scorer.modes == {"guide": "plate", "model": "repeat"}
     with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
         pv.log_weights(model, guide, x, num_particles=2, particles="plate")
@@ -730,7 +731,7 @@ def test_many_data_and_a_network_that_takes_no_particles():
 
     x = torch.zeros(300, 2)
     guide = pv.LocalGuide(model, num_data=300, example=x)
-    assert Scorer(model, guide, as_batch(x)).modes["model"] == "repeat"
+    assert Evaluator(model, guide, as_batch(x)).modes["model"] == "repeat"
 
 
 def test_a_mask_reaches_the_density_that_a_delta_hides():

@@ -14,7 +14,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 
 
@@ -45,7 +45,7 @@ def evaluation_laws(
             getattr(again, name), getattr(weights, name), rtol=1e-11, atol=1e-11
         )
     first, loop = (
-        Scorer(model, guide, as_batch(*batch), particles=mode, **options)
+        Evaluator(model, guide, as_batch(*batch), particles=mode, **options)
         for mode in ("auto", "loop")
     )
     assert ("loop" not in first.modes.values()) is vectorized

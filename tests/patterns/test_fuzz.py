@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from tests.patterns import fuzz_answers
 from tests.patterns.fuzz_answers import Answer
@@ -169,10 +169,10 @@ class Checks:
 
     # --- evaluation
 
-    def scorer(self, seed: int, **options: Any) -> Scorer:
+    def scorer(self, seed: int, **options: Any) -> Evaluator:
         plate: Any = False if self.whole else "data"
         options = {"data_plate": plate, **options}
-        return Scorer(
+        return Evaluator(
             self.model, self.guide, as_batch(*self.program.positional), seed=seed, **options
         )
 

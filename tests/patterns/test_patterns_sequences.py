@@ -15,7 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from tests.patterns.laws import (
     agrees_with_pyro,
@@ -117,10 +117,12 @@ def test_a_padded_sequence_weighs_what_it_weighs_without_padding(masked: str) ->
     """By the same draws: those of the padding count for nothing, wherever they lie."""
     dmm = DMM(masked)
     x, mask = sequences()
-    whole = Scorer(dmm.model, dmm.guide, as_batch(x, mask), seed=0)
+    whole = Evaluator(dmm.model, dmm.guide, as_batch(x, mask), seed=0)
     (chunk,) = whole.chunks(4)
     row, length = 1, 2
-    alone = Scorer(dmm.model, dmm.guide, as_batch(x[[row], :length], mask[[row], :length]), seed=0)
+    alone = Evaluator(
+        dmm.model, dmm.guide, as_batch(x[[row], :length], mask[[row], :length]), seed=0
+    )
     values = {f"z_{t}": chunk.values[f"z_{t}"][:, [row]] for t in range(length)}
     likelihood, prior = alone.score_model(slice(0, 1), values)
     torch.testing.assert_close(likelihood[:, 0], chunk.weights.log_likelihood[:, row])

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.enumeration import (
     conditionals,
@@ -511,7 +511,7 @@ def test_the_exact_posterior_of_the_rest_has_weights_log_evidence(particles: str
 def test_the_prior_is_that_of_the_rest_alone():
     x = data(9)
     torch.manual_seed(0)
-    scorer = Scorer(gaussians, proposal, as_batch(x), seed=0)
+    scorer = Evaluator(gaussians, proposal, as_batch(x), seed=0)
     (chunk,) = scorer.chunks(5)
     z = chunk.values["z"]
     prior = (WEIGHTS.log() + dist.Normal(MEANS, 0.5).log_prob(z[..., None])).logsumexp(-1)
@@ -537,7 +537,7 @@ def test_chunks_change_nothing(chunk_size: int):
 def test_modes_agree_on_the_same_draws():
     x = data(4)
     scorers = [
-        Scorer(gaussians, proposal, as_batch(x), particles=mode, seed=0)
+        Evaluator(gaussians, proposal, as_batch(x), particles=mode, seed=0)
         for mode in ("plate", "repeat", "loop")
     ]
     (chunk,) = scorers[0].chunks(3)
@@ -562,7 +562,7 @@ def test_inner_plates_in_weights():
             pyro.sample("z", dist.Normal(y.mean(-1, keepdim=True), 1.0))
 
     y = data(4, 3)
-    scorer = Scorer(model, guide, as_batch(y), data_plate="data", seed=0)
+    scorer = Evaluator(model, guide, as_batch(y), data_plate="data", seed=0)
     (chunk,) = scorer.chunks(5)
     z = chunk.values["z"]
     on, off = (dist.Normal(m, 1.0).log_prob(y) for m in (2.0, 0.0))
@@ -578,7 +578,7 @@ def test_a_guide_that_proposes_everything_sums_nothing_out():
         with pyro.plate("labels", len(x)):
             pyro.sample("c", dist.Categorical(torch.ones(3, dtype=x.dtype)))
 
-    scorer = Scorer(gaussians, guide, as_batch(data(5)), seed=0)
+    scorer = Evaluator(gaussians, guide, as_batch(data(5)), seed=0)
     assert scorer.summed_out == ()
     (chunk,) = scorer.chunks(2)
     assert set(chunk.values) == {"z", "c"}
@@ -694,7 +694,7 @@ def test_draws_are_laid_out_as_values_are(particles: str):
         with pyro.plate("data", y.shape[0], dim=-2):
             pyro.sample("z", dist.Normal(0.0, y.new_ones(y.shape[0], 1)))
 
-    scorer = Scorer(
+    scorer = Evaluator(
         model, guide, as_batch(data(4, 3)), data_plate="data", particles=particles, seed=0
     )
     (chunk,) = scorer.chunks(7)
@@ -717,7 +717,7 @@ def test_draws_that_the_prior_rules_out_weigh_nothing():
             z = pyro.sample("z", dist.Uniform(1.0 * c, c + 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    scorer = Scorer(model, proposal, as_batch(data(20)), seed=0)
+    scorer = Evaluator(model, proposal, as_batch(data(20)), seed=0)
     (chunk,) = scorer.chunks(20)
     z = chunk.values["z"]
     outside = (z < 0) | (z > 3)

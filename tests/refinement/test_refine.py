@@ -133,15 +133,17 @@ def test_hand_written_guides_are_read_off_or_matched():
 
     table = pv.refine(model, normal, x, max_steps=1, seed=0).table
     assert table.shape == (8, 3, 2)
-    from pyro_vae.particles.evaluator import Scorer
+    from pyro_vae.particles.evaluator import Evaluator
     from pyro_vae.programs.batch import as_batch
     from pyro_vae.refinement.starts import answer_of
 
     local = pv.LocalGuide(model, num_data=8, example=x)
-    start = answer_of(local, normal, Scorer(model, normal, as_batch(x), seed=0))
+    start = answer_of(local, normal, Evaluator(model, normal, as_batch(x), seed=0))
     torch.testing.assert_close(start[..., 0], location)
     torch.testing.assert_close(start[..., 1].exp(), torch.full_like(location, 0.3))
-    start = answer_of(local, model.posterior, Scorer(model, model.posterior, as_batch(x), seed=0))
+    start = answer_of(
+        local, model.posterior, Evaluator(model, model.posterior, as_batch(x), seed=0)
+    )
     deviation = torch.linalg.inv(model.posterior_precision).diagonal().sqrt()
     # 256 draws: 5 standard errors.
     assert ((start[..., 0] - model.posterior_mean(x)).abs() < 5 * deviation / 16).all()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Binomial, Categorical, MultivariateNormal, Normal
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Scorer
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.zoo import likelihoods
 
@@ -180,7 +180,7 @@ def log_likelihood_by_hand(name, model, batch, values):
 def test_weights_are_the_densities_written_by_hand(name):
     """Of the mixture too, whose component is summed out by hand over its values."""
     model, guide, batch = make(name)
-    (chunk,) = Scorer(model, guide, batch, seed=0).chunks(5)
+    (chunk,) = Evaluator(model, guide, batch, seed=0).chunks(5)
     with torch.no_grad():
         model.eval()
         prior = log_prior_by_hand(name, model, chunk.values)
@@ -316,8 +316,8 @@ def test_particles_at_once_are_particles_one_by_one(name):
     torch.testing.assert_close(together.total, repeated.total)
     if name == "two layers":
         # In a loop the random numbers of two sites come by turns; so the same draws, scored.
-        (chunk,) = Scorer(model, guide, batch, particles="plate", seed=0).chunks(6)
-        loop = Scorer(model, guide, batch, particles="loop", seed=0)
+        (chunk,) = Evaluator(model, guide, batch, particles="plate", seed=0).chunks(6)
+        loop = Evaluator(model, guide, batch, particles="loop", seed=0)
         likelihood, prior = loop.score_model(chunk.rows, chunk.values)
         looped = likelihood + prior - loop.score_guide(chunk.rows, chunk.values)
     else:
