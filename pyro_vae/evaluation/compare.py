@@ -27,8 +27,9 @@ from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.diagnostics.psis import psis
 from pyro_vae.evaluation.comparison import Comparison, mean_of_errors
 from pyro_vae.families.gaussian import Family, Normal
-from pyro_vae.guides.base import FamilyGuide, normal_moments, of_family
+from pyro_vae.guides.base import FamilyGuide, of_family
 from pyro_vae.guides.local import LocalGuide
+from pyro_vae.guides.moments import normal_moments
 from pyro_vae.particles.estimators import (
     calibrated,
     effective_sample_size,

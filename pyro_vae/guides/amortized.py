@@ -1,9 +1,4 @@
-"""Guides: a variational family and where its parameters come from.
-
-AmortizedGuide = family of an encoder's output; LocalGuide = family of a table
-with a row per datum. Both are nn.Modules and Pyro guides, made from the model's
-structure, and sample the model's local latent sites under their own names.
-"""
+"""AmortizedGuide: a variational family whose parameters an encoder network computes."""
 
 from __future__ import annotations
 
@@ -15,16 +10,19 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.families.gaussian import FactorizedFamily, Family
-from pyro_vae.guides.base import Conditionals, FamilyGuide, refuse_globals
+from pyro_vae.families.base import FactorizedFamily, Family
+from pyro_vae.guides.base import Conditionals, FamilyGuide
 from pyro_vae.guides.coordinates import Coordinates
-from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.guides.model_look import ModelLook
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import name_apart
 from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
-from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.traces import dependencies
+from pyro_vae.programs.types import DataPlate, Program, Values
 
 __all__ = ["AmortizedGuide"]
+
+_HEAD_SCALE = 0.1  # of the head's first weights: every datum's proposal is then close to the prior
 
 
 class AmortizedGuide(FamilyGuide):
@@ -73,82 +71,105 @@ class AmortizedGuide(FamilyGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         encoder: Callable[..., Any],
         *,
         example: Any,
         family: Family | None = None,
-        data_plate: str | bool | None = None,
-        global_guide: Callable[..., Any] | None = None,
+        data_plate: DataPlate = None,
+        global_guide: Program | None = None,
         top_down: bool = False,
     ) -> None:
-        structure = inspect(model, as_batch(example), data_plate=data_plate)
-        if structure.data_plate is None:
+        look = ModelLook.at(model, example, data_plate)
+        if look.structure.data_plate is None:
             raise ValueError(
                 "AmortizedGuide is for latents of each datum; with data_plate=False there are "
                 "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
                 "guide of Pyro's (pyro.infer.autoguide)"
             )
         if global_guide is None:
-            refuse_globals(structure, "Give a guide for them (global_guide=...)")
-        super().__init__(model, example, family, structure)
+            look.refuse_globals("Give a guide for them (global_guide=...)")
+        super().__init__(look, family)
         self.encoder = encoder
         self.global_guide = global_guide
-        batch = as_batch(example)
-        if structure.data_plate.drawn:
-            batch = batch.rows(slice(0, structure.data_plate.size))
-        with torch.enable_grad(), evaluation(encoder):
-            features = self._features(batch.args, batch.kwargs)
-        _refuse_hidden_parameters(model, encoder, features)
-        features = features.detach()
-        if not bool(features.isfinite().all()):
-            raise ValueError(
-                "the encoder returned NaN or infinite features for the example; where data are "
-                "missing (NaN), let it see which: pyro_vae.MissingEncoder(encoder)"
-            )
-        prior = self._prior_params.to(features)
-        like: dict[str, Any] = {"device": features.device, "dtype": features.dtype}
-        self.head = nn.Linear(features.shape[1], prior.numel(), **like)
-        with torch.no_grad():
-            self.head.weight.mul_(0.1)
-            self.head.bias.copy_(prior.flatten())
-        self.parents: dict[str, tuple[str, ...]] = {}
-        if top_down:
-            if not isinstance(self.family, FactorizedFamily):
-                raise ValueError(
-                    f"top_down with {self.family}: that family is joint over the sites already; "
-                    "leave top_down out, or take families.Normal()"
-                )
-            names = [coordinates.name for coordinates in self.coordinates]
-            self.parents = dependencies(model, batch, names)
+        features = self._example_features(model, look.shown)
+        self.head = self._prior_head(features)
+        self.parents = self._parents(look) if top_down else {}
         self.conditioners = nn.ModuleDict(
             {
-                str(number): self._conditioner(features.shape[1], coordinates, like)
+                str(number): self._conditioner(features, coordinates)
                 for number, coordinates in enumerate(self.coordinates)
                 if self.parents.get(coordinates.name)
             }
         )
         if global_guide is not None:
             # Pyro's autoguides make their parameters at the first call.
-            with (
-                torch.no_grad(),
-                poutine.block(),
-                preserved_rng(features.device),
-                evaluation(global_guide),
-            ):
-                if isinstance(global_guide, PyroModule):
-                    name_apart(global_guide)
-                global_guide(*batch.args, **batch.kwargs)
+            rng = preserved_rng(features.device)
+            with torch.no_grad(), poutine.block(), rng, evaluation(global_guide):
+                self._run_global_guide(look.shown.args, look.shown.kwargs)
+
+    def _example_features(self, model: Program, batch: Batch) -> Tensor:
+        """Return the encoder's features of the example, [N, F], without gradients.
+
+        Raises:
+            ValueError: for features that are not finite or not [N, F], and for an encoder with
+                parameters that are not its own.
+        """
+        with torch.enable_grad(), evaluation(self.encoder):
+            features = self._features(batch.args, batch.kwargs)
+        _refuse_hidden_parameters(model, self.encoder, features)
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                "the encoder returned NaN or infinite features for the example; where data are "
+                "missing (NaN), let it see which: pyro_vae.MissingEncoder(encoder)"
+            )
+        return features.detach()
+
+    def _prior_head(self, features: Tensor) -> nn.Linear:
+        """Return a linear layer from features to parameters near those with the prior's moments."""
+        prior = self._prior_params.to(features)
+        head = _linear(features.shape[1], prior.numel(), features)
+        with torch.no_grad():
+            head.weight.mul_(_HEAD_SCALE)
+            head.bias.copy_(prior.flatten())
+        return head
+
+    def _parents(self, look: ModelLook) -> dict[str, tuple[str, ...]]:
+        """Return the sites that each site's prior depends on; ValueError for a joint family."""
+        if not isinstance(self.family, FactorizedFamily):
+            raise ValueError(
+                f"top_down with {self.family}: that family is joint over the sites already; "
+                "leave top_down out, or take families.Normal()"
+            )
+        return dependencies(look.model, look.shown, self.site_names)
+
+    def _conditioner(self, features: Tensor, coordinates: Coordinates) -> nn.Module:
+        """Return the network from features and parents to what is added to a site's parameters."""
+        size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
+        width = features.shape[1]
+        inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
+        per_coordinate = self.family.params_shape(1)[1]
+        last = _linear(width, size_of[coordinates.name] * per_coordinate, features)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(_linear(inputs, width, features), nn.Tanh(), last)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site; the Pyro guide."""
-        values: dict[str, Tensor] = {}
-        if self.global_guide is not None:
-            if isinstance(self.global_guide, PyroModule):
-                name_apart(self.global_guide)
-            returned = self.global_guide(*args, **kwargs)
-            values.update(returned if isinstance(returned, Mapping) else {})
-        return {**values, **super().forward(*args, **kwargs)}
+        """Sample every latent site; the Pyro guide.
+
+        Returns:
+            Site name to value.
+        """
+        return {**self._run_global_guide(args, kwargs), **super().forward(*args, **kwargs)}
+
+    def _run_global_guide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+        """Sample the global latents; return the values that their guide returns, if any."""
+        if self.global_guide is None:
+            return {}
+        if isinstance(self.global_guide, PyroModule):
+            name_apart(self.global_guide)
+        returned = self.global_guide(*args, **kwargs)
+        return returned if isinstance(returned, Mapping) else {}
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).
@@ -158,23 +179,13 @@ class AmortizedGuide(FamilyGuide):
         return self._params(self._features(args, kwargs))
 
     def _params(self, features: Tensor) -> Tensor:
-        shape = self.family.params_shape(self.num_coordinates)
-        return self.head(features).unflatten(-1, shape)
+        params: Tensor = self.head(features)
+        return params.unflatten(-1, self.family.params_shape(self.num_coordinates))
 
     @property
     def is_dependent(self) -> bool:
         """Whether a site's proposal may depend on the draws of sites before it."""
         return super().is_dependent or len(self.conditioners) > 0
-
-    def _conditioner(self, width: int, coordinates: Coordinates, like: Any) -> nn.Module:
-        """Return the network from features and parents to what is added to parameters."""
-        size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
-        inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
-        per_coordinate = self.family.params_shape(1)[1]
-        last = nn.Linear(width, size_of[coordinates.name] * per_coordinate, **like)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        return nn.Sequential(nn.Linear(inputs, width, **like), nn.Tanh(), last)
 
     def _conditionals(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -185,7 +196,7 @@ class AmortizedGuide(FamilyGuide):
         params = self._params(features)
         number_of = {c.name: str(number) for number, c in enumerate(self.coordinates)}
 
-        def params_of(coordinates: Coordinates, before: Mapping[str, Tensor]) -> Tensor:
+        def params_of(coordinates: Coordinates, before: Values) -> Tensor:
             mine = params[:, coordinates.columns]
             own = coordinates.spread(mine.flatten(1))
             if parents := self.parents[coordinates.name]:
@@ -213,10 +224,14 @@ class AmortizedGuide(FamilyGuide):
         return features
 
 
+def _linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    return nn.Linear(inputs, outputs, device=like.device, dtype=like.dtype)
+
+
 def _refuse_hidden_parameters(
-    model: Callable[..., Any], encoder: Callable[..., Any], features: Tensor
+    model: Program, encoder: Callable[..., Any], features: Tensor
 ) -> None:
-    """Raise ValueError for an encoder that is a function, with parameters that nobody finds."""
+    """Raise ValueError for an encoder whose parameters are neither its own nor the model's."""
     own = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
     if own or features.grad_fn is None:
         return

@@ -12,10 +12,10 @@ from torch.distributions import ComposeTransform, IndependentTransform, biject_t
 
 from pyro_vae.programs.nodes import is_circular
 from pyro_vae.programs.preimages import Preimage, preimage_key
-from pyro_vae.programs.sites import Plate, Site
+from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
 
-__all__ = ["Coordinates"]
+__all__ = ["Coordinates", "coordinates_of"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,47 @@ class Coordinates:
         while isinstance(transform, IndependentTransform):
             transform = transform.base_transform
         return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def coordinates_of(structure: Structure, proposer: str) -> tuple[Coordinates, ...]:
+    """Return the coordinates of all sites that a guide of a datum's latents proposes, in order.
+
+    These are the continuous latents of the data plate; of the model where all is one datum.
+    Discrete ones of finite support are left to be summed out.
+
+    Args:
+        structure: the model's.
+        proposer: the guide's class, for a message.
+
+    Raises:
+        ValueError: where no latent is continuous, and for a site that has no coordinates.
+    """
+    plate = structure.data_plate
+    latents = structure.global_latents if plate is None else structure.local_latents
+    found: list[Coordinates] = []
+    for site in latents:
+        if not site.enumerable:
+            _check_inner_plates(site, plate)
+            found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
+    if not found:
+        discrete = ", ".join(f"latent site {site.name!r} ({site.distribution})" for site in latents)
+        raise ValueError(
+            f"no latent site is continuous, only {discrete}: {proposer} proposes continuous sites, "
+            "and leaves discrete ones of finite support to be summed out. Use "
+            "pyro_vae.ExactGuide(model, example=batch)"
+        )
+    return tuple(found)
+
+
+def _check_inner_plates(site: Site, data_plate: Plate | None) -> None:
+    for plate in site.plates:
+        if plate != data_plate and plate.size != plate.full_size:
+            raise ValueError(
+                f"latent site {site.name!r} is in plate {plate.name!r}, of which a run sees "
+                f"{plate.size} of {plate.full_size} entries: a guide with parameters for each "
+                "entry cannot know which. Subsample the data plate alone, or write the guide by "
+                "hand"
+            )
 
 
 def _support(site: Site) -> Any:

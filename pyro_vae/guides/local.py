@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.families.gaussian import Family
-from pyro_vae.guides.base import FamilyGuide, refuse_globals
-from pyro_vae.programs.batch import Batch, as_batch, rows_text
+from pyro_vae.families.base import Family
+from pyro_vae.guides.base import FamilyGuide
+from pyro_vae.guides.model_look import ModelLook
+from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.row_guide import RowGuide
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.types import DataPlate, Program
 
 __all__ = ["LocalGuide"]
 
@@ -73,21 +74,30 @@ class LocalGuide(FamilyGuide, RowGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         num_data: int,
         example: Any,
         family: Family | None = None,
-        data_plate: str | bool | None = None,
+        data_plate: DataPlate = None,
     ) -> None:
         num_data = as_count("num_data", num_data)
-        structure = inspect(model, as_batch(example), data_plate=data_plate)
-        refuse_globals(structure, "Train an AmortizedGuide(global_guide=...) with them")
-        if structure.data_plate is None and num_data != 1:
+        self._make(ModelLook.at(model, example, data_plate), num_data, family)
+
+    @classmethod
+    def of(cls, look: ModelLook, num_data: int, family: Family | None = None) -> LocalGuide:
+        """Return a guide for a model that was looked at before, without another look."""
+        guide = cls.__new__(cls)
+        guide._make(look, num_data, family)
+        return guide
+
+    def _make(self, look: ModelLook, num_data: int, family: Family | None) -> None:
+        look.refuse_globals("Train an AmortizedGuide(global_guide=...) with them")
+        if look.structure.data_plate is None and num_data != 1:
             raise ValueError(
                 f"num_data={num_data}: with data_plate=False the whole batch is one datum"
             )
-        super().__init__(model, example, family, structure)
+        super().__init__(look, family)
         prior = self._prior_params
         self.table = nn.Parameter(prior.repeat(num_data, *[1] * prior.ndim))
         self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))
@@ -95,7 +105,7 @@ class LocalGuide(FamilyGuide, RowGuide):
         self.register_buffer("_fingerprints", torch.zeros(num_data, dtype=torch.float64))
         self.register_buffer("_fitted", torch.tensor(math.inf, dtype=torch.float64))
         self._hold({})
-        self._unchecked = False
+        self._fits_any_data = False
         self._rows: Tensor | None = None
         self._trial: Tensor | None = None
 
@@ -135,16 +145,16 @@ class LocalGuide(FamilyGuide, RowGuide):
     @property
     def is_start(self) -> bool:
         """Whether :meth:`for_any_data` is in force."""
-        return self._unchecked
+        return self._fits_any_data
 
     @contextlib.contextmanager
     def for_any_data(self) -> Iterator[None]:
         """Take any batch of the right size, as a start for its rows."""
-        before, self._unchecked = self._unchecked, True
+        before, self._fits_any_data = self._fits_any_data, True
         try:
             yield
         finally:
-            self._unchecked = before
+            self._fits_any_data = before
 
     def check_data(self, batch: Batch) -> None:
         """Raise ValueError where the rows in force were fitted to other data than these."""
@@ -152,7 +162,7 @@ class LocalGuide(FamilyGuide, RowGuide):
         checksum, length = self._checksum()
         # Rows that moved since speak for whatever moved them.
         moved = not bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
-        if self._unchecked or moved:
+        if self._fits_any_data or moved:
             return
         number, length = batch.fingerprints(whole=self._data_plate is None)
         wanted = self._fingerprints.to(number)

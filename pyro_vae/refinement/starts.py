@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.local import LocalGuide
+from pyro_vae.guides.moments import middle_moments, normal_moments
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.state import evaluation
+from pyro_vae.programs.types import Node, Program, Values
 from pyro_vae.refinement.climbing import Block, Climber
 from pyro_vae.refinement.lbfgs import minimize_rows
 
@@ -29,7 +30,7 @@ _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
 _COMPARED = 64  # particles by which starts are compared
 
 
-def answer_of(local: LocalGuide, guide: Callable[..., Any], scorer: Evaluator) -> Tensor:
+def answer_of(local: LocalGuide, guide: Program, scorer: Evaluator) -> Tensor:
     """Return a guide's own answer in the parameters of a local guide, [N, P]."""
     batch = scorer.batch
     with evaluation(guide), torch.no_grad():
@@ -40,9 +41,34 @@ def answer_of(local: LocalGuide, guide: Callable[..., Any], scorer: Evaluator) -
         ):
             return guide.family_params(*batch.args, **batch.kwargs).clone()
         values, _ = scorer.draw(slice(0, scorer.num_data), _DRAWS, (3,))
-        start = local.params_from(scorer.guide_runs(2), scorer.single_values(values))
+        start = _matching(local, scorer.guide_runs(2), scorer.single_values(values))
         # The draws of a point have no width to match: the prior's stands in.
         return torch.where(torch.isfinite(start), start, local.table.to(start))
+
+
+def _matching(local: LocalGuide, runs: Sequence[Mapping[str, Node]], values: Values) -> Tensor:
+    """Return parameters of a local guide that match another guide's proposals, [N, P].
+
+    Args:
+        local: whose family and coordinates they are.
+        runs: the latent nodes of two runs of the other guide. Moments are read off a proposal on a
+            real support that is Normal and alike in both; of others they are those of the draws.
+        values: draws of the other guide, [K, batch..., event...] for each name; their preimages
+            too where it keeps them.
+    """
+    means, stds = [], []
+    for coordinates in local.coordinates:
+        moments = None
+        if coordinates.is_identity:
+            moments = normal_moments([nodes[coordinates.name] for nodes in runs])
+        if moments is None:
+            # Draws outside of the support have no coordinates, which are not finite.
+            mean, std = middle_moments(coordinates.rows(coordinates.unconstrained(values)))
+        else:
+            mean, std = (coordinates.rows(m.unsqueeze(0))[0] for m in moments)
+        means.append(mean)
+        stds.append(std)
+    return local.family.initial(torch.cat(means, -1), torch.cat(stds, -1))
 
 
 def rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tensor:
