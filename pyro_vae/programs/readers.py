@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-__all__ = ["BatchReader", "RowReader", "read_all", "reader_of"]
+__all__ = ["RowReader", "read_all", "tensors_of"]
 
 
 class RowReader:
@@ -38,37 +37,6 @@ class RowReader:
         """Return some rows, all by default, as PyTorch's loaders collate them."""
         numbers = range(self.num_data) if index is None else index.tolist()
         return default_collate([self._dataset[i] for i in numbers])
-
-
-class BatchReader:
-    """Reads the batches of a loader, in the order in which it gives them.
-
-    Attributes:
-        num_data: rows in all; None where the loader does not know.
-        num_batches: batches of an epoch; None likewise.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-        try:
-            self.num_batches: int | None = len(loader)
-            self.num_data: int | None = len(loader.dataset)  # type: ignore[arg-type]
-        except TypeError:  # of an IterableDataset without a length
-            self.num_batches = self.num_data = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
-
-
-def reader_of(data: Any, batch_size: int, drop_last: bool) -> RowReader | BatchReader | None:
-    """Return what reads a dataset or a loader; None for other data, which are there already."""
-    if isinstance(data, DataLoader):
-        return BatchReader(data)
-    if isinstance(data, IterableDataset):
-        return BatchReader(DataLoader(data, batch_size=batch_size, drop_last=drop_last))
-    if isinstance(data, Dataset) and tensors_of(data) is None:
-        return RowReader(data)
-    return None
 
 
 def tensors_of(data: Any) -> tuple[Tensor, ...] | None:

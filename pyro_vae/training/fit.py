@@ -36,7 +36,7 @@ from pyro_vae.programs.state import (
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.schedules import shortfall
 from pyro_vae.training import checkpoints
-from pyro_vae.training.minibatches import TrainingData, mean_elbo
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.steps import NonFiniteLossError, TrainingSteps
 from pyro_vae.training.traced_loss import TracedLoss
@@ -207,7 +207,7 @@ def fit(
     training = TrainingData(
         model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
     )
-    validation = None if validation_data is None else training.validation(model, validation_data)
+    validation = None if validation_data is None else training.validation(validation_data)
     with (
         one_thread(),
         preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext(),
@@ -389,7 +389,7 @@ class _Trainer:
 
     def _epoch(self, bar: Any, max_steps: int | None) -> Epoch:
         state, before, begin = self.state, self.state.elapsed, time.perf_counter()
-        elbos: list[tuple[float, int]] = []
+        elbos: list[MinibatchELBO] = []
 
         def read() -> None:
             elbos.extend(self.data.elbo(*scored) for scored in self.steps.read())

@@ -123,7 +123,7 @@ class TrainingSteps:
         objective: Any = loss  # of which Pyro's base class has no methods
 
         def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-            drawn = data.drawn(Batch(args, kwargs))
+            drawn = data.source.drawn(Batch(args, kwargs))
             return objective.loss_and_grads(model, guide, *drawn.args, **drawn.kwargs)
 
         self._traced = TracedLoss(
@@ -132,7 +132,7 @@ class TrainingSteps:
             compile=compile,
             state=loss if isinstance(loss, Objective) else None,
             checked=True,
-            owners=(*data.owners, loss),
+            owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
         )
         self._unread: list[_Taken] = []
@@ -265,7 +265,7 @@ class TrainingSteps:
         self.taken += 1
         if queued and failed is not None:
             outcome = torch.stack([_double(loss, failed.device), failed.double()])
-            kept = batch if self.data.streamed else None
+            kept = batch if self.data.source.streamed else None
             taken = _Taken(self.taken, index, batch.size, kept, start, outcome)
             self._unread.append(taken)
 
@@ -288,7 +288,7 @@ class TrainingSteps:
         for step, (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
                 self.taken = step.number - 1
-                batch = self.data.minibatch(step.index) if step.batch is None else step.batch
+                batch = self.data.source.minibatch(step.index) if step.batch is None else step.batch
                 sites = self._non_finite_sites(step.index, batch, step.random_state)
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
                 raise self._failure(what, sites)
@@ -325,7 +325,7 @@ class TrainingSteps:
         set_random_state(random_state)
         try:
             with self.data.rows(index):
-                return non_finite_sites(self.model, self.guide, self.data.drawn(batch))
+                return non_finite_sites(self.model, self.guide, self.data.source.drawn(batch))
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller tells of that one
 

@@ -22,6 +22,7 @@ from pyro_vae.compiler.graph import Graph, trace
 from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.schedules import LinearWarmup
 from pyro_vae.training import steps as training_step
+from pyro_vae.training.minibatches import TrainingData
 
 LAUNCHED_ONE_BY_ONE = "launched one by one"
 
@@ -451,7 +452,7 @@ def test_a_loss_of_one_number_in_a_vector(device):
     model, guide = make_pair()
     steps = training_step.TrainingSteps(
         *(model, guide),
-        pv.minibatches.TrainingData(model, guide, make_data(), 8, None, None),
+        TrainingData(model, guide, make_data(), 8, None, None),
         pv.ELBO(),
         None,
         None,
@@ -470,7 +471,7 @@ def test_other_optimizers_are_read_at_each_step(device):
     model, guide = make_pair()
     steps = training_step.TrainingSteps(
         *(model, guide),
-        pv.minibatches.TrainingData(model, guide, make_data(), 8, None, None),
+        TrainingData(model, guide, make_data(), 8, None, None),
         pv.ELBO(),
         lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
         None,

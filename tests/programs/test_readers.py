@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae.programs.readers import BatchReader, RowReader, reader_of
+from pyro_vae.programs.readers import RowReader
+from pyro_vae.training.data_source import DataSource, source_of
 
 X = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +72,7 @@ def test_rows_of_a_dataset_are_those_of_its_tensor():
 
 def test_a_subset_of_tensors_is_taken_at_once():
     subset = Subset(TensorDataset(X), range(30))
-    assert reader_of(subset, 20, False) is None
+    assert type(source_of(subset, 20, None, False)) is DataSource
     assert fit(subset).history["elbo"] == pytest.approx(fit(X[:30]).history["elbo"], rel=1e-6)
 
 
@@ -92,9 +93,9 @@ def test_rows_that_are_drawn_anew_are_read_anew():
 def test_the_batches_of_a_loader_are_the_minibatches(data, steps, per_epoch):
     result = fit(data)
     assert result.steps == steps
-    reader = reader_of(data, 20, False)
-    assert isinstance(reader, BatchReader)
-    assert reader.num_batches == per_epoch
+    source = source_of(data, 20, None, False)
+    assert source.streamed
+    assert source.num_batches(20, False) == per_epoch
 
 
 def test_a_loader_s_elbo_is_of_each_datum():

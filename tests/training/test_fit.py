@@ -21,7 +21,7 @@ import pyro_vae as pv
 from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.schedules import Constant, Cyclical, LinearWarmup, Schedule
 from pyro_vae.training import checkpoints
-from pyro_vae.training.minibatches import mean_elbo
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from tests.models import factor_analysis
 
 HISTORY = [
@@ -654,9 +654,9 @@ def test_history_and_callbacks():
 
 def test_the_mean_over_minibatches_by_hand():
     """Sizes weigh: 30 data at 1 nat and 10 at 5 have the mean 2."""
-    assert mean_elbo([(1.0, 10), (3.0, 10)]) == pytest.approx((2.0, 1.0))
+    assert mean_elbo([MinibatchELBO(1.0, 10), MinibatchELBO(3.0, 10)]) == pytest.approx((2.0, 1.0))
     # sqrt(((1 - 2) * 30)^2 + ((5 - 2) * 10)^2) * sqrt(2 / 1) / 40
-    assert mean_elbo([(1.0, 30), (5.0, 10)]) == pytest.approx((2.0, 1.5))
+    assert mean_elbo([MinibatchELBO(1.0, 30), MinibatchELBO(5.0, 10)]) == pytest.approx((2.0, 1.5))
 
 
 def test_a_single_step_has_no_standard_error():
@@ -1269,7 +1269,7 @@ def test_a_loader_s_minibatch_of_one_datum_under_batch_norm():
 
 def test_without_the_last_minibatch_each_epoch_leaves_out_others():
     x = make_data(41)
-    data = pv.minibatches.TrainingData(model, make_guide(x), x, 20, None, None, drop_last=True)
+    data = TrainingData(model, make_guide(x), x, 20, None, None, drop_last=True)
     epochs = [torch.cat([index for index, _ in data.epoch()]) for _ in range(2)]
     assert all(len(rows.unique()) == 40 for rows in epochs)
     assert data.steps_per_epoch == 2

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
 
 NUM_DATA, BATCH_SIZE = 50, 16  # the last minibatch has two data
 STATED = "shared by all data"
@@ -174,7 +175,7 @@ def test_without_global_latents_nothing_is_scaled():
     guide = pv.LocalGuide(local, num_data=NUM_DATA, example=x)
     result = pv.fit(local, guide, x, batch_size=16, epochs=1, compile=False, progress=False)
     assert result.steps == 4
-    data = pv.minibatches.TrainingData(local, guide, x, 16, None, None)
+    data = TrainingData(local, guide, x, 16, None, None)
     assert data.full_size(local) is local
 
 
@@ -206,7 +207,7 @@ def test_a_fixed_scale_of_the_minibatch_is_the_model_s_own():
             z = pyro.sample("z", dist.Normal(mu, 1.0))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    data = pv.minibatches.TrainingData(model, guide_of("scale"), make_data(), 16, None, None)
+    data = TrainingData(model, guide_of("scale"), make_data(), 16, None, None)
     assert data.full_size(data) is data
 
 
@@ -221,8 +222,8 @@ def test_nobody_says_how_many_data_there_are():
 
 def test_a_loader_knows_how_many():
     loader = DataLoader(TensorDataset(make_data()), batch_size=16)
-    data = pv.minibatches.TrainingData(model_of("len"), guide_of("len"), loader, 128, None, None)
-    assert data.elbo(NUM_DATA * math.pi, 16) == (-math.pi, 16)
+    data = TrainingData(model_of("len"), guide_of("len"), loader, 128, None, None)
+    assert data.elbo(NUM_DATA * math.pi, 16) == MinibatchELBO(-math.pi, 16)
 
 
 def test_compiled_svi_does_not_know_and_stays_as_svi():
@@ -253,11 +254,11 @@ def test_a_factor_that_is_scaled_by_hand(divides, alone):
 
     if divides and alone:
         with pytest.raises(ValueError, match=r"shared by all data.* but not \['z'\]"):
-            pv.minibatches.TrainingData(model, guide_of("len"), make_data(), 16, None, None)
+            TrainingData(model, guide_of("len"), make_data(), 16, None, None)
         return
-    data = pv.minibatches.TrainingData(model, guide_of("len"), make_data(), 16, None, None)
+    data = TrainingData(model, guide_of("len"), make_data(), 16, None, None)
     assert (data.full_size(model) is model) == divides
-    assert data.elbo(NUM_DATA * 2.0, 16) == (-2.0, 16)
+    assert data.elbo(NUM_DATA * 2.0, 16) == MinibatchELBO(-2.0, 16)
 
 
 @pytest.mark.parametrize("left", ["z", "y"])

@@ -1,0 +1,245 @@
+"""The kinds of training data: at hand, drawn anew by epoch or step, read by rows or in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
+from pyro_vae.programs.readers import RowReader, tensors_of
+from pyro_vae.programs.state import preserved_rng
+
+__all__ = ["DataSource", "source_of"]
+
+_CPU = torch.device("cpu")
+
+
+class DataSource:
+    """Data that are at hand. A subclass for each other kind overrides what is different there.
+
+    Attributes:
+        batch: all the data; the part that is looked at first where they are not at hand.
+        num_data: how many there are; None where no tensor has rows, or a loader does not know.
+        seen: whether ``batch`` is all that training will ever see.
+        streamed: whether minibatches come as a loader gives them, and cannot be read again.
+        owners: objects whose attributes a step depends on.
+    """
+
+    seen = True
+    streamed = False
+    owners: tuple[Any, ...] = ()
+
+    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
+        self._data, self._device = data, device
+        self.batch = self._first(batch_size)
+        self.num_data = self._count()
+        self._now = self.batch  # the present epoch's
+
+    def _first(self, batch_size: int) -> Batch:
+        return self.made(self._data)
+
+    def _count(self) -> int | None:
+        return self.batch.size
+
+    def made(self, data: Any) -> Batch:
+        """Return data as a batch, on the device of training."""
+        batch = as_batch(data)
+        return batch if self._device is None else batch.to(self._device)
+
+    def some(self, count: int) -> Batch:
+        """Return the first rows, as many of them as there are; a loader's whole first batch."""
+        return self.batch.rows(slice(0, count))
+
+    def all(self) -> Batch:
+        """Return all rows; a loader's first batch."""
+        return self.batch
+
+    def drawn(self, batch: Batch) -> Batch:
+        """Return what model and guide get of a minibatch.
+
+        Raises:
+            ValueError: where another number of data was drawn for it.
+        """
+        return batch
+
+    def example(self, batch: Batch) -> Batch:
+        """Return what model and guide get of a minibatch, by random numbers of its own."""
+        return batch
+
+    def num_batches(self, batch_size: int, drop_last: bool) -> int | None:
+        """Return how many minibatches an epoch has; None where a loader does not know."""
+        if self.num_data is None:
+            return 1
+        count, last = divmod(self.num_data, batch_size)
+        return count + (last > 0 and not drop_last)
+
+    def epoch(
+        self, batch_size: int | None, drop_last: bool
+    ) -> Iterator[tuple[Tensor | None, Batch]]:
+        """Yield the minibatches of an epoch, shuffled, each with its rows.
+
+        Args:
+            batch_size: None for all data at once, in their order: their rows are None then.
+            drop_last: whether to leave out a last minibatch that is smaller.
+
+        Raises:
+            ValueError: where a loader gives none.
+        """
+        size = self._renew(whole=batch_size is None)
+        if batch_size is None or size is None:
+            yield None, self._now
+            return
+        # Sent to the device at once: to send each part would be to wait for the step before.
+        order = torch.randperm(size).to(self._now.device)
+        for index in order.split(batch_size):
+            if drop_last and index.shape[0] < batch_size:
+                break
+            yield index, self.minibatch(index)
+
+    def _renew(self, *, whole: bool) -> int | None:
+        """Prepare the data of an epoch; return how many there are."""
+        return self._now.size
+
+    def minibatch(self, index: Tensor | None) -> Batch:
+        """Return these rows of the present epoch's data; None for all of them."""
+        return self._now if index is None else self._now.rows(index)
+
+
+class _DrawnByEpoch(DataSource):
+    def _first(self, batch_size: int) -> Batch:
+        # The epochs to come have generators of their own.
+        return self.made(self._data.epoch(torch.Generator().manual_seed(0)))
+
+    def _renew(self, *, whole: bool) -> int | None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
+        self._now = self.made(self._data.epoch(generator))
+        return self._now.size
+
+
+class _DrawnByStep(DataSource):
+    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
+        super().__init__(data, batch_size, device)
+        self.owners = (data, data.draw)
+
+    def _first(self, batch_size: int) -> Batch:
+        return self.made(self._data.source)
+
+    def drawn(self, batch: Batch) -> Batch:
+        drawn = as_batch(self._data.draw(*batch.args, **batch.kwargs))
+        if drawn.size != batch.size:
+            raise ValueError(
+                f"{type(self._data).__name__}.draw was given {batch.size} data and returned "
+                f"{drawn.size}"
+            )
+        return drawn
+
+    def example(self, batch: Batch) -> Batch:
+        copy = batch.repeat(1)
+        tensors = [t for t in (*copy.args, *copy.kwargs.values()) if isinstance(t, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        with preserved_rng(batch.device):
+            torch.manual_seed(0)
+            drawn = self.drawn(copy)
+        if [tensor._version for tensor in tensors] != versions:
+            raise ValueError(
+                f"{type(self._data).__name__}.draw writes to the minibatch that it is given, "
+                "which is the data themselves; return a new tensor"
+            )
+        return drawn
+
+
+class _ReadByRows(DataSource):
+    seen = False
+    _data: RowReader
+
+    def _first(self, batch_size: int) -> Batch:
+        return self.some(batch_size)
+
+    def _count(self) -> int:
+        return self._data.num_data
+
+    def some(self, count: int) -> Batch:
+        with preserved_rng(_CPU):  # a dataset may draw
+            return self.made(self._data.read(torch.arange(min(count, self._data.num_data))))
+
+    def all(self) -> Batch:
+        return self.some(self._data.num_data)
+
+    def _renew(self, *, whole: bool) -> int:
+        if whole:
+            self._now = self.made(self._data.read())
+        return self._data.num_data
+
+    def minibatch(self, index: Tensor | None) -> Batch:
+        return self._now if index is None else self.made(self._data.read(index))
+
+
+class _Streamed(DataSource):
+    seen = False
+    streamed = True
+    _data: DataLoader[Any]
+
+    def _first(self, batch_size: int) -> Batch:
+        with preserved_rng(_CPU):
+            first = next(iter(self._data), None)
+        if first is None:
+            raise ValueError("the data are empty: their loader gives no batch")
+        return self.made(first)
+
+    def _count(self) -> int | None:
+        self._num_batches: int | None = None
+        try:
+            self._num_batches = len(self._data)
+            return len(self._data.dataset)  # type: ignore[arg-type]
+        except TypeError:  # of an IterableDataset without a length
+            return None
+
+    def some(self, count: int) -> Batch:
+        return self.batch
+
+    def num_batches(self, batch_size: int, drop_last: bool) -> int | None:
+        return self._num_batches
+
+    def epoch(self, batch_size: int | None, drop_last: bool) -> Iterator[tuple[None, Batch]]:
+        empty = True
+        for read in self._data:
+            empty = False
+            yield None, self.made(read)
+        if empty:
+            raise ValueError(
+                "the data gave no batch in this epoch: a loader, or an IterableDataset, must give "
+                "its rows anew each time it is iterated over"
+            )
+
+
+def source_of(
+    data: Any, batch_size: int, device: torch.device | str | None, drop_last: bool
+) -> DataSource:
+    """Return where minibatches of a user's training data come from.
+
+    Args:
+        data: as in :func:`pyro_vae.fit`.
+        batch_size: data in a minibatch.
+        device: where batches go; None leaves them.
+        drop_last: whether an IterableDataset's last minibatch is left out if it is smaller.
+
+    Raises:
+        ValueError: for data that are empty.
+        TypeError: for what is no data.
+    """
+    kind: type[DataSource] = DataSource
+    if isinstance(data, StepData):
+        kind = _DrawnByStep
+    elif isinstance(data, EpochData):
+        kind = _DrawnByEpoch
+    elif isinstance(data, DataLoader | IterableDataset):
+        kind = _Streamed
+        if not isinstance(data, DataLoader):
+            data = DataLoader(data, batch_size=batch_size, drop_last=drop_last)
+    elif isinstance(data, Dataset) and tensors_of(data) is None:
+        kind, data = _ReadByRows, RowReader(data)
+    return kind(data, batch_size, device)
