@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypedDict
 
 import pyro
 import torch
@@ -22,6 +22,7 @@ from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
 __all__ = [
     "FirstValues",
     "Look",
+    "RandomState",
     "as_in_training",
     "batch_norms",
     "call_network",
@@ -31,6 +32,7 @@ __all__ = [
     "one_thread",
     "preserved_rng",
     "random_state",
+    "seeded",
     "set_random_state",
     "unwrapped",
 ]
@@ -285,6 +287,17 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Draw by a seed, and leave the random state as it was found; None draws from that state."""
+    if seed is None:
+        yield
+        return
+    with preserved_rng(device):
+        torch.manual_seed(seed)
+        yield
+
+
 def call_network(network: Any, args: Any, kwargs: Any) -> Any:
     """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
     # Of a class: TorchScript's modules have a descriptor there, and functions nothing.
@@ -295,13 +308,20 @@ def call_network(network: Any, args: Any, kwargs: Any) -> Any:
         return network(*args, **kwargs)
 
 
-def random_state() -> dict[str, Any]:
+class RandomState(TypedDict):
+    """The state of torch's random number generators: of the CPU, and of each device in use."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+
+def random_state() -> RandomState:
     """Return the state of torch's random number generators, of all devices in use."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Put back what :func:`random_state` returned; on a machine without CUDA, the CPU's."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():

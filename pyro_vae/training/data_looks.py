@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
-from pyro_vae.programs.row_guide import RowGuide
-from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.observed import unvalidated
+from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.readers import RowReader, tensors_of
-from pyro_vae.programs.state import preserved_rng
+from pyro_vae.programs.state import preserved_rng, seeded
 
 __all__ = ["DataSource", "source_of"]
 
@@ -141,8 +141,7 @@ class _DrawnByStep(DataSource):
         copy = batch.repeat(1)
         tensors = [t for t in (*copy.args, *copy.kwargs.values()) if isinstance(t, Tensor)]
         versions = [tensor._version for tensor in tensors]
-        with preserved_rng(batch.device):
-            torch.manual_seed(0)
+        with seeded(batch.device, 0):
             drawn = self.drawn(copy)
         if [tensor._version for tensor in tensors] != versions:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import pyro.infer
 import torch
@@ -21,27 +20,26 @@ from tqdm.auto import tqdm
 from pyro_vae.compiler.arguments import check_compile
 from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
-from pyro_vae.programs.batch import Batch, EpochData, StepData
+from pyro_vae.programs.batch import EpochData, StepData
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import (
-    Look,
-    evaluation,
     module_of,
     one_thread,
-    preserved_rng,
     random_state,
+    seeded,
     set_random_state,
 )
-from pyro_vae.programs.traces import non_finite_sites
+from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.schedules import shortfall
 from pyro_vae.training import checkpoints
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
-from pyro_vae.training.result import FitResult
-from pyro_vae.training.steps import NonFiniteLossError, TrainingSteps
-from pyro_vae.training.traced_loss import TracedLoss
+from pyro_vae.training.parameters import State
+from pyro_vae.training.result import Epoch, FitResult, FitStop
+from pyro_vae.training.steps import TrainingSteps
+from pyro_vae.training.validation import Validation
 
-__all__ = ["Epoch", "fit"]
+__all__ = ["fit"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,29 +55,13 @@ _HISTORY = (
     "beta",
 )
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """What a callback of :func:`fit` is told at the end of an epoch.
-
-    Attributes:
-        epoch: counted from 1.
-        step: optimizer steps so far.
-        elbo: mean over the epoch, in nats per datum.
-        validation_elbo: in nats per datum; nan without validation data.
-        elapsed: seconds of training and validation so far.
-    """
-
-    epoch: int
-    step: int
-    elbo: float
-    validation_elbo: float
-    elapsed: float
+# Called after each epoch; one that returns True ends training.
+Callback: TypeAlias = Callable[[Epoch], bool | None] | LRScheduler
 
 
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     data: Any,
     *,
     loss: pyro.infer.ELBO | None = None,
@@ -92,11 +74,11 @@ def fit(
     patience: int | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    callbacks: Iterable[Callable[[Epoch], bool | None] | LRScheduler] = (),
-    data_plate: str | bool | None = None,
+    callbacks: Iterable[Callback] = (),
+    data_plate: DataPlate = None,
     drop_last: bool = False,
 ) -> FitResult:
     """Train a model/guide pair by stochastic variational inference.
@@ -182,72 +164,82 @@ def fit(
         'epochs'
     """
     batch_size = as_count("batch_size", batch_size)
-    epochs, max_steps, patience = (
-        None if value is None else as_count(name, value)
-        for name, value in {"epochs": epochs, "max_steps": max_steps, "patience": patience}.items()
-    )
-    _check_arguments(patience, validation_data, compile, checkpoint)
-    if epochs is None and max_steps is None:
-        epochs = _DEFAULT_EPOCHS
-    if isinstance(guide, RowGuide) and isinstance(data, (DataLoader, IterableDataset)):
-        raise ValueError(
-            f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
-            "does not say; pass tensors, or a torch Dataset with a length"
-        )
-    if validation_data is not None and isinstance(guide, RowGuide):
-        raise ValueError(
-            "validation_data: a LocalGuide has parameters for the training data alone; "
-            "use an AmortizedGuide, or leave validation_data out"
-        )
-    for module in (module_of(model), module_of(guide)):
-        if device is not None and module is not None:
+    limits = _Limits.of(epochs, max_steps, patience)
+    _check_data(guide, data, validation_data, patience)
+    loss = _check_loss(loss)
+    _check_schedule(schedule)
+    check_compile(compile)
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
+    for module in filter(None, map(module_of, (model, guide))):
+        if device is not None:
             module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
-    as_svi = loss is not None and not isinstance(loss, Objective)
+    as_svi = not isinstance(loss, Objective)
     training = TrainingData(
         model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
     )
-    validation = None if validation_data is None else training.validation(validation_data)
-    with (
-        one_thread(),
-        preserved_rng(training.batch.device) if seed is not None else contextlib.nullcontext(),
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
-        trainer = _Trainer(model, guide, training, validation, loss, optim, schedule, seed, compile)
-        trainer.callbacks = list(callbacks)
-        if checkpoint is not None and os.path.exists(checkpoint):
-            trainer.resume(checkpoint)
-        stopped_by = trainer.run(epochs, max_steps, patience, checkpoint, progress)
+    held_out = None if validation_data is None else training.validation(validation_data)
+    with one_thread(), seeded(training.batch.device, seed):
+        steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile)
+        validation = None if held_out is None else Validation(steps, held_out, seed)
+        trainer = _Trainer(steps, validation, callbacks, checkpoint)
+        stopped_by = trainer.run(limits, progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
     return trainer.result(stopped_by)
 
 
-def _check_arguments(
-    patience: int | None,
-    validation_data: Any,
-    compiled: str | bool,
-    checkpoint: str | os.PathLike[str] | None,
-) -> None:
-    if patience is not None and validation_data is None:
+def _check_data(guide: Program, data: Any, validation_data: Any, patience: int | None) -> None:
+    """Raise ValueError or TypeError for data that do not go with the guide, or with patience."""
+    rows = isinstance(guide, RowGuide)
+    if rows and isinstance(data, (DataLoader, IterableDataset)):
         raise ValueError(
-            "patience counts epochs without a better validation ELBO: give validation_data"
+            f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
+            "does not say; pass tensors, or a torch Dataset with a length"
         )
-    if isinstance(validation_data, (int, float)):
+    if validation_data is None:
+        if patience is not None:
+            raise ValueError(
+                "patience counts epochs without a better validation ELBO: give validation_data"
+            )
+    elif rows:
+        raise ValueError(
+            "validation_data: a LocalGuide has parameters for the training data alone; "
+            "use an AmortizedGuide, or leave validation_data out"
+        )
+    elif isinstance(validation_data, (int, float)):
         raise TypeError(
             f"validation_data={validation_data!r}: data are needed, like those to train on; split "
             "them before, as in x[:800], x[800:]"
         )
-    if isinstance(validation_data, (EpochData, StepData)):
+    elif isinstance(validation_data, (EpochData, StepData)):
         raise ValueError(
             "validation_data is drawn anew each time, so that epochs could not be compared; pass "
             "one draw of it: of StochasticBinarization, validation_data.fixed(seed=0)"
         )
-    check_compile(compiled)
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
+
+
+def _check_loss(loss: Any) -> Any:
+    """Return the loss, ELBO() by default; raise TypeError for what is none."""
+    if loss is None:
+        return ELBO()
+    if not isinstance(loss, pyro.infer.ELBO):
+        raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
+    if isinstance(loss, pyro.infer.ReweightedWakeSleep):
+        raise TypeError(
+            "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
+        )
+    return loss
+
+
+def _check_schedule(schedule: Any) -> None:
+    if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
+        raise TypeError(
+            f"schedule={schedule!r}: a function from a step to the factor is needed; one "
+            "factor for all steps is pyro_vae.schedules.Constant(beta)"
+        )
 
 
 @dataclass
@@ -262,82 +254,71 @@ class _Progress:
     history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """When training ends at the latest: after so many epochs, steps, epochs without a gain."""
+
+    epochs: int | None
+    max_steps: int | None
+    patience: int | None
+
+    @classmethod
+    def of(cls, epochs: Any, max_steps: Any, patience: Any) -> _Limits:
+        """Return the limits that a user gave; raise ValueError for what is no whole number."""
+        if epochs is None and max_steps is None:
+            epochs = _DEFAULT_EPOCHS
+        given = {"epochs": epochs, "max_steps": max_steps, "patience": patience}
+        return cls(**{n: None if v is None else as_count(n, v) for n, v in given.items()})
+
+    def steps(self, per_epoch: int | None) -> int | None:
+        """Return how many steps training has at most; None where that is not known."""
+        counts = [] if self.max_steps is None else [self.max_steps]
+        if self.epochs is not None and per_epoch is not None:
+            counts.append(self.epochs * per_epoch)
+        return min(counts, default=None)
+
+    def reached(self, progress: _Progress) -> FitStop | None:
+        """Return which limit training has come to, if any."""
+        counts: dict[FitStop, tuple[int, int | None]] = {
+            "max_steps": (progress.step, self.max_steps),
+            "epochs": (progress.epoch, self.epochs),
+            "patience": (progress.epoch - progress.best_epoch, self.patience),
+        }
+        ended = (name for name, (n, limit) in counts.items() if limit is not None and n >= limit)
+        return next(ended, None)
+
+
 class _Trainer:
+    """The loop over epochs: steps, validation, callbacks, checkpoint."""
+
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        data: TrainingData,
-        validation: Batch | None,
-        loss: pyro.infer.ELBO | None,
-        optim: Any,
-        schedule: Callable[[int], float] | None,
-        seed: int | None,
-        compiled: str | bool,
-    ) -> None:
-        self.model, self.guide = model, guide
-        self.data, self.validation = data, validation
-        self.loss: Any = ELBO() if loss is None else loss
-        if not isinstance(self.loss, pyro.infer.ELBO):
-            raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
-        if isinstance(loss, pyro.infer.ReweightedWakeSleep):
-            raise TypeError(
-                "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
-            )
-        self.schedule: Any = schedule
-        if schedule is not None and (isinstance(schedule, type) or not callable(self.schedule)):
-            raise TypeError(
-                f"schedule={schedule!r}: a function from a step to the factor is needed; one "
-                "factor for all steps is pyro_vae.schedules.Constant(beta)"
-            )
-        self.seed = seed
-        self.steps = TrainingSteps(model, guide, data, self.loss, optim, schedule, compiled)
-        # Validation is too little of a run for a second compilation to pay.
-        how = "replay" if compiled == "auto" else compiled
-        objective: Any = self.loss  # of which Pyro's base class has no methods
-        self._validated = TracedLoss(
-            *self.steps.pair, objective.loss, compile=how, modes=False, owners=(self.loss,)
-        )
-        self.state = _Progress()
-        self.callbacks: list[Any] = []
-        self.best: Any = None  # at the end of the one that validated best
-
-    # --- the loop
-
-    def run(
-        self,
-        epochs: int | None,
-        max_steps: int | None,
-        patience: int | None,
+        steps: TrainingSteps,
+        validation: Validation | None,
+        callbacks: Iterable[Callback],
         checkpoint: str | os.PathLike[str] | None,
-        progress: bool,
-    ) -> str:
+    ) -> None:
+        self.steps, self.validation = steps, validation
+        self.callbacks, self.checkpoint = list(callbacks), checkpoint
+        self.state = _Progress()
+        self.best: State | None = None  # at the end of the epoch that validated best
+        self._unsaved = False
+        if checkpoint is not None and os.path.exists(checkpoint):
+            self._resume(checkpoint)
+
+    def run(self, limits: _Limits, progress: bool) -> FitStop:
         """Train; return what ended it, and leave the best parameters in place."""
-        per_epoch = self.data.steps_per_epoch
-        by_epochs = None if epochs is None or per_epoch is None else epochs * per_epoch
-        total = min((n for n in (max_steps, by_epochs) if n is not None), default=None)
-        if total is not None:
-            self._expect(total)
-        unsaved = False
+        total = limits.steps(self.steps.data.steps_per_epoch)
+        self._expect(total)
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
-                while (stopped_by := self._ended(epochs, max_steps, patience)) is None:
-                    epoch = self._epoch(bar, max_steps)
-                    unsaved = checkpoint is not None
-                    ended = self._call_back(epoch)
-                    # After them, for what they set (a learning rate) is part of what goes on.
-                    if checkpoint is not None:
-                        checkpoints.save(self._content(), checkpoint)
-                        unsaved = False
-                    if ended:
-                        stopped_by = "callback"
-                        break
+                stopped_by = self._loop(limits, bar)
             except KeyboardInterrupt:
                 stopped_by = "interrupted"
                 self.steps.read()
                 self.state.step = self.steps.taken
-                if unsaved and checkpoint is not None:  # in a callback: the epoch is whole
-                    checkpoints.save(self._content(), checkpoint)
+                if self._unsaved:  # in a callback: the epoch is whole
+                    self._save()
         self.steps.drop_gradients()
         kept = f"step {self.state.step}"
         if self.best is not None:
@@ -349,9 +330,73 @@ class _Trainer:
                 self.state.step,
                 kept,
             )
-        if told := shortfall(self.schedule, self.state.step):
-            logger.warning("training ended (%s) at %s", stopped_by, told)
+        if text := shortfall(self.steps.schedule, self.state.step):
+            logger.warning("training ended (%s) at %s", stopped_by, text)
         return stopped_by
+
+    def _expect(self, total: int | None) -> None:
+        """Prepare for so many steps in all, and warn of a schedule that is longer."""
+        if total is None:
+            return
+        self.steps.expect(total)
+        if self.validation is not None:
+            self.validation.expect(math.ceil(total / (self.steps.data.steps_per_epoch or total)))
+        if total > self.state.step and (text := shortfall(self.steps.schedule, total)):
+            logger.warning("training will end by %s", text)
+
+    def _loop(self, limits: _Limits, bar: tqdm[NoReturn]) -> FitStop:
+        while (stopped_by := limits.reached(self.state)) is None:
+            epoch = self._epoch(bar, limits.max_steps)
+            self._unsaved = self.checkpoint is not None
+            ended = self._call_back(epoch)
+            # After them, because what they set (a learning rate) is part of what goes on.
+            self._save()
+            if ended:
+                return "callback"
+        return stopped_by
+
+    def _epoch(self, bar: tqdm[NoReturn], max_steps: int | None) -> Epoch:
+        state, begin = self.state, time.perf_counter() - self.state.elapsed
+        elbos: list[MinibatchELBO] = []
+
+        def read() -> None:
+            elbos.extend(self.steps.read())
+            bar.update(self.steps.taken - state.step)
+            state.step = self.steps.taken
+            # At each step, because the time of an epoch that is broken off counts too.
+            state.elapsed = time.perf_counter() - begin
+            bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
+
+        for index, batch in self.steps.data.epoch():
+            self.steps.take(index, batch)
+            if self.steps.due:
+                read()
+            if max_steps is not None and self.steps.taken >= max_steps:
+                break
+        read()
+        beta = self.steps.factor  # before validation, which has none
+        elbo, elbo_error = mean_elbo(elbos)
+        validation, error = (
+            (math.nan, math.nan) if self.validation is None else self.validation.score()
+        )
+        self.steps.remember()
+        state.epoch += 1
+        state.elapsed = time.perf_counter() - begin
+        row = (state.epoch, state.step, elbo, elbo_error, validation, error, beta)
+        for name, value in zip(_HISTORY, row, strict=True):
+            state.history[name].append(value)
+        if self.validation is None:
+            state.best_epoch = state.epoch
+        elif validation > state.best_elbo:
+            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
+        bar.set_postfix(self._postfix(elbo), refresh=True)
+        return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
+
+    def _postfix(self, elbo: float) -> dict[str, str]:
+        shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
+        if self.state.epoch and self.validation is not None:
+            shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
+        return shown
 
     def _call_back(self, epoch: Epoch) -> bool:
         """Call all callbacks; return whether one of them ends training."""
@@ -368,132 +413,28 @@ class _Trainer:
             self.steps.last = self.steps.parameters.state()  # which they may have changed
         return any(answers)
 
-    def _expect(self, total: int) -> None:
-        """Prepare for so many steps in all, and say what they will be too few for."""
-        self.steps.expect(total)
-        if self.validation is not None:
-            parts = sum(1 for _ in self.data.parts(self.validation))
-            self._validated.steps = parts * math.ceil(total / (self.data.steps_per_epoch or total))
-        if total > self.state.step and (told := shortfall(self.schedule, total)):
-            logger.warning("training will end by %s", told)
-
-    def _ended(self, epochs: int | None, max_steps: int | None, patience: int | None) -> str | None:
-        state = self.state
-        if max_steps is not None and state.step >= max_steps:
-            return "max_steps"
-        if epochs is not None and state.epoch >= epochs:
-            return "epochs"
-        if patience is not None and state.epoch - state.best_epoch >= patience:
-            return "patience"
-        return None
-
-    def _epoch(self, bar: Any, max_steps: int | None) -> Epoch:
-        state, before, begin = self.state, self.state.elapsed, time.perf_counter()
-        elbos: list[MinibatchELBO] = []
-
-        def read() -> None:
-            elbos.extend(self.data.elbo(*scored) for scored in self.steps.read())
-            bar.update(self.steps.taken - state.step)
-            state.step = self.steps.taken
-            # At each step, for the time of an epoch that is broken off counts too.
-            state.elapsed = before + time.perf_counter() - begin
-            bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
-
-        for index, batch in self.data.epoch():
-            self.steps.take(index, batch)
-            if self.steps.due:
-                read()
-            if max_steps is not None and self.steps.taken >= max_steps:
-                break
-        read()
-        beta = self.steps.factor  # before validation, which has none
-        (elbo, elbo_error), (validation, validation_error) = mean_elbo(elbos), self._validate()
-        self.steps.remember()
-        state.epoch += 1
-        state.elapsed = before + time.perf_counter() - begin
-        row = (state.epoch, state.step, elbo, elbo_error, validation, validation_error, beta)
-        for name, value in zip(_HISTORY, row, strict=True):
-            state.history[name].append(value)
-        if self.validation is None:
-            state.best_epoch = state.epoch
-        elif validation > state.best_elbo:
-            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
-        bar.set_postfix(self._postfix(elbo), refresh=True)
-        return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
-
-    def _postfix(self, elbo: float) -> dict[str, str]:
-        shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
-        if self.state.epoch and self.validation is not None:
-            shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
-        return shown
-
-    def _validate(self) -> tuple[float, float]:
-        if self.validation is None:
-            return math.nan, math.nan
-        elbos = []
-        self.steps.set_factor(1.0)
-        with (
-            torch.no_grad(),
-            evaluation(self.model, self.guide),
-            preserved_rng(self.validation.device),
-        ):
-            torch.manual_seed(0 if self.seed is None else self.seed)
-            start = 0
-            for batch in self.data.parts(self.validation):
-                elbos.append(self.data.elbo(self._validation_loss(batch, start), batch.size))
-                start += batch.size or 0
-        return mean_elbo(elbos)
-
-    def _validation_loss(self, batch: Batch, start: int) -> float:
-        """Return the loss of a part of the validation data, which begins at a row.
-
-        Raises:
-            NonFiniteLossError: where it is not finite, naming the rows.
-        """
-        with Look() as look:
-            loss = float(self._validated(*batch.args, **batch.kwargs))
-            if math.isfinite(loss):
-                return loss
-        step, sites_of = self.steps.taken, self._sites_not_finite(batch)
-        if look.error is not None and not sites_of:
-            look.error.add_note("in validation_data")
-            raise look.error
-        rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
-        sites = sorted(set().union(*sites_of.values()))
-        raise NonFiniteLossError(
-            f"validation_data: after step {step} the loss is not finite, in rows {rows} "
-            f"({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. Look at "
-            "these rows: rescale or leave them out, or bound the scale or logit there",
-            step,
-            sites,
-        ) from look.error
-
-    def _sites_not_finite(self, batch: Batch) -> dict[int, list[str]]:
-        """Return, by row of a batch, the sites that are not finite there."""
-        found = {}
-        for row in range(batch.size or 0):
-            with Look():
-                alone = batch.rows(slice(row, row + 1))
-                if sites := non_finite_sites(self.model, self.guide, alone):
-                    found[row] = sites
-        return found
-
     # --- checkpoints
 
-    def _content(self) -> dict[str, Any]:
-        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
-        return {
+    def _save(self) -> None:
+        """Write the checkpoint, if one is wanted."""
+        if self.checkpoint is None:
+            return
+        optimizer, loss = self.steps.optimizer, self.steps.loss
+        schedulers = checkpoints.schedulers_of(self.callbacks, optimizer)
+        content = {
             "schedulers": [scheduler.state_dict() for scheduler in schedulers],
             "last": self.steps.last,
             "best": self.best,
-            "optimizer": self.steps.optimizer.state_dict(),
-            "optimizer_type": type(self.steps.optimizer).__name__,
-            "loss": self.loss.state_dict() if isinstance(self.loss, Objective) else {},
+            "optimizer": optimizer.state_dict(),
+            "optimizer_type": type(optimizer).__name__,
+            "loss": loss.state_dict() if isinstance(loss, Objective) else {},
             "progress": dict(vars(self.state)),
             "random_state": random_state(),
         }
+        checkpoints.save(content, self.checkpoint)
+        self._unsaved = False
 
-    def resume(self, checkpoint: str | os.PathLike[str]) -> None:
+    def _resume(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint.
 
         Raises:
@@ -519,15 +460,15 @@ class _Trainer:
         self.steps.optimizer.load_state_dict(content["optimizer"])
         for scheduler, state in zip(schedulers, saved, strict=True):
             scheduler.load_state_dict(state)
-        if isinstance(self.loss, Objective):
-            self.loss.load_state_dict(content.get("loss", {}))
-        self.state = progress
+        if isinstance(self.steps.loss, Objective):
+            self.steps.loss.load_state_dict(content.get("loss", {}))
+        self.state, self.best = progress, content["best"]
         for name in _HISTORY:  # a column that an earlier version did not write is unknown
             self.state.history.setdefault(name, [math.nan] * self.state.epoch)
-        self.best = content["best"]
         set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
 
-    def result(self, stopped_by: str) -> FitResult:
+    def result(self, stopped_by: FitStop) -> FitResult:
+        """Return what was done."""
         state = self.state
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import TypeAlias
 
 import pyro
 import torch
@@ -21,10 +21,16 @@ from pyro_vae.programs.state import (
     preserved_rng,
 )
 from pyro_vae.programs.traces import trace_pair
+from pyro_vae.programs.types import Program
 
-__all__ = ["Parameters", "all_finite"]
+__all__ = ["Parameters", "State", "all_finite"]
 
 logger = logging.getLogger(__name__)
+
+
+# Tensors by name, by what holds them: "model" and "guide" (modules), "buffers" (of modules that
+# plain functions call) and "store" (Pyro's parameter store).
+State: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 
 class Parameters:
@@ -40,8 +46,8 @@ class Parameters:
 
     Attributes:
         trained: those that are not frozen, each once.
-        untold: by role ("model", "guide"), the names of parameters of modules that Pyro is not
-            told of; pyro.infer.SVI would not train them.
+        unregistered: by role ("model", "guide"), the names of parameters of modules that are not
+            registered with Pyro, which pyro.infer.SVI would not train.
         late: the names of those that the first step will initialize, in Pyro's store: until then
             others of their shape stand for them.
 
@@ -49,14 +55,14 @@ class Parameters:
         ValueError: where there is nothing to train.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> None:
+    def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
         self._pair, self._batch = (model, guide), batch
         self._modules: dict[str, nn.Module] = {}
-        for role, fn in (("model", model), ("guide", guide)):
-            module = module_of(fn)
+        for role, program in (("model", model), ("guide", guide)):
+            module = module_of(program)
             if module is not None and all(module is not other for other in self._modules.values()):
                 self._modules[role] = module
-        _tell_of_sharing(self._modules)
+        _warn_of_sharing(self._modules)
         self.find()
 
     def find(self) -> None:
@@ -65,28 +71,18 @@ class Parameters:
         called, statements = self._run()
         if statements.clash:  # a module may have taken up what the store has by its name
             called, statements = self._run()
-        held = {id(p): p for module in self._modules.values() for p in module.parameters()}
-        modules = [m for module in self._modules.values() for m in module.modules()]
-        modules += called.values()
-        told = sorted(statements.tensors(modules), key=lambda pair: pair[0])
+        roots = self._modules.values()
+        held = {id(p): p for root in roots for p in root.parameters()}
+        modules = [*(module for root in roots for module in root.modules()), *called]
+        registered = sorted(statements.tensors(modules), key=lambda pair: pair[0])
         self._stored: dict[str, Tensor] = {}
-        for name, tensor in told:
+        for name, tensor in registered:
             if id(tensor) not in held:
                 # A network of the model's and one of the guide's may have one name.
                 self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
-        of_modules = {id(p) for module in modules for p in module._parameters.values()}
-        self.late = tuple(
-            name
-            for name, tensor in self._stored.items()
-            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
-        )
-        self._find_buffers(called.values())
-        self.untold: dict[str, list[str]] = {}
-        for role, module in self._modules.items():
-            ids = {id(tensor) for _, tensor in told}
-            trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-            if names := [name for name, p in trained if id(p) not in ids]:
-                self.untold[role] = names
+        self.late = self._find_late(modules)
+        self._buffers = self._find_buffers(called)
+        self.unregistered = self._find_unregistered({id(tensor) for _, tensor in registered})
         found = {**held, **{id(p): p for p in self._stored.values()}}
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
@@ -96,7 +92,8 @@ class Parameters:
                 "is invisible to Pyro"
             )
 
-    def _run(self) -> tuple[dict[int, nn.Module], ParamStatements]:
+    def _run(self) -> tuple[list[nn.Module], ParamStatements]:
+        """Run the pair; return the modules that it calls, and its param statements."""
         with (
             torch.no_grad(),
             preserved_rng(self._batch.device),
@@ -106,64 +103,87 @@ class Parameters:
             ParamStatements(checked=True) as statements,
         ):
             trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
-        return called, statements
+        return list(called.values()), statements
 
-    def _find_buffers(self, called: Iterable[nn.Module]) -> None:
-        """Find the buffers (running means) of modules that plain functions call."""
+    def _find_late(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
+        of_modules = {id(p) for module in modules for p in module._parameters.values()}
+        return tuple(
+            name
+            for name, tensor in self._stored.items()
+            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
+        )
+
+    def _find_buffers(self, called: Iterable[nn.Module]) -> dict[str, Tensor]:
+        """Return the buffers (running means) of modules that plain functions call, in order."""
         held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
-        self._buffers: dict[str, Tensor] = {}  # by order of call
-        for module in called:
-            for buffer in module.buffers():
-                if id(buffer) not in held:
-                    held.add(id(buffer))
-                    self._buffers[str(len(self._buffers))] = buffer
+        found = {id(buffer): buffer for module in called for buffer in module.buffers()}
+        others = (buffer for key, buffer in found.items() if key not in held)
+        return {str(number): buffer for number, buffer in enumerate(others)}
+
+    def _find_unregistered(self, registered: Container[int]) -> dict[str, list[str]]:
+        found = {
+            role: [
+                name
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad and id(parameter) not in registered
+            ]
+            for role, module in self._modules.items()
+        }
+        return {role: names for role, names in found.items() if names}
 
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""
         self._first.commit()
         self.late = ()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return a copy of all parameters and buffers."""
-        state = {
-            role: {name: value.detach().clone() for name, value in module.state_dict().items()}
-            for role, module in self._modules.items()
-        }
-        state["buffers"] = {name: value.clone() for name, value in self._buffers.items()}
-        state["store"] = {name: value.detach().clone() for name, value in self._stored.items()}
-        return state
+    def _tensors(self) -> State:
+        """Return all parameters and buffers, themselves."""
+        held = {role: module.state_dict() for role, module in self._modules.items()}
+        return {**held, "buffers": self._buffers, "store": self._stored}
 
+    def state(self) -> State:
+        """Return a copy of all parameters and buffers."""
+        return {
+            holder: {name: value.detach().clone() for name, value in tensors.items()}
+            for holder, tensors in self._tensors().items()
+        }
+
+    @torch.no_grad()
     def finite(self) -> bool:
         """Return whether all parameters and buffers are finite."""
-        return all(all_finite(values.values()) for values in self.state().values())
+        return all(all_finite(tensors.values()) for tensors in self._tensors().values())
 
-    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
         """Put a state back, in place.
 
         Raises:
             ValueError: where its names or shapes are not these.
         """
-        mine = self.state()
-        for role in sorted(set(mine) | set(state)):
-            here = {name: tuple(value.shape) for name, value in mine.get(role, {}).items()}
-            there = {name: tuple(value.shape) for name, value in state.get(role, {}).items()}
-            differ = [n for n in sorted(here | there) if here.get(n) != there.get(n)]
-            if differ:
-                told = "; ".join(
-                    f"{n}: saved {there.get(n, 'none')}, here {here.get(n, 'none')}"
-                    for n in differ[:5]
-                )
-                raise ValueError(f"the saved parameters ({role}) are not this pair's: {told}")
+        here, there = map(_shapes, (self._tensors(), state))
+        if differ := [key for key in sorted(here | there) if here.get(key) != there.get(key)]:
+            first = differ[0][0]
+            text = "; ".join(
+                f"{key[1]}: saved {there.get(key, 'none')}, here {here.get(key, 'none')}"
+                for key in [key for key in differ if key[0] == first][:5]
+            )
+            raise ValueError(f"the saved parameters ({first}) are not this pair's: {text}")
         for role, module in self._modules.items():
             module.load_state_dict(state[role])
-        with torch.no_grad():
-            for name, value in self._buffers.items():
-                value.copy_(state["buffers"][name])
-            for name, value in self._stored.items():
-                value.copy_(state["store"][name])
+        for holder, tensors in (("buffers", self._buffers), ("store", self._stored)):
+            for name, value in tensors.items():
+                value.copy_(state[holder][name])
 
 
-def _tell_of_sharing(modules: Mapping[str, nn.Module]) -> None:
+def _shapes(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {
+        (holder, name): tuple(value.shape)
+        for holder, tensors in state.items()
+        for name, value in tensors.items()
+    }
+
+
+def _warn_of_sharing(modules: Mapping[str, nn.Module]) -> None:
     """Warn where model and guide have a PyroParam of one name, and so one parameter."""
     if len(modules) < 2 or pyro.settings.get("module_local_params"):
         return

@@ -1,13 +1,36 @@
-"""Results of training: what fit and em return."""
+"""Results of training: what fit and em return, and what a callback of fit gets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["EMResult", "FitResult"]
+__all__ = ["EMResult", "EMStop", "Epoch", "FitResult", "FitStop", "HalfStep"]
+
+FitStop: TypeAlias = Literal["epochs", "max_steps", "patience", "callback", "interrupted"]
+EMStop: TypeAlias = Literal["tolerance", "noise", "num_iterations", "interrupted"]
+HalfStep: TypeAlias = Literal["E", "M"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a callback of :func:`pyro_vae.fit` is given at the end of an epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps so far.
+        elbo: mean over the epoch, in nats per datum.
+        validation_elbo: in nats per datum; nan without validation data.
+        elapsed: seconds of training and validation so far.
+    """
+
+    epoch: int
+    step: int
+    elbo: float
+    validation_elbo: float
+    elapsed: float
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,7 @@ class FitResult:
     """
 
     history: Mapping[str, list[float]]
-    stopped_by: str
+    stopped_by: FitStop
     steps: int
     elapsed: float
     best_epoch: int
@@ -55,7 +78,7 @@ class EMResult:
     """
 
     history: Mapping[str, list[Any]]
-    stopped_by: str
+    stopped_by: EMStop
     iterations: int
     elapsed: float
 

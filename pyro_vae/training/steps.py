@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro.infer
 import torch
 from torch import Tensor
 
@@ -16,12 +15,13 @@ from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.programs.row_guide import RowGuide
-from pyro_vae.programs.state import random_state, set_random_state
+from pyro_vae.programs.state import RandomState, random_state, set_random_state
 from pyro_vae.programs.traces import non_finite_sites
+from pyro_vae.programs.types import Compile, Program
 from pyro_vae.schedules import factor_at
-from pyro_vae.training.minibatches import TrainingData
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
 from pyro_vae.training.optimizers import make_optimizer
-from pyro_vae.training.parameters import Parameters, all_finite
+from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
@@ -51,16 +51,32 @@ class NonFiniteLossError(ArithmeticError):
         self.sites = sites
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A step whose loss has not been read yet, and what is needed to take it again."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What is needed to take a step again.
+
+    Attributes:
+        index: the rows of its minibatch; None for all.
+        batch: its minibatch; None where its rows are enough.
+        random_state: before the step.
+    """
+
+    index: Tensor | None
+    batch: Batch | None
+    random_state: RandomState
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A step whose loss has not been read yet: its number, its size and its outcome on the device.
+
+    ``outcome``, [2], is the loss, and whether a step has failed by now.
+    """
 
     number: int
-    index: Tensor | None
-    size: int | None  # of its minibatch
-    batch: Batch | None  # where its rows do not say it
-    random_state: Mapping[str, Any]
-    outcome: Tensor  # [2]: the loss, and whether a step has failed by now
+    size: int | None
+    start: _Start
+    outcome: Tensor
 
 
 class TrainingSteps:
@@ -86,59 +102,62 @@ class TrainingSteps:
         parameters: of model and guide.
         last: their state at the end of the last epoch.
         pair: model and guide, under the schedule's factor.
+
+    Raises:
+        IndexError: for a guide with fewer rows than there are data.
+        ValueError: where there is nothing to train.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         data: TrainingData,
-        loss: pyro.infer.ELBO,
+        loss: Any,
         optim: Any,
         schedule: Callable[[int], float] | None,
-        compile: str | bool,
+        compile: Compile,
     ) -> None:
         self.model, self.guide, self.data = model, guide, data
-        self.schedule = schedule
+        self.loss, self.schedule, self.compile = loss, schedule, compile
         self.taken = self.epochs = 0
         self._check_rows()
         with data.rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example)
-        for role, names in self.parameters.untold.items():
+        for role, names in self.parameters.unregistered.items():
             logger.info(
-                "trained are all parameters of modules, those too that Pyro is not told of. %s: %s",
+                "trained are all parameters of modules, also those that are not registered with "
+                "Pyro. %s: %s",
                 role,
                 ", ".join(names),
             )
-        self.last: Mapping[str, Mapping[str, Tensor]] = self.parameters.state()
+        self.last = self.parameters.state()
         self._optim = optim
         self._update: Update | None = None
         self._latent_scale = LatentScale()
-        self.pair: tuple[Any, Any] = (data.full_size(model), data.full_size(guide))
+        self.pair = (data.full_size(model), data.full_size(guide))
         if schedule is not None:
             self.pair = (self._latent_scale(self.pair[0]), self._latent_scale(self.pair[1]))
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
-        objective: Any = loss  # of which Pyro's base class has no methods
-
-        def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-            drawn = data.source.drawn(Batch(args, kwargs))
-            return objective.loss_and_grads(model, guide, *drawn.args, **drawn.kwargs)
-
         self._traced = TracedLoss(
             *self.pair,
-            loss_and_grads,
+            self._loss_and_grads,
             compile=compile,
             state=loss if isinstance(loss, Objective) else None,
             checked=True,
             owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
         )
-        self._unread: list[_Taken] = []
-        self._losses: list[tuple[float, int | None]] = []
+        self._unread: list[_Unread] = []
+        self._elbos: list[MinibatchELBO] = []
         if not self.parameters.late:
             self._begin()
+
+    def _loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn = self.data.source.drawn(Batch(args, kwargs))
+        return self.loss.loss_and_grads(model, guide, *drawn.args, **drawn.kwargs)
 
     def _begin(self) -> Update:
         """Make the optimizer, now that all parameters have their first values."""
@@ -158,10 +177,9 @@ class TrainingSteps:
     def _mark_for(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Return the device's own mark of a failure; None where each step's loss is read."""
         devices = {parameter.device for parameter in self.parameters.trained}
-        if len(devices) > 1 or not all(device.type in _QUEUED for device in devices):
-            return None
-        # Only these look at the mark: with others, the parameters would be lost.
-        if not all(group.get("fused") for group in optimizer.param_groups):
+        # Only fused optimizers look at the mark: with others, the parameters would be lost.
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        if len(devices) > 1 or next(iter(devices)).type not in _QUEUED or not fused:
             return None
         return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
 
@@ -195,7 +213,7 @@ class TrainingSteps:
             self.parameters.initialize()
             self._begin()
 
-    def resume(self, last: Mapping[str, Mapping[str, Tensor]], steps: int, epochs: int) -> None:
+    def resume(self, last: State, steps: int, epochs: int) -> None:
         """Go on from the parameters at the end of an epoch.
 
         Raises:
@@ -225,23 +243,40 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
-            self._take(index, batch)
+            self._take(_Start(index, batch, random_state()), batch)
         except Exception:
             self._look()  # at steps before, one of which may have failed first
             raise
 
-    def _take(self, index: Tensor | None, batch: Batch) -> None:
-        start = random_state()
-        if self._update is not None:
-            self._update.drop_gradients()
+    def _take(self, start: _Start, batch: Batch) -> None:
+        self.drop_gradients()
+        loss = self._run(start, batch)
+        update = self._update
+        if update is None:  # what was late is there now
+            with self.data.rows(self.data.first_rows):
+                self.parameters.find()
+            update = self._begin()
+        failed = update.failed if self.taken else None  # the first step is looked at closely
+        if failed is None:
+            self._check(float(loss), start)
+            self._elbos.append(self.data.elbo(float(loss), batch.size))
+        update(loss, traced=self._traced.mode != "eager")
+        self.taken += 1
+        if failed is not None:
+            outcome = torch.stack([_double(loss, failed.device), failed.double()])
+            if not self.data.source.streamed:
+                start = replace(start, batch=None)
+            self._unread.append(_Unread(self.taken, batch.size, start, outcome))
+
+    def _run(self, start: _Start, batch: Batch) -> Any:
+        """Return the loss of a step, gradients with it; say what is wrong where there is none."""
         try:
-            with self.data.rows(index):
-                loss = self._traced(*batch.args, **batch.kwargs)
+            with self.data.rows(start.index):
+                return self._traced(*batch.args, **batch.kwargs)
         except (ValueError, RuntimeError) as error:
             self._look()
             # A distribution refuses NaN itself, before there is a loss.
-            sites = self._non_finite_sites(index, batch, start)
-            if sites:
+            if sites := self._non_finite_sites(start):
                 raise self._failure("the loss", sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             if "more than 1 value per channel" in str(error):
@@ -251,32 +286,15 @@ class TrainingSteps:
                     "one reads the data), another batch_size, or more data"
                 ) from error
             raise
-        update = self._update
-        if update is None:  # what was late is there now
-            with self.data.rows(self.data.first_rows):
-                self.parameters.find()
-            update = self._begin()
-        failed = update.failed
-        queued = failed is not None and self.taken > 0  # the first one is looked at closely
-        if not queued:
-            self._check(float(loss), index, batch, start)
-            self._losses.append((float(loss), batch.size))
-        update(loss, traced=self._traced.mode != "eager")
-        self.taken += 1
-        if queued and failed is not None:
-            outcome = torch.stack([_double(loss, failed.device), failed.double()])
-            kept = batch if self.data.source.streamed else None
-            taken = _Taken(self.taken, index, batch.size, kept, start, outcome)
-            self._unread.append(taken)
 
-    def read(self) -> list[tuple[float, int | None]]:
-        """Return the losses of the steps since the last call, each with the size of its minibatch.
+    def read(self) -> list[MinibatchELBO]:
+        """Return the ELBOs of the steps since the last call.
 
         Raises:
             NonFiniteLossError: for the first that is not finite, or whose gradient is not.
         """
         self._look()
-        found, self._losses = self._losses, []
+        found, self._elbos = self._elbos, []
         return found
 
     def _look(self) -> None:
@@ -288,50 +306,42 @@ class TrainingSteps:
         for step, (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
                 self.taken = step.number - 1
-                batch = self.data.source.minibatch(step.index) if step.batch is None else step.batch
-                sites = self._non_finite_sites(step.index, batch, step.random_state)
+                sites = self._non_finite_sites(step.start)
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
                 raise self._failure(what, sites)
-            self._losses.append((loss, step.size))
+            self._elbos.append(self.data.elbo(loss, step.size))
 
-    def _check(
-        self, loss: float, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
-    ) -> None:
+    def _check(self, loss: float, start: _Start) -> None:
         """Raise an error for a loss or gradients that are not finite, or where there are none."""
         if not math.isfinite(loss):
-            sites = self._non_finite_sites(index, batch, random_state)
-            raise self._failure(f"the loss ({loss})", sites)
+            raise self._failure(f"the loss ({loss})", self._non_finite_sites(start))
         health = self._traced.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
-        gradients = [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in moved if p.grad is not None]
         if not gradients:
             raise ValueError(
                 "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
                 "need modules registered, by pyro.module(name, module) or as a PyroModule"
             )
         if not all_finite(gradients):
-            raise self._failure("the gradient", self._non_finite_sites(index, batch, random_state))
+            raise self._failure("the gradient", self._non_finite_sites(start))
 
-    def _non_finite_sites(
-        self, index: Tensor | None, batch: Batch, random_state: Mapping[str, Any]
-    ) -> list[str]:
-        """Look again, with the same random numbers."""
-        set_random_state(random_state)
+    def _non_finite_sites(self, start: _Start) -> list[str]:
+        """Return the sites whose term is not finite, rerunning the step from its random state."""
+        source = self.data.source
+        batch = source.minibatch(start.index) if start.batch is None else start.batch
+        set_random_state(start.random_state)
         try:
-            with self.data.rows(index):
-                return non_finite_sites(self.model, self.guide, self.data.source.drawn(batch))
+            with self.data.rows(start.index):
+                return non_finite_sites(self.model, self.guide, source.drawn(batch))
         except (ValueError, RuntimeError):
-            return []  # it fails as the step did: the caller tells of that one
+            return []  # it fails as the step did: the caller's error is about that one
 
     def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
-        if self._update is not None:
-            self._update.drop_gradients()
+        """Return the error of a step, with finite parameters left in place."""
+        self.drop_gradients()
         step, kept = self.taken + 1, "the step before"
         if not self.parameters.finite():
             # The update before this step overflowed, or a running mean in this one.
