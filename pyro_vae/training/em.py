@@ -40,7 +40,7 @@ from pyro_vae.training.e_steps import (
 )
 from pyro_vae.training.m_step import MStep, NonFiniteHalfStepError, failure
 from pyro_vae.training.parameters import Parameters
-from pyro_vae.training.result import EMResult
+from pyro_vae.training.result import EMResult, EMStop
 
 __all__ = ["NonFiniteHalfStepError", "em"]
 
@@ -123,7 +123,6 @@ def em(
         >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> import pyro_vae as pv
-        >>> from pyro_vae.em import em
         >>> def model(x):
         ...     mean = pyro.param("mean", torch.tensor(0.0, dtype=torch.float64))
         ...     with pyro.plate("data", len(x)):
@@ -131,7 +130,7 @@ def em(
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
         >>> guide = pv.LocalGuide(model, num_data=3, example=x)
-        >>> result = em(model, guide, x, num_iterations=3, e_steps=100, progress=False)
+        >>> result = pv.em(model, guide, x, num_iterations=3, e_steps=100, progress=False)
         >>> result.history["half_step"]
         ['E', 'M', 'E', 'M', 'E', 'M', 'E']
     """
@@ -281,7 +280,7 @@ class _Run:
         }
         self.iterations, self._begin = 0, time.perf_counter()
 
-    def loop(self, num_iterations: int, tolerance: float, progress: bool) -> str:
+    def loop(self, num_iterations: int, tolerance: float, progress: bool) -> EMStop:
         """Alternate; return what ended it."""
         try:
             with tqdm(total=num_iterations, disable=not progress, unit="iteration") as bar:
@@ -318,7 +317,7 @@ class _Run:
             self.history[name].append(value)
         return estimate
 
-    def result(self, stopped_by: str) -> EMResult:
+    def result(self, stopped_by: EMStop) -> EMResult:
         """Return what was done."""
         elapsed = time.perf_counter() - self._begin
         return EMResult(self.history, stopped_by, self.iterations, elapsed)
