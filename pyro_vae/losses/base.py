@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.plan import Layout, plan
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.plan import Plan, plan
+from pyro_vae.particles.training_run import Tracer, TrainingRun
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.state import FirstValues
-from pyro_vae.programs.traces import trace_pair
+from pyro_vae.programs.traces import trace_guide, trace_pair
+from pyro_vae.programs.types import Program
 from pyro_vae.recording import is_recording
 
 __all__ = ["Objective", "not_reparameterized", "without_value"]
 
 
-_LAYOUTS = 16  # remembered at most
+_PLANS = 16  # remembered at most
 
 
 class Objective(pyro.infer.ELBO, abc.ABC):
@@ -53,32 +54,30 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
-        self._layouts: dict[Any, tuple[Layout, Any, Any]] = {}
+        self._plans: dict[tuple[Hashable, ...], tuple[Plan, Program, Program]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found out about a pair holds the pair: a copy looks for itself.
-        return {**vars(self), "_layouts": {}}
+        return {**vars(self), "_plans": {}}
 
     @abc.abstractmethod
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate, in nats."""
 
     @abc.abstractmethod
-    def explain(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> dict[str, str]:
+    def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return, for each latent site, how its part of the loss is computed, and why."""
 
-    def loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss as a number, in nats, without gradients."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def _checked(self, run: Run, loss: Tensor, kls: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _checked(
+        self, run: TrainingRun, loss: Tensor, kls: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the loss; raise ValueError where it is infinite for values outside a support.
 
         Args:
@@ -99,9 +98,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             )
         return loss
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss as a number, and add its gradients to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -127,66 +124,94 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             else:
                 self._baselines[name] = value.clone()
 
-    def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Any, Any]:
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return trace_pair(model, guide, args, kwargs)
 
     def _run(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        **options: Any,
-    ) -> Run:
-        """Run a pair as its layout says, which is made anew where it does not fit."""
-        pair = tuple(map(_identity, (model, guide)))
-        key = (pair, _kind(args), _kind(kwargs))
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        tracer: Tracer = trace_guide,
+        one_minibatch: bool = False,
+    ) -> TrainingRun:
+        """Run a pair by its plan, which is made anew where it does not fit.
+
+        Args:
+            model: a Pyro model.
+            guide: a Pyro guide.
+            args: their arguments.
+            kwargs: their keyword arguments.
+            tracer: how the guide is run.
+            one_minibatch: whether all particles share the minibatch that the model draws.
+        """
+        key = (_identity(model), _identity(guide), _signature(args), _signature(kwargs))
         for _ in range(2):
-            if key in self._layouts and self._layouts[key][0].is_stale:
-                del self._layouts[key]
-            if key not in self._layouts:
-                while len(self._layouts) >= _LAYOUTS:
-                    del self._layouts[next(iter(self._layouts))]
-                first = FirstValues()
-                with first.installed():
-                    layout = plan(
-                        model,
-                        guide,
-                        args,
-                        kwargs,
-                        num_particles=self.num_particles,
-                        vectorize=self.vectorize_particles,
-                        data_plate=self.data_plate,
-                        data=self._data,
-                        enumeration=self._enumeration,
-                        share_globals=self._share_globals,
-                        first=first,
-                    )
-                # With the pair, so that no other object takes its identity.
-                self._layouts[key] = (layout, model, guide)
-            layout = self._layouts[key][0]
-            run = Run(layout, model, guide, args, kwargs, self.num_particles, **options)
+            found = self._plan(key, model, guide, args, kwargs)
+            run = TrainingRun(
+                found,
+                model,
+                guide,
+                args,
+                kwargs,
+                self.num_particles,
+                tracer=tracer,
+                one_minibatch=one_minibatch,
+            )
             if run.as_planned:
                 return run
-            del self._layouts[key]
+            del self._plans[key]
         raise ValueError(
             "the latent sites of the model are not the same in two runs on the same arguments"
         )
 
+    def _plan(
+        self,
+        key: tuple[Hashable, ...],
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Plan:
+        """Return the plan of a pair on arguments of this signature; make it where there is none."""
+        if key in self._plans and not self._plans[key][0].is_stale:
+            return self._plans[key][0]
+        self._plans.pop(key, None)
+        while len(self._plans) >= _PLANS:
+            del self._plans[next(iter(self._plans))]
+        first = FirstValues()
+        with first.installed():
+            made = plan(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=self.num_particles,
+                vectorize=self.vectorize_particles,
+                data_plate=self.data_plate,
+                data=self._data,
+                enumeration=self._enumeration,
+                share_globals=self._share_globals,
+                first=first,
+            )
+        # With the pair, so that no other object takes its identity.
+        self._plans[key] = (made, model, guide)
+        return made
 
-def _identity(fn: Any) -> tuple[int, int]:
+
+def _identity(fn: Program) -> tuple[int, int]:
     """Tell callables apart; a bound method is a new object at each look."""
     return id(getattr(fn, "__func__", fn)), id(getattr(fn, "__self__", None))
 
 
-def _kind(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     """Return what a model may branch on of an argument: its kind, not its numbers."""
     if isinstance(value, Mapping):
-        return tuple((name, _kind(value[name])) for name in sorted(value, key=str))
+        return tuple((name, _signature(value[name])) for name in sorted(value, key=str))
     if isinstance(value, (tuple, list)):
-        return tuple(map(_kind, value))
+        return tuple(map(_signature, value))
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective, not_reparameterized, without_value
-from pyro_vae.losses.kl import analytic_kl, kl_per_dimension
+from pyro_vae.losses.free_bits import kl_below_floor
+from pyro_vae.losses.kl import analytic_kl
 from pyro_vae.particles.plan import device_of
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.stopped_gradients import StoppedGradients
+from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.traces import trace_guide
+from pyro_vae.programs.types import Node, Program
 
 __all__ = ["ELBO"]
 
@@ -122,17 +126,21 @@ class ELBO(Objective):
         )
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
-        stl = self.estimator == "stl" and torch.is_grad_enabled()
-        draws = "gated" if stl else "attached"
-        run = self._run(model, guide, args, kwargs, draws=draws)
+        stopped = None
+        if self.estimator == "stl" and torch.is_grad_enabled():
+            stopped = StoppedGradients()
+        tracer = trace_guide if stopped is None else stopped.trace
+        run = self._run(model, guide, args, kwargs, tracer=tracer)
         kls = self._analytic(run)
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
-        terms.update((("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls))
-        for name, nodes in run.guide_factor_nodes():  # as Trace_ELBO has them, but pathwise
+        terms.update(
+            (("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls, stopped)
+        )
+        for name, nodes in run.guide_factors():  # as Trace_ELBO has them, but pathwise
             terms["factor", name] = -run.log_prob(name, nodes, scaled=True)
         if not terms:  # as where nothing of this batch is observed
             return torch.zeros(())
@@ -141,17 +149,15 @@ class ELBO(Objective):
             if self.estimator == "score":
                 elbo = elbo + without_value(self._score(run, terms))
             if self.free_bits:
-                elbo = elbo + without_value(self._freed(run))
+                elbo = elbo + without_value(kl_below_floor(run, self.free_bits))
         return self._checked(run, -elbo, kls)
 
-    def explain(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> dict[str, str]:
+    def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return, for each latent site, whether its KL is analytic or sampled, and why."""
         with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
             run = self._run(model, guide, args, kwargs)
         told = dict.fromkeys(
-            run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
+            run.plan.summed_out, "summed out: discrete, and not proposed by the guide"
         )
         for name, nodes in run.proposals():
             if nodes[0][1] is None:
@@ -162,12 +168,12 @@ class ELBO(Objective):
             else:
                 # Of the nodes that the loss takes, with what is summed out side by side.
                 kls, reason = _closed_forms(nodes)
-                if len(nodes[0][1]["fn"].batch_shape) >= -run.layout.first_enum_dim:
+                if len(nodes[0][1]["fn"].batch_shape) >= -run.plan.mode.first_enum_dim:
                     reason = f"its prior depends on discrete latents, {reason}"
                 told[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
         return told
 
-    def _analytic(self, run: Run) -> dict[str, Tensor]:
+    def _analytic(self, run: TrainingRun) -> dict[str, Tensor]:
         """Return the scaled KL, [K, N], of each latent site that has a closed form."""
         if self.kl == "sample":
             return {}
@@ -177,33 +183,33 @@ class ELBO(Objective):
             if kls is not None:
                 pairs = zip(kls, nodes, strict=True)
                 terms = [scale_and_mask(kl, run.scale(q), q["mask"]) for kl, (q, _) in pairs]
-                found[name] = run.per_datum(terms, local=run.is_local(name, nodes[0][0]))
+                found[name] = run.term(name, run.guide.nodes(name), terms, scaled=False)
         return found
 
     def _sampled_guide_terms(
-        self, run: Run, kls: dict[str, Tensor]
+        self, run: TrainingRun, kls: dict[str, Tensor], stopped: StoppedGradients | None
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield log q, scaled, [K, N], of the sites without an analytic KL."""
-        stopped = run.stopped_guide_terms(scaled=True)
-        for name, nodes in run.guide_nodes():
-            reparameterized = nodes[0]["fn"].has_rsample or name in run.layout.enumerated
+        of_draws = {} if stopped is None else stopped.guide_terms(run, scaled=True)
+        for name, nodes in run.guide.latents():
+            reparameterized = nodes[0]["fn"].has_rsample or name in run.plan.enumerated
             if not reparameterized and self.estimator != "score":
                 raise not_reparameterized(name, nodes[0])
             if name in kls:
                 continue
-            if name in stopped:
-                yield name, stopped[name]
+            if name in of_draws:
+                yield name, of_draws[name]
                 continue
             term = run.log_prob(name, nodes, scaled=True)
             # The derivative of log q at a fixed draw is zero on average: noise to leave out.
             yield name, term if reparameterized else term.detach()
 
-    def _score(self, run: Run, terms: dict[tuple[str, Any], Tensor]) -> Tensor:
+    def _score(self, run: TrainingRun, terms: dict[tuple[str, Any], Tensor]) -> Tensor:
         """Return a term whose derivative is that of the draws' probability, times their gain."""
         num_data = max(term.shape[1] for term in terms.values())
         total = torch.zeros((), dtype=next(iter(terms.values())).dtype)
-        for name, nodes in run.guide_nodes():
-            if nodes[0]["fn"].has_rsample or name in run.layout.enumerated:
+        for name, nodes in run.guide.latents():
+            if nodes[0]["fn"].has_rsample or name in run.plan.enumerated:
                 continue
             log_guide = run.log_prob(name, nodes, scaled=False)
             # What a draw of one datum earns is that datum's; a KL of its own it cannot change.
@@ -233,40 +239,8 @@ class ELBO(Objective):
         baseline.copy_(_BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean)
         return before.expand_as(signal)
 
-    def _freed(self, run: Run) -> Tensor:
-        """Return what free bits give back: KL below the floor, over the latent dimensions."""
-        given = []
-        if run.layout.enumerated:
-            raise ValueError(
-                f"free_bits: the guide enumerates {list(run.layout.enumerated)}, of which a "
-                "dimension's KL is no plain mean over data. Leave them out of the guide, and they "
-                "are summed out"
-            )
-        for name, nodes in run.proposals():
-            kls, counts = [], []
-            for guide_node, model_node in nodes:
-                kl, reason = (
-                    (None, "auxiliary site of the guide")
-                    if model_node is None
-                    else kl_per_dimension(guide_node, model_node)
-                )
-                if kl is None:
-                    raise ValueError(
-                        f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
-                    )
-                event = kl.ndim - len(guide_node["fn"].batch_shape)
-                scale, mask = run.scale(guide_node), guide_node["mask"]
-                kls.append(_scaled_per_dimension(kl, scale, mask, event))
-                counts.append(_scaled_per_dimension(torch.ones_like(kl), scale, mask, event))
-            event, local = nodes[0][0]["fn"].event_dim, run.is_local(name, nodes[0][0])
-            kl = run.per_dimension(kls, event, local=local)
-            floor = self.free_bits * run.per_dimension(counts, event, local=local)
-            # A dimension under the floor gets its KL back: no pressure, no gradient.
-            given.append(torch.where(kl < floor, kl, torch.zeros_like(kl)).sum())
-        return torch.stack(given).sum()
 
-
-def _closed_forms(nodes: list[tuple[Any, Any]]) -> tuple[list[Tensor] | None, str]:
+def _closed_forms(nodes: list[tuple[Node, Node | None]]) -> tuple[list[Tensor] | None, str]:
     """Return the KL of a latent's (guide, model) nodes in each trace, or None; and why."""
     kls, reason = [], "auxiliary site of the guide"
     for guide_node, model_node in nodes:
@@ -277,10 +251,3 @@ def _closed_forms(nodes: list[tuple[Any, Any]]) -> tuple[list[Tensor] | None, st
             return None, reason
         kls.append(kl)
     return kls, reason
-
-
-def _scaled_per_dimension(term: Tensor, scale: Any, mask: Any, event: int) -> Tensor:
-    """Scale and mask a tensor of batch and event dimensions by batch dimensions."""
-    moved = term.movedim(tuple(range(term.ndim - event, term.ndim)), tuple(range(event)))
-    moved = scale_and_mask(moved, scale, mask)
-    return moved.movedim(tuple(range(event)), tuple(range(term.ndim - event, term.ndim)))

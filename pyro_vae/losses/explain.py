@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.types import Program
 
 __all__ = ["explain"]
 
 
-def explain(
-    loss: Objective, model: Callable[..., Any], guide: Callable[..., Any], *batch: Any
-) -> dict[str, str]:
+def explain(loss: Objective, model: Program, guide: Program, *batch: Any) -> dict[str, str]:
     """Return, for each latent site, whether a loss takes its KL analytically, and why.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyro_vae.losses.base import Objective
 from pyro_vae.particles.plan import device_of
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.types import Program
 
 
 class ImportanceObjective(Objective):
@@ -22,16 +23,14 @@ class ImportanceObjective(Objective):
     _data = "needed"
     _enumeration = "no"
 
-    def explain(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> dict[str, str]:
+    def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return, for each latent site, that its part of the weight is sampled."""
         with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
             run = self._run(model, guide, args, kwargs)
         told = dict.fromkeys(
-            run.layout.summed_out, "summed out: discrete, and not proposed by the guide"
+            run.plan.summed_out, "summed out: discrete, and not proposed by the guide"
         )
-        for name, _ in run.guide_nodes():
+        for name, _ in run.guide.latents():
             told[name] = "sampled: an importance weight has no analytic part"
         return told
 
@@ -41,7 +40,7 @@ class ImportanceObjective(Objective):
 _Parts = tuple[Any, Tensor | None]
 
 
-def scales_of_weights(run: Run) -> tuple[Any, dict[str, _Parts], Any]:
+def scales_of_weights(run: TrainingRun) -> tuple[Any, dict[str, _Parts], Any]:
     """Return the scale of each datum, the ratio to it of each site's, and the latents' ratio.
 
     The scale of a datum, [N] or a number, is that of its likelihood. The ratio of the latents is
@@ -50,10 +49,10 @@ def scales_of_weights(run: Run) -> tuple[Any, dict[str, _Parts], Any]:
     shared = _shared(run)
     parts = {
         name: _scale_parts(run, name, nodes[0])
-        for name, nodes in run.model_nodes()
+        for name, nodes in run.model.sites()
         if name not in shared
     }
-    observed = [parts[name] for name, _ in run.observed_nodes()]
+    observed = [parts[name] for name, _ in run.observed()]
     # Observed sites of different scales are tempered: what is left is what a datum counts for.
     alike = bool(observed) and all(_same_parts(s, observed[0]) for s in observed)
     scale = observed[0][0] if alike else run.plate_scale
@@ -61,13 +60,13 @@ def scales_of_weights(run: Run) -> tuple[Any, dict[str, _Parts], Any]:
         name: (1.0 if same_scale(s, scale) else s / scale, factor)
         for name, (s, factor) in parts.items()
     }
-    latent = [ratios[name] for name, _ in run.latent_nodes() if name not in shared]
+    latent = [ratios[name] for name, _ in run.latents() if name not in shared]
     alike = not latent or all(_same_parts(r, latent[0]) for r in latent)
     return scale, ratios, None if not alike else _product(latent[0]) if latent else 1.0
 
 
 def weighted_terms(
-    run: Run, guide_terms: Mapping[str, Tensor], ratios: Mapping[str, _Parts], common: Any
+    run: TrainingRun, guide_terms: Mapping[str, Tensor], ratios: Mapping[str, _Parts], common: Any
 ) -> tuple[Tensor, Tensor]:
     """Return log p(x, z) and log q(z | x) of each datum, [K, N].
 
@@ -96,12 +95,12 @@ def weighted_terms(
     return log_joint, _sum(proposed) if proposed else torch.zeros_like(log_joint)
 
 
-def _shared(run: Run) -> set[str]:
+def _shared(run: TrainingRun) -> set[str]:
     """Return the latent sites of which all particles see one draw."""
-    return set(_globals(run)) if run.layout.shares_globals else set()
+    return set(_globals(run)) if run.plan.shares_globals else set()
 
 
-def _scale_parts(run: Run, name: str, node: Any) -> _Parts:
+def _scale_parts(run: TrainingRun, name: str, node: Any) -> _Parts:
     scale, factor = scale_parts(node)
     return run.datum_scale(name, {**node, "scale": scale}), factor
 
@@ -119,18 +118,18 @@ def _times(ratio: Any, term: Tensor) -> Tensor:
     return term if isinstance(ratio, float) and ratio == 1.0 else ratio * term
 
 
-def _globals(run: Run) -> list[str]:
+def _globals(run: TrainingRun) -> list[str]:
     """Return the latent sites of model and guide outside the data plate."""
-    nodes = {name: found[0] for name, found in (*run.guide_nodes(), *run.latent_nodes())}
+    nodes = {name: found[0] for name, found in (*run.guide.latents(), *run.latents())}
     return [name for name, node in nodes.items() if not run.is_local(name, node)]
 
 
-def kl_of_globals(run: Run) -> Tensor:
+def kl_of_globals(run: TrainingRun) -> Tensor:
     """Return log q - log p of the one draw of the global latents, scaled."""
-    latents = dict(run.latent_nodes())
+    latents = dict(run.latents())
     terms = [
         sign * run.log_prob(name, found[name], scaled=True)[0].sum()
-        for sign, found in ((1.0, dict(run.guide_nodes())), (-1.0, latents))
+        for sign, found in ((1.0, dict(run.guide.latents())), (-1.0, latents))
         for name in _globals(run)
         if name in found
     ]

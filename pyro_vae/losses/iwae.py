@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,10 @@ from pyro_vae.losses.importance import (
     weighted_terms,
 )
 from pyro_vae.particles.estimators import iwae_bound
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.stopped_gradients import StoppedGradients
+from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.traces import trace_guide
+from pyro_vae.programs.types import Program
 from pyro_vae.recording import is_recording
 
 __all__ = ["IWAE"]
@@ -104,28 +106,28 @@ class IWAE(ImportanceObjective):
         return f"IWAE(num_particles={self.num_particles}, estimator={self.estimator!r})"
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
         through_draws = self.estimator != "pathwise" and torch.is_grad_enabled()
-        draws = "gated" if through_draws else "attached"
-        run = self._run(model, guide, args, kwargs, draws=draws, one_minibatch=True)
-        for name, nodes in run.guide_nodes():
+        stopped = StoppedGradients() if through_draws else None
+        tracer = trace_guide if stopped is None else stopped.trace
+        run = self._run(model, guide, args, kwargs, tracer=tracer, one_minibatch=True)
+        for name, nodes in run.guide.latents():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])
         scale, ratios, ratio = scales_of_weights(run)
-        terms = (
-            run.stopped_guide_terms(scaled=False, apart=ratio is None)
-            if through_draws
-            else run.guide_terms()
-        )
+        if stopped is None:
+            terms = run.guide_terms()
+        else:
+            terms = stopped.guide_terms(run, scaled=False, apart=ratio is None)
         log_joint, log_guide = weighted_terms(run, terms, ratios, ratio)
         log_weights = log_joint - log_guide
         _check_edges(run, log_joint)
         bound = (scale * iwae_bound(log_weights)).sum()
-        if run.layout.shares_globals:
+        if run.plan.shares_globals:
             bound = bound - kl_of_globals(run)
-        if self.estimator == "dreg" and through_draws:
+        if self.estimator == "dreg" and stopped is not None:
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
                 raise ValueError(
@@ -134,14 +136,14 @@ class IWAE(ImportanceObjective):
                 )
             # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
             # of a path from its share.
-            run.scale_gradients(1 - ratio + ratio * shares)
+            stopped.scale_gradients(run, 1 - ratio + ratio * shares)
             # A draw of no density has no share.
             weighed = torch.where(shares > 0, log_weights, 0.0)
             bound = bound.detach() + without_value((scale * shares * weighed).sum())
         return self._checked(run, -bound)
 
 
-def _check_edges(run: Run, log_joint: Tensor) -> None:
+def _check_edges(run: TrainingRun, log_joint: Tensor) -> None:
     """Raise ValueError for gradients through draws that leave the support of a distribution.
 
     They miss what a parameter moves across the edge, and would train to something else.

@@ -13,13 +13,14 @@ from pyro_vae.losses.base import without_value
 from pyro_vae.losses.importance import ImportanceObjective, scales_of_weights, weighted_terms
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.modes import per_datum
-from pyro_vae.particles.plan import Layout
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.plan import Plan
+from pyro_vae.particles.training_run import TrainingRun, trace_detached
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.row_guide import row_guide
 from pyro_vae.programs.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
+from pyro_vae.programs.types import Program
 
 __all__ = ["WakeSleep"]
 
@@ -94,8 +95,8 @@ class WakeSleep(ImportanceObjective):
         )
         self.insomnia = insomnia
         self.dream = dream
-        # Which argument an observed site is, as long as its layout is remembered.
-        self._sources = weakref.WeakKeyDictionary[Layout, dict[str, int | str]]()
+        # Which argument an observed site is, as long as its plan is remembered.
+        self._sources = weakref.WeakKeyDictionary[Plan, dict[str, int | str]]()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -109,10 +110,10 @@ class WakeSleep(ImportanceObjective):
         return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
-        run = self._run(model, guide, args, kwargs, draws="detached", one_minibatch=True)
+        run = self._run(model, guide, args, kwargs, tracer=trace_detached, one_minibatch=True)
         scale, *ratios = scales_of_weights(run)
         log_joint, log_guide = weighted_terms(run, run.guide_terms(), *ratios)
         log_weights = log_joint - log_guide.detach()
@@ -130,26 +131,26 @@ class WakeSleep(ImportanceObjective):
         return -bound
 
     def _sleep(
-        self, run: Run, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+        self, run: TrainingRun, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> Tensor:
         """Return log q(z | x) of a dream for each datum, [N]."""
-        layout = run.layout
+        plan = run.plan
         if row_guide(guide) is not None:
             raise ValueError(
                 "a sleep phase teaches an encoder what the model dreams; the rows of a LocalGuide "
                 "belong to the data, and would learn the prior. Use insomnia=1"
             )
-        if layout.draws_minibatch:
+        if plan.draws_minibatch:
             raise ValueError(
                 "a sleep phase needs the minibatch as the batch; the model draws its own "
                 "(subsample_size=...). Pass pyro.plate(name, num_data, subsample=x), or insomnia=1"
             )
         with torch.no_grad():
             dreamt = dream(
-                model, args, kwargs, summed_out=layout.summed_out, nesting=layout.nesting
+                model, args, kwargs, summed_out=plan.summed_out, nesting=plan.mode.nesting
             )
         values = {name: node["value"] for name, node in latent_nodes(dreamt)}
-        observed = {name: values.pop(name) for name, _ in run.observed_nodes() if name in values}
+        observed = {name: values.pop(name) for name, _ in run.observed() if name in values}
         if self.dream is not None:
             batch = as_batch(self.dream(observed))
             args, kwargs = batch.args, batch.kwargs
@@ -161,31 +162,29 @@ class WakeSleep(ImportanceObjective):
         for name, node in latent_nodes(guide_trace):
             _require_density(name, node)
             log_prob = site_log_prob(name, node, scaled=False)
-            total = total + per_datum(log_prob, layout.nesting, layout.data_dim, leading=0)
+            total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
 
     def _with(
-        self, run: Run, observed: Mapping[str, Tensor], args: Any, kwargs: Any
+        self, run: TrainingRun, observed: Mapping[str, Tensor], args: Any, kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with dreamt values in the place of the observed ones."""
-        if run.layout not in self._sources:
-            self._sources[run.layout] = _sources(run, observed)
+        if run.plan not in self._sources:
+            self._sources[run.plan] = _sources(run, observed)
         new_args, new_kwargs = list(args), dict(kwargs)
-        for name, key in self._sources[run.layout].items():
+        for name, key in self._sources[run.plan].items():
             holder: Any = new_args if isinstance(key, int) else new_kwargs
             holder[key] = observed[name].reshape(holder[key].shape).to(holder[key])
         return tuple(new_args), new_kwargs
 
 
-def _sources(run: Run, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
+def _sources(run: TrainingRun, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
-    arguments = {
-        key: value
-        for key, value in (*enumerate(run.args), *run.kwargs.items())
-        if isinstance(value, Tensor)
-    }
-    for name, nodes in run.observed_nodes():
+    given: dict[int | str, Any] = dict(enumerate(run.args))
+    given.update(run.kwargs.items())
+    arguments = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    for name, nodes in run.observed():
         if name not in observed:
             continue  # a factor: it is not drawn
         value = nodes[0]["value"]

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.independence_check import check_independent
 from pyro_vae.particles.mode_choice import UnnamedDrawsError
+from pyro_vae.particles.modes import MODES, Mode
 from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.batch import Batch, arguments
 from pyro_vae.programs.enumeration import enumerated, summed_out
@@ -46,9 +47,10 @@ from pyro_vae.programs.state import (
 from pyro_vae.programs.structure import DataPlateError, inspect, is_subsampled
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide, trace_model
+from pyro_vae.programs.types import ModeName
 from pyro_vae.programs.warned_once import warn_once
 
-__all__ = ["Layout", "device_of", "hide", "plan"]
+__all__ = ["Plan", "device_of", "hide", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,11 @@ _NORMALIZATIONS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """How the particles of a pair run, and where its data lie.
+class Plan:
+    """How the particles of a pair run in training, and where its data lie.
 
     Attributes:
-        mode: "plate" (a plate of particles outside the model's own), "repeat" (the batch
-            repeated along the data plate), or "loop" (one after the other).
-        nesting: plate dimensions of guide and model, without the particles'.
+        mode: how particles run.
         structure: what :func:`pyro_vae.programs.structure.inspect` found; None where it was not
             needed.
         subsampled: whether the data plate keeps its full size as the batch grows.
@@ -77,8 +77,7 @@ class Layout:
         frozen: modules in eval mode, which in training mode may want another way to run.
     """
 
-    mode: str
-    nesting: int
+    mode: Mode
     structure: Structure | None
     subsampled: bool
     summed_out: tuple[str, ...]
@@ -93,19 +92,9 @@ class Layout:
         return any(module.training for module in self.frozen)
 
     @property
-    def first_enum_dim(self) -> int:
-        """The first dimension left of all plates, negative."""
-        return -1 - self.nesting - (self.mode == "plate")
-
-    @property
     def first_summed_dim(self) -> int:
         """The first dimension left of those of the guide's enumerated proposals, negative."""
-        return self.first_enum_dim - len(self.enumerated)
-
-    @property
-    def data_dim(self) -> int | None:
-        """The data plate's batch dimension, negative; None where all is one datum."""
-        return None if self.structure is None else self.structure.data_dim
+        return self.mode.first_enum_dim - len(self.enumerated)
 
     @property
     def draws_minibatch(self) -> bool:
@@ -127,7 +116,7 @@ def plan(
     enumeration: str,
     share_globals: bool = False,
     first: FirstValues | None = None,
-) -> Layout:
+) -> Plan:
     """Look at a pair, and decide how its particles are run.
 
     Args:
@@ -165,7 +154,8 @@ def plan(
     check_repeated(model_trace)
     _warn_of_rounding(model_trace, (unwrapped(model), unwrapped(guide)))
     nesting = batch_nesting(model_trace, guide_trace)
-    structure, subsampled, mode = None, False, "loop"
+    structure, subsampled = None, False
+    mode: ModeName = "loop"
     frozen: tuple[nn.Module, ...] = ()
     _check_local_samples(guide_trace)
     asked = () if enumeration == "no" else _asked(guide_trace)
@@ -204,9 +194,8 @@ def plan(
     for name, node in guide_trace.nodes.items():
         if name not in hidden:
             proposed.add_node(name, **node)
-    layout = Layout(
-        mode,
-        nesting,
+    found = Plan(
+        MODES[mode](nesting, None if structure is None else structure.data_dim),
         structure,
         subsampled,
         summed_out(model_trace, proposed, data_plate=None if plate is None else plate.name),
@@ -219,18 +208,18 @@ def plan(
         # Other modes are chosen by a scorer, which has looked.
         with preserved_rng(device_of(args, kwargs)), evaluation(model, guide, first=first):
             check_independent(model, guide, model_trace, plate, nesting, args, kwargs)
-    if layout.summed_out:
+    if found.summed_out:
         traces = [model_trace]
-        if layout.draws_minibatch:
+        if found.draws_minibatch:
             traces += _minibatches(model, guide, args, kwargs)
         for trace in traces:
-            _check_summed_out(model, trace, layout.summed_out, nesting, args, kwargs)
-    if names := layout.enumerated:
+            _check_summed_out(model, trace, found.summed_out, nesting, args, kwargs)
+    if names := found.enumerated:
         infer = {name: guide_trace.nodes[name]["infer"] for name in names}
         expand = tuple(name for name in names if infer[name].get("expand"))
         for fn, trace in ((model, model_trace), (guide, guide_trace)):
             _check_enumerated(fn, trace, names, nesting, args, kwargs, expand)
-    return layout
+    return found
 
 
 def _minibatches(
@@ -425,7 +414,7 @@ def _choose_mode(
     called: Sequence[nn.Module],
     *,
     needed: bool,
-) -> tuple[str, str]:
+) -> tuple[ModeName, str]:
     """Return the first mode that agrees with single particles, and why it is the loop.
 
     Args:
@@ -463,7 +452,9 @@ def _choose_mode(
                 raise
             by_name, together = False, scorer(data_plate=False)
         modes = together.modes
-    mode = "plate" if together is not None and set(modes.values()) == {"plate"} else "repeat"
+    mode: ModeName = (
+        "plate" if together is not None and set(modes.values()) == {"plate"} else "repeat"
+    )
     if mode == "repeat":
         if not by_name or plate is None or batch.size is None or "loop" in modes.values():
             return "loop", f"modes are {modes}"

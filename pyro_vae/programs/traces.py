@@ -57,6 +57,7 @@ __all__ = [
     "redrawn",
     "run_pair",
     "site_log_prob",
+    "subsamples",
     "trace_given",
     "trace_guide",
     "trace_model",
@@ -273,6 +274,15 @@ def _another_value(node: Any) -> Tensor:
     return value
 
 
+def subsamples(trace: Any) -> poutine.Trace:
+    """Return a trace of the subsamples that plates have drawn, to be replayed."""
+    found = poutine.Trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            found.add_node(name, **node)
+    return found
+
+
 def redrawn(
     fn: Callable[..., Any],
     trace: Any,
@@ -285,10 +295,7 @@ def redrawn(
     As :class:`ReplaceDraws` does, with no random numbers, and on the minibatches that its plates
     have drawn.
     """
-    again = poutine.Trace()
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and site_is_subsample(node):
-            again.add_node(name, **node)
+    again = subsamples(trace)
     for name, node in latent_nodes(trace):
         again.add_node(name, **with_draw(node, replace(draw_of(node))))
     return trace_guide(poutine.replay(fn, trace=again), args, kwargs)

@@ -18,7 +18,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.particles.plan import plan
-from pyro_vae.particles.training_run import Run
+from pyro_vae.particles.stopped_gradients import StoppedGradients
+from pyro_vae.particles.training_run import TrainingRun
 from tests.models import encoder, factor_analysis, log_normal_model
 
 # x ~ Normal(w z, e^s), z ~ Normal(a, 1);  q(z | x) = Normal(c x + d, e^r), off the posterior.
@@ -539,8 +540,8 @@ def test_no_noise_where_a_hierarchical_guide_is_exact(loss, run, num_particles):
     x = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
     phi = model.posterior.expand(4, 5).clone().requires_grad_()
     value = objective.loss_and_grads(model, chain_guide, x, phi)
-    ((layout, *_),) = objective._layouts.values()
-    assert layout.mode == (mode if num_particles > 1 else "loop")
+    ((found, *_),) = objective._plans.values()
+    assert found.mode.name == (mode if num_particles > 1 else "loop")
     assert phi.grad.abs().max() < 1e-10
     std = math.sqrt(model.alpha**2 + model.tau**2 + model.sigma**2)
     evidence = torch.distributions.Normal(torch.zeros_like(x), std).log_prob(x).sum().item()
@@ -618,8 +619,8 @@ def test_no_noise_where_a_correlated_guide_is_exact(loss, run):
     model = Picky(exact) if run == "repeat" else exact
     objective = NOISELESS[loss](6, run != "loop")
     value = objective.loss_and_grads(model, guide, x)
-    ((layout, *_),) = objective._layouts.values()
-    assert layout.mode == run
+    ((found, *_),) = objective._plans.values()
+    assert found.mode.name == run
     assert value == pytest.approx(-exact.log_evidence(x).sum().item(), abs=1e-9)
     assert max(loc.grad.abs().max(), tril.grad.abs().max()) < 1e-10
 
@@ -667,7 +668,7 @@ def test_a_second_run_of_the_guide_sees_the_same_dropout(vectorize):
     model, guide = Chain(), DropoutGuide()
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     batch = (x, x)
-    layout = plan(
+    made = plan(
         model,
         guide,
         batch,
@@ -679,13 +680,14 @@ def test_a_second_run_of_the_guide_sees_the_same_dropout(vectorize):
         enumeration="no",
     )
     assert guide.training
-    run = Run(layout, model, guide, batch, {}, 3, draws="gated")
+    gradients = StoppedGradients()
+    run = TrainingRun(made, model, guide, batch, {}, 3, tracer=gradients.trace)
     after = torch.get_rng_state()
-    stopped, natural = run.stopped_guide_terms(scaled=False), run.guide_terms()
+    stopped, natural = gradients.guide_terms(run, scaled=False), run.guide_terms()
     assert torch.equal(torch.get_rng_state(), after)
     for name in ("z1", "z2"):
         torch.testing.assert_close(stopped[name], natural[name], rtol=1e-12, atol=1e-12)
-    other = Run(layout, model, guide, batch, {}, 3, draws="gated").guide_terms()
+    other = TrainingRun(made, model, guide, batch, {}, 3).guide_terms()
     assert (other["z1"] - natural["z1"]).abs().max() > 0.01
 
 

@@ -351,10 +351,10 @@ def test_a_loss_remembers_several_pairs_and_forgets_the_oldest():
     pairs = [normal_pair()[:2] for _ in range(20)]
     for model, guide in pairs:
         loss.loss(model, guide, X)
-    assert len(loss._layouts) == 16
-    layouts = dict(loss._layouts)
+    assert len(loss._plans) == 16
+    plans = dict(loss._plans)
     loss.loss(*pairs[-1], X)
-    assert loss._layouts == layouts
+    assert loss._plans == plans
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_particles_are_not_normalized_with_one_another(name):
     before = copy.deepcopy(layers.state_dict())
     loss = pv.ELBO(3, kl="sample")
     loss._run(model, guide, (x,), {})
-    assert {layout.mode for layout, *_ in loss._layouts.values()} == {mode}
+    assert {plan.mode.name for plan, *_ in loss._plans.values()} == {mode}
     layers.load_state_dict(before)
     torch.manual_seed(1)
     found = loss.loss(model, guide, x)
@@ -443,7 +443,7 @@ def test_a_pair_planned_in_eval_mode_is_planned_anew_for_training():
     for training, mode in ((False, "repeat"), (True, "loop"), (False, "loop")):
         layers.train(training)
         loss.loss(model, guide, x)
-        assert {layout.mode for layout, *_ in loss._layouts.values()} == {mode}
+        assert {plan.mode.name for plan, *_ in loss._plans.values()} == {mode}
 
 
 def test_a_network_that_asserts_its_shape_gets_the_batch_repeated():
@@ -457,7 +457,7 @@ def test_a_network_that_asserts_its_shape_gets_the_batch_repeated():
     guide = pv.LocalGuide(model, num_data=3, example=x)
     loss = pv.ELBO(3)
     loss.loss(model, guide, x)
-    assert [layout.mode for layout, *_ in loss._layouts.values()] == ["repeat"]
+    assert [plan.mode.name for plan, *_ in loss._plans.values()] == ["repeat"]
 
 
 # --- plates of the same dimension, deterministic sites --------------------------------------------

@@ -426,8 +426,8 @@ def test_particles_at_once_are_particles_in_a_loop(objective, kind, setting, mod
     together, looped = OBJECTIVES[objective](), OBJECTIVES[objective](vectorize_particles=False)
     found = with_table(table, together, model, guide, batch, looped=mode == "loop")
     wanted = with_table(table, looped, model, guide, batch, looped=True)
-    assert {layout.mode for layout, *_ in together._layouts.values()} == {mode}
-    assert {layout.mode for layout, *_ in looped._layouts.values()} == {"loop"}
+    assert {plan.mode.name for plan, *_ in together._plans.values()} == {mode}
+    assert {plan.mode.name for plan, *_ in looped._plans.values()} == {"loop"}
     close(found, wanted)
 
 

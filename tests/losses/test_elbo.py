@@ -612,7 +612,7 @@ def test_networks_that_take_no_particles_get_the_batch_repeated(caplog):
     guide = pv.LocalGuide(model, num_data=3, example=x)
     loss = pv.ELBO(2, kl="sample")
     value, gradient = losses_and_gradients(loss, model, guide, x)
-    assert [layout.mode for layout, *_ in loss._layouts.values()] == ["repeat"]
+    assert [plan.mode.name for plan, *_ in loss._plans.values()] == ["repeat"]
     assert caplog.messages == []
     wanted, wanted_gradient = losses_and_gradients(Trace_ELBO(2), model, guide, x)
     assert value == pytest.approx(wanted, rel=1e-12)
@@ -688,6 +688,6 @@ def test_a_used_loss_is_pickled_without_the_pair(loss, setting):
     torch.manual_seed(0)
     value = loss.loss(model, guide, x)
     copy = pickle.loads(pickle.dumps(loss))
-    assert copy._layouts == {}
+    assert copy._plans == {}
     torch.manual_seed(0)
     assert copy.loss(model, guide, x) == value

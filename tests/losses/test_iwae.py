@@ -302,8 +302,8 @@ def test_scales_where_the_batch_is_repeated(name, num_data):
     x = exact.data(6)
     loss = LOSSES[name](5)
     found = value(loss, Matrices(exact, 2.0, num_data), exact.posterior, x)
-    ((layout, *_),) = loss._layouts.values()
-    assert layout.mode == "repeat"
+    ((plan, *_),) = loss._plans.values()
+    assert plan.mode.name == "repeat"
     times = 2.0 * (1 if num_data is None else 10)
     assert found == pytest.approx(-times * exact.log_evidence(x).sum().item(), rel=1e-12)
 
@@ -315,8 +315,8 @@ def test_weights_of_the_data_where_the_batch_is_repeated(name):
     x, weights = exact.data(6), torch.linspace(0.5, 3.0, 6, dtype=torch.float64)
     loss = LOSSES[name](5)
     found = value(loss, Matrices(exact), lambda x, weights: exact.posterior(x), x, weights)
-    ((layout, *_),) = loss._layouts.values()
-    assert layout.mode == "repeat"
+    ((plan, *_),) = loss._plans.values()
+    assert plan.mode.name == "repeat"
     assert found == pytest.approx(-(weights * exact.log_evidence(x)).sum().item(), rel=1e-12)
 
 

@@ -1,0 +1,233 @@
+r"""Gradients through the draws of a guide alone: sticking the landing, doubly reparameterized.
+
+.. math:: \nabla_\phi \log q_\phi(z_\phi) = \nabla_z \log q_\phi(z)\, \nabla_\phi z_\phi
+          + \nabla_\phi \log q_\phi(z) \big|_{z = z_\phi}
+
+The second term, the score, is zero on average; leaving it out is sticking the landing (Roeder, Wu
+& Duvenaud 2017). Weighting what flows back to each draw is the doubly reparameterized gradient
+(Tucker et al. 2019).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae.particles.plan import device_of
+from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.declared_guide import DeclaredGuide
+from pyro_vae.programs.nodes import latent_nodes
+from pyro_vae.programs.preimages import draw_of, with_draw
+from pyro_vae.programs.state import preserved_rng, unwrapped
+from pyro_vae.programs.traces import ReplaceDraws, point_of, redrawn, site_log_prob, trace_guide
+from pyro_vae.programs.types import Node, Program, Trace
+from pyro_vae.recording import is_recording
+
+__all__ = ["StoppedGradients"]
+
+
+class StoppedGradients:
+    """Runs guides so that the gradient of log q may be taken by the draws alone.
+
+    Its :meth:`trace` is the tracer of a TrainingRun, each for one step.
+    """
+
+    def __init__(self) -> None:
+        # By the trace of a guide: its nodes once more, as functions of draws held fixed.
+        self._copies: dict[int, Callable[[], dict[str, Node]]] = {}
+        self._points: set[str] = set()  # proposals that are parameters themselves
+
+    def trace(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+        """Run a guide; the model sees its draws as tensors of their own, to be gated."""
+        state = _random_state(device_of(args, kwargs))
+        trace = trace_guide(guide, args, kwargs)
+        nodes = dict(latent_nodes(trace))
+        own = unwrapped(guide)
+        declared = isinstance(own, DeclaredGuide) and own.global_guide is None
+
+        def copies() -> dict[str, Node]:
+            if len(nodes) == 1 or (declared and not own.is_dependent):
+                # No proposal depends on another draw: the distributions at hand will do.
+                return {name: with_draw(node, _leaf(draw_of(node))) for name, node in nodes.items()}
+            if is_recording():
+                # The state of the random numbers is no part of a graph: the draws are given.
+                again = redrawn(guide, trace, _leaf, args, kwargs)
+            else:
+                with ReplaceDraws(_leaf), _random_state_of(state):
+                    again = trace_guide(guide, args, kwargs)
+            return {n: {**node, "mask": nodes[n]["mask"]} for n, node in latent_nodes(again)}
+
+        for node in nodes.values():
+            node.update(with_draw(node, draw_of(node).view_as(draw_of(node))))
+        self._copies[id(trace)] = copies
+        return trace
+
+    def guide_terms(
+        self, run: TrainingRun, *, scaled: bool, apart: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the log density of each proposal as a function of the draws alone, [K, N].
+
+        Each is the density to first order about the draws: the value, and the derivative by every
+        draw of its trace. Enumerated proposals are left out.
+
+        Args:
+            run: of the guide, by :meth:`trace`.
+            scaled: whether by the guide's scales.
+            apart: whether each term has the derivatives of its own density alone, as where they
+                will be weighted differently; else their sum is right, and takes one pass.
+        """
+        by_name: dict[tuple[str, str], list[Tensor]] = {}
+        for trace in run.guide.traces:
+            for key, term in self._stopped(run, trace, scaled=scaled, apart=apart).items():
+                by_name.setdefault(key, []).append(term)
+        found: dict[str, Tensor] = {}
+        for (name, draw), terms in by_name.items():
+            term = run.term(draw, run.guide.nodes(draw), terms, scaled=False)
+            found[name] = found[name] + term if name in found else term
+        return found
+
+    def _stopped(
+        self, run: TrainingRun, guide_trace: Trace, *, scaled: bool, apart: bool
+    ) -> dict[tuple[str, str], Tensor]:
+        """Return terms by the proposal whose density they are of, and the draw they vary with."""
+        copies = self._copies[id(guide_trace)]()
+        leaves = {name: draw_of(c) for name, c in copies.items() if draw_of(c).requires_grad}
+        self._check_points(copies, list(leaves.values()))
+        densities = {
+            name: scale_and_mask(
+                site_log_prob(name, copy, scaled=False), run.scale(copy) if scaled else 1.0
+            )
+            for name, copy in copies.items()
+            if name not in run.plan.enumerated  # an expectation of its own
+        }
+        if len(leaves) > 1:
+            _check_enumerated(run, densities)
+        if not densities:
+            return {}
+        sums = {name: density.sum() for name, density in densities.items()}
+        if not apart:
+            sums = {"": torch.stack(list(sums.values())).sum()}
+        terms = {(name, name): density.detach() for name, density in densities.items()}
+        nodes = guide_trace.nodes
+        for (name, draw), slope in _slopes(sums, leaves).items():
+            value = draw_of(nodes[draw])
+            change = slope * (value - value.detach())
+            event = tuple(range(change.ndim - _event_ndim(nodes[draw]), change.ndim))
+            change = change.sum(event) if event else change
+            key = name or draw, draw
+            terms[key] = terms[key] + change if key in terms else change
+        return terms
+
+    def _check_points(self, copies: Mapping[str, Node], leaves: list[Tensor]) -> None:
+        """Sort the Deltas: those that are parameters, and those that are functions of draws.
+
+        Raises:
+            ValueError: for one that is both, or whose log density depends on parameters: what
+                flows to them is no score, and cannot be left out or weighted as one.
+        """
+        drawn = {id(leaf) for leaf in leaves}
+        for name, copy in copies.items():
+            point = point_of(copy["fn"])
+            if point is None:
+                continue
+            sources = _sources(point.v)
+            if sources - drawn:
+                self._points.add(name)
+            mixed = bool(sources - drawn) and bool(sources & drawn)
+            if mixed or _sources(point.log_density) - drawn:
+                raise ValueError(
+                    f"the guide's site {name!r} is a point made of other draws and of parameters; "
+                    "gradients through the draws alone ('stl', 'dreg') would miss a part. Use "
+                    "pathwise gradients"
+                )
+
+    def scale_gradients(self, run: TrainingRun, factor: Tensor) -> None:
+        """Multiply what flows back to the draws by a factor [K, N] of particle and datum.
+
+        Not to points that are parameters: they have no density, hence no score.
+        """
+        for k, trace in enumerate(run.guide.traces):
+            for name, node in latent_nodes(trace):
+                draw, event_ndim = draw_of(node), _event_ndim(node)
+                if draw.requires_grad and name not in self._points:
+                    spread = run.plan.mode.spread(factor, k, draw.ndim - event_ndim)
+                    spread = spread.reshape(*spread.shape, *[1] * event_ndim)
+                    draw.register_hook(functools.partial(torch.mul, spread))
+
+
+def _check_enumerated(run: TrainingRun, densities: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a density that depends on enumerated proposals, and on other draws."""
+    for name, density in densities.items():
+        if run.plan.enumerated and density.ndim > run.plan.mode.plate_dims:
+            raise ValueError(
+                f"the guide's site {name!r} depends on {list(run.plan.enumerated)}, which "
+                "are enumerated, next to other draws: its density cannot be held at fixed "
+                "parameters. Use pathwise gradients"
+            )
+
+
+def _slopes(
+    sums: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """Return the derivative of each sum by each leaf that it depends on."""
+    found = {}
+    for name, total in sums.items():
+        if total.requires_grad and leaves:
+            slopes = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, retain_graph=len(sums) > 1
+            )
+            pairs = zip(leaves, slopes, strict=True)
+            found.update({(name, draw): s for draw, s in pairs if s is not None})
+    return found
+
+
+def _sources(value: object) -> set[int]:
+    """Return the leaves of a tensor's autograd graph, by identity."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return set()
+    if value.grad_fn is None:
+        return {id(value)}
+    found, seen = set(), set()
+    stack: list[torch.autograd.graph.Node] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(function for function, _ in node.next_functions if function is not None)
+    return found
+
+
+def _event_ndim(node: Node) -> int:
+    """Return the event dimensions of :func:`draw_of` a node."""
+    return int(node["fn"].event_dim + draw_of(node).ndim - node["value"].ndim)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return a tensor of its own with the same numbers, to differentiate by."""
+    value = value.detach()
+    return value.requires_grad_() if value.is_floating_point() else value
+
+
+def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return device, torch.get_rng_state(), cuda
+
+
+@contextlib.contextmanager
+def _random_state_of(state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
+    """Go back to a random state, and leave the present one as it was."""
+    device, cpu, cuda = state
+    with preserved_rng(device):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        yield
