@@ -1,4 +1,4 @@
-"""Models whose answers are known in closed form, for the tests."""
+"""Models whose answers are known in closed form: a callable each, with its answers beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,141 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NormalModel:
+    """z ~ Normal(0, 1), x ~ Normal(weight z, noise); x is [N], or [N, D] of independent columns."""
+
+    weight: float = 1.0
+    noise: float = 1.0
+
+    def __call__(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            self.sites(x)
+
+    def sites(self, x: Tensor) -> None:
+        """The statements of rows x, for a plate of another kind around them."""
+        events = x.ndim - 1
+        z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[1:]), 1.0).to_event(events))
+        pyro.sample("x", dist.Normal(self.weight * z, self.noise).to_event(events), obs=x)
+
+    def posterior(self, x: Tensor) -> None:
+        """The exact posterior, as a guide."""
+        exact = self.posterior_of(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(exact.loc, exact.scale).to_event(x.ndim - 1))
+
+    def posterior_of(self, x: Tensor) -> torch.distributions.Normal:
+        precision = 1 + self.weight**2 / self.noise**2
+        location = self.weight * x / self.noise**2 / precision
+        return torch.distributions.Normal(location, torch.full_like(x, precision**-0.5))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x), [N]."""
+        scale = math.hypot(self.weight, self.noise)
+        density = torch.distributions.Normal(x.new_zeros(()), scale).log_prob(x)
+        return density.flatten(1).sum(-1) if x.ndim > 1 else density
+
+    def elbo_of(self, x: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+        """The exact ELBO of a Normal guide, [N]."""
+        guide = torch.distributions.Normal(location, scale)
+        kl = torch.distributions.kl_divergence(guide, self.posterior_of(x))
+        return self.log_evidence(x) - (kl.flatten(1).sum(-1) if x.ndim > 1 else kl)
+
+
+@dataclass(frozen=True)
+class GammaPoisson:
+    """rate ~ Gamma(shape, rate), x ~ Poisson(rate), float64."""
+
+    shape: float = 2.0
+    rate: float = 1.0
+
+    def __call__(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = dist.Gamma(x.new_tensor(self.shape), x.new_tensor(self.rate))
+            pyro.sample("x", dist.Poisson(pyro.sample("rate", prior)), obs=x)
+
+    def posterior(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(self.shape + x, x.new_tensor(self.rate + 1)))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x), [N]: a negative binomial."""
+        shape = x.new_tensor(self.shape)
+        count = torch.lgamma(shape + x) - torch.lgamma(shape) - torch.lgamma(x + 1)
+        return count + self.shape * math.log(self.rate) - (self.shape + x) * math.log1p(self.rate)
+
+    def normal_gap(self, x: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+        """How far the ELBO of log rate ~ Normal(location, scale) lies below the best Normal's, [N].
+
+        Up to a constant it is (a + x) m - (b + 1) exp(m + s^2 / 2) + log s; at the optimum
+        (a + x) s^2 = 1 and (b + 1) exp(m + s^2 / 2) = a + x.
+        """
+        count, more = self.shape + x, self.rate + 1
+
+        def elbo(m: Tensor, s: Tensor) -> Tensor:
+            return count * m - more * (m + s**2 / 2).exp() + s.log()
+
+        best = count.rsqrt()
+        return elbo((count / more).log() - best**2 / 2, best) - elbo(location, scale)
+
+
+@dataclass(frozen=True)
+class BetaBernoulli:
+    """p ~ Beta(a, b), x [N, D] of independent Bernoullis given p."""
+
+    a: float = 2.0
+    b: float = 3.0
+
+    def __call__(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Beta(x.new_tensor(self.a), x.new_tensor(self.b)))
+            likelihood = dist.Bernoulli(p.unsqueeze(-1).expand(*p.shape, x.shape[-1]))
+            pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    def posterior(self, x: Tensor) -> None:
+        ones = x.sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("p", dist.Beta(self.a + ones, self.b + x.shape[-1] - ones))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x), [N]: a quotient of Beta functions."""
+        ones = x.sum(-1)
+        a, b = x.new_tensor(self.a), x.new_tensor(self.b)
+        return _log_beta(a + ones, b + x.shape[-1] - ones) - _log_beta(a, b)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """c ~ Categorical(weights), x ~ Normal(means[c], 1)."""
+
+    weights: Tensor  # [C]
+    means: Tensor  # [C]
+
+    def __call__(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(self.weights))
+            pyro.sample("x", dist.Normal(self.means[c], 1.0), obs=x)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log p(c, x), [N, C]."""
+        return self.weights.log() + dist.Normal(self.means, 1.0).log_prob(x.unsqueeze(-1))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x), [N]."""
+        return self.log_joint(x).logsumexp(-1)
+
+
+# Of three values and of two, and their tables, as the tests of discrete latents take them.
+WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+MEANS = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+TABLE = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
+mixture = GaussianMixture(WEIGHTS, MEANS)
 
 
 @dataclass(frozen=True)

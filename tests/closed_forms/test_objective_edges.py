@@ -16,6 +16,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.programs.handlers import LatentScale
+from tests.models import NormalModel
 
 X = torch.tensor([0.7, -1.2, 3.0], dtype=torch.float64)
 
@@ -57,16 +58,11 @@ def agree(one, other):
 def normal_pair():
     slope = torch.tensor(0.3, requires_grad=True)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x, 1.0))
 
-    return model, guide, [slope]
+    return NormalModel(), guide, [slope]
 
 
 # --- doubly reparameterized gradients ---------------------------------------------------------

@@ -18,6 +18,7 @@ import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.refinement.starts import answer_of as start_of
+from tests.models import NormalModel
 
 FAMILIES = [
     pv.families.Normal(),
@@ -250,11 +251,7 @@ def test_shares_at_the_edge_of_the_numbers_are_refused():
 
 @families
 def test_refine_starts_at_the_parameters_of_its_own_family(family):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
+    model = NormalModel()
     x = torch.randn(4, 3, dtype=torch.float64)
     guide = perturbed(pv.LocalGuide(model, num_data=4, example=x, family=family))
     local = pv.LocalGuide(model, num_data=4, example=x, family=family)
@@ -337,10 +334,7 @@ def test_top_down_follows_through_a_discrete_latent():
 
 
 def test_a_mask_of_the_guide_alone_is_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+    model = NormalModel(noise=0.1)
 
     def guide(x):
         with pyro.plate("data", len(x)):

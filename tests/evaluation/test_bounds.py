@@ -15,7 +15,7 @@ import pyro_vae as pv
 from pyro_vae.diagnostics.pareto_k import heavy_tailed
 from pyro_vae.evaluation.bound import Bound
 from pyro_vae.particles.estimators import LargestWeights
-from tests.models import encoder, factor_analysis
+from tests.models import NormalModel, encoder, factor_analysis
 
 
 @pytest.fixture
@@ -133,11 +133,7 @@ def test_a_point_is_said_to_be_no_bound(caplog):
 # --- how far a bound is to be trusted ------------------------------------------------------------
 
 
-def normal(x):
-    """z ~ N(0, 1), x ~ N(z, 1): the posterior is N(x / 2, 1/2)."""
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+normal = NormalModel()
 
 
 def narrow(x):

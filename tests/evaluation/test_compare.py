@@ -14,7 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation.compare import _tightest
-from tests.models import encoder, factor_analysis
+from tests.models import NormalModel, encoder, factor_analysis
 
 
 @pytest.fixture(scope="module")
@@ -331,11 +331,7 @@ def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
 def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():
     """300 data are two blocks for one guide and one for the other: rows must stay aligned."""
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
+    model = NormalModel()
     torch.manual_seed(0)
     data = torch.randn(300, dtype=torch.float64)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.export import arviz_versions as arviz_bridge
-from tests.models import encoder, factor_analysis
+from tests.models import NormalModel, encoder, factor_analysis
 
 
 @pytest.fixture(scope="module")
@@ -440,10 +440,7 @@ def test_observed_values_are_broadcast_to_their_likelihood():
 
 @pytest.mark.parametrize("data_plate", [None, False])
 def test_resampled_draws_say_for_how_many_data_they_are_not_to_be_trusted(data_plate, caplog):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = NormalModel()
 
     def narrow(x):
         with pyro.plate("data", len(x)):
@@ -468,10 +465,7 @@ def test_resampled_draws_say_for_how_many_data_they_are_not_to_be_trusted(data_p
 def test_data_that_require_gradients():
     x = torch.linspace(-1, 1, 4).requires_grad_()
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = NormalModel()
 
     def guide(x):
         with pyro.plate("data", len(x)):

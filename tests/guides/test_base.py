@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
-from tests.models import log_normal_model
+from tests.models import NormalModel, log_normal_model
 
 
 def test_positive_latents_are_sampled_from_the_family_itself():
@@ -63,10 +63,7 @@ def test_a_prior_whose_parents_vary():
 def test_a_helper_of_which_no_latent_is_made_is_refused(call):
     """Its entropy of 1.42 nats would count: log p(x) is -1.39 at x = 0.5, the ELBO -0.2."""
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = NormalModel()
 
     def guide(x):
         with pyro.plate("data", len(x)):

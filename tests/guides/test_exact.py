@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from pyro_vae.evaluation.bounds import elbo
 from pyro_vae.evaluation.log_weights import log_weights
 from pyro_vae.guides.exact import ExactGuide
+from tests.models import MEANS, TABLE, WEIGHTS
 
-WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-MEANS = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
-TABLE = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
 GRID = torch.tensor([[0.1, -2.0], [1.3, 0.4], [-0.7, 2.2]], dtype=torch.float64)
 
 

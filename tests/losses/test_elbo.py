@@ -21,7 +21,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae as pv
-from tests.models import encoder, factor_analysis, log_normal_model
+from tests.models import NormalModel, encoder, factor_analysis, log_normal_model
 
 
 @pytest.fixture
@@ -325,10 +325,7 @@ def test_every_datum_has_weights_of_its_own(num_data):
 def test_wake_phi_is_the_derivative_of_weighted_log_densities():
     x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = NormalModel()
 
     def guide(x):
         shift = pyro.param("shift", x.new_tensor(0.5))
@@ -354,10 +351,7 @@ def test_dreg_has_the_mean_of_the_pathwise_gradient_and_less_noise():
     """Within 4 standard errors of 30 x 300 data; "stl" has another mean (Tucker et al. 2019)."""
     x = torch.full((300,), 1.0, dtype=torch.float64)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = NormalModel()
 
     class Guide(nn.Module):
         def __init__(self):

@@ -16,10 +16,12 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.programs.handlers import LatentScale
-from tests.models import encoder, factor_analysis
+from tests.models import MEANS, TABLE, WEIGHTS, NormalModel, encoder, factor_analysis, mixture
 
 X = torch.tensor([0.3, -1.1, 2.0, 0.8, -0.4], dtype=torch.float64)
-WEIGHT, NOISE = 1.5, 0.8
+model = NORMAL = NormalModel(weight=1.5, noise=0.8)
+WEIGHT, NOISE = model.weight, model.noise
+latent, posterior = model.sites, model.posterior
 LOSSES = {
     "pathwise": lambda k, **options: pv.IWAE(k, **options),
     "stl": lambda k, **options: pv.IWAE(k, estimator="stl", **options),
@@ -28,29 +30,9 @@ LOSSES = {
 }
 
 
-def latent(x):
-    z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
-    pyro.sample("x", dist.Normal(WEIGHT * z, NOISE), obs=x)
-
-
-def model(x):
-    with pyro.plate("data", len(x)):
-        latent(x)
-
-
 def guide(x):
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(0.3 * x, 0.7))
-
-
-def posterior(x):
-    precision = 1 + WEIGHT**2 / NOISE**2
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(WEIGHT * x / NOISE**2 / precision, precision**-0.5))
-
-
-def log_evidence(x):
-    return dist.Normal(torch.zeros_like(x), math.hypot(WEIGHT, NOISE)).log_prob(x)
 
 
 def parts(x, num_particles, seed=0):
@@ -81,7 +63,7 @@ def value(loss, model, guide, *args, seed=0, **kwargs):
 def test_the_evidence_at_the_exact_posterior(name, num_particles, vectorize):
     options = {"insomnia": 0.0} if name == "wake" and num_particles == 1 else {}
     loss = LOSSES[name](num_particles, vectorize_particles=vectorize, **options)
-    wanted = -log_evidence(X).sum().item()
+    wanted = -NORMAL.log_evidence(X).sum().item()
     assert value(loss, model, posterior, X) == pytest.approx(wanted, abs=1e-12)
 
 
@@ -119,7 +101,7 @@ def test_the_bound_rises_with_particles_to_the_evidence():
         errors.append(draws.std().item() / math.sqrt(40))
     for i in range(4):
         assert means[i + 1] - means[i] > 4 * math.hypot(errors[i], errors[i + 1])
-    exact = log_evidence(X).sum().item()
+    exact = NORMAL.log_evidence(X).sum().item()
     assert means[-2] < exact
     assert means[-1] == pytest.approx(exact, abs=0.03)
     assert exact - means[-1] < 0.2 * (exact - means[-2])
@@ -151,7 +133,7 @@ def test_the_scale_of_a_subsampled_plate_stands_outside(name, vectorize):
     alone = value(LOSSES[name](6, vectorize_particles=vectorize), model, guide, X)
     assert value(loss, subsampled, subsampled_guide, X) == pytest.approx(40 * alone, rel=1e-12)
     assert value(loss, subsampled, guide, X) == pytest.approx(40 * alone, rel=1e-12)
-    wanted = -40 * log_evidence(X).sum().item()
+    wanted = -40 * NORMAL.log_evidence(X).sum().item()
     assert value(loss, subsampled, posterior, X) == pytest.approx(wanted, rel=1e-12)
 
 
@@ -189,7 +171,7 @@ def test_a_scale_on_the_model_weighs_the_data(name, vectorize, scale):
     loss = LOSSES[name](6)
     assert value(loss, scaled, guide, X) == pytest.approx(-(scale * bounds).sum().item(), rel=1e-12)
     loss = LOSSES[name](6, vectorize_particles=vectorize)
-    wanted = -(scale * log_evidence(X)).sum().item()
+    wanted = -(scale * NORMAL.log_evidence(X)).sum().item()
     assert value(loss, scaled, posterior, X) == pytest.approx(wanted, rel=1e-12)
     # What the guide says of scales does not count.
     for other in (scale, 7.0):
@@ -266,11 +248,11 @@ def test_a_model_that_draws_its_own_minibatch(name):
         found.append(value(loss, *pair, X, seed=seed))
         torch.manual_seed(seed)
         rows = poutine.trace(pair[1]).get_trace(X).nodes["data"]["value"]
-        wanted = -2.5 * log_evidence(X[rows]).sum().item()
+        wanted = -2.5 * NORMAL.log_evidence(X[rows]).sum().item()
         assert found[-1] == pytest.approx(wanted, abs=1e-11)
     found = torch.tensor(found)
     error = found.std().item() / math.sqrt(60)
-    assert abs(found.mean().item() + log_evidence(X).sum().item()) < 4 * error
+    assert abs(found.mean().item() + NORMAL.log_evidence(X).sum().item()) < 4 * error
 
 
 # --- particles by repeat -----------------------------------------------------------------
@@ -347,7 +329,7 @@ def test_a_masked_observation_leaves_the_prior():
     assert value(pv.IWAE(6), missing, guide, X) == pytest.approx(wanted, rel=1e-12)
 
 
-TABLE = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(5, 3)
+ROWS = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(5, 3)
 
 
 def nested(data_dim, local=True):
@@ -403,13 +385,13 @@ def test_inner_plates_are_summed_within_a_datum(name, vectorize):
     At -1, with features at -2, the draws lie otherwise: checked by the exact posterior.
     """
     loss = LOSSES[name](4, data_plate="data", vectorize_particles=vectorize)
-    wanted = value(LOSSES[name](4, vectorize_particles=vectorize), *as_events(), TABLE)
-    assert value(loss, *nested(-2)[:2], TABLE) == pytest.approx(wanted, rel=1e-12)
-    covariance = torch.eye(3, dtype=TABLE.dtype) + 1
-    evidence = dist.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(TABLE)
+    wanted = value(LOSSES[name](4, vectorize_particles=vectorize), *as_events(), ROWS)
+    assert value(loss, *nested(-2)[:2], ROWS) == pytest.approx(wanted, rel=1e-12)
+    covariance = torch.eye(3, dtype=ROWS.dtype) + 1
+    evidence = dist.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(ROWS)
     for data_dim in (-1, -2):
         pair = nested(data_dim, local=False)
-        found = value(loss, pair[0], pair[2], TABLE)
+        found = value(loss, pair[0], pair[2], ROWS)
         assert found == pytest.approx(-evidence.sum().item(), rel=1e-12)
 
 
@@ -419,7 +401,7 @@ def test_both_orders_of_plates_are_one_bound():
     for data_dim in (-1, -2):
         loss = pv.IWAE(4, data_plate="data")
         pair = nested(data_dim)[:2]
-        draws[data_dim] = torch.tensor([value(loss, *pair, TABLE, seed=s) for s in range(150)])
+        draws[data_dim] = torch.tensor([value(loss, *pair, ROWS, seed=s) for s in range(150)])
     error = math.hypot(*(d.std().item() for d in draws.values())) / math.sqrt(150)
     assert abs(draws[-1].mean() - draws[-2].mean()) < 4 * error
 
@@ -485,7 +467,7 @@ def test_a_subsampled_inner_plate_is_refused(name):
             pyro.sample("z", dist.Normal(x.mean(1, keepdim=True), 1.0))
 
     with pytest.raises(ValueError, match="'feature', of which a datum sees 3 of 30 entries"):
-        LOSSES[name](3, data_plate="data").loss(inner, proposal, TABLE)
+        LOSSES[name](3, data_plate="data").loss(inner, proposal, ROWS)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -493,7 +475,7 @@ def test_a_scale_that_varies_within_a_datum_is_refused(name):
     model, guide, _ = nested(-2)
     scaled = poutine.scale(model, scale=torch.rand(5, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"a scale of shape \(5, 3\), which varies within a datum"):
-        LOSSES[name](3, data_plate="data").loss(scaled, guide, TABLE)
+        LOSSES[name](3, data_plate="data").loss(scaled, guide, ROWS)
 
 
 @pytest.mark.parametrize("name", ["pathwise", "stl", "dreg"])
@@ -665,9 +647,6 @@ def test_sleep_phases_that_cannot_be_had(images):
 
 # --- discrete latents --------------------------------------------------------------------
 
-PRIOR = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-MEANS = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
-COUPLING = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
 SHIFTS = torch.tensor([-0.5, 1.0], dtype=torch.float64)
 CHANCES = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]], dtype=torch.float64)
 
@@ -679,7 +658,7 @@ def test_discrete_proposals_learn_the_exact_posterior(insomnia):
 
     def model(x):
         with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(PRIOR))
+            c = pyro.sample("c", dist.Categorical(WEIGHTS))
             pyro.sample("x", dist.Categorical(CHANCES[c]), obs=x)
 
     def guide(x):
@@ -697,7 +676,7 @@ def test_discrete_proposals_learn_the_exact_posterior(insomnia):
         loss.loss_and_grads(model, guide, x)
         optimizer.step()
         schedule.step()
-    joint = PRIOR[:, None] * CHANCES
+    joint = WEIGHTS[:, None] * CHANCES
     exact = (joint / joint.sum(0)).T
     torch.testing.assert_close(torch.softmax(logits.detach(), -1), exact, rtol=0, atol=0.02)
     evidence = joint.sum(0).log().sum().item() * copies
@@ -731,24 +710,14 @@ def test_bernoulli_proposals_learn_the_exact_posterior():
     torch.testing.assert_close(torch.sigmoid(logits.detach()), exact, rtol=0, atol=0.03)
 
 
-def mixture(x):
-    with pyro.plate("data", len(x)):
-        c = pyro.sample("c", dist.Categorical(PRIOR))
-        pyro.sample("x", dist.Normal(MEANS[c], 1.0), obs=x)
-
-
 def nothing(x):
     pass
-
-
-def mixture_evidence(x):
-    return torch.logsumexp(PRIOR.log() + dist.Normal(MEANS, 1.0).log_prob(x[..., None]), -1)
 
 
 @pytest.mark.parametrize("num_particles", [1, 4])
 @pytest.mark.parametrize("make", [pv.ELBO, pv.IWAE])
 def test_a_discrete_latent_left_out_is_summed_out(make, num_particles):
-    wanted = -mixture_evidence(X).sum().item()
+    wanted = -mixture.log_evidence(X).sum().item()
     assert value(make(num_particles), mixture, nothing, X) == pytest.approx(wanted, rel=1e-12)
     told = pv.explain(make(num_particles), mixture, nothing, X)
     assert told == {"c": "summed out: discrete, and not proposed by the guide"}
@@ -758,7 +727,7 @@ def mixed(x, subsample=False):
     plate = pyro.plate("data", 200, subsample=x) if subsample else pyro.plate("data", len(x))
     with plate:
         z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
-        c = pyro.sample("c", dist.Categorical(PRIOR))
+        c = pyro.sample("c", dist.Categorical(WEIGHTS))
         pyro.sample("x", dist.Normal(MEANS[c] + z, 1.0), obs=x)
 
 
@@ -768,7 +737,8 @@ def test_a_discrete_latent_beside_a_continuous_one(subsample):
     torch.manual_seed(0)
     q = dist.Normal(0.3 * X, torch.full_like(X, 0.7))
     z = q.rsample((4,))
-    prior, likelihood = dist.Normal(torch.zeros_like(z), 1.0).log_prob(z), mixture_evidence(X - z)
+    prior = dist.Normal(torch.zeros_like(z), 1.0).log_prob(z)
+    likelihood = mixture.log_evidence(X - z)
     log_w = likelihood + prior - q.log_prob(z)
 
     def pair(x):
@@ -794,7 +764,7 @@ def test_a_discrete_latent_beside_a_continuous_one(subsample):
 
 def test_a_discrete_latent_left_out_is_summed_for_the_gradient_too():
     """dreg with c summed out has no noise where q is p(z | x): a linear-Gaussian c-free fit."""
-    exact_weights = PRIOR.log()
+    exact_weights = WEIGHTS.log()
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -812,7 +782,7 @@ def test_a_discrete_latent_left_out_is_summed_for_the_gradient_too():
 
     loss = pv.IWAE(5, estimator="dreg")
     found = loss.loss_and_grads(model, proposal, X)
-    wanted = -(log_evidence(X) + mixture_evidence(X)).sum().item()
+    wanted = -(NORMAL.log_evidence(X) + mixture.log_evidence(X)).sum().item()
     assert found == pytest.approx(wanted, rel=1e-12)
     assert abs(slope.grad) < 1e-10
 
@@ -836,14 +806,14 @@ def enumerating(logits=LOGITS):
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_a_discrete_proposal_is_enumerated_in_the_elbo(num_particles):
     log_q = torch.log_softmax(LOGITS + 0.2 * X[:, None] * MEANS, -1)
-    joint = PRIOR.log() + dist.Normal(MEANS, 1.0).log_prob(X[:, None])
+    joint = WEIGHTS.log() + dist.Normal(MEANS, 1.0).log_prob(X[:, None])
     wanted = -(log_q.exp() * (joint - log_q)).sum().item()
     for loss in (pv.ELBO(num_particles), pv.ELBO(num_particles, kl="sample")):
         assert value(loss, mixture, enumerating(), X) == pytest.approx(wanted, rel=1e-12)
     pyros = TraceEnum_ELBO(max_plate_nesting=1).loss(mixture, enumerating(), X)
     assert wanted == pytest.approx(pyros, rel=1e-12)
     # An importance weight sums it out instead.
-    evidence = -mixture_evidence(X).sum().item()
+    evidence = -mixture.log_evidence(X).sum().item()
     found = value(pv.IWAE(num_particles), mixture, enumerating(), X)
     assert found == pytest.approx(evidence, rel=1e-12)
 
@@ -876,9 +846,9 @@ def two_sites(inner=False):
 
     def model(x):
         with pyro.plate("data", len(x), dim=-2 if inner else -1):
-            c1 = pyro.sample("c1", dist.Categorical(PRIOR))
+            c1 = pyro.sample("c1", dist.Categorical(WEIGHTS))
             with within(2):
-                c2 = pyro.sample("c2", dist.Categorical(COUPLING[c1]))
+                c2 = pyro.sample("c2", dist.Categorical(TABLE[c1]))
                 pyro.sample("x", dist.Normal(MEANS[c1] + SHIFTS[c2], 1.0), obs=x)
 
     def guide(x):
@@ -894,14 +864,14 @@ def two_sites(inner=False):
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_two_discrete_sites_one_given_the_other(inner, num_particles):
     """Enumerated in the guide: the sum by hand, and Pyro's; left out: the evidence."""
-    x = TABLE[:, :2] if inner else X
+    x = ROWS[:, :2] if inner else X
     columns = x if inner else x[:, None]  # [N, D]
     log_q1, log_q2 = torch.log_softmax(LOGITS, -1), torch.log_softmax(LOGITS2, -1)
     locations = MEANS[:, None] + SHIFTS
     likelihood = dist.Normal(locations, 1.0).log_prob(columns[..., None, None])  # [N, D, 3, 2]
-    joint2 = COUPLING.log() + likelihood
+    joint2 = TABLE.log() + likelihood
     gain = (log_q2.exp() * (joint2 - log_q2)).sum(-1).sum(1)  # [N, 3]
-    elbo = (log_q1.exp() * (PRIOR.log() - log_q1 + gain)).sum()
+    elbo = (log_q1.exp() * (WEIGHTS.log() - log_q1 + gain)).sum()
     model, guide = two_sites(inner)
     options = {"data_plate": "data"} if inner else {}
     for loss in (
@@ -911,7 +881,7 @@ def test_two_discrete_sites_one_given_the_other(inner, num_particles):
         assert value(loss, model, guide, x) == pytest.approx(-elbo.item(), rel=1e-12)
     pyros = TraceEnum_ELBO(max_plate_nesting=2 if inner else 1).loss(model, guide, x)
     assert -elbo.item() == pytest.approx(pyros, rel=1e-12)
-    evidence = torch.logsumexp(PRIOR.log() + torch.logsumexp(joint2, -1).sum(1), -1).sum()
+    evidence = torch.logsumexp(WEIGHTS.log() + torch.logsumexp(joint2, -1).sum(1), -1).sum()
     for loss in (pv.ELBO(num_particles, **options), pv.IWAE(num_particles, **options)):
         assert value(loss, model, nothing, x) == pytest.approx(-evidence.item(), rel=1e-12)
 
@@ -939,7 +909,7 @@ def test_score_and_enumeration_agree_on_average():
     wanted, exact = run({"enumerate": "parallel"}, pv.ELBO())
     assert exact.std(0).max() < 1e-12
     log_q = torch.log_softmax(LOGITS, -1)
-    joint = PRIOR.log() + dist.Normal(MEANS, 1.0).log_prob(x[0])
+    joint = WEIGHTS.log() + dist.Normal(MEANS, 1.0).log_prob(x[0])
     spread = ((log_q.exp() * (joint - log_q - (-wanted)) ** 2).sum()).sqrt().item()
     for kl in ("analytic", "sample"):
         for num_particles in (1, 4):
@@ -953,7 +923,7 @@ def test_score_and_enumeration_agree_on_average():
 def test_a_proposal_that_depends_on_one_summed_out_is_refused(num_particles):
     def guide(x):
         with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(PRIOR), infer={"enumerate": "parallel"})
+            c = pyro.sample("c", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
             pyro.sample("z", dist.Normal(MEANS[c], 1.0))
 
     with pytest.raises(

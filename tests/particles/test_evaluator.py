@@ -19,7 +19,13 @@ import pyro_vae as pv
 from pyro_vae.particles.blocks import equal_step, round_down
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
-from tests.models import encoder, factor_analysis, log_normal_evidence, log_normal_model
+from tests.models import (
+    NormalModel,
+    encoder,
+    factor_analysis,
+    log_normal_evidence,
+    log_normal_model,
+)
 
 
 @pytest.fixture
@@ -870,11 +876,7 @@ def test_a_messenger_guide_of_pyros(particles):
     """It keeps the prior of its sites in the trace: the ELBO by algebra."""
     x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
+    model = NormalModel()
     pyro.clear_param_store()
     guide = AutoNormalMessenger(model, init_loc_fn=init_to_value(values={"z": x / 2}))
     guide(x)

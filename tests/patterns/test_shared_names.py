@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from tests.models import NormalModel
 
 STEPS = 120  # beyond the eager ones, and beyond the comparisons at the 8th and 32nd
 
@@ -157,17 +158,12 @@ def test_a_fit_that_is_run_twice(make, how, tmp_path):
 @pytest.mark.parametrize("first", [torch.zeros, lambda size: lambda: torch.randn(size)])
 def test_a_value_of_another_shape_is_refused_by_name(first):
     def pair(size):
-        def model(x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
         def guide(x):
             loc = pyro.param("loc", first(size))
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(loc, 1.0))
 
-        return model, guide
+        return NormalModel(), guide
 
     adam = pyro.optim.Adam({"lr": 0.1})
     pv.CompiledSVI(*pair(1), adam, Trace_ELBO()).step(torch.zeros(1))

@@ -15,15 +15,13 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from tests.models import NormalModel
 
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ROWS = torch.arange(12) % 5
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+model = NormalModel()
 
 
 def counted(x):

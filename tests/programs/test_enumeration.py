@@ -27,10 +27,8 @@ from pyro_vae.programs.enumeration import (
 )
 from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.traces import site_log_prob
+from tests.models import MEANS, TABLE, WEIGHTS, NormalModel, mixture
 
-WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-MEANS = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
-TABLE = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
 GRID = torch.tensor([[0.1, -2.0], [1.3, 0.4], [-0.7, 2.2]], dtype=torch.float64)
 
 
@@ -53,17 +51,11 @@ def run(model, names, nesting, *args, values=None):
     return trace, log_probs
 
 
-def mixture(x):
-    with pyro.plate("data", len(x)):
-        c = pyro.sample("c", dist.Categorical(WEIGHTS))
-        pyro.sample("x", dist.Normal(MEANS[c], 1.0), obs=x)
-
-
 def test_a_mixture():
     x = data(7)
     trace, log_probs = run(mixture, ["c"], 1, x)
     found = contract(trace, log_probs, 1)
-    joint = WEIGHTS.log() + dist.Normal(MEANS, 1.0).log_prob(x.unsqueeze(-1))
+    joint = mixture.log_joint(x)
     torch.testing.assert_close(found[("c", "x")], joint.logsumexp(-1), rtol=0, atol=1e-12)
     assert list(found) == [("c", "x")]
     probabilities = marginals(trace, log_probs, 1)["c"]
@@ -887,10 +879,7 @@ def test_draws_of_a_sites_own_are_refused_by_name():
             infer = {"enumerate": "parallel", "num_samples": 1000}
             pyro.sample("z", dist.Normal(x, 0.5), infer=infer)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 0.2), obs=x)
+    model = NormalModel(noise=0.2)
 
     for loss in (pv.ELBO(), pv.IWAE(2), pv.WakeSleep(2)):
         with pytest.raises(ValueError, match="'z' asks for 1000 draws .*num_particles=1000"):

@@ -13,6 +13,7 @@ import torch.distributions as td
 
 import pyro_vae as pv
 from pyro_vae.programs.precision import widened
+from tests.models import NormalModel
 
 F64 = torch.float64
 GENES = 2000
@@ -124,16 +125,11 @@ def test_parameters_that_are_too_coarse_are_warned_of(counts, caplog):
 
 
 def test_small_terms_stay_in_float32():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
 
-    weights = pv.log_weights(model, guide, torch.ones(3, 2), num_particles=4, seed=0)
+    weights = pv.log_weights(NormalModel(), guide, torch.ones(3, 2), num_particles=4, seed=0)
     assert weights.total.dtype == torch.float32
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -12,14 +10,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 import pyro_vae as pv
 from pyro_vae.programs.readers import RowReader
 from pyro_vae.training.data_source import DataSource, source_of
+from tests.models import NormalModel
 
 X = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+model = NormalModel()
 
 
 def make_guide():

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 import pyro_vae as pv
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.training.em import NonFiniteHalfStepError, em
+from tests.models import NormalModel
 
 
 def half_steps(result, kind):
@@ -445,11 +446,7 @@ def test_parameters_of_the_guide_are_not_touched():
 
 
 def test_a_model_without_parameters_is_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
+    model = NormalModel()
     x = torch.zeros(4)
     guide = pv.LocalGuide(model, num_data=4, example=x)
     with pytest.raises(ValueError, match="(?s)no parameters to train.*em estimates the parameters"):

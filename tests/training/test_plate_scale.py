@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
+from tests.models import NormalModel
 
 NUM_DATA, BATCH_SIZE = 50, 16  # the last minibatch has two data
 STATED = "shared by all data"
@@ -166,11 +167,7 @@ def test_it_is_said_once(kind, batch_size, said, caplog):
 
 
 def test_without_global_latents_nothing_is_scaled():
-    def local(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
+    local = NormalModel(noise=0.5)
     x = make_data()
     guide = pv.LocalGuide(local, num_data=NUM_DATA, example=x)
     result = pv.fit(local, guide, x, batch_size=16, epochs=1, compile=False, progress=False)
