@@ -158,12 +158,12 @@ def _bound(
         seed=seed,
         compile=compile,
     )
-    if scorer.point_sites:
+    if scorer.pair.point_sites:
         logger.warning(
             "%s: the guide proposes one point for %s, and a point has no entropy: the value is "
             "log p(x, z) there, the height of a density, and no bound on log p(x)",
             name,
-            ", ".join(map(repr, scorer.point_sites)),
+            ", ".join(map(repr, scorer.pair.point_sites)),
         )
     blocks: dict[int, _Block] = {}
     for chunk in scorer.chunks(num_particles, chunk_size):

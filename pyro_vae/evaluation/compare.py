@@ -119,10 +119,11 @@ def compare(
     made, references = _with_references(model, guides, arguments, reference, {**options, **budget})
     scorers = {name: Evaluator(model, guide, arguments, **options) for name, guide in made.items()}
     for name, scorer in scorers.items():
-        if scorer.point_sites:
+        if scorer.pair.point_sites:
             raise ValueError(
-                f"guides[{name!r}] proposes one point for {scorer.point_sites}: log p(x, z) there "
-                "is the height of a density, no bound on log p(x), with no gap to it. Leave it out"
+                f"guides[{name!r}] proposes one point for {scorer.pair.point_sites}: log p(x, z) "
+                "there is the height of a density, no bound on log p(x), with no gap to it. Leave "
+                "it out"
             )
     blocks: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     reduced = []

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.looks import check_stable, run_model
+from pyro_vae.programs.looks import run_model
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.structure import inspect, is_subsampled
 from pyro_vae.programs.types import DataPlate, Program
 
 __all__ = ["ModelLook"]
@@ -22,35 +21,32 @@ _PARENT_RUNS, _DRAWS_OF_EACH = 50, 20  # of the model, and of a latent given its
 
 
 class ModelLook:
-    """A model as its runs on one batch showed it; each run is made once, when it is asked for.
+    """A model as its runs on one batch showed it, with one data plate.
 
     Args:
-        model: a Pyro model.
-        batch: its arguments.
-        structure: what one run on the batch showed.
+        looks: what runs of the model on the batch have shown.
+        structure: of the model.
     """
 
-    def __init__(self, model: Program, batch: Batch, structure: Structure) -> None:
-        self.model, self.batch, self.structure = model, batch, structure
-        self._is_stable = False
+    def __init__(self, looks: ModelLooks, structure: Structure) -> None:
+        self.looks, self.structure = looks, structure
+        self.model, self.batch = looks.model, looks.batch
 
     @classmethod
     def at(cls, model: Program, example: Any, data_plate: DataPlate) -> ModelLook:
         """Return a look at a model on an example batch."""
-        batch = as_batch(example)
-        return cls(model, batch, inspect(model, batch, data_plate=data_plate))
+        looks = ModelLooks(model, as_batch(example))
+        return cls(looks, looks.structure(data_plate))
 
     def check_stable(self) -> None:
         """Raise ValueError if another draw of the latents gives the model other sites or shapes."""
-        if not self._is_stable:
-            check_stable(self.model, self.batch, self.structure, runs=_STABILITY_RUNS)
-            self._is_stable = True
+        self.looks.check_stable(self.structure, _STABILITY_RUNS)
 
-    @functools.cached_property
+    @property
     def is_subsampled(self) -> bool:
         """Whether the data plate keeps its full size in batches of another size."""
         plate = self.structure.data_plate
-        return plate is not None and is_subsampled(self.model, self.batch, plate)
+        return plate is not None and self.looks.is_subsampled(plate)
 
     @property
     def shown(self) -> Batch:

@@ -13,44 +13,33 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
 from pyro_vae.particles.blocks import data_blocks, draw_step, equal_step
-from pyro_vae.particles.checks import check_per_datum, points
 from pyro_vae.particles.draw_checks import refuse_edges, refuse_nan
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, reseed
 from pyro_vae.particles.run import Runner
-from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.handlers import unobserve
-from pyro_vae.programs.looks import check_stable
-from pyro_vae.programs.masks import masked_proposals
 from pyro_vae.programs.nodes import (
-    batch_nesting,
-    drawn_subsamples,
-    guide_factors,
     latent_nodes,
     sample_nodes,
 )
+from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.row_guide import row_guide
-from pyro_vae.programs.site_shapes import SiteShape, site_shapes
-from pyro_vae.programs.state import FirstValues, evaluation, preserved_rng, unwrapped
-from pyro_vae.programs.structure import inspect
-from pyro_vae.programs.traces import is_point, outside_sites, trace_pair
+from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import Compile, DataPlate, ModeName, Node, Particles, Program, Values
 
 __all__ = ["Chunk", "DeterministicNode", "Evaluator"]
@@ -132,80 +121,13 @@ class Evaluator:
         self._names: list[str] = []  # of what the guide draws
         self.outside: list[str] = []  # sites with draws of no density, once they were seen
         self._looked_outside = False
-        self._modules = (model, guide)
-        self._first = FirstValues()  # the same ones for all that is scored
-        with evaluation(*self._modules, first=self._first), preserved_rng(batch.device):
-            self.structure = inspect(
-                model, batch, data_plate=data_plate, strict=True, latents_needed=False
-            )
-            if check := getattr(unwrapped(guide), "check_data", None):
-                check(batch)
-            self.structure.require_no_globals()
-            check_stable(model, batch, self.structure)
-            plate = self.structure.data_plate
-            if plate is not None and plate.drawn:
-                raise ValueError(
-                    f"the model draws its own minibatch in plate {plate.name!r} "
-                    "(subsample_size=...); a result for each datum needs to know which. Pass the "
-                    "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
-                )
-            with torch.no_grad(), poutine.block():
-                with drawn_subsamples() as drawn:
-                    model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
-                if drawn:
-                    plates = (p for site in self.structure.sites.values() for p in site.plates)
-                    whose = "model" if any(p.drawn for p in plates) else "guide"
-                    raise ValueError(
-                        f"the {whose} draws its own minibatch in plate {sorted(drawn)[0]!r} "
-                        "(subsample_size=...); a result for each datum needs to know which. Pass "
-                        "the minibatch as the batch, and give the plate no subsample_size"
-                    )
-                # On random numbers of its own: not outside of this context.
-                self.point_sites = points(guide, batch, guide_trace)
-                name = plate.name if plate else None
-                self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
-                if not list(latent_nodes(guide_trace)):
-                    guide = with_placeholder(guide, plate)
-                    model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
-                check_absent(model, model_trace, batch.args, batch.kwargs)
-        if factors := guide_factors(guide_trace):
-            raise ValueError(
-                f"the guide has pyro.factor statements {factors}, which are no part of a density "
-                f"q(z | x); pass pyro.poutine.block(guide, hide={factors}) if they serve training "
-                "alone, else put them in the distribution that the guide samples from"
-            )
-        check_per_datum(self.structure, model_trace, guide_trace)
-        self.nesting = batch_nesting(model_trace, guide_trace)
-        self._guide_sites = frozenset(name for name, _ in latent_nodes(guide_trace))
-        self._scorable = all(
-            not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
-            for _, node in latent_nodes(guide_trace)
-        )
-        shapes: dict[str, SiteShape] = site_shapes(model_trace, guide_trace)
-        for site in self.structure.observed:  # a plate without a size does not expand them
-            shapes[site.name] = SiteShape(len(site.batch_shape), len(site.event_shape))
-        # Sites of the guide, with the latent whose mask each has.
-        self.masked: Mapping[str, str] = masked_proposals(model_trace, guide_trace)
-        self.shapes: Mapping[str, SiteShape] = shapes
-        self.model, self.guide = model, guide
-        self.runner = PairRunner(self, self.seed, particles)
+        self.pair = Pair(model, guide, batch).evaluable(data_plate)
+        self.structure = self.pair.structure
+        self.runner = PairRunner(self.pair, self.seed, particles)
 
-    @property
-    def first(self) -> FirstValues:
-        """First values of parameters, the same ones for all that is scored."""
-        return self._first
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""
-        with (
-            torch.set_grad_enabled(self.gradients),
-            evaluation(*self._modules, first=self._first),
-            pyro.validation_enabled(False),
-            preserved_rng(self.batch.device),
-            poutine.block(),
-        ):
-            yield
+        return self.pair.evaluating(gradients=self.gradients)
 
     @functools.cached_property
     def splittable(self) -> bool:
@@ -527,7 +449,7 @@ class Evaluator:
         Returns:
             Site name to draws, shaped as the values are.
         """
-        if not self.summed_out:
+        if not self.pair.summed_out:
             return {}
         with self.evaluating():
             self._reseed(*key)
@@ -565,7 +487,7 @@ class Evaluator:
 
     def _missing_dims(self, name: str) -> int:
         """Return how many plate dimensions of all values a site has not."""
-        return self.nesting - self.runner.guide.shapes[name].batch_ndim
+        return self.pair.nesting - self.runner.guide.shapes[name].batch_ndim
 
     # --- other guides
 
@@ -578,9 +500,9 @@ class Evaluator:
     def can_score(self, other: Evaluator) -> bool:
         """Whether this guide's density of the other guide's draws is known."""
         return (
-            self._scorable
-            and self.nesting == other.nesting
-            and self._guide_sites == other._guide_sites
+            self.pair.scorable
+            and self.pair.nesting == other.pair.nesting
+            and self.pair.guide_sites == other.pair.guide_sites
         )
 
     def without_gradients(self) -> Evaluator:

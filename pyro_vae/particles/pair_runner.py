@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import pyro
@@ -29,37 +27,14 @@ from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
-from pyro_vae.programs.site_shapes import SiteShape
-from pyro_vae.programs.sites import Structure
-from pyro_vae.programs.state import FirstValues, Look, as_in_training, preserved_rng
-from pyro_vae.programs.types import ModeName, Particles, Program, Trace, Values
+from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.state import Look, as_in_training, preserved_rng
+from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
 __all__ = ["PairRunner", "reseed"]
 
 # First in the key of every random stream: what it is for.
 DRAWS, CHECKS, RUNS = 0, 1, 2
-
-
-class Pair(Protocol):
-    """What a PairRunner asks of model, guide and batch."""
-
-    model: Program
-    guide: Program
-    batch: Batch
-    structure: Structure
-    shapes: Mapping[str, SiteShape]
-    nesting: int
-    summed_out: tuple[str, ...]
-    masked: Mapping[str, str]
-
-    @property
-    def first(self) -> FirstValues:
-        """First values of parameters, the same ones for all that is scored."""
-        ...
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Eval mode, no value checks, random state kept."""
-        ...
 
 
 class PairRunner:

@@ -22,7 +22,7 @@ from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.batch import Batch, arguments
 from pyro_vae.programs.enumeration import enumerated, summed_out
 from pyro_vae.programs.enumeration_check import check_values
-from pyro_vae.programs.looks import check_stable
+from pyro_vae.programs.looks import check_sequential
 from pyro_vae.programs.masks import lift_masks
 from pyro_vae.programs.nodes import (
     batch_nesting,
@@ -387,7 +387,7 @@ def _structure(
             return inspect(model, batch, data_plate=False)
         return structure if structure.local_latents else inspect(model, batch, data_plate=False)
     structure = inspect(model, batch, data_plate=data_plate, latents_needed=False)
-    check_stable(model, batch, structure, runs=0)
+    check_sequential(structure)
     for site in structure.sites.values():
         for plate in site.plates:
             own = structure.data_plate is not None and plate.name == structure.data_plate.name

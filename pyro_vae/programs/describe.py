@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.looks import check_stable, run_model
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.sites import Site
-from pyro_vae.programs.structure import DataPlateError, inspect
+from pyro_vae.programs.structure import DataPlateError
 
 __all__ = ["Description", "describe"]
 
@@ -73,15 +73,16 @@ def describe(
             sites that are others, or of another shape, in another run.
     """
     note = ""
+    looks = ModelLooks(model, as_batch(*batch))
     try:
-        structure = inspect(model, *batch, data_plate=data_plate)
-        check_stable(model, as_batch(*batch), structure, runs=5)
+        structure = looks.structure(data_plate)
+        looks.check_stable(structure, 5)
         sites, plate = structure.sites, structure.data_plate
         local = structure.local_latents if plate else structure.global_latents
         if discrete := [site.name for site in local if site.enumerable]:
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
-        sites = run_model(model, as_batch(*batch)).sites
+        sites = looks.run.sites
         plate, note = None, str(error)
     rows = tuple(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look, evaluation, preserved_rng
 from pyro_vae.programs.types import Program
 
-__all__ = ["ModelRun", "check_stable", "run_model"]
+__all__ = ["ModelRun", "check_sequential", "check_stable", "run_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +117,22 @@ def run_model(model: Program, batch: Batch, seed: int | None = None) -> ModelRun
     return ModelRun.of(trace, drawn)
 
 
-def check_stable(model: Program, batch: Batch, structure: Structure, *, runs: int = 1) -> None:
-    """Raise ValueError if a model's sites, or their shapes, are others in one of some runs."""
+def check_sequential(structure: Structure) -> None:
+    """Raise ValueError for a model that draws a subsample of a plate that is iterated over."""
     if structure.sequential:
         raise ValueError(
             f"the model draws a subsample of the sequential plate {structure.sequential[0]!r} "
             "(subsample_size=...), and so has other sites in each run, which have no density in "
             "common; iterate over all of it, or train with pyro_vae.ELBO"
         )
-    for seed in range(1, runs + 1):
-        with Look() as look:
+
+
+def check_stable(model: Program, batch: Batch, structure: Structure, seeds: Iterable[int]) -> None:
+    """Raise ValueError if a model's sites, or their shapes, are others in runs from some seeds."""
+    for seed in seeds:
+        with Look() as attempt:
             again = run_model(model, batch, seed=seed).sites
-        if look.error is None:  # a draw from the prior that the model cannot take says nothing
+        if attempt.error is None:  # a draw from the prior that the model cannot take says nothing
             _check_same(structure, again)
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "call_network",
     "called_modules",
     "evaluation",
+    "is_training",
+    "mode_reads",
     "module_of",
     "one_thread",
     "preserved_rng",
@@ -183,7 +185,7 @@ def _evaluation(fns: tuple[Any, ...], first: FirstValues) -> Iterator[None]:
 
     def switch(module: nn.Module, inputs: Any) -> None:
         held.add(module)
-        if module.training:
+        if is_training(module):
             module.training = False
             training.append(module)
 
@@ -209,6 +211,43 @@ def called_modules() -> Iterator[dict[int, nn.Module]]:
         yield found
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def mode_reads() -> Iterator[list[nn.Module]]:
+    """Collect the modules whose mode, training or not, is read inside the context.
+
+    Those of TorchScript, whose compiled code cannot be seen to, are collected as they are called.
+    """
+    read: dict[int, nn.Module] = {}
+
+    def get(module: nn.Module) -> bool:
+        read[id(module)] = module
+        return is_training(module)
+
+    def put(module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            read[id(module)] = module
+
+    found: list[nn.Module] = []
+    hook = register_module_forward_pre_hook(note)
+    cls: Any = nn.Module  # of whose attribute there is but an annotation
+    cls.training = property(get, put)
+    try:
+        yield found
+    finally:
+        del cls.training
+        hook.remove()
+        found.extend(read.values())
+
+
+def is_training(module: nn.Module) -> bool:
+    """Return a module's mode, unseen by :func:`mode_reads`."""
+    held = vars(module)
+    return held["training"] if "training" in held else bool(module.__getattr__("training"))
 
 
 class Look:

@@ -1,0 +1,297 @@
+"""A model, a guide and a batch, looked at once; what has no weight per datum is refused here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.programs.absence_check import check_absent
+from pyro_vae.programs.answers import Answers
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.enumeration import summed_out, with_placeholder
+from pyro_vae.programs.guide_densities import check_per_datum, points
+from pyro_vae.programs.handlers import ParamStatements
+from pyro_vae.programs.masks import masked_proposals
+from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.nodes import (
+    batch_nesting,
+    drawn_subsamples,
+    guide_factors,
+    is_point,
+    latent_nodes,
+)
+from pyro_vae.programs.row_guide import row_guide
+from pyro_vae.programs.site_shapes import SiteShape, site_shapes
+from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.state import (
+    FirstValues,
+    Look,
+    called_modules,
+    evaluation,
+    mode_reads,
+    preserved_rng,
+    unwrapped,
+)
+from pyro_vae.programs.supports import SameMeasure
+from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
+from pyro_vae.programs.types import DataPlate, Program, Trace
+
+__all__ = ["Pair", "Single"]
+
+# Of the looks: of draws that are not those of a user's seed.
+_SEED = 8128517
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One run of guide and model on the whole batch, with a single particle.
+
+    Attributes:
+        guide_trace: of the guide, masked as the model masks its latents.
+        model_trace: of the model, replayed with the guide's draws.
+        drawn_by_guide: plates of which the guide drew a subsample.
+        drawn_by_model: plates of which the model did.
+        in_guide: the modules that the guide called.
+        in_model: the modules that the model called.
+        mode_read_of: the modules whose mode, training or not, was read.
+        statements: of parameters, in both.
+    """
+
+    guide_trace: Trace
+    model_trace: Trace
+    drawn_by_guide: frozenset[str]
+    drawn_by_model: frozenset[str]
+    in_guide: tuple[nn.Module, ...]
+    in_model: tuple[nn.Module, ...]
+    mode_read_of: tuple[nn.Module, ...]
+    statements: ParamStatements
+
+
+class Pair:
+    """A model, a guide and a batch, and what runs of them have shown; each run is made once.
+
+    What a run is needed for is found out when it is asked for. :meth:`evaluable` refuses what has
+    no weight for each datum, and gives the facts that scoring needs.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: their arguments.
+        looks: what is known of the model on this batch already.
+        first: first values of parameters that runs share with others.
+        gradients: whether the single run is made with gradients by parameters, the draws detached.
+
+    Attributes:
+        user_guide: the guide, as it was passed.
+        guide: the same; with an auxiliary site where it proposes nothing.
+        structure: of the model; after :meth:`evaluable`, as the following.
+        nesting: batch dimensions of model and guide.
+        shapes: by site, and by preimage of its draws.
+        summed_out: discrete latents that the guide does not propose.
+        masked: sites of the guide, with the latent whose mask each has.
+        point_sites: latents that the guide proposes a point for, whose density nothing carries.
+        guide_sites: what the guide samples.
+        scorable: whether the guide's density of another guide's draws is known.
+    """
+
+    structure: Structure
+    nesting: int
+    shapes: dict[str, SiteShape]
+    summed_out: tuple[str, ...]
+    masked: dict[str, str]
+    point_sites: list[str]
+    guide_sites: frozenset[str]
+    scorable: bool
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Batch,
+        *,
+        looks: ModelLooks | None = None,
+        first: FirstValues | None = None,
+        gradients: bool = False,
+    ) -> None:
+        self.model, self.guide, self.batch = model, guide, batch
+        self.user_guide = guide
+        self.looks = ModelLooks(model, batch) if looks is None else looks
+        self.first = FirstValues() if first is None else first
+        self.gradients = gradients
+
+    # --- runs
+
+    @contextlib.contextmanager
+    def looking(self, *, gradients: bool = False) -> Iterator[None]:
+        """Run model and guide in eval mode, unseen from outside; all is left as it was found."""
+        with (
+            torch.set_grad_enabled(gradients),
+            evaluation(self.model, self.user_guide, first=self.first),
+            preserved_rng(self.batch.device),
+            poutine.block(),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def evaluating(self, *, gradients: bool = False) -> Iterator[None]:
+        """Do the same without looking at each value of a distribution."""
+        with self.looking(gradients=gradients), pyro.validation_enabled(False):
+            yield
+
+    @functools.cached_property
+    def single(self) -> Single:
+        """One run of the pair, from a fixed seed.
+
+        Raises:
+            ValueError: where the guide does not propose just the model's latent sites, or a
+                density for a mass; where densities depend on a latent that is masked everywhere.
+        """
+        args, kwargs = self.batch.args, self.batch.kwargs
+        detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
+        with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
+            torch.manual_seed(_SEED)
+            with ParamStatements(checked=self.gradients) as statements:
+                with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
+                    guide_trace = trace_guide(self.guide, args, kwargs)
+                with (
+                    called_modules() as in_model,
+                    drawn_subsamples() as by_model,
+                    SameMeasure(guide_trace),
+                ):
+                    model_trace = trace_model(self.model, guide_trace, args, kwargs)
+            check_absent(self.model, model_trace, args, kwargs)
+        return Single(
+            guide_trace,
+            model_trace,
+            frozenset(by_guide),
+            frozenset(by_model),
+            tuple(in_guide.values()),
+            tuple(in_model.values()),
+            tuple(mode_read_of),
+            statements,
+        )
+
+    def part_agrees(self, plate: Plate | None) -> bool:
+        """Return whether the data, fewer of them and in another order, are what they are among all.
+
+        The pair is run once more, on all rows but one, permuted, with the draws of the single run.
+        Terms of its sites are compared, and where there are gradients those by parameters.
+
+        Args:
+            plate: the data plate.
+
+        Returns:
+            False also where nothing can be told: other runs then decide.
+        """
+        size = self.batch.size
+        if plate is None or plate.drawn or size is None or size < 2:
+            return False
+        if not hasattr(self, "_part_agrees"):
+            self._part_agrees = self._compare_part(plate, size)
+        return self._part_agrees
+
+    def _compare_part(self, plate: Plate, size: int) -> bool:
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        index = (order.flip(0) if bool((order == torch.arange(size)).all()) else order)[: size - 1]
+        table = row_guide(self.user_guide)
+        rows = (
+            contextlib.nullcontext()
+            if table is None
+            else table.rows_as_given(table.current_rows[index.to(table.current_rows.device)])
+        )
+        single = self.single
+        with Look(), self.looking(gradients=self.gradients):
+            answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
+            if answers.sizes - {1, size}:
+                return False  # the guide answers for another number of data than it was given
+            with rows:
+                torch.manual_seed(_SEED)
+                part = answers.given(self.model, self.guide, self.batch.rows(index), index)
+            if part.full_size is not None:
+                self.looks.know_subsampled(plate, part.full_size == plate.full_size)
+            return answers.differs(part, index, gradients=self.gradients) is None
+        return False
+
+    # --- other pairs
+
+    def with_guide(self, guide: Program) -> Pair:
+        """Return the pair of this model and another guide, on the same batch."""
+        return Pair(self.model, guide, self.batch, looks=self.looks)
+
+    # --- what a weight for each datum needs
+
+    def evaluable(self, data_plate: DataPlate) -> Pair:
+        """Return this pair with what is needed to weigh each datum.
+
+        Args:
+            data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
+
+        Raises:
+            ValueError: for what :func:`pyro_vae.log_weights` refuses of model and guide.
+        """
+        pair = copy.copy(self)
+        with evaluation(self.model, self.user_guide, first=self.first):
+            structure = self.looks.structure(data_plate, strict=True, latents_needed=False)
+            if check := getattr(unwrapped(self.user_guide), "check_data", None):
+                check(self.batch)
+            structure.require_no_globals()
+            self.looks.check_stable(structure, 1)
+        pair.structure = structure
+        pair._find_facts()
+        return pair
+
+    def _find_facts(self) -> None:
+        plate = self.structure.data_plate
+        if plate is not None and plate.drawn:
+            raise ValueError(
+                f"the model draws its own minibatch in plate {plate.name!r} "
+                "(subsample_size=...); a result for each datum needs to know which. Pass the "
+                "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
+            )
+        single = self.single
+        self._refuse_drawn(single)
+        guide_trace, model_trace = single.guide_trace, single.model_trace
+        with self.looking():
+            self.point_sites = points(self.guide, self.batch, guide_trace)
+            name = plate.name if plate else None
+            self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
+            if not list(latent_nodes(guide_trace)):
+                self.guide = with_placeholder(self.guide, plate)
+                guide_trace = trace_guide(self.guide, self.batch.args, self.batch.kwargs)
+        if factors := guide_factors(guide_trace):
+            raise ValueError(
+                f"the guide has pyro.factor statements {factors}, which are no part of a density "
+                f"q(z | x); pass pyro.poutine.block(guide, hide={factors}) if they serve training "
+                "alone, else put them in the distribution that the guide samples from"
+            )
+        check_per_datum(self.structure, model_trace, guide_trace)
+        self.nesting = batch_nesting(model_trace, guide_trace)
+        proposals = dict(latent_nodes(guide_trace))
+        self.guide_sites = frozenset(proposals)
+        self.scorable = all(
+            not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
+            for node in proposals.values()
+        )
+        self.shapes = site_shapes(model_trace, guide_trace)
+        for site in self.structure.observed:  # a plate without a size does not expand them
+            self.shapes[site.name] = SiteShape(len(site.batch_shape), len(site.event_shape))
+        self.masked = masked_proposals(model_trace, guide_trace)
+
+    def _refuse_drawn(self, single: Single) -> None:
+        drawn = sorted(single.drawn_by_guide | single.drawn_by_model)
+        if drawn:
+            plates = (p for site in self.structure.sites.values() for p in site.plates)
+            whose = "model" if any(p.drawn for p in plates) else "guide"
+            raise ValueError(
+                f"the {whose} draws its own minibatch in plate {drawn[0]!r} (subsample_size=...); "
+                "a result for each datum needs to know which. Pass the minibatch as the batch, "
+                "and give the plate no subsample_size"
+            )
