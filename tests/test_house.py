@@ -17,19 +17,21 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 # From each folder (or single file) to the folders that its files may import, itself aside.
 ARROWS: dict[str, set[str]] = {
-    "recording": set(),
+    "torch_internals": set(),
+    "recording": {"torch_internals"},
     "schedules": set(),
     "plots": set(),
-    "programs": {"recording"},
+    "programs": {"recording", "torch_internals"},
     "nets": set(),
-    "compiler": {"programs", "recording"},
+    "compiler": {"programs", "recording", "torch_internals"},
     "families": {"programs"},
     "guides": {"families", "programs"},
-    "particles": {"compiler", "programs", "recording"},
+    "particles": {"compiler", "programs", "recording", "torch_internals"},
     "losses": {"particles", "programs", "recording"},
     "refinement": {"compiler", "families", "guides", "particles", "programs"},
     "training": {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
+        "torch_internals",
     },
     "diagnostics": {"particles"},
     "evaluation": {
@@ -52,7 +54,7 @@ ARRAYS_ALONE = {
     *("plots.imputation", "plots.results"),
 }
 # Have nothing to do with Pyro.
-WITHOUT_PYRO = {"recording", "schedules", "datasets", "diagnostics", "plots"}
+WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

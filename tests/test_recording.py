@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyro_vae.compiler.graph import UntraceableError, trace
+from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.recording import is_recording
 from tests.compiler.graphs import data
 

@@ -8,28 +8,30 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_vae.torch_internals import copy_all
+
 __all__ = ["CudaGraph", "is_capturable"]
 
 
 def is_capturable(tensors: Iterable[Tensor]) -> bool:
-    """Whether operations with these arguments and results can be captured.
+    """Return whether operations with these arguments and results can be captured.
 
-    All need to lie on one CUDA device: of a tensor on the CPU, a kernel would be told the number
-    that it had at the capture.
+    All need to lie on one CUDA device: of a tensor on the CPU, a kernel would get the number that
+    it had at the capture.
     """
     devices = {tensor.device for tensor in tensors}
     return len(devices) == 1 and all(device.type == "cuda" for device in devices)
 
 
 class CudaGraph:
-    """The kernels of a function, to be launched at once: no Python and no dispatcher in between.
+    """The kernels of a function, launched at once: no Python and no dispatcher in between.
 
     Kernels read their arguments where they lay at the capture. What a call hands in is copied
     there; results lie in the same memory after each call, and the next one writes over them.
     Random numbers are drawn anew at each launch, from PyTorch's generator of the device.
 
     Args:
-        function: of the live tensors and the inputs, to tensors or None; it has run before, and
+        function: of the live tensors and the inputs, to tensors or None; it ran before, and
             reads no number on the host.
         live: tensors that are read, and may be written to, where they are.
         inputs: of a call.
@@ -56,7 +58,7 @@ class CudaGraph:
         self._launch, self._results = _capture(function, [*live, *self._inputs])
 
     def holds(self) -> bool:
-        """Whether the live tensors lie where they lay; elsewhere, kernels would not see them."""
+        """Return whether the live tensors lie where they lay: kernels read there."""
         return _places(self._live) == self._places
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor | None]:
@@ -64,13 +66,13 @@ class CudaGraph:
         pairs = zip(self._inputs, inputs, strict=True)
         if new := [(own, given) for own, given in pairs if own is not given]:
             with torch.inference_mode():  # which may have made them
-                torch._foreach_copy_([own for own, _ in new], [given for _, given in new])
+                copy_all([own for own, _ in new], [given for _, given in new])
         self._launch()
         return self._results
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether each number has a place of its own, so that it can be written to."""
+    """Return whether each number has a place of its own, so that it can be written to."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
@@ -101,7 +103,7 @@ def _capture(
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream for captures, for each has memory of its own for matrix products."""
+    """Return the one stream for captures, because each has its own memory for matrix products."""
     return torch.cuda.Stream(device)
 
 

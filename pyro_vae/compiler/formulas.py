@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from pyro_vae.compiler.nodes import calls, is_real
+from pyro_vae.compiler.nodes import args_of, calls, is_real
 
 __all__ = ["for_compiler"]
 
@@ -19,37 +17,38 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
 
     Results are the same to rounding.
     """
-    root, own, new = torch.nn.Module(), fx.Graph(), dict[Any, Any]()
+    root, own, new = torch.nn.Module(), fx.Graph(), dict[fx.Node, fx.Node]()
     own.output(own.graph_copy(graph, new))
     for node in own.nodes:
         if node.op == "get_attr":
             setattr(root, node.target, node.meta["constant"])
     module = fx.GraphModule(root, own)
     for node in calls(module.graph):
-        _add_bias_last(module.graph, node)
-        _sum_by_products(module.graph, node)
+        with module.graph.inserting_before(node):
+            value = _bias_last(node) or _sum_by_products(node)
+        if value is not None:
+            node.replace_all_uses_with(value)
+            module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     return module
 
 
-def _add_bias_last(graph: fx.Graph, node: Any) -> None:
+def _bias_last(node: fx.Node) -> fx.Node | None:
     """Add a bias where a product is used: addmm writes it all over its result before it begins."""
     if node.target is not _aten.addmm.default or len(node.args) != 3 or node.kwargs:
-        return
-    bias, left, right = node.args
+        return None
+    bias, left, right = args_of(node)
     if not is_real(node) or bias.meta["val"].ndim != 1:
-        return
-    with graph.inserting_before(node):
-        product = graph.call_function(_aten.mm.default, (left, right))
-        value = graph.call_function(_aten.add.Tensor, (product, bias))
+        return None
+    product = node.graph.call_function(_aten.mm.default, (left, right))
+    value = node.graph.call_function(_aten.add.Tensor, (product, bias))
     for new in (product, value):
         new.meta.update(node.meta)
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
+    return value
 
 
-def _sum_by_products(graph: fx.Graph, node: Any) -> None:
+def _sum_by_products(node: fx.Node) -> fx.Node | None:
     r"""Take few logarithms in a sum of log densities of Bernoulli variables with given logits l.
 
     The sum of log(1 + exp(-|l|)) over a group is the logarithm of a product, and a logarithm
@@ -57,49 +56,44 @@ def _sum_by_products(graph: fx.Graph, node: Any) -> None:
 
     .. math:: \log p(x | l) = x l - \max(l, 0) - \log(1 + e^{-|l|})
     """
-    if node.target is not _aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs:
-        return
-    source: Any = node.args[0]
-    dims = node.args[1]
-    negative = isinstance(source, fx.Node) and source.target is _aten.neg.default
-    loss: Any = source.args[0] if negative else source
-    if (
-        not isinstance(loss, fx.Node)
-        or loss.target is not _aten.binary_cross_entropy_with_logits.default
-        or any(used is not None for used in loss.args[2:4])
-        or loss.args[4:] != (0,)
-        or loss.kwargs
-    ):
-        return
-    logits: Any = loss.args[0]
-    x = loss.args[1]
-    if not is_real(logits):
-        return  # products would overflow
+    loss, is_negative = _bernoulli_loss(node)
+    if loss is None:
+        return None
+    logits, x = args_of(loss)[:2]
     shape = logits.meta["val"].shape
-    groups = _groups(shape[-1]) if dims in ([-1], [len(shape) - 1]) else 0
+    groups = _num_factors(shape[-1]) if args_of(node)[1] in ([-1], [len(shape) - 1]) else 0
     if not groups:
-        return
-
-    def call(target: Any, *args: Any) -> Any:
-        return graph.call_function(target, args)
-
-    with graph.inserting_before(node):
-        parts = [*shape[:-1], groups, shape[-1] // groups]
-        factor = call(_aten.exp.default, call(_aten.neg.default, call(_aten.abs.default, logits)))
-        factor = call(_aten.reshape.default, call(_aten.add.Tensor, factor, 1.0), parts)
-        logs = call(_aten.log.default, call(_aten.prod.dim_int, factor, len(shape) - 1))
-        rest = call(_aten.mul.Tensor, x, logits)
-        rest = call(_aten.sub.Tensor, rest, call(_aten.clamp_min.default, logits, 0.0))
-        # In the products' order, so that both are one loop over the numbers.
-        rest = call(_aten.sum.dim_IntList, call(_aten.reshape.default, rest, parts), [-2])
-        value = call(_aten.sum.dim_IntList, call(_aten.sub.Tensor, rest, logs), [-1])
-        if not negative:
-            value = call(_aten.neg.default, value)
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
+        return None
+    call = node.graph.call_function
+    parts = [*shape[:-1], groups, shape[-1] // groups]
+    size = call(_aten.neg.default, (call(_aten.abs.default, (logits,)),))
+    factor = call(_aten.add.Tensor, (call(_aten.exp.default, (size,)), 1.0))
+    factor = call(_aten.reshape.default, (factor, parts))
+    logs = call(_aten.log.default, (call(_aten.prod.dim_int, (factor, len(shape) - 1)),))
+    positive = call(_aten.clamp_min.default, (logits, 0.0))
+    rest = call(_aten.sub.Tensor, (call(_aten.mul.Tensor, (x, logits)), positive))
+    # In the products' order, so that both are one loop over the numbers.
+    rest = call(_aten.sum.dim_IntList, (call(_aten.reshape.default, (rest, parts)), [-2]))
+    value = call(_aten.sum.dim_IntList, (call(_aten.sub.Tensor, (rest, logs)), [-1]))
+    return value if is_negative else call(_aten.neg.default, (value,))
 
 
-def _groups(size: int) -> int:
+def _bernoulli_loss(node: fx.Node) -> tuple[fx.Node | None, bool]:
+    """Return the binary cross entropy that a node sums, number by number, and whether negated."""
+    if node.target is not _aten.sum.dim_IntList or len(node.args) != 2 or node.kwargs:
+        return None, False
+    source = args_of(node)[0]
+    is_negative = source.target is _aten.neg.default
+    loss = args_of(source)[0] if is_negative else source
+    if loss.target is not _aten.binary_cross_entropy_with_logits.default or loss.kwargs:
+        return None, False
+    logits, _, *weights = args_of(loss)
+    if weights not in ([None, None, 0],) or not is_real(logits):
+        return None, False  # in half precision, products would overflow
+    return loss, is_negative
+
+
+def _num_factors(size: int) -> int:
     """Return how many factors to multiply before a logarithm; 0 where there is nothing to gain.
 
     Products of 64 numbers of at most two are far from overflow, and slices of a multiple of

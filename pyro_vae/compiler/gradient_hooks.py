@@ -6,31 +6,23 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["aside", "call", "counted", "hooked", "mark"]
+from pyro_vae.torch_internals import gradient_hooks_of
 
-# Where PyTorch keeps those of Tensor.register_hook, and of register_post_accumulate_grad_hook.
-_KEPT = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-def mark() -> int:
-    """Return a number that is another one after any hook of PyTorch's was added."""
-    number: int = RemovableHandle.next_id
-    return number
+__all__ = ["aside", "call", "counted", "hooked"]
 
 
 def hooked(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return those of some parameters that have hooks."""
-    return [p for p in parameters if any(getattr(p, name, None) for name in _KEPT)]
+    return [p for p in parameters if any(gradient_hooks_of(p))]
 
 
 def call(parameters: Sequence[Tensor]) -> None:
-    """Do with the gradients that parameters have what their hooks ask for."""
+    """Call the hooks of parameters that have a gradient, and keep what they return for one."""
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        before, after = (list((getattr(parameter, name, None) or {}).values()) for name in _KEPT)
+        before, after = (list(hooks.values()) for hooks in gradient_hooks_of(parameter))
         if parameter.grad.is_inference():  # which no hook could write to
             parameter.grad = parameter.grad.clone()
         for hook in before:
@@ -44,14 +36,14 @@ def call(parameters: Sequence[Tensor]) -> None:
 @contextlib.contextmanager
 def aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Have no hooks run inside the context."""
-    kept = [getattr(p, name, None) for p in hooked(parameters) for name in _KEPT]
-    full = [(hooks, dict(hooks)) for hooks in kept if hooks]
-    for hooks, _ in full:
+    kept = [hooks for p in parameters for hooks in gradient_hooks_of(p) if hooks]
+    contents = [dict(hooks) for hooks in kept]
+    for hooks in kept:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, content in full:
+        for hooks, content in zip(kept, contents, strict=True):
             hooks.update(content)
 
 

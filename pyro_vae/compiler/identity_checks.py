@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["identity_check"]
 
+_MAX_JOINED = 50  # tests that one "and" joins, because Python nests them
+
 
 def identity_check(
     entries: Sequence[tuple[Any, Any]],
@@ -16,7 +18,7 @@ def identity_check(
 ) -> Callable[[list[Any]], bool]:
     """Return a function of the objects expected: whether each lies in its place.
 
-    It is asked at each step of training. One line of code for each place takes a third of the
+    It is called at each step of training. One line of code for each place takes a third of the
     time of a loop, and makes no list.
 
     Args:
@@ -28,29 +30,17 @@ def identity_check(
         A function of one list, in the order entries, cells, slots. What is not there is taken for
         another object than the expected one.
     """
-    bound: dict[str, Any] = {}
-    names: dict[int, str] = {}
-
-    def name_of(value: Any) -> str:
-        if id(value) not in names:
-            names[id(value)] = f"b{len(bound)}"
-            bound[names[id(value)]] = value
-        return names[id(value)]
-
-    reads = [
-        f"{name_of(holder)}[{repr(key) if isinstance(key, str) else name_of(key)}]"
-        for holder, key in entries
-    ]
-    reads += [f"{name_of(cell)}.cell_contents" for cell in cells]
-    reads += [f"{name_of(holder)}.{name}" for holder, name in slots]
-    # In pieces, for Python nests what "and" joins.
+    bound = _Bound()
+    reads = [f"{bound.name(h)}[{bound.text(key)}]" for h, key in entries]
+    reads += [f"{bound.name(cell)}.cell_contents" for cell in cells]
+    reads += [f"{bound.name(holder)}.{name}" for holder, name in slots]
     tests = [f"{read} is v[{i}]" for i, read in enumerate(reads)]
-    pieces = [tests[i : i + 50] for i in range(0, len(tests), 50)]
+    pieces = [tests[i : i + _MAX_JOINED] for i in range(0, len(tests), _MAX_JOINED)]
     lines = [f"    if not ({' and '.join(piece)}): return False\n" for piece in pieces]
-    signature = ", ".join(["v", *(f"{name}={name}" for name in bound)])
+    signature = ", ".join(["v", *(f"{name}={name}" for name in bound.values)])
     source = f"def check({signature}):\n{''.join(lines)}    return True\n"
-    exec(compile(source, "<pyro_vae check>", "exec"), bound)
-    check: Callable[[list[Any]], bool] = bound["check"]
+    exec(compile(source, "<pyro_vae check>", "exec"), bound.values)
+    check: Callable[[list[Any]], bool] = bound.values["check"]
 
     def holds(expected: list[Any]) -> bool:
         try:
@@ -59,3 +49,21 @@ def identity_check(
             return False
 
     return holds
+
+
+class _Bound:
+    """Objects under the names by which the source of a function refers to them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+
+    def name(self, value: object) -> str:
+        """Return the name of an object."""
+        name = self._names.setdefault(id(value), f"b{len(self._names)}")
+        self.values[name] = value
+        return name
+
+    def text(self, key: object) -> str:
+        """Return a key as it stands in the source."""
+        return repr(key) if isinstance(key, str) else self.name(key)

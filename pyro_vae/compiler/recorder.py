@@ -4,28 +4,74 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyro_vae.compiler.arguments import check_compile
-from pyro_vae.compiler.graph import Graph, UntraceableError, trace
+from pyro_vae.compiler.agreement import numbers_agree
+from pyro_vae.compiler.graph import Graph
+from pyro_vae.compiler.replayer import Entry, Objection, Replayer
+from pyro_vae.compiler.tracing import trace
 from pyro_vae.programs.state import random_state, set_random_state
-from pyro_vae.programs.warned_once import warn_once
 
 __all__ = ["Recorder"]
 
 logger = logging.getLogger(__name__)
 
-# In "auto": recording is for what takes at least so long. It may be measured, for a replay gives
-# the same to the last bit.
+# In "auto": recording is for what takes at least so long. It may be measured, because a replay
+# gives the same to the last bit.
 _SECONDS_TO_RECORD = 1.0
-_KINDS = 16  # of inputs whose graphs are kept
+
+Function = Callable[..., Sequence[Tensor]]
+Results = Sequence[Tensor]
 
 
-class Recorder:
+@dataclass(slots=True)
+class _Timed(Entry):
+    """An entry with the seconds of its fastest eager call; None before the first."""
+
+    seconds: float | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call of a function.
+
+    Attributes:
+        entry: of its signature.
+        inputs: tensors.
+        function: of the inputs, to tensors.
+        name: of the function.
+        expected: calls of this kind to expect.
+        check: whether to compare the graph with this function.
+        wanted: what the function returned; None before it ran eagerly.
+        state: of random numbers after that.
+    """
+
+    entry: _Timed
+    inputs: Sequence[Tensor]
+    function: Function
+    name: Hashable
+    expected: int
+    check: bool
+    wanted: Sequence[Tensor] | None = None
+    state: _Random | None = None
+
+
+class _Random:
+    """The global random state; all that an evaluation changes."""
+
+    def __init__(self) -> None:
+        self._state = random_state()
+
+    def restore(self, *, values: bool = False) -> None:
+        """Go back to it."""
+        set_random_state(self._state)
+
+
+class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
     """Runs functions of tensors, each by a graph where it is called often enough.
 
     For functions that do the same whenever they are called: evaluation, not training. A graph is
@@ -38,111 +84,98 @@ class Recorder:
     """
 
     def __init__(self, what: str, compile: str | bool) -> None:
-        check_compile(compile)
-        self.what = what
-        self.compile = compile
-        self._graphs: dict[Any, Graph] = {}
-        self._seconds: dict[Any, float] = {}  # of an eager call
-        self._refused: set[Any] = set()  # names of functions
-        self._uncompilable = self._has_compiled = False
+        super().__init__(what, compile, (Recorder,))
+        self._refused: set[Hashable] = set()  # names of functions
 
     def __call__(
         self,
-        key: tuple[Any, ...],
-        function: Callable[..., Sequence[Tensor]],
+        key: tuple[Hashable, ...],
+        function: Function,
         inputs: Sequence[Tensor],
         calls: int,
         *,
         check: bool = False,
-    ) -> Sequence[Any]:
+    ) -> Results:
         """Return what the function returns.
 
         Args:
-            key: the function's name, and what else tells its inputs' layout from others: by it,
-                graphs are found again.
+            key: the function's name, and what else its inputs have in common with those of other
+                calls that one graph serves.
             function: of the inputs, to tensors.
             inputs: tensors.
             calls: how many of this kind are to be expected.
             check: whether to compare the graph with this function once more, as where it was
                 recorded from another that should be its equal.
         """
-        auto = self.compile == "auto"
         if self.compile is False or key[0] in self._refused:
             return function(*inputs)
-        graph = self._graphs.get(key)
-        if graph is None:
-            # The first call may be the only one: the last chunk has a size of its own.
-            if key in self._seconds and not (
-                auto and calls * self._seconds[key] < _SECONDS_TO_RECORD
-            ):
-                return self._proven(key, function, inputs, None)
+        entry = self._find(key)
+        if entry is None:
+            entry = _Timed()
+            self._add(key, entry)
+        if entry.graph is None and not self._is_worthwhile(entry, calls):
             begin = time.perf_counter()
             result = function(*inputs)
             seconds = time.perf_counter() - begin
-            self._seconds[key] = min(seconds, self._seconds.get(key, seconds))
+            entry.seconds = seconds if entry.seconds is None else min(seconds, entry.seconds)
             return result
-        if check:
-            return self._proven(key, function, inputs, graph)
-        wanted = self.compile is True and not graph.compiled
-        if not self._uncompilable and (
-            wanted or (auto and graph.pays(calls, again=self._has_compiled))
-        ):
-            try:
-                graph.compile(*inputs)
-            except RuntimeError as error:
-                self._uncompilable = True
-                told = "%s is replayed, not compiled: %s"
-                warn_once(logger, (Recorder,), told, self.what, error)
-            else:
-                self._has_compiled = True
-                logger.info("%s is compiled", self.what)
-                return self._proven(key, function, inputs, graph)
-        return graph(*inputs)
+        return self._advance(_Call(entry, inputs, function, key[0], calls, check))
 
-    def _proven(
-        self,
-        key: tuple[Any, ...],
-        function: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
-        graph: Graph | None,
-    ) -> Sequence[Any]:
-        """Compare the function with its graph, which is recorded if there is none."""
-        before = random_state()
-        wanted = function(*inputs)
-        after = random_state()
-        reason = ""
+    def _is_worthwhile(self, entry: _Timed, calls: int) -> bool:
+        """Return whether to trace a function: not at its first call, which may be the only one."""
+        if entry.seconds is None:  # the last chunk has a size of its own
+            return False
+        return self.compile != "auto" or calls * entry.seconds >= _SECONDS_TO_RECORD
+
+    def _trace(self, call: _Call) -> Graph:
+        start = self._save(call)
+        self._run(call)
+        start.restore()
         try:
-            if graph is None:
-                set_random_state(before)
-                graph = trace(function, inputs)
-            set_random_state(before)
-            # Results of float64 may be made of numbers of float32.
-            single = any(tensor.dtype == torch.float32 for tensor in inputs)
-            if any(
-                _differ(*pair, graph.compiled, single)
-                for pair in zip(wanted, graph(*inputs), strict=True)
-            ):
-                reason = "its graph gives other numbers"
-        except UntraceableError as error:
-            reason = str(error)
-        set_random_state(after)
-        if reason or graph is None:
-            self._refused.add(key[0])
-            self._graphs.pop(key, None)
-            # Another number, of a function that can be traced, is nothing to be expected.
-            level = logging.INFO if graph is None else logging.WARNING
-            logger.log(level, "%s runs eagerly, which is slower: %s", self.what, reason)
-        else:
-            while len(self._graphs) >= _KINDS:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = graph
+            return trace(call.function, call.inputs)
+        finally:
+            start.restore()
+
+    def _save(self, call: _Call) -> _Random:
+        return _Random()
+
+    def _run(self, call: _Call) -> Sequence[Tensor]:
+        if call.wanted is None:
+            call.wanted = call.function(*call.inputs)
+            call.state = self._save(call)
+        return call.wanted
+
+    def _replay(self, call: _Call, graph: Graph) -> Results:
+        results: Any = graph(*call.inputs)  # none of which is None, as the function's are not
+        found: Results = results
+        return found
+
+    def _objection(
+        self, call: _Call, wanted: Sequence[Tensor], found: Results, *, exact: bool
+    ) -> Objection | None:
+        if numbers_agree(wanted, found, call.inputs, exact=exact):
+            return None
+        return Objection("its graph gives other numbers", differs=True)
+
+    def _finish(self, call: _Call, found: Results, *, compared: bool) -> Results:
+        return self._as_eager(call) if compared else found
+
+    def _as_eager(self, call: _Call) -> Sequence[Tensor]:
+        """Return what the function returns, with the random state that it leaves."""
+        wanted = self._run(call)
+        if call.state is not None:
+            call.state.restore()
         return wanted
 
+    def _give_up(self, call: _Call, objection: Objection) -> Results:
+        self._refused.add(call.name)
+        # Other numbers, of a function that can be traced, are not to be expected.
+        level = logging.WARNING if objection.differs else logging.INFO
+        logger.log(level, "%s runs eagerly, which is slower: %s", self._what, objection.reason)
+        return self._as_eager(call)
 
-def _differ(wanted: Tensor, found: Any, compiled: bool, single: bool) -> bool:
-    """Whether two results are apart by more than rounding; of compiled code, in another order."""
-    double = wanted.dtype == torch.float64 and not single
-    tolerance = (1e-7 if double else 1e-3) if compiled else (1e-10 if double else 1e-5)
-    return not torch.allclose(
-        wanted, found.to(wanted), rtol=tolerance, atol=tolerance, equal_nan=True
-    )
+    def _expected_calls(self, call: _Call) -> float:
+        return call.expected
+
+    def _is_due(self, call: _Call) -> bool:
+        return call.check

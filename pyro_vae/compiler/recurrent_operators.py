@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_vae.compiler.nodes import calls
+from pyro_vae import torch_internals
+from pyro_vae.compiler.nodes import args_of, calls
+from pyro_vae.torch_internals import Operator
 
 __all__ = ["keep_workspaces"]
 
@@ -28,7 +30,7 @@ def keep_workspaces(graph: fx.Graph) -> None:
     for node in calls(graph):
         if node.target is not _aten.mkldnn_rnn_layer_backward.default:
             continue
-        workspace = node.args[-1]
+        workspace = args_of(node)[-1]
         layer = workspace.args[0]  # whose fourth result it is
         if layer.target is _aten.mkldnn_rnn_layer.default:
             layer.target = _forward()
@@ -41,23 +43,37 @@ def _library() -> torch.library.Library:
     return torch.library.Library("pyro_vae", "FRAGMENT")
 
 
-def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    """Return an operator of our own, which PyTorch learns of where the first graph needs it."""
+def _define(
+    name: str,
+    schema: str,
+    run: Callable[..., tuple[Tensor, ...]],
+    shapes: Callable[..., tuple[Tensor, ...]],
+) -> Operator:
+    """Define an operator of our own, where the first graph needs it, and return it.
+
+    Args:
+        name: of the operator, in the namespace pyro_vae.
+        schema: its arguments and results.
+        run: computes the results.
+        shapes: makes results of the same shapes and strides.
+    """
     library = _library()
     # The compiler must leave the order in memory as it is: oneDNN goes by it.
     library.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     library.impl(name, run, "CPU")
     library.impl(name, shapes, "Meta")
-    return getattr(torch.ops.pyro_vae, name).default
+    defined: Operator = getattr(torch.ops.pyro_vae, name).default
+    return defined
 
 
 @functools.cache
-def _forward() -> Any:
+def _forward() -> Operator:
+    """Return the layer that is called with the size of its workspace, and always fills it."""
     original = _aten.mkldnn_rnn_layer.default
-    arguments, results = str(original._schema).partition("(")[2].split(") -> ")
+    arguments, results = torch_internals.schema_text(original)
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+        with torch_internals.below_autograd(), torch.enable_grad():
             results: tuple[Tensor, ...] = original(*args[:-1])
         return results
 
@@ -69,7 +85,7 @@ def _forward() -> Any:
 
 
 @functools.cache
-def _backward() -> Any:
+def _backward() -> Operator:
     original = _aten.mkldnn_rnn_layer_backward.default
-    schema = "(" + str(original._schema).partition("(")[2]
-    return _define("lstm_layer_backward", schema, original, original)
+    arguments, results = torch_internals.schema_text(original)
+    return _define("lstm_layer_backward", f"({arguments}) -> {results}", original, original)

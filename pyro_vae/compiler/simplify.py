@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
-from pyro_vae.compiler.nodes import base_of, calls, is_real, key_of, viewed_by, written_nodes
-from pyro_vae.recording import is_pure
+from pyro_vae import torch_internals
+from pyro_vae.compiler.nodes import (
+    args_of,
+    base_of,
+    calls,
+    constant_of,
+    is_real,
+    is_written,
+    key_of,
+    layout,
+    nodes_in,
+    value_of,
+    viewed_by,
+    written_nodes,
+)
+from pyro_vae.compiler.trace_constants import LIKE
+from pyro_vae.torch_internals import Operator, is_pure
 
-__all__ = ["in_place", "simplify"]
+__all__ = ["simplify"]
 
 _aten = torch.ops.aten
 # A constant that is worked out ahead is kept as long as the graph.
-_FOLDED_ELEMENTS = 2**20
+_MAX_FOLDED_ELEMENTS = 2**20
 # Show the numbers of their input in another shape, all of them where there are as many.
 _RESHAPES = {
     _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten._reshape_alias.default,
+    torch_internals.UNSAFE_VIEW,
+    torch_internals.RESHAPE_ALIAS,
     _aten.detach.default,
     _aten.alias.default,
     _aten.expand.default,
@@ -37,39 +52,30 @@ _RESHAPES = {
     _aten.slice.Tensor,
     _aten.select.int,
 }
-# Take nothing of their first argument but its shape and kind.
-_LIKE = {
-    _aten.ones_like.default,
-    _aten.zeros_like.default,
-    _aten.full_like.default,
-    _aten.new_zeros.default,
-    _aten.new_ones.default,
-    _aten.new_full.default,
-}
-# Have a form that writes its result over the first argument.
-_IN_PLACE = {
-    _aten.abs.default: _aten.abs_.default,
-    _aten.add.Tensor: _aten.add_.Tensor,
-    _aten.clamp_min.default: _aten.clamp_min_.default,
-    _aten.div.Tensor: _aten.div_.Tensor,
-    _aten.exp.default: _aten.exp_.default,
-    _aten.log.default: _aten.log_.default,
-    _aten.mul.Scalar: _aten.mul_.Scalar,
-    _aten.mul.Tensor: _aten.mul_.Tensor,
-    _aten.neg.default: _aten.neg_.default,
-    _aten.pow.Tensor_Scalar: _aten.pow_.Scalar,
-    _aten.relu.default: _aten.relu_.default,
-    _aten.sigmoid.default: _aten.sigmoid_.default,
-    _aten.sqrt.default: _aten.sqrt_.default,
-    _aten.sub.Tensor: _aten.sub_.Tensor,
-    _aten.tanh.default: _aten.tanh_.default,
-}
 # Of one tensor, number by number, rounded as IEEE says: the same wherever the number stands.
 _UNARY = {_aten.abs.default, _aten.mul.Scalar, _aten.neg.default, _aten.sqrt.default}
 # Of two; results lie in memory as the one does that is whole.
 _BINARY = {_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor}
 _SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
-_COMMUTE = {_aten.add.Tensor, _aten.mul.Tensor}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that is to stand in the place of a node.
+
+    Attributes:
+        target: the operator.
+        args: nodes, other calls, and plain values.
+        value: a tensor like the result; None for one like that of the node.
+    """
+
+    target: Operator
+    args: tuple[Any, ...]
+    value: Tensor | None = None
+
+
+# From a node to what gives the same: a node that there is, or calls; None where there is nothing.
+_Rule = Callable[[fx.Node], fx.Node | _Call | None]
 
 
 def simplify(graph: fx.Graph) -> None:
@@ -80,69 +86,63 @@ def simplify(graph: fx.Graph) -> None:
     """
     written = written_nodes(graph)
     _fold(graph, written)
-    _drop_neutral(graph, written)
-    _shorten(graph, written)
-    _drop_neutral(graph, written)
-    _negate_sums(graph, written)
-    _expand_last(graph, written)
+    rules = (_single_row, _neutral, _shorter, _single_row, _neutral, _negated_sum, _expanded_last)
+    for rule in rules:
+        _apply(graph, rule, written)
     _merge_equal(graph, written)
     _own_outputs(graph)
     _drop_unused(graph)
     graph.lint()
 
 
-def in_place(graph: fx.Graph) -> dict[Any, tuple[OpOverload, tuple[Any, ...]]]:
-    """Return the operations that may write over an argument, which nobody needs after them.
-
-    Each with the operator and the arguments to call it with. Numbers stay in the cache, and the
-    results are the same.
-    """
-    last: dict[Any, int] = {}  # use of a tensor's memory
-    for i, node in enumerate(graph.nodes):
-        last.update((base_of(used), i) for used in node.all_input_nodes)
-    found = {}
-    for i, node in enumerate(graph.nodes):
-        if node.target not in _IN_PLACE:
+def _apply(graph: fx.Graph, rule: _Rule, written: set[fx.Node]) -> None:
+    """Put what a rule finds in the place of nodes, but where memory is written to."""
+    for node in calls(graph):
+        new = rule(node)
+        if new is None:
             continue
-        orders = [tuple(node.args)]
-        if node.target in _COMMUTE and not node.kwargs and all(map(is_real, node.args)):
-            orders.append(tuple(reversed(node.args)))  # in half precision a scalar may round
-        for first, *others in orders:
-            if (
-                isinstance(first, fx.Node)
-                and first.op == "call_function"
-                and viewed_by(first) is None
-                and last[first] == i
-                and _geometry(first) == _geometry(node)
-                and all(base_of(n) is not first for n in others if isinstance(n, fx.Node))
-            ):
-                found[node] = _IN_PLACE[node.target], (first, *others)
-                break
-    return found
+        # A view shares its memory either way. A result is memory of its own; and what is read in
+        # the place of it is read later, or earlier, than it was.
+        read = [new] if isinstance(new, fx.Node) else [*node.all_input_nodes, *_sources(new)]
+        is_view = isinstance(new, fx.Node) and viewed_by(node) is not None
+        if not is_view and is_written([node, *read], written):
+            continue
+        if isinstance(new, _Call):
+            with graph.inserting_before(node):
+                new = _insert(graph, new, node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
-def _fold(graph: fx.Graph, written: set[Any]) -> None:
+def _sources(call: _Call) -> list[fx.Node]:
+    inner = [node for arg in call.args if isinstance(arg, _Call) for node in _sources(arg)]
+    return inner + nodes_in(tuple(arg for arg in call.args if not isinstance(arg, _Call)))
+
+
+def _insert(graph: fx.Graph, call: _Call, node: fx.Node) -> fx.Node:
+    args = tuple(_insert(graph, a, node) if isinstance(a, _Call) else a for a in call.args)
+    new = graph.call_function(call.target, args)
+    new.meta.update(node.meta)
+    if call.value is not None:
+        new.meta["val"] = call.value
+    return new
+
+
+# --- constants
+
+
+def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
     """Work out what depends on no input: the seeds of gradients above all."""
     for node in calls(graph):
-        sources = node.all_input_nodes
-        like = node.target in _LIKE
-        factory = not sources and "empty" not in str(node.target)
-        constant = all("constant" in s.meta for s in sources)
-        if (
-            not is_pure(node)
-            or not (like or factory or (sources and constant))
-            or base_of(node) in written
-            or not isinstance(node.meta.get("val"), Tensor)
-            or node.meta["val"].numel() > _FOLDED_ELEMENTS
-        ):
+        if not _is_constant(node) or is_written([node], written):
             continue
-        if like:
-            arguments = (_blank(node.args[0]), *node.args[1:])
-        else:
-            arguments = fx.node.map_arg(node.args, lambda n: n.meta["constant"])
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["constant"])
+        target: Any = node.target
+        args: Any = args_of(node)
+        if target in LIKE:
+            args = (_blank(args[0]), *args[1:])
+        args, kwargs = fx.node.map_arg((args, dict(node.kwargs)), lambda n: n.meta["constant"])
         with torch.no_grad():
-            value = node.target(*arguments, **kwargs)
+            value = target(*args, **kwargs)
         with graph.inserting_before(node):
             folded = graph.create_node("get_attr", f"folded_{node.name}")
         folded.meta.update(constant=value, val=value)
@@ -150,237 +150,226 @@ def _fold(graph: fx.Graph, written: set[Any]) -> None:
         graph.erase_node(node)
 
 
-def _blank(node: Any) -> Tensor:
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a call depends on no input, and its result is not too large to keep."""
+    value, target = value_of(node), node.target
+    if not isinstance(target, Operator) or not is_pure(target) or value is None:
+        return False
+    if value.numel() > _MAX_FOLDED_ELEMENTS:
+        return False
+    if not node.all_input_nodes:
+        return "empty" not in str(target)
+    return target in LIKE or all(constant_of(n) is not None for n in node.all_input_nodes)
+
+
+def _blank(node: fx.Node) -> Tensor:
     """Return a tensor of a node's shape and kind, with any numbers in it."""
     val = node.meta["val"]
     return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _drop_neutral(graph: fx.Graph, written: set[Any]) -> None:
-    """Leave out views that change nothing, and multiplications by one."""
-    for node in calls(graph):
-        if _is_unsqueezed(node) and not _is_written([node, node.args[0]], written):
-            with graph.inserting_before(node):
-                same = graph.call_function(_aten.unsqueeze.default, (node.args[0], node.args[2]))
-            same.meta.update(node.meta)
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-            node = same
-        same = _same_view(node) or _same_number(node)
-        if same is None:
-            continue
-        # The result of an operation is memory of its own: not to be shared where it is written to.
-        if viewed_by(node) is None and _is_written([node, same], written):
-            continue
-        node.replace_all_uses_with(same)
-        graph.erase_node(node)
+def _is_filled(value: object, number: int) -> bool:
+    """Return whether a value is a number, or a constant filled with it; minus zero is not zero."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value == number and math.copysign(1, value) == 1
+    constant = constant_of(value)
+    return constant is not None and bool(((constant == number) & ~constant.signbit()).all())
 
 
-def _shorten(graph: fx.Graph, written: set[Any]) -> None:
-    """Put one operation in the place of several that come to the same."""
-    for node in calls(graph):
-        if node.kwargs or _is_written([node, *node.all_input_nodes], written):
-            continue
-        shorter = _shorter(node)
-        # What it takes, it takes later than those operations that it stands for did.
-        if shorter is None or _is_written(_nodes_in(shorter[1]), written):
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(*shorter)
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+# --- operations without effect
 
 
-def _shorter(node: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
-    """Return an operator and arguments that give what a node gives; None if none is known."""
-    args, source = node.args, _first(node)
-    shape: Any = getattr(node.meta.get("val"), "shape", None)
-    if node.target in _SUMS and is_real(node) and is_real(source):
-        if source.meta["val"].numel() == 1 and _same_dtype(source, node):
-            return _aten.view.default, (source, list(shape))
-        if source.target is _aten.stack.default and len(source.args[0]) == 2 and shape == ():
-            left, right = source.args[0]
-            alike = _same_dtype(left, node) and _same_dtype(right, node)
-            if alike and left.meta["val"].shape == () and len(source.users) == 1:
-                return _aten.add.Tensor, (left, right)
-    if node.target is _aten.stack.default and len(source) == 1:
-        dim = args[1] if len(args) > 1 else 0
-        if source[0].meta["val"].unsqueeze(dim).stride() == node.meta["val"].stride():
-            return _aten.unsqueeze.default, (source[0], dim)
-    if node.target is _aten.view.default and source.target is _aten.sum.dim_IntList:
-        summed, dims, *kept = source.args
-        if kept == [True] and dims and not source.kwargs and len(source.users) == 1:
-            size = summed.meta["val"].shape
-            left_over = [n for i, n in enumerate(size) if not {i, i - len(size)} & set(dims)]
-            if list(shape) == left_over:
-                return _aten.sum.dim_IntList, (summed, dims)
-    if node.target is _aten.add.Tensor and len(args) == 2:
-        return _stacked(*args)
+def _single_row(node: fx.Node) -> _Call | None:
+    """Return the view that the gradient of the only row is: the same numbers, as they lie."""
+    if node.target is not _aten.select_backward.default:
+        return None
+    source, sizes, dim, _ = args_of(node)
+    if sizes[dim] != 1:
+        return None
+    view, value = source.meta["val"].unsqueeze(dim), node.meta["val"]
+    if (view.shape, view.stride()) != (value.shape, value.stride()):
+        return None
+    return _Call(_aten.unsqueeze.default, (source, dim))
+
+
+def _neutral(node: fx.Node) -> fx.Node | None:
+    """Return the node whose numbers another one repeats: by views, by a product with one."""
+    return _same_view(node) or _same_number(node)
+
+
+def _same_view(node: fx.Node) -> fx.Node | None:
+    """Return the tensor that a chain of views ends up at again; None if at no earlier one."""
+    mine, source, found = layout(node), node, None
+    while mine is not None and source.target in _RESHAPES:
+        source = args_of(source)[0]
+        value = value_of(source)
+        # One that leaves numbers out may come back with the same shape, at another place.
+        if value is None or value.numel() != node.meta["val"].numel():
+            break
+        if layout(source) == mine:
+            found = source
+    return found
+
+
+def _same_number(node: fx.Node) -> fx.Node | None:
+    """Return what a node multiplies or divides by one, or takes zero from, or to the power one."""
+    value = value_of(node)
+    if value is None or value.is_complex() or node.kwargs or node.target not in _NEUTRAL:
+        return None  # infinities and zeros of two complex parts follow rules of their own
+    left, right = args_of(node)
+    if layout(left) == layout(node) and _is_filled(right, _NEUTRAL[node.target]):
+        return left if isinstance(left, fx.Node) else None
+    if node.target is _aten.mul.Tensor and layout(right) == layout(node) and _is_filled(left, 1):
+        return right if isinstance(right, fx.Node) else None
     return None
 
 
-def _same_dtype(left: Any, right: Any) -> bool:
-    return bool(left.meta["val"].dtype == right.meta["val"].dtype)
+# The number that changes nothing as the second argument.
+_NEUTRAL: dict[object, int] = {
+    _aten.div.Tensor: 1,
+    _aten.mul.Tensor: 1,
+    _aten.pow.Tensor_Scalar: 1,
+    _aten.sub.Tensor: 0,
+}
 
 
-def _first(node: Any) -> Any:
-    return node.args[0] if node.args else None
+# --- one operation for several
 
 
-def _stacked(left: Any, right: Any) -> tuple[OpOverload, tuple[Any, ...]] | None:
+def _shorter(node: fx.Node) -> _Call | None:
+    """Return the one call that gives what a node and those before it give."""
+    rules = _SHORTER.get(node.target, ()) if not node.kwargs else ()
+    return next((call for rule in rules if (call := rule(node)) is not None), None)
+
+
+def _sum_of_one(node: fx.Node) -> _Call | None:
+    """Return the view that the sum of a single number is."""
+    source = args_of(node)[0]
+    if not is_real(node) or source.meta["val"].numel() != 1 or not _same_dtype(source, node):
+        return None
+    return _Call(_aten.view.default, (source, list(node.meta["val"].shape)))
+
+
+def _sum_of_two(node: fx.Node) -> _Call | None:
+    """Return the addition that the sum of a stack of two numbers is."""
+    stack = args_of(node)[0]
+    if stack.target is not _aten.stack.default or len(stack.users) > 1 or not is_real(node):
+        return None
+    parts = args_of(stack)[0]
+    alike = all(p.meta["val"].shape == () and _same_dtype(p, node) for p in parts)
+    if len(parts) != 2 or not alike or node.meta["val"].shape != ():
+        return None
+    return _Call(_aten.add.Tensor, tuple(parts))
+
+
+def _stack_of_one(node: fx.Node) -> _Call | None:
+    """Return the view that a stack of one tensor is."""
+    parts, dim = args_of(node)[0], (*args_of(node)[1:], 0)[0]
+    if len(parts) != 1:
+        return None
+    view = parts[0].meta["val"].unsqueeze(dim)
+    if view.stride() != node.meta["val"].stride():
+        return None
+    return _Call(_aten.unsqueeze.default, (parts[0], dim))
+
+
+def _sum_that_keeps(node: fx.Node) -> _Call | None:
+    """Return the sum that drops the dimensions which one keeps, and a view drops."""
+    source = args_of(node)[0]
+    if source.target is not _aten.sum.dim_IntList or source.kwargs or len(source.users) > 1:
+        return None
+    summed, dims, *keepdim = args_of(source)
+    size = summed.meta["val"].shape
+    if keepdim != [True] or not dims:
+        return None
+    left = [n for i, n in enumerate(size) if not {i, i - len(size)} & set(dims)]
+    if list(node.meta["val"].shape) != left:
+        return None
+    return _Call(_aten.sum.dim_IntList, (summed, dims))
+
+
+def _sum_of_columns(node: fx.Node) -> _Call | None:
     """Return the stack of two numbers' slices that a sum of their gradients by select() is."""
-    for part in (left, right):
-        if not isinstance(part, fx.Node) or part.target is not _aten.select_backward.default:
-            return None
-    (first, sizes, dim, i), (second, other_sizes, other_dim, j) = left.args, right.args
+    parts = args_of(node)
+    backward = _aten.select_backward.default
+    if any(not isinstance(p, fx.Node) or p.target is not backward for p in parts):
+        return None
+    (first, sizes, dim, i), (second, other_sizes, other_dim, j) = map(args_of, parts)
     if (list(sizes), dim) != (list(other_sizes), other_dim) or sizes[dim] != 2:
         return None
     if {i % 2, j % 2} != {0, 1} or not _same_dtype(first, second):
         return None
-    return _aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim)
+    return _Call(_aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim))
 
 
-def _negate_sums(graph: fx.Graph, written: set[Any]) -> None:
-    """Take the negative of a sum for the sum of negatives: fewer numbers, and the same."""
-    for node in calls(graph):
-        if node.target is not _aten.sum.dim_IntList or node.kwargs or not is_real(node):
-            continue
-        negative = node.args[0]
-        if negative.target is not _aten.neg.default or len(negative.users) > 1:
-            continue
-        if _is_written([node, negative, negative.args[0]], written):
-            continue
-        if _geometry(negative) != _geometry(negative.args[0]):
-            continue  # with gaps in memory, a sum goes in another order
-        with graph.inserting_before(node):
-            total = graph.call_function(node.target, (negative.args[0], *node.args[1:]))
-            value = graph.call_function(_aten.neg.default, (total,))
-        total.meta.update(node.meta)
-        value.meta.update(node.meta)
-        node.replace_all_uses_with(value)
-        graph.erase_node(node)
+_SHORTER: dict[object, tuple[Callable[[fx.Node], _Call | None], ...]] = {
+    **dict.fromkeys(_SUMS, (_sum_of_one, _sum_of_two)),
+    _aten.stack.default: (_stack_of_one,),
+    _aten.view.default: (_sum_that_keeps,),
+    _aten.add.Tensor: (_sum_of_columns,),
+}
 
 
-def _expand_last(graph: fx.Graph, written: set[Any]) -> None:
+def _same_dtype(left: fx.Node, right: fx.Node) -> bool:
+    return bool(left.meta["val"].dtype == right.meta["val"].dtype)
+
+
+# --- fewer numbers
+
+
+def _negated_sum(node: fx.Node) -> _Call | None:
+    """Return the negative of a sum that a sum of negatives is: fewer numbers, and the same."""
+    if node.target is not _aten.sum.dim_IntList or node.kwargs or not is_real(node):
+        return None
+    negative, *others = args_of(node)
+    if negative.target is not _aten.neg.default or len(negative.users) > 1:
+        return None
+    source = args_of(negative)[0]
+    if layout(negative) != layout(source):
+        return None  # with gaps in memory, a sum goes in another order
+    return _Call(_aten.neg.default, (_Call(node.target, (source, *others)),))
+
+
+def _expanded_last(node: fx.Node) -> _Call | None:
     """Work out a number once that stands in many places: the weight of all that one datum has."""
-    for node in calls(graph):
-        wide = _first(node)
-        if node.target not in _UNARY or wide.target is not _aten.expand.default:
-            continue
-        narrow: Any = wide.args[0]
-        value = narrow.meta["val"]
-        if (
-            node.meta["val"].dtype != value.dtype
-            or not value.is_contiguous()
-            or _is_written([node, narrow], written)
-            or not all(_goes_with_a_whole_one(user, node) for user in node.users)
-        ):
-            continue
-        with graph.inserting_before(node):
-            small = graph.call_function(node.target, (narrow, *node.args[1:]), node.kwargs)
-            again = graph.call_function(wide.target, (small, *wide.args[1:]), wide.kwargs)
-        small.meta["val"] = torch.empty_like(value)
-        again.meta["val"] = small.meta["val"].expand(node.meta["val"].shape)
-        node.replace_all_uses_with(again)
-        graph.erase_node(node)
+    if node.target not in _UNARY or node.kwargs:
+        return None
+    wide, *others = args_of(node)
+    if wide.target is not _aten.expand.default or wide.kwargs:
+        return None
+    narrow, size = args_of(wide)
+    value = narrow.meta["val"]
+    same = node.meta["val"].dtype == value.dtype and value.is_contiguous()
+    if not same or not all(_goes_with_a_whole_one(user, node) for user in node.users):
+        return None
+    target: Any = node.target
+    small = _Call(target, (narrow, *others), torch.empty_like(value))
+    expanded = torch.empty_like(value).expand(node.meta["val"].shape)
+    return _Call(_aten.expand.default, (small, size), expanded)
 
 
-def _goes_with_a_whole_one(user: Any, node: Any) -> bool:
-    """Whether an operation has another argument that tells how its result lies in memory."""
+def _goes_with_a_whole_one(user: fx.Node, node: fx.Node) -> bool:
+    """Return whether an operation has another argument that says how its result lies in memory."""
     return user.target in _BINARY and any(
         isinstance(other, fx.Node)
-        and _geometry(other) == _geometry(node) == _geometry(user)
+        and layout(other) == layout(node) == layout(user)
         and other.target is not _aten.expand.default
         and other is not node
         for other in user.args
     )
 
 
-def _is_written(nodes: Iterable[Any], written: set[Any]) -> bool:
-    """Whether some operation writes to the memory of one of these."""
-    return any(base_of(node) in written for node in nodes)
+# --- the whole graph
 
 
-def _nodes_in(args: tuple[Any, ...]) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_arg(args, found.append)
-    return found
-
-
-def _is_unsqueezed(node: Any) -> bool:
-    """Whether a node is the gradient of the one row there is: the same numbers, as they lie."""
-    if node.target is not _aten.select_backward.default:
-        return False
-    source, sizes, dim, _ = node.args
-    if sizes[dim] != 1:
-        return False
-    view, value = source.meta["val"].unsqueeze(dim), node.meta["val"]
-    return (view.shape, view.stride()) == (value.shape, value.stride())
-
-
-def _geometry(node: Any) -> Any:
-    value = node.meta.get("val")
-    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
-
-
-def _same_view(node: Any) -> Any:
-    """Return the tensor that a chain of views ends up at again; None if at no earlier one."""
-    mine, source, found = _geometry(node), node, None
-    while mine is not None and source.target in _RESHAPES:
-        source = source.args[0]
-        # One that leaves numbers out may come back with the same shape, at another place.
-        if _geometry(source) is None or source.meta["val"].numel() != node.meta["val"].numel():
-            break
-        if _geometry(source) == mine:
-            found = source
-    return found
-
-
-def _same_number(node: Any) -> Any:
-    """Return what a node multiplies or divides by one, or takes zero from, or to the power one."""
-    if _geometry(node) is None or node.meta["val"].is_complex():
-        return None  # infinities and zeros of two parts follow rules of their own
-    if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1:
-        return node.args[0] if _geometry(node.args[0]) == _geometry(node) else None
-    if node.target is _aten.sub.Tensor and not node.kwargs and _is_zero(node.args[1]):
-        return node.args[0] if _geometry(node.args[0]) == _geometry(node) else None
-    if node.target in (_aten.mul.Tensor, _aten.div.Tensor) and not node.kwargs:
-        left, right = node.args
-        if _is_one(right) and _geometry(left) == _geometry(node):
-            return left
-        if (
-            node.target is _aten.mul.Tensor
-            and _is_one(left)
-            and _geometry(right) == _geometry(node)
-        ):
-            return right
-    return None
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        constant = value.meta.get("constant")
-        return constant is not None and bool(((constant == 0) & ~constant.signbit()).all())
-    return type(value) in (int, float) and value == 0 and math.copysign(1, value) == 1
-
-
-def _is_one(value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        constant = value.meta.get("constant")
-        return constant is not None and bool((constant == 1).all())
-    return type(value) in (int, float) and value == 1
-
-
-def _merge_equal(graph: fx.Graph, written: set[Any]) -> None:
+def _merge_equal(graph: fx.Graph, written: set[fx.Node]) -> None:
     """Do once what is done twice on the same inputs."""
-    seen: dict[Any, Any] = {}
+    seen: dict[Hashable, fx.Node] = {}
     for node in calls(graph):
-        if not is_pure(node):
+        target: Any = node.target
+        if not is_pure(target) or is_written([node, *node.all_input_nodes], written):
             continue
-        if _is_written([node, *node.all_input_nodes], written):
-            continue
-        key = (node.target, key_of(node.args), key_of(tuple(sorted(node.kwargs.items()))))
+        key = (target, key_of(node.args), key_of(tuple(sorted(node.kwargs.items()))))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -388,25 +377,26 @@ def _merge_equal(graph: fx.Graph, written: set[Any]) -> None:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
+    """Leave out what no result depends on, but writes and draws of random numbers."""
     for node in reversed(list(graph.nodes)):
-        unused = not node.users and node.op in ("call_function", "get_attr")
-        if unused and (node.op == "get_attr" or _has_no_effect(node)):
+        if not node.users and (node.op == "get_attr" or _has_no_effect(node)):
             graph.erase_node(node)
 
 
-def _has_no_effect(node: Any) -> bool:
-    if not isinstance(node.target, OpOverload):
-        return node.target is operator.getitem
-    if node.target.namespace == "profiler":
+def _has_no_effect(node: fx.Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, Operator):
+        return target is operator.getitem
+    if target.namespace == "profiler":
         return True
     # Random numbers that are not used are drawn all the same: the next ones come after them.
-    return is_pure(node) and bool(node.target._schema.returns)
+    return is_pure(target) and not torch_internals.returns_nothing(target)
 
 
 def _own_outputs(graph: fx.Graph) -> None:
     """Copy what would be handed out twice, or is an input's: each result is its receiver's own."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    given, results = set[Any](), []
+    given, results = set[fx.Node](), []
     for value in output.args[0]:
         if isinstance(value, fx.Node):
             base = base_of(value)

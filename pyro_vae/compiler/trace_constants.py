@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["TraceConstants", "one_hot"]
+from pyro_vae import torch_internals
+from pyro_vae.torch_internals import Operator, storage_key, tensors_in
+
+__all__ = ["LIKE", "TraceConstants", "one_hot"]
 
 _aten = torch.ops.aten
 _LIFTS = {_aten.lift_fresh.default, _aten.lift_fresh_copy.default}
 # Take nothing of their tensors but shape and kind.
-_LIKE = {
-    *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
-    *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
-}
+LIKE: frozenset[Operator] = frozenset(
+    {
+        *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
+        *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
+    }
+)
 
 
 class TraceConstants:
-    """Keeps account of which tensors depend on no input, for the time of a trace.
+    """The tensors of a trace that depend on no input.
 
     They are the same whenever the graph runs, so Python may read their numbers: sizes that a
     function works out by tensors, for one.
@@ -28,37 +33,50 @@ class TraceConstants:
 
     def __init__(self) -> None:
         # By their memory, which views share. It is kept, for its identity to stay its own.
-        self._storages: dict[int, Any] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
 
-    def __contains__(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and _key(tensor) in self._storages
+    def __contains__(self, tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and storage_key(tensor) in self._storages
 
-    def read(self, func: Any, *args: Any) -> Any:
+    def read(self, func: Callable[..., Any], *args: Any) -> Any:
         """Call a function that reads numbers out of a constant, untraced."""
-        from torch.utils._python_dispatch import _disable_current_modes
-
-        with _disable_current_modes():
+        with torch_internals.untraced():
             return func(*args)
 
-    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Take note of what an operator did."""
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        constant = func in _LIFTS or func in _LIKE or all(value in self for value in given)
-        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
-            constant = False
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if func._schema.is_mutable and not constant:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in tree_leaves(value):
-                        if isinstance(tensor, Tensor):
-                            self._storages.pop(_key(tensor), None)
-        elif constant:
-            for tensor in made:
+    def note(
+        self, func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
+    ) -> None:
+        """Take note of what an operator did: whether its results, or what it wrote, are constant.
+
+        Args:
+            func: the operator.
+            args: of the call.
+            kwargs: of the call.
+            result: of the call.
+        """
+        if self._is_constant(func, args, kwargs):
+            for tensor in tensors_in(result):
                 self._add(tensor)
+        elif torch_internals.is_mutable(func):
+            written = tuple(torch_internals.written_values(func, args, kwargs))
+            for tensor in tensors_in(written):
+                self._storages.pop(storage_key(tensor), None)
+
+    def _is_constant(self, func: Operator, args: object, kwargs: object) -> bool:
+        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
+            return False
+        if func in _LIFTS or func in LIKE:
+            return True
+        return all(value in self for value in tensors_in((args, kwargs)))
 
     def packed(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        """Do as PyTorch's operator for packed sequences, whose lengths are a constant."""
+        """Return what PyTorch's operator for packed sequences does, of lengths that are constant.
+
+        Args:
+            input: sequences, [N, T, ...] where batch_first, else [T, N, ...].
+            lengths: of the sequences, [N].
+            batch_first: which of the two comes first.
+        """
         steps: list[int] = self.read(Tensor.tolist, lengths)
         rows = input.transpose(0, 1) if batch_first else input
         going_on = [sum(length > t for length in steps) for t in range(max(steps))]
@@ -69,15 +87,11 @@ class TraceConstants:
         return data, sizes
 
     def _add(self, tensor: Tensor) -> None:
-        self._storages[_key(tensor)] = tensor.untyped_storage()
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+        self._storages[storage_key(tensor)] = tensor.untyped_storage()
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """Do as torch.nn.functional.one_hot, which looks at the numbers to check them.
+    """Return what torch.nn.functional.one_hot does, which reads the numbers to check them.
 
     An index outside is an error here as well, of the operator that writes.
     """

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae.compiler.arguments import rebuilt
+
 __all__ = ["VaryingNumbers"]
 
-_FEW = 3  # values of a number that have graphs of their own
-_FORMS = 64  # of arguments that are remembered
+_MAX_CONSTANTS = 3  # values of a number that have graphs of their own
+_MAX_FORMS = 64  # of arguments that are remembered
+
+_Numbers = tuple[int | float, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Form:
-    """What is known of arguments that differ in their numbers alone."""
+    """Cached state for arguments that differ in their numbers alone.
 
-    first: tuple[Any, ...]
-    varied: set[int] = field(default_factory=set)  # positions of numbers that were others
-    values: int = 1  # that were met
+    Attributes:
+        first: the numbers when they were met first.
+        varied: positions of numbers that were others later.
+        num_values: how often new numbers were met.
+        refused: whether numbers stay what they are.
+    """
+
+    first: _Numbers
+    varied: set[int] = field(default_factory=set)
+    num_values: int = 1
     refused: bool = False
 
 
@@ -34,31 +45,31 @@ class VaryingNumbers:
     """
 
     def __init__(self) -> None:
-        self._forms: dict[Any, _Form] = {}
+        self._forms: dict[Hashable, _Form] = {}
 
-    def meet(self, value: Any) -> Any:
+    def meet(self, value: object) -> Hashable:
         """Take note of arguments that have no graph yet; return their key, None without numbers."""
-        found: list[Any] = []
+        found: list[int | float] = []
         key = _masked(value, found)
         if not found:
             return None
         form = self._forms.get(key)
         if form is None:
-            while len(self._forms) >= _FORMS:
+            while len(self._forms) >= _MAX_FORMS:
                 del self._forms[next(iter(self._forms))]
             self._forms[key] = _Form(tuple(found))
             return key
         new = {i for i, (a, b) in enumerate(zip(found, form.first, strict=True)) if a != b}
         if new:
-            form.values += 1
+            form.num_values += 1
             form.varied |= new
         return key
 
-    def refuse(self, key: Any) -> None:
-        """Leave numbers what they are: the functions at hand want no tensors."""
+    def refuse(self, key: Hashable) -> None:
+        """Leave the numbers of these arguments what they are: a function takes no tensors there."""
         self._forms[key].refused = True
 
-    def as_tensors(self, key: Any, value: Any, inputs: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    def as_tensors(self, key: Hashable, value: Any, inputs: list[Tensor]) -> tuple[Any, _Numbers]:
         """Return arguments with tensors in the place of numbers that vary, and these numbers.
 
         Args:
@@ -67,51 +78,35 @@ class VaryingNumbers:
             inputs: their tensors, by which the numbers' dtype and device are chosen.
         """
         form = self._forms.get(key)
-        if form is None or form.refused or form.values <= _FEW:
+        if form is None or form.refused or form.num_values <= _MAX_CONSTANTS:
             return value, ()
-        floats = [tensor for tensor in inputs if tensor.is_floating_point()]
-        dtype = torch.get_default_dtype()
-        if any(tensor.dtype == torch.float64 for tensor in floats):
-            dtype = torch.float64
+        is_double = any(tensor.dtype == torch.float64 for tensor in inputs)
+        dtype = torch.float64 if is_double else torch.get_default_dtype()
         device = inputs[0].device if inputs else None
-        numbers: list[Any] = []
+        numbers: list[int | float] = []
         _masked(value, numbers)
-        tensors = [
-            torch.tensor(n, dtype=None if isinstance(n, int) else dtype, device=device)
-            if i in form.varied
-            else n
-            for i, n in enumerate(numbers)
-        ]
+        new: list[int | float | Tensor] = list(numbers)
+        for i in form.varied:
+            kind = None if isinstance(numbers[i], int) else dtype
+            new[i] = torch.tensor(numbers[i], dtype=kind, device=device)
         varying = tuple(n for i, n in enumerate(numbers) if i in form.varied)
-        return _filled(value, iter(tensors)), varying
+        return rebuilt(value, iter(new), _is_number), varying
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _masked(value: Any, found: list[Any]) -> Any:
+def _masked(value: Any, found: list[int | float]) -> Hashable:
     """Return arguments without their numbers, hashable, and collect these."""
     if _is_number(value):
         found.append(value)
-        return type(value)
+        return str(type(value))
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return (type(value), *(_masked(item, found) for item in value))
     if isinstance(value, dict):
-        return (type(value), *value, *(_masked(item, found) for item in value.values()))
-    return value
-
-
-def _filled(value: Any, numbers: Iterator[Any]) -> Any:
-    """Put others in the place of the numbers that :func:`_masked` collects."""
-    if _is_number(value):
-        return next(numbers)
-    if hasattr(value, "_fields"):
-        return type(value)(*(_filled(item, numbers) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_filled(item, numbers) for item in value)
-    if isinstance(value, dict):
-        return {name: _filled(item, numbers) for name, item in value.items()}
-    return value
+        return (dict, *value, *(_masked(item, found) for item in value.values()))
+    key: Hashable = value
+    return key

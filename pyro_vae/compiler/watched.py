@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from pyro_vae.compiler.captured import MISSING, Captured, is_library, is_plain
 from pyro_vae.compiler.identity_checks import identity_check
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
+from pyro_vae.torch_internals import buffers_of, children_of, hooks_of, parameters_of
 
 __all__ = ["Watched"]
 
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 _LONG = 20  # items of a list that are looked at
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Watched:
@@ -45,14 +45,14 @@ class Watched:
             self._add_attributes(module, modes)
         self._structure: list[Any] = []  # mappings of children, and of hooks
         self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
+        self._lengths_of: list[Any] = []  # mappings of them
         for part in self.modules.values():
-            self._structure += [part._modules, *(getattr(part, name) for name in _HOOKS)]
-            # By keys(), which TorchScript's mappings have; get() they have not.
-            self._held += [(part._parameters, name) for name in tuple(part._parameters.keys())]
-            self._held += [(part._buffers, name) for name in tuple(part._buffers.keys())]
+            self._structure += [children_of(part), *hooks_of(part)]
+            for holder in (parameters_of(part), buffers_of(part)):
+                self._held += [(holder, name) for name in tuple(holder.keys())]
+                self._lengths_of.append(holder)
         self._held += [(store_parameters(), name) for name in names]
         self._store = (pyro.get_param_store(), STORE_PARAMETERS)  # another one after it was cleared
-        self._lengths_of = [d for m in self.modules.values() for d in (m._parameters, m._buffers)]
         self.expect()
 
     def _add_attributes(self, module: nn.Module, modes: bool) -> None:
@@ -145,7 +145,7 @@ class Watched:
     def buffers(self) -> Iterator[Tensor]:
         """Yield the buffers of all modules."""
         for module in self.modules.values():
-            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+            yield from (b for b in buffers_of(module).values() if b is not None)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,7 +12,6 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.independence_check import check_independent
@@ -49,6 +48,7 @@ from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide, trace_model
 from pyro_vae.programs.types import ModeName
 from pyro_vae.programs.warned_once import warn_once
+from pyro_vae.torch_internals import BatchNorm
 
 __all__ = ["Plan", "device_of", "hide", "plan"]
 
@@ -403,7 +403,7 @@ def _structure(
 
 def _normalizes_over_batch(module: nn.Module) -> bool:
     statistics = module.training or getattr(module, "running_mean", None) is None
-    return isinstance(module, _BatchNorm) and statistics
+    return isinstance(module, BatchNorm) and statistics
 
 
 def _choose_mode(

@@ -32,6 +32,7 @@ from pyro_vae.programs.pyro_internals import (
     store_parameters,
 )
 from pyro_vae.recording import same_expression
+from pyro_vae.torch_internals import parameters_of, version_of
 
 __all__ = [
     "FullSize",
@@ -135,7 +136,7 @@ def keep_apart(module: nn.Module) -> None:
     gc.collect()  # what is in a circle, and unreachable, does not live
     mine = set(map(id, module.modules()))
     others = (o for o in gc.get_objects() if issubclass(type(o), PyroModule) and id(o) not in mine)
-    if not any(id(p) in looked_for for other in others for p in other._parameters.values()):
+    if not any(id(p) in looked_for for other in others for p in parameters_of(other).values()):
         _unowned[module] = looked_for
         return
     before = name_of(module)
@@ -163,7 +164,7 @@ def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]
 def constrained_parameters(module: nn.Module) -> dict[str, Any]:
     """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
     return {
-        ".".join(filter(None, (name_of(part), name))): part._parameters[f"{name}_unconstrained"]
+        ".".join(filter(None, (name_of(part), name))): parameters_of(part)[f"{name}_unconstrained"]
         for part in module.modules()
         if isinstance(part, PyroModule)
         for name in pyro_parameters(part)
@@ -225,7 +226,7 @@ class ParamStatements(Messenger):
             modules: those in use; a parameter of theirs is not the first value of a statement of
                 the user's own, but what the statement is about.
         """
-        held = {id(p) for module in modules for p in module._parameters.values()}
+        held = {id(p) for module in modules for p in parameters_of(module).values()}
         for name, stored, own, gradient in self._found.values():
             if own is None or not ("$$$" in name or id(own) in held):
                 yield name, stored
@@ -246,7 +247,7 @@ def _mark(gradient: Tensor | None) -> Any:
     """Return what tells whether a gradient was added to."""
     if gradient is None or gradient.is_inference():
         return None if gradient is None else id(gradient)
-    return id(gradient), gradient._version
+    return id(gradient), version_of(gradient)
 
 
 def _check_shape(name: str, first: Any, stored: Tensor) -> None:

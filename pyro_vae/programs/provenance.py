@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from pyro_vae.torch_internals import DispatchMode, storage_key, tensors_in
 
 __all__ = ["Descendants"]
 
 
-class Descendants(TorchDispatchMode):
+class Descendants(DispatchMode):
     """Follows what is computed from some tensors inside the context, through every operation.
 
     By memory, not by value: ``0 * z`` is computed from z. What an operation writes to counts
@@ -43,11 +43,11 @@ class Descendants(TorchDispatchMode):
 
     def includes(self, value: Any) -> bool:
         """Return whether a value is a tensor that was computed from the sources."""
-        return isinstance(value, Tensor) and _memory_of(value) in self._memory
+        return isinstance(value, Tensor) and storage_key(value) in self._memory
 
     def _add(self, tensor: Tensor) -> None:
         self._kept.append(tensor)
-        self._memory.add(_memory_of(tensor))
+        self._memory.add(storage_key(tensor))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -55,13 +55,9 @@ class Descendants(TorchDispatchMode):
         """Call the operation, and note what came of it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if any(map(self.includes, tree_leaves((args, kwargs)))):
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(map(self.includes, tensors_in((args, kwargs)))):
+            made = tensors_in(result)
             self.read |= not made
             for tensor in made:
                 self._add(tensor)
         return result
-
-
-def _memory_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -11,13 +11,12 @@ import pyro
 import torch
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.programs.batch import dtypes_told
 from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
+from pyro_vae.torch_internals import BatchNorm, Dropout, buffers_of, parameters_of, version_of
 
 __all__ = [
     "FirstValues",
@@ -111,21 +110,27 @@ class _Held:
         if id(module) in self._modules:
             return
         self._modules[id(module)] = module
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers_of(module).items():
             # What a module keeps count of is small; what is large are data.
             if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_inference():
-                found = (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+                found = (
+                    buffers_of(module),
+                    name,
+                    buffer,
+                    version_of(buffer),
+                    buffer.detach().clone(),
+                )
                 self._buffers.append(found)
         if pyro_parameters(module):
             # Those of the store take their place, by name.
-            self._parameters.append((module._parameters, dict(module._parameters)))
+            self._parameters.append((parameters_of(module), dict(parameters_of(module))))
 
     def put_back(self) -> None:
         """Undo what has changed."""
         for holder, name, buffer, version, value in self._buffers:
             if holder.get(name) is not buffer:
                 holder[name] = buffer
-            if buffer._version != version:
+            if version_of(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(value)
         for now, before in self._parameters:
@@ -277,7 +282,7 @@ def batch_norms() -> Iterator[dict[str, int]]:
     seen: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, _BatchNorm) and inputs and inputs[0].ndim > 1:
+        if isinstance(module, BatchNorm) and inputs and inputs[0].ndim > 1:
             values = inputs[0].numel() // inputs[0].shape[1]
             seen[module] = min(values, seen.get(module, values))
 
@@ -304,7 +309,7 @@ def as_in_training(
         first: as in :func:`evaluation`.
     """
     held = _Held()
-    dropouts = [m for m in modules if isinstance(m, _DropoutNd) and m.training]
+    dropouts = [m for m in modules if isinstance(m, Dropout) and m.training]
     for module in modules:
         held.add(module)
     for module in dropouts:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.readers import RowReader, tensors_of
 from pyro_vae.programs.state import preserved_rng, seeded
+from pyro_vae.torch_internals import version_of
 
 __all__ = ["DataSource", "source_of"]
 
@@ -140,10 +141,10 @@ class _DrawnByStep(DataSource):
     def example(self, batch: Batch) -> Batch:
         copy = batch.repeat(1)
         tensors = [t for t in (*copy.args, *copy.kwargs.values()) if isinstance(t, Tensor)]
-        versions = [tensor._version for tensor in tensors]
+        versions = list(map(version_of, tensors))
         with seeded(batch.device, 0):
             drawn = self.drawn(copy)
-        if [tensor._version for tensor in tensors] != versions:
+        if list(map(version_of, tensors)) != versions:
             raise ValueError(
                 f"{type(self._data).__name__}.draw writes to the minibatch that it is given, "
                 "which is the data themselves; return a new tensor"

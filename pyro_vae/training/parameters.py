@@ -22,6 +22,7 @@ from pyro_vae.programs.state import (
 )
 from pyro_vae.programs.traces import trace_pair
 from pyro_vae.programs.types import Program
+from pyro_vae.torch_internals import parameters_of
 
 __all__ = ["Parameters", "State", "all_finite"]
 
@@ -106,7 +107,7 @@ class Parameters:
         return list(called.values()), statements
 
     def _find_late(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
-        of_modules = {id(p) for module in modules for p in module._parameters.values()}
+        of_modules = {id(p) for module in modules for p in parameters_of(module).values()}
         return tuple(
             name
             for name, tensor in self._stored.items()

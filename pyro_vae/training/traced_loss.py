@@ -1,11 +1,11 @@
-"""The loss of a pair and its gradients, by graphs that are proven against eager runs."""
+"""The loss of a pair and its gradients, by graphs that are compared with eager runs."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,133 +15,143 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiler import gradient_hooks
-from pyro_vae.compiler.arguments import check_compile, form_of, rebuilt
-from pyro_vae.compiler.graph import Graph, UntraceableError, trace
+from pyro_vae.compiler.agreement import gradients_differ, losses_differ
+from pyro_vae.compiler.arguments import form_of, rebuilt
+from pyro_vae.compiler.graph import Graph
+from pyro_vae.compiler.replayer import Entry, Objection, Replayer
+from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.plain_errors import plain_errors
-from pyro_vae.programs.pyro_internals import StoreContents, handlers_at_work
+from pyro_vae.programs.pyro_internals import handlers_at_work
 from pyro_vae.programs.row_guide import RowGuide
-from pyro_vae.programs.state import (
-    called_modules,
-    module_of,
-    random_state,
-    set_random_state,
-    unwrapped,
-)
+from pyro_vae.programs.state import called_modules, module_of, unwrapped
+from pyro_vae.programs.types import Program
 from pyro_vae.programs.warned_once import warn_once
+from pyro_vae.torch_internals import num_hooks_made, parameters_of, unchecked_samples
+from pyro_vae.training.step_state import LossState, StepState
 
 __all__ = ["TracedLoss"]
 
 logger = logging.getLogger(__name__)
 
-_KINDS = 16  # of arguments remembered at most
-_LONG = 20  # items of a list that are looked at
-_WORTH = 64  # calls of a kind, below which tracing it has been a waste
-_WASTED = 8  # kinds, after which others are traced when they have been called so often
-# Calls of one kind at which a graph is compared with eager: the first, and ever more rarely.
-_CHECKED = frozenset(2 * 4**k for k in range(12))
-# In "auto": fewer steps than these run eagerly, for tracing takes as long as some of them.
+_WORTHWHILE_CALLS = 64  # of a signature, below which tracing it has been a waste
+_MAX_WASTED = 8  # signatures, after which others are traced when they have been called so often
+# Calls of a signature at which its graph is compared: the first, and ever more rarely.
+_COMPARED = frozenset(2 * 4**k for k in range(12))
+# In "auto": fewer steps than these run eagerly, because tracing takes as long as some of them.
 _FEW_STEPS = 100
-_ONE_BY_ONE = "the kernels of a training step are launched one by one: %s"
+_MAX_COMPARED_NUMBERS = 4  # values of numbers that vary at which a graph is compared
+_MAX_FAILURES = 3  # traces that the same code stopped, after which there are no more
 _BACKWARD_AGAIN = (
     "parameters have gradient hooks, and the loss goes backward through them several times in a "
     "step; each time, PyTorch calls the hooks"
 )
 _EACH_NUMBER = (
     "a number among the arguments differs from call to call, and steps are traced anew for each "
-    "value, which is slower, for it cannot be a tensor: %s"
+    "value, which is slower, because it cannot be a tensor: %s"
 )
-_NUMBERS = 4  # values of numbers that vary at which a graph is compared
-_FAILURES = 3  # traces that the same code stopped, after which there are no more
 
 
-@dataclass
-class _Kind:
-    """Cached state for one argument signature (shapes, dtypes, plain values).
+@dataclass(slots=True)
+class _Entry(Entry):
+    """Cached state for one signature of arguments.
 
     Attributes:
         calls: so far.
-        last: the number of the last one, among those of all kinds.
-        wait: calls that run eagerly before it is traced.
-        graph: of loss and gradients; None before it is traced, and where it cannot be.
-        eager: whether it was given up.
+        last_call: the number of the last one, among those of all signatures.
+        min_calls: that run eagerly before one is traced.
+        given_up: whether calls run eagerly for good.
         parameters: whose gradients the graph returns.
-        unregistered: parameters of modules that nobody told Pyro of, and whose gradients nobody
-            wants.
+        unregistered: parameters of modules that Pyro does not know of, and that the caller does
+            not want.
         watched: what the graph takes for constant; None before the first run.
         backward_once: whether a step goes backward through each parameter once.
         hooked: the parameters with gradient hooks, when PyTorch's hooks were last counted.
-        hooks: that count.
+        num_hooks: that count.
         compared: values of varying numbers at which the graph was compared.
     """
 
     calls: int = 0
-    last: int = 0
-    wait: int = 0
-    graph: Graph | None = None
-    eager: bool = False
+    last_call: int = 0
+    min_calls: int = 0
+    given_up: bool = False
     parameters: list[Tensor] = field(default_factory=list)
     unregistered: list[Tensor] = field(default_factory=list)
     watched: Watched | None = None
     backward_once: bool = True
     hooked: list[Tensor] = field(default_factory=list)
-    hooks: int = -1
-    compared: set[Any] = field(default_factory=set)
+    num_hooks: int = -1
+    compared: set[Hashable] = field(default_factory=set)
 
     def not_among(self, statements: ParamStatements) -> list[Tensor]:
         """Return the parameters of a run that are not those whose gradients the graph returns."""
         modules = () if self.watched is None else self.watched.modules.values()
         known = {id(parameter) for parameter in self.parameters}
-        told = statements.tensors(modules)
-        return [tensor for _, tensor in told if tensor.requires_grad and id(tensor) not in known]
+        stated = statements.tensors(modules)
+        return [tensor for _, tensor in stated if tensor.requires_grad and id(tensor) not in known]
 
     def holds(self) -> bool:
-        """Whether what was found is as it was; attributes may change until there is a graph."""
+        """Return whether what was found is as it was; attributes may change before the trace."""
         if self.watched is None:
             return True
         return self.watched.holds_tensors() if self.graph is None else self.watched.holds()
 
-    def changed(self) -> str | None:
-        """Say where a value lies that is another one than the graph is for."""
-        return None if self.watched is None else self.watched.changed()
-
     def with_hooks(self) -> list[Tensor]:
         """Return the parameters that have gradient hooks now."""
-        if self.hooks != (now := gradient_hooks.mark()):
-            self.hooked, self.hooks = gradient_hooks.hooked(self.parameters), now
+        if self.num_hooks != (now := num_hooks_made()):
+            self.hooked, self.num_hooks = gradient_hooks.hooked(self.parameters), now
         return self.hooked
 
 
 @dataclass(slots=True)
-class _Call:
-    """The arguments of a call, and how a graph takes them.
+class _Step:
+    """A call of the loss, and how a graph takes it.
 
     Attributes:
-        args: positional ones.
+        entry: of its signature.
+        inputs: the tensors in the structure.
+        args: positional arguments.
         kwargs: keywords.
         structure: both and the rows of a table, with tensors in the place of varying numbers.
-        inputs: the tensors in it.
         numbers: those that vary.
         key: of the arguments but their numbers, where these vary.
+        new: parameters that an eager run met, and the graph does not know.
     """
 
+    entry: _Entry
+    inputs: list[Tensor]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     structure: Any
-    inputs: list[Tensor]
-    numbers: tuple[Any, ...] = ()
-    key: Any = None
+    numbers: tuple[int | float, ...] = ()
+    key: Hashable = None
+    new: Sequence[Tensor] = ()
 
 
-class TracedLoss:
+@dataclass(frozen=True, slots=True)
+class _EagerStep:
+    """What an eager run leaves to compare.
+
+    Attributes:
+        loss: detached.
+        gradients: of the entry's parameters.
+        changed: where a value lies that the step changes, and may read at the next one.
+    """
+
+    loss: Tensor
+    gradients: list[Tensor | None]
+    changed: str | None
+
+
+class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
     """Loss and gradients of a model and a guide, by a graph that is traced once and replayed.
 
-    The first call with a kind of arguments (shapes, dtypes, values of what is no tensor) runs
+    The first call with a signature of arguments (shapes, dtypes, values of what is no tensor) runs
     eagerly. The second traces, and compares the graph's loss and gradients with eager's under
     one seed; so do some later ones, ever more rarely. Where they differ, or there is no
-    tracing, this kind of arguments runs eagerly from then on, and a warning says why.
+    tracing, this signature runs eagerly from then on, and a warning says why.
 
     Args:
         model: a Pyro model.
@@ -149,9 +159,8 @@ class TracedLoss:
         loss_and_grads: as pyro.infer.ELBO.loss_and_grads: from model, guide and arguments to the
             loss, gradients added to the parameters'.
         compile: "auto", "replay", True or False, as in :func:`pyro_vae.fit`.
-        steps: calls to expect; None if nobody knows.
-        state: of the loss, carried from call to call: an object with state_dict and
-            load_state_dict, or None.
+        steps: calls to expect; None where that is not known.
+        state: of the loss, carried from call to call; None where there is none.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         checked: whether ``health`` is wanted.
         owners: objects, beside model and guide, whose plain attributes the loss depends on.
@@ -159,59 +168,56 @@ class TracedLoss:
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
-        parameters: all that were met so far, each once: those that Pyro was told of
+        parameters: all that were met so far, each once: those that Pyro knows of
             (:class:`ParamStatements`), and those wanted.
         current: those of the last call.
-        unregistered: those that got a gradient in the first call which nobody wants: of modules
-            that Pyro was not told of.
+        unregistered: those that got a gradient in the first call which is not wanted: of modules
+            that Pyro does not know of.
         health: a number of the last call that is finite only if the loss and all gradients are
-            (a sum of them all, which may also overflow), 0-dimensional; None where nobody wants it.
-        checked: whether somebody does; not to be changed after the first call.
+            (a sum of them all, which may also overflow), 0-dimensional; None where not wanted.
+        checked: whether it is wanted; not to be changed after the first call.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         loss_and_grads: Callable[..., Any],
         *,
         compile: str | bool = "auto",
         steps: int | None = None,
-        state: Any = None,
+        state: LossState | None = None,
         modes: bool = True,
         checked: bool = False,
-        owners: tuple[Any, ...] = (),
+        owners: tuple[object, ...] = (),
         wanted: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
-        check_compile(compile)
+        pair = unwrapped(model), unwrapped(guide)
+        super().__init__("training steps", compile, pair, plural=True, captures=True)
         self.model, self.guide = model, guide
         self.loss_and_grads = loss_and_grads
-        self.compile = compile
         self.steps = steps
+        self.checked = checked
         self.mode = "eager"
         self.health: Tensor | None = None
-        self._state = state
-        self._modes = modes
-        self.checked = checked
-        self._owners = owners
-        self._wanted = wanted
         self.parameters: list[Tensor] = []
         self.current: list[Tensor] = []
         self.unregistered: list[Tensor] = []
+        self._state = state
+        self._modes = modes
+        self._roots = (model, guide, *owners)
+        self._wanted = wanted
         self._calls = 0
-        self._kinds: dict[Any, _Kind] = {}
         self._numbers = VaryingNumbers()
-        self._failures: dict[str, int] = {}  # of traces, by what stopped them
-        self._differing: str | None = None  # what made a graph useless last
-        self._wasted = 0  # kinds that were forgotten before they were worth their tracing
-        self._told: set[str] = set()
-        self._pair = unwrapped(model), unwrapped(guide)
-        own = self._pair[1]
-        self._table = own if isinstance(own, RowGuide) else None
+        self._failures = Counter[str]()  # of traces, by what stopped them
+        self._last_change: str | None = None  # that made a graph useless
+        self._num_wasted = 0  # signatures that were forgotten before they were worth their tracing
+        self._warned: set[str] = set()
+        self._table = pair[1] if isinstance(pair[1], RowGuide) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph is of these very tensors, and of places in these very objects: a copy traces anew.
-        return {**vars(self), "_kinds": {}}
+        return {**vars(self), "_entries": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, a 0-dimensional tensor or what eager gives; set the gradients.
@@ -220,141 +226,149 @@ class TracedLoss:
         """
         self._calls += 1
         self.mode = "eager"
-        few = self.steps is not None and self.steps < _FEW_STEPS
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            self._tell("torch.autocast is on")
-            return self._run_once(args, kwargs)
-        if self.compile is False or (self.compile == "auto" and few) or handlers_at_work():
-            return self._run_once(args, kwargs)
-        inputs: list[Tensor] = []
-        rows = None if self._table is None else self._table.given_rows
-        form = form_of((args, kwargs, rows), inputs)
-        if form is None:
-            self._tell("an argument is neither a tensor nor a plain value that can be told apart")
-            return self._run_once(args, kwargs)
-        if any(tensor.requires_grad for tensor in inputs):
-            self._tell("an argument requires gradients, which no graph would give it")
-            return self._run_once(args, kwargs)
-        call = _Call(args, kwargs, (args, kwargs, rows), inputs)
-        dtype, recorded = torch.get_default_dtype(), torch.is_grad_enabled()
-        signature = (form, dtype, recorded)
-        kind = self._kinds.pop(signature, None)
-        if kind is None:
-            form, call = self._with_tensors(form, call)
-            signature = (form, dtype, recorded)
-            kind = self._kinds.pop(signature, None)
-        if kind is not None:
-            self._kinds[signature] = kind  # the last used
-            if not kind.holds():  # as after train() or eval()
-                self._wasted += kind.calls < _WORTH
-                self._differing = kind.changed() or self._differing
-                kind = None
-        if kind is None:
-            kind = self._remember(signature)
-        kind.calls += 1
-        kind.last = self._calls
-        if kind.eager:
-            return self._watch(kind, args, kwargs)
-        if kind.watched is None:  # as after a first run that ended in an error
-            loss = self._watch(kind, args, kwargs)
-            if any(p.grad is not None and p.grad.is_sparse for p in kind.parameters):
-                kind.eager = True
-                self._tell("a gradient is sparse, as of nn.Embedding(sparse=True)")
-            return loss
-        if kind.graph is None:
-            return self._trace(kind, call)
-        if not kind.backward_once and kind.with_hooks():
-            return self._give_up(kind, _BACKWARD_AGAIN, call)
-        if self._pays(kind, kind.graph):
-            return self._compile(kind, kind.graph, call)
-        if kind.graph.capturable:
-            return self._capture(kind, kind.graph, call)
-        new = call.numbers not in kind.compared and len(kind.compared) < _NUMBERS
-        if kind.calls in _CHECKED or new:
-            return self._checked(kind, kind.graph, call)
-        return self._replay(kind, kind.graph, call.inputs)
+        step = self._as_step(args, kwargs) if self._may_record() else None
+        if step is None:
+            return self._run_unrecorded(args, kwargs)
+        entry = step.entry
+        entry.calls += 1
+        entry.last_call = self._calls
+        if entry.given_up or entry.watched is None:
+            return self._learn(entry, args, kwargs)
+        if not entry.backward_once and entry.graph is not None and entry.with_hooks():
+            return self._give_up(step, Objection(_BACKWARD_AGAIN))
+        return self._advance(step)
 
-    def _with_tensors(self, form: Any, call: _Call) -> tuple[Any, _Call]:
-        """Return the form and the call with tensors in the place of numbers that vary."""
-        key = self._numbers.meet(call.structure)
-        if key is None:
-            return form, call
-        structure, numbers = self._numbers.as_tensors(key, call.structure, call.inputs)
-        if not numbers:
-            return form, call
+    def _may_record(self) -> bool:
+        """Return whether a graph may serve this call, whatever its arguments."""
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            self._warn("torch.autocast is on")
+            return False
+        if self.compile == "auto":
+            return (self.steps is None or self.steps >= _FEW_STEPS) and not handlers_at_work()
+        return self.compile is not False and not handlers_at_work()
+
+    # --- signatures of arguments
+
+    def _as_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+        """Return a call as a graph takes it; None where none could."""
+        rows = None if self._table is None else self._table.given_rows
+        structure = (args, kwargs, rows)
         inputs: list[Tensor] = []
         form = form_of(structure, inputs)
-        return form, _Call(call.args, call.kwargs, structure, inputs, numbers, key)
+        if form is None:
+            self._warn("an argument is neither a tensor nor a plain value that can be told apart")
+            return None
+        if any(tensor.requires_grad for tensor in inputs):
+            self._warn("an argument requires gradients, which no graph would give it")
+            return None
+        setting = torch.get_default_dtype(), torch.is_grad_enabled()
+        numbers: tuple[int | float, ...] = ()
+        key = None
+        entry = self._find((form, *setting))
+        if entry is None and (key := self._numbers.meet(structure)) is not None:
+            structure, numbers = self._numbers.as_tensors(key, structure, inputs)
+            inputs = []
+            form = form_of(structure, inputs)
+            entry = self._find((form, *setting))
+        if entry is not None and not entry.holds():  # as after train() or eval()
+            self._num_wasted += entry.calls < _WORTHWHILE_CALLS
+            changed = None if entry.watched is None else entry.watched.changed()
+            self._last_change = changed or self._last_change
+            entry = None
+        if entry is None:
+            entry = self._new_entry((form, *setting))
+        return _Step(entry, inputs, args, kwargs, structure, numbers, key)
 
-    # --- kinds of arguments
-
-    def _remember(self, signature: Any) -> _Kind:
-        while len(self._kinds) >= _KINDS:
-            least = self._kinds.pop(next(iter(self._kinds)))  # used least recently
-            self._wasted += least.calls < _WORTH
-        idle = sum(
-            kind.graph is not None and kind.calls < _WORTH < self._calls - kind.last
-            for kind in self._kinds.values()
+    def _new_entry(self, signature: Hashable) -> _Entry:
+        """Return an entry for a signature; one that waits where others were not worth a trace."""
+        # Where the same code stops every trace, it will stop the next one.
+        hopeless = max(self._failures.values(), default=0) >= _MAX_FAILURES
+        new = _Entry(given_up=hopeless)
+        dropped = self._add(signature, new)
+        self._num_wasted += sum(entry.calls < _WORTHWHILE_CALLS for entry in dropped)
+        num_idle = sum(
+            entry.graph is not None
+            and entry.calls < _WORTHWHILE_CALLS < self._calls - entry.last_call
+            for entry in self._entries.values()
         )
-        wait = 0
-        if self._wasted + idle > _WASTED:
-            wait = _WORTH
-            what = f" ({self._differing})" if self._differing else ""
-            self._tell(
+        if self._num_wasted + num_idle > _MAX_WASTED:
+            new.min_calls = _WORTHWHILE_CALLS
+            what = f" ({self._last_change})" if self._last_change else ""
+            self._warn(
                 f"arguments, or values that the step reads beside them{what}, differ every few "
                 "steps; pad arguments to a few shapes, and make numbers that change tensors, "
                 "written to in place"
             )
-        # Where the same code stops every trace, it will stop the next one.
-        hopeless = max(self._failures.values(), default=0) >= _FAILURES
-        self._kinds[signature] = _Kind(eager=hopeless, wait=wait)
-        return self._kinds[signature]
+        return new
 
-    def _run_once(self, args: Any, kwargs: Any) -> Any:
-        """Run eagerly, without a view to a graph."""
-        return self._watch(_Kind(eager=True), args, kwargs)
+    def _warn(self, reason: str) -> None:
+        """Say once why steps run eagerly."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            message = "training steps run eagerly, which is slower: %s"
+            warn_once(logger, self._owners, message, reason)
 
-    def _watch(self, kind: _Kind, args: Any, kwargs: Any) -> Any:
-        """Run eagerly, and find the parameters and modules in use."""
+    # --- eager runs
+
+    def _run_unrecorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run eagerly, and remember nothing for a graph."""
+        return self._learn(_Entry(given_up=True), args, kwargs)
+
+    def _learn(self, entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run eagerly, and note the parameters and modules that the step uses."""
         wanted = list(self._wanted())
         _drop_gradients([*self.parameters, *wanted])
         first = ParamStatements(checked=self._calls == 1)
         with called_modules() as called, first as statements:
-            loss = self._eager(args, kwargs)
-        modules: dict[int, nn.Module] = {}
-        for fn in (self.model, self.guide):
-            if (module := module_of(unwrapped(fn))) is not None:
-                modules.update((id(m), m) for m in module.modules())
+            loss = self._loss_and_grads(args, kwargs)
+        modules = self._own_modules()
         modules.update(called)
-        told = list(statements.tensors(modules.values()))
-        names = [name for name, _ in told]
-        found = {id(tensor): tensor for _, tensor in told}
-        held = {id(p) for module in modules.values() for p in module._parameters.values()}
-        found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
-        kind.parameters = [p for p in found.values() if p.requires_grad]
-        kind.hooks = -1
-        kind.unregistered = [
-            p
-            for module in modules.values()
-            for p in module._parameters.values()
-            if p is not None and id(p) not in found
-        ]
-        self.current = kind.parameters
-        self.unregistered = [p for p in kind.unregistered if p.grad is not None]
-        known = {id(parameter) for parameter in self.parameters}
-        self.parameters += [p for p in kind.parameters if id(p) not in known]
-        if not kind.eager and kind.calls >= kind.wait:
-            roots = (self.model, self.guide, *self._owners)
-            kind.watched = Watched(roots, modules.values(), names, modes=self._modes)
-        self.health = self._health(loss, [parameter.grad for parameter in kind.parameters])
+        stated = list(statements.tensors(modules.values()))
+        self._note_parameters(entry, [tensor for _, tensor in stated], wanted, modules.values())
+        if not entry.given_up and entry.calls >= entry.min_calls:
+            names = [name for name, _ in stated]
+            entry.watched = Watched(self._roots, modules.values(), names, modes=self._modes)
+            if any(p.grad is not None and p.grad.is_sparse for p in entry.parameters):
+                entry.given_up = True
+                self._warn("a gradient is sparse, as of nn.Embedding(sparse=True)")
+        self.health = self._health(loss, [parameter.grad for parameter in entry.parameters])
         return loss
 
-    # --- ways to run
+    def _own_modules(self) -> dict[int, nn.Module]:
+        """Return the modules of model and guide, by identity."""
+        owners = (module_of(unwrapped(fn)) for fn in (self.model, self.guide))
+        return {id(m): m for owner in owners if owner is not None for m in owner.modules()}
 
-    def _rows(self, rows: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        if self._table is None or rows is None:
-            return contextlib.nullcontext()
-        return self._table.rows_as_given(rows)
+    def _note_parameters(
+        self,
+        entry: _Entry,
+        stated: list[Tensor],
+        wanted: list[Tensor],
+        modules: Iterable[nn.Module],
+    ) -> None:
+        """Note whose gradients a step gives, and which of them are not asked for.
+
+        Args:
+            entry: of the step's signature.
+            stated: tensors that Pyro knows of.
+            wanted: tensors that the caller wants.
+            modules: in use.
+        """
+        own = [p for module in modules for p in parameters_of(module).values() if p is not None]
+        held = set(map(id, own))
+        found = {id(tensor): tensor for tensor in stated}
+        found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
+        entry.parameters = [p for p in found.values() if p.requires_grad]
+        entry.num_hooks = -1
+        entry.unregistered = [p for p in own if id(p) not in found]
+        self.current = entry.parameters
+        self.unregistered = [p for p in entry.unregistered if p.grad is not None]
+        known = set(map(id, self.parameters))
+        self.parameters += [p for p in entry.parameters if id(p) not in known]
+
+    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with plain_errors():
+            return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
     @torch.no_grad()
     def _health(self, loss: Any, gradients: list[Tensor | None]) -> Tensor | None:
@@ -366,262 +380,154 @@ class TracedLoss:
                 total = total + gradient.sum().to(total)
         return total
 
-    def _eager(self, args: Any, kwargs: Any) -> Any:
-        with plain_errors():
-            return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+    # --- what the life of a graph asks of a step
 
-    def _replay(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
-        loss = self._run_graph(kind, graph, inputs)
-        if hooked := kind.with_hooks():
-            gradient_hooks.call(hooked)
-        return loss
-
-    def _run_graph(self, kind: _Kind, graph: Graph, inputs: list[Tensor]) -> Any:
-        # Nobody differentiates by what comes out, and operators have less to keep account of.
-        with torch.inference_mode():
-            loss, self.health, *gradients = graph(*inputs)
-        for parameter, gradient in zip(kind.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.current = kind.parameters
-        self.mode = "compiled" if graph.compiled else "replayed"
-        return loss
-
-    def _give_up(self, kind: _Kind, reason: str, call: _Call, cause: str = "") -> Any:
-        self.mode = "eager"
-        kind.graph = None
-        if call.numbers:  # with a graph for each number, as before
-            self._numbers.refuse(call.key)
-            warn_once(logger, self._pair, _EACH_NUMBER, reason)
-            return self._run_once(call.args, call.kwargs)
-        kind.eager = True
-        self._failures[cause or reason] = self._failures.get(cause or reason, 0) + 1
-        self._tell(reason)
-        return self._watch(kind, call.args, call.kwargs)
-
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            told = "training steps run eagerly, which is slower: %s"
-            warn_once(logger, self._pair, told, reason)
-
-    def _trace(self, kind: _Kind, call: _Call) -> Any:
-        if kind.watched is not None:
-            kind.watched.expect()
-        start = _Start(kind, call.inputs, self._state)
+    def _trace(self, step: _Step) -> Graph:
+        entry = step.entry
+        if entry.watched is not None:
+            entry.watched.expect()
+        start = self._save(step)
+        parameters = entry.parameters
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
-            args, kwargs, rows = rebuilt(call.structure, iter(tensors))
-            # Else those that nothing moves, and nobody drops, would be added to.
-            _drop_gradients([*kind.parameters, *kind.unregistered])
+            args, kwargs, rows = rebuilt(step.structure, iter(tensors))
+            # Gradients that the update does not move, and does not drop, would be added to.
+            _drop_gradients([*parameters, *entry.unregistered])
             with (
                 self._rows(rows),
                 pyro.validation_enabled(False),
-                _without_warnings(),
-                gradient_hooks.aside(kind.parameters),  # for each step calls them
+                _without_checks(),
+                gradient_hooks.aside(parameters),  # each step calls them
             ):
-                loss = self._eager(args, kwargs)
+                loss = self._loss_and_grads(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
-            gradients = [parameter.grad for parameter in kind.parameters]
-            _drop_gradients([*kind.parameters, *kind.unregistered])
+            gradients = [parameter.grad for parameter in parameters]
+            _drop_gradients([*parameters, *entry.unregistered])
             return [loss.detach(), self._health(loss, gradients), *gradients]
 
         try:
-            graph = kind.graph = trace(function, call.inputs, writable=start.writable)
-        except UntraceableError as error:
-            start.again(values=True)
-            return self._give_up(kind, str(error), call)
-        moved = kind.watched is not None and not kind.watched.holds_tensors()
-        start.again(values=True)
+            graph = trace(function, step.inputs, writable=start.writable)
+            moved = entry.watched is not None and not entry.watched.holds_tensors()
+        finally:
+            start.restore(values=True)
         if moved:
-            reason = "a run puts new tensors in the place of buffers or parameters"
-            return self._give_up(kind, reason, call)
-        logger.info("a training step is %d operations", graph.num_operations)
-        return self._checked(kind, graph, call)
+            raise UntraceableError("a run puts new tensors in the place of buffers or parameters")
+        return graph
 
-    def _checked(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
-        """Run eagerly and by the graph from one start; keep the graph's answer if they agree."""
-        start = _Start(kind, call.inputs, self._state)
-        _drop_gradients(kind.parameters)
-        # Those of the user run once in a step, on the gradients that are kept.
-        known = kind.parameters
+    def _rows(self, rows: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        if self._table is None or rows is None:
+            return contextlib.nullcontext()
+        return self._table.rows_as_given(rows)
+
+    def _save(self, step: _Step) -> StepState:
+        return StepState(step.entry.watched, step.inputs, self._state)
+
+    def _run(self, step: _Step) -> _EagerStep:
+        entry = step.entry
+        known = entry.parameters
+        _drop_gradients(known)
+        # The user's hooks run once in a step, on the gradients that are kept.
         with (
             gradient_hooks.aside(known),
             gradient_hooks.counted(known) as counts,
             ParamStatements() as statements,
         ):
-            loss = torch.as_tensor(self._eager(call.args, call.kwargs)).detach()
-        kind.backward_once = max(counts, default=0) <= 1
-        gradients = [parameter.grad for parameter in kind.parameters]
-        own = None if kind.watched is None else kind.watched.changed(plain=True)
-        if new := kind.not_among(statements):
-            # As where one was replaced in a module that is registered, but never called.
-            start.again(values=True)
-            _drop_gradients(new)
-            self.mode, kind.graph = "eager", None
-            return self._watch(kind, call.args, call.kwargs)
-        start.again()
-        found = self._run_graph(kind, graph, call.inputs)
-        cause = "differs"
-        reason = difference = _difference(
-            loss,
-            gradients,
-            found,
-            [parameter.grad for parameter in kind.parameters],
-            exact=self.mode == "replayed",
-        )
-        if own is not None:
-            cause = reason = (
-                f"a step changes a value that it may read at the next one ({own}); make it a "
-                "buffer, which is part of a graph, or change it outside of model and guide"
+            loss = torch.as_tensor(self._loss_and_grads(step.args, step.kwargs)).detach()
+        entry.backward_once = max(counts, default=0) <= 1
+        gradients = [parameter.grad for parameter in known]
+        changed = None if entry.watched is None else entry.watched.changed(plain=True)
+        step.new = entry.not_among(statements)
+        return _EagerStep(loss, gradients, changed)
+
+    def _replay(self, step: _Step, graph: Graph) -> Any:
+        # What comes out is not differentiated, and operators have less to keep account of.
+        with torch.inference_mode():
+            loss, self.health, *gradients = graph(*step.inputs)
+        parameters = step.entry.parameters
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.current = parameters
+        self.mode = "compiled" if graph.compiled else "replayed"
+        return loss
+
+    def _objection(
+        self, step: _Step, wanted: _EagerStep, found: Any, *, exact: bool
+    ) -> Objection | None:
+        if step.new:  # as where one was replaced in a module that is registered, but never called
+            return Objection("a step has other parameters")
+        if wanted.changed is not None:
+            return Objection(
+                f"a step changes a value that it may read at the next one ({wanted.changed}); "
+                "make it a buffer, which is part of a graph, or change it outside of model and "
+                "guide"
             )
-        elif kind.with_hooks() and not kind.backward_once:
-            cause = reason = _BACKWARD_AGAIN
-        elif reason is not None:
+        if step.entry.with_hooks() and not step.entry.backward_once:
+            return Objection(_BACKWARD_AGAIN)
+        gradients = [parameter.grad for parameter in step.entry.parameters]
+        reason = losses_differ(wanted.loss, found, exact=exact) or gradients_differ(
+            wanted.loss, wanted.gradients, gradients, exact=exact
+        )
+        return None if reason is None else Objection(reason, differs=True)
+
+    def _finish(self, step: _Step, found: Any, *, compared: bool) -> Any:
+        entry = step.entry
+        if compared:
+            if entry.watched is not None:
+                entry.watched.settle()
+            entry.compared.add(step.numbers)
+        if hooked := entry.with_hooks():
+            gradient_hooks.call(hooked)
+        return found
+
+    def _give_up(self, step: _Step, objection: Objection) -> Any:
+        self.mode = "eager"
+        entry = step.entry
+        entry.graph = None
+        if step.new:
+            _drop_gradients(step.new)
+            return self._learn(entry, step.args, step.kwargs)
+        reason = objection.reason
+        if objection.differs:
             reason = f"the graph of a step does not agree: {reason}"
-        if reason is None:
-            if kind.watched is not None:
-                kind.watched.settle()
-            kind.compared.add(call.numbers)
-            gradient_hooks.call(kind.with_hooks())
-            return found
-        start.again(values=True)
-        if graph.captured and cause == "differs":
-            graph.release()
-            logger.warning(_ONE_BY_ONE, f"launched at once, they do not agree: {difference}")
-            return self._checked(kind, graph, call)
-        return self._give_up(kind, reason, call, cause)
+        if step.numbers:  # with a graph for each number, as before
+            self._numbers.refuse(step.key)
+            warn_once(logger, self._owners, _EACH_NUMBER, reason)
+            return self._run_unrecorded(step.args, step.kwargs)
+        entry.given_up = True
+        self._failures["differs" if objection.differs else reason] += 1
+        self._warn(reason)
+        return self._learn(entry, step.args, step.kwargs)
 
-    # --- the compiler
+    def _expected_calls(self, step: _Step) -> float:
+        # Where the number is not known, a run is as likely as not to go on for as long as it has.
+        calls = step.entry.calls
+        return calls if self.steps is None else self.steps * calls / self._calls
 
-    def _pays(self, kind: _Kind, graph: Graph) -> bool:
-        """Whether compiling takes less time than it saves in the steps that are left."""
-        if self.compile is True:
-            return not (graph.compiled or graph.uncompilable)
-        # Where nobody knows, a run is as likely as not to go on for as long as it has.
-        expected = kind.calls if self.steps is None else self.steps * kind.calls / self._calls
-        if self.compile != "auto" or graph.compiled:
-            return False
-        again = any(k.graph is not None and k.graph.compiled for k in self._kinds.values())
-        return graph.pays(expected, again=again)
-
-    def _compile(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
-        try:
-            graph.compile(*call.inputs)
-        except RuntimeError as error:
-            told = "training steps are replayed, not compiled: %s"
-            warn_once(logger, self._pair, told, error)
-            return self._replay(kind, graph, call.inputs)
-        logger.info("training steps are compiled from step %d on", self._calls)
-        return self._checked(kind, graph, call)
-
-    def _capture(self, kind: _Kind, graph: Graph, call: _Call) -> Any:
-        """Go over to one launch a step; stay with the graph as it is where that fails."""
-        start = _Start(kind, call.inputs, self._state)
-        try:
-            graph.capture(*call.inputs)
-        except RuntimeError as error:
-            logger.warning(_ONE_BY_ONE, error)
-        start.again()
-        return self._checked(kind, graph, call)
-
-
-class _Start:
-    """The state that a step starts from, but for the parameters, to come back to."""
-
-    def __init__(self, kind: _Kind, inputs: list[Tensor], state: Any) -> None:
-        self._random = random_state()
-        buffers = () if kind.watched is None else kind.watched.buffers()
-        self._written = [(tensor, tensor.clone()) for tensor in (*buffers, *inputs)]
-        self._loss, self._saved = state, None if state is None else state.state_dict()
-        self._values = None if kind.watched is None else kind.watched.snapshot()
-        self._stored = (
-            StoreContents.now()
-        )  # in which a loss may put new tensors: TraceGraph_ELBO's baselines
-
-    @property
-    def writable(self) -> list[Tensor]:
-        """What a step may write to, because it can be undone."""
-        baselines = () if self._loss is None else self._loss.carried
-        return [*(tensor for tensor, _ in self._written), *baselines]
-
-    def again(self, *, values: bool = False) -> None:
-        """Go back.
-
-        Args:
-            values: whether Python's values go back too, as after a run that is no step.
-        """
-        if values:
-            self._stored.restore()
-            if self._values is not None:
-                self._values()
-        set_random_state(self._random)
-        with torch.no_grad():
-            for tensor, value in self._written:
-                tensor.copy_(value)
-        if self._loss is not None:
-            self._loss.load_state_dict(self._saved)
+    def _is_due(self, step: _Step) -> bool:
+        entry = step.entry
+        if entry.calls in _COMPARED:
+            return True
+        return step.numbers not in entry.compared and len(entry.compared) < _MAX_COMPARED_NUMBERS
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep Pyro's losses from looking for NaN, which they would but warn of.
+def _without_checks() -> Iterator[None]:
+    """Keep Pyro's losses from looking for NaN, of which they only warn, and distributions likewise.
 
-    And distributions that were made before, with validation on, from looking at values.
+    Distributions that were made before, with validation on, look at the values that they score.
     """
-    distribution: Any = torch.distributions.Distribution
-    validate = distribution._validate_sample
     looks = {name: getattr(pyro.util, name) for name in ("torch_isnan", "torch_isinf")}
     for name in looks:
         setattr(pyro.util, name, lambda value: False)
-    distribution._validate_sample = lambda self, value: None
     try:
-        yield
+        with unchecked_samples():
+            yield
     finally:
-        distribution._validate_sample = validate
         for name, look in looks.items():
             setattr(pyro.util, name, look)
 
 
-def _drop_gradients(parameters: list[Tensor]) -> None:
+def _drop_gradients(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = None
-
-
-def _difference(
-    loss: Tensor,
-    gradients: list[Tensor | None],
-    found_loss: Tensor,
-    found: list[Tensor | None],
-    *,
-    exact: bool,
-) -> str | None:
-    """Return how two losses and their gradients differ by more than rounding; None if not."""
-    double = loss.dtype == torch.float64
-    if exact:  # the same operations, in the same order
-        tolerance = 1e-10 if double else 1e-5
-    else:
-        tolerance = 1e-7 if double else 1e-3
-    same = functools.partial(torch.allclose, equal_nan=True)
-    if not bool(loss.isfinite()) and not bool(found_loss.isfinite()):
-        return None  # the caller will tell: there is nothing more to compare
-    if not same(loss, found_loss.to(loss), rtol=tolerance, atol=tolerance):
-        return f"its loss is {float(found_loss):.7g}, and {float(loss):.7g} in an eager step"
-    sizes = [
-        float(g.abs().nan_to_num(posinf=0.0).max()) if g is not None and g.numel() else 0.0
-        for g in gradients
-    ]
-    # Where gradients vanish, what is left of them is the rounding of what they are the sum of.
-    floor = max([1e-3 * max(sizes, default=0.0), 1e-3 * (1 + abs(float(loss)))])
-    for index, (a, b) in enumerate(zip(gradients, found, strict=True)):
-        if (a is None) != (b is None):
-            return f"parameter {index} has a gradient in one and none in the other"
-        if a is None or b is None:
-            continue
-        if not same(a, b, rtol=0.0, atol=tolerance * max(sizes[index], floor)):
-            gap = float((a - b).abs().max())
-            return (
-                f"the gradients of parameter {index}, of shape {tuple(a.shape)}, "
-                f"differ by {gap:.3g}"
-            )
-    return None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.compiler.graph import Graph, UntraceableError, trace
+from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.identity_checks import identity_check
+from pyro_vae.compiler.tracing import UntraceableError, trace
+from pyro_vae.torch_internals import has_step_hooks, largest_magnitudes
 from pyro_vae.training.optimizers import link_of
 
 __all__ = ["Update"]
@@ -166,7 +167,7 @@ class Update:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in moving(group)]
         gradients = [g for g in gradients if g.numel()]
-        largest = torch._foreach_norm(gradients, math.inf) if gradients else []
+        largest = largest_magnitudes(gradients) if gradients else []
         loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
         finite = torch.stack([loss, *largest]).isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, (~finite).to(self.failed)))
@@ -197,8 +198,9 @@ class Update:
 
     def _is_recordable(self, last: _Repeated | None = None) -> bool:
         optimizer = self.optimizer
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if self._refused or hooked or "step" in vars(optimizer):  # a learning rate scheduler's
+        if (
+            self._refused or has_step_hooks(optimizer) or "step" in vars(optimizer)
+        ):  # a learning rate scheduler's
             return False
         if last is not None:
             return not last.graph.capturable and last.holds()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compiler import graph as graphs
-from pyro_vae.compiler.graph import trace
+from pyro_vae.compiler.tracing import trace
 
 aten = torch.ops.aten
 

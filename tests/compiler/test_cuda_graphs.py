@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.compiler import cuda_graph as cuda_graphs
 from pyro_vae.compiler import graph as graphs
-from pyro_vae.compiler.graph import Graph, trace
+from pyro_vae.compiler.graph import Graph
+from pyro_vae.compiler.tracing import trace
 from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.schedules import LinearWarmup
 from pyro_vae.training import steps as training_step

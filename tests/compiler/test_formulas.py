@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiler import formulas as graph_formulas
-from pyro_vae.compiler.graph import trace
+from pyro_vae.compiler.tracing import trace
 from tests.compiler.graphs import aten, data, operators
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiler import graph as graphs
-from pyro_vae.compiler.graph import UntraceableError, trace
+from pyro_vae.compiler.tracing import UntraceableError, trace
 from tests.compiler.graphs import checked, data, equal, live, operators, scaled
 
 # --- a replay is the function ----------------------------------------------------------
@@ -207,7 +207,7 @@ def test_what_pays():
     """Some seconds for the compiler, less for the second time, and nothing for a slow formula."""
     small = trace(lambda x: [(x + 1).exp()], [data(3)])
     assert not small.pays(100_000)
-    assert small.pays(100_000, again=True)
+    assert small.pays(100_000, compiled_before=True)
     assert small.pays(10_000_000)
     large, slow = (
         trace(f, [data(500, 1000)]) for f in (lambda x: [(x + 1) * 2], lambda x: [(x + 1).tanh()])
@@ -566,7 +566,7 @@ def test_written_memory_that_is_shared_is_not_compiled(compilations):
 
 
 def test_compiled_code_is_not_kept_for_ever(compilations, monkeypatch):
-    monkeypatch.setattr(graphs, "_CODES", 2)
+    monkeypatch.setattr(graphs, "_MAX_CODES", 2)
     for factor in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0):  # the one used last is kept
         trace(scaled(data(4), factor), [data(3, 4)]).compile(data(3, 4))
     assert compilations == [4]

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from pyro_vae.compiler import nodes as graph_nodes
-from pyro_vae.compiler.graph import trace
+from pyro_vae.compiler.tracing import trace
 from tests.compiler.graphs import data, scaled
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pyro_vae.compiler import simplify as graph_simplification
-from pyro_vae.compiler.graph import trace
+from pyro_vae.compiler.program import in_place
+from pyro_vae.compiler.tracing import trace
 from tests.compiler.graphs import aten, checked, data, equal, operators
 
 
@@ -553,4 +554,4 @@ def test_in_place(function, count):
     before = x.clone()
     graph = checked(function, x, others=[(data(3, 3, seed=1),)])
     assert torch.equal(x, before)
-    assert len(graph_simplification.in_place(graph._graph)) == count
+    assert len(in_place(graph._graph)) == count

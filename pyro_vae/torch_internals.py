@@ -1,0 +1,266 @@
+"""Every private name of PyTorch that the package uses, each with what it stands for.
+
+Private names change without notice. They stand here alone, below all other files of the package;
+tests/test_torch_internals.py says of each what is gone where a version of PyTorch has changed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload as Operator
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "LINALG_CHECK",
+    "PACK_SEQUENCE",
+    "PUT_UNCHECKED",
+    "READ_NUMBER",
+    "RESHAPE_ALIAS",
+    "UNSAFE_VIEW",
+    "BatchNorm",
+    "DispatchMode",
+    "Dropout",
+    "Operator",
+    "below_autograd",
+    "buffers_of",
+    "called_directly",
+    "children_of",
+    "compiled",
+    "copy_all",
+    "gradient_hooks_of",
+    "has_step_hooks",
+    "hooks_of",
+    "is_mutable",
+    "is_pure",
+    "is_tracing",
+    "largest_magnitudes",
+    "node_of",
+    "num_hooks_made",
+    "parameters_of",
+    "returns_nothing",
+    "schema_text",
+    "shares_memory",
+    "storage_key",
+    "tensors_in",
+    "traced",
+    "unchecked_samples",
+    "untraced",
+    "version_of",
+    "written_values",
+]
+
+_aten = torch.ops.aten
+
+# --- operators
+
+LINALG_CHECK: Operator = _aten._linalg_check_errors.default  # reads codes of errors on the host
+PACK_SEQUENCE: Operator = _aten._pack_padded_sequence.default
+PUT_UNCHECKED: Operator = _aten._index_put_impl_.default
+READ_NUMBER: Operator = _aten._local_scalar_dense.default  # behind Tensor.item()
+RESHAPE_ALIAS: Operator = _aten._reshape_alias.default
+UNSAFE_VIEW: Operator = _aten._unsafe_view.default  # a view, though its schema does not say so
+_SILENTLY_WRITTEN = {"running_mean", "running_var"}
+
+
+def is_mutable(operator: Operator) -> bool:
+    """Return whether an operator writes to an argument, by its schema."""
+    return operator._schema.is_mutable
+
+
+def shares_memory(operator: Operator) -> bool:
+    """Return whether a result lies in the memory of an argument, by the operator's schema."""
+    return any(result.alias_info is not None for result in operator._schema.returns)
+
+
+def returns_nothing(operator: Operator) -> bool:
+    """Return whether an operator is called for what it does alone."""
+    return not operator._schema.returns
+
+
+def written_values(
+    operator: Operator,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    silently: bool = False,
+) -> Iterator[object]:
+    """Yield the arguments of a call that the operator writes to.
+
+    Args:
+        operator: that is called.
+        args: positional arguments of the call.
+        kwargs: keyword arguments.
+        silently: whether to yield those too of which the schema does not say that they are written
+            to: the running statistics of batch normalization.
+    """
+    for i, argument in enumerate(operator._schema.arguments):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written or (silently and argument.name in _SILENTLY_WRITTEN):
+            yield args[i] if i < len(args) else kwargs.get(argument.name)
+
+
+def is_pure(operator: Operator) -> bool:
+    """Return whether an operator neither writes to an argument nor draws random numbers."""
+    if operator._schema.is_mutable or torch.Tag.nondeterministic_seeded in operator.tags:
+        return False
+    return not any(a.name in _SILENTLY_WRITTEN for a in operator._schema.arguments)
+
+
+def schema_text(operator: Operator) -> tuple[str, str]:
+    """Return an operator's arguments and results in words, as ``Tensor input`` and ``Tensor``."""
+    arguments, results = str(operator._schema).partition("(")[2].split(") -> ")
+    return arguments, results
+
+
+def called_directly(operator: Operator) -> Callable[..., Any]:
+    """Return what an operator calls in C++: a layer of Python less at each call."""
+    return operator._op
+
+
+def below_autograd() -> contextlib.AbstractContextManager[object]:
+    """Return a context whose operators leave autograd out, though gradients may be recorded."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+# --- tensors
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor's memory was written to."""
+    return tensor._version
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that two tensors share where they share memory."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Return the tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def gradient_hooks_of(tensor: Tensor) -> list[dict[int, Callable[..., Any]]]:
+    """Return a leaf's hooks on its gradient: those before it is added, and those after.
+
+    The mappings of Tensor.register_hook and Tensor.register_post_accumulate_grad_hook, empty ones
+    where there are none.
+    """
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return [getattr(tensor, name, None) or {} for name in names]
+
+
+def num_hooks_made() -> int:
+    """Return a number that grows with every hook of a tensor or a module."""
+    return RemovableHandle.next_id
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into others, by one kernel."""
+    torch._foreach_copy_(targets, sources)
+
+
+def largest_magnitudes(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Return the largest magnitude in each of some tensors, by one kernel."""
+    return torch._foreach_norm(tensors, math.inf)
+
+
+# --- modules (those of TorchScript have mappings without get()), optimizers and distributions
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Return the mapping in which a module holds its own parameters, by name."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """Return the mapping in which a module holds its own buffers, by name."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, Any]:
+    """Return the mapping in which a module holds its children, by name."""
+    return module._modules
+
+
+def hooks_of(module: nn.Module) -> list[Mapping[int, Callable[..., object]]]:
+    """Return the mappings in which a module holds its hooks, forward and backward."""
+    forward = [module._forward_pre_hooks, module._forward_hooks]
+    return [*forward, module._backward_pre_hooks, module._backward_hooks]
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer has hooks on its steps, which Python runs."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+@contextlib.contextmanager
+def unchecked_samples() -> Iterator[None]:
+    """Have no distribution look at the values that it scores, also those made with validation."""
+    distribution: Any = torch.distributions.Distribution
+    validate = distribution._validate_sample
+    distribution._validate_sample = lambda self, value: None
+    try:
+        yield
+    finally:
+        distribution._validate_sample = validate
+
+
+# --- tracing and compiling
+
+
+def untraced() -> contextlib.AbstractContextManager[object]:
+    """Return a context whose operators are seen by no mode around it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def traced(
+    function: Callable[..., Sequence[Tensor | None]], inputs: Iterable[Tensor]
+) -> fx.GraphModule:
+    """Run a function once, and return all operators that it called as a module."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function)(*inputs)
+
+
+def node_of(tensor: Tensor) -> fx.Node | None:
+    """Return the node of a tensor in the trace that is under way; None for others."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, has_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None or not has_proxy_slot(tensor, mode.tracer):
+        return None
+    node: fx.Node = get_proxy_slot(tensor, mode.tracer).proxy.node
+    return node
+
+
+def is_tracing() -> bool:
+    """Return whether a trace is under way, modes that are disabled aside."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Any]]:
+    """Return a module's code by TorchInductor, with PyTorch's own random numbers."""
+    from torch import _inductor
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"fallback_random": True}
+    if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
+        options["cpp.use_decompose_tanh"] = True
+    code: Callable[..., Sequence[Any]] = _inductor.compile(module, [*inputs], options=options)
+    return code
