@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.datasets import images as datasets
-from pyro_vae.evaluation.compare import PARETO_K_THRESHOLD, compare
+from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
+from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
 from pyro_vae.export import arviz_versions as arviz_bridge
 from pyro_vae.export.arviz import to_arviz

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "datasets": set(),
     "zoo": {"nets", "programs"},
     "demo": {
-        *("datasets", "evaluation", "export", "families", "guides", "nets"),
+        *("datasets", "diagnostics", "evaluation", "export", "families", "guides", "nets"),
         *("plots", "training", "zoo"),
     },
     "cli": {"demo"},

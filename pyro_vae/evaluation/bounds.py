@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +12,9 @@ from torch import Tensor
 from pyro_vae.diagnostics.psis import tail_length
 from pyro_vae.evaluation.bound import Bound
 from pyro_vae.particles.estimators import LargestWeights, StreamingELBO, StreamingIWAE, calibrated
-from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.global_latents import fix_globals_of_pair
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.particles.prepare import Prepared, by_block, prepare
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.types import Compile, Particles
+from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
 __all__ = ["elbo", "iwae_bound"]
 
@@ -25,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def elbo(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
     num_particles: int = 100,
-    given: Mapping[str, Any] | None = None,
+    given: GivenValues | None = None,
     chunk_size: int | None = None,
-    data_plate: str | bool | None = None,
+    data_plate: DataPlate = None,
     particles: Particles = "auto",
     seed: int | None = None,
     compile: Compile = "auto",
@@ -60,30 +57,28 @@ def elbo(
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
-    return _bound(
-        "ELBO",
-        StreamingELBO,
+    num_particles = as_count("num_particles", num_particles)
+    prepared = prepare(
         model,
         guide,
         batch,
-        num_particles,
-        given,
-        chunk_size,
-        data_plate,
-        particles,
-        seed,
-        compile,
+        given=given,
+        data_plate=data_plate,
+        particles=particles,
+        seed=seed,
+        compile=compile,
     )
+    return _bound(StreamingELBO, prepared, num_particles, chunk_size)
 
 
 def iwae_bound(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
     num_particles: int = 5000,
-    given: Mapping[str, Any] | None = None,
+    given: GivenValues | None = None,
     chunk_size: int | None = None,
-    data_plate: str | bool | None = None,
+    data_plate: DataPlate = None,
     particles: Particles = "auto",
     seed: int | None = None,
     compile: Compile = "auto",
@@ -116,78 +111,56 @@ def iwae_bound(
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
-    return _bound(
-        "IWAE",
-        StreamingIWAE,
+    num_particles = as_count("num_particles", num_particles)
+    prepared = prepare(
         model,
         guide,
         batch,
-        num_particles,
-        given,
-        chunk_size,
-        data_plate,
-        particles,
-        seed,
-        compile,
-    )
-
-
-def _bound(
-    name: str,
-    stream: type[StreamingELBO] | type[StreamingIWAE],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: tuple[Any, ...],
-    num_particles: int,
-    given: Mapping[str, Any] | None,
-    chunk_size: int | None,
-    data_plate: str | bool | None,
-    particles: Particles,
-    seed: int | None,
-    compile: Compile,
-) -> Bound:
-    num_particles = as_count("num_particles", num_particles)
-    arguments = as_batch(*batch)
-    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Evaluator(
-        model,
-        guide,
-        arguments,
+        given=given,
         data_plate=data_plate,
         particles=particles,
         seed=seed,
         compile=compile,
     )
-    if scorer.pair.point_sites:
+    return _bound(StreamingIWAE, prepared, num_particles, chunk_size)
+
+
+def _bound(
+    stream: type[StreamingELBO] | type[StreamingIWAE],
+    prepared: Prepared,
+    num_particles: int,
+    chunk_size: int | None,
+) -> Bound:
+    """Stream the log weights of an evaluator into a bound for each datum."""
+    evaluator, fixed = prepared
+    of_weights = stream is StreamingIWAE
+    if evaluator.pair.point_sites:
         logger.warning(
             "%s: the guide proposes one point for %s, and a point has no entropy: the value is "
             "log p(x, z) there, the height of a density, and no bound on log p(x)",
-            name,
-            ", ".join(map(repr, scorer.pair.point_sites)),
+            "IWAE" if of_weights else "ELBO",
+            ", ".join(map(repr, evaluator.pair.point_sites)),
         )
-    blocks: dict[int, _Block] = {}
-    for chunk in scorer.chunks(num_particles, chunk_size):
-        block = blocks.setdefault(chunk.rows.start, _Block(stream(), num_particles))
-        block.update(chunk.weights.total)
-    of_weights = stream is StreamingIWAE
-
-    def joined(values: Iterable[Tensor]) -> Tensor:
-        return torch.cat(list(values), -1)
-
-    value = joined(block.bound.value for block in blocks.values())
-    named = f"{name}-{num_particles}" if of_weights else name
-    scorer.warn_of_outside(named, value == -math.inf)
-    skewness = joined(block.bound.skewness for block in blocks.values())
-    plain = joined(block.bound.std_error for block in blocks.values())
+    blocks = []
+    for chunks in by_block(evaluator.chunks(num_particles, chunk_size)):
+        block = _Block(stream(), num_particles)
+        for chunk in chunks:
+            block.update(chunk.weights.total)
+        blocks.append(block)
+    value = torch.cat([block.bound.value for block in blocks])
+    name = f"IWAE-{num_particles}" if of_weights else "ELBO"
+    evaluator.warn_of_outside(name, value == -math.inf)
+    skewness = torch.cat([block.bound.skewness for block in blocks])
+    plain = torch.cat([block.bound.std_error for block in blocks])
     return Bound(
-        name=named,
+        name=name,
         value=value,
         std_error=calibrated(plain, skewness, num_particles),
         num_particles=num_particles,
         given=fixed,
         skewness=skewness,
-        ess=joined(block.weights.effective_sample_size for block in blocks.values()),
-        largest=joined(block.largest.value for block in blocks.values()),
+        ess=torch.cat([block.weights.effective_sample_size for block in blocks]),
+        largest=torch.cat([block.largest.value for block in blocks], 1),
         mean_of="weights" if of_weights else "log weights",
     )
 

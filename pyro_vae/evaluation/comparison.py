@@ -13,9 +13,7 @@ import torch
 import xarray as xr
 
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
-from pyro_vae.particles.estimators import (
-    mean_std_error,
-)
+from pyro_vae.particles.estimators import mean_std_error
 from pyro_vae.programs.handlers import drop_references
 from pyro_vae.programs.state import module_of, unwrapped
 
@@ -167,6 +165,7 @@ def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
 
 
 def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:
+    """Return the standard error of a mean over data, from calibrated errors and skewnesses [N]."""
     return float(mean_std_error(torch.tensor(errors), torch.tensor(skew), num_particles))
 
 

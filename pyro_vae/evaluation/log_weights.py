@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.particles.log_weights import LogWeights
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.types import Compile, Particles
+from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
 __all__ = ["log_weights"]
 
 
 def log_weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
     num_particles: int,
-    given: Mapping[str, Any] | None = None,
+    given: GivenValues | None = None,
     chunk_size: int | None = None,
-    data_plate: str | bool | None = None,
+    data_plate: DataPlate = None,
     particles: Particles = "auto",
     seed: int | None = None,
     compile: Compile = "auto",
@@ -81,19 +78,18 @@ def log_weights(
         True
     """
     num_particles = as_count("num_particles", num_particles)
-    arguments = as_batch(*batch)
-    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Evaluator(
+    evaluator, fixed = prepare(
         model,
         guide,
-        arguments,
+        batch,
+        given=given,
         data_plate=data_plate,
         particles=particles,
         seed=seed,
         compile=compile,
     )
-    by_block: dict[int, list[LogWeights]] = {}
-    for chunk in scorer.chunks(num_particles, chunk_size):
-        by_block.setdefault(chunk.rows.start, []).append(chunk.weights)
-    blocks = [LogWeights.concatenate(chunks, 0) for chunks in by_block.values()]
+    blocks = [
+        LogWeights.concatenate([chunk.weights for chunk in block], 0)
+        for block in by_block(evaluator.chunks(num_particles, chunk_size))
+    ]
     return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)

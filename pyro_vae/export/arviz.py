@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.export import arviz_versions as arviz_bridge
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
-from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.global_latents import fix_globals_of_pair, given_text
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.particles.global_latents import given_text
+from pyro_vae.particles.prepare import prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
+from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 __all__ = ["to_arviz"]
 
@@ -31,16 +31,16 @@ _WITHOUT_DRAWS = ("observed_data", "constant_data")
 
 
 def to_arviz(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
     num_draws: int = 1000,
     resample: str | None = None,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
-    data_plate: str | bool | None = None,
+    data_plate: DataPlate = None,
     predictive: bool = True,
-    given: Mapping[str, Any] | None = None,
+    given: GivenValues | None = None,
     seed: int | None = None,
 ) -> Any:
     """Return draws of the guide in ArviZ's container, one chain.
@@ -91,12 +91,10 @@ def to_arviz(
     num_draws = as_count("num_draws", num_draws)
     if resample not in (None, "psis"):
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
-    arguments = as_batch(*batch)
-    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
+    scorer, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     if predictive:
-        check_drawable(structure, arguments.device)
+        check_drawable(structure, scorer.batch.device)
     deterministic: DeterministicValues | None = None
     blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
     for chunk in scorer.chunks(num_draws):

@@ -9,9 +9,8 @@ r"""Missing values drawn given the seen ones, by importance resampling.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,13 @@ from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
 from pyro_vae.particles.estimators import calibrated, skewness_of
 from pyro_vae.particles.evaluator import Chunk, Evaluator
-from pyro_vae.particles.global_latents import fix_globals_of_pair, given_text
+from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
+from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 __all__ = ["Imputation", "impute"]
 
@@ -140,13 +140,13 @@ class Imputation:
 
 
 def impute(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
     num_draws: int = 100,
     num_particles: int = 1000,
-    given: Mapping[str, Any] | None = None,
-    data_plate: str | bool | None = None,
+    given: GivenValues | None = None,
+    data_plate: DataPlate = None,
     seed: int | None = None,
 ) -> Imputation:
     r"""Draw the missing values of a batch given the seen ones.
@@ -204,9 +204,7 @@ def impute(
     """
     num_draws = as_count("num_draws", num_draws)
     num_particles = as_count("num_particles", num_particles)
-    arguments = as_batch(*batch)
-    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-    scorer = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
+    scorer, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
     structure = scorer.structure
     if not (structure.local_latents or structure.global_latents):
         raise ValueError(
@@ -222,10 +220,12 @@ def impute(
             "in a mask, of a model in pyro_vae.MissingData; the observed sites are "
             f"{[site.name for site in structure.observed]}"
         )
-    check_drawable(structure, arguments.device)
+    check_drawable(structure, scorer.batch.device)
     names = tuple(site.name for site in sites)
-    chunks = itertools.groupby(scorer.chunks(num_particles), key=lambda chunk: chunk.rows.start)
-    blocks = [_impute_block(scorer, list(block), names, num_draws) for _, block in chunks]
+    blocks = [
+        _impute_block(scorer, list(chunks), names, num_draws)
+        for chunks in by_block(scorer.chunks(num_particles))
+    ]
     dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
     return Imputation(dataset, names, num_particles)
 

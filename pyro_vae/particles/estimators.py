@@ -6,25 +6,27 @@ shape [K, N] (particles, data), in nats. Torch only: no model, no guide, no Pyro
 One rule gives every Monte Carlo standard error. An estimate that is a smooth
 function of means over particles has, to first order, an *influence* per
 particle: how much that particle moves it. The standard error is the standard
-deviation of the influences over the square root of K, and the influence of a
-difference of two estimates is the difference of their influences, so that a
-difference of estimates made from the same draws gets a paired standard error
-by the same rule (the delta method, or infinitesimal jackknife).
+deviation of the influences over the square root of K (the delta method, or
+infinitesimal jackknife). Influences add and subtract as estimates do, so the
+difference of two estimates made from the same draws has a paired error
+(:class:`Estimate`).
 
 Where few particles carry most of the spread, the influences are skewed, and an
-estimate that missed them takes its own error too small. So the error that results
-report of a datum is the calibrated one: wider by what the skewness says.
+estimate that missed them has too small an error. So results report the
+calibrated error of a datum: wider by what the skewness says (:func:`calibrated`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Estimate",
     "LargestWeights",
     "StreamingELBO",
     "StreamingIWAE",
@@ -91,6 +93,65 @@ def iwae_influence(log_weights: Tensor) -> Tensor:
     The derivative of log(mean w) along w_k - mean w, that is w_k / mean(w) - 1.
     """
     return torch.exp(log_weights - iwae_bound(log_weights)) - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An estimate for each datum, with what each particle contributes to it.
+
+    Sums and differences of estimates made from the same particles add and subtract the influences,
+    so that their standard errors are paired ones.
+
+    Attributes:
+        value: [N], in nats.
+        influence: [K, N], mean zero over K.
+
+    Example:
+        >>> import torch
+        >>> log_weights = torch.randn(100, 2)
+        >>> gain = Estimate.elbo(log_weights + 1.0) - Estimate.elbo(log_weights)
+        >>> gain.value.round(decimals=4).tolist(), gain.std_error.max().item() < 1e-6
+        ([1.0, 1.0], True)
+    """
+
+    value: Tensor
+    influence: Tensor
+
+    @classmethod
+    def elbo(cls, log_weights: Tensor) -> Estimate:
+        """Return the ELBO of log weights [K, N]."""
+        return cls(elbo(log_weights), elbo_influence(log_weights))
+
+    @classmethod
+    def iwae(cls, log_weights: Tensor) -> Estimate:
+        """Return the importance-weighted bound of log weights [K, N]."""
+        return cls(iwae_bound(log_weights), iwae_influence(log_weights))
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(self.value + other.value, self.influence + other.influence)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return Estimate(self.value - other.value, self.influence - other.influence)
+
+    @property
+    def std_error(self) -> Tensor:
+        """Standard error of each value, [N]."""
+        return std_error(self.influence)
+
+    @property
+    def skewness(self) -> Tensor:
+        """Skewness of the influences, [N]."""
+        return skewness(self.influence)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, in nats per datum."""
+        return float(self.value.mean())
+
+    @property
+    def mean_std_error(self) -> float:
+        """Standard error of the mean over the data, whose draws are independent."""
+        return float(mean_std_error(self.std_error))
 
 
 def std_error(influence: Tensor) -> Tensor:
@@ -209,7 +270,7 @@ class _Moments:
     """Mean and central moments of values, from chunks of them, for each datum.
 
     Chan, Golub & LeVeque (1983), and Pebay (2008, eq. 1.1) for the third: the moments of two
-    sets from those of each. Memory does not depend on the number of chunks.
+    sets from those of each.
     """
 
     def __init__(self) -> None:
@@ -245,21 +306,42 @@ class _Moments:
 
     @property
     def std_error(self) -> Tensor:
-        """Of the mean, [N]; nan from a single value."""
+        """Standard error of the mean, [N]; nan from a single value."""
         if self.count < 2:
             return torch.full_like(self.squares, math.nan)
         return torch.sqrt(self.squares / (self.count * (self.count - 1)))
 
     @property
     def skewness(self) -> Tensor:
-        """Of the values, [N]."""
+        """Skewness of the values, [N]."""
         return skewness_of(self.squares / self.count, self.cubes / self.count)
 
 
-class StreamingELBO:
-    """Mean of log weights and its standard error, from chunks of particles.
+class _Stream:
+    """Moments of what chunks of particles contribute; memory does not depend on their number."""
 
-    Memory does not depend on the number of chunks.
+    def __init__(self) -> None:
+        self._seen = _Moments()
+
+    @property
+    def num_particles(self) -> int:
+        """K so far."""
+        return self._seen.count
+
+    @property
+    def skewness(self) -> Tensor:
+        """The skewness of the particles' influences, [N]."""
+        return self._moments.skewness
+
+    @property
+    def _moments(self) -> _Moments:
+        if not self._seen.count:
+            raise ValueError("no log weights yet: call update first")
+        return self._seen
+
+
+class StreamingELBO(_Stream):
+    """Mean of log weights and its standard error, from chunks of particles.
 
     Example:
         >>> import torch
@@ -270,38 +352,25 @@ class StreamingELBO:
         2.5
     """
 
-    def __init__(self) -> None:
-        self._moments = _Moments()
-
     def update(self, log_weights: Tensor) -> None:
         """Take in a chunk of log weights, [k, N]."""
-        self._moments.update(log_weights.double())
-
-    @property
-    def num_particles(self) -> int:
-        """K so far."""
-        return self._moments.count
+        self._seen.update(log_weights.double())
 
     @property
     def value(self) -> Tensor:
         """The ELBO of each datum, [N]."""
-        return _seen(self._moments).mean
+        return self._moments.mean
 
     @property
     def std_error(self) -> Tensor:
         """Its standard error, [N]; nan from a single particle."""
-        return _seen(self._moments).std_error
-
-    @property
-    def skewness(self) -> Tensor:
-        """The skewness of the particles' influences, [N]."""
-        return _seen(self._moments).skewness
+        return self._moments.std_error
 
 
-class StreamingIWAE:
+class StreamingIWAE(_Stream):
     """Log mean weight and its standard error, from chunks of particles.
 
-    Keeps moments of the weights only, so that memory does not depend on K.
+    Keeps moments of the weights relative to the largest so far.
 
     Example:
         >>> import torch
@@ -313,7 +382,7 @@ class StreamingIWAE:
     """
 
     def __init__(self) -> None:
-        self._moments = _Moments()  # of weights relative to the largest so far
+        super().__init__()
         self._log_largest = torch.zeros(())
 
     def update(self, log_weights: Tensor) -> None:
@@ -323,43 +392,31 @@ class StreamingIWAE:
         if self.num_particles:
             largest = torch.maximum(largest, self._log_largest)
             # 0 of a datum whose weights were all zero: nothing to scale.
-            self._moments.scale(torch.exp(self._log_largest - largest).nan_to_num(0.0))
+            self._seen.scale(torch.exp(self._log_largest - largest).nan_to_num(0.0))
         self._log_largest = largest
-        self._moments.update(torch.exp(chunk - largest.clamp_min(-_HUGE)))
-
-    @property
-    def num_particles(self) -> int:
-        """K so far."""
-        return self._moments.count
+        self._seen.update(torch.exp(chunk - largest.clamp_min(-_HUGE)))
 
     @property
     def value(self) -> Tensor:
         """The importance-weighted bound of each datum, [N]."""
-        return _seen(self._moments).mean.log() + self._log_largest
+        return self._moments.mean.log() + self._log_largest
 
     @property
     def std_error(self) -> Tensor:
         """Its standard error by the delta method, [N]; nan from a single particle."""
-        moments = _seen(self._moments)
-        return moments.std_error / moments.mean
-
-    @property
-    def skewness(self) -> Tensor:
-        """The skewness of the particles' influences, [N]: that of the weights."""
-        return _seen(self._moments).skewness
+        return self._moments.std_error / self._moments.mean
 
     @property
     def effective_sample_size(self) -> Tensor:
         """Kish's effective sample size of each datum, [N]."""
-        moments = _seen(self._moments)
+        moments = self._moments
         return moments.count / (1 + moments.squares / (moments.count * moments.mean.square()))
 
 
 class LargestWeights:
     """The largest log weights of each datum, from chunks of particles.
 
-    They are all that the fit of a tail needs; memory does not depend on K but through their
-    number.
+    They are all that the fit of a tail needs.
 
     Args:
         size: how many.
@@ -399,9 +456,3 @@ class LargestWeights:
         by_datum = kept.detach().T.contiguous().numpy()
         largest = np.partition(by_datum, -self.size, axis=1)[:, -self.size :]
         return torch.from_numpy(np.ascontiguousarray(largest.T))
-
-
-def _seen(moments: _Moments) -> _Moments:
-    if not moments.count:
-        raise ValueError("no log weights yet: call update first")
-    return moments

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, Protocol, TypeAlias
 
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 __all__ = [
     "Compile",
     "DataPlate",
+    "GivenValues",
     "ModeName",
     "Node",
     "Particles",
@@ -36,6 +38,8 @@ Compile: TypeAlias = bool | Literal["auto", "replay"]
 # The argument data_plate=: the name of the plate of the data; None to find it; False to treat the
 # whole batch as one datum.
 DataPlate: TypeAlias = str | bool | None
+# The argument given=: values of global latent sites, by name.
+GivenValues: TypeAlias = Mapping[str, Tensor | ArrayLike]
 
 
 class Trace(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.evaluation.compare import _tightest
+from pyro_vae.evaluation.gaps import tightest
 from tests.models import NormalModel, encoder, factor_analysis
 
 
@@ -312,7 +312,7 @@ def test_names_and_kinds_of_guides_are_checked(compared):
     ],
 )
 def test_the_tightest_bound(means, errors, chosen):
-    assert _tightest(np.array(means), np.array(errors), None) == chosen
+    assert tightest(np.array(means), np.array(errors), None) == chosen
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_the_tightest_bound(means, errors, chosen):
     ],
 )
 def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
-    assert _tightest(np.array(means), np.array(errors), 2) == chosen
+    assert tightest(np.array(means), np.array(errors), 2) == chosen
 
 
 def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():
