@@ -10,7 +10,6 @@ from torch import Tensor
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.looks import run_model
 from pyro_vae.programs.model_looks import ModelLooks
-from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.types import DataPlate, Program
 
@@ -25,18 +24,22 @@ class ModelLook:
 
     Args:
         looks: what runs of the model on the batch have shown.
-        structure: of the model.
+        data_plate: the name of the data plate; None to find it, False for one datum.
     """
 
-    def __init__(self, looks: ModelLooks, structure: Structure) -> None:
-        self.looks, self.structure = looks, structure
+    def __init__(self, looks: ModelLooks, data_plate: DataPlate) -> None:
+        self.looks, self.data_plate = looks, data_plate
+        self.structure = looks.structure(data_plate)
         self.model, self.batch = looks.model, looks.batch
 
     @classmethod
     def at(cls, model: Program, example: Any, data_plate: DataPlate) -> ModelLook:
         """Return a look at a model on an example batch."""
-        looks = ModelLooks(model, as_batch(example))
-        return cls(looks, looks.structure(data_plate))
+        return cls(ModelLooks(model, as_batch(example)), data_plate)
+
+    def on(self, batch: Batch) -> ModelLook:
+        """Return a look at the model on some of its rows: of them only the sites are seen anew."""
+        return ModelLook(self.looks.on(batch), self.data_plate)
 
     def check_stable(self) -> None:
         """Raise ValueError if another draw of the latents gives the model other sites or shapes."""

@@ -37,6 +37,12 @@ class ModelLooks:
             return example
         return cls(model, as_batch(example))
 
+    def on(self, batch: Batch) -> ModelLooks:
+        """Return what is known of the model on some of the rows: all but its sites there."""
+        other = ModelLooks(self.model, batch)
+        other._stable_runs, other._subsampled = self._stable_runs, self._subsampled
+        return other
+
     @functools.cached_property
     def run(self) -> ModelRun:
         """One run under the prior; the global random state stays as it was."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from pyro_vae.refinement.climbing import Block, Climber
+from pyro_vae.refinement.blocks import Block
+from pyro_vae.refinement.climbing import Climber
 
-__all__ = ["flat_and_undecided", "unseen"]
+__all__ = ["Promise", "slope_promises", "unseen"]
 
 _REPLICATES = 8  # of the slope
 _SLOPE = 4.0  # what a step down the slope may promise, in tolerances
@@ -15,10 +18,23 @@ _REACH = 3.75  # standard deviations: of the draws of a check hardly one lies be
 _WIDTH, _BINS = 1.5, 4  # of the tail
 
 
-def flat_and_undecided(
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Which rows a step up the slope promises little.
+
+    Attributes:
+        little: where that is so, two standard errors included, [n].
+        undecided: where it is so without them alone: more particles may tell, [n].
+    """
+
+    little: Tensor
+    undecided: Tensor
+
+
+def slope_promises(
     climber: Climber, block: Block, table: Tensor, tolerance: float, effort: int
-) -> tuple[Tensor, Tensor]:
-    """Return for which rows the slope promises little, and for which it may, given more effort.
+) -> Promise:
+    """Return which rows have hardly a slope left.
 
     Args:
         climber: of the family.
@@ -26,18 +42,14 @@ def flat_and_undecided(
         table: their rows, [n, P].
         tolerance: of the ELBO, in nats.
         effort: how many times the particles of a first look.
-
-    Returns:
-        Where the promise is small, two standard errors included, [n], and where it is
-        without them alone, [n].
     """
-    slopes = climber.slopes(block, table, range(effort * _REPLICATES))
-    promised, error = _promise(slopes.flatten(2))
-    flat = promised + 2 * error < _SLOPE * tolerance
-    return flat, ~flat & (promised < _SLOPE * tolerance)
+    slopes = climber.slopes(block, table, range(effort * _REPLICATES)).flatten(2)
+    promised, error = _newton_gain(slopes)
+    little = promised + 2 * error < _SLOPE * tolerance
+    return Promise(little, ~little & (promised < _SLOPE * tolerance))
 
 
-def _promise(slopes: Tensor) -> tuple[Tensor, Tensor]:
+def _newton_gain(slopes: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a Newton step gains where the family is near the posterior, and its error, [n].
 
     In its own units the family's Fisher information is about one, and so is the curvature of
@@ -57,8 +69,13 @@ def unseen(climber: Climber, block: Block, table: Tensor) -> Tensor:
 
     An integrand such as exp(z) under a wide Gaussian has all its mean there, and its average over
     draws is then too good, whatever their spread says.
+
+    Args:
+        climber: of the family.
+        block: of n data.
+        table: their rows, [n, P].
     """
-    size = block.guide.family.num_noise(block.guide.num_coordinates)
+    size = climber.blocks.family.num_noise(block.size)
     middle = _REACH + _WIDTH * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
     edges = _REACH + _WIDTH * torch.arange(_BINS + 1, dtype=torch.float64)
     mass = torch.special.ndtr(-edges).diff().neg()

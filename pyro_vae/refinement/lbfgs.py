@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["minimize_rows"]
+__all__ = ["Minimum", "minimize_rows"]
+
+# From rows [n, d] to the value of each, [n]; or to that and its gradient, [n, d].
+Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 _HISTORY = 10
 _TRIALS = 30  # of the step length
 _DECREASE, _CURVATURE = 1e-4, 0.9  # the weak Wolfe conditions
 
 
-def minimize_rows(
-    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], start: Tensor, max_steps: int
-) -> tuple[Tensor, Tensor, int]:
+class Minimum(NamedTuple):
+    """Where rows ended.
+
+    Attributes:
+        rows: [n, d].
+        promised: the fall that the last direction of each promised to first order, [n], which is
+            small at an optimum and not where a row runs away.
+        steps: the iterations taken.
+    """
+
+    rows: Tensor
+    promised: Tensor
+    steps: int
+
+
+def minimize_rows(objective: Objective, start: Tensor, max_steps: int) -> Minimum:
     """Minimise every row's objective by itself, all rows in one evaluation.
 
     L-BFGS (Nocedal & Wright 2006, algorithm 7.4) with a step length of each row by
@@ -29,14 +46,9 @@ def minimize_rows(
         start: [n, d], where the objective is finite.
         max_steps: iterations at most.
 
-    Returns:
-        The rows, [n, d]; the fall that the last direction of each promised to first order, [n],
-        which is small at an optimum and not where a row runs away; and the iterations taken.
-
     Example:
         >>> import torch
-        >>> rows, _, _ = minimize_rows(lambda x: (x - 3).square().sum(1), torch.zeros(2, 1), 50)
-        >>> rows
+        >>> minimize_rows(lambda x: (x - 3).square().sum(1), torch.zeros(2, 1), 50).rows
         tensor([[3.],
                 [3.]])
     """
@@ -72,11 +84,11 @@ def minimize_rows(
         # A row that no step improves has reached the rounding of its objective.
         done |= ~better
         taken += 1
-    return x, promised, taken
+    return Minimum(x, promised, taken)
 
 
 def _search(
-    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    objective: Objective,
     x: Tensor,
     value: Tensor,
     direction: Tensor,
@@ -130,9 +142,7 @@ def _direction(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> 
     return -q
 
 
-def _value_and_gradient(
-    objective: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], x: Tensor
-) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         found = objective(x)

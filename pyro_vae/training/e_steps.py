@@ -202,18 +202,12 @@ class VariationalStep(DrawnStep):
         """Refine every row; the random numbers are the same at each update."""
         guide = self._guide
         self._scorer.seed = self._seed
-        table, converged = refine_table(
-            self._model,
-            self._scorer,
-            guide.table.detach().clone(),
-            guide.family,
-            self._data_plate,
-            self._steps,
-            _TOLERANCE,
+        refined = refine_table(
+            self._model, self._scorer, guide, self._data_plate, self._steps, _TOLERANCE
         )
         with torch.no_grad():
-            guide.table.copy_(table)
-            guide.converged.copy_(converged)
+            guide.table.copy_(refined.table)
+            guide.converged.copy_(refined.converged)
         # Draws other than those that measure the ELBO, which the M-step would overfit.
         self._scorer.seed = self._stream(1)
         self._draws = [

@@ -1,0 +1,218 @@
+"""The data in blocks: the guide with a row per datum of each, its evaluator, and their graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vae.compiler.arguments import form_of, rebuilt
+from pyro_vae.compiler.recorder import Recorder
+from pyro_vae.families.base import Family
+from pyro_vae.families.gaussian import Normal
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.guides.model_look import ModelLook
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.types import Compile
+
+__all__ = ["Block", "Blocks", "ScoredGuide", "per_row"]
+
+_PIECES = 4  # of one step, recorded at most
+_FLAT = 8.0  # log of how many times wider than the prior a flat density is
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGuide:
+    """A guide with a row per datum of some data, and the evaluator of its draws.
+
+    Attributes:
+        evaluator: of n data.
+        guide: a table of a family; tables are passed, its own is not looked at.
+    """
+
+    evaluator: Evaluator
+    guide: LocalGuide
+
+    def shifted(self, table: Tensor, shift: Tensor) -> Tensor:
+        """Return rows [n, P] moved by a shift in the family's units, [n, P]."""
+        return self.guide.family.shifted(table, self.guide.num_coordinates, shift)
+
+    def log_weights(self, table: Tensor, noise: Tensor, power: Tensor | float = 1.0) -> Tensor:
+        """Return log w of draws made of given noise, [K, n], of p(x, z) to a power.
+
+        The gradient sticks the landing (Roeder, Wu & Duvenaud 2017): the score of log q has
+        expectation zero, so the density's own dependence on the parameters is left out, and only
+        the path counts.
+
+        Args:
+            table: [n, P].
+            noise: [K, num_noise].
+            power: of p(x, z).
+        """
+        rows = slice(0, self.evaluator.num_data)
+        values = self.evaluator.from_single(self.guide.from_noise(table, noise))
+        log_likelihood, log_prior = self.evaluator.score_model(rows, values)
+        if not self.guide.family.has_density:
+            return log_likelihood + log_prior
+        with self.guide.using(table.detach()):
+            log_guide = self.evaluator.score_guide(rows, values)
+        return power * (log_likelihood + log_prior) - log_guide
+
+    def log_joint(self, z: Tensor, prior: Tensor | float = 1.0) -> Tensor:
+        """Return log p(x | z) + w (log p(z) + log |det dz / d coordinates|), up to a constant.
+
+        Of a nearly flat guide, whose log density is minus the log determinant of the map to the
+        supports, with the model's masks on it.
+
+        Args:
+            z: unconstrained coordinates, [K, n, D].
+            prior: w, the weight of the prior.
+
+        Returns:
+            [K, n].
+        """
+        rows = slice(0, self.evaluator.num_data)
+        values = self.evaluator.from_single(self.guide.values_of(z))
+        log_likelihood, log_prior = self.evaluator.score_model(rows, values)
+        with self.guide.using(self.guide.table.detach()):
+            return log_likelihood + prior * (log_prior - self.evaluator.score_guide(rows, values))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of the data, and what is made for them.
+
+    Attributes:
+        rows: which they are, by number, [n].
+        look: at the model on them.
+        scored: a guide of the family, scored on them.
+        of: the blocks that it is one of.
+    """
+
+    rows: Tensor
+    look: ModelLook
+    scored: ScoredGuide
+    of: Blocks
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Of these data."""
+        return self.scored.evaluator
+
+    @property
+    def size(self) -> int:
+        """D, unconstrained coordinates of a datum."""
+        return self.scored.guide.num_coordinates
+
+    @functools.cached_property
+    def flat(self) -> ScoredGuide:
+        """Independent Gaussians far wider than the prior: a nearly flat density."""
+        flat = self.of.scored(self.look, len(self.rows), Normal())
+        with torch.no_grad():
+            flat.guide.table[..., 1] += _FLAT
+        return flat
+
+    @property
+    def prior_scale(self) -> Tensor:
+        """The prior's standard deviations, [D]."""
+        return (self.flat.guide.table[0, :, 1].detach() - _FLAT).exp()
+
+    def run(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        scored: ScoredGuide,
+        inputs: Sequence[Tensor],
+        calls: int,
+        *,
+        check: bool,
+    ) -> Sequence[Tensor]:
+        """Return what a function returns, by a graph that blocks of one size share.
+
+        Args:
+            function: of a scored guide and of tensors, to tensors.
+            scored: of this block.
+            inputs: the tensors, that which has particles the last.
+            calls: to be expected for this block.
+            check: whether this is the block's first call.
+        """
+        evaluator = scored.evaluator
+        given = (evaluator.given(), list(inputs))
+        tensors: list[Tensor] = []
+        form = form_of(given, tensors)
+
+        def on_tensors(*tensors: Tensor) -> Sequence[Tensor]:
+            block, inputs = rebuilt(given, iter(tensors))
+            with evaluator.on(*block) as other:
+                return function(replace(scored, evaluator=other), *inputs)
+
+        # What is scored in many pieces would be a graph of as many times the operations.
+        pieces = inputs[-1].shape[0] * evaluator.num_data / evaluator.chunk_pairs
+        if form is None or (pieces > _PIECES and evaluator.splittable):
+            return function(scored, *inputs)
+        key = (function.__name__, form)
+        return self.of.recorder(key, on_tensors, tensors, calls * len(self.of.current), check=check)
+
+
+class Blocks:
+    """Makes blocks of data, and keeps them: those of all data, and the last ones of fewer.
+
+    Args:
+        look: at the model on all data.
+        whole: an evaluator of the model on all data, with any guide; its seed is that of the draws.
+        guide: of the family that is refined; in dtype and on the device of its table.
+        compile: as in :class:`pyro_vae.CompiledSVI`.
+
+    Attributes:
+        family: the variational family.
+        num_coordinates: D, unconstrained coordinates of a datum.
+        recorder: of the functions that are run on blocks.
+        current: the blocks that were asked for last.
+    """
+
+    def __init__(
+        self, look: ModelLook, whole: Evaluator, guide: LocalGuide, compile: Compile
+    ) -> None:
+        self.family, self.num_coordinates = guide.family, guide.num_coordinates
+        self.recorder = Recorder("refining", compile)
+        self.current: list[Block] = []
+        self._look, self._whole, self._like = look, whole, guide.table
+        self._kept: dict[bool, list[Block]] = {}
+
+    def at(self, rows: Tensor) -> list[Block]:
+        """Return some of the data in blocks; all of them where the model does not take fewer."""
+        if not self._whole.splittable:
+            rows = torch.arange(self._whole.num_data, device=rows.device)
+        fewer = rows.numel() < self._whole.num_data
+        kept = self._kept.get(fewer)
+        if kept is None or not torch.equal(torch.cat([block.rows for block in kept]), rows):
+            kept = [self._block(rows[some]) for some in self._whole.blocks_of(len(rows))]
+            self._kept[fewer] = kept
+        self.current = kept
+        return kept
+
+    def _block(self, rows: Tensor) -> Block:
+        look = self._look
+        if rows.numel() < self._whole.num_data:
+            look = look.on(self._whole.batch.rows(rows))
+        return Block(rows, look, self.scored(look, rows.numel(), self.family), self)
+
+    def scored(self, look: ModelLook, num_data: int, family: Family) -> ScoredGuide:
+        """Return a guide of a family with a row for each datum of a look, and its evaluator."""
+        guide = LocalGuide.of(look, num_data, family).to(self._like)
+        evaluator = Evaluator(
+            look.model,
+            guide,
+            look.batch,
+            data_plate=look.data_plate,
+            seed=self._whole.seed,
+            gradients=True,
+        )
+        return ScoredGuide(evaluator, guide)
+
+
+def per_row(numbers: Tensor, table: Tensor) -> Tensor:
+    """Return numbers of rows, [n], in a shape that goes with a table's."""
+    return numbers.reshape(-1, *[1] * (table.ndim - 1))
