@@ -11,12 +11,12 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.plan import Plan, plan
+from pyro_vae.particles.plan import DataNeed, Enumeration, Plan, device_of, plan
 from pyro_vae.particles.training_run import Tracer, TrainingRun
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.state import FirstValues
+from pyro_vae.programs.state import FirstValues, evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide, trace_pair
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.recording import is_recording
 
 __all__ = ["Objective", "not_reparameterized", "without_value"]
@@ -30,7 +30,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
 
     Works in ``pyro.infer.SVI(model, guide, optim, loss=...)``, as an nn.Module through
     ``loss(model, guide)``, and in :func:`pyro_vae.fit`. A subclass gives
-    :meth:`differentiable_loss`.
+    :meth:`differentiable_loss` and :meth:`_explained`.
 
     Args:
         num_particles: draws of the guide for an estimate.
@@ -42,13 +42,13 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     """
 
     # What it has to know of the data plate, what it does with discrete proposals that ask to be
-    # enumerated, and whether it can do with global latents: see pyro_vae.layouts.plan.
-    _data = "no"
-    _enumeration = "no"
+    # enumerated, and whether it can do with global latents: see pyro_vae.particles.plan.plan.
+    _data: DataNeed = "no"
+    _enumeration: Enumeration = "no"
     _share_globals = False
 
     def __init__(
-        self, num_particles: int, *, vectorize_particles: bool, data_plate: str | bool | None
+        self, num_particles: int, *, vectorize_particles: bool, data_plate: DataPlate
     ) -> None:
         num_particles = as_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
@@ -66,9 +66,16 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     ) -> Tensor:
         """Return the loss, a scalar to differentiate, in nats."""
 
-    @abc.abstractmethod
     def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return, for each latent site, how its part of the loss is computed, and why."""
+        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
+            run = self._run(model, guide, args, kwargs)
+        summed_out = "summed out: discrete, and not proposed by the guide"
+        return {**dict.fromkeys(run.plan.summed_out, summed_out), **self._explained(run)}
+
+    @abc.abstractmethod
+    def _explained(self, run: TrainingRun) -> dict[str, str]:
+        """Return, for each proposal, how its part of the loss is computed, and why."""
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss as a number, in nats, without gradients."""

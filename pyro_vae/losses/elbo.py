@@ -12,10 +12,8 @@ from torch import Tensor
 from pyro_vae.losses.base import Objective, not_reparameterized, without_value
 from pyro_vae.losses.free_bits import kl_below_floor
 from pyro_vae.losses.kl import analytic_kl
-from pyro_vae.particles.plan import device_of
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
-from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import Node, Program
 
@@ -152,26 +150,23 @@ class ELBO(Objective):
                 elbo = elbo + without_value(kl_below_floor(run, self.free_bits))
         return self._checked(run, -elbo, kls)
 
-    def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """Return, for each latent site, whether its KL is analytic or sampled, and why."""
-        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
-            run = self._run(model, guide, args, kwargs)
-        told = dict.fromkeys(
-            run.plan.summed_out, "summed out: discrete, and not proposed by the guide"
-        )
+    def _explained(self, run: TrainingRun) -> dict[str, str]:
+        found = {}
         for name, nodes in run.proposals():
-            if nodes[0][1] is None:
-                told[name] = "sampled: auxiliary site of the guide"
+            model_node = nodes[0][1]
+            if model_node is None:
+                found[name] = "sampled: auxiliary site of the guide"
+            elif self.estimator == "stl":
+                found[name] = "sampled: stl leaves out its score"
             elif self.kl == "sample":
-                stl = self.estimator == "stl"
-                told[name] = "sampled: stl leaves out its score" if stl else "sampled: kl='sample'"
+                found[name] = "sampled: kl='sample'"
             else:
                 # Of the nodes that the loss takes, with what is summed out side by side.
                 kls, reason = _closed_forms(nodes)
-                if len(nodes[0][1]["fn"].batch_shape) >= -run.plan.mode.first_enum_dim:
+                if len(model_node["fn"].batch_shape) >= -run.plan.mode.first_enum_dim:
                     reason = f"its prior depends on discrete latents, {reason}"
-                told[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
-        return told
+                found[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
+        return found
 
     def _analytic(self, run: TrainingRun) -> dict[str, Tensor]:
         """Return the scaled KL, [K, N], of each latent site that has a closed form."""

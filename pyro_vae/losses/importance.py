@@ -4,118 +4,129 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective
-from pyro_vae.particles.plan import device_of
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.handlers import same_scale, scale_parts
-from pyro_vae.programs.state import evaluation, preserved_rng
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import Node
+
+__all__ = ["ImportanceObjective", "WeightedTerms", "kl_of_globals"]
 
 
 class ImportanceObjective(Objective):
     """What the objectives of one importance weight per datum have in common."""
 
     _data = "needed"
-    _enumeration = "no"
 
-    def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """Return, for each latent site, that its part of the weight is sampled."""
-        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
-            run = self._run(model, guide, args, kwargs)
-        told = dict.fromkeys(
-            run.plan.summed_out, "summed out: discrete, and not proposed by the guide"
-        )
-        for name, _ in run.guide.latents():
-            told[name] = "sampled: an importance weight has no analytic part"
-        return told
+    def _explained(self, run: TrainingRun) -> dict[str, str]:
+        reason = "sampled: an importance weight has no analytic part"
+        return {name: reason for name, _ in run.guide.latents()}
 
 
-# A scale in two parts: that of plates and poutine.scale, and the factor of a KL warm-up, a tensor
-# whose number is not to be read.
-_Parts = tuple[Any, Tensor | None]
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """A scale in two parts, whose product it is.
 
-
-def scales_of_weights(run: TrainingRun) -> tuple[Any, dict[str, _Parts], Any]:
-    """Return the scale of each datum, the ratio to it of each site's, and the latents' ratio.
-
-    The scale of a datum, [N] or a number, is that of its likelihood. The ratio of the latents is
-    None where it is not one for all.
+    Attributes:
+        number: that of plates and poutine.scale: a number, a 0-dimensional tensor or [N].
+        factor: of a KL warm-up, whose number is not to be read; None without one.
     """
-    shared = _shared(run)
-    parts = {
-        name: _scale_parts(run, name, nodes[0])
-        for name, nodes in run.model.sites()
-        if name not in shared
-    }
-    observed = [parts[name] for name, _ in run.observed()]
-    # Observed sites of different scales are tempered: what is left is what a datum counts for.
-    alike = bool(observed) and all(_same_parts(s, observed[0]) for s in observed)
-    scale = observed[0][0] if alike else run.plate_scale
-    ratios = {
-        name: (1.0 if same_scale(s, scale) else s / scale, factor)
-        for name, (s, factor) in parts.items()
-    }
-    latent = [ratios[name] for name, _ in run.latents() if name not in shared]
-    alike = not latent or all(_same_parts(r, latent[0]) for r in latent)
-    return scale, ratios, None if not alike else _product(latent[0]) if latent else 1.0
+
+    number: float | Tensor
+    factor: Tensor | None = None
+
+    @staticmethod
+    def of(run: TrainingRun, name: str, node: Node) -> _Scale:
+        """Return the scale of a datum at a site."""
+        number, factor = scale_parts(node)
+        return _Scale(run.datum_scale(name, {**node, "scale": number}), factor)
+
+    def equals(self, other: _Scale) -> bool:
+        """Return whether two scales are one, to rounding."""
+        return self.factor is other.factor and same_scale(self.number, other.number)
+
+    def over(self, number: float | Tensor) -> _Scale:
+        """Return the ratio of this scale to a number."""
+        same = same_scale(self.number, number)
+        return _Scale(1.0 if same else self.number / number, self.factor)
+
+    @property
+    def product(self) -> float | Tensor:
+        """The scale."""
+        return self.number if self.factor is None else self.number * self.factor
+
+    def times(self, term: Tensor) -> Tensor:
+        """Return a term, scaled."""
+        scale = self.product
+        return term if isinstance(scale, float) and scale == 1.0 else scale * term
 
 
-def weighted_terms(
-    run: TrainingRun, guide_terms: Mapping[str, Tensor], ratios: Mapping[str, _Parts], common: Any
-) -> tuple[Tensor, Tensor]:
-    """Return log p(x, z) and log q(z | x) of each datum, [K, N].
+class WeightedTerms:
+    """The two halves of a datum's log weight, [K, N], and the scale that stands outside of it.
 
     A site of another scale than the datum's enters with the ratio of the two.
-    """
-    shared = _shared(run)
-    log_joint = _sum(
-        _times(_product(ratios[name]), term)
-        for name, term in run.model_terms(scaled=False, skip=shared)
-    )
 
-    def ratio(name: str) -> Any:
-        if name in ratios:
-            return _product(ratios[name])
-        if common is None:
+    Args:
+        run: of a pair.
+
+    Attributes:
+        scale: what a datum counts for, that of its likelihood: a number, or [N].
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        # The latents of which all particles see one draw are no part of a weight.
+        self._shared = set(_globals(run)) if run.plan.shares_globals else set()
+        scales = {
+            name: _Scale.of(run, name, nodes[0])
+            for name, nodes in run.model.sites()
+            if name not in self._shared
+        }
+        observed = [scales[name] for name, _ in run.observed()]
+        # Observed sites of different scales are tempered: what is left is what a datum counts for.
+        alike = bool(observed) and all(scale.equals(observed[0]) for scale in observed)
+        self.scale = observed[0].number if alike else run.plate_scale
+        self._ratios = {name: scale.over(self.scale) for name, scale in scales.items()}
+        of_latents = [self._ratios[name] for name, _ in run.latents() if name not in self._shared]
+        of_latents = of_latents or [_Scale(1.0)]
+        alike = all(ratio.equals(of_latents[0]) for ratio in of_latents)
+        self._common = of_latents[0] if alike else None
+
+    @property
+    def latent_ratio(self) -> float | Tensor | None:
+        """The ratio of all latents' scales to the datum's; None where it is not one for all."""
+        return None if self._common is None else self._common.product
+
+    def log_joint(self) -> Tensor:
+        """Return log p(x, z) of each datum, [K, N]."""
+        terms = self._run.model_terms(scaled=False, skip=self._shared)
+        return _sum(self._ratios[name].times(term) for name, term in terms)
+
+    def log_guide(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return log q(z | x) of each datum, [K, N]; a zero where every latent is summed out.
+
+        Args:
+            terms: of the proposals, [K, N] each.
+        """
+        proposed = [
+            self._ratio(name).times(term)
+            for name, term in terms.items()
+            if name not in self._shared
+        ]
+        return _sum(proposed) if proposed else torch.zeros(())
+
+    def _ratio(self, name: str) -> _Scale:
+        ratio = self._ratios.get(name, self._common)
+        if ratio is None:
             raise ValueError(
                 f"the guide's auxiliary site {name!r} stands for latent sites of different "
                 "scales; give them one scale"
             )
-        return common
-
-    proposed = [
-        _times(ratio(name), term) for name, term in guide_terms.items() if name not in shared
-    ]
-    # Nothing is proposed where every latent is summed out.
-    return log_joint, _sum(proposed) if proposed else torch.zeros_like(log_joint)
-
-
-def _shared(run: TrainingRun) -> set[str]:
-    """Return the latent sites of which all particles see one draw."""
-    return set(_globals(run)) if run.plan.shares_globals else set()
-
-
-def _scale_parts(run: TrainingRun, name: str, node: Any) -> _Parts:
-    scale, factor = scale_parts(node)
-    return run.datum_scale(name, {**node, "scale": scale}), factor
-
-
-def _same_parts(a: _Parts, b: _Parts) -> bool:
-    return a[1] is b[1] and same_scale(a[0], b[0])
-
-
-def _product(parts: _Parts) -> Any:
-    scale, factor = parts
-    return scale if factor is None else scale * factor
-
-
-def _times(ratio: Any, term: Tensor) -> Tensor:
-    return term if isinstance(ratio, float) and ratio == 1.0 else ratio * term
+        return ratio
 
 
 def _globals(run: TrainingRun) -> list[str]:
@@ -126,10 +137,10 @@ def _globals(run: TrainingRun) -> list[str]:
 
 def kl_of_globals(run: TrainingRun) -> Tensor:
     """Return log q - log p of the one draw of the global latents, scaled."""
-    latents = dict(run.latents())
+    proposals, latents = dict(run.guide.latents()), dict(run.latents())
     terms = [
         sign * run.log_prob(name, found[name], scaled=True)[0].sum()
-        for sign, found in ((1.0, dict(run.guide.latents())), (-1.0, latents))
+        for sign, found in ((1.0, proposals), (-1.0, latents))
         for name in _globals(run)
         if name in found
     ]

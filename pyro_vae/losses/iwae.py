@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import not_reparameterized, without_value
-from pyro_vae.losses.importance import (
-    ImportanceObjective,
-    kl_of_globals,
-    scales_of_weights,
-    weighted_terms,
-)
+from pyro_vae.losses.importance import ImportanceObjective, WeightedTerms, kl_of_globals
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
@@ -116,15 +111,16 @@ class IWAE(ImportanceObjective):
         for name, nodes in run.guide.latents():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])
-        scale, ratios, ratio = scales_of_weights(run)
+        weights = WeightedTerms(run)
+        ratio = weights.latent_ratio
         if stopped is None:
             terms = run.guide_terms()
         else:
             terms = stopped.guide_terms(run, scaled=False, apart=ratio is None)
-        log_joint, log_guide = weighted_terms(run, terms, ratios, ratio)
-        log_weights = log_joint - log_guide
+        log_joint = weights.log_joint()
+        log_weights = log_joint - weights.log_guide(terms)
         _check_edges(run, log_joint)
-        bound = (scale * iwae_bound(log_weights)).sum()
+        bound = (weights.scale * iwae_bound(log_weights)).sum()
         if run.plan.shares_globals:
             bound = bound - kl_of_globals(run)
         if self.estimator == "dreg" and stopped is not None:
@@ -139,7 +135,7 @@ class IWAE(ImportanceObjective):
             stopped.scale_gradients(run, 1 - ratio + ratio * shares)
             # A draw of no density has no share.
             weighed = torch.where(shares > 0, log_weights, 0.0)
-            bound = bound.detach() + without_value((scale * shares * weighed).sum())
+            bound = bound.detach() + without_value((weights.scale * shares * weighed).sum())
         return self._checked(run, -bound)
 
 

@@ -7,7 +7,7 @@ last: the rules add what it lacks, and stand before what it gets wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -16,13 +16,15 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_vae.programs.handlers import same_scale, scale_parts
+from pyro_vae.programs.nodes import is_point
 from pyro_vae.programs.pyro_internals import mask_inside
+from pyro_vae.programs.types import Node
 
 __all__ = ["analytic_kl", "kl_per_dimension"]
 
 # A rule returns KL(q, p), or None where the pair is not its case. It raises
 # NotImplementedError where no later rule may speak: there is no closed form.
-Rule = Callable[[Any, Any], Tensor | None]
+Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]
 KL_RULES: list[Rule] = []
 
 # TransformedDistributions for which torch has formulas of their own.
@@ -37,7 +39,7 @@ _WRONG_IN_TORCH = (
 )
 
 
-def analytic_kl(guide_node: Any, model_node: Any) -> tuple[Tensor | None, str]:
+def analytic_kl(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]:
     r"""Return KL(q, p) of one latent site where a closed form applies, and why.
 
     .. math:: \mathrm{KL}(q, p) = \mathbb{E}_{q(z)}[\log q(z) - \log p(z)]
@@ -78,12 +80,12 @@ def analytic_kl(guide_node: Any, model_node: Any) -> tuple[Tensor | None, str]:
         raise ValueError(
             f"latent site {guide_node['name']!r}: no KL between {guide} and {model}: {error}"
         ) from error
-    if _is_point(guide):
+    if is_point(guide):
         return found, "a point: its log density less the model's there"
     return found, f"closed form between {_name(guide)} and {_name(model)}"
 
 
-def kl_per_dimension(guide_node: Any, model_node: Any) -> tuple[Tensor | None, str]:
+def kl_per_dimension(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]:
     r"""Return KL(q, p) of one latent site for each of its dimensions, and why.
 
     Where both sides factorize over the event's dimensions, so does their KL,
@@ -124,12 +126,12 @@ def kl_per_dimension(guide_node: Any, model_node: Any) -> tuple[Tensor | None, s
     return analytic_kl({**apart, "fn": factors[0]}, {**apart, "fn": factors[1]})
 
 
-def _refusal(guide_node: Any, model_node: Any) -> str:
+def _refusal(guide_node: Node, model_node: Node) -> str:
     """Say why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
     (scale, factor), (other, other_factor) = map(scale_parts, (guide_node, model_node))
     if factor is not other_factor or not same_scale(scale, other):
         return "model and guide scale the site differently"
-    if not _same(guide_node["mask"], model_node["mask"]):
+    if not _same_mask(guide_node["mask"], model_node["mask"]):
         return "model and guide mask the site differently"
     guide, model = guide_node["fn"], model_node["fn"]
     if guide.event_shape != model.event_shape:
@@ -145,7 +147,7 @@ def _refusal(guide_node: Any, model_node: Any) -> str:
     return ""
 
 
-def _kl(q: Any, p: Any) -> Tensor:
+def _kl(q: td.Distribution, p: td.Distribution) -> Tensor:
     """Return KL(q, p), of their common batch shape; raise NotImplementedError for none."""
     found = next((kl for rule in KL_RULES if (kl := rule(q, p)) is not None), None)
     if found is None:
@@ -161,15 +163,15 @@ def _rule(rule: Rule) -> Rule:
 
 
 @_rule
-def _point(q: Any, p: Any) -> Tensor | None:
-    if not _is_point(q):
+def _point(q: td.Distribution, p: td.Distribution) -> Tensor | None:
+    if not is_point(q):
         return None
     value = q.rsample()
     return q.log_prob(value) - p.log_prob(value)
 
 
 @_rule
-def _masked(q: Any, p: Any) -> Tensor | None:
+def _masked(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """Both must mask alike: Pyro's rule drops what only one of them masks."""
     if not isinstance(q, dist.MaskedDistribution) and not isinstance(p, dist.MaskedDistribution):
         return None
@@ -177,19 +179,19 @@ def _masked(q: Any, p: Any) -> Tensor | None:
         (d.base_dist, mask_inside(d)) if isinstance(d, dist.MaskedDistribution) else (d, True)
         for d in (q, p)
     )
-    if not _same(q_mask, p_mask):
+    if not _same_mask(q_mask, p_mask):
         raise NotImplementedError
     return scale_and_mask(_kl(q, p), mask=q_mask)
 
 
 @_rule
-def _expanded(q: Any, p: Any) -> Tensor | None:
+def _expanded(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     bases = [d.base_dist if isinstance(d, dist.ExpandedDistribution) else d for d in (q, p)]
     return None if bases[0] is q and bases[1] is p else _kl(*bases)
 
 
 @_rule
-def _independent(q: Any, p: Any) -> Tensor | None:
+def _independent(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """KL(prod q_i, prod p_i) = sum KL(q_i, p_i) over the dimensions both reinterpret."""
     (q_base, q_dims), (p_base, p_dims) = _merged(q), _merged(p)
     shared = min(q_dims, p_dims)
@@ -200,7 +202,7 @@ def _independent(q: Any, p: Any) -> Tensor | None:
 
 
 @_rule
-def _gaussian(q: Any, p: Any) -> Tensor | None:
+def _gaussian(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     r"""KL of two Gaussians of which one is diagonal.
 
     With means m, n, covariances S, V, and k dimensions,
@@ -214,12 +216,12 @@ def _gaussian(q: Any, p: Any) -> Tensor | None:
     dense = (td.MultivariateNormal, td.LowRankMultivariateNormal)
     if not ((q_diagonal and isinstance(p, dense)) or (p_diagonal and isinstance(q, dense))):
         return None
-    precision = 1 / p.variance if p_diagonal else _precision_diagonal(p)
+    precision = _precision_diagonal(p) if isinstance(p, dense) else 1 / p.variance
     return -q.entropy() - p.log_prob(q.mean) + 0.5 * (precision * q.variance).sum(-1)
 
 
 @_rule
-def _transformed(q: Any, p: Any) -> Tensor | None:
+def _transformed(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """KL(T(q), T(p)) = KL(q, p) for a T that is one to one.
 
     Torch's own rule must not speak for these: it takes |z| for one to one, and holds two
@@ -235,24 +237,25 @@ def _transformed(q: Any, p: Any) -> Tensor | None:
     return None
 
 
-def _merged(d: Any) -> tuple[Any, int]:
+def _merged(d: td.Distribution) -> tuple[td.Distribution, int]:
     """Return what Independent wraps, however often, and the dimensions it reinterprets."""
     dims = 0
     while isinstance(d, td.Independent):
-        d, dims = d.base_dist, dims + d.reinterpreted_batch_ndims
+        dims += d.reinterpreted_batch_ndims
+        d = d.base_dist
     return d, dims
 
 
-def _wrapped(d: Any, dims: int) -> Any:
+def _wrapped(d: td.Distribution, dims: int) -> td.Distribution:
     return dist.Independent(d, dims) if dims else d
 
 
-def _is_diagonal(d: Any) -> bool:
+def _is_diagonal(d: td.Distribution) -> bool:
     base, dims = _merged(d)
     return isinstance(base, td.Normal) and dims == 1
 
 
-def _precision_diagonal(p: Any) -> Tensor:
+def _precision_diagonal(p: td.MultivariateNormal | td.LowRankMultivariateNormal) -> Tensor:
     """Return the diagonal of the inverse covariance, never inverting a low rank one."""
     if isinstance(p, td.MultivariateNormal):
         eye = torch.eye(p.event_shape[0], dtype=p.loc.dtype, device=p.loc.device)
@@ -265,7 +268,7 @@ def _precision_diagonal(p: Any) -> Tensor:
     return 1 / p.cov_diag - solved.square().sum(-2)
 
 
-def _peeled(d: Any) -> tuple[Any, list[Any]]:
+def _peeled(d: td.Distribution) -> tuple[td.Distribution, list[td.Transform]]:
     """Return the base and the transforms, innermost first, that d is made of."""
     if isinstance(d, td.Independent):
         base, parts = _peeled(d.base_dist)
@@ -276,9 +279,9 @@ def _peeled(d: Any) -> tuple[Any, list[Any]]:
     return base, [*parts, *_flat(d.transforms)]
 
 
-def _flat(transforms: Iterable[Any]) -> list[Any]:
+def _flat(transforms: Iterable[td.Transform]) -> list[td.Transform]:
     """Return the transforms without Compose, Independent and identities around them."""
-    parts: list[Any] = []
+    parts: list[td.Transform] = []
     for t in transforms:
         if isinstance(t, td.ComposeTransform):
             parts.extend(_flat(t.parts))
@@ -291,14 +294,14 @@ def _flat(transforms: Iterable[Any]) -> list[Any]:
     return parts
 
 
-def _same_transform(a: Any, b: Any) -> bool:
+def _same_transform(a: td.Transform, b: td.Transform) -> bool:
     if not (a.bijective and b.bijective):
         return False
     if a is b or type(a) is not type(b):
         return a is b
-    if isinstance(a, td.AffineTransform):
+    if isinstance(a, td.AffineTransform) and isinstance(b, td.AffineTransform):
         return _same_parameter(a.loc, b.loc) and _same_parameter(a.scale, b.scale)
-    if isinstance(a, td.PowerTransform):
+    if isinstance(a, td.PowerTransform) and isinstance(b, td.PowerTransform):
         return _same_parameter(a.exponent, b.exponent)
     if type(a) is type(td.ExpTransform().inv):
         return _same_transform(a.inv, b.inv)
@@ -314,16 +317,19 @@ def _same_parameter(a: Any, b: Any) -> bool:
     return bool(torch.as_tensor(a == b).all())
 
 
-def _factors(d: Any) -> Any:
+def _factors(d: td.Distribution) -> td.Distribution | None:
     """Return d as independent scalars, of batch shape d.batch_shape + d.event_shape, or None."""
     if not d.event_shape:
         return d
-    kinds = (td.Independent, dist.MaskedDistribution, td.TransformedDistribution)
-    base = _factors(d.base_dist) if isinstance(d, kinds) else None
-    if base is None or isinstance(d, td.Independent):
-        return base
+    if isinstance(d, td.Independent):
+        return _factors(d.base_dist)
+    if not isinstance(d, dist.MaskedDistribution | td.TransformedDistribution):
+        return None
+    base = _factors(d.base_dist)
+    if base is None:
+        return None
     if isinstance(d, dist.MaskedDistribution):
-        mask: Any = mask_inside(d)
+        mask = mask_inside(d)
         if isinstance(mask, Tensor):
             mask = mask.reshape(*mask.shape, *(1,) * len(d.event_shape))
         return dist.MaskedDistribution(base, mask)
@@ -333,13 +339,7 @@ def _factors(d: Any) -> Any:
     return dist.TransformedDistribution(base, parts)
 
 
-def _is_point(d: Any) -> bool:
-    while isinstance(d, td.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        d = d.base_dist
-    return isinstance(d, dist.Delta)
-
-
-def _same(a: Any, b: Any) -> bool:
+def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
     if a is b:
         return True
     if a is None or b is None:
@@ -350,7 +350,7 @@ def _same(a: Any, b: Any) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
-def _name(fn: Any) -> str:
+def _name(fn: td.Distribution) -> str:
     while isinstance(fn, td.Independent | dist.ExpandedDistribution):
         fn = fn.base_dist
     return type(fn).__name__

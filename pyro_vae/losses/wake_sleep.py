@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import without_value
-from pyro_vae.losses.importance import ImportanceObjective, scales_of_weights, weighted_terms
+from pyro_vae.losses.importance import ImportanceObjective, WeightedTerms
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
@@ -114,9 +114,9 @@ class WakeSleep(ImportanceObjective):
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
         run = self._run(model, guide, args, kwargs, tracer=trace_detached, one_minibatch=True)
-        scale, *ratios = scales_of_weights(run)
-        log_joint, log_guide = weighted_terms(run, run.guide_terms(), *ratios)
-        log_weights = log_joint - log_guide.detach()
+        weights = WeightedTerms(run)
+        scale, log_guide = weights.scale, weights.log_guide(run.guide_terms())
+        log_weights = weights.log_joint() - log_guide.detach()
         bound = (scale * iwae_bound(log_weights)).sum()
         self._checked(run, -bound)
         if not torch.is_grad_enabled():

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pyro
 import torch
@@ -50,7 +50,12 @@ from pyro_vae.programs.types import ModeName
 from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import BatchNorm
 
-__all__ = ["Plan", "device_of", "hide", "plan"]
+__all__ = ["DataNeed", "Enumeration", "Plan", "device_of", "hide", "plan"]
+
+# What a loss has to know of the data plate, and what it does with discrete proposals that ask to be
+# enumerated: see :func:`plan`.
+DataNeed: TypeAlias = Literal["needed", "wanted", "no"]
+Enumeration: TypeAlias = Literal["expectation", "sum", "no"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +117,8 @@ def plan(
     num_particles: int,
     vectorize: bool,
     data_plate: str | bool | None,
-    data: str,
-    enumeration: str,
+    data: DataNeed,
+    enumeration: Enumeration,
     share_globals: bool = False,
     first: FirstValues | None = None,
 ) -> Plan:
