@@ -18,7 +18,8 @@ from pyro_vae.losses.explain import explain
 from pyro_vae.losses.iwae import IWAE
 from pyro_vae.losses.wake_sleep import WakeSleep
 from pyro_vae.missing_data.encoder import MissingEncoder
-from pyro_vae.missing_data.impute import Imputation, impute
+from pyro_vae.missing_data.imputation import Imputation
+from pyro_vae.missing_data.impute import impute
 from pyro_vae.missing_data.model import MissingData
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.describe import describe

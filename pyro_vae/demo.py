@@ -18,8 +18,8 @@ from pyro_vae.datasets import images as datasets
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
-from pyro_vae.export import arviz_versions as arviz_bridge
 from pyro_vae.export.arviz import to_arviz
+from pyro_vae.export.arviz_versions import write
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
@@ -231,7 +231,7 @@ def _write(
         dims={"z": ["latent"], "x": ["pixel"]},
         seed=seed,
     )
-    arviz_bridge.write(tree, output / "posterior.nc")
+    write(tree, output / "posterior.nc")
     gaps = pd.concat(
         {part: found.dataset.to_dataframe() for part, found in comparisons.items()},
         names=["part"],

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyro
-import torch
-from torch import Tensor
+from numpy.typing import ArrayLike
 
 from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
-from pyro_vae.export import arviz_versions as arviz_bridge
-from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
+from pyro_vae.export.arviz_versions import Container, container
+from pyro_vae.export.deterministic import DeterministicSite
+from pyro_vae.export.draws import (
+    RESAMPLING,
+    Groups,
+    draw_groups,
+    hide_absent,
+    observed_data,
+    resample_groups,
+)
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.prepare import prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.observed import check_drawable
-from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
+from pyro_vae.programs.site_arrays import inner_dims
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 __all__ = ["to_arviz"]
 
 logger = logging.getLogger(__name__)
+
+# How draws of the guide are brought closer to the posterior: Pareto-smoothed importance sampling.
+Resampling: TypeAlias = Literal["psis"]
 
 _DATUM = "datum"
 _WITHOUT_DRAWS = ("observed_data", "constant_data")
@@ -35,14 +47,14 @@ def to_arviz(
     guide: Program,
     *batch: Any,
     num_draws: int = 1000,
-    resample: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    resample: Resampling | None = None,
+    coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     data_plate: DataPlate = None,
     predictive: bool = True,
     given: GivenValues | None = None,
     seed: int | None = None,
-) -> Any:
+) -> Container:
     """Return draws of the guide in ArviZ's container, one chain.
 
     InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. The groups: posterior
@@ -91,83 +103,32 @@ def to_arviz(
     num_draws = as_count("num_draws", num_draws)
     if resample not in (None, "psis"):
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
-    scorer, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
-    structure = scorer.structure
+    evaluator, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
+    structure = evaluator.structure
     if predictive:
-        check_drawable(structure, scorer.batch.device)
-    deterministic: DeterministicValues | None = None
-    blocks: dict[int, dict[str, list[dict[str, Tensor]]]] = {}
-    for chunk in scorer.chunks(num_draws):
-        block = blocks.setdefault(chunk.rows.start, {})
-        key = (chunk.rows.start, chunk.particles.start)
-        size = chunk.weights.num_particles
-        summed = scorer.draw_summed_out(chunk.rows, chunk.values, (6, *key))
-        values = {**chunk.values, **summed}
-        if deterministic is None:
-            deterministic = DeterministicValues(scorer, chunk.rows, values)
-        found = {
-            "posterior": scorer.by_datum({n: v for n, v in values.items() if n in structure.sites}),
-            "log_likelihood": scorer.site_log_likelihood(chunk.rows, values),
-            "sample_stats": {
-                "log_p": chunk.weights.log_joint,
-                "log_q": chunk.weights.log_guide,
-                "log_weight": chunk.weights.total,
-            },
-        }
-        found["posterior"] |= deterministic(chunk.rows, values)
-        prior = scorer.predict(chunk.rows, size, None, (4, *key), observed=predictive)
-        found["prior"] = {n: v for n, v in prior.items() if not _is_observed(structure, n)}
-        if predictive:
-            drawn = scorer.predict(chunk.rows, size, values, (3, *key))
-            found["posterior_predictive"] = {
-                n: v for n, v in drawn.items() if _is_observed(structure, n)
-            }
-            found["prior_predictive"] = {
-                n: v for n, v in prior.items() if _is_observed(structure, n)
-            }
-        for group, variables in found.items():
-            block.setdefault(group, []).append(variables)
-    sites = {} if deterministic is None else deterministic.sites
-    groups = _join(list(blocks.values()), {n for n, s in sites.items() if s.data_axis is None})
-    if data_plate is False:
-        groups["sample_stats"] = {
-            name: value[:, 0] for name, value in groups["sample_stats"].items()
-        }
+        check_drawable(structure, evaluator.batch.device)
+    groups, deterministic = draw_groups(evaluator, num_draws, predictive=predictive)
     log_weight = groups["sample_stats"]["log_weight"]
     smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
-    if resample == "psis":
-        index = smoothed.draw(num_draws, [scorer.seed, 5])
-        _resample(groups, index, [n for n, s in sites.items() if s.data_axis is None])
-    groups["constant_data"] = {
-        "pareto_k": smoothed.pareto_k,
-        "ess": smoothed.ess,
-    }
     doubt = doubts(smoothed.pareto_k, smoothed.ess, num_draws)
-    if resample == "psis" and doubt:
-        logger.warning("to_arviz: resampled draws, %s", doubt)
-    if resample is None and scorer.outside:
-        logger.warning(
-            "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
-            "model, through %s: they are no draws of a posterior. Take resample='psis'",
-            int(np.isneginf(log_weight).sum()),
-            log_weight.size,
-            ", ".join(scorer.outside),
-        )
-    groups["observed_data"] = {
-        site.name: leading_datum(_with_missing(site), site, structure).detach().cpu().numpy()
-        for site in structure.observed
-    }
-    _leave_out(groups, structure)
-    arrays = {
-        group: {
-            name: value if group in _WITHOUT_DRAWS else value[np.newaxis]
-            for name, value in variables.items()
-        }
-        for group, variables in groups.items()
-    }
-    names, labels = _names(structure, groups, list(sites.values()), coords, dims)
-    return arviz_bridge.container(
-        arrays,
+    if resample is None:
+        _warn_of_outside(evaluator, log_weight)
+    else:
+        index = smoothed.draw(num_draws, [evaluator.seed, RESAMPLING])
+        resample_groups(groups, index, [site.name for site in deterministic if not site.per_datum])
+        if doubt:
+            logger.warning("to_arviz: resampled draws, %s", doubt)
+    groups["constant_data"] = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
+    groups["observed_data"] = observed_data(structure)
+    hide_absent(groups, structure)
+    names, labels = _names(structure, groups, deterministic, coords, dims)
+    return container(
+        {
+            group: variables
+            if group in _WITHOUT_DRAWS
+            else {name: value[np.newaxis] for name, value in variables.items()}
+            for group, variables in groups.items()
+        },
         coords=labels,
         dims=names,
         attrs={
@@ -180,96 +141,25 @@ def to_arviz(
     )
 
 
-def _leave_out(groups: dict[str, dict[str, np.ndarray]], structure: Structure) -> None:
-    """Write NaN where the model's masks say that there is no value: padding, for example."""
-    for site in structure.sites.values():
-        out = site.left_out
-        if site.missing is not None:
-            out = out & ~site.missing  # a missing value is there, and drawn
-        if not bool(out.any()):
-            continue
-        absent = leading_datum(out, site, structure).cpu().numpy()
-        for group in ("posterior", "posterior_predictive", "prior", "prior_predictive"):
-            if site.name in groups.get(group, {}):
-                value = groups[group][site.name]
-                groups[group][site.name] = np.where(absent, np.nan, value).astype(
-                    np.result_type(value.dtype, np.float32)
-                )
-        if site.name in groups["observed_data"]:
-            observed = groups["observed_data"][site.name]
-            groups["observed_data"][site.name] = np.where(absent, np.nan, observed)
-
-
-def _join(
-    blocks: list[dict[str, list[dict[str, Tensor]]]], without_data: Collection[str]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Join chunks of draws along the first dimension, and blocks of data along the second.
-
-    Args:
-        blocks: a group's chunks, by its name, of each block.
-        without_data: variables of which each block says the same.
-    """
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    for group in blocks[0]:
-        groups[group] = {}
-        for name in blocks[0][group][0]:
-            parts = [
-                np.concatenate([chunk[name].detach().cpu().numpy() for chunk in block[group]])
-                for block in blocks
-            ]
-            one = len(parts) == 1 or name in without_data
-            groups[group][name] = parts[0] if one else np.concatenate(parts, axis=1)
-    return groups
-
-
-def _resample(
-    groups: dict[str, dict[str, np.ndarray]], index: np.ndarray, without_data: Collection[str]
-) -> None:
-    """Replace the draws of each datum by some of them, by number [S, N].
-
-    Args:
-        groups: replaced in place.
-        index: the numbers.
-        without_data: variables of the posterior that are of no datum's draws, and left out.
-    """
-    whole = groups["sample_stats"].pop("log_weight").ndim == 1  # one datum, no datum dimension
-    if not whole:
-        posterior = groups["posterior"]
-        for name in without_data:
-            if (posterior[name] == posterior[name][:1]).all():  # the same whatever is drawn
-                continue
-            del posterior[name]
-            logger.warning(
-                "to_arviz: the deterministic site %r is of no datum, and draws are resampled "
-                "datum by datum: it is left out",
-                name,
-            )
-    for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
-        for name, value in groups.get(group, {}).items():
-            if whole:
-                groups[group][name] = value[index[:, 0]]
-            elif name not in without_data:
-                groups[group][name] = value[index, np.arange(index.shape[1])]
-
-
-def _with_missing(site: Site) -> Tensor:
-    """Return a site's observed value in its likelihood's shape, NaN where it is missing."""
-    value = site.value if site.missing is None else site.value.masked_fill(site.missing, np.nan)
-    shape = torch.broadcast_shapes(value.shape, (*site.batch_shape, *site.event_shape))
-    return value.broadcast_to(shape)
-
-
-def _is_observed(structure: Structure, name: str) -> bool:
-    return structure.sites[name].kind == "observed"
+def _warn_of_outside(evaluator: Evaluator, log_weight: np.ndarray) -> None:
+    """Log how many draws have no density under the model, where some have none."""
+    if evaluator.outside:
+        logger.warning(
+            "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
+            "model, through %s: they are no draws of a posterior. Take resample='psis'",
+            int(np.isneginf(log_weight).sum()),
+            log_weight.size,
+            ", ".join(evaluator.outside),
+        )
 
 
 def _names(
     structure: Structure,
-    groups: Mapping[str, Mapping[str, np.ndarray]],
+    groups: Groups,
     deterministic: Sequence[DeterministicSite],
-    coords: Mapping[str, Any] | None,
+    coords: Mapping[str, ArrayLike] | None,
     dims: Mapping[str, Sequence[str]] | None,
-) -> tuple[dict[str, list[str]], dict[str, Any]]:
+) -> tuple[dict[str, list[str]], dict[str, ArrayLike]]:
     """Return the dimension names of every variable, and the labels of the dimensions."""
     labels = dict(coords or {})
     lead = [] if structure.data_plate is None else [_DATUM]
@@ -278,7 +168,7 @@ def _names(
     given = dict(dims or {})
     tails = {name: (lead, inner_dims(site, structure)) for name, site in structure.sites.items()}
     for site in deterministic:
-        tails[site.name] = ([] if site.data_axis is None else lead, list(site.dims))
+        tails[site.name] = (lead if site.per_datum else [], list(site.dims))
     if unknown := set(given) - set(tails):
         raise ValueError(
             f"dims names {sorted(unknown)}, which are not sites of the model: {sorted(tails)}"

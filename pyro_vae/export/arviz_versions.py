@@ -37,7 +37,7 @@ _DATA_GROUPS = ("observed_data", "constant_data")
 def container(
     groups: Mapping[str, Mapping[str, ArrayLike]],
     *,
-    coords: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Container:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from pyro_vae.particles.evaluator import DeterministicNode, Evaluator
 from pyro_vae.programs.agreement import agree
+from pyro_vae.programs.sites import Plate
+from pyro_vae.programs.types import ModeName, Values
 
 __all__ = ["DeterministicSite", "DeterministicValues"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DeterministicSite:
-    """What a single run says of a site.
+    """The shape of a site's value in a run of a single particle.
 
     Attributes:
         name: its name.
@@ -33,6 +35,11 @@ class DeterministicSite:
     data_axis: int | None
     dims: tuple[str, ...]
 
+    @property
+    def per_datum(self) -> bool:
+        """Whether it has a value for each datum."""
+        return self.data_axis is not None
+
 
 class DeterministicValues:
     """Computes the sites' values for particles, run by plate, by repeat or in a loop.
@@ -42,83 +49,69 @@ class DeterministicValues:
     that differs, or has another shape, is run in a loop.
 
     Args:
-        scorer: of the model.
+        evaluator: of the model.
         rows: a block of data.
         values: latent site to ``[K, *plates, *event]``, for that block.
     """
 
-    def __init__(self, scorer: Evaluator, rows: slice, values: Mapping[str, Tensor]) -> None:
-        self._scorer = scorer
+    def __init__(self, evaluator: Evaluator, rows: slice, values: Values) -> None:
+        self._evaluator = evaluator
         few = {name: value[:2] for name, value in values.items()}
-        alone = scorer.deterministic_nodes(rows, few, alone=True)
-        self._found = self._look(rows, few, alone)
-        self.sites: dict[str, DeterministicSite] = {s.name: s for s in self._found}
+        self.sites: dict[str, DeterministicSite] = self._look(rows, few)
         self._alone = not self._agrees(rows, few)
 
-    def __call__(self, rows: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, rows: slice, values: Values) -> dict[str, Tensor]:
         """Return the sites' values for a block, ``[K, N, ...]``; without N where it has none."""
         if not self.sites:
             return {}
         folded = self._folded(rows, values, self._alone)
         if folded is None:
             raise RuntimeError("deterministic sites have other shapes than in the first run")
-        return {
-            name: value
-            if self.sites[name].data_axis is None
-            # After the particles comes the datum.
-            else value.movedim(1 + (self.sites[name].data_axis or 0), 1)
-            for name, value in folded.items()
-        }
+        for name, site in self.sites.items():
+            if site.data_axis is not None:  # after the particles comes the datum
+                folded[name] = folded[name].movedim(1 + site.data_axis, 1)
+        return folded
 
-    def _look(
-        self, rows: slice, few: Mapping[str, Tensor], alone: Mapping[str, list[DeterministicNode]]
-    ) -> list[DeterministicSite]:
+    def _look(self, rows: slice, few: Values) -> dict[str, DeterministicSite]:
         """Return the sites; those whose value is of all the data at once are left out."""
-        scorer, size = self._scorer, rows.stop - rows.start
+        evaluator, size = self._evaluator, rows.stop - rows.start
+        alone = evaluator.deterministic_nodes(rows, few, alone=True)
         fewer: Mapping[str, list[DeterministicNode]] = {}
-        if scorer.splittable and size > 1:
+        if evaluator.splittable and size > 1:
             half = slice(rows.start, rows.start + (size + 1) // 2)
-            some = scorer.take_data(few, slice(0, (size + 1) // 2), size)
-            fewer = scorer.deterministic_nodes(half, some, alone=True)
-        found = []
-        for name, nodes in alone.items():
-            node, less = nodes[0], fewer.get(name)
-            axis = _data_axis(node, None if less is None else less[0], size, scorer)
-            depends = (
-                axis is None
-                and less is not None
-                and not agree(node.value, less[0].value)
-                and len(scorer.data_blocks()) > 1
-            )
-            if depends:
+            some = evaluator.take_data(few, slice(0, (size + 1) // 2), size)
+            fewer = evaluator.deterministic_nodes(half, some, alone=True)
+        found = {}
+        for name, (node, *_) in alone.items():
+            less = fewer[name][0] if name in fewer else None
+            axis = _data_axis(node, less, size, evaluator.structure.data_plate)
+            of_all = axis is None and less is not None and not agree(node.value, less.value)
+            if of_all and len(evaluator.data_blocks()) > 1:
                 logger.warning(
                     "the deterministic site %r is made of all the data at once, which are drawn "
                     "in blocks: it is left out",
                     name,
                 )
                 continue
-            plate = scorer.structure.data_plate
-            dims = _dims(name, node, axis, None if plate is None else plate.name)
-            found.append(DeterministicSite(name, node.value.ndim, axis, dims))
+            dims = _dims(name, node, axis, evaluator.structure.data_plate)
+            found[name] = DeterministicSite(name, node.value.ndim, axis, dims)
         return found
 
-    def _agrees(self, rows: slice, few: Mapping[str, Tensor]) -> bool:
-        """Whether values for particles together are those of particles alone."""
+    def _agrees(self, rows: slice, few: Values) -> bool:
+        """Return whether values for particles together are those of particles alone."""
         together, alone = (self._folded(rows, few, each) for each in (False, True))
         if together is None or alone is None:
             return False
         return all(agree(together[name], alone[name]) for name in self.sites)
 
-    def _folded(
-        self, rows: slice, values: Mapping[str, Tensor], alone: bool
-    ) -> dict[str, Tensor] | None:
+    def _folded(self, rows: slice, values: Values, alone: bool) -> dict[str, Tensor] | None:
         """Return values as ``[K, *single run]``; None where a shape is not to be understood."""
         num_particles = next(iter(values.values())).shape[0]
-        found = self._scorer.deterministic_nodes(rows, values, alone=alone)
+        found = self._evaluator.deterministic_nodes(rows, values, alone=alone)
         folded = {}
         for name, site in self.sites.items():
             each = [node.value for node in found.get(name, [])]
-            value = _by_particle(each, site, num_particles, self._scorer.modes["model"], alone)
+            value = _by_particle(each, site, num_particles, self._evaluator.modes["model"], alone)
             if value is None:
                 return None
             folded[name] = value
@@ -126,8 +119,17 @@ class DeterministicValues:
 
 
 def _by_particle(
-    each: list[Tensor], site: DeterministicSite, num_particles: int, mode: str, alone: bool
+    each: list[Tensor], site: DeterministicSite, num_particles: int, mode: ModeName, alone: bool
 ) -> Tensor | None:
+    """Return a site's value as ``[K, *single run]``; None where a shape is not to be understood.
+
+    Args:
+        each: its value in each run.
+        site: its shape in a run of one particle.
+        num_particles: K.
+        mode: how the model ran.
+        alone: whether particles ran one by one instead.
+    """
     if alone or mode == "loop":
         return torch.stack(each) if len(each) == num_particles else None
     (value,) = each
@@ -145,10 +147,17 @@ def _by_particle(
 
 
 def _data_axis(
-    node: DeterministicNode, less: DeterministicNode | None, size: int, scorer: Evaluator
+    node: DeterministicNode, less: DeterministicNode | None, size: int, plate: Plate | None
 ) -> int | None:
-    """Return the axis whose length is the number of data."""
-    plate, shape = scorer.structure.data_plate, node.value.shape
+    """Return the axis whose length is the number of data.
+
+    Args:
+        node: the site in a run on ``size`` data.
+        less: in a run on fewer.
+        size: how many.
+        plate: that of the data.
+    """
+    shape = node.value.shape
     if plate is None:
         return None
     if node.event_ndim is not None and plate.name in {p.name for p in node.plates}:
@@ -161,7 +170,7 @@ def _data_axis(
 
 
 def _dims(
-    name: str, node: DeterministicNode, data_axis: int | None, data_plate: str | None
+    name: str, node: DeterministicNode, data_axis: int | None, data_plate: Plate | None
 ) -> tuple[str, ...]:
     """Return the names of the axes but the data's: of plates, where sizes fit."""
     shape = node.value.shape
@@ -172,7 +181,7 @@ def _dims(
         if all(
             axis >= 0
             and shape[axis] == plate.size
-            and (plate.name != data_plate or axis == data_axis)
+            and (data_plate is None or plate.name != data_plate.name or axis == data_axis)
             for axis, plate in found.items()
         ):
             plates = {axis: plate.name for axis, plate in found.items()}

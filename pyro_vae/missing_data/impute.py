@@ -9,9 +9,7 @@ r"""Missing values drawn given the seen ones, by importance resampling.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,124 +17,23 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.diagnostics.pareto_k import doubts
 from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
-from pyro_vae.particles.estimators import calibrated, skewness_of
+from pyro_vae.missing_data.imputation import Imputation
+from pyro_vae.missing_data.moments import WeightedMoments
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.observed import check_drawable
-from pyro_vae.programs.sites import Site, Structure, inner_dims, leading_datum
-from pyro_vae.programs.types import DataPlate, GivenValues, Program
+from pyro_vae.programs.site_arrays import absent, array_of, inner_dims
+from pyro_vae.programs.sites import Site, Structure, names_of
+from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
-__all__ = ["Imputation", "impute"]
+__all__ = ["impute"]
 
 # First in the key of a random stream: what it is for (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
-# Powers of the weights and of the values whose products make mean, sd, error and skewness.
-_DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
-
-
-@dataclass(frozen=True)
-class Imputation:
-    """The result of :func:`impute`.
-
-    Attributes:
-        dataset: of each site with missing values, here ``x``, over the data: ``x``, its draws
-            (dims draw, datum, ...), seen values in place; ``x_observed``, which values were seen;
-            ``x_mean`` and ``x_sd`` of each missing value given what is seen, and
-            ``x_mean_se``, the Monte Carlo standard error of that mean (of a seen value: itself, 0
-            and 0). ``pareto_k`` and ``ess`` of each datum's importance weights. Without the
-            dimension datum where the batch is treated as one.
-        sites: the names of these sites.
-        num_particles: K, particles for each datum.
-    """
-
-    dataset: xr.Dataset
-    sites: tuple[str, ...]
-    num_particles: int
-
-    def plot(
-        self,
-        *,
-        site: str | None = None,
-        shape: tuple[int, int] | None = None,
-        truth: Any = None,
-        num_columns: int = 10,
-        num_draws: int = 3,
-        unit: str = "intensity",
-    ) -> Any:
-        """Draw images: what is seen, its mean imputation, draws, and the truth; a column per datum.
-
-        Needs the extra ``plots``.
-
-        Args:
-            site: which site; may be left out where there is one.
-            shape: (height, width); may be left out for images that are square or [N, H, W].
-            truth: the whole images, [N, H * W] or [N, H, W], if they are known.
-            num_columns: how many data, from the first.
-            num_draws: how many draws of each.
-            unit: what the grey scale measures.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: for a site that is not there, or images of another shape.
-        """
-        from pyro_vae.plots.imputation import plot_imputation
-
-        if site is None and len(self.sites) > 1:
-            raise ValueError(f"site=None: the sites {list(self.sites)} were imputed; name one")
-        name = self.sites[0] if site is None else site
-        if name not in self.sites:
-            raise ValueError(f"site={site!r}: the imputed sites are {list(self.sites)}")
-        draws = self.dataset[name].values[:num_draws]
-        mean = self.dataset[f"{name}_mean"].values
-        if "datum" not in self.dataset.dims:
-            raise ValueError("the batch was treated as one datum: there are no rows to draw")
-        if shape is None:
-            shape = _image_shape(mean.shape[1:])
-        rows = len(mean)
-        return plot_imputation(
-            mean.reshape(rows, -1),
-            draws.reshape(len(draws), rows, -1),
-            self.dataset[f"{name}_observed"].values.reshape(rows, -1),
-            shape,
-            truth=None if truth is None else np.asarray(truth).reshape(rows, -1),
-            num_columns=num_columns,
-            unit=unit,
-        )
-
-    @property
-    def doubt(self) -> str:
-        """For how many data weights, and so means and errors, are not to be trusted, in words."""
-        data = self.dataset
-        return doubts(data["pareto_k"].values, data["ess"].values, self.num_particles)
-
-    def __repr__(self) -> str:
-        data = self.dataset
-        k_hat = np.atleast_1d(data["pareto_k"].values)
-        lines = []
-        for name in self.sites:
-            missing = ~data[f"{name}_observed"].values
-            sd, error = (data[f"{name}_{what}"].values[missing] for what in ("sd", "mean_se"))
-            per_datum = missing.reshape(len(k_hat), -1).any(1)
-            lines.append(
-                f"{name}: {missing.sum()} of {missing.size} values missing, in {per_datum.sum()} "
-                f"of {len(k_hat)} data; median sd {np.median(sd):.3g}, median standard error of "
-                f"the mean {np.median(error):.2g}"
-            )
-        return "\n".join(
-            [
-                *lines,
-                f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median "
-                f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}"
-                + (f"; {self.doubt}" if self.doubt else ""),
-            ]
-        )
 
 
 def impute(
@@ -204,8 +101,25 @@ def impute(
     """
     num_draws = as_count("num_draws", num_draws)
     num_particles = as_count("num_particles", num_particles)
-    scorer, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
-    structure = scorer.structure
+    evaluator, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
+    structure = evaluator.structure
+    sites = _with_missing(structure)
+    check_drawable(structure, evaluator.batch.device)
+    names = tuple(names_of(sites))
+    blocks = [
+        _impute_block(evaluator, list(chunks), names, num_draws)
+        for chunks in by_block(evaluator.chunks(num_particles))
+    ]
+    dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
+    return Imputation(dataset, names, num_particles)
+
+
+def _with_missing(structure: Structure) -> list[Site]:
+    """Return the sites to impute.
+
+    Raises:
+        ValueError: where there are none, or no latent site tells of them.
+    """
     if not (structure.local_latents or structure.global_latents):
         raise ValueError(
             "impute: the model has no latent site, so what is missing does not depend on what was "
@@ -218,65 +132,63 @@ def impute(
         raise ValueError(
             "impute: no observed value is missing. A missing value is NaN in the data, or False "
             "in a mask, of a model in pyro_vae.MissingData; the observed sites are "
-            f"{[site.name for site in structure.observed]}"
+            f"{names_of(structure.observed)}"
         )
-    check_drawable(structure, scorer.batch.device)
-    names = tuple(site.name for site in sites)
-    blocks = [
-        _impute_block(scorer, list(chunks), names, num_draws)
-        for chunks in by_block(scorer.chunks(num_particles))
-    ]
-    dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
-    return Imputation(dataset, names, num_particles)
+    return sites
 
 
 def _impute_block(
-    scorer: Evaluator, chunks: Sequence[Chunk], names: Sequence[str], num_draws: int
+    evaluator: Evaluator, chunks: Sequence[Chunk], names: Sequence[str], num_draws: int
 ) -> dict[str, np.ndarray]:
     """Return draws, means, sds and standard errors of one block of data, by variable name.
 
     With a dimension of data in front, of size one where the batch is one datum.
     """
     rows = chunks[0].rows
-    parts: dict[str, list[Tensor]] = {}
-    for chunk in chunks:
-        key = (_SUMMED_OUT, rows.start, chunk.particles.start)
-        summed = scorer.draw_summed_out(rows, chunk.values, key)
-        for name, value in {**chunk.values, **summed}.items():
-            if name in scorer.structure.sites:  # not the guide's auxiliary ones
-                parts.setdefault(name, []).append(value)
-    latents = {name: torch.cat(values) for name, values in parts.items()}
+    latents = _latents(evaluator, chunks)
     total = LogWeights.concatenate([chunk.weights for chunk in chunks], 0).total
     smoothed = SmoothedWeights.of(total.T.cpu().numpy())
+    index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING, rows.start])
+    chosen = _choose(latents, torch.as_tensor(index).to(total.device), evaluator.structure)
+    drawn = list(_predicted(evaluator, rows, chosen, _DRAWS))
+    moments = {name: WeightedMoments(smoothed.weights) for name in names}
+    for piece in _predicted(evaluator, rows, latents, _MOMENTS):
+        for name in names:
+            moments[name].update(piece[name])
     found = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
-    index = smoothed.draw(num_draws, [scorer.seed, _RESAMPLING, rows.start])
-    chosen = _choose(latents, torch.as_tensor(index).to(total.device), scorer.structure)
-    drawn = list(_predicted(scorer, rows, chosen, _DRAWS))
-    moments = _moments(_predicted(scorer, rows, latents, _MOMENTS), names, smoothed.weights)
     for name in names:
-        draws = torch.cat([values[name] for values in drawn]).cpu().numpy()
-        found[name] = draws.swapaxes(0, 1)
-        found.update({f"{name}_{what}": value for what, value in moments[name].items()})
+        found[name] = torch.cat([values[name] for values in drawn]).cpu().numpy().swapaxes(0, 1)
+        found |= {f"{name}_{what}": value for what, value in moments[name].results().items()}
     return found
 
 
+def _latents(evaluator: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+    """Return the latents of a block's particles, summed-out ones drawn from their posterior."""
+    parts: dict[str, list[Tensor]] = {}
+    for chunk in chunks:
+        key = (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
+        summed = evaluator.draw_summed_out(chunk.rows, chunk.values, key)
+        for name, value in {**chunk.values, **summed}.items():
+            if name in evaluator.structure.sites:  # not the guide's auxiliary ones
+                parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
 def _predicted(
-    scorer: Evaluator, rows: slice, latents: Mapping[str, Tensor], purpose: int
+    evaluator: Evaluator, rows: slice, latents: Values, purpose: int
 ) -> Iterator[dict[str, Tensor]]:
     """Draw the observed sites given latents, piece by piece: ``[k, N, *inner, *event]``."""
     num_draws = next(iter(latents.values())).shape[0]
-    step = max(1, scorer.chunk_pairs // (rows.stop - rows.start))
+    step = max(1, evaluator.chunk_pairs // (rows.stop - rows.start))
     for start in range(0, num_draws, step):
         some = {name: value[start : start + step] for name, value in latents.items()}
         size = min(step, num_draws - start)
-        drawn = scorer.predict(rows, size, some, (purpose, rows.start, start))
-        one_datum = scorer.structure.data_dim is None
+        drawn = evaluator.predict(rows, size, some, (purpose, rows.start, start))
+        one_datum = evaluator.structure.data_dim is None
         yield {name: v.unsqueeze(1) if one_datum else v for name, v in drawn.items()}
 
 
-def _choose(
-    latents: Mapping[str, Tensor], index: Tensor, structure: Structure
-) -> dict[str, Tensor]:
+def _choose(latents: Values, index: Tensor, structure: Structure) -> dict[str, Tensor]:
     """Take particles index [S, N] of each datum from ``[K, *plates, *event]``."""
     if structure.data_dim is None:
         return {name: value[index[:, 0]] for name, value in latents.items()}
@@ -288,92 +200,26 @@ def _choose(
     return chosen
 
 
-def _moments(
-    drawn: Iterable[Mapping[str, Tensor]], names: Sequence[str], weights: np.ndarray
-) -> dict[str, dict[str, np.ndarray]]:
-    r"""Return the weighted mean, its standard error and the sd, of draws that come in pieces.
-
-    With weights that sum to one, the error is :math:`\sum_k \bar w_k^2 (x_k - \bar x)^2`, squared,
-    and calibrated (see :func:`pyro_vae.particles.modes.estimators.calibrated`) by the third moment.
-    """
-    # Sums of w^p x^d, of differences to the first draw: no cancellation.
-    sums: dict[str, list[Tensor]] = {}
-    first: dict[str, Tensor] = {}
-    num_particles = weights.shape[1]
-    squared, cubed = (torch.as_tensor((weights**power).sum(1)) for power in (2, 3))
-    start = 0
-    for piece in drawn:
-        for name in names:
-            x = piece[name].double().cpu()
-            x = x - first.setdefault(name, x[0])
-            w = torch.as_tensor(weights[:, start : start + len(x)].T)
-            terms = [
-                torch.einsum("kn,kn...->n...", w**power, x**degree) for power, degree in _DEGREES
-            ]
-            before = sums.get(name, [torch.zeros(())] * len(terms))
-            sums[name] = [a + b for a, b in zip(before, terms, strict=True)]
-        start += len(x)
-    result = {}
-    for name, (wx, wxx, vx, vxx, ux, uxx, uxxx) in sums.items():
-        v, u = (total.reshape(-1, *[1] * (wx.ndim - 1)) for total in (squared, cubed))
-        variance = (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0)
-        third = uxxx - 3 * wx * uxx + 3 * wx**2 * ux - wx**3 * u
-        # Each particle moves the mean by K w (x - mean).
-        skewed = skewness_of(num_particles * variance, num_particles**2 * third)
-        error = calibrated(variance.sqrt(), skewed, num_particles)
-        moments = {
-            "mean": wx + first[name],
-            # Of about one particle there is no spread to tell from.
-            "mean_se": torch.where(v < 0.9, error, math.nan),
-            "sd": (wxx - wx**2).clamp(min=0).sqrt(),
-        }
-        result[name] = {what: value.numpy() for what, value in moments.items()}
-    return result
-
-
 def _dataset(
     structure: Structure, sites: Sequence[Site], blocks: Sequence[Mapping[str, np.ndarray]]
 ) -> xr.Dataset:
     """Join blocks of data, and put the seen values in their places."""
     found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     lead = [] if structure.data_plate is None else ["datum"]
-    variables: dict[str, Any] = {}
+    if not lead:
+        found = {name: value[0] for name, value in found.items()}
+    variables: dict[str, tuple[Sequence[str], np.ndarray]] = {}
     for site in sites:
-        dims = lead + inner_dims(site, structure)
-        shape = (*site.batch_shape, *site.event_shape)
-        value, missing = (
-            leading_datum(torch.as_tensor(given).broadcast_to(shape), site, structure).cpu().numpy()
-            for given in (site.value, site.missing)
-        )
-        name = site.name
-        absent = leading_datum(site.left_out.broadcast_to(shape), site, structure).cpu().numpy()
-        value = np.where(absent & ~missing, np.nan, value)  # padding, or of another site
-        draws, mean, error, sd = (
-            found[key] if lead else found[key][0]
-            for key in (name, f"{name}_mean", f"{name}_mean_se", f"{name}_sd")
-        )
-        if lead:
-            draws = draws.swapaxes(0, 1)
+        name, dims = site.name, lead + inner_dims(site, structure)
+        missing = array_of(torch.as_tensor(site.missing), site, structure)
+        value = array_of(site.value, site, structure)
+        if (nowhere := absent(site, structure)) is not None:
+            value = np.where(nowhere, np.nan, value)  # padding, or of another site
+        draws = found[name].swapaxes(0, 1) if lead else found[name]
         variables[name] = (["draw", *dims], np.where(missing, draws, value))
         variables[f"{name}_observed"] = (dims, ~missing)
-        variables[f"{name}_mean"] = (dims, np.where(missing, mean, value))
-        variables[f"{name}_mean_se"] = (dims, np.where(missing, error, 0.0))
-        variables[f"{name}_sd"] = (dims, np.where(missing, sd, 0.0))
-    for key in ("pareto_k", "ess"):
-        variables[key] = (lead, found[key] if lead else found[key][0])
+        for what, seen in (("mean", value), ("mean_se", 0.0), ("sd", 0.0)):
+            variables[f"{name}_{what}"] = (dims, np.where(missing, found[f"{name}_{what}"], seen))
+    variables |= {name: (lead, found[name]) for name in ("pareto_k", "ess")}
     dataset = xr.Dataset(variables)
     return dataset.assign_coords({dim: np.arange(dataset.sizes[dim]) for dim in ("draw", *lead)})
-
-
-def _image_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a datum's shape, if it is plain; a single channel is."""
-    if len(shape) == 3 and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) == 2:
-        return shape[0], shape[1]
-    side = math.isqrt(math.prod(shape))
-    if len(shape) != 1 or side**2 != shape[0]:
-        raise ValueError(
-            f"shape=None: a datum has shape {list(shape)}, which is no square image; give shape"
-        )
-    return side, side

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.programs.nodes import is_enumerable, left_out, plain_distribution, plain_support
 
-__all__ = ["Plate", "Site", "Structure", "inner_dims", "leading_datum", "names_of"]
+__all__ = ["Plate", "Site", "Structure", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -175,23 +175,6 @@ class Structure:
                 "global_guide that knows its median; or pass data_plate=False to treat the whole "
                 "batch as one datum"
             )
-
-
-def leading_datum(value: Tensor, site: Site, structure: Structure) -> Tensor:
-    """Bring the data dimension of a site's ``[*batch, *event]`` values to the front."""
-    if structure.data_dim is None:
-        return value
-    return value.movedim(value.ndim - len(site.event_shape) + structure.data_dim, 0)
-
-
-def inner_dims(site: Site, structure: Structure) -> list[str]:
-    """Return names of a site's dimensions but the data's: inner plates, then ``<site>_dim_i``."""
-    batch = len(site.batch_shape)
-    inner = {batch + p.dim: p.name for p in site.plates if p != structure.data_plate}
-    data_axis = None if structure.data_dim is None else batch + structure.data_dim
-    axes = [axis for axis in range(batch) if axis != data_axis]
-    names = [inner.get(axis, f"{site.name}_dim_{i}") for i, axis in enumerate(axes)]
-    return names + [f"{site.name}_dim_{len(axes) + i}" for i in range(len(site.event_shape))]
 
 
 def names_of(things: Iterable[Site | Plate]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles import estimators
-from pyro_vae.particles.estimators import StreamingELBO, StreamingIWAE
+from pyro_vae.particles.estimators import Estimate, StreamingELBO, StreamingIWAE
 
 
 def log_weights(num_particles: int, num_data: int = 3) -> Tensor:
@@ -188,3 +188,16 @@ def test_mixture_is_the_mean_density():
 def test_nothing_seen(kind):
     with pytest.raises(ValueError, match="no log weights yet"):
         _ = kind().value
+
+
+def test_sums_and_differences_of_estimates_have_paired_errors():
+    torch.manual_seed(0)
+    weights = torch.randn(200, 3, dtype=torch.float64)
+    one, other = Estimate.elbo(weights + 2.0), Estimate.iwae(weights)
+    gap, total = one - other, one + other
+    torch.testing.assert_close(gap.value, estimators.elbo(weights) + 2.0 - other.value)
+    torch.testing.assert_close(gap.std_error, estimators.std_error(one.influence - other.influence))
+    assert (one - Estimate.elbo(weights)).std_error.max() < 1e-12
+    torch.testing.assert_close(total.skewness, estimators.skewness(one.influence + other.influence))
+    assert gap.mean == pytest.approx(gap.value.mean().item())
+    assert gap.mean_std_error == pytest.approx((gap.std_error.square().sum().sqrt() / 3).item())
