@@ -81,7 +81,8 @@ test-arviz1:
 	    $(VENV_ARVIZ1)/bin/python -m pip install --quiet 'arviz[h5netcdf,matplotlib]>=1,<2' pytest; \
 	    touch $(VENV_ARVIZ1)/installed; \
 	fi; \
-	$(VENV_ARVIZ1)/bin/python -m pytest --confcutdir=tests/export tests/export/test_arviz_versions.py $(PYTEST_ARGS)
+	$(VENV_ARVIZ1)/bin/python -m pytest --confcutdir=tests/export \
+	    tests/export/test_arviz_versions.py tests/diagnostics/test_psis.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_ARVIZ1) build dist demo-output docs/_build

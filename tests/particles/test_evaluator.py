@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 
 import pyro
 import pyro.distributions as dist
@@ -35,37 +34,6 @@ def exact():
     return model, model.data(7)
 
 
-# --- the exact posterior as guide ----------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 7, 23, 10_000])
-@pytest.mark.parametrize("particles", ["auto", "plate", "repeat", "loop"])
-def test_weights_of_the_exact_posterior_are_the_evidence(exact, particles, chunk_size):
-    model, x = exact
-    weights = pv.log_weights(
-        model, model.posterior, x, num_particles=11, particles=particles, chunk_size=chunk_size
-    )
-    assert weights.total.shape == (11, 7)
-    assert weights.total.std(0).max() < 1e-10
-    torch.testing.assert_close(
-        weights.total, model.log_evidence(x).expand(11, -1), rtol=0, atol=1e-10
-    )
-
-
-def test_the_three_parts_are_what_they_say(exact):
-    model, x = exact
-    scorer = Evaluator(model, model.posterior, as_batch(x), seed=0)
-    (chunk,) = scorer.chunks(4)
-    z = chunk.values["z"]
-    likelihood = dist.Normal(z @ model.loadings.T + model.mean, model.noise).log_prob(x).sum(-1)
-    torch.testing.assert_close(chunk.weights.log_likelihood, likelihood)
-    torch.testing.assert_close(chunk.weights.log_prior, dist.Normal(0.0, 1.0).log_prob(z).sum(-1))
-    posterior = torch.distributions.MultivariateNormal(
-        model.posterior_mean(x), precision_matrix=model.posterior_precision
-    )
-    torch.testing.assert_close(chunk.weights.log_guide, posterior.log_prob(z))
-
-
 # --- chunks and seeds change nothing -------------------------------------------------
 
 
@@ -80,17 +48,6 @@ def test_chunk_size_changes_no_result(num_data):
         part = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=chunk_size)
         torch.testing.assert_close(part.total, whole.total, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
-
-
-def test_more_particles_are_the_same_and_others():
-    """The first hundreds of them do not depend on how many there are."""
-    model = factor_analysis()
-    x = model.data(300)
-    guide = pv.AmortizedGuide(model, encoder(6), example=x)
-    few, many = (
-        pv.log_weights(model, guide, x, num_particles=k, seed=3).log_guide for k in (100, 270)
-    )
-    torch.testing.assert_close(many[:100], few, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -119,31 +76,6 @@ def test_pieces_are_equal_where_they_can_be(count, most, step):
 )
 def test_draws_come_in_round_numbers(number, rounded):
     assert round_down(number) == rounded
-
-
-def test_one_seed_one_result_and_the_global_state_is_left_alone(exact):
-    model, x = exact
-    guide = pv.AmortizedGuide(model, encoder(6), example=x)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    first = pv.log_weights(model, guide, x, num_particles=4, seed=1)
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(first.total, pv.log_weights(model, guide, x, num_particles=4, seed=1).total)
-    other = pv.log_weights(model, guide, x, num_particles=4, seed=2)
-    assert not torch.equal(first.total, other.total)
-
-
-def test_without_a_seed_the_global_state_decides(exact):
-    model, x = exact
-    guide = pv.AmortizedGuide(model, encoder(6), example=x)
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(8)
-        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
-        draws.append(pv.log_weights(model, guide, x, num_particles=4).total)
-    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
-    assert not torch.equal(draws[0], draws[1])
 
 
 # --- how particles are run -------------------------------------------------------------
@@ -459,45 +391,6 @@ def test_two_latent_sites_and_two_observed_ones():
 # --- refusals -----------------------------------------------------------------------------
 
 
-def guide_with(*names):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            for name in names:
-                pyro.sample(name, dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-
-    return guide
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ((), "the guide has no sample statement for the model's latent sites ['z']; it has []"),
-        (("z", "u"), "the guide samples ['u'], which the model does not"),
-        (("z", "x"), "the guide proposes ['x'], which the model observes"),
-    ],
-)
-def test_a_guide_of_other_sites_is_refused(exact, names, message):
-    model, x = exact
-    with pytest.raises(ValueError, match=re.escape(message)):
-        pv.log_weights(model, guide_with(*names), x, num_particles=2)
-
-
-def test_bad_numbers_are_refused(exact):
-    model, x = exact
-    with pytest.raises(ValueError, match="num_particles=0: a whole number of at least 1"):
-        pv.log_weights(model, model.posterior, x, num_particles=0)
-    with pytest.raises(ValueError, match="chunk_size=0: a whole number of at least 1"):
-        pv.log_weights(model, model.posterior, x, num_particles=2, chunk_size=0)
-    with pytest.raises(ValueError, match="particles='fast'"):
-        pv.log_weights(model, model.posterior, x, num_particles=2, particles="fast")
-    with pytest.raises(ValueError, match=r"argument 0 .* NaN or infinite values in rows 2 \(1 of"):
-        pv.log_weights(
-            model, model.posterior, x.index_fill(0, torch.tensor([2]), torch.nan), num_particles=2
-        )
-    with pytest.raises(ValueError, match="the batch is empty"):
-        pv.log_weights(model, model.posterior, x[:0], num_particles=2)
-
-
 def test_a_model_that_draws_its_own_minibatch_is_refused(exact):
     def model(x):
         with pyro.plate("data", len(x), subsample_size=2) as index:
@@ -541,52 +434,6 @@ def test_methods_of_a_module_are_evaluated_in_eval_mode():
 
 
 # --- what is not one density per datum -------------------------------------------------
-
-
-def test_guides_joint_over_the_data_are_refused():
-    """AutoDiagonalNormal's one site is the whole batch's: no bound of a datum is in it."""
-    model = factor_analysis()
-    x = model.data(5)
-    for auto in (
-        pyro.infer.autoguide.AutoDiagonalNormal,
-        pyro.infer.autoguide.AutoMultivariateNormal,
-    ):
-        with pytest.raises(
-            ValueError, match=r"'_AutoD?i?a?.*_latent' has batch shape \[\].* 5 data"
-        ):
-            pv.log_weights(model, auto(model), x, num_particles=2)
-
-    def no_plate(x):
-        pyro.sample("z", dist.Normal(x.new_zeros(5, 3), 1.0).to_event(2))
-
-    with pytest.raises(ValueError, match=r"'z' has batch shape \[\]"):
-        pv.log_weights(model, no_plate, x, num_particles=2)
-
-
-def test_another_event_dimension_in_the_guide_is_refused():
-    def model(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x), dim=-2):
-            pyro.sample("z", dist.Normal(x.unsqueeze(1), 1.0).to_event(1))
-
-    with pytest.raises(ValueError, match=r"'z' has 0 event dimensions .* 1 in the guide"):
-        pv.log_weights(model, guide, torch.zeros(4, 3), num_particles=2, data_plate="data")
-
-
-def test_a_factor_in_the_guide_is_refused():
-    model = factor_analysis()
-
-    def guide(x):
-        model.posterior(x)
-        with pyro.plate("more", len(x)):
-            pyro.factor("adjust", torch.ones(len(x)), has_rsample=True)
-
-    with pytest.raises(ValueError, match=r"pyro.factor statements \['adjust'\]"):
-        pv.log_weights(model, guide, model.data(3), num_particles=2)
 
 
 @pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
@@ -716,13 +563,6 @@ def test_weights_that_are_not_numbers_are_refused():
 
     with pytest.raises(ValueError, match=r"log weights of data .* through log p\(x \| z\)"):
         pv.elbo(model, guide, torch.zeros(3), num_particles=50, seed=0)
-
-
-@pytest.mark.parametrize("seed", [-1, 0.5])
-def test_a_bad_seed_is_refused(exact, seed):
-    model, x = exact
-    with pytest.raises(ValueError, match="whole number of at least 0"):
-        pv.log_weights(model, model.posterior, x, num_particles=2, seed=seed)
 
 
 def test_many_data_and_a_network_that_takes_no_particles():

@@ -6,11 +6,18 @@ import logging
 
 import pyro
 import pyro.distributions as dist
+import torch
 
 import pyro_vae as pv
 from pyro_vae.programs.warned_once import forget, warn_once
-from tests.programs.test_plain_errors import X, guide
 from tests.runs import warned
+
+X = torch.linspace(-1.0, 1.0, 6)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
 
 
 def test_a_loop_of_losses_warns_once(caplog):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import numpy as np
@@ -12,56 +11,26 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 from torch import nn
-from torch.distributions import constraints
 
 import pyro_vae as pv
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.training.em import NonFiniteHalfStepError, em
 from tests.models import NormalModel
-
-
-def half_steps(result, kind):
-    history = result.history
-    return np.array(
-        [e for e, half in zip(history["elbo"], history["half_step"], strict=True) if half == kind]
-    )
-
+from tests.training.em_models import (
+    START,
+    half_steps,
+    hierarchical,
+    mixture,
+    mixture_data,
+    mixture_log_joint,
+    mixture_params,
+    spread,
+    spread_data,
+    spread_evidence,
+    wide,
+)
 
 # --- exact: a mixture of Gaussians ------------------------------------------------------------
-
-START = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-
-
-def mixture_params():
-    weights = pyro.param(
-        "weights", torch.full((3,), 1 / 3, dtype=torch.float64), constraint=constraints.simplex
-    )
-    means = pyro.param("means", START.clone())
-    scales = pyro.param(
-        "scales", torch.ones(3, 2, dtype=torch.float64), constraint=constraints.positive
-    )
-    return weights, means, scales
-
-
-def mixture(x):
-    weights, means, scales = mixture_params()
-    with pyro.plate("data", len(x)):
-        c = pyro.sample("c", dist.Categorical(weights))
-        pyro.sample("x", dist.Normal(means[c], scales[c]).to_event(1), obs=x)
-
-
-def mixture_log_joint(x):
-    weights, means, scales = mixture_params()
-    return weights.log() + dist.Normal(means, scales).log_prob(x.unsqueeze(1)).sum(-1)
-
-
-def mixture_data(num_data):
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[-2.0, 0.0], [1.0, 1.0], [2.0, -2.0]], dtype=torch.float64)
-    scales = torch.tensor([[0.5, 1.0], [1.0, 0.7], [0.8, 0.8]], dtype=torch.float64)
-    c = torch.randint(3, (num_data,), generator=generator)
-    noise = torch.randn(num_data, 2, generator=generator, dtype=torch.float64)
-    return centres[c] + scales[c] * noise
 
 
 def test_an_exact_mixture_against_scikit_learn():
@@ -114,40 +83,6 @@ def test_each_exact_e_step_gives_log_p_x():
     assert (half_steps(result, "E")[1:] > half_steps(result, "M")).all()
     assert result.history["iteration"] == [0, 1, 1, 2, 2, 3, 3]
     assert result.history["half_step"] == list("EMEMEME")
-
-
-def test_a_torch_optimizer_for_the_m_step():
-    """Twenty steps of Adam are no maximum; the ELBO goes up all the same."""
-    x = mixture_data(100)
-    result = em(
-        mixture,
-        ExactGuide(mixture, example=x),
-        x,
-        optim=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
-        m_steps=20,
-        num_iterations=5,
-        progress=False,
-    )
-    assert (np.diff(result.history["elbo"]) > -1e-12).all()
-    assert half_steps(result, "E")[-1] > half_steps(result, "E")[0] + 0.1
-
-
-def test_an_m_step_that_gains_nothing_is_undone():
-    x = mixture_data(50)
-    mixture(x)
-    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
-    result = em(
-        mixture,
-        ExactGuide(mixture, example=x),
-        x,
-        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e3),
-        m_steps=1,
-        num_iterations=1,
-        progress=False,
-    )
-    after = dict(pyro.get_param_store().items())
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert result.history["elbo"][0] == pytest.approx(result.history["elbo"][2], abs=1e-12)
 
 
 # --- variational: probabilistic principal components ------------------------------------------
@@ -237,14 +172,6 @@ def test_variational_em_reaches_the_maximum_likelihood():
 # --- points -----------------------------------------------------------------------------------
 
 
-def hierarchical(x):
-    """A Normal mean of Normal means: z ~ Normal(mean, 1), x ~ Normal(z, 1)."""
-    mean = pyro.param("mean", torch.tensor(0.0, dtype=torch.float64))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
 def test_map_em():
     """Points: z = (x + mean) / 2, mean = mean of z; the fixed point is the mean of x.
 
@@ -267,52 +194,6 @@ def test_map_em():
 
 
 # --- Monte Carlo ------------------------------------------------------------------------------
-
-
-def spread(x):
-    """z ~ Normal(mean, scale), x ~ Normal(z, 1): x ~ Normal(mean, sqrt(scale^2 + 1))."""
-    mean = pyro.param("mean", torch.tensor(0.0, dtype=torch.float64))
-    scale = pyro.param(
-        "scale", torch.tensor(1.0, dtype=torch.float64), constraint=constraints.positive
-    )
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, scale))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def spread_evidence(x, mean, scale):
-    return dist.Normal(mean, (scale**2 + 1) ** 0.5).log_prob(x).mean().item()
-
-
-def wide(x):
-    """Near the posterior, and wider."""
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.7 * x + 0.6, 1.2))
-
-
-def spread_data(num_data):
-    generator = torch.Generator().manual_seed(1)
-    return 2 + 5**0.5 * torch.randn(num_data, generator=generator, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("e_step", "options"),
-    [
-        ("importance", {"num_particles": 400}),
-        pytest.param("nuts", {"num_particles": 200, "num_iterations": 8}, marks=pytest.mark.slow),
-    ],
-)
-def test_monte_carlo_em_reaches_the_maximum_likelihood(e_step, options):
-    """The evidence told is right within 4 errors, and that of the maximum to 2e-3 nats."""
-    x = spread_data(40)
-    result = em(spread, wide, x, e_step=e_step, progress=False, **options)
-    mean, scale = (pyro.param(name).detach() for name in ("mean", "scale"))
-    exact = spread_evidence(x, mean, scale)
-    best = spread_evidence(x, x.mean(), (x.var(correction=0) - 1).sqrt())
-    assert 0 < result.elbo_std_error < 0.02
-    assert abs(result.elbo - exact) < 4 * result.elbo_std_error
-    assert 0 <= best - exact < 2e-3
-    assert half_steps(result, "E")[0] < result.elbo - 0.2
 
 
 def test_the_elbo_of_a_monte_carlo_m_step():
@@ -390,27 +271,6 @@ def test_float32():
     result = em(model, ExactGuide(model, example=x), x, num_iterations=10, progress=False)
     assert (np.diff(result.history["elbo"]) > -1e-5).all()
     assert result.elbo > result.history["elbo"][0] + 0.1
-
-
-def test_noise_ends_a_run():
-    """Sixteen draws cannot tell 1e-9 nats: that is said, and not called convergence."""
-    x = spread_data(20)
-    result = em(
-        spread, wide, x, e_step="importance", num_particles=16, tolerance=1e-9, progress=False
-    )
-    assert result.stopped_by == "noise" and not result.converged
-    assert result.iterations < 100
-
-
-def test_a_guide_far_from_the_posterior_is_told(caplog):
-    def far(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_full((), -8.0), 1.0))
-
-    x = spread_data(20)
-    with caplog.at_level(logging.WARNING):
-        em(spread, far, x, e_step="importance", num_iterations=1, progress=False)
-    assert "of 20 data had an effective sample size below 10" in caplog.text
 
 
 def test_one_seed_one_result():
@@ -495,44 +355,6 @@ def test_bad_arguments_are_refused(options, message):
         em(spread, wide, spread_data(5), progress=False, **options)
 
 
-def test_discrete_latents_have_no_nuts():
-    x = mixture_data(5)
-    with pytest.raises(ValueError, match=r"\['c'\] are discrete, and NUTS needs"):
-        em(mixture, wide, x, e_step="nuts", progress=False)
-
-
-@pytest.mark.parametrize("e_step", ["importance", "nuts"])
-def test_points_propose_nothing(e_step):
-    x = spread_data(5)
-    guide = pv.LocalGuide(spread, num_data=5, example=x, family=pv.families.Delta())
-    with pytest.raises(ValueError, match="is a point, which has none"):
-        em(spread, guide, x, e_step=e_step, progress=False)
-    auto = pyro.infer.autoguide.AutoDelta(
-        spread, create_plates=lambda x: pyro.plate("data", len(x))
-    )
-    auto(x)
-    with pytest.raises(ValueError, match="one and the same point each time"):
-        em(spread, auto, x, e_step=e_step, progress=False)
-
-
-def test_a_failing_m_step_is_named_and_undone():
-    """The gradient of sqrt at zero is infinite, and nan by the chain rule."""
-
-    def model(x):
-        mean = pyro.param("mean", torch.tensor(0.5, dtype=torch.float64))
-        broken = torch.where(mean > 2, (mean * 0).sqrt(), mean)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(broken, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    x = spread_data(5)
-    guide = pv.LocalGuide(model, num_data=5, example=x, family=pv.families.Delta())
-    with pytest.raises(NonFiniteHalfStepError, match="M-step of iteration 1") as caught:
-        em(model, guide, x, progress=False)
-    assert (caught.value.half_step, caught.value.iteration) == ("M", 1)
-    assert pyro.param("mean").item() == 0.5
-
-
 def test_an_infinite_elbo_is_named():
     def model(x):
         mean = pyro.param("mean", torch.tensor(0.5, dtype=torch.float64))
@@ -543,22 +365,6 @@ def test_an_infinite_elbo_is_named():
     with pytest.raises(NonFiniteHalfStepError, match="E-step of iteration 0") as caught:
         em(model, wide, spread_data(5), e_step="importance", progress=False)
     assert (caught.value.half_step, caught.value.iteration) == ("E", 0)
-
-
-def test_a_line_search_that_goes_too_far_comes_back():
-    """Outside (-1, 1) the density is nan; the maximum, at 0.9, is inside."""
-
-    def model(x):
-        shift = pyro.param("shift", torch.tensor(-0.9, dtype=torch.float64))
-        location = shift + 0 * (1 - shift**2).log()
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(location, 0.1))
-            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-
-    x = torch.full((6,), 0.9, dtype=torch.float64)
-    guide = pv.LocalGuide(model, num_data=6, example=x, family=pv.families.Delta())
-    em(model, guide, x, num_iterations=40, tolerance=1e-12, progress=False)
-    assert pyro.param("shift").item() == pytest.approx(0.9, abs=1e-3)
 
 
 def test_repr():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from itertools import chain, count
 
 import pyro
 import pyro.distributions as dist
@@ -14,66 +13,27 @@ import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
 from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.schedules import Constant, Cyclical, LinearWarmup, Schedule
 from pyro_vae.training import checkpoints
-from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
-from tests.models import NormalModel, factor_analysis
-
-HISTORY = [
-    "epoch",
-    "step",
-    "elbo",
-    "elbo_std_error",
-    "validation_elbo",
-    "validation_elbo_std_error",
-    "beta",
-]
-
-
-model = NormalModel()
-
-
-def make_data(num_data=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return 2**0.5 * torch.randn(num_data, 1, dtype=torch.float64, generator=generator)
-
-
-def make_guide(x, seed=0, fn=model):
-    """A linear encoder, whose optimum is the exact posterior."""
-    torch.manual_seed(seed)
-    return pv.AmortizedGuide(fn, nn.Linear(1, 1).double(), example=x)
-
-
-def exact_elbo(guide, x):
-    """Of the guide as it is, in closed form, [N]."""
-    location, log_scale = guide.family_params(x).detach().unbind(-1)
-    return model.elbo_of(x, location, log_scale.exp())
-
-
-def parameters_of(module):
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def run(x, guide=None, fn=model, **options):
-    guide = make_guide(x, fn=fn) if guide is None else guide
-    options = {"epochs": 2, "batch_size": 16, "progress": False} | options
-    return pv.fit(fn, guide, x, **options), guide
-
-
-def equal_histories(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name] == pytest.approx(other[name], rel=0, abs=0, nan_ok=True), name
-
+from tests.models import factor_analysis
+from tests.training.fits import (
+    HISTORY,
+    Drawn,
+    Fresh,
+    equal_histories,
+    exact_elbo,
+    make_data,
+    make_guide,
+    model,
+    parameters_of,
+    run,
+    same,
+)
 
 # --- where training arrives ----------------------------------------------------------
 
@@ -201,14 +161,6 @@ def test_one_datum_of_global_latents_with_an_autoguide():
         pv.fit(regression, guide, x, epochs=1, progress=False)
 
 
-def test_a_model_that_closes_over_its_data():
-    x = make_data()
-    guide = pv.LocalGuide(lambda: model(x), num_data=40, example=())
-    result = pv.fit(lambda: model(x), guide, (), max_steps=3, progress=False)
-    assert result.steps == 3
-    assert -4 < result.history["elbo"][-1] < -1  # per datum
-
-
 def test_a_mapping_and_a_device():
     x = make_data()
     guide = pv.AmortizedGuide(model, Named(), example={"x": x})
@@ -225,44 +177,6 @@ class Named(nn.Module):
 
     def forward(self, *, x):
         return self.net(x)
-
-
-# --- per datum, whatever the plate says ------------------------------------------------
-
-
-def subsampled(x):
-    with pyro.plate("data", 40, subsample=x):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-
-def test_a_subsampled_plate_gives_elbos_per_datum():
-    """The same guide, plate scaled or not: the same history, with a remainder of 8 too."""
-    x, validation = make_data(), make_data(21, seed=3)
-    frozen = {"epochs": 2, "batch_size": 16, "validation_data": validation}
-    frozen["optim"] = lambda ps: torch.optim.SGD(ps, lr=0.0)
-    plain, _ = run(x, **frozen)
-    scaled, guide = run(x, fn=subsampled, **frozen)
-    for name in HISTORY:
-        assert plain.history[name] == pytest.approx(scaled.history[name], rel=1e-12), name
-    # And both are right: 5 standard errors, by the exact ELBO.
-    error = plain.history["elbo_std_error"][0]
-    assert plain.history["elbo"][0] == pytest.approx(
-        exact_elbo(guide, x).mean().item(), abs=5 * error + 0.05
-    )
-
-
-def test_a_model_that_draws_its_own_minibatch():
-    x = make_data()
-
-    def draws(x):
-        with pyro.plate("data", 40, subsample_size=10) as index:
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[index])
-
-    result, _ = run(x, make_guide(x, fn=draws), fn=draws, epochs=None, max_steps=5)
-    assert result.steps == 5
-    assert all(-4 < elbo < -1 for elbo in result.history["elbo"])
 
 
 # --- one seed, one result --------------------------------------------------------------
@@ -292,148 +206,6 @@ def test_without_a_seed_the_global_state_decides():
     assert histories[0] == histories[1] != histories[2]
 
 
-def test_each_epoch_is_shuffled_anew():
-    x, batches = make_data(), []
-
-    class Recording(Trace_ELBO):
-        def loss_and_grads(self, model, guide, x):
-            batches.append(x.flatten().tolist())
-            return super().loss_and_grads(model, guide, x)
-
-    run(x, loss=Recording())
-    assert [len(batch) for batch in batches] == [16, 16, 8] * 2
-    first, second = (list(chain(*part)) for part in (batches[:3], batches[3:]))
-    assert first != second
-    assert first != x.flatten().tolist()
-    assert sorted(first) == sorted(second) == sorted(x.flatten().tolist())
-
-
-class Fresh:
-    """Data drawn anew for each epoch; remembers what it gave."""
-
-    def __init__(self, x):
-        self.x, self.given = x, []
-
-    def epoch(self, generator):
-        noise = torch.rand(self.x.shape, generator=generator, dtype=self.x.dtype)
-        self.given.append(self.x + 0.1 * noise)
-        return self.given[-1]
-
-
-def test_fresh_data_at_each_epoch():
-    x = make_data()
-    first, second = Fresh(x), Fresh(x)
-    run(first, make_guide(x), epochs=3)
-    run(second, make_guide(x), epochs=3)
-    assert len(first.given) == 4  # one to look at
-    assert same(first.given, second.given)
-    assert len({float(given[0]) for given in first.given}) == 4
-    other = Fresh(x)
-    run(other, make_guide(x), epochs=3, seed=1)
-    assert not torch.equal(first.given[1], other.given[1])
-
-
-class Drawn:
-    """Data drawn anew for each step, about those in a tuple; remembers what eager steps got."""
-
-    def __init__(self, x):
-        self.source, self.given = (x,), []
-
-    def draw(self, x):
-        drawn = x + 0.1 * torch.randn_like(x)
-        self.given.append(drawn.detach())
-        return (drawn,)
-
-
-def test_fresh_data_at_each_step():
-    x = make_data()
-    first, second = Drawn(x), Drawn(x)
-    one, _ = run(first, make_guide(x), batch_size=len(x), epochs=3, compile=False)
-    run(second, make_guide(x), batch_size=len(x), epochs=3, compile=False)
-    looks = len(first.given) - 3
-    assert looks > 0  # at the data, before training
-    assert same(first.given, second.given)
-    means = {float(given.mean()) for given in first.given[looks:]}
-    assert len(means) == 3
-    assert one.steps == 3
-
-
-class Counted:
-    """Data drawn like those; a list that the code of draw names would be watched."""
-
-    def __init__(self, x):
-        self.source, self.calls = (x,), count()
-
-    def draw(self, x):
-        next(self.calls)
-        return (x + 0.1 * torch.randn_like(x),)
-
-
-def test_data_drawn_inside_a_recorded_step_are_those_of_an_eager_one():
-    x = make_data()
-    histories, parameters = [], []
-    for compile in (False, "replay"):
-        data = Counted(x)
-        result, guide = run(data, make_guide(x), epochs=8, compile=compile)
-        histories.append(result.history)
-        parameters.append(parameters_of(guide))
-        if compile:  # three steps an epoch, of two sizes: most of them never came to Python
-            assert next(data.calls) < 24
-    assert histories[1]["elbo"] == pytest.approx(histories[0]["elbo"], rel=1e-9)
-    for a, b in zip(*parameters, strict=True):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-class Draws:
-    """A source and a function."""
-
-    def __init__(self, source, draw):
-        self.source, self.draw = source, draw
-
-
-def wrote_to(x):
-    x[x > 0.5] = 0.0
-    return x
-
-
-@pytest.mark.parametrize(
-    ("draw", "told"),
-    [
-        (lambda x: x[:-1], "Draws.draw was given 40 data and returned 39"),
-        (lambda x: torch.cat([x, x]), "Draws.draw was given 40 data and returned 80"),
-        (wrote_to, "Draws.draw writes to the minibatch that it is given"),
-    ],
-)
-def test_draws_that_are_refused(draw, told):
-    x = make_data()
-    before = x.clone()
-    with pytest.raises(ValueError, match=told):
-        run(Draws(x, draw), make_guide(x))
-    assert torch.equal(x, before)
-
-
-def test_attributes_of_what_draws_are_seen_by_recorded_steps():
-    class Scaled:
-        def __init__(self, source):
-            self.source, self.scale = source, 0.0
-
-        def draw(self, x):
-            return x + self.scale
-
-    histories = []
-    for compile in (False, "replay"):
-        data = Scaled(make_data())
-
-        def callback(epoch, data=data):
-            data.scale = 10.0 * epoch.epoch
-
-        result, _ = run(
-            data, make_guide(data.source), epochs=7, callbacks=[callback], compile=compile
-        )
-        histories.append(result.history["elbo"])
-    assert histories[1] == pytest.approx(histories[0], rel=1e-9)
-
-
 def test_a_table_of_too_few_rows_is_refused_by_name():
     x = make_data()
     guide = pv.LocalGuide(model, num_data=20, example=x[:20])
@@ -450,21 +222,6 @@ def test_gradients_outside_of_the_optimizer_do_not_pile_up():
         x, guide, optim=torch.optim.SGD(some, lr=0.01), batch_size=16, epochs=4, compile="replay"
     )
     assert result.steps == 12
-
-
-def test_binarized_bytes_are_drawn_in_the_step():
-    images = torch.arange(40, dtype=torch.uint8).reshape(20, 2)
-    data = pv.datasets.StochasticBinarization(images, max_value=39)
-
-    def pixels(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=z.expand(-1, 2)).to_event(1), obs=x)
-
-    guide = pv.AmortizedGuide(pixels, nn.Linear(2, 3), example=data.fixed(seed=0))
-    result, _ = run(data, guide, fn=pixels, epochs=3, validation_data=data.fixed(seed=1))
-    assert result.steps == 6
-    assert torch.equal(images, torch.arange(40, dtype=torch.uint8).reshape(20, 2))
 
 
 # --- checkpoints -----------------------------------------------------------------------
@@ -592,25 +349,6 @@ def test_patience_stops_and_the_best_parameters_are_back():
     assert not same(parameters_of(guide), seen[-1][1])
 
 
-def test_validation_is_right_and_the_same_numbers_each_time():
-    """Nothing moves at rate 0: one number for all epochs, near the exact ELBO."""
-    x, validation = make_data(), make_data(500, seed=5)
-    result, guide = run(
-        x,
-        epochs=3,
-        batch_size=40,
-        validation_data=validation,
-        optim=lambda ps: torch.optim.SGD(ps, lr=0.0),
-    )
-    values = result.history["validation_elbo"]
-    assert values[0] == values[1] == values[2]
-    error = result.history["validation_elbo_std_error"][0]
-    exact = exact_elbo(guide, validation).mean().item()
-    assert values[0] == pytest.approx(exact, abs=5 * error)
-    assert 0 < error < 0.1
-    assert result.best_epoch == 1
-
-
 def test_max_steps_within_an_epoch():
     x = make_data()  # 3 steps an epoch
     result, _ = run(x, epochs=None, max_steps=4)
@@ -640,19 +378,6 @@ def test_history_and_callbacks():
     elapsed = [epoch.elapsed for epoch in told]
     assert 0 < elapsed[0] < elapsed[1] < elapsed[2] == result.elapsed
     assert result.best_epoch == 3
-
-
-def test_the_mean_over_minibatches_by_hand():
-    """Sizes weigh: 30 data at 1 nat and 10 at 5 have the mean 2."""
-    assert mean_elbo([MinibatchELBO(1.0, 10), MinibatchELBO(3.0, 10)]) == pytest.approx((2.0, 1.0))
-    # sqrt(((1 - 2) * 30)^2 + ((5 - 2) * 10)^2) * sqrt(2 / 1) / 40
-    assert mean_elbo([MinibatchELBO(1.0, 30), MinibatchELBO(5.0, 10)]) == pytest.approx((2.0, 1.5))
-
-
-def test_a_single_step_has_no_standard_error():
-    result, _ = run(make_data(), batch_size=1000)
-    assert result.steps == 2
-    assert all(math.isnan(error) for error in result.history["elbo_std_error"])
 
 
 def test_the_bar(capsys):
@@ -1013,122 +738,6 @@ def test_a_factor_of_zero_does_not_hide_an_infinite_prior():
     assert raised.value.sites == ["'z' of the model, outside its support"]
 
 
-# --- what is not finite ----------------------------------------------------------------
-
-
-class Breaking(nn.Module):
-    """Breaks at a given run in training mode, in the way that is asked for."""
-
-    def __init__(self, how, at):
-        super().__init__()
-        self.how, self.at, self.runs = how, at, 0
-        self.scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x):
-        pyro.module("breaking", self)
-        self.runs += self.training and torch.is_grad_enabled()
-        broken = self.runs == self.at
-        scale = self.scale.exp()
-        if broken and self.how == "overflow":
-            scale = (self.scale + 1000.0).exp()
-        if broken and self.how == "nan":
-            scale = scale * math.nan
-        if broken and self.how == "gradient":
-            scale = scale + (self.scale - self.scale).sqrt()
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
-
-
-@pytest.mark.parametrize(
-    ("how", "told", "sites"),
-    [
-        (
-            "overflow",
-            r"the loss \(inf\) of step 5 is not finite, at sites 'x'",
-            ["'x' of the model"],
-        ),
-        (
-            "nan",
-            r"the loss of step 5 is not finite, at sites 'x' of the model",
-            ["'x' of the model"],
-        ),
-        ("gradient", "the gradient of step 5 is not finite, though each site's", []),
-    ],
-)
-@pytest.mark.parametrize("loss", [None, Trace_ELBO()])
-@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's own, before ours
-def test_a_step_that_is_not_finite(how, told, sites, loss):
-    x = make_data()
-    unbroken, sound = make_guide(x), Breaking("not", 0)
-    run(x, unbroken, fn=sound, epochs=None, max_steps=4, loss=loss)
-    guide, broken = make_guide(x), Breaking(how, 5)
-    with pytest.raises(pv.NonFiniteLossError, match=told) as raised:
-        run(x, guide, fn=broken, loss=loss)
-    assert raised.value.step == 5
-    assert raised.value.sites == sites
-    assert "keep the parameters of the step before" in str(raised.value)
-    assert same(parameters_of(guide), parameters_of(unbroken))
-    assert same(parameters_of(broken), parameters_of(sound))
-    assert all(p.isfinite().all() for p in [*guide.parameters(), *broken.parameters()])
-
-
-def test_a_guide_that_is_not_finite_is_named():
-    x = make_data()
-    guide = make_guide(x)
-    with torch.no_grad():
-        guide.head.bias[1] = 800.0  # a log scale
-    with pytest.raises(pv.NonFiniteLossError, match="'z' of the guide") as raised:
-        run(x, guide)
-    assert raised.value.step == 1
-
-
-def test_the_second_look_has_the_same_random_numbers():
-    """The scale overflows for a latent beyond 2.5, which few minibatches of 4 hold."""
-
-    def rare(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            scale = torch.where(z > 2.5, math.inf, 1.0)
-            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
-
-    x = make_data() * 0.0
-    optim = {"optim": lambda ps: torch.optim.SGD(ps, lr=0.0)}
-    with pytest.raises(pv.NonFiniteLossError, match="loss") as raised:
-        run(x, fn=rare, batch_size=4, epochs=100, **optim)
-    assert raised.value.step > 5
-    assert raised.value.sites == ["'x' of the model"]
-
-
-def test_an_update_that_overflows_is_taken_back():
-    """A rate that makes the parameters themselves infinite at step 4, in epoch 2."""
-    x = make_data()
-    guide, rates = make_guide(x), []
-    kept = []
-
-    def optim(parameters):
-        rates.append(torch.optim.SGD(parameters, lr=1e-3))
-        return rates[0]
-
-    def grow(told):
-        kept.extend(parameters_of(guide))
-        rates[0].param_groups[0]["lr"] = math.inf
-
-    with pytest.raises(pv.NonFiniteLossError, match="keep the parameters of the end of epoch 1"):
-        run(x, guide, optim=optim, callbacks=[grow])
-    assert same(parameters_of(guide), kept)
-
-
-def test_another_error_in_a_step_passes_with_the_step_noted():
-    class Failing(Trace_ELBO):
-        def loss_and_grads(self, *args, **kwargs):
-            raise RuntimeError("of the loss")
-
-    with pytest.raises(RuntimeError, match="of the loss") as raised:
-        run(make_data(), loss=Failing())
-    assert raised.value.__notes__ == ["in step 1 of training"]
-
-
 # --- what is refused -------------------------------------------------------------------
 
 
@@ -1160,13 +769,6 @@ def test_data_that_are_not_finite_or_empty():
             run(x if options else bad, guide, **options)
     with pytest.raises(ValueError, match="the batch is empty"):
         run(x[:0], guide)
-
-
-def test_validation_data_for_a_local_guide():
-    x = make_data()
-    guide = pv.LocalGuide(model, num_data=40, example=x)
-    with pytest.raises(ValueError, match="a LocalGuide has parameters for the training data alone"):
-        run(x, guide, validation_data=x)
 
 
 def test_a_guide_without_the_model_s_sites():
@@ -1226,61 +828,6 @@ def test_bad_arguments(options, error, told):
 
 
 # --- minibatches of one datum, rows that overflow, dtypes
-
-
-def normalized(x, **options):
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh()).double()
-    guide = pv.AmortizedGuide(model, encoder, example=x[:5])
-    return run(x, guide, **{"epochs": 2, "batch_size": 20, **options})
-
-
-def test_a_last_minibatch_of_one_datum_under_batch_norm():
-    x = make_data(41)
-    told = r"last minibatch of an epoch has 1 datum \(41 data, batch_size=20\), which BatchNorm1d"
-    with pytest.raises(ValueError, match=told + r".*drop_last=True, or another batch_size"):
-        normalized(x)
-    result, _ = normalized(x, drop_last=True)
-    assert result.steps == 4
-    assert normalized(x, batch_size=21)[0].steps == 4
-    with pytest.raises(ValueError, match=r"batch_size=1\), .*pass another batch_size"):
-        normalized(x, batch_size=1)
-
-
-def test_a_loader_s_minibatch_of_one_datum_under_batch_norm():
-    x = make_data(41)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=20)
-    guide = pv.AmortizedGuide(
-        model, nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4)).double(), example=x[:5]
-    )
-    with pytest.raises(ValueError, match=r"step 3 has a minibatch of 1 datum, which BatchNorm"):
-        run(loader, guide, epochs=1)
-
-
-def test_without_the_last_minibatch_each_epoch_leaves_out_others():
-    x = make_data(41)
-    data = TrainingData(model, make_guide(x), x, 20, None, None, drop_last=True)
-    epochs = [torch.cat([index for index, _ in data.epoch()]) for _ in range(2)]
-    assert all(len(rows.unique()) == 40 for rows in epochs)
-    assert data.steps_per_epoch == 2
-
-
-@pytest.mark.parametrize("compile", [False, "replay"])
-def test_a_validation_row_that_overflows_is_named(compile):
-    def counts(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Poisson(z.exp()).to_event(1), obs=x)
-
-    x = torch.ones(40, 1, dtype=torch.float64)
-    held_out = torch.ones(12, 1, dtype=torch.float64)
-    held_out[9] = 1e308
-    guide = pv.AmortizedGuide(
-        counts, nn.Sequential(nn.Linear(1, 2), nn.Tanh()).double(), example=x[:5]
-    )
-    with pytest.raises(pv.NonFiniteLossError, match=r"validation_data: .* rows 9 \(1 of") as caught:
-        run(x, guide, validation_data=held_out, batch_size=8, epochs=2, compile=compile)
-    assert caught.value.sites == ["'x' of the model"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
