@@ -342,17 +342,6 @@ def test_a_latent_that_is_sometimes_observed(how):
     assert values[0] == values[1]
 
 
-def test_a_loss_remembers_several_pairs_and_forgets_the_oldest():
-    loss = pv.IWAE(3)
-    pairs = [normal_pair()[:2] for _ in range(20)]
-    for model, guide in pairs:
-        loss.loss(model, guide, X)
-    assert len(loss._plans) == 16
-    plans = dict(loss._plans)
-    loss.loss(*pairs[-1], X)
-    assert loss._plans == plans
-
-
 # --- networks -----------------------------------------------------------------------------------
 
 
@@ -640,3 +629,14 @@ def test_a_site_that_the_guide_observes_has_no_place_in_the_bound():
         assert pyro.param("a").item() == 0.3  # no gradient makes t improbable
         found = pv.elbo(model, guide, X, t, num_particles=3, seed=0).value.sum()
         assert found.item() == pytest.approx(evidence.item(), rel=1e-12)
+
+
+def test_a_loss_remembers_several_pairs_and_forgets_the_oldest():
+    loss = pv.IWAE(3)
+    pairs = [normal_pair()[:2] for _ in range(20)]
+    for model, guide in pairs:
+        loss.loss(model, guide, X)
+    assert len(loss._plans) == 16
+    plans = dict(loss._plans)
+    loss.loss(*pairs[-1], X)
+    assert loss._plans == plans

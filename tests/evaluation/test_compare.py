@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +9,6 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.evaluation.gaps import tightest
 from tests.models import NormalModel, encoder
 
 
@@ -52,35 +48,6 @@ def test_a_bad_encoder_does_not_hide_its_own_gap(compared):
     error = abs(found.log_evidence.values - model.log_evidence(x).numpy())
     assert (error < 5 * found.log_evidence_se.values + 1e-3).all()
     assert list(found.guide.values) == ["bad", "Normal per datum"]
-
-
-def test_a_hand_written_guide_is_compared_against_its_family(compared):
-    model, x, _, _ = compared
-
-    def hand(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(model.posterior_mean(x), 0.5).to_event(1))
-
-    found = pv.compare(model, {"hand": hand}, x, num_particles=2000, seed=0)
-    data = found.dataset.sel(guide="hand")
-    exact = model.elbo_of(x, model.posterior_mean(x), torch.full((30, 3), 0.5).double())
-    optimum = model.log_evidence(x) - model.mean_field_gap
-    gap = (optimum - exact).numpy()
-    assert (abs(data.amortization_gap.values - gap) < 5 * data.amortization_gap_se + 1e-3).all()
-
-
-def test_a_guide_of_no_family_has_no_split_unless_a_reference_is_named(compared):
-    model, x, guide, _ = compared
-    both = {"exact": model.posterior, "amortized": guide}
-    data = pv.compare(model, both, x, num_particles=500, seed=0).dataset
-    assert data.approximation_gap.sel(guide="exact").isnull().all()
-    assert data.reference.sel(guide="exact") == ""
-    named = pv.compare(model, both, x, num_particles=500, reference="exact", seed=0)
-    data = named.dataset
-    assert float(abs(data.approximation_gap).max()) < 1e-9  # the exact guide has no gap
-    assert (data.amortization_gap.sel(guide="amortized") > 0).all()
-    assert (data.pareto_k.sel(guide="exact") == 0).all()
-    assert float(abs(data.ess.sel(guide="exact") - 500).max()) < 1e-6
 
 
 def test_only_families(compared):
@@ -160,73 +127,6 @@ def test_particles_by_repeat_are_compared_too():
     refined = found.iwae_bound.sel(guide="Normal per datum")
     assert (abs(found.log_evidence - refined) < 5 * found.iwae_bound_se.max("guide") + 0.05).all()
     assert (found.amortization_gap.sel(guide="amortized") > -0.05).all()
-
-
-def test_a_conditional_guide_is_no_mean_field():
-    """q(z1) q(z2 | z1), exact: not of the Normal family, whatever its sites' distributions."""
-    scale = 0.1
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
-            b = pyro.sample("b", dist.Normal(a, scale))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
-
-    def exact(x):
-        variance = 1 + scale**2
-        with pyro.plate("data", len(x)):
-            a = pyro.sample(
-                "a", dist.Normal(x / (1 + variance), (variance / (1 + variance)) ** 0.5)
-            )
-            precision = 1 / scale**2 + 1
-            pyro.sample("b", dist.Normal((a / scale**2 + x) / precision, precision**-0.5))
-
-    x = torch.randn(6, dtype=torch.float64)
-    marginal = torch.distributions.Normal(x.new_zeros(()), x.new_tensor(2 + scale**2).sqrt())
-    evidence = marginal.log_prob(x).numpy()
-    found = pv.compare(
-        model, {"exact": exact, "mf": pv.families.Normal()}, x, num_particles=500, seed=0
-    ).dataset
-    assert abs(found.elbo.sel(guide="exact").values - evidence).max() < 1e-9
-    assert abs(found.log_evidence.values - evidence).max() < 1e-9  # not hidden by the mean field
-    assert found.amortization_gap.sel(guide="exact").isnull().all()
-    assert (found.approximation_gap.sel(guide="mf") > 1.0).all()
-
-
-def test_names_and_kinds_of_guides_are_checked(compared):
-    model, x, guide, _ = compared
-    with pytest.raises(TypeError, match="a mapping from names"):
-        pv.compare(model, guide, x)
-    with pytest.raises(TypeError, match=r"guides\['mf'\]: a guide or a family is needed"):
-        pv.compare(model, {"mf": pv.families.Normal}, x)
-    with pytest.raises(ValueError, match="the name of the refined guide"):
-        pv.compare(model, {"Normal per datum": guide}, x, num_particles=10)
-
-
-@pytest.mark.parametrize(
-    ("means", "errors", "chosen"),
-    [
-        ([-10.0, -9.0, -9.01], [0.01, 0.3, 0.02], 2),  # a lucky heavy tail does not win
-        ([-9.0, -9.7, -9.01], [0.0, 0.001, 0.02], 0),  # an exact guide does
-        ([-9.7, -9.0], [0.001, 0.02], 1),  # a missed mode is precise, and low
-        ([-9.0, -9.5], [math.nan, math.nan], 0),  # a single particle tells no error
-    ],
-)
-def test_the_tightest_bound(means, errors, chosen):
-    assert tightest(np.array(means), np.array(errors), None) == chosen
-
-
-@pytest.mark.parametrize(
-    ("means", "errors", "chosen"),
-    [
-        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.19], 2),  # the mixture, whose tail is the lightest
-        ([-1.0, -1.0, -1.0], [0.1, 0.3, 0.21], 0),  # too coarse
-        ([-1.0, -1.0, -9.0], [0.1, 0.3, 0.1], 0),  # not tight
-        ([-1.0, -1.0, -1.0], [0.0, 0.3, 0.1], 0),  # beside an exact posterior
-    ],
-)
-def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
-    assert tightest(np.array(means), np.array(errors), 2) == chosen
 
 
 def test_a_guide_that_takes_all_the_data_or_none_beside_one_that_can_be_cut():

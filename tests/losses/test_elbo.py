@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    RenyiELBO,
-    ReweightedWakeSleep,
-    Trace_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
+from tests.losses.gradients import losses_and_gradients
 from tests.models import NormalModel, encoder, factor_analysis, log_normal_model
 
 
@@ -30,13 +23,6 @@ def setting():
     torch.manual_seed(0)
     x = model.data(9)
     return model, pv.AmortizedGuide(model, encoder(6), example=x), x
-
-
-def losses_and_gradients(loss, model, guide, x, seed=0):
-    guide.zero_grad()
-    torch.manual_seed(seed)
-    value = loss.loss_and_grads(model, guide, x)
-    return value, torch.cat([p.grad.flatten() for p in guide.parameters()])
 
 
 PAIRS = {
@@ -79,18 +65,6 @@ def test_steps_of_svi_are_pyros_under_one_seed(ours, pyros):
         return [svi.step(x) for _ in range(20)]
 
     assert run(ours) == pytest.approx(run(pyros), rel=1e-10)
-
-
-def test_as_a_module_for_a_plain_torch_loop(setting):
-    model, guide, x = setting
-    loss = pv.ELBO(kl="sample")(model, guide)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.02)
-    first = loss(x).item()
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss(x).backward()
-        optimizer.step()
-    assert loss(x).item() < first - 10
 
 
 def test_the_analytic_kl_is_the_sampled_one_on_average(setting):
@@ -377,25 +351,6 @@ def test_dreg_has_the_mean_of_the_pathwise_gradient_and_less_noise():
     assert (found["dreg"].std(0) < 0.8 * found["pathwise"].std(0)).all()
 
 
-@pytest.mark.parametrize(
-    ("pyros", "ours"),
-    [
-        (RenyiELBO(alpha=0, num_particles=2), pv.IWAE(2)),
-        (ReweightedWakeSleep(num_particles=2), pv.WakeSleep(2)),
-        (TraceGraph_ELBO(), pv.ELBO(estimator="score")),
-    ],
-)
-def test_as_a_module_where_pyros_are_none(setting, pyros, ours):
-    """Trap: Pyro's have no differentiable_loss."""
-    model, guide, x = setting
-    with pytest.raises((AttributeError, NotImplementedError)):
-        pyros(model, guide)(x)
-    module = ours(model, guide)
-    module(x).backward()
-    assert all(bool((p.grad != 0).any()) for p in guide.parameters())
-    assert {id(p) for p in guide.parameters()} <= {id(p) for p in module.parameters()}
-
-
 def exp_twin(loc, scale):
     """A log normal as transforms of constrained sites make them."""
     exp = dist.transforms.ComposeTransform([dist.transforms.ExpTransform()])
@@ -448,80 +403,6 @@ def test_an_auto_normal_is_scored_at_its_points():
         values.append(loss.loss(log_normal_model, guide, x))
     assert values[0] == pytest.approx(values[1], rel=1e-12)
     assert abs(values[0] - values[2]) > 0.1
-
-
-# --- free bits ---------------------------------------------------------------------------
-
-
-class TwoDimensions(nn.Module):
-    """A guide N(loc, 1) of the prior N(0, 1): the KL of a dimension is loc^2 / 2."""
-
-    def __init__(self, how="event", num_data=None, mask=None):
-        super().__init__()
-        self.loc = nn.Parameter(torch.tensor([2.0, 0.2], dtype=torch.float64))
-        self.how, self.num_data, self.mask = how, num_data, mask
-
-    def sites(self, x, loc, observe=False):
-        outer = (
-            pyro.plate("data", len(x), dim=-1)
-            if self.num_data is None
-            else pyro.plate("data", self.num_data, subsample=x, dim=-1)
-        )
-        with outer, poutine.mask(mask=True if self.mask is None else self.mask):
-            if self.how == "inner plate":
-                with pyro.plate("dimensions", 2, dim=-2):
-                    pyro.sample("z", dist.Normal(loc.unsqueeze(-1), 1.0))
-            elif self.how == "two sites":
-                for i in range(2):
-                    pyro.sample(f"z{i}", dist.Normal(loc[i], 1.0))
-            elif self.how == "dense":
-                pyro.sample("z", dist.MultivariateNormal(loc, torch.eye(2, dtype=loc.dtype)))
-            else:
-                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-            if observe:
-                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    def model(self, x):
-        self.sites(x, torch.zeros_like(self.loc), observe=True)
-
-    def forward(self, x):
-        self.sites(x, self.loc)
-
-
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("how", ["event", "inner plate", "two sites"])
-def test_free_bits_leave_the_value_and_the_dimensions_above_the_floor(how, particles):
-    """KLs of 2 and 0.02 nats a datum, of which the floor is half a nat."""
-    x = torch.zeros(4, dtype=torch.float64)
-    guide = TwoDimensions(how)
-    plain = losses_and_gradients(pv.ELBO(particles), guide.model, guide, x)
-    freed = losses_and_gradients(pv.ELBO(particles, free_bits=0.5), guide.model, guide, x)
-    assert freed[0] == pytest.approx(plain[0], rel=1e-12)
-    assert plain[1].tolist() == pytest.approx([4 * 2.0, 4 * 0.2])
-    assert freed[1].tolist() == pytest.approx([4 * 2.0, 0.0], abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        ({}, 3),
-        ({"num_data": 30}, 30),
-        ({"mask": torch.tensor([True, False, True])}, 2),
-    ],
-)
-def test_the_floor_is_of_a_datum(options, count):
-    """Just below and just above the KL of 0.02 nats, whatever scale or mask the data have."""
-    x = torch.zeros(3, dtype=torch.float64)
-    guide = TwoDimensions(**options)
-    for floor, wanted in ((0.0199, 0.2 * count), (0.0201, 0.0)):
-        _, gradient = losses_and_gradients(pv.ELBO(free_bits=floor), guide.model, guide, x)
-        assert gradient.tolist() == pytest.approx([2.0 * count, wanted], abs=1e-12)
-
-
-def test_free_bits_need_a_kl_of_each_dimension():
-    x, guide = torch.zeros(3, dtype=torch.float64), TwoDimensions("dense")
-    with pytest.raises(ValueError, match=r"free_bits: latent site 'z' has no KL of each dim"):
-        pv.ELBO(free_bits=0.1).loss_and_grads(guide.model, guide, x)
 
 
 # --- baselines of the score function -------------------------------------------------------
@@ -585,60 +466,6 @@ def test_the_score_gradient_is_right_on_average(particles):
 # --- what is refused, and what falls back ---------------------------------------------
 
 
-class Picky(nn.Module):
-    """Takes latents of given shapes only."""
-
-    def __init__(self, takes):
-        super().__init__()
-        self.takes = takes
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            if not self.takes(z):
-                raise ValueError("not this shape")
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-
-def test_networks_that_take_no_particles_get_the_batch_repeated(caplog):
-    """At the same draws: 12 normals are 2 times 6, for fewer than 16 come one by one."""
-    model, x = Picky(lambda z: z.ndim == 2), torch.randn(3, 2, dtype=torch.float64)
-    guide = pv.LocalGuide(model, num_data=3, example=x)
-    loss = pv.ELBO(2, kl="sample")
-    value, gradient = losses_and_gradients(loss, model, guide, x)
-    assert [plan.mode.name for plan, *_ in loss._plans.values()] == ["repeat"]
-    assert caplog.messages == []
-    wanted, wanted_gradient = losses_and_gradients(Trace_ELBO(2), model, guide, x)
-    assert value == pytest.approx(wanted, rel=1e-12)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-10, atol=1e-10)
-
-
-def test_networks_that_take_neither_are_looped_and_said_so(caplog):
-    model, x = Picky(lambda z: z.shape == (3, 2)), torch.randn(3, 2, dtype=torch.float64)
-    guide = pv.LocalGuide(model, num_data=3, example=x)
-    loss = pv.ELBO(4, kl="sample")
-    loss.loss(model, guide, x)
-    assert caplog.text.count("particles run in a loop, which is slow") == 1
-    value, gradient = losses_and_gradients(loss, model, guide, x)
-    wanted, wanted_gradient = losses_and_gradients(Trace_ELBO(4), model, guide, x)
-    assert value == pytest.approx(wanted, rel=1e-12)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-10, atol=1e-10)
-
-
-def test_latents_that_cannot_be_reparameterized_are_refused_by_name():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Poisson(1.0))
-            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("c", dist.Poisson(1.0))
-
-    with pytest.raises(ValueError, match=r"site 'c' \(Poisson\) cannot be reparameterized"):
-        pv.ELBO().loss(model, guide, torch.zeros(2))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -650,12 +477,6 @@ def test_latents_that_cannot_be_reparameterized_are_refused_by_name():
 def test_unknown_options_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         pv.ELBO(**arguments)
-
-
-def test_a_guide_without_a_latent_site_is_refused_in_training(setting):
-    model, _, x = setting
-    with pytest.raises(ValueError, match=r"no sample statement for .* \['z'\]"):
-        pv.ELBO().loss(model, lambda x: None, x)
 
 
 def test_global_latents_are_trained_as_well():
@@ -674,14 +495,3 @@ def test_global_latents_are_trained_as_well():
     covariance = torch.eye(8, dtype=x.dtype) + 1
     exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
     assert pv.ELBO(kl="sample").loss(model, guide, x) == pytest.approx(-exact.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("loss", [pv.ELBO(2), pv.IWAE(2, "dreg"), pv.WakeSleep(2, insomnia=0.5)])
-def test_a_used_loss_is_pickled_without_the_pair(loss, setting):
-    model, guide, x = setting
-    torch.manual_seed(0)
-    value = loss.loss(model, guide, x)
-    copy = pickle.loads(pickle.dumps(loss))
-    assert copy._plans == {}
-    torch.manual_seed(0)
-    assert copy.loss(model, guide, x) == value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import pyro
@@ -15,7 +14,6 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.blocks import equal_step, round_down
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from tests.models import (
@@ -25,6 +23,7 @@ from tests.models import (
     log_normal_evidence,
     log_normal_model,
 )
+from tests.particles.models import ConvModel
 
 
 @pytest.fixture
@@ -50,67 +49,7 @@ def test_chunk_size_changes_no_result(num_data):
         torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("num_data", "sizes"), [(256, {256}), (500, {250}), (10_000, {250}), (771, {193, 192})]
-)
-def test_blocks_of_data_are_equal(num_data, sizes):
-    """So that they share a graph; the last may be a little smaller."""
-    model = factor_analysis()
-    x = model.data(num_data)
-    guide = pv.AmortizedGuide(model, encoder(6), example=x)
-    blocks = Evaluator(model, guide, as_batch(x)).data_blocks()
-    assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
-    assert (blocks[0].start, blocks[-1].stop) == (0, num_data)
-    assert {b.stop - b.start for b in blocks} == sizes
-
-
-@pytest.mark.parametrize(
-    ("count", "most", "step"), [(50, 21, 10), (50, 50, 50), (50, 80, 50), (13, 5, 5), (7, 1, 1)]
-)
-def test_pieces_are_equal_where_they_can_be(count, most, step):
-    assert equal_step(count, most) == step
-
-
-@pytest.mark.parametrize(
-    ("number", "rounded"), [(1, 1), (4, 2), (9, 5), (65, 50), (128, 100), (16384, 10000)]
-)
-def test_draws_come_in_round_numbers(number, rounded):
-    assert round_down(number) == rounded
-
-
 # --- how particles are run -------------------------------------------------------------
-
-
-class ConvModel(nn.Module):
-    """Needs [N, C, H, W]: cannot take a dimension of particles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Unflatten(1, (1, 2, 2)), nn.ConvTranspose2d(1, 1, 3), nn.BatchNorm2d(1)
-        ).double()
-
-    def forward(self, x):
-        pyro.module("conv", self)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(3), obs=x)
-
-
-def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
-    torch.manual_seed(0)
-    model, x = ConvModel(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
-    guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
-    scorer = Evaluator(model, guide, as_batch(x), seed=0)
-    assert scorer.modes == {"guide": "plate", "model": "repeat"}
-    by_repeat = pv.log_weights(model, guide, x, num_particles=6, seed=0)
-    (chunk,) = scorer.chunks(6)
-    by_hand = [
-        poutine.trace(poutine.condition(model.eval(), data={"z": z})).get_trace(x).nodes
-        for z in chunk.values["z"]
-    ]
-    likelihood = torch.stack([n["x"]["fn"].log_prob(x) for n in by_hand])
-    torch.testing.assert_close(by_repeat.log_likelihood, likelihood)
 
 
 def test_evaluation_leaves_batch_norm_and_the_mode_as_they_were():
@@ -120,52 +59,6 @@ def test_evaluation_leaves_batch_norm_and_the_mode_as_they_were():
     pv.log_weights(model, guide, x, num_particles=3)
     assert torch.equal(model.net[2].running_mean, before)
     assert model.training and model.net[2].training
-
-
-def test_a_wrong_broadcast_is_found_and_another_way_taken():
-    """Reshaping by the batch size mixes data up, silently, once there are particles."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            location = z.reshape(len(x), -1).flip(-1).reshape(z.shape)
-            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
-
-    x = torch.randn(4, 2, dtype=torch.float64)
-    guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
-    scorer = Evaluator(model, guide, as_batch(x), seed=0)
-    assert scorer.modes == {"guide": "plate", "model": "repeat"}
-    with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
-        pv.log_weights(model, guide, x, num_particles=2, particles="plate")
-
-
-def test_falling_back_to_a_loop_says_so(caplog):
-    def model(x):
-        with pyro.plate("data", 3):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            if z.ndim != 2 or len(z) != 3:
-                raise ValueError("only [3, 2]")
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    x = torch.zeros(3, 2)
-    guide = pv.LocalGuide(model, num_data=3, example=x)
-    with caplog.at_level(logging.WARNING):
-        pv.log_weights(model, guide, x, num_particles=2)
-    assert "the model runs particle by particle" in caplog.text and "only [3, 2]" in caplog.text
-
-
-def test_a_random_density_is_refused():
-    class Dropping(nn.Module):
-        def forward(self, x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                noise = torch.randn(len(x))
-                pyro.sample("x", dist.Normal(z + noise, 1.0), obs=x)
-
-    model, x = Dropping(), torch.zeros(4)
-    guide = pv.LocalGuide(model, num_data=4, example=x)
-    with pytest.raises(ValueError, match=r"dropout in training mode"):
-        pv.log_weights(model, guide, x, num_particles=2)
 
 
 def test_dropout_in_a_module_is_switched_off():
@@ -548,21 +441,6 @@ def test_modules_that_plain_functions_close_over_run_in_eval_mode():
     assert torch.equal(net[1].running_mean, before)
     assert net.training
     assert all(module.training for module in net.modules())
-
-
-def test_weights_that_are_not_numbers_are_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-            pyro.factor("bad", torch.where(z > 4, torch.nan, 0.0))
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(2.0, 1.0))
-
-    with pytest.raises(ValueError, match=r"log weights of data .* through log p\(x \| z\)"):
-        pv.elbo(model, guide, torch.zeros(3), num_particles=50, seed=0)
 
 
 def test_many_data_and_a_network_that_takes_no_particles():
