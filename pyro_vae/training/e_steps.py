@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyro.infer
@@ -20,65 +20,97 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.guides.base import FamilyGuide
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.elbo import ELBO
-from pyro_vae.particles.estimators import (
-    effective_sample_size,
-    elbo,
-    elbo_influence,
-    iwae_bound,
-    iwae_influence,
-    mean_std_error,
-    std_error,
-)
+from pyro_vae.particles.estimators import Estimate, effective_sample_size
 from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.prepare import by_block
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.sites import Structure
-from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.sites import Site, Structure
+from pyro_vae.programs.state import evaluation, seeded
+from pyro_vae.programs.supports import is_discrete, support_of
+from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.refinement.refine import refine_table
 
-__all__ = ["EStep", "Estimate", "ExactStep", "ImportanceStep", "NUTSStep", "VariationalStep"]
+__all__ = ["E_STEPS", "EStep", "EStepName", "Problem", "StepELBO"]
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.02  # in nats per datum: which rows of a table count as converged
 _FEW = 10.0  # effective draws of a datum
+_REFINE_STEPS, _WARMUP_STEPS = 100, 50  # by default
+
+EStepName: TypeAlias = Literal["exact", "variational", "importance", "nuts"]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """An ELBO, in nats per datum.
+@dataclass(frozen=True, slots=True)
+class StepELBO:
+    """The ELBO after a half-step, in nats per datum.
 
     Attributes:
         mean: over the data.
         std_error: Monte Carlo standard error of it; 0 where nothing was drawn.
-        influence: [K, N] of each draw, where later estimates use the same random numbers.
+        common: the estimate itself, where later ones use the same random numbers.
     """
 
     mean: float
     std_error: float = 0.0
-    influence: Tensor | None = None
+    common: Estimate | None = None
 
-    @classmethod
-    def of(cls, value: Tensor, influence: Tensor, *, common: bool) -> Estimate:
-        """Return the estimate of values [N] with influences [K, N]."""
-        error = float(mean_std_error(std_error(influence)))
-        return cls(float(value.mean()), error, influence if common else None)
-
-    def gain(self, before: Estimate) -> tuple[float, float]:
+    def gain(self, before: StepELBO) -> tuple[float, float]:
         """Return how much higher this is than another, and the standard error of that."""
         error = math.hypot(self.std_error, before.std_error)
-        if self.influence is not None and before.influence is not None:
-            error = float(mean_std_error(std_error(self.influence - before.influence)))
+        if self.common is not None and before.common is not None:
+            error = (self.common - before.common).mean_std_error
         return self.mean - before.mean, error
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What an E-step works on.
+
+    Attributes:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: all the data.
+        structure: of the model on them.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+        num_particles: draws for each datum of an E-step that draws.
+        steps: of an update, of those that take steps; None for their default.
+        seed: of the draws.
+    """
+
+    model: Program
+    guide: Program
+    batch: Batch
+    structure: Structure
+    data_plate: DataPlate
+    num_particles: int
+    steps: int | None
+    seed: int
+
+    def stream(self, *key: int) -> int:
+        """Return the seed of a stream of random numbers of its own."""
+        return int(np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint32)[0])
+
+
 class EStep(ABC):
-    """q, held fixed between two updates."""
+    """q, held fixed between two updates.
+
+    Args:
+        problem: the pair and its data.
+
+    Raises:
+        ValueError: for a model or guide that this E-step cannot use.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
 
     @abstractmethod
-    def update(self, iteration: int) -> Estimate:
+    def update(self, iteration: int) -> StepELBO:
         """Renew q under the model's present parameters; return the ELBO."""
 
     @abstractmethod
@@ -86,7 +118,7 @@ class EStep(ABC):
         """Return E_q[log p(x, z)] in nats per datum, up to a constant: a scalar with gradients."""
 
     @abstractmethod
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepELBO:
         """Return the ELBO of q as it is under the model's present parameters."""
 
     def warn(self) -> None:  # noqa: B027 - an exact one has nothing to say
@@ -99,61 +131,70 @@ class EStep(ABC):
 class ExactStep(EStep):
     """q is the exact posterior of enumerable latents: the ELBO after an update is log p(x)."""
 
-    def __init__(
-        self, model: Callable[..., Any], guide: ExactGuide, batch: Batch, structure: Structure
-    ) -> None:
-        self._model, self._guide, self._batch = model, guide, batch
-        self._num_data = structure.num_data
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if not isinstance(problem.guide, ExactGuide):
+            raise ValueError(
+                "e_step='exact' needs an ExactGuide, which enumerates discrete latents, found "
+                f"{type(problem.guide).__name__}; continuous latents have no exact E-step here: "
+                "choose 'variational', 'importance' or 'nuts'"
+            )
+        self._guide = problem.guide
         self._loss = ELBO(kl="sample")
         self._frozen = contextlib.ExitStack()
 
-    def update(self, iteration: int) -> Estimate:
+    def update(self, iteration: int) -> StepELBO:
         """Freeze the posterior under the present parameters."""
+        batch = self._problem.batch
         self._frozen.close()
-        self._frozen.enter_context(self._guide.frozen(*self._batch.args, **self._batch.kwargs))
+        self._frozen.enter_context(self._guide.frozen(*batch.args, **batch.kwargs))
         return self.estimate()
 
     def objective(self) -> Tensor:
         """Return the ELBO itself: the entropy of q is a constant."""
-        with evaluation(self._model):
-            loss = self._loss.differentiable_loss(
-                self._model, self._guide, *self._batch.args, **self._batch.kwargs
-            )
-        return -loss / self._num_data
+        model, batch = self._problem.model, self._problem.batch
+        with evaluation(model):
+            loss = self._loss.differentiable_loss(model, self._guide, *batch.args, **batch.kwargs)
+        return -loss / self._problem.structure.num_data
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepELBO:
         """Return the ELBO, without error."""
-        return Estimate(float(self.objective().detach()))
+        return StepELBO(float(self.objective().detach()))
 
     def close(self) -> None:
         """Let the guide follow the parameters again."""
         self._frozen.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Draws:
-    """Draws of some particles for some data, each with its share of the posterior."""
+    """Draws of some particles for some data, each with its share of the posterior.
+
+    ``weight``, [k, n], sums to 1 over all particles of a datum.
+    """
 
     rows: slice
     values: Mapping[str, Tensor]
-    weight: Tensor  # [k, n]; sums to 1 over all particles of a datum
+    weight: Tensor
 
 
 class DrawnStep(EStep):
     """q is represented by draws, with equal weights or not."""
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        batch: Batch,
-        data_plate: str | bool | None,
-        num_particles: int,
-        seed: int,
-    ) -> None:
-        self._seed, self._num_particles = seed, num_particles
-        self._scorer, self._graded = (
-            Evaluator(model, guide, batch, data_plate=data_plate, seed=seed, gradients=gradients)
+    name: EStepName
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._num_particles = problem.num_particles
+        self._evaluator, self._graded = (
+            Evaluator(
+                problem.model,
+                problem.guide,
+                problem.batch,
+                data_plate=problem.data_plate,
+                seed=problem.seed,
+                gradients=gradients,
+            )
             for gradients in (False, True)
         )
         self._draws: list[_Draws] = []
@@ -166,70 +207,68 @@ class DrawnStep(EStep):
             # A draw of no weight may have no density either.
             log_joint = torch.where(draws.weight > 0, log_joint, 0.0)
             total = total + (draws.weight.to(log_joint) * log_joint).sum()
-        return torch.as_tensor(total) / self._scorer.num_data
+        return torch.as_tensor(total) / self._evaluator.num_data
 
     def _log_joint(self) -> list[Tensor]:
         """Return log p(x, z) of the draws, [k, n] each."""
         return [
-            torch.stack(self._scorer.score_model(draws.rows, draws.values)).sum(0).double()
+            torch.stack(self._evaluator.score_model(draws.rows, draws.values)).sum(0).double()
             for draws in self._draws
         ]
-
-    def _stream(self, *key: int) -> int:
-        return int(np.random.SeedSequence([self._seed, *key]).generate_state(1, np.uint32)[0])
 
 
 class VariationalStep(DrawnStep):
     """q is a table of a family, refined from its present rows."""
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: LocalGuide,
-        batch: Batch,
-        data_plate: str | bool | None,
-        num_particles: int,
-        seed: int,
-        steps: int,
-    ) -> None:
-        if not guide.family.has_density:
-            num_particles = 1
-        super().__init__(model, guide, batch, data_plate, num_particles, seed)
-        self._model, self._guide, self._data_plate = model, guide, data_plate
-        self._steps = steps
+    name = "variational"
 
-    def update(self, iteration: int) -> Estimate:
+    def __init__(self, problem: Problem) -> None:
+        if not isinstance(problem.guide, LocalGuide):
+            raise ValueError(
+                "e_step='variational' refines the rows of a LocalGuide, found "
+                f"{type(problem.guide).__name__}: make one with "
+                "pyro_vae.refine(model, guide, *batch)"
+            )
+        super().__init__(problem)
+        self._guide = problem.guide
+        if not self._guide.family.has_density:
+            self._num_particles = 1
+
+    def update(self, iteration: int) -> StepELBO:
         """Refine every row; the random numbers are the same at each update."""
-        guide = self._guide
-        self._scorer.seed = self._seed
+        guide, steps = self._guide, self._problem.steps
+        self._evaluator.seed = self._problem.seed
         refined = refine_table(
-            self._model, self._scorer, guide, self._data_plate, self._steps, _TOLERANCE
+            self._problem.model,
+            self._evaluator,
+            guide,
+            self._problem.data_plate,
+            _REFINE_STEPS if steps is None else steps,
+            _TOLERANCE,
         )
         with torch.no_grad():
             guide.table.copy_(refined.table)
             guide.converged.copy_(refined.converged)
         # Draws other than those that measure the ELBO, which the M-step would overfit.
-        self._scorer.seed = self._stream(1)
+        self._evaluator.seed = self._problem.stream(1)
+        share = 1 / self._num_particles
         self._draws = [
-            _Draws(
-                chunk.rows,
-                chunk.values,
-                torch.full_like(chunk.weights.total, 1 / self._num_particles),
-            )
-            for chunk in self._scorer.chunks(self._num_particles)
+            _Draws(chunk.rows, chunk.values, torch.full_like(chunk.weights.total, share))
+            for chunk in self._evaluator.chunks(self._num_particles)
         ]
         return self.estimate()
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepELBO:
         """Return the ELBO from draws made of the same random numbers each time."""
-        self._scorer.seed = self._seed
-        total = _total(self._scorer.chunks(self._num_particles))
+        self._evaluator.seed = self._problem.seed
+        total = _total(self._evaluator.chunks(self._num_particles))
         if not self._guide.family.has_density:
-            return Estimate(float(total.mean()))
-        return Estimate.of(elbo(total), elbo_influence(total), common=True)
+            return StepELBO(float(total.mean()))
+        found = Estimate.elbo(total)
+        return StepELBO(found.mean, found.mean_std_error, common=found)
 
     def warn(self) -> None:
-        """Say how many rows the last update left unfinished."""
+        """Warn of rows that have not converged."""
         left = int((~self._guide.converged).sum())
         if left:
             logger.warning(
@@ -244,39 +283,44 @@ class VariationalStep(DrawnStep):
 class ImportanceStep(DrawnStep):
     """q is the posterior by self-normalised weights of draws from the guide, fresh each time."""
 
-    def update(self, iteration: int) -> Estimate:
+    name = "importance"
+
+    def __init__(self, problem: Problem) -> None:
+        _require_density(problem, self.name)
+        super().__init__(problem)
+
+    def update(self, iteration: int) -> StepELBO:
         """Draw and weight; the ELBO of the posterior is log p(x), by importance sampling."""
-        self._scorer.seed = self._stream(2, iteration)
-        chunks = list(self._scorer.chunks(self._num_particles))
+        self._evaluator.seed = self._problem.stream(2, iteration)
+        chunks = list(self._evaluator.chunks(self._num_particles))
         if all(bool((value == value[:1]).all()) for value in chunks[0].values.values()):
             raise ValueError(
                 "the guide draws one and the same point each time: it has no density to weight "
                 "by. Use a guide with one, such as a LocalGuide of families.Normal()"
             )
         self._total = _total(chunks)
-        shares = torch.softmax(self._total, 0)
+        self._share = torch.softmax(self._total, 0)
         self._draws = [
-            _Draws(chunk.rows, chunk.values, shares[chunk.particles, chunk.rows])
+            _Draws(chunk.rows, chunk.values, self._share[chunk.particles, chunk.rows])
             for chunk in chunks
         ]
+        self._places = [(chunk.particles, chunk.rows) for chunk in chunks]
         self._before = self._log_joint()
         return self.estimate()
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
         gained = torch.zeros_like(self._total)
-        place = _places(self._draws)
-        for where, new, old in zip(place, self._log_joint(), self._before, strict=True):
+        for place, new, old in zip(self._places, self._log_joint(), self._before, strict=True):
             # Draws of no density had no weight.
-            gained[where] = torch.where(torch.isfinite(old), new - old, 0.0)
-        share = torch.softmax(self._total, 0)
-        mean = (share * gained).sum(0)
-        relative = share * self._num_particles
-        influence = iwae_influence(self._total) + relative * (gained - mean)
-        return Estimate.of(iwae_bound(self._total) + mean, influence, common=False)
+            gained[place] = torch.where(torch.isfinite(old), new - old, 0.0)
+        mean = (self._share * gained).sum(0)
+        since = Estimate(mean, self._share * self._num_particles * (gained - mean))
+        found = Estimate.iwae(self._total) + since
+        return StepELBO(found.mean, found.mean_std_error)
 
     def warn(self) -> None:
-        """Say for how many data the guide is no longer near the posterior."""
+        """Warn of data for which the guide is no longer near the posterior."""
         few = int((effective_sample_size(self._total) < _FEW).sum())
         if few:
             logger.warning(
@@ -284,7 +328,7 @@ class ImportanceStep(DrawnStep):
                 "guide is far from their posterior. Refine it (pyro_vae.refine), or raise "
                 "num_particles",
                 few,
-                self._scorer.num_data,
+                self._evaluator.num_data,
                 _FEW,
             )
 
@@ -296,61 +340,51 @@ class NUTSStep(DrawnStep):
     through the guide, on draws of its own.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        batch: Batch,
-        data_plate: str | bool | None,
-        num_particles: int,
-        seed: int,
-        warmup: int,
-        structure: Structure,
-    ) -> None:
-        super().__init__(model, guide, batch, data_plate, num_particles, seed)
-        self._evidence = ImportanceStep(model, guide, batch, data_plate, num_particles, seed)
-        self._model, self._batch, self._warmup = model, batch, warmup
-        self._transforms = {
-            site.name: biject_to(site.support)
-            for site in (*structure.local_latents, *structure.global_latents)
-        }
-        whole = slice(0, self._scorer.num_data)
-        drawn = self._scorer.single_values(self._scorer.draw(whole, 1, (4,))[0])
+    name = "nuts"
+
+    def __init__(self, problem: Problem) -> None:
+        _require_density(problem, self.name)
+        latents = (*problem.structure.local_latents, *problem.structure.global_latents)
+        _require_continuous(latents)
+        super().__init__(problem)
+        self._evidence = ImportanceStep(problem)
+        self._transforms = {site.name: biject_to(site.support) for site in latents}
+        self._whole = slice(0, self._evaluator.num_data)
+        drawn = self._evaluator.single_values(self._evaluator.draw(self._whole, 1, (4,))[0])
         self._last = {name: drawn[name][0].detach() for name in self._transforms}
         self._divergences = 0
 
-    def update(self, iteration: int) -> Estimate:
+    def update(self, iteration: int) -> StepELBO:
         """Run the chain on from its last state, with the step size adapted anew."""
+        model, batch, steps = self._problem.model, self._problem.batch, self._problem.steps
         self._log_evidence = self._evidence.update(iteration)
         start = {name: t.inv(self._last[name]) for name, t in self._transforms.items()}
-        with preserved_rng(self._batch.device), evaluation(self._model):
-            torch.manual_seed(self._stream(3, iteration))
+        with seeded(batch.device, self._problem.stream(3, iteration)), evaluation(model):
             chain = pyro.infer.MCMC(
-                pyro.infer.NUTS(self._model),
+                pyro.infer.NUTS(model),
                 num_samples=self._num_particles,
-                warmup_steps=self._warmup,
+                warmup_steps=_WARMUP_STEPS if steps is None else steps,
                 initial_params=start,
                 disable_progbar=True,
             )
-            chain.run(*self._batch.args, **self._batch.kwargs)
+            chain.run(*batch.args, **batch.kwargs)
         values = {name: value.detach() for name, value in chain.get_samples().items()}
         self._last = {name: value[-1] for name, value in values.items()}
-        self._divergences = sum(map(len, chain.diagnostics()["divergences"].values()))
-        whole = slice(0, self._scorer.num_data)
-        weight = torch.full((1, 1), 1 / self._num_particles, device=self._batch.device)
-        self._draws = [_Draws(whole, self._scorer.from_single(values), weight)]
+        self._divergences = sum(len(found) for found in chain.diagnostics()["divergences"].values())
+        weight = torch.full((1, 1), 1 / self._num_particles, device=batch.device)
+        self._draws = [_Draws(self._whole, self._evaluator.from_single(values), weight)]
         (self._before,) = self._log_joint()
         return self._log_evidence
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
         (now,) = self._log_joint()
         gained = (now - self._before).mean(1)
         error = math.hypot(self._log_evidence.std_error, _batch_means_error(gained))
-        return Estimate(self._log_evidence.mean + float(gained.mean()), error)
+        return StepELBO(self._log_evidence.mean + float(gained.mean()), error)
 
     def warn(self) -> None:
-        """Say how many transitions of the last run diverged."""
+        """Warn of transitions of the last run that diverged."""
         if self._divergences:
             logger.warning(
                 "em: in the last E-step, %d of %d NUTS draws diverged: the posterior is steep "
@@ -359,6 +393,40 @@ class NUTSStep(DrawnStep):
                 self._num_particles,
             )
         self._evidence.warn()
+
+
+E_STEPS: Mapping[EStepName, Callable[[Problem], EStep]] = {
+    "exact": ExactStep,
+    "variational": VariationalStep,
+    "importance": ImportanceStep,
+    "nuts": NUTSStep,
+}
+
+
+def _require_density(problem: Problem, name: EStepName) -> None:
+    """Raise ValueError for a guide, or a number of draws, that log p(x) cannot be measured by."""
+    guide = problem.guide
+    if isinstance(guide, FamilyGuide) and not guide.family.has_density:
+        raise ValueError(
+            f"e_step={name!r} measures log p(x) by the guide's density, and "
+            f"{guide.family!r} is a point, which has none; use another family"
+        )
+    if problem.num_particles < 2:
+        raise ValueError(f"num_particles=1: e_step={name!r} needs at least 2")
+
+
+def _require_continuous(latents: Iterable[Site]) -> None:
+    """Raise ValueError for latent sites that NUTS cannot move."""
+    if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
+        raise ValueError(
+            f"the distributions of the latent sites {undeclared} declare no support, which NUTS "
+            "needs; give their classes one, or use e_step='importance'"
+        )
+    if names := [site.name for site in latents if is_discrete(site.fn)]:
+        raise ValueError(
+            f"the latent sites {names} are discrete, and NUTS needs gradients; use "
+            "e_step='importance', or an ExactGuide where all are"
+        )
 
 
 def _batch_means_error(chain: Tensor) -> float:
@@ -372,18 +440,5 @@ def _batch_means_error(chain: Tensor) -> float:
 
 def _total(chunks: Iterable[Chunk]) -> Tensor:
     """Return the log weights of chunks, [K, N]."""
-    blocks: dict[int, list[Tensor]] = {}
-    for chunk in chunks:
-        blocks.setdefault(chunk.rows.start, []).append(chunk.weights.total.double())
-    return torch.cat([torch.cat(block) for block in blocks.values()], 1)
-
-
-def _places(draws: list[_Draws]) -> list[tuple[slice, slice]]:
-    """Return where each of the draws stands in [K, N]."""
-    seen: dict[int, int] = {}
-    places = []
-    for some in draws:
-        start = seen.get(some.rows.start, 0)
-        stop = seen[some.rows.start] = start + some.weight.shape[0]
-        places.append((slice(start, stop), some.rows))
-    return places
+    blocks = (torch.cat([c.weights.total.double() for c in block]) for block in by_block(chunks))
+    return torch.cat(list(blocks), 1)

@@ -12,50 +12,38 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
 from tqdm.auto import tqdm
 
-from pyro_vae.guides.base import FamilyGuide
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.sites import Structure
-from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.structure import inspect
-from pyro_vae.programs.supports import is_discrete, support_of
-from pyro_vae.programs.traces import dream
-from pyro_vae.training.e_steps import (
-    EStep,
-    Estimate,
-    ExactStep,
-    ImportanceStep,
-    NUTSStep,
-    VariationalStep,
-)
+from pyro_vae.programs.types import DataPlate, Program
+from pyro_vae.training.e_steps import E_STEPS, EStep, EStepName, Problem, StepELBO
 from pyro_vae.training.m_step import MStep, NonFiniteHalfStepError, failure
 from pyro_vae.training.parameters import Parameters
-from pyro_vae.training.result import EMResult, EMStop
+from pyro_vae.training.result import EMResult, EMStop, HalfStep
 
 __all__ = ["NonFiniteHalfStepError", "em"]
 
 logger = logging.getLogger(__name__)
 
-_E_STEPS = ("auto", "exact", "variational", "importance", "nuts")
-_REFINE_STEPS, _WARMUP_STEPS = 100, 50
 _WINDOW = 5  # iterations over which a gain must show above its error
 
 
 def em(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *batch: Any,
-    e_step: str = "auto",
+    e_step: EStepName | Literal["auto"] = "auto",
     num_iterations: int = 100,
     tolerance: float = 1e-6,
     num_particles: int = 100,
@@ -64,7 +52,7 @@ def em(
     optim: Any = None,
     seed: int | None = 0,
     progress: bool = True,
-    data_plate: str | bool | None = None,
+    data_plate: DataPlate = None,
 ) -> EMResult:
     r"""Estimate a model's parameters by expectation-maximisation on all the data at once.
 
@@ -138,28 +126,19 @@ def em(
     num_particles = as_count("num_particles", num_particles)
     e_steps = None if e_steps is None else as_count("e_steps", e_steps)
     m_steps = as_count("m_steps", m_steps)
-    kind = _check(e_step, guide, tolerance, num_particles)
-    arguments = as_batch(*batch)
-    structure = _check_model(model, arguments, data_plate)
-    if kind != "exact":
-        _refuse_scales(model, structure, arguments, kind)
-    if kind == "nuts":
-        _require_continuous(structure)
-    parameters = _parameters(model, structure, arguments)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    kind = _kind(e_step, guide)
+    data = as_batch(*batch)
+    structure = inspect(model, data, data_plate=data_plate)
+    _check_model(structure, kind)
+    parameters = _parameters(model, structure, data)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
-    e: EStep
-    if isinstance(guide, ExactGuide) and kind == "exact":
-        e = ExactStep(model, guide, arguments, structure)
-    elif kind == "variational" and isinstance(guide, LocalGuide):
-        steps = _REFINE_STEPS if e_steps is None else e_steps
-        e = VariationalStep(model, guide, arguments, data_plate, num_particles, seed, steps)
-    elif kind == "importance":
-        e = ImportanceStep(model, guide, arguments, data_plate, num_particles, seed)
-    else:
-        warmup = _WARMUP_STEPS if e_steps is None else e_steps
-        e = NUTSStep(model, guide, arguments, data_plate, num_particles, seed, warmup, structure)
+    e = E_STEPS[kind](
+        Problem(model, guide, data, structure, data_plate, num_particles, e_steps, seed)
+    )
     run = _Run(e, MStep(parameters, optim, m_steps))
-    with preserved_rng(arguments.device):
+    with preserved_rng(data.device):
         try:
             stopped_by = run.loop(num_iterations, tolerance, progress)
             if stopped_by != "interrupted":
@@ -169,48 +148,25 @@ def em(
     return run.result(stopped_by)
 
 
-def _check(e_step: str, guide: Callable[..., Any], tolerance: float, num_particles: int) -> str:
-    """Return the kind of E-step; raise ValueError for what does not go together."""
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
-    if e_step not in _E_STEPS:
-        raise ValueError(f"e_step={e_step!r}: one of {_E_STEPS} is needed")
-    exact, local = isinstance(guide, ExactGuide), isinstance(guide, LocalGuide)
-    if e_step == "auto":
-        if not exact and not local:
-            raise ValueError(
-                f"e_step='auto' is for an ExactGuide or a LocalGuide, found "
-                f"{type(guide).__name__}: choose e_step='importance' or 'nuts', or train model "
-                "and guide together with pyro_vae.fit"
-            )
-        return "exact" if exact else "variational"
-    if e_step == "exact" and not exact:
-        raise ValueError(
-            "e_step='exact' needs an ExactGuide, which enumerates discrete latents, found "
-            f"{type(guide).__name__}; continuous latents have no exact E-step here: choose "
-            "'variational', 'importance' or 'nuts'"
-        )
-    if e_step == "variational" and not local:
-        raise ValueError(
-            "e_step='variational' refines the rows of a LocalGuide, found "
-            f"{type(guide).__name__}: make one with pyro_vae.refine(model, guide, *batch)"
-        )
-    if e_step in ("importance", "nuts"):
-        if isinstance(guide, FamilyGuide) and not guide.family.has_density:
-            raise ValueError(
-                f"e_step={e_step!r} measures log p(x) by the guide's density, and "
-                f"{guide.family!r} is a point, which has none; use another family"
-            )
-        if num_particles < 2:
-            raise ValueError(f"num_particles=1: e_step={e_step!r} needs at least 2")
-    return e_step
+def _kind(e_step: str, guide: Program) -> EStepName:
+    """Return the kind of E-step; raise ValueError where "auto" has none for this guide."""
+    for kind in E_STEPS:
+        if e_step == kind:
+            return kind
+    if e_step != "auto":
+        raise ValueError(f"e_step={e_step!r}: one of {('auto', *E_STEPS)} is needed")
+    if isinstance(guide, ExactGuide):
+        return "exact"
+    if isinstance(guide, LocalGuide):
+        return "variational"
+    raise ValueError(
+        f"e_step='auto' is for an ExactGuide or a LocalGuide, found {type(guide).__name__}: choose "
+        "e_step='importance' or 'nuts', or train model and guide together with pyro_vae.fit"
+    )
 
 
-def _check_model(
-    model: Callable[..., Any], batch: Batch, data_plate: str | bool | None
-) -> Structure:
-    """Return the structure of a model on all its data, or raise ValueError."""
-    structure = inspect(model, batch, data_plate=data_plate)
+def _check_model(structure: Structure, kind: EStepName) -> None:
+    """Raise ValueError for global latents, minibatches, and scales that an E-step cannot carry."""
     structure.require_no_globals()
     for site in structure.sites.values():
         for plate in site.plates:
@@ -220,39 +176,17 @@ def _check_model(
                     "takes all the data at once; pass them all, without subsampling, or train "
                     "by minibatches with pyro_vae.fit"
                 )
-    return structure
-
-
-def _refuse_scales(
-    model: Callable[..., Any], structure: Structure, batch: Batch, kind: str
-) -> None:
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(model):
-        trace = dream(model, batch.args, batch.kwargs)
-    for name in structure.sites:
-        scale = trace.nodes[name]["scale"]
-        if bool((torch.as_tensor(scale) != 1).any()):
+    if kind == "exact":
+        return
+    for site in structure.sites.values():
+        if bool((torch.as_tensor(site.scale) != 1).any()):
             raise ValueError(
-                f"site {name!r} has the scale {scale} (poutine.scale), which the draws of "
-                f"e_step={kind!r} do not carry; leave it out, or use an ExactGuide"
+                f"site {site.name!r} has the scale {site.scale} (poutine.scale), which the draws "
+                f"of e_step={kind!r} do not carry; leave it out, or use an ExactGuide"
             )
 
 
-def _require_continuous(structure: Structure) -> None:
-    latents = (*structure.local_latents, *structure.global_latents)
-    if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
-        raise ValueError(
-            f"the distributions of the latent sites {undeclared} declare no support, which NUTS "
-            "needs; give their classes one, or use e_step='importance'"
-        )
-    names = [site.name for site in latents if is_discrete(site.fn)]
-    if names:
-        raise ValueError(
-            f"the latent sites {names} are discrete, and NUTS needs gradients; use "
-            "e_step='importance', or an ExactGuide where all are"
-        )
-
-
-def _parameters(model: Callable[..., Any], structure: Structure, batch: Batch) -> Parameters:
+def _parameters(model: Program, structure: Structure, batch: Batch) -> Parameters:
     """Return the parameters of the model alone."""
 
     def points(*args: Any, **kwargs: Any) -> None:
@@ -309,7 +243,7 @@ class _Run:
             return "interrupted"
         return "num_iterations"
 
-    def _record(self, iteration: int, half_step: str, estimate: Estimate) -> Estimate:
+    def _record(self, iteration: int, half_step: HalfStep, estimate: StepELBO) -> StepELBO:
         if not math.isfinite(estimate.mean):
             raise failure(f"the ELBO ({estimate.mean})", half_step, iteration)
         row = (iteration, half_step, estimate.mean, estimate.std_error)

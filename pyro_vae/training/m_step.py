@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, all_finite
+from pyro_vae.training.result import HalfStep
 
 __all__ = ["MStep", "NonFiniteHalfStepError", "failure"]
-
-_Gradients = tuple[Tensor | None, ...]
 
 
 class NonFiniteHalfStepError(ArithmeticError):
@@ -29,7 +28,7 @@ class NonFiniteHalfStepError(ArithmeticError):
         iteration: counted from 1; 0 for the first E-step.
     """
 
-    def __init__(self, message: str, half_step: str, iteration: int) -> None:
+    def __init__(self, message: str, half_step: HalfStep, iteration: int) -> None:
         super().__init__(message)
         self.half_step = half_step
         self.iteration = iteration
@@ -51,8 +50,13 @@ class MStep:
     def run(self, objective: Callable[[], Tensor], iteration: int) -> None:
         """Maximise; undo what gains nothing.
 
+        Args:
+            objective: a deterministic function of the parameters, in nats per datum.
+            iteration: for errors.
+
         Raises:
             NonFiniteHalfStepError: the parameters are those from before.
+            ValueError: where the objective depends on none of them.
         """
         with torch.no_grad():
             before = float(objective().detach())
@@ -69,48 +73,52 @@ class MStep:
             self.parameters.restore(self._state)
 
     def _climb(self, objective: Callable[[], Tensor], before: float, iteration: int) -> None:
+        """Move the parameters; ``before`` is the objective where they are."""
         trained = self.parameters.trained
-        optimizer, own, calls = self.optimizer, self.optimizer is None, 0
-        if optimizer is None:
-            optimizer = torch.optim.LBFGS(
+        line_search, calls = self.optimizer is None, 0
+
+        def closure() -> float:
+            nonlocal calls
+            calls += 1
+            try:
+                loss, gradients = self._differentiate(objective, iteration)
+            except (NonFiniteHalfStepError, torch.linalg.LinAlgError):
+                if calls == 1 or not line_search:
+                    raise
+                # A trial of the line search that went too far: a height turns it back, where
+                # nan would be taken for a value.
+                loss, gradients = 1e6 * (1 + abs(before)) - before, [None] * len(trained)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter)
+                parameter.grad = gradient.contiguous()  # torch's L-BFGS takes views of it
+            return loss
+
+        if self.optimizer is None:
+            torch.optim.LBFGS(
                 trained,
                 max_iter=self.steps,
                 tolerance_grad=1e-9,
                 tolerance_change=1e-12,
                 history_size=20,
                 line_search_fn="strong_wolfe",
-            )
+            ).step(closure)
+            return
+        for _ in range(self.steps):
+            self.optimizer.step(closure)
 
-        nothing: _Gradients = (None,) * len(trained)
-
-        def closure() -> float:
-            nonlocal calls
-            calls += 1
-            try:
-                loss = -objective()
-                gradients: _Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-            except torch.linalg.LinAlgError:
-                if calls == 1 or not own:
-                    raise
-                loss, gradients = torch.tensor(math.nan), nothing
-            found = [gradient for gradient in gradients if gradient is not None]
-            if not bool(torch.isfinite(loss)) or not all_finite(found):
-                if calls == 1 or not own:
-                    raise failure("the objective or its gradient", "M", iteration)
-                # A trial of the line search that went too far: a height turns it back, where
-                # nan would be taken for a value.
-                loss = torch.full_like(loss, 1e6 * (1 + abs(before)) - before)
-                gradients = nothing
-            elif not found:
-                raise ValueError("the ELBO does not depend on any parameter of the model")
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros_like(parameter)
-                parameter.grad = gradient.contiguous()  # torch's L-BFGS takes views of it
-            return float(loss.detach())
-
-        for _ in range(1 if own else self.steps):
-            optimizer.step(closure)
+    def _differentiate(
+        self, objective: Callable[[], Tensor], iteration: int
+    ) -> tuple[float, list[Tensor | None]]:
+        """Return minus the objective, and its gradients; None by what it does not depend on."""
+        loss = -objective()
+        gradients = torch.autograd.grad(loss, self.parameters.trained, allow_unused=True)
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not bool(torch.isfinite(loss)) or not all_finite(found):
+            raise failure("the objective or its gradient", "M", iteration)
+        if not found:
+            raise ValueError("the ELBO does not depend on any parameter of the model")
+        return float(loss.detach()), list(gradients)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -125,7 +133,7 @@ class MStep:
                 parameter.grad = None
 
 
-def failure(what: str, half_step: str, iteration: int) -> NonFiniteHalfStepError:
+def failure(what: str, half_step: HalfStep, iteration: int) -> NonFiniteHalfStepError:
     """Return the error that names what is not finite, and where."""
     return NonFiniteHalfStepError(
         f"{what} is not finite in the {half_step}-step of iteration {iteration}. The model keeps "
