@@ -7,25 +7,20 @@ import inspect
 import os
 import tempfile
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["load", "save", "schedulers_of"]
 
 _VERSION = 1
 
 # What is not looked into, and how much of what is.
-_CLOSED = (
-    type,
-    types.ModuleType,
-    torch.Tensor,
-    torch.nn.Module,
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-)
+_CLOSED = (type, types.ModuleType, torch.Tensor, torch.nn.Module, Optimizer, LRScheduler)
 _LONG = 50
 _EMPTY = types.CellType()
 
@@ -62,9 +57,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def schedulers_of(
-    callbacks: Iterable[Any], optimizer: torch.optim.Optimizer
-) -> list[torch.optim.lr_scheduler.LRScheduler]:
+def schedulers_of(callbacks: Iterable[object], optimizer: Optimizer) -> list[LRScheduler]:
     """Return the learning rate schedulers of an optimizer that callbacks are, or hold.
 
     Raises:
@@ -75,7 +68,7 @@ def schedulers_of(
         id(value): value
         for callback in callbacks
         for value in _held(callback)
-        if isinstance(value, torch.optim.lr_scheduler.LRScheduler) and value.optimizer is optimizer
+        if isinstance(value, LRScheduler) and value.optimizer is optimizer
     }
     if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not found:
         raise ValueError(
@@ -86,25 +79,26 @@ def schedulers_of(
     return list(found.values())
 
 
-def _held(value: Any, depth: int = 3) -> Iterator[Any]:
-    """Yield an object, and what it holds: in a closure, in globals that it names, as attributes."""
+def _held(value: object, depth: int = 3) -> Iterator[object]:
+    """Yield an object, and what it holds, directly or through what it holds."""
     yield value
-    if depth == 0 or isinstance(value, _CLOSED):
-        return
-    inner: list[Any] = []
+    if depth > 0 and not isinstance(value, _CLOSED):
+        for item in _parts(value):
+            yield from _held(item, depth - 1)
+
+
+def _parts(value: Any) -> Sequence[object]:
+    """Return what an object holds: in a closure, in globals that it names, as attributes."""
     if isinstance(value, Mapping):
-        inner += list(value.values())[:_LONG]
-    elif isinstance(value, (list, tuple)):
-        inner += value[:_LONG]
-    elif inspect.isfunction(value):
-        inner += [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
-        inner += [value.__globals__.get(name) for name in value.__code__.co_names]
-        inner += value.__defaults__ or ()
-    elif inspect.ismethod(value):
-        inner += [value.__self__, value.__func__]
-    elif isinstance(value, functools.partial):
-        inner += [value.func, *value.args, *value.keywords.values()]
-    else:
-        inner += list(getattr(value, "__dict__", {}).values())[:_LONG]
-    for item in inner:
-        yield from _held(item, depth - 1)
+        return list(value.values())[:_LONG]
+    if isinstance(value, (list, tuple)):
+        return value[:_LONG]
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return [*cells, *named, *(value.__defaults__ or ())]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    return list(getattr(value, "__dict__", {}).values())[:_LONG]
