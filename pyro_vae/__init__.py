@@ -4,8 +4,7 @@ from importlib.metadata import version
 
 from pyro_vae import datasets, families, nets, schedules, zoo
 from pyro_vae.diagnostics.pareto_k import pareto_k
-from pyro_vae.evaluation.bound import Bound
-from pyro_vae.evaluation.bounds import elbo, iwae_bound
+from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
 from pyro_vae.evaluation.log_weights import log_weights
@@ -18,8 +17,7 @@ from pyro_vae.losses.explain import explain
 from pyro_vae.losses.iwae import IWAE
 from pyro_vae.losses.wake_sleep import WakeSleep
 from pyro_vae.missing_data.encoder import MissingEncoder
-from pyro_vae.missing_data.imputation import Imputation
-from pyro_vae.missing_data.impute import impute
+from pyro_vae.missing_data.impute import Imputation, impute
 from pyro_vae.missing_data.model import MissingData
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.describe import describe

@@ -1,7 +1,6 @@
 """How large is log p(x), and which guide loses what? Bounds, log weights, comparisons."""
 
-from pyro_vae.evaluation.bound import Bound
-from pyro_vae.evaluation.bounds import elbo, iwae_bound
+from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
 from pyro_vae.evaluation.log_weights import log_weights

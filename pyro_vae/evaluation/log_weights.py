@@ -78,16 +78,7 @@ def log_weights(
         True
     """
     num_particles = as_count("num_particles", num_particles)
-    evaluator, fixed = prepare(
-        model,
-        guide,
-        batch,
-        given=given,
-        data_plate=data_plate,
-        particles=particles,
-        seed=seed,
-        compile=compile,
-    )
+    evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
     blocks = [
         LogWeights.concatenate([chunk.weights for chunk in block], 0)
         for block in by_block(evaluator.chunks(num_particles, chunk_size))

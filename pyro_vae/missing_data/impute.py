@@ -9,17 +9,19 @@ r"""Missing values drawn given the seen ones, by importance resampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_vae.diagnostics.smoothed_weights import SmoothedWeights
-from pyro_vae.missing_data.imputation import Imputation
-from pyro_vae.missing_data.moments import WeightedMoments
+from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
+from pyro_vae.particles.estimators import calibrated, skewness_of
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
@@ -30,10 +32,115 @@ from pyro_vae.programs.site_arrays import absent, array_of, inner_dims
 from pyro_vae.programs.sites import Site, Structure, names_of
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
-__all__ = ["impute"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Imputation", "WeightedMoments", "impute"]
 
 # First in the key of a random stream: what it is for (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
+# Powers of the weights and of the values whose products make mean, sd, error and skewness.
+_DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """The result of :func:`impute`.
+
+    Attributes:
+        dataset: of each site with missing values, here ``x``, over the data: ``x``, its draws
+            (dims draw, datum, ...), seen values in place; ``x_observed``, which values were seen;
+            ``x_mean`` and ``x_sd`` of each missing value given what is seen, and
+            ``x_mean_se``, the Monte Carlo standard error of that mean (of a seen value: itself, 0
+            and 0). ``pareto_k`` and ``ess`` of each datum's importance weights. Without the
+            dimension datum where the batch is treated as one.
+        sites: the names of these sites.
+        num_particles: K, particles for each datum.
+    """
+
+    dataset: xr.Dataset
+    sites: tuple[str, ...]
+    num_particles: int
+
+    def plot(
+        self,
+        *,
+        site: str | None = None,
+        shape: tuple[int, int] | None = None,
+        truth: ArrayLike | None = None,
+        num_columns: int = 10,
+        num_draws: int = 3,
+        unit: str = "intensity",
+    ) -> Figure:
+        """Draw images: what is seen, its mean imputation, draws, and the truth; a column per datum.
+
+        Needs the extra ``plots``.
+
+        Args:
+            site: which site; may be left out where there is one.
+            shape: (height, width); may be left out for images that are square or [N, H, W].
+            truth: the whole images, [N, H * W] or [N, H, W], if they are known.
+            num_columns: how many data, from the first.
+            num_draws: how many draws of each.
+            unit: what the grey scale measures.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ValueError: for a site that is not there, or images of another shape.
+        """
+        from pyro_vae.plots.imputation import plot_imputation
+
+        if site is None and len(self.sites) > 1:
+            raise ValueError(f"site=None: the sites {list(self.sites)} were imputed; name one")
+        name = self.sites[0] if site is None else site
+        if name not in self.sites:
+            raise ValueError(f"site={site!r}: the imputed sites are {list(self.sites)}")
+        draws = self.dataset[name].values[:num_draws]
+        mean = self.dataset[f"{name}_mean"].values
+        if "datum" not in self.dataset.dims:
+            raise ValueError("the batch was treated as one datum: there are no rows to draw")
+        if shape is None:
+            shape = _image_shape(mean.shape[1:])
+        rows = len(mean)
+        return plot_imputation(
+            mean.reshape(rows, -1),
+            draws.reshape(len(draws), rows, -1),
+            self.dataset[f"{name}_observed"].values.reshape(rows, -1),
+            shape,
+            truth=None if truth is None else np.asarray(truth).reshape(rows, -1),
+            num_columns=num_columns,
+            unit=unit,
+        )
+
+    @property
+    def doubt(self) -> str:
+        """For how many data weights, and so means and errors, are not to be trusted, in words."""
+        data = self.dataset
+        return doubts(data["pareto_k"].values, data["ess"].values, self.num_particles)
+
+    def __repr__(self) -> str:
+        data = self.dataset
+        k_hat = np.atleast_1d(data["pareto_k"].values)
+        lines = []
+        for name in self.sites:
+            missing = ~data[f"{name}_observed"].values
+            sd, error = (data[f"{name}_{what}"].values[missing] for what in ("sd", "mean_se"))
+            per_datum = missing.reshape(len(k_hat), -1).any(1)
+            lines.append(
+                f"{name}: {missing.sum()} of {missing.size} values missing, in {per_datum.sum()} "
+                f"of {len(k_hat)} data; median sd {np.median(sd):.3g}, median standard error of "
+                f"the mean {np.median(error):.2g}"
+            )
+        return "\n".join(
+            [
+                *lines,
+                f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median "
+                f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}"
+                + (f"; {self.doubt}" if self.doubt else ""),
+            ]
+        )
 
 
 def impute(
@@ -101,7 +208,7 @@ def impute(
     """
     num_draws = as_count("num_draws", num_draws)
     num_particles = as_count("num_particles", num_particles)
-    evaluator, fixed = prepare(model, guide, batch, given=given, data_plate=data_plate, seed=seed)
+    evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
     structure = evaluator.structure
     sites = _with_missing(structure)
     check_drawable(structure, evaluator.batch.device)
@@ -200,6 +307,59 @@ def _choose(latents: Values, index: Tensor, structure: Structure) -> dict[str, T
     return chosen
 
 
+class WeightedMoments:
+    r"""Weighted mean and sd of draws for each datum, and the Monte Carlo error of the mean.
+
+    .. math:: \bar x = \sum_k \bar w_k x_k, \quad
+        \mathrm{se}^2 = \sum_k \bar w_k^2 (x_k - \bar x)^2
+
+    with weights that sum to one; calibrated (see
+    :func:`pyro_vae.particles.estimators.calibrated`) by the third moment.
+
+    Args:
+        weights: [N, K], which sum to one.
+    """
+
+    def __init__(self, weights: np.ndarray) -> None:
+        self._weights = weights
+        self._seen = 0
+        self._first = torch.zeros(())
+        self._sums: list[Tensor] = [torch.zeros(())] * len(_DEGREES)
+
+    def update(self, draws: Tensor) -> None:
+        """Take in the draws of the next particles, [k, N, ...]."""
+        x = draws.double().cpu()
+        if not self._seen:
+            self._first = x[0]
+        # Of differences to the first draw: no cancellation.
+        x = x - self._first
+        w = torch.as_tensor(self._weights[:, self._seen : self._seen + len(x)].T)
+        terms = [torch.einsum("kn,kn...->n...", w**power, x**degree) for power, degree in _DEGREES]
+        self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
+        self._seen += len(x)
+
+    def results(self) -> dict[str, np.ndarray]:
+        """Return ``mean``, its standard error ``mean_se``, and ``sd``, [N, ...] each."""
+        wx, wxx, vx, vxx, ux, uxx, uxxx = self._sums
+        num_particles = self._weights.shape[1]
+        v, u = (
+            torch.as_tensor((self._weights**power).sum(1)).reshape(-1, *[1] * (wx.ndim - 1))
+            for power in (2, 3)
+        )
+        variance = (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0)
+        third = uxxx - 3 * wx * uxx + 3 * wx**2 * ux - wx**3 * u
+        # Each particle moves the mean by K w (x - mean).
+        skewed = skewness_of(num_particles * variance, num_particles**2 * third)
+        error = calibrated(variance.sqrt(), skewed, num_particles)
+        moments = {
+            "mean": wx + self._first,
+            # Of about one particle there is no spread to tell from.
+            "mean_se": torch.where(v < 0.9, error, math.nan),
+            "sd": (wxx - wx**2).clamp(min=0).sqrt(),
+        }
+        return {name: value.numpy() for name, value in moments.items()}
+
+
 def _dataset(
     structure: Structure, sites: Sequence[Site], blocks: Sequence[Mapping[str, np.ndarray]]
 ) -> xr.Dataset:
@@ -223,3 +383,17 @@ def _dataset(
     variables |= {name: (lead, found[name]) for name in ("pareto_k", "ess")}
     dataset = xr.Dataset(variables)
     return dataset.assign_coords({dim: np.arange(dataset.sizes[dim]) for dim in ("draw", *lead)})
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a datum's shape, if it is plain; a single channel is."""
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    side = math.isqrt(math.prod(shape))
+    if len(shape) != 1 or side**2 != shape[0]:
+        raise ValueError(
+            f"shape=None: a datum has shape {list(shape)}, which is no square image; give shape"
+        )
+    return side, side

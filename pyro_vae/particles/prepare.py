@@ -25,28 +25,13 @@ def prepare(
     model: Program,
     guide: Program,
     batch: tuple[Any, ...],
-    *,
-    given: GivenValues | None = None,
-    data_plate: DataPlate = None,
+    given: GivenValues | None,
+    data_plate: DataPlate,
+    seed: int | None,
     particles: Particles = "auto",
-    seed: int | None = None,
     compile: Compile = "auto",
 ) -> Prepared:
-    """Return an evaluator of a model and a guide on a batch.
-
-    Args:
-        model: a Pyro model.
-        guide: a Pyro guide.
-        batch: their arguments, as the user passed them.
-        given: as in :func:`pyro_vae.log_weights`, like the others.
-        data_plate: which plate holds the data.
-        particles: how several particles run at once.
-        seed: of the draws.
-        compile: how what is drawn and scored again and again is run.
-
-    Raises:
-        ValueError: for what :func:`pyro_vae.log_weights` refuses.
-    """
+    """Return an evaluator of a pair on a batch, both as :func:`pyro_vae.log_weights` takes them."""
     arguments = as_batch(*batch)
     model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
     evaluator = Evaluator(
@@ -62,8 +47,5 @@ def prepare(
 
 
 def by_block(chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
-    """Return the chunks of each block of data in turn, particles inside.
-
-    As with :func:`itertools.groupby`, a block is used up before the next one is taken.
-    """
+    """Return the chunks of each block of data in turn; use one up before the next is taken."""
     return (block for _, block in itertools.groupby(chunks, lambda chunk: chunk.rows.start))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from tests.models import factor_analysis
 
 
@@ -60,3 +62,21 @@ def test_constant_weights_have_no_tail():
 def test_k_hat_wants_a_matrix():
     with pytest.raises(ValueError, match=r"shape \[K, N\] are needed, found \(3,\)"):
         pv.pareto_k(torch.zeros(3))
+
+
+def test_resampling_takes_particles_as_often_as_they_weigh():
+    weights = np.array([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
+    with np.errstate(divide="ignore"):
+        smoothed = SmoothedWeights.of(np.log(weights))
+    index, found = smoothed.draw(20_000, [0]), smoothed.weights
+    np.testing.assert_allclose(found, weights, atol=1e-12)
+    share = np.stack([(index == k).mean(0) for k in range(3)], axis=1)
+    assert (np.abs(share - weights) <= 4 * np.sqrt(weights * (1 - weights) / 20_000)).all()
+
+
+def test_weights_that_are_all_zero_are_said_and_not_drawn_from():
+    log_weights = np.array([[0.0, -1.0, -2.0], [-np.inf] * 3])
+    smoothed = SmoothedWeights.of(log_weights)
+    assert np.isnan(smoothed.weights[1]).all() and np.isinf(smoothed.pareto_k[1])
+    with pytest.raises(ValueError, match=r"every importance weight is zero for 1 of 2 data: \[1\]"):
+        smoothed.draw(5, [0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_vae.evaluation.bound import Bound
+from pyro_vae.evaluation.bounds import Bound
 
 
 def test_bound():

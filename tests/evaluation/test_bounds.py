@@ -13,7 +13,7 @@ from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.pareto_k import heavy_tailed
-from pyro_vae.evaluation.bound import Bound
+from pyro_vae.evaluation.bounds import Bound
 from pyro_vae.particles.estimators import LargestWeights
 from tests.models import NormalModel, encoder, factor_analysis
 
