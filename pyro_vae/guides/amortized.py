@@ -11,11 +11,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.families.base import FactorizedFamily, Family
-from pyro_vae.guides.base import Conditionals, FamilyGuide
+from pyro_vae.guides.base import Conditionals, FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import Coordinates
-from pyro_vae.guides.model_look import ModelLook
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import name_apart
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.programs.traces import dependencies
 from pyro_vae.programs.types import DataPlate, Program, Values
@@ -80,21 +80,25 @@ class AmortizedGuide(FamilyGuide):
         global_guide: Program | None = None,
         top_down: bool = False,
     ) -> None:
-        look = ModelLook.at(model, example, data_plate)
-        if look.structure.data_plate is None:
+        looks = ModelLooks.of(model, example)
+        structure = looks.structure(data_plate)
+        if structure.data_plate is None:
             raise ValueError(
                 "AmortizedGuide is for latents of each datum; with data_plate=False there are "
                 "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
                 "guide of Pyro's (pyro.infer.autoguide)"
             )
         if global_guide is None:
-            look.refuse_globals("Give a guide for them (global_guide=...)")
-        super().__init__(look, family)
+            refuse_globals(structure, "Give a guide for them (global_guide=...)")
+        super().__init__(looks, structure, family)
         self.encoder = encoder
         self.global_guide = global_guide
-        features = self._example_features(model, look.shown)
+        batch = looks.batch
+        if structure.data_plate.drawn:
+            batch = batch.rows(slice(0, structure.data_plate.size))
+        features = self._example_features(model, batch)
         self.head = self._prior_head(features)
-        self.parents = self._parents(look) if top_down else {}
+        self.parents = self._parents(model, batch) if top_down else {}
         self.conditioners = nn.ModuleDict(
             {
                 str(number): self._conditioner(features, coordinates)
@@ -106,15 +110,10 @@ class AmortizedGuide(FamilyGuide):
             # Pyro's autoguides make their parameters at the first call.
             rng = preserved_rng(features.device)
             with torch.no_grad(), poutine.block(), rng, evaluation(global_guide):
-                self._run_global_guide(look.shown.args, look.shown.kwargs)
+                self._run_global_guide(batch.args, batch.kwargs)
 
     def _example_features(self, model: Program, batch: Batch) -> Tensor:
-        """Return the encoder's features of the example, [N, F], without gradients.
-
-        Raises:
-            ValueError: for features that are not finite or not [N, F], and for an encoder with
-                parameters that are not its own.
-        """
+        """Return the encoder's features of the example, [N, F]; ValueError for unusable ones."""
         with torch.enable_grad(), evaluation(self.encoder):
             features = self._features(batch.args, batch.kwargs)
         _refuse_hidden_parameters(model, self.encoder, features)
@@ -126,7 +125,7 @@ class AmortizedGuide(FamilyGuide):
         return features.detach()
 
     def _prior_head(self, features: Tensor) -> nn.Linear:
-        """Return a linear layer from features to parameters near those with the prior's moments."""
+        """Return the layer from features to parameters near those with the prior's moments."""
         prior = self._prior_params.to(features)
         head = _linear(features.shape[1], prior.numel(), features)
         with torch.no_grad():
@@ -134,14 +133,14 @@ class AmortizedGuide(FamilyGuide):
             head.bias.copy_(prior.flatten())
         return head
 
-    def _parents(self, look: ModelLook) -> dict[str, tuple[str, ...]]:
+    def _parents(self, model: Program, batch: Batch) -> dict[str, tuple[str, ...]]:
         """Return the sites that each site's prior depends on; ValueError for a joint family."""
         if not isinstance(self.family, FactorizedFamily):
             raise ValueError(
                 f"top_down with {self.family}: that family is joint over the sites already; "
                 "leave top_down out, or take families.Normal()"
             )
-        return dependencies(look.model, look.shown, self.site_names)
+        return dependencies(model, batch, self.site_names)
 
     def _conditioner(self, features: Tensor, coordinates: Coordinates) -> nn.Module:
         """Return the network from features and parents to what is added to a site's parameters."""

@@ -16,17 +16,19 @@ from torch import Tensor
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.coordinates import Coordinates, coordinates_of
-from pyro_vae.guides.model_look import ModelLook
 from pyro_vae.guides.moments import prior_moments
 from pyro_vae.guides.proposals import proposal
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.preimages import KeepDraws
-from pyro_vae.programs.sites import Plate
+from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.types import Values
 
-__all__ = ["Conditionals", "FamilyGuide", "of_family"]
+__all__ = ["Conditionals", "FamilyGuide", "of_family", "refuse_globals"]
+
+_STABILITY_RUNS = 5  # of the model
 
 # From a site, and spread rows of the draws of sites before it, to its proposal's parameters, spread
 # likewise: see :func:`pyro_vae.guides.proposals.proposal`.
@@ -40,7 +42,8 @@ class FamilyGuide(Registered, DeclaredGuide):
     whose proposals are of no family overrides :meth:`_conditionals`.
 
     Args:
-        look: at the model.
+        looks: what runs of the model have shown.
+        structure: of the model.
         family: the variational family; families.Normal() by default.
 
     Attributes:
@@ -57,9 +60,9 @@ class FamilyGuide(Registered, DeclaredGuide):
 
     _prior_params: Tensor
 
-    def __init__(self, look: ModelLook, family: Family | None) -> None:
+    def __init__(self, looks: ModelLooks, structure: Structure, family: Family | None) -> None:
         super().__init__()
-        look.check_stable()
+        looks.check_stable(structure, _STABILITY_RUNS)
         self.family = Normal() if family is None else family
         if not isinstance(self.family, Family):
             raise TypeError(
@@ -67,11 +70,11 @@ class FamilyGuide(Registered, DeclaredGuide):
                 "pyro_vae.families.Normal()"
             )
         self.global_guide = None
-        self._data_plate = look.structure.data_plate
-        self._is_subsampled = look.is_subsampled
-        self.coordinates = coordinates_of(look.structure, type(self).__name__)
+        plate = self._data_plate = structure.data_plate
+        self._is_subsampled = plate is not None and looks.is_subsampled(plate)
+        self.coordinates = coordinates_of(structure, type(self).__name__)
         self.num_coordinates = self.coordinates[-1].columns.stop
-        prior = self.family.initial(*prior_moments(look, self.coordinates))
+        prior = self.family.initial(*prior_moments(looks, structure, self.coordinates))
         self.register_buffer("_prior_params", prior, persistent=False)
 
     @abstractmethod
@@ -199,3 +202,13 @@ class FamilyGuide(Registered, DeclaredGuide):
 def of_family(guide: object) -> TypeGuard[FamilyGuide]:
     """Return whether a guide's proposals are all that its family and its parameters say."""
     return isinstance(guide, FamilyGuide) and not getattr(guide, "parents", None)
+
+
+def refuse_globals(structure: Structure, advice: str) -> None:
+    """Raise ValueError, with advice, for latent sites outside the data plate."""
+    if structure.data_plate is not None and structure.global_latents:
+        names = [site.name for site in structure.global_latents]
+        raise ValueError(
+            f"the latent sites {names} lie outside the data plate {structure.data_plate.name!r}: "
+            f"they are global. {advice}, or condition the model on a value"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -21,6 +21,7 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.traces import site_log_prob
+from pyro_vae.programs.types import DataPlate, Program, Trace
 
 __all__ = ["ExactGuide"]
 
@@ -67,9 +68,7 @@ class ExactGuide(Registered):
                 [0.0025, 0.9975]])
     """
 
-    def __init__(
-        self, model: Callable[..., Any], *, example: Any, data_plate: str | bool | None = None
-    ) -> None:
+    def __init__(self, model: Program, *, example: Any, data_plate: DataPlate = None) -> None:
         super().__init__()
         # In a tuple: a module of its own would make the model's parameters the guide's.
         self._model = (model,)
@@ -92,7 +91,7 @@ class ExactGuide(Registered):
         chain = self._current(Batch(args, kwargs))
         frames = {frame.name: frame for conditional in chain for frame in conditional.frames}
         with poutine.block(hide=list(frames)):
-            # Hidden, for a replayed model would take their indices for its own.
+            # Hidden: a replayed model would take their indices for its own.
             plates = {
                 name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()
             }
@@ -159,7 +158,7 @@ class ExactGuide(Registered):
             trace, log_probs = self._run(batch)
             return conditionals(trace, log_probs, self._nesting)
 
-    def _run(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+    def _run(self, batch: Batch) -> tuple[Trace, dict[str, Tensor]]:
         model = enumerated(self._model[0], self._names, -1 - self._nesting)
         trace = trace_of(model, batch.args, batch.kwargs)
         return trace, {
@@ -214,11 +213,8 @@ def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Any:
 
 
 def _same(one: Batch, other: Batch) -> bool:
-    if len(one.args) != len(other.args) or one.kwargs.keys() != other.kwargs.keys():
-        return False
-    pairs = [*zip(one.args, other.args, strict=True)]
-    pairs += [(one.kwargs[name], other.kwargs[name]) for name in one.kwargs]
-    return all(
+    first, second = ({**dict(enumerate(b.args)), **b.kwargs} for b in (one, other))
+    return first.keys() == second.keys() and all(
         a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-        for a, b in pairs
+        for a, b in ((first[key], second[key]) for key in first)
     )

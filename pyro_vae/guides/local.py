@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.families.base import Family
-from pyro_vae.guides.base import FamilyGuide
-from pyro_vae.guides.model_look import ModelLook
+from pyro_vae.guides.base import FamilyGuide, refuse_globals
 from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.types import DataPlate, Program
 
@@ -82,22 +82,14 @@ class LocalGuide(FamilyGuide, RowGuide):
         data_plate: DataPlate = None,
     ) -> None:
         num_data = as_count("num_data", num_data)
-        self._make(ModelLook.at(model, example, data_plate), num_data, family)
-
-    @classmethod
-    def of(cls, look: ModelLook, num_data: int, family: Family | None = None) -> LocalGuide:
-        """Return a guide for a model that was looked at before, without another look."""
-        guide = cls.__new__(cls)
-        guide._make(look, num_data, family)
-        return guide
-
-    def _make(self, look: ModelLook, num_data: int, family: Family | None) -> None:
-        look.refuse_globals("Train an AmortizedGuide(global_guide=...) with them")
-        if look.structure.data_plate is None and num_data != 1:
+        looks = ModelLooks.of(model, example)
+        structure = looks.structure(data_plate)
+        refuse_globals(structure, "Train an AmortizedGuide(global_guide=...) with them")
+        if structure.data_plate is None and num_data != 1:
             raise ValueError(
                 f"num_data={num_data}: with data_plate=False the whole batch is one datum"
             )
-        super().__init__(look, family)
+        super().__init__(looks, structure, family)
         prior = self._prior_params
         self.table = nn.Parameter(prior.repeat(num_data, *[1] * prior.ndim))
         self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))

@@ -10,65 +10,70 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyro_vae.guides.coordinates import Coordinates
-from pyro_vae.guides.model_look import ModelLook
-from pyro_vae.programs.state import preserved_rng
+from pyro_vae.programs.looks import run_model
+from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.sites import Structure
+from pyro_vae.programs.state import Look, preserved_rng
 from pyro_vae.programs.types import Node
 
 __all__ = ["middle_moments", "normal_moments", "prior_moments"]
 
 _PRIOR_DRAWS = 1000
+_PARENT_RUNS = 50  # of the model, where the draws of one do not vary
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
-def prior_moments(look: ModelLook, coordinates: Sequence[Coordinates]) -> tuple[Tensor, Tensor]:
+def prior_moments(
+    looks: ModelLooks, structure: Structure, coordinates: Sequence[Coordinates]
+) -> tuple[Tensor, Tensor]:
     """Return mean and width of the prior in unconstrained coordinates, over draws and data, [D].
-
-    Args:
-        look: at the model.
-        coordinates: of each latent site that a guide proposes.
 
     Raises:
         ValueError: for a site whose prior is a point.
     """
-    device = next(iter(look.structure.sites.values())).value.device
-    with torch.no_grad(), preserved_rng(device):
+    means, stds = [], []
+    with torch.no_grad(), preserved_rng(next(iter(structure.sites.values())).value.device):
         torch.manual_seed(0)  # the start of a guide is part of its definition
-        moments = [_prior_moments(look, mine) for mine in coordinates]
-    means, stds = zip(*moments, strict=True)
+        for mine in coordinates:
+            draws = structure.sites[mine.name].fn.sample((_PRIOR_DRAWS,))
+            mean, std = _of_site(mine, draws)
+            if not bool((std > 0).all()):  # given these parents, which have a prior too
+                draws = _of_other_parents(looks, mine.name, draws)
+                mean, std = _of_site(mine, draws)
+                if bool((draws == draws[:1]).all()):
+                    raise ValueError(
+                        f"latent site {mine.name!r}: its prior does not vary (a point), so there "
+                        "is nothing to infer. Use pyro.deterministic, or condition on it"
+                    )
+                # It varies between a few values, or between the ends of its support.
+                mean = torch.where(mean.isfinite(), mean, 0.0)
+                std = torch.where(std > 0, std, _WIDEST)
+            means.append(mean)
+            # Wide on the reals may be beyond all numbers once mapped to the support.
+            stds.append(std if mine.is_identity else std.clamp(max=_WIDEST))
     return torch.cat(means), torch.cat(stds)
-
-
-def _prior_moments(look: ModelLook, mine: Coordinates) -> tuple[Tensor, Tensor]:
-    draws = look.structure.sites[mine.name].fn.sample((_PRIOR_DRAWS,))
-    mean, std = _of_site(mine, draws)
-    if not bool((std > 0).all()):  # given these parents, which have a prior too
-        others = look.draws_of_other_parents(mine.name)
-        draws = draws if others is None else others
-        mean, std = _of_site(mine, draws)
-        if bool((draws == draws[:1]).all()):
-            raise ValueError(
-                f"latent site {mine.name!r}: its prior does not vary (a point), so there is "
-                "nothing to infer. Use pyro.deterministic, or condition on it"
-            )
-        # It varies between a few values, or between the ends of its support.
-        mean = torch.where(mean.isfinite(), mean, 0.0)
-        std = torch.where(std > 0, std, _WIDEST)
-    # Wide on the reals may be beyond all numbers once mapped to the support.
-    return mean, std if mine.is_identity else std.clamp(max=_WIDEST)
 
 
 def _of_site(mine: Coordinates, draws: Tensor) -> tuple[Tensor, Tensor]:
     return middle_moments(mine.rows(mine.transform.inv(draws)).flatten(0, 1))
 
 
+def _of_other_parents(looks: ModelLooks, name: str, draws: Tensor) -> Tensor:
+    """Return draws of a latent from its prior, its parents drawn anew for some of them."""
+    found = []
+    for seed in range(1, _PARENT_RUNS + 1):
+        with Look() as look:
+            sites = run_model(looks.model, looks.batch, seed=seed).sites
+        if look.error is None:  # a draw that the model cannot take says nothing
+            found.append(sites[name].fn.sample((_PRIOR_DRAWS // _PARENT_RUNS,)))
+    return torch.cat(found) if found else draws
+
+
 def middle_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column; of heavy tails, those of the middle.
+    """Return mean and standard deviation of draws [K, ...], over the first dimension.
 
-    Heavy tails have no moments: median and half the distance of the 16 % and 84 % quantiles stand
-    in. Values that are not finite count for neither.
-
-    Args:
-        rows: draws, [K, ...].
+    Of heavy tails, which have no moments, median and half the distance of the 16 % and 84 %
+    quantiles of those that are finite.
     """
     if rows.dtype in (torch.float16, torch.bfloat16):  # which PyTorch has no quantiles of
         mean, std = middle_moments(rows.float())
@@ -86,14 +91,9 @@ def middle_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal_moments(nodes: Sequence[Node]) -> tuple[Tensor, Tensor] | None:
-    """Return mean and standard deviation of a site of independent Normals.
+    """Return mean and standard deviation of a site of independent Normals, given several runs.
 
-    Args:
-        nodes: the site in several runs.
-
-    Returns:
-        Two tensors of the site's shape; None where it is no Normal, or not alike in all runs, as
-        it is where it depends on another draw.
+    None where it is no Normal, or is not alike in all runs: it depends on another draw.
     """
     found = []
     for node in nodes:

@@ -1,8 +1,7 @@
-"""Cycles from one start until each row has converged, and the checks of those that seem to."""
+"""Cycles from one start until each row has converged, and the checks of those that seem to have."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,20 +10,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.refinement.blocks import Block, per_row
-from pyro_vae.refinement.certificate import slope_promises, unseen
-from pyro_vae.refinement.climbing import Climber, Gain, climb_points
+from pyro_vae.refinement.climbing import Climber
 
 __all__ = ["CYCLE", "Ascent", "Budget", "ascend"]
 
 CYCLE = 200  # steps between two comparisons
-_FEWEST_STEPS = 20  # of a cycle that could have gained something
-# In the first two cycles; each one after takes twice as many, up to 2**_DOUBLINGS times.
-_PARTICLES = 8  # of a gradient
-_DOUBLINGS = 3
-# With so many their noise costs less than this, in nats; it falls as their number grows.
-_NOISE = 0.02
 _SHORTER, _SHORTEST = 4.0, 1 / 64  # steps, after a cycle that lost
 _MORE_EFFORT = 4  # for rows of which a first look at the slope cannot tell
+_REPLICATES = 8  # of the slope
+_SLOPE = 4.0  # what a step down the slope may promise, in tolerances
+_REACH = 3.75  # standard deviations: of the draws of a check hardly one lies beyond
+_WIDTH, _BINS = 1.5, 4  # of the tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +56,6 @@ class Ascent:
     converged: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Cycle:
-    """What a cycle did to rows: their new place, the gain, and whether it could have gained."""
-
-    after: Tensor
-    gain: Gain
-    sound: Tensor
-
-
 def ascend(climber: Climber, start: Tensor, todo: Tensor, budget: Budget) -> Ascent:
     """Run cycles from a start until each row has converged.
 
@@ -90,7 +77,7 @@ def ascend(climber: Climber, start: Tensor, todo: Tensor, budget: Budget) -> Asc
         for block in climber.blocks.at(torch.nonzero(~settled).flatten()):
             rows = block.rows
             before, open_rows = table[rows], ~settled[rows]
-            done = _run_cycle(climber, block, before, steps, cycle, rate[rows], tolerance)
+            done = climber.cycle(block, before, steps, cycle, rate[rows], tolerance)
             gain = done.gain.value
             better = per_row(open_rows & (gain > 0), before)
             table[rows] = torch.where(better, done.after, before)
@@ -106,33 +93,6 @@ def ascend(climber: Climber, start: Tensor, todo: Tensor, budget: Budget) -> Asc
     return Ascent(table, _certified(climber, table, settled & todo, tolerance))
 
 
-def _run_cycle(
-    climber: Climber,
-    block: Block,
-    before: Tensor,
-    steps: int,
-    cycle: int,
-    rate: Tensor,
-    tolerance: float,
-) -> _Cycle:
-    if not climber.blocks.family.has_density:
-        done = climb_points(block, before, steps)
-        gain = Gain(done.gain, torch.zeros_like(done.gain))
-        return _Cycle(done.after, gain, done.promised < tolerance)
-    particles = _particles(cycle, tolerance)
-    after = climber.climb(block, before, steps, particles, cycle, rate)
-    gain = climber.gain(block, before, after, tolerance, cycle)
-    return _Cycle(after, gain, (gain.value > -tolerance) & (steps >= _FEWEST_STEPS))
-
-
-def _particles(cycle: int, tolerance: float) -> int:
-    """Return how many particles a gradient is made of."""
-    if cycle == 0:
-        return _PARTICLES
-    doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / tolerance)))
-    return _PARTICLES << min(doublings, _DOUBLINGS)
-
-
 def _certified(climber: Climber, table: Tensor, claimed: Tensor, tolerance: float) -> Tensor:
     """Return which of the rows that claim to have converged pass the checks, [N]."""
     if not climber.blocks.family.has_density:
@@ -144,12 +104,43 @@ def _certified(climber: Climber, table: Tensor, claimed: Tensor, tolerance: floa
         still = torch.zeros_like(claimed)
         for block in climber.blocks.at(torch.nonzero(undecided).flatten()):
             rows = block.rows
-            promise = slope_promises(climber, block, table[rows], tolerance, effort)
-            little, open_ = promise.little, promise.undecided
+            promised, error = _promise(climber.slopes(block, table[rows], effort * _REPLICATES))
+            flat = promised + 2 * error < _SLOPE * tolerance
+            still[rows] = ~flat & (promised < _SLOPE * tolerance)
             if effort == 1 and not climber.heavy:
-                seen = unseen(climber, block, table[rows]) < tolerance
-                little, open_ = little & seen, open_ & seen
-            passed[rows] |= little
-            still[rows] = open_
+                seen = _unseen(climber, block, table[rows]) < tolerance
+                flat, still[rows] = flat & seen, still[rows] & seen
+            passed[rows] |= flat
         undecided = still & undecided
     return passed & claimed
+
+
+def _promise(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a Newton step gains where the family is near the posterior, and its error, [n].
+
+    In its own units the family's Fisher information is about one, and so is the curvature of
+    the ELBO: the step gains half the square of the slope, of which there are estimates [R, n, ...].
+    """
+    slopes = slopes.flatten(2)
+    mean, variance = slopes.mean(0), slopes.var(0) / slopes.shape[0]
+    promised = 0.5 * (mean.square() - variance).sum(-1)
+    error = (mean.square() * variance + 0.5 * variance.square()).sum(-1).sqrt()
+    return promised, torch.nan_to_num(error, nan=torch.inf)
+
+
+def _unseen(climber: Climber, block: Block, table: Tensor) -> Tensor:
+    """Return how much of the ELBO lies beyond the reach of draws, along each axis, [n].
+
+    An integrand such as exp(z) under a wide Gaussian has all its mean there, and its average over
+    draws is then too good, whatever their spread says.
+    """
+    size = climber.blocks.num_noise
+    middle = _REACH + _WIDTH * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+    edges = _REACH + _WIDTH * torch.arange(_BINS + 1, dtype=torch.float64)
+    mass = torch.special.ndtr(-edges).diff().neg()
+    points = torch.cat([middle, -middle])
+    noise = torch.einsum("k,ij->kij", points, torch.eye(size, dtype=torch.float64)).flatten(0, 1)
+    weights = climber.log_weights(block, table, noise.to(table), 1).double()
+    centre = climber.log_weights(block, table, torch.zeros_like(noise[:1]).to(table), 1).double()
+    lost = (centre - weights).unflatten(0, (len(points), size)).sum(1)
+    return torch.nan_to_num((torch.cat([mass, mass]).to(lost) @ lost).abs(), nan=torch.inf)

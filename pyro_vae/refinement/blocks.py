@@ -14,9 +14,9 @@ from pyro_vae.compiler.recorder import Recorder
 from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.guides.model_look import ModelLook
 from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.programs.types import Compile
+from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.types import Compile, DataPlate
 
 __all__ = ["Block", "Blocks", "ScoredGuide", "per_row"]
 
@@ -87,30 +87,25 @@ class Block:
 
     Attributes:
         rows: which they are, by number, [n].
-        look: at the model on them.
         scored: a guide of the family, scored on them.
         of: the blocks that it is one of.
+        looks: what is known of the model on them.
     """
 
     rows: Tensor
-    look: ModelLook
     scored: ScoredGuide
     of: Blocks
+    looks: ModelLooks
 
     @property
     def evaluator(self) -> Evaluator:
         """Of these data."""
         return self.scored.evaluator
 
-    @property
-    def size(self) -> int:
-        """D, unconstrained coordinates of a datum."""
-        return self.scored.guide.num_coordinates
-
     @functools.cached_property
     def flat(self) -> ScoredGuide:
         """Independent Gaussians far wider than the prior: a nearly flat density."""
-        flat = self.of.scored(self.look, len(self.rows), Normal())
+        flat = self.of.score(self.looks, len(self.rows), Normal())
         with torch.no_grad():
             flat.guide.table[..., 1] += _FLAT
         return flat
@@ -160,53 +155,66 @@ class Blocks:
     """Makes blocks of data, and keeps them: those of all data, and the last ones of fewer.
 
     Args:
-        look: at the model on all data.
+        looks: what is known of the model on all data.
         whole: an evaluator of the model on all data, with any guide; its seed is that of the draws.
         guide: of the family that is refined; in dtype and on the device of its table.
+        data_plate: as in :func:`pyro_vae.refine`.
         compile: as in :class:`pyro_vae.CompiledSVI`.
 
     Attributes:
         family: the variational family.
-        num_coordinates: D, unconstrained coordinates of a datum.
+        size: D, unconstrained coordinates of a datum.
+        num_noise: standard normal numbers that a draw of a datum is made of.
         recorder: of the functions that are run on blocks.
         current: the blocks that were asked for last.
     """
 
     def __init__(
-        self, look: ModelLook, whole: Evaluator, guide: LocalGuide, compile: Compile
+        self,
+        looks: ModelLooks,
+        whole: Evaluator,
+        guide: LocalGuide,
+        data_plate: DataPlate,
+        compile: Compile,
     ) -> None:
-        self.family, self.num_coordinates = guide.family, guide.num_coordinates
+        self.family, self.size = guide.family, guide.num_coordinates
+        self.num_noise = self.family.num_noise(self.size)
         self.recorder = Recorder("refining", compile)
         self.current: list[Block] = []
-        self._look, self._whole, self._like = look, whole, guide.table
+        self._looks, self._whole, self._like = looks, whole, guide.table
+        self._data_plate = data_plate
         self._kept: dict[bool, list[Block]] = {}
 
     def at(self, rows: Tensor) -> list[Block]:
         """Return some of the data in blocks; all of them where the model does not take fewer."""
-        if not self._whole.splittable:
-            rows = torch.arange(self._whole.num_data, device=rows.device)
-        fewer = rows.numel() < self._whole.num_data
+        whole = self._whole
+        if not whole.splittable:
+            rows = torch.arange(whole.num_data, device=rows.device)
+        fewer = rows.numel() < whole.num_data
         kept = self._kept.get(fewer)
         if kept is None or not torch.equal(torch.cat([block.rows for block in kept]), rows):
-            kept = [self._block(rows[some]) for some in self._whole.blocks_of(len(rows))]
+            kept = [self._block(rows[some]) for some in whole.blocks_of(len(rows))]
             self._kept[fewer] = kept
         self.current = kept
         return kept
 
     def _block(self, rows: Tensor) -> Block:
-        look = self._look
+        looks = self._looks
         if rows.numel() < self._whole.num_data:
-            look = look.on(self._whole.batch.rows(rows))
-        return Block(rows, look, self.scored(look, rows.numel(), self.family), self)
+            looks = looks.on(looks.batch.rows(rows))
+        return Block(rows, self.score(looks, rows.numel(), self.family), self, looks)
 
-    def scored(self, look: ModelLook, num_data: int, family: Family) -> ScoredGuide:
-        """Return a guide of a family with a row for each datum of a look, and its evaluator."""
-        guide = LocalGuide.of(look, num_data, family).to(self._like)
+    def score(self, looks: ModelLooks, num_data: int, family: Family) -> ScoredGuide:
+        """Return a guide of a family with a row for each datum of a batch, and its evaluator."""
+        plate = self._data_plate
+        guide = LocalGuide(
+            looks.model, num_data=num_data, example=looks, family=family, data_plate=plate
+        ).to(self._like)
         evaluator = Evaluator(
-            look.model,
+            looks.model,
             guide,
-            look.batch,
-            data_plate=look.data_plate,
+            looks.batch,
+            data_plate=plate,
             seed=self._whole.seed,
             gradients=True,
         )

@@ -1,4 +1,4 @@
-"""Cycles of optimisation of a table's rows, all data of a block at once, and what they gain."""
+"""One cycle of optimisation of rows, all data at once, and the noise that draws are made of."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.particles.estimators import elbo, elbo_influence, std_error
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
 from pyro_vae.refinement.lbfgs import minimize_rows
-from pyro_vae.refinement.noise import Noise, heavy_noise, orthogonal_noise
 
-__all__ = ["Climber", "Gain", "PointCycle", "climb_points"]
+__all__ = ["Climber", "Cycle", "Gain", "Noise"]
 
 _MOST_REPLICATES = 32  # of the first comparison; twice as many of each one after
-_DOUBLINGS = 3
+_DOUBLINGS = 3  # of particles, in later cycles
+_PARTICLES = 8  # of a gradient in the first two cycles
+_NOISE = 0.02  # nats that the noise of so many costs at most; it falls as their number grows
 _CHECK_PARTICLES = 32  # in a replicate of a comparison
 _REPLICATES = 8  # at least: their spread gives the standard error
 _UNDECIDED = 0.1  # the share of the data for which no more replicates are taken
 _LEARNING_RATE = 0.1  # in the family's units: standard deviations of the start
 _SECOND_MOMENT_DECAY = 0.95  # forgets the steep way down within a cycle
+_FEWEST_STEPS = 20  # of a cycle that could have gained something
 _COLDEST = 0.01  # the power of p(x, z) that annealing begins with
 _HEAVY = 16  # particles for each coordinate, where they go into the tails
+_WIDER = 3.0  # standard deviations there
 # First in the key of a stream of random numbers, after the seed: what it is for.
 _STEPS, _GAINS, _STARTS, _SLOPES = 1, 2, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Numbers whose weighted mean stands for a mean over standard normal noise.
+
+    Attributes:
+        values: [K, num_noise].
+        weight: [K].
+    """
+
+    values: Tensor
+    weight: Tensor
+
+    def spread(self, num_data: int) -> Tensor:
+        """Return the values, the same for every datum, [K, N, num_noise]."""
+        return self.values.unsqueeze(1).expand(-1, num_data, -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Gain:
-    """What rows gained in ELBO, in nats.
+    """What rows gained, in nats.
 
     Attributes:
         value: [n]; minus infinity for a row that has gone astray.
@@ -40,6 +61,21 @@ class Gain:
 
     value: Tensor
     error: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """What a cycle did to rows.
+
+    Attributes:
+        after: the rows, [n, P].
+        gain: of the ELBO; of log p(x, z) for a family of points.
+        sound: for which rows it could have gained something, [n].
+    """
+
+    after: Tensor
+    gain: Gain
+    sound: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +90,30 @@ class Climber:
     blocks: Blocks
     heavy: bool = False
 
-    def climb(
-        self,
-        block: Block,
-        start: Tensor,
-        steps: int,
-        num_particles: int,
-        cycle: int,
-        rate: Tensor,
-    ) -> Tensor:
-        """Run one cycle of Adam on every row at once; return the new rows.
+    def cycle(
+        self, block: Block, before: Tensor, steps: int, number: int, rate: Tensor, tolerance: float
+    ) -> Cycle:
+        """Run one cycle on every row of a block at once.
 
         Args:
-            block: of the data.
-            start: the rows, [n, P].
-            steps: of Adam; the learning rate falls to nothing over them.
-            num_particles: of a gradient.
-            cycle: its number, which random numbers depend on.
+            block: of n data.
+            before: their rows, [n, P].
+            steps: of the optimizer.
+            number: of the cycle: random numbers depend on it, and later ones take more particles.
             rate: factors on the learning rate, [n].
+            tolerance: of the ELBO, in nats.
         """
+        if not self.blocks.family.has_density:
+            return self._climb_points(block, before, steps, tolerance)
+        after = self._climb(block, before, steps, number, rate, tolerance)
+        gain = self.gain(block, before, after, tolerance, number)
+        return Cycle(after, gain, (gain.value > -tolerance) & (steps >= _FEWEST_STEPS))
+
+    def _climb(
+        self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor, tolerance: float
+    ) -> Tensor:
+        """Run Adam on the ELBO, its learning rate falling to nothing; return the new rows."""
+        num_particles = _particles(cycle, tolerance)
         annealed = self.blocks.family.anneals and cycle == 0
         shift = torch.zeros_like(start, requires_grad=True)
         # The average of the second half of the path has less noise than its end.
@@ -98,17 +139,25 @@ class Climber:
         with torch.no_grad():
             return block.scored.shifted(start, rate * average)
 
-    def slopes(self, block: Block, table: Tensor, replicates: range) -> Tensor:
-        """Return independent estimates of the ELBO's slope in the family's units, [R, n, P].
+    def _climb_points(self, block: Block, start: Tensor, steps: int, tolerance: float) -> Cycle:
+        """Run L-BFGS on log p(x, z), for a family of points, which has no noise."""
+        noise = start.new_zeros(1, self.blocks.num_noise)
 
-        Args:
-            block: of the data.
-            table: their rows, [n, P].
-            replicates: their numbers, which random numbers depend on.
-        """
+        def loss(rows: Tensor) -> Tensor:
+            return -block.scored.log_weights(rows.reshape(start.shape), noise)[0]
+
+        flat = start.flatten(1)
+        found = minimize_rows(loss, flat, steps)
+        with torch.no_grad():
+            gain = torch.nan_to_num((loss(flat) - loss(found.rows)).double(), nan=-math.inf)
+        after = found.rows.reshape(start.shape)
+        return Cycle(after, Gain(gain, torch.zeros_like(gain)), found.promised < tolerance)
+
+    def slopes(self, block: Block, table: Tensor, replicates: int) -> Tensor:
+        """Return independent estimates of the ELBO's slope in the family's units, [R, n, P]."""
         shift, power = torch.zeros_like(table), table.new_ones(())
         found = []
-        for i in replicates:
+        for i in range(replicates):
             noise = self.noise(block, _CHECK_PARTICLES, table, (_SLOPES, i))
             inputs = [shift, table, power, noise.weight, noise.values]
             found.append(-block.run(slope, block.scored, inputs, 32, check=i == 0)[0])
@@ -118,17 +167,10 @@ class Climber:
     def gain(
         self, block: Block, before: Tensor, after: Tensor, tolerance: float, cycle: int
     ) -> Gain:
-        """Return the gain in ELBO from before to after, of common random numbers.
+        """Return the gain in ELBO from rows [n, P] to others, of common random numbers.
 
         With more and more particles, until nearly every gain is plainly above or below the
         tolerance.
-
-        Args:
-            block: of the data.
-            before: their rows, [n, P].
-            after: [n, P].
-            tolerance: in nats.
-            cycle: its number: later ones may take more particles.
         """
         most = _MOST_REPLICATES << min(cycle, _DOUBLINGS)
         gains = before.new_zeros(0, block.evaluator.num_data, dtype=torch.float64)
@@ -167,14 +209,13 @@ class Climber:
         """Return the log weights of draws made of given noise, [K, n].
 
         Args:
-            block: of the data.
+            block: of n data.
             table: their rows, [n, P].
             noise: [K, num_noise].
             calls: how many are to be expected.
             check: whether this is the block's first call.
         """
-        guide, evaluator = block.scored.guide, block.evaluator.without_gradients()
-        scored = ScoredGuide(evaluator, guide)
+        scored = ScoredGuide(block.evaluator.without_gradients(), block.scored.guide)
         return block.run(log_weights, scored, [table, noise], calls, check=check)[0]
 
     def noise(
@@ -188,11 +229,14 @@ class Climber:
             like: a tensor of the noise's dtype and device.
             key: tells the random numbers from others; by default those that compare starts.
         """
-        size = self.blocks.family.num_noise(block.size)
+        size = self.blocks.num_noise
         key = (block.evaluator.seed, *key)
         if self.heavy:
-            return heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key).to(like)
-        return orthogonal_noise(num_particles, size, key).to(like)
+            noise = _heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key)
+        else:
+            values = _orthogonal_noise(num_particles, size, key)
+            noise = Noise(values, torch.ones(len(values)))
+        return Noise(noise.values.to(like), noise.weight.to(like))
 
 
 def slope(
@@ -216,36 +260,50 @@ def log_weights(scored: ScoredGuide, table: Tensor, noise: Tensor) -> list[Tenso
     return [scored.log_weights(table, noise)]
 
 
-@dataclass(frozen=True, slots=True)
-class PointCycle:
-    """Where a cycle brought points.
+def _particles(cycle: int, tolerance: float) -> int:
+    """Return how many particles a gradient is made of."""
+    if cycle == 0:
+        return _PARTICLES
+    doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / tolerance)))
+    return _PARTICLES << min(doublings, _DOUBLINGS)
 
-    Attributes:
-        after: the rows, [n, P].
-        gain: in log p(x, z), [n]; minus infinity for a row that has gone astray.
-        promised: what the last direction of each promised, [n].
+
+def _orthogonal_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Tensor:
+    """Return standard normal noise, [K, size]: mirrored pairs, in orthogonal directions.
+
+    Each row is exactly normal. Together they cancel the gradient noise of a quadratic log
+    density for the locations, and most of it for the scales.
     """
+    pairs = (num_particles + 1) // 2
+    generator = _generator(key)
+    turns = torch.randn(-(-pairs // size), size, size, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(turns).Q.reshape(-1, size)[:pairs]
+    radii = torch.randn(pairs, size, generator=generator, dtype=torch.float64).norm(dim=1)
+    half = directions * radii.unsqueeze(1)
+    return torch.cat([half, -half])[:num_particles]
 
-    after: Tensor
-    gain: Tensor
-    promised: Tensor
 
+def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Noise:
+    """Return noise that goes far into the tails of the standard normal.
 
-def climb_points(block: Block, start: Tensor, steps: int) -> PointCycle:
-    """Run one cycle of L-BFGS on every row's log p(x, z), for a family of points.
-
-    Args:
-        block: of the data.
-        start: the rows, [n, P].
-        steps: iterations.
+    Half of it is normal, and half is so but for one coordinate, which is wider, each in turn. The
+    weights are the ratio of the normal density to that of this mixture (the balance heuristic);
+    none is above 2.
     """
-    noise = start.new_zeros(1, block.scored.guide.family.num_noise(block.size))
+    count = -(-num_particles // (2 * size)) * size
+    plain, reaching = (_orthogonal_noise(count, size, (*key, i)) for i in range(2))
+    per_axis = count // size
+    # Stratified along the axis: a tail has its share at each call.
+    strata = torch.arange(per_axis, dtype=torch.float64).unsqueeze(1)
+    uniform = torch.rand(per_axis, size, generator=_generator((*key, 2)), dtype=torch.float64)
+    wide = _WIDER * torch.special.ndtri((strata + uniform) / per_axis)
+    axis = torch.arange(size).repeat(per_axis)
+    reaching[torch.arange(count), axis] = wide.flatten()
+    values = torch.cat([plain, reaching])
+    ratio = (0.5 * (1 - _WIDER**-2) * values.square()).exp() / _WIDER
+    return Noise(values, 2 / (1 + ratio.mean(1)))
 
-    def loss(rows: Tensor) -> Tensor:
-        return -block.scored.log_weights(rows.reshape(start.shape), noise)[0]
 
-    flat = start.flatten(1)
-    found = minimize_rows(loss, flat, steps)
-    with torch.no_grad():
-        gain = torch.nan_to_num((loss(flat) - loss(found.rows)).double(), nan=-math.inf)
-    return PointCycle(found.rows.reshape(start.shape), gain, found.promised)
+def _generator(key: tuple[int, ...]) -> torch.Generator:
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.refinement.lbfgs import minimize_rows
 
-__all__ = ["Gaussian", "Modes", "find_modes", "gaussian_at"]
+__all__ = ["find_modes", "gaussian_at"]
 
 _CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
 _MOVED = 0.1  # standard deviations: so far from where the curvature was taken it is taken anew
@@ -19,39 +18,16 @@ _LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter s
 _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
 
 
-@dataclass(frozen=True, slots=True)
-class Modes:
-    """Places of n data where log p(x, z) is highest around, found from M places of each.
-
-    Attributes:
-        z: unconstrained coordinates, [M, n, D].
-        height: log p(x, z) there, up to a constant, [M, n].
-    """
-
-    z: Tensor
-    height: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Gaussian:
-    """A Gaussian for each of n data.
-
-    Attributes:
-        mean: [n, D].
-        scale_tril: the Cholesky factor of its covariance, [n, D, D].
-    """
-
-    mean: Tensor
-    scale_tril: Tensor
-
-
-def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> Modes:
-    """Return the modes that L-BFGS finds from places.
+def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the modes that L-BFGS finds from places, and how high they are.
 
     Args:
         block: of n data.
-        places: [M, n, D].
-        prior: the weight of the prior in log p(x, z).
+        places: unconstrained coordinates, [M, n, D].
+        prior: its weight in log p(x, z).
+
+    Returns:
+        [M, n, D]; and log p(x, z) there, up to a constant, [M, n].
     """
     shape, calls = places.shape, 0
 
@@ -63,18 +39,19 @@ def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> Modes:
 
     modes = minimize_rows(objective, places.flatten(0, 1), _CLIMB).rows.reshape(shape)
     height, _ = _height(block, modes, _CLIMB, prior)
-    return Modes(modes, torch.nan_to_num(height, nan=-torch.inf, posinf=-torch.inf))
+    return modes, torch.nan_to_num(height, nan=-torch.inf, posinf=-torch.inf)
 
 
-def gaussian_at(block: Block, mode: Tensor) -> Gaussian | None:
-    """Return the Gaussian of the curvature at modes, searched for once more in its own units.
+def gaussian_at(block: Block, mode: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the Gaussian of the curvature at a mode, searched for once more in whitened units.
 
     Args:
         block: of n data.
         mode: [n, D], near one.
 
     Returns:
-        None where the model cannot be differentiated twice, or has too many coordinates.
+        Its mean, [n, D], and scale_tril, [n, D, D]; None where the model cannot be differentiated
+        twice, or has too many coordinates.
     """
     factor = _scale_tril(block, mode)
     if factor is None:
@@ -90,7 +67,7 @@ def gaussian_at(block: Block, mode: Tensor) -> Gaussian | None:
     moved = mode + (white @ y.unsqueeze(-1)).squeeze(-1)
     if float(y.abs().max()) > _MOVED:
         factor = _scale_tril(block, moved)
-    return None if factor is None else Gaussian(moved, factor)
+    return None if factor is None else (moved, factor)
 
 
 def _scale_tril(block: Block, mode: Tensor) -> Tensor | None:
@@ -117,12 +94,7 @@ def _scale_tril(block: Block, mode: Tensor) -> Tensor | None:
 
 
 def _curvature(flat: ScoredGuide, z: Tensor) -> Tensor | None:
-    """Return minus the Hessian of log p(x, z), [n, D, D]; None where there is none.
-
-    Args:
-        flat: of n data.
-        z: coordinates, [n, D].
-    """
+    """Return minus the Hessian of log p(x, z) at z [n, D], [n, D, D]; None where there is none."""
     num_data, size = z.shape
     step = max(1, flat.evaluator.chunk_pairs // num_data)
     rows = []
@@ -142,15 +114,7 @@ def _curvature(flat: ScoredGuide, z: Tensor) -> Tensor | None:
 def _height(
     block: Block, z: Tensor, calls: int, prior: float = 1.0, *, check: bool = False
 ) -> Sequence[Tensor]:
-    """Return log p(x, z), [K, n], and its gradient, [K, n, D].
-
-    Args:
-        block: of n data.
-        z: coordinates, [K, n, D].
-        calls: how many are to be expected.
-        prior: its weight.
-        check: whether this is the block's first call.
-    """
+    """Return :func:`height` of z [K, n, D], by its graph."""
     # A tensor: a number would be a constant of the graph.
     return block.run(height, block.flat, [z.new_full((), prior), z], calls, check=check)
 

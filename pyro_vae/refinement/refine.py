@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.guides.model_look import ModelLook
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.ascent import Ascent, Budget, ascend
 from pyro_vae.refinement.blocks import Blocks
@@ -114,11 +114,13 @@ def refine(
         evaluator = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
     if family is None and of_family(guide):
         family = guide.family
-    look = ModelLook.at(model, arguments, data_plate)
-    local = LocalGuide.of(look, evaluator.num_data, family)
+    looks = evaluator.pair.looks
+    local = LocalGuide(
+        model, num_data=evaluator.num_data, example=looks, family=family, data_plate=data_plate
+    )
     own = answer_of(local, guide, evaluator)
     local = local.to(own)
-    climber = Climber(Blocks(look, evaluator, local, compile))
+    climber = Climber(Blocks(looks, evaluator, local, data_plate, compile))
     with tqdm(total=max_steps, desc="refine", unit="step", disable=not progress, delay=1.0) as bar:
         starts = starts_of(climber, own, local.table.detach())
         best = search(climber, starts, Budget(max_steps, tolerance, bar))
@@ -157,8 +159,8 @@ def refine_table(
         tolerance: as in :func:`refine`.
         compile: as in :func:`refine`.
     """
-    look = ModelLook.at(model, evaluator.batch, data_plate)
-    climber = Climber(Blocks(look, evaluator, guide, compile))
+    looks = ModelLooks(model, evaluator.batch)
+    climber = Climber(Blocks(looks, evaluator, guide, data_plate, compile))
     start = guide.table.detach().clone()
     todo = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     return ascend(climber, start, todo, Budget(max_steps, tolerance, tqdm(disable=True)))

@@ -51,7 +51,7 @@ def search(climber: Climber, starts: Tensor, budget: Budget) -> Ascent:
     """
     everything = torch.ones(starts.shape[1], dtype=torch.bool, device=starts.device)
     blocks = climber.blocks
-    may_reach = blocks.family.has_density and blocks.num_coordinates <= _MOST_HEAVY
+    may_reach = blocks.family.has_density and blocks.size <= _MOST_HEAVY
     plain_steps = _PLAIN_CYCLES * CYCLE if may_reach else budget.max_steps
     first = replace(budget, max_steps=min(budget.max_steps, plain_steps))
     plain = _from_best(climber, starts, everything, first)
@@ -110,7 +110,7 @@ def _hopeful(attempt: _Attempt, tolerance: float) -> Tensor:
     for block in attempt.climber.blocks.at(torch.nonzero(attempt.todo).flatten()):
         here, there = table[block.rows], starts[:, block.rows]
         _, elbos = best_of(attempt.climber, block, torch.cat([here.unsqueeze(0), there]))
-        margin = min(_MARGIN + block.size / 4, _MOST_MARGIN)
+        margin = min(_MARGIN + attempt.climber.blocks.size / 4, _MOST_MARGIN)
         higher = elbos[1:] > elbos[0] + tolerance
         apart = _apart(attempt.climber, block, here, there)
         found[:, block.rows] = higher | (apart & (elbos[1:] > elbos[0] - margin))
@@ -118,15 +118,8 @@ def _hopeful(attempt: _Attempt, tolerance: float) -> Tensor:
 
 
 def _apart(climber: Climber, block: Block, here: Tensor, there: Tensor) -> Tensor:
-    """Return which tables lie elsewhere, [C, n]: far in units of the narrower of the two.
-
-    Args:
-        climber: of the family.
-        block: of n data.
-        here: [n, P].
-        there: [C, n, P].
-    """
-    family, size = climber.blocks.family, block.size
+    """Return which tables [C, n, P] lie far from one, in units of the narrower: [C, n]."""
+    family, size = climber.blocks.family, climber.blocks.size
     noise = climber.noise(block, 2 * size + 2, here).spread(len(here))
     draws = family.from_noise(here, size, noise)
     centre = here.new_zeros(1, *noise.shape[1:])

@@ -53,12 +53,8 @@ def answer_of(local: LocalGuide, guide: Program, evaluator: Evaluator) -> Tensor
 def _matching(local: LocalGuide, runs: Sequence[Mapping[str, Node]], values: Values) -> Tensor:
     """Return parameters of a local guide that match another guide's proposals, [N, P].
 
-    Args:
-        local: whose family and coordinates they are.
-        runs: the latent nodes of two runs of the other guide. Moments are read off a proposal on a
-            real support that is Normal and alike in both; of others they are those of the draws.
-        values: draws of the other guide, [K, batch..., event...] for each name; their preimages
-            too where it keeps them.
+    Moments are read off a proposal on a real support that is Normal and alike in two runs of that
+    guide; of others they are those of its draws.
     """
     means, stds = [], []
     for coordinates in local.coordinates:
@@ -101,27 +97,21 @@ def _rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
     they lie where the posterior has its mass. Where the data contradict the prior no draw comes
     near their own mode: so one search begins where the likelihood is highest. The Gaussian at a
     mode has its curvature, which makes posteriors of any scale and correlation alike.
-
-    Args:
-        climber: of the family.
-        block: of n data.
-        own: the guide's answer, [n, P].
-        prior: parameters with the prior's moments, [n, P].
     """
     found = [prior]
-    modes = find_modes(block, _places(climber, block, own, prior))
-    heights, near = modes.height, torch.zeros_like(modes.height, dtype=torch.bool)
+    modes, heights = find_modes(block, _places(climber, block, own, prior))
+    near = torch.zeros_like(heights, dtype=torch.bool)
     columns = torch.arange(own.shape[0], device=own.device)
     for _ in range(_MODES):
         heights = heights.masked_fill(near, -torch.inf)
         if not bool((heights > -torch.inf).any()):
             break
-        gaussian = gaussian_at(block, modes.z[heights.argmax(0), columns])
+        gaussian = gaussian_at(block, modes[heights.argmax(0), columns])
         if gaussian is None:
             break
-        found.append(climber.blocks.family.from_gaussian(gaussian.mean, gaussian.scale_tril))
-        away = (modes.z - gaussian.mean).movedim(0, -1)
-        away = torch.linalg.solve_triangular(gaussian.scale_tril, away, upper=False)
+        mean, factor = gaussian
+        found.append(climber.blocks.family.from_gaussian(mean, factor))
+        away = torch.linalg.solve_triangular(factor, (modes - mean).movedim(0, -1), upper=False)
         near |= away.square().sum(1).T < _APART**2
         near[heights.argmax(0), columns] = True
     return torch.stack(found)
@@ -129,7 +119,7 @@ def _rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
 
 def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tensor:
     """Return where to look for modes from, [M, n, D]."""
-    family, size = climber.blocks.family, block.size
+    family, size = climber.blocks.family, climber.blocks.size
     noise = climber.noise(block, _SCREENED, own)
     spread = noise.spread(own.shape[0])
     count = _STARTS if size <= _MANY_COORDINATES else _FEW_STARTS
@@ -144,7 +134,7 @@ def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
         chosen = torch.nan_to_num(score, nan=-torch.inf).topk(count, 0).indices
         draws = family.from_noise(table, size, spread)
         places.append(draws.gather(0, chosen.unsqueeze(-1).expand(-1, -1, size)))
-    of_data = find_modes(block, torch.cat(places[:2]), _WEAK_PRIOR).z
+    of_data, _ = find_modes(block, torch.cat(places[:2]), _WEAK_PRIOR)
     found = torch.cat([*places, of_data])
     return torch.where(found.isfinite(), found, found[1])
 
