@@ -24,3 +24,9 @@ def _clean_state() -> Iterator[None]:
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def float64() -> None:
+    """float64 as the default dtype; the state above is put back after each test."""
+    torch.set_default_dtype(torch.float64)

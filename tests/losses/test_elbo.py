@@ -9,11 +9,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+)
 from torch import nn
 
 import pyro_vae as pv
-from tests.losses.gradients import losses_and_gradients
+from tests.losses.gradients import agree, losses_and_gradients, mean_gradients
 from tests.models import NormalModel, encoder, factor_analysis, log_normal_model
 
 
@@ -495,3 +502,38 @@ def test_global_latents_are_trained_as_well():
     covariance = torch.eye(8, dtype=x.dtype) + 1
     exact = torch.distributions.MultivariateNormal(torch.zeros_like(x), covariance).log_prob(x)
     assert pv.ELBO(kl="sample").loss(model, guide, x) == pytest.approx(-exact.item(), rel=1e-12)
+
+
+def mixture_with_globals(x):
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(loc[c], 1.0), obs=x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_the_score_beside_globals_in_a_plate_of_their_own(num_particles):
+    """A plate of components at the data's dimension: its sites are no data."""
+    logits = torch.tensor([0.5, -0.5, 0.1, 0.3, -0.2, 0.4, 0.0], requires_grad=True)
+    x = torch.linspace(-2, 3, 7)
+
+    def guide_of(infer):
+        def guide(x):
+            with pyro.plate("components", 2):
+                pyro.sample("loc", dist.Delta(torch.tensor([-1.0, 2.0])))
+            with pyro.plate("data", len(x)):
+                probabilities = torch.stack([logits, -logits], -1)
+                pyro.sample("c", dist.Categorical(logits=probabilities), infer=infer)
+
+        return guide
+
+    exact = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(
+        mixture_with_globals, guide_of({"enumerate": "parallel"}), x
+    )
+    (wanted,) = torch.autograd.grad(exact, [logits])
+    score = pv.ELBO(num_particles, estimator="score")
+    found = mean_gradients(score, mixture_with_globals, guide_of({}), [logits], 2500, x)
+    agree(found, (wanted, torch.zeros(7)))

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
-from tests.losses.gradients import losses_and_gradients
+from tests.losses.gradients import X, enumerated_after_a_draw, losses_and_gradients
 
 
 class TwoDimensions(nn.Module):
@@ -82,3 +82,32 @@ def test_free_bits_need_a_kl_of_each_dimension():
     x, guide = torch.zeros(3, dtype=torch.float64), TwoDimensions("dense")
     with pytest.raises(ValueError, match=r"free_bits: latent site 'z' has no KL of each dim"):
         pv.ELBO(free_bits=0.1).loss_and_grads(guide.model, guide, x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_free_bits_with_enumerated_proposals_are_refused():
+    model, guide, _ = enumerated_after_a_draw(twice=False)
+    with pytest.raises(ValueError, match=r"free_bits: the guide enumerates \['c'\]"):
+        pv.ELBO(free_bits=0.1).loss_and_grads(model, guide, X)
+
+
+@pytest.mark.usefixtures("float64")
+def test_free_bits_are_of_each_component_of_a_plate_that_is_not_the_datas():
+    loc = torch.tensor([0.1, 2.0, 0.1], requires_grad=True)
+
+    def model(x):
+        with pyro.plate("components", 3):
+            pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("components", 3):
+            pyro.sample("m", dist.Normal(loc, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    loss = pv.ELBO(free_bits=0.05).differentiable_loss(model, guide, X)
+    (slope,) = torch.autograd.grad(loss, [loc])
+    torch.testing.assert_close(slope, torch.tensor([0.0, 2.0, 0.0]))

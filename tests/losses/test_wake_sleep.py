@@ -185,3 +185,33 @@ def test_bernoulli_proposals_learn_the_exact_posterior():
         schedule.step()
     exact = torch.sigmoid(2 * levels + math.log(0.3 / 0.7))
     torch.testing.assert_close(torch.sigmoid(logits.detach()), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_argument_that_is_observed_is_told_by_what_it_is_not_by_its_numbers():
+    location = torch.tensor(0.0, requires_grad=True)
+    saw = []
+
+    def model(t, y):
+        with pyro.plate("data", len(t)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Bernoulli(logits=z + 3 * t), obs=y)
+
+    def guide(t, y):
+        saw.append(t)
+        with pyro.plate("data", len(t)):
+            pyro.sample("z", dist.Normal(location + y - t, 1.0))
+
+    loss = pv.WakeSleep(5, insomnia=0.0)
+    same = torch.tensor([1.0, 0.0])
+    loss.differentiable_loss(model, guide, same, same.clone())
+    assert all(torch.equal(t, same) for t in saw)
+
+    def two(a, b):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("a", dist.Normal(z, 1.0), obs=a + 0)
+            pyro.sample("b", dist.Normal(z, 1.0), obs=b + 0)
+
+    with pytest.raises(ValueError, match=r"values of the observed site 'a' \(candidates: \[0, 1\]"):
+        pv.WakeSleep(5, insomnia=0.0).loss_and_grads(two, guide, same, same.clone())

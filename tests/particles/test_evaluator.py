@@ -14,8 +14,6 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.programs.batch import as_batch
 from tests.models import (
     NormalModel,
     encoder,
@@ -108,35 +106,6 @@ def test_plates_inside_the_data_plate_and_at_other_dims():
     refined = pv.refine(model, guide, x, seed=0)
     bound = pv.iwae_bound(model, refined, x, num_particles=20_000, seed=0)
     assert ((bound.value - evidence).abs() < 5 * bound.std_error + 1e-3).all()
-
-
-def test_scales_are_stripped_and_masks_kept(exact):
-    model, x = exact
-    plain = pv.log_weights(model, model.posterior, x, num_particles=3, seed=0)
-
-    def scaled(x):
-        with poutine.scale(scale=7.0):
-            return model(x)
-
-    def subsampled(x):
-        with pyro.plate("data", 1000, subsample=x):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-            location = z @ model.loadings.T + model.mean
-            pyro.sample("x", dist.Normal(location, model.noise).to_event(1), obs=x)
-
-    for other in (scaled, subsampled):
-        found = pv.log_weights(other, model.posterior, x, num_particles=3, seed=0)
-        torch.testing.assert_close(found.total, plain.total)
-
-    mask = torch.tensor([True, False] * 3 + [True])
-
-    def masked(x):
-        with poutine.mask(mask=mask):
-            return model(x)
-
-    found = pv.log_weights(masked, model.posterior, x, num_particles=3, seed=0)
-    assert (found.log_likelihood[:, ~mask] == 0).all() and (found.log_prior[:, ~mask] == 0).all()
-    torch.testing.assert_close(found.total[:, mask], plain.total[:, mask])
 
 
 def test_a_model_as_one_datum(exact):
@@ -298,13 +267,6 @@ def test_a_model_that_draws_its_own_minibatch_is_refused(exact):
         pv.log_weights(model, guide, torch.zeros(9), num_particles=2)
 
 
-def test_a_guide_of_another_size_is_refused(exact):
-    model, x = exact
-    guide = pv.LocalGuide(model, num_data=5, example=x)
-    with pytest.raises(ValueError, match="a row for each of 5 data but the batch has 7"):
-        pv.log_weights(model, guide, x, num_particles=2)
-
-
 def test_methods_of_a_module_are_evaluated_in_eval_mode():
     class Both(nn.Module):
         def __init__(self):
@@ -378,47 +340,6 @@ def test_partly_observed_data_by_obs_mask():
 # --- models that take one size of batch ---------------------------------------------------
 
 
-def test_a_plate_of_fixed_size_and_data_closed_over_are_not_cut():
-    torch.manual_seed(0)
-    covariate = torch.randn(300, dtype=torch.float64)
-
-    def model(x):
-        with pyro.plate("data", 300):
-            z = pyro.sample("z", dist.Normal(covariate, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def posterior(x):
-        with pyro.plate("data", 300):
-            pyro.sample("z", dist.Normal((x + covariate) / 2, 0.5**0.5))
-
-    x = torch.randn(300, dtype=torch.float64)
-    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
-    weights = pv.log_weights(model, posterior, x, num_particles=3, chunk_size=100)
-    torch.testing.assert_close(weights.total, exact.expand(3, -1))
-
-
-def test_data_closed_over_are_not_misaligned():
-    """covariate[: len(x)] runs on any rows, and is wrong on all but the first."""
-    covariate = torch.arange(300, dtype=torch.float64)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(covariate[: len(x)], 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def posterior(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((x + covariate[: len(x)]) / 2, 0.5**0.5))
-
-    x = covariate + 1
-    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
-    weights = pv.log_weights(model, posterior, x, num_particles=3)
-    torch.testing.assert_close(weights.total, exact.expand(3, -1))
-    refined = pv.refine(model, posterior, x, seed=0)
-    bound = pv.elbo(model, refined, x, num_particles=10, seed=0)
-    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-3)
-
-
 def test_modules_that_plain_functions_close_over_run_in_eval_mode():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).double().train()
@@ -441,21 +362,6 @@ def test_modules_that_plain_functions_close_over_run_in_eval_mode():
     assert torch.equal(net[1].running_mean, before)
     assert net.training
     assert all(module.training for module in net.modules())
-
-
-def test_many_data_and_a_network_that_takes_no_particles():
-    """More data than a block: what looks for blocks must not need the particles' dimension."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            if z.ndim != 2:
-                raise ValueError("only matrices")
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    x = torch.zeros(300, 2)
-    guide = pv.LocalGuide(model, num_data=300, example=x)
-    assert Evaluator(model, guide, as_batch(x)).modes["model"] == "repeat"
 
 
 def test_a_mask_reaches_the_density_that_a_delta_hides():

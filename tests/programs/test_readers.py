@@ -1,178 +1,71 @@
-"""Data that are read part by part, in fit."""
+"""Readers of torch's data: the rows that they read, in any order, and what has none."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-import pyro_vae as pv
-from pyro_vae.programs.readers import RowReader
-from pyro_vae.training.data_source import DataSource, source_of
-from tests.models import NormalModel
+from pyro_vae.programs.readers import RowReader, read_all, tensors_of
 
-X = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+X = torch.arange(12.0).reshape(6, 2)
+Y = torch.arange(6)
 
 
-model = NormalModel()
-
-
-def make_guide():
-    torch.manual_seed(0)
-    return pv.AmortizedGuide(model, nn.Linear(1, 2), example=X[:5])
-
-
-def fit(data, guide=None, **options):
-    options = {"epochs": 2, "batch_size": 20, "progress": False, "compile": False, **options}
-    return pv.fit(model, make_guide() if guide is None else guide, data, **options)
-
-
-class Rows(Dataset):
-    """Rows read one by one, each drawn anew with some noise."""
-
-    def __init__(self, noise=0.0):
-        self.noise, self.read = noise, []
-
+class Named(Dataset):
     def __len__(self):
-        return len(X)
+        return 6
 
     def __getitem__(self, i):
-        self.read.append(i)
-        return X[i] + self.noise * torch.randn(1) if self.noise else X[i]
+        return {"x": X[i], "y": Y[i]}
 
 
 class Stream(IterableDataset):
     def __iter__(self):
-        return iter(X)
+        return iter(zip(X, Y, strict=True))
 
 
-class Once(IterableDataset):
-    """It is empty the second time."""
-
-    def __init__(self):
-        self.rows = iter(X)
-
-    def __iter__(self):
-        return self.rows
-
-
-def test_rows_of_a_dataset_are_those_of_its_tensor():
-    """The same shuffles, so the same training; each row once in an epoch."""
-    data = Rows()
-    result = fit(data)
-    assert result.history["elbo"] == pytest.approx(fit(X).history["elbo"], rel=1e-6)
-    assert result.steps == 6
-    assert sorted(data.read[-50:]) == list(range(50))
-
-
-def test_a_subset_of_tensors_is_taken_at_once():
-    subset = Subset(TensorDataset(X), range(30))
-    assert type(source_of(subset, 20, None, False)) is DataSource
-    assert fit(subset).history["elbo"] == pytest.approx(fit(X[:30]).history["elbo"], rel=1e-6)
-
-
-def test_rows_that_are_drawn_anew_are_read_anew():
-    first, second = fit(Rows(1.0), epochs=2).history["elbo"]
-    assert first != second
-
-
-@pytest.mark.parametrize(
-    ("data", "steps", "per_epoch"),
-    [
-        (DataLoader(TensorDataset(X), batch_size=16), 8, 4),
-        (DataLoader(TensorDataset(X), batch_size=16, drop_last=True), 6, 3),
-        (DataLoader(Rows(), batch_size=25, shuffle=True), 4, 2),
-        (Stream(), 6, None),
-    ],
-)
-def test_the_batches_of_a_loader_are_the_minibatches(data, steps, per_epoch):
-    result = fit(data)
-    assert result.steps == steps
-    source = source_of(data, 20, None, False)
-    assert source.streamed
-    assert source.num_batches(20, False) == per_epoch
-
-
-def test_a_loader_s_elbo_is_of_each_datum():
-    """By hand: the loss of each batch over its size, weighted by it."""
-    guide = make_guide()
-    result = fit(
-        DataLoader(TensorDataset(X), batch_size=16),
-        guide,
-        epochs=1,
-        optim=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
-    )
-    torch.manual_seed(0)
-    iter(DataLoader(TensorDataset(X)))  # which draws a seed
-    loss = pv.ELBO()
-    by_hand = -sum(loss.loss(model, guide, part) for part in X.split(16)) / len(X)
-    assert result.history["elbo"][0] == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_one_seed_one_result_with_a_loader_that_shuffles():
-    loader = DataLoader(TensorDataset(X), batch_size=16, shuffle=True)
-    histories = [fit(loader, seed=seed).history["elbo"] for seed in (0, 0, 1)]
-    assert histories[0] == histories[1] != histories[2]
-
-
-def test_a_stream_of_unknown_length_ends_by_steps():
-    result = fit(Stream(), epochs=None, max_steps=7, batch_size=16)
-    assert result.stopped_by == "max_steps"
-    assert result.steps == 7
-
-
-def test_a_local_guide_is_told_the_rows_of_a_dataset():
-    """Misaligned, its rows would be those of other data."""
-    guide = pv.LocalGuide(model, num_data=50, example=X)
-    fit(Rows(), guide, epochs=60, optim=lambda p: torch.optim.Adam(p, lr=0.1))
-    means = guide.table[:, 0, 0].detach()
-    assert torch.corrcoef(torch.stack([means, X[:, 0]]))[0, 1] > 0.95
-
-
-def test_validation_data_may_be_any_of_them():
-    for data in (Rows(), DataLoader(TensorDataset(X), shuffle=True), Stream()):
-        result = fit(X, validation_data=data)
-        wanted = fit(X, validation_data=X).history["validation_elbo"]
-        assert result.history["validation_elbo"] == pytest.approx(wanted, abs=0.2)
-
-
-class BadRow(Rows):
+class Unending(Dataset):
     def __getitem__(self, i):
-        return X[i] * (float("nan") if i == 41 else 1.0)
+        return X[0]
 
 
-@pytest.mark.parametrize(
-    ("data", "options", "error", "told"),
-    [
-        (Once(), {}, ValueError, "no batch in this epoch.*anew each time"),
-        (BadRow(), {}, ValueError, "NaN or infinite values"),
-        (
-            DataLoader(TensorDataset(X)),
-            {"data_plate": False},
-            ValueError,
-            "batches of a loader.*all of them at once.*Pass tensors",
-        ),
-        (
-            DataLoader(TensorDataset(X)),
-            {"guide": pv.LocalGuide(model, num_data=50, example=X)},
-            ValueError,
-            "LocalGuide must know which rows a batch holds, and a DataLoader does not say",
-        ),
-        ((row for row in X), {}, TypeError, "iterator.*IterableDataset or DataLoader"),
-        (X, {"validation_data": 0.2}, TypeError, "validation_data=0.2.*x\\[:800\\], x\\[800:\\]"),
-        (Subset(Rows(), []), {}, ValueError, "is empty"),
-    ],
-)
-def test_refusals(data, options, error, told):
-    with pytest.raises(error, match=told):
-        fit(data, **options)
+class Empty(Named):
+    def __len__(self):
+        return 0
 
 
-def test_a_dataset_without_a_length():
-    class Endless(Dataset):
-        def __getitem__(self, i):
-            return X[i]
+def test_rows_in_any_order():
+    reader = RowReader(Named())
+    found = reader.read(torch.tensor([4, 0]))
+    assert torch.equal(found["x"], X[[4, 0]])
+    assert found["y"].tolist() == [4, 0]
+    assert torch.equal(reader.read()["x"], X)
+    assert reader.num_data == 6
 
-    with pytest.raises(TypeError, match="Endless is a torch Dataset without a length"):
-        RowReader(Endless())
+
+def test_tensors_are_taken_as_they_are():
+    data = TensorDataset(X, Y)
+    assert all(a is b for a, b in zip(tensors_of(data), (X, Y), strict=True))
+    x, y = tensors_of(Subset(data, [5, 1]))
+    assert torch.equal(x, X[[5, 1]])
+    assert y.tolist() == [5, 1]
+    assert tensors_of(Named()) is None
+    assert read_all(X) is X
+
+
+@pytest.mark.parametrize("data", [Named(), Stream(), DataLoader(TensorDataset(X, Y), 4)])
+def test_all_of_them(data):
+    found = read_all(data)
+    assert torch.equal(found["x"] if isinstance(found, dict) else found[0], X)
+
+
+def test_what_has_no_rows_is_refused():
+    with pytest.raises(TypeError, match="Unending is a torch Dataset without a length"):
+        RowReader(Unending())
+    with pytest.raises(ValueError, match="the Empty is empty: it has 0 rows"):
+        RowReader(Empty())
+    loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True)
+    with pytest.raises(TypeError, match="shuffles gives its rows in another order"):
+        read_all(loader)
+    assert torch.equal(read_all(loader, ordered=False)[0], X)

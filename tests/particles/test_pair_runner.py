@@ -1,0 +1,113 @@
+"""A guide and a model run together: on some of the data only where they take some."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+import pyro_vae as pv
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.batch import as_batch
+from tests.models import factor_analysis
+
+
+@pytest.fixture
+def exact():
+    model = factor_analysis()
+    torch.manual_seed(1)
+    return model, model.data(7)
+
+
+def test_scales_are_stripped_and_masks_kept(exact):
+    model, x = exact
+    plain = pv.log_weights(model, model.posterior, x, num_particles=3, seed=0)
+
+    def scaled(x):
+        with poutine.scale(scale=7.0):
+            return model(x)
+
+    def subsampled(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            location = z @ model.loadings.T + model.mean
+            pyro.sample("x", dist.Normal(location, model.noise).to_event(1), obs=x)
+
+    for other in (scaled, subsampled):
+        found = pv.log_weights(other, model.posterior, x, num_particles=3, seed=0)
+        torch.testing.assert_close(found.total, plain.total)
+
+    mask = torch.tensor([True, False] * 3 + [True])
+
+    def masked(x):
+        with poutine.mask(mask=mask):
+            return model(x)
+
+    found = pv.log_weights(masked, model.posterior, x, num_particles=3, seed=0)
+    assert (found.log_likelihood[:, ~mask] == 0).all() and (found.log_prior[:, ~mask] == 0).all()
+    torch.testing.assert_close(found.total[:, mask], plain.total[:, mask])
+
+
+def test_a_guide_of_another_size_is_refused(exact):
+    model, x = exact
+    guide = pv.LocalGuide(model, num_data=5, example=x)
+    with pytest.raises(ValueError, match="a row for each of 5 data but the batch has 7"):
+        pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_a_plate_of_fixed_size_and_data_closed_over_are_not_cut():
+    torch.manual_seed(0)
+    covariate = torch.randn(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", 300):
+            z = pyro.sample("z", dist.Normal(covariate, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", 300):
+            pyro.sample("z", dist.Normal((x + covariate) / 2, 0.5**0.5))
+
+    x = torch.randn(300, dtype=torch.float64)
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3, chunk_size=100)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+
+
+def test_data_closed_over_are_not_misaligned():
+    """covariate[: len(x)] runs on any rows, and is wrong on all but the first."""
+    covariate = torch.arange(300, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(covariate[: len(x)], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + covariate[: len(x)]) / 2, 0.5**0.5))
+
+    x = covariate + 1
+    exact = torch.distributions.Normal(covariate, 2**0.5).log_prob(x)
+    weights = pv.log_weights(model, posterior, x, num_particles=3)
+    torch.testing.assert_close(weights.total, exact.expand(3, -1))
+    refined = pv.refine(model, posterior, x, seed=0)
+    bound = pv.elbo(model, refined, x, num_particles=10, seed=0)
+    torch.testing.assert_close(bound.value, exact, rtol=0, atol=1e-3)
+
+
+def test_many_data_and_a_network_that_takes_no_particles():
+    """More data than a block: what looks for blocks must not need the particles' dimension."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if z.ndim != 2:
+                raise ValueError("only matrices")
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(300, 2)
+    guide = pv.LocalGuide(model, num_data=300, example=x)
+    assert Evaluator(model, guide, as_batch(x)).modes["model"] == "repeat"
