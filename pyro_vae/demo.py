@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_vae import plots
 from pyro_vae.datasets import images as datasets
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.compare import compare
@@ -23,7 +24,6 @@ from pyro_vae.export.arviz_versions import write
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
-from pyro_vae.plots import results as plots
 from pyro_vae.training.fit import fit
 from pyro_vae.training.result import FitResult
 from pyro_vae.zoo.images import VAE

@@ -50,8 +50,7 @@ ARROWS: dict[str, set[str]] = {
 
 # Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
 ARRAYS_ALONE = {
-    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files"),
-    *("plots.imputation", "plots.results"),
+    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files", "plots.results"),
 }
 # Have nothing to do with Pyro.
 WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}

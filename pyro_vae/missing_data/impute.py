@@ -90,7 +90,7 @@ class Imputation:
         Raises:
             ValueError: for a site that is not there, or images of another shape.
         """
-        from pyro_vae.plots.imputation import plot_imputation
+        from pyro_vae.plots.images import plot_imputation
 
         if site is None and len(self.sites) > 1:
             raise ValueError(f"site=None: the sites {list(self.sites)} were imputed; name one")

@@ -7,6 +7,7 @@ shows or saves a figure. Where a function takes datasets, that is the ``dataset`
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -31,31 +31,16 @@ __all__ = [
     "plot_history",
     "plot_latents",
     "plot_pareto_k",
-    "plot_reconstructions",
+    "pyplot",
 ]
 
 # Okabe and Ito (2008): told apart under the common kinds of colour blindness.
-_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
-_CYCLE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BLUE, _VERMILION, _, _, _ORANGE, _ = _CYCLE
 # Petroff (2021): ten colours for categories.
 _TEN = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
 _GREY = "#999999"
 _STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
@@ -195,7 +180,7 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     """
     rows = _rows(datasets)
     ax = _axes(ax, (8.0, 1.6 + 0.6 * (rows[-1].position + 1)))
-    values = [_pareto_k(row) for row in rows]
+    values = [np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), float) for row in rows]
     width, low, high = 0.05, -0.5, 1.5  # 0.7 is an edge
     edges = low + width * np.arange(round((high - low) / width) + 1)
     shares = [
@@ -227,69 +212,6 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ]
     _title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
     return ax
-
-
-def plot_reconstructions(
-    data: np.ndarray,
-    reconstructions: np.ndarray,
-    prior_samples: np.ndarray | None,
-    shape: tuple[int, int],
-    *,
-    num_columns: int = 12,
-    unit: str = "intensity",
-) -> Figure:
-    """Draw data, their reconstructions below them, and samples of the prior, on one grey scale.
-
-    Args:
-        data: [n, H * W].
-        reconstructions: [n, H * W], of the same data in the same order, in the same unit.
-        prior_samples: [m, H * W] in the same unit, or None.
-        shape: (H, W).
-        num_columns: how many of each to draw, from the first.
-        unit: what the grey scale measures.
-
-    Returns:
-        The figure, with one panel for each row of images.
-
-    Raises:
-        ValueError: if an array has another shape, or there are not as many reconstructions as
-            data.
-    """
-    named = {"data": data, "reconstructions": reconstructions, "prior samples": prior_samples}
-    rows = {name: np.asarray(images) for name, images in named.items() if images is not None}
-    height, width = shape
-    for name, images in rows.items():
-        if images.ndim != 2 or images.shape[1] != height * width:
-            raise ValueError(
-                f"{name}: wanted shape [n, {height * width}] for images of {height} x {width}, "
-                f"found {list(images.shape)}"
-            )
-    if len(data) != len(reconstructions):
-        raise ValueError(f"{len(data)} data, but {len(reconstructions)} reconstructions")
-
-    num_columns = min(num_columns, max(map(len, rows.values())))
-    shown = {name: images[:num_columns] for name, images in rows.items()}
-    low = min(float(images.min()) for images in shown.values())
-    high = max(float(images.max()) for images in shown.values())
-    image_size = 0.75
-    figure, panels = _pyplot().subplots(
-        len(shown),
-        1,
-        figsize=(1.6 + image_size * num_columns, 0.6 + image_size * height / width * len(shown)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for ax, (name, images) in zip(panels[:, 0], shown.items(), strict=True):
-        picture = ax.imshow(
-            _strip(images, shape, num_columns), cmap="gray", vmin=low, vmax=high, aspect="equal"
-        )
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set_visible(False)
-    figure.colorbar(picture, ax=panels[:, 0], label=unit, aspect=30)
-    figure.suptitle(", ".join(shown).capitalize())
-    return figure
 
 
 def plot_latents(
@@ -343,40 +265,34 @@ def plot_latents(
     return ax
 
 
-# Estimates
+# Means over the data, with standard errors
 
 
-class _Estimate(NamedTuple):
+class _Mean(NamedTuple):
     value: float
     std_error: float
 
+    @property
+    def error(self) -> float | None:
+        """The standard error; None where it is not known, or zero."""
+        return self.std_error if np.isfinite(self.std_error) and self.std_error > 0.0 else None
+
     def __str__(self) -> str:
-        if _error(self.std_error) is None:
+        if self.error is None:
             return _number(self.value)
         # To the first digit of the standard error, and never fewer than two decimals.
-        digits = max(2, min(6, -int(np.floor(np.log10(self.std_error)))))
-        return f"{_number(self.value, digits)} ± {_number(self.std_error, digits)}"
+        digits = max(2, min(6, -int(np.floor(np.log10(self.error)))))
+        return f"{_number(self.value, digits)} ± {_number(self.error, digits)}"
 
 
-def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Estimate:
+def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Mean:
     """Average over the data; draws of different data are independent."""
     select = {} if guide is None else {"guide": guide}
     values = np.asarray(dataset[name].sel(select), dtype=float)
     if f"{name}_se" not in dataset:
-        return _Estimate(float(values.mean()), np.nan)
+        return _Mean(float(values.mean()), np.nan)
     errors = np.asarray(dataset[f"{name}_se"].sel(select), dtype=float)
-    return _Estimate(float(values.mean()), float(np.sqrt((errors**2).sum()) / errors.size))
-
-
-def _mean_total_gap(dataset: xr.Dataset, guide: str) -> _Estimate:
-    evidence, elbo = _mean(dataset, "log_evidence"), _mean(dataset, "elbo", guide)
-    return _Estimate(
-        evidence.value - elbo.value, float(np.hypot(evidence.std_error, elbo.std_error))
-    )
-
-
-def _pareto_k(row: _Row) -> np.ndarray:
-    return np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), dtype=float)
+    return _Mean(float(values.mean()), float(np.sqrt((errors**2).sum()) / errors.size))
 
 
 def _two_dimensions(means: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -412,16 +328,12 @@ def _named(datasets: Datasets) -> dict[str, xr.Dataset]:
     return dict(datasets)
 
 
-def _guides(dataset: xr.Dataset) -> list[str]:
-    return [str(guide) for guide in dataset["guide"].values]
-
-
 def _rows(datasets: Datasets) -> list[_Row]:
     """Give each guide of each dataset a row, and leave a row for a heading above them."""
     rows = []
     position = 0.0
     for name, dataset in _named(datasets).items():
-        for index, guide in enumerate(_guides(dataset)):
+        for index, guide in enumerate(map(str, dataset["guide"].values)):
             position += 1.0
             rows.append(_Row(position, name, dataset, guide, index == 0))
         position += 1.0
@@ -433,17 +345,17 @@ def _rows(datasets: Datasets) -> list[_Row]:
 # Matplotlib
 
 
-def _pyplot() -> ModuleType:
+def pyplot() -> ModuleType:
+    """Return matplotlib.pyplot, or raise ImportError with the way to install it."""
     try:
-        from matplotlib import pyplot
+        return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "pyro-vae[plots]"') from error
-    return pyplot
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     if ax is None:
-        _, ax = _pyplot().subplots(figsize=size, layout="constrained")
+        _, ax = pyplot().subplots(figsize=size, layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -491,20 +403,23 @@ def _draw_gap(ax: Axes, row: _Row) -> bool:
     ]
     is_split = all(np.isfinite(estimate.value) for estimate, _ in parts)
     if not is_split:
-        parts = [(_mean_total_gap(row.dataset, row.guide), _GREY)]
+        evidence = _mean(row.dataset, "log_evidence")
+        elbo = _mean(row.dataset, "elbo", row.guide)
+        error = float(np.hypot(evidence.std_error, elbo.std_error))
+        parts = [(_Mean(evidence.value - elbo.value, error), _GREY)]
     end = rightmost = 0.0
     for estimate, color in parts:
         ax.barh(
             row.position,
             estimate.value,
             left=end,
-            xerr=_error(estimate.std_error),
+            xerr=estimate.error,
             height=0.62,
             color=color,
             error_kw={"capsize": 3, "elinewidth": 1.0},
         )
         end += estimate.value
-        rightmost = max(rightmost, end + (_error(estimate.std_error) or 0.0))
+        rightmost = max(rightmost, end + (estimate.error or 0.0))
     ax.annotate(
         " + ".join(str(estimate) for estimate, _ in parts),
         (rightmost, row.position),
@@ -542,23 +457,11 @@ def _limit_history(ax: Axes, elbo: np.ndarray) -> str:
     return f"the ELBO axis is cut; its lowest value is {_number(lowest)} nats"
 
 
-def _strip(images: np.ndarray, shape: tuple[int, int], num_columns: int) -> np.ndarray:
-    """Lay images [n, H * W] side by side, with gaps of nan, which are drawn blank."""
-    height, width = shape
-    gap = max(1, width // 12)
-    strip = np.full((height, num_columns * (width + gap) - gap), np.nan)
-    for i, image in enumerate(images):
-        left = i * (width + gap)
-        strip[:, left : left + width] = image.reshape(height, width)
-    return strip
-
-
-def _class_colors(number: int) -> Sequence[Any]:
+def _class_colors(number: int) -> Sequence[str | np.ndarray]:
+    """Return a colour for each class; so many that they are ordered, not told apart, from a map."""
     if number <= len(_TEN):
         return _TEN[:number]
-    # So many can be ordered, not told apart.
-    colors: Sequence[Any] = _pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, number))
-    return colors
+    return list(pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, number)))
 
 
 def _line(color: str, style: Any, label: str) -> Line2D:
@@ -571,10 +474,6 @@ def _patch(color: str, label: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(color=color, label=label)
-
-
-def _error(std_error: float) -> float | None:
-    return std_error if np.isfinite(std_error) and std_error > 0.0 else None
 
 
 def _number(value: float, digits: int = 2) -> str:

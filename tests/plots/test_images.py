@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pyro_vae.plots.imputation import plot_imputation
+from pyro_vae.plots.images import plot_imputation
 
 
 @pytest.fixture
