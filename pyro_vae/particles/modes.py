@@ -155,6 +155,7 @@ class Plate(Mode):
         return by_datum
 
 
+@dataclass(frozen=True)
 class Repeat(Mode):
     """All particles in one run on the batch repeated along the data plate."""
 

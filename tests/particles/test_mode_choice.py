@@ -14,6 +14,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
+from tests.models import NormalModel
 from tests.particles.models import ConvModel
 
 
@@ -77,3 +78,10 @@ def test_a_random_density_is_refused():
     guide = pv.LocalGuide(model, num_data=4, example=x)
     with pytest.raises(ValueError, match=r"dropout in training mode"):
         pv.log_weights(model, guide, x, num_particles=2)
+
+
+def test_one_datum_is_not_repeated():
+    model, x = NormalModel(), torch.zeros(3)
+    options = {"data_plate": False, "particles": "repeat", "num_particles": 2}
+    with pytest.raises(ValueError, match="particles='repeat' needs a data plate to repeat along"):
+        pv.log_weights(model, model.posterior, x, **options)
