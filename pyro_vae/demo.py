@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -20,13 +19,17 @@ from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
 from pyro_vae.export.arviz import to_arviz
-from pyro_vae.export.arviz_versions import write
+from pyro_vae.export.arviz_versions import Container, write
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
 from pyro_vae.training.fit import fit
 from pyro_vae.training.result import FitResult
 from pyro_vae.zoo.images import VAE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["Settings", "run"]
 
@@ -79,19 +82,6 @@ class Settings:
         )
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Images made ready: floats as the likelihood wants them, [N, D] each."""
-
-    train: Any  # a tensor, or StochasticBinarization
-    validation: Tensor
-    parts: dict[str, Tensor]  # "train" and "test": the images to look at closely
-    labels: Tensor | None  # of the test part
-    num_trials: int
-    shape: tuple[int, int]
-    name: str
-
-
 def run(
     settings: Settings,
     *,
@@ -121,53 +111,33 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     images = datasets.digits() if data is None else datasets.load(data)
-    ready = _prepare(images, settings, seed, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of the networks' first weights
-        model, guide = _make(ready, settings, device)
-    print(
-        f"{ready.name}: {len(ready.train)} images to train on, {len(ready.validation)} to "
-        f"validate; {'Bernoulli' if ready.num_trials == 1 else f'Binomial({ready.num_trials})'} "
-        f"likelihood, {settings.num_latents} latents"
-    )
+    demo = _Demo(images, settings, seed, device)
+    print(demo)
     with clock("train"):
-        result = fit(
-            model,
-            guide,
-            ready.train,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            validation_data=ready.validation,
-            patience=settings.patience,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+        result = demo.train(progress)
     print(
         f"stopped by {result.stopped_by} after {len(result.history['epoch'])} epochs; kept epoch "
         f"{result.best_epoch} (validation ELBO {max(result.history['validation_elbo']):.2f})"
     )
     comparisons = {}
-    for part, x in ready.parts.items():
+    for part in demo.data.parts:
         with clock(f"compare on {part}"):
-            comparisons[part] = compare(
-                model,
-                {"amortized": guide, "mean-field": Normal()},
-                x,
-                num_particles=settings.num_particles,
-                max_steps=settings.refine_steps,
-                seed=seed,
-            )
+            comparisons[part] = demo.compare(part)
     with clock("write"):
-        _write(model, guide, ready, result, comparisons, settings, seed, output)
-    print()
-    print(format_table(comparisons))
-    print()
-    print(_meaning(comparisons))
-    print()
-    print(f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}")
-    print(clock)
+        demo.write(output, result, comparisons)
+    wrote = f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}"
+    print("", format_table(comparisons), "", _meaning(comparisons), "", wrote, clock, sep="\n")
     return comparisons
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Images made ready: floats as the likelihood wants them, [N, D] each."""
+
+    train: Tensor | datasets.StochasticBinarization
+    validation: Tensor
+    parts: dict[str, Tensor]  # "train" and "test": the images to look at closely
+    num_trials: int
 
 
 def _prepare(images: datasets.ImageData, settings: Settings, seed: int, device: str) -> _Data:
@@ -177,114 +147,120 @@ def _prepare(images: datasets.ImageData, settings: Settings, seed: int, device: 
         "validation": images.train[-held_out:],
         "test": images.test,
     }
-    counts = images.max_value <= _LARGEST_COUNT
-    fixed = {
-        part: x.float()
-        if counts
-        else datasets.StochasticBinarization(x, images.max_value).fixed(seed + i)
-        for i, (part, x) in enumerate(raw.items())
-    }
-    fixed = {part: x.to(device) for part, x in fixed.items()}
-    labels = images.test_labels
-    return _Data(
-        train=fixed["train"]
-        if counts
-        else datasets.StochasticBinarization(raw["train"], images.max_value),
-        validation=fixed["validation"],
-        parts={part: fixed[part][: settings.num_data] for part in ("train", "test")},
-        labels=None if labels is None else labels[: settings.num_data],
-        num_trials=images.max_value if counts else 1,
-        shape=images.shape,
-        name=images.name,
-    )
+    train: Tensor | datasets.StochasticBinarization
+    if images.max_value <= _LARGEST_COUNT:
+        fixed = {part: x.float().to(device) for part, x in raw.items()}
+        train, num_trials = fixed["train"], images.max_value
+    else:
+        grey = {n: datasets.StochasticBinarization(x, images.max_value) for n, x in raw.items()}
+        fixed = {n: x.fixed(seed + i).to(device) for i, (n, x) in enumerate(grey.items())}
+        train, num_trials = grey["train"], 1
+    parts = {part: fixed[part][: settings.num_data] for part in ("train", "test")}
+    return _Data(train, fixed["validation"], parts, num_trials)
 
 
-def _make(data: _Data, settings: Settings, device: str) -> tuple[VAE, AmortizedGuide]:
-    num_features = data.validation.shape[1]
-    model = VAE(
-        num_features,
-        settings.num_latents,
-        hidden=settings.hidden[::-1],
-        num_trials=data.num_trials,
-    ).to(device)
-    encoder = MLP(
-        [num_features, *settings.hidden], activate_last=True, input_scale=data.num_trials
-    ).to(device)
-    return model, AmortizedGuide(model, encoder, example=data.validation)
+class _Demo:
+    """A VAE of some images and its guide."""
+
+    def __init__(
+        self, images: datasets.ImageData, settings: Settings, seed: int, device: str
+    ) -> None:
+        self.images, self.settings, self.seed, self.device = images, settings, seed, device
+        self.data = _prepare(images, settings, seed, device)
+        num_features, num_trials = self.data.validation.shape[1], self.data.num_trials
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of the networks' first weights
+            self.model = VAE(
+                num_features,
+                settings.num_latents,
+                hidden=settings.hidden[::-1],
+                num_trials=num_trials,
+            ).to(device)
+            encoder = MLP(
+                [num_features, *settings.hidden], activate_last=True, input_scale=num_trials
+            ).to(device)
+            self.guide = AmortizedGuide(self.model, encoder, example=self.data.validation)
+
+    def __str__(self) -> str:
+        trials = self.data.num_trials
+        likelihood = "Bernoulli" if trials == 1 else f"Binomial({trials})"
+        return (
+            f"{self.images.name}: {len(self.data.train)} images to train on, "
+            f"{len(self.data.validation)} to validate; {likelihood} likelihood, "
+            f"{self.settings.num_latents} latents"
+        )
+
+    def train(self, progress: bool) -> FitResult:
+        return fit(
+            self.model,
+            self.guide,
+            self.data.train,
+            epochs=self.settings.epochs,
+            max_steps=self.settings.max_steps,
+            validation_data=self.data.validation,
+            patience=self.settings.patience,
+            seed=self.seed,
+            device=self.device,
+            progress=progress,
+        )
+
+    def compare(self, part: str) -> Comparison:
+        return compare(
+            self.model,
+            {"amortized": self.guide, "mean-field": Normal()},
+            self.data.parts[part],
+            num_particles=self.settings.num_particles,
+            max_steps=self.settings.refine_steps,
+            seed=self.seed,
+        )
+
+    def write(self, output: Path, result: FitResult, comparisons: Mapping[str, Comparison]) -> None:
+        """Write the posterior of the test part, the table of gaps, and the figures."""
+        x = self.data.parts["test"]
+        tree = to_arviz(
+            self.model,
+            self.guide,
+            x,
+            num_draws=max(1, min(self.settings.num_draws, _PIXELS_DRAWN // x.numel())),
+            dims={"z": ["latent"], "x": ["pixel"]},
+            seed=self.seed,
+        )
+        write(tree, output / "posterior.nc")
+        found = {part: comparison.dataset for part, comparison in comparisons.items()}
+        gaps = pd.concat({n: gap.to_dataframe() for n, gap in found.items()}, names=["part"])
+        gaps.to_csv(output / "gaps.csv")
+        _save(plots.plot_history(result), output / "training.png")
+        _save(plots.plot_gaps(found), output / "gaps.png")
+        _save(plots.plot_gap_distribution(found), output / "gap_distribution.png")
+        _save(plots.plot_pareto_k(found), output / "pareto_k.png")
+        _save(self._reconstructions(tree), output / "reconstructions.png")
+        means = tree["posterior"]["z"].mean(("chain", "draw")).values
+        labels = self.images.test_labels
+        shown = None if labels is None else labels[: self.settings.num_data].numpy()
+        _save(plots.plot_latents(means, shown), output / "latents.png")
+
+    def _reconstructions(self, tree: Container) -> Figure:
+        """Draw the first test images, what the decoder makes of their codes, and prior samples."""
+        x = self.data.parts["test"][:_IMAGES_SHOWN]
+        with torch.no_grad():
+            location = self.guide.family_params(x)[..., 0]
+            reconstructions = self.model.likelihood(location).mean.cpu().numpy()
+        prior = tree["prior_predictive"]["x"].values[0, :_IMAGES_SHOWN, 0]
+        return plots.plot_reconstructions(
+            x.cpu().numpy(), reconstructions, prior, self.images.shape
+        )
 
 
-def _write(
-    model: VAE,
-    guide: AmortizedGuide,
-    data: _Data,
-    result: FitResult,
-    comparisons: dict[str, Comparison],
-    settings: Settings,
-    seed: int,
-    output: Path,
-) -> None:
-    tree = to_arviz(
-        model,
-        guide,
-        data.parts["test"],
-        num_draws=max(1, min(settings.num_draws, _PIXELS_DRAWN // data.parts["test"].numel())),
-        dims={"z": ["latent"], "x": ["pixel"]},
-        seed=seed,
-    )
-    write(tree, output / "posterior.nc")
-    gaps = pd.concat(
-        {part: found.dataset.to_dataframe() for part, found in comparisons.items()},
-        names=["part"],
-    )
-    gaps.to_csv(output / "gaps.csv")
-    for name, draw in _figures(model, guide, data, result, comparisons, tree).items():
-        _save(draw, output / f"{name}.png")
-
-
-def _figures(
-    model: VAE,
-    guide: AmortizedGuide,
-    data: _Data,
-    result: FitResult,
-    comparisons: dict[str, Comparison],
-    tree: Any,
-) -> dict[str, Callable[[], Any]]:
-    found = {part: comparison.dataset for part, comparison in comparisons.items()}
-    x = data.parts["test"]
-    means = tree["posterior"]["z"].mean(("chain", "draw")).values
-    with torch.no_grad():
-        location = guide.family_params(x[:_IMAGES_SHOWN])[..., 0]
-        reconstructions = _expected(model, location)
-    prior = tree["prior_predictive"]["x"].values[0, :_IMAGES_SHOWN, 0]
-    return {
-        "training": lambda: plots.plot_history(result),
-        "gaps": lambda: plots.plot_gaps(found),
-        "gap_distribution": lambda: plots.plot_gap_distribution(found),
-        "pareto_k": lambda: plots.plot_pareto_k(found),
-        "reconstructions": lambda: plots.plot_reconstructions(
-            x[:_IMAGES_SHOWN].cpu().numpy(), reconstructions, prior, data.shape
-        ),
-        "latents": lambda: plots.plot_latents(
-            means, None if data.labels is None else data.labels.numpy()
-        ),
-    }
-
-
-def _expected(model: VAE, z: Tensor) -> np.ndarray:
-    return model.likelihood(z).mean.cpu().numpy()
-
-
-def _save(draw: Callable[[], Any], path: Path) -> None:
+def _save(drawn: Axes | Figure, path: Path) -> None:
     from matplotlib import pyplot
 
-    drawn = draw()
     figure = getattr(drawn, "figure", drawn)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _meaning(comparisons: dict[str, Comparison]) -> str:
-    """Say in two sentences what the numbers mean for this posterior."""
+def _meaning(comparisons: Mapping[str, Comparison]) -> str:
+    """Return in two sentences what the numbers mean for this posterior."""
     tables = {part: found.summary() for part, found in comparisons.items()}
     test, train = tables["test"].loc["amortized"], tables["train"].loc["amortized"]
     family, encoder = test["approximation_gap"], test["amortization_gap"]
