@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
@@ -254,7 +254,7 @@ class _Demo:
 def _save(drawn: Axes | Figure, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure = getattr(drawn, "figure", drawn)
+    figure = cast("Figure", getattr(drawn, "figure", drawn))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
