@@ -11,10 +11,12 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.plan import DataNeed, Enumeration, Plan, device_of, plan
+from pyro_vae.particles.plan import DataNeed, Enumeration, Needs, Plan, device_of, plan
 from pyro_vae.particles.training_run import Tracer, TrainingRun
+from pyro_vae.programs.batch import arguments
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.state import FirstValues, evaluation, preserved_rng
+from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide, trace_pair
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.recording import is_recording
@@ -41,8 +43,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
-    # What it has to know of the data plate, what it does with discrete proposals that ask to be
-    # enumerated, and whether it can do with global latents: see pyro_vae.particles.plan.plan.
+    # What a plan has to find out for the loss: see pyro_vae.particles.plan.Needs.
     _data: DataNeed = "no"
     _enumeration: Enumeration = "no"
     _share_globals = False
@@ -55,10 +56,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
         self._plans: dict[tuple[Hashable, ...], tuple[Plan, Program, Program]] = {}
+        self._known: dict[tuple[Hashable, ...], Pair] = {}  # pairs that were looked at
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found out about a pair holds the pair: a copy looks for itself.
-        return {**vars(self), "_plans": {}}
+        return {**vars(self), "_plans": {}, "_known": {}}
 
     @abc.abstractmethod
     def differentiable_loss(
@@ -154,7 +156,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             tracer: how the guide is run.
             one_minibatch: whether all particles share the minibatch that the model draws.
         """
-        key = (_identity(model), _identity(guide), _signature(args), _signature(kwargs))
+        key = _key(model, guide, args, kwargs)
         for _ in range(2):
             found = self._plan(key, model, guide, args, kwargs)
             run = TrainingRun(
@@ -174,6 +176,26 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             "the latent sites of the model are not the same in two runs on the same arguments"
         )
 
+    def take_up(self, pair: Pair) -> None:
+        """Plan for a pair by what runs of it have shown already, in its first step.
+
+        Args:
+            pair: of the model and guide that steps are taken with, and of a batch like theirs.
+        """
+        key = _key(pair.model, pair.user_guide, pair.batch.args, pair.batch.kwargs)
+        self._known = {key: pair}
+
+    @property
+    def _needs(self) -> Needs:
+        return Needs(
+            self.num_particles,
+            self.vectorize_particles,
+            self.data_plate,
+            self._data,
+            self._enumeration,
+            self._share_globals,
+        )
+
     def _plan(
         self,
         key: tuple[Hashable, ...],
@@ -188,24 +210,19 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self._plans.pop(key, None)
         while len(self._plans) >= _PLANS:
             del self._plans[next(iter(self._plans))]
-        first = FirstValues()
-        with first.installed():
-            made = plan(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=self.num_particles,
-                vectorize=self.vectorize_particles,
-                data_plate=self.data_plate,
-                data=self._data,
-                enumeration=self._enumeration,
-                share_globals=self._share_globals,
-                first=first,
-            )
+        pair = self._known.pop(key, None) or Pair(model, guide, arguments(args, kwargs))
+        with pair.first.installed(), pair.its_rows():
+            made = plan(pair, self._needs)
         # With the pair, so that no other object takes its identity.
         self._plans[key] = (made, model, guide)
         return made
+
+
+def _key(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Hashable, ...]:
+    """Return what tells pairs, and kinds of arguments, apart."""
+    return _identity(model), _identity(guide), _signature(args), _signature(kwargs)
 
 
 def _identity(fn: Program) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective
+from pyro_vae.particles.plan import DataNeed, Enumeration
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.types import Node
@@ -20,7 +21,8 @@ __all__ = ["ImportanceObjective", "WeightedTerms", "kl_of_globals"]
 class ImportanceObjective(Objective):
     """What the objectives of one importance weight per datum have in common."""
 
-    _data = "needed"
+    _data: DataNeed = "needed"
+    _enumeration: Enumeration = "no"
 
     def _explained(self, run: TrainingRun) -> dict[str, str]:
         reason = "sampled: an importance weight has no analytic part"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 
+import pyro
 import torch
 
 from pyro_vae.particles.run import Run, Runner
+from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.traces import site_log_prob
-from pyro_vae.programs.types import Node
+from pyro_vae.programs.types import Node, Program, Trace
 from pyro_vae.programs.warned_once import warn_once
 
-__all__ = ["coarse_sites", "warn_of_coarse_parameters"]
+__all__ = ["coarse_sites", "warn_of_coarse_loss", "warn_of_coarse_parameters"]
 
 logger = logging.getLogger(__name__)
 
 _ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
+_COARSE_LOSS = 0.05  # nats of a datum that a reported loss may be off by, before a warning
 # Nats of a datum that float32 parameters of a likelihood may cost before a warning.
 _COARSE = 1e-2
 
@@ -72,4 +75,29 @@ def warn_of_coarse_parameters(model: Runner, run: Run) -> None:
                 "data, parameters and networks in float64",
                 name,
                 per_datum,
+            )
+
+
+def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> None:
+    """Warn where float32 gives another loss; training goes on, because gradients mind less."""
+    for name, node in sample_nodes(model_trace):
+        if not node["is_observed"]:
+            continue
+        gap = 0.0
+        # Where a distribution cannot be had in float64, nothing can be told.
+        with Look(), torch.no_grad(), pyro.validation_enabled(False):
+            narrow, wide = (
+                site_log_prob(name, node, scaled=False, double=double) for double in (False, True)
+            )
+            gap = float((narrow.sum() - wide.sum()).abs()) / max((1, *narrow.shape[:1]))
+        if gap > _COARSE_LOSS:
+            warn_once(
+                logger,
+                owners,
+                "the loss is off by about %.2g nats for a datum: terms of the observed site %r are "
+                "so large that float32 keeps too few of their digits. Its gradients are little "
+                "hurt by it, and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for "
+                "a loss to trust, give data, parameters and networks in float64",
+                gap,
+                name,
             )

@@ -126,8 +126,16 @@ class Pair:
         self.looks = ModelLooks(model, batch) if looks is None else looks
         self.first = FirstValues() if first is None else first
         self.gradients = gradients
+        self._table = row_guide(guide)
+        self._rows = None if self._table is None else self._table.given_rows
 
     # --- runs
+
+    def its_rows(self) -> contextlib.AbstractContextManager[None]:
+        """Use the rows of a guide with a row per datum that were in force at first."""
+        if self._table is None or self._rows is None:
+            return contextlib.nullcontext()
+        return self._table.rows_as_given(self._rows)
 
     @contextlib.contextmanager
     def looking(self, *, gradients: bool = False) -> Iterator[None]:

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.plan import plan
+from pyro_vae.particles.plan import Needs, plan
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.pair import Pair
 from tests.models import encoder, factor_analysis, log_normal_model
 
 # x ~ Normal(w z, e^s), z ~ Normal(a, 1);  q(z | x) = Normal(c x + d, e^r), off the posterior.
@@ -668,17 +670,8 @@ def test_a_second_run_of_the_guide_sees_the_same_dropout(vectorize):
     model, guide = Chain(), DropoutGuide()
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     batch = (x, x)
-    made = plan(
-        model,
-        guide,
-        batch,
-        {},
-        num_particles=3,
-        vectorize=vectorize,
-        data_plate=None,
-        data="needed",
-        enumeration="no",
-    )
+    pair = Pair(model, guide, as_batch(batch))
+    made = plan(pair, Needs(3, vectorize, data_plate=None, data="needed", enumeration="no"))
     assert guide.training
     gradients = StoppedGradients()
     run = TrainingRun(made, model, guide, batch, {}, 3, tracer=gradients.trace)
