@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.looks import ModelRun
 from pyro_vae.programs.nodes import is_point, sample_nodes
 from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.sites import Plate
@@ -70,7 +71,7 @@ class Answers:
         sizes: of the data dimension of local proposals.
         draws: by latent site of model or guide.
         terms: by role ("model", "guide") and term, [size], or [1] where it is of all data.
-        full_size: of the data plate, as the model says it; None where no site is in it.
+        run: of the model.
     """
 
     plate: Plate
@@ -78,20 +79,18 @@ class Answers:
     sizes: set[int] = field(default_factory=set)
     draws: dict[str, _Draw] = field(default_factory=dict)
     terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    full_size: int | None = None
+    run: ModelRun | None = None
 
     @classmethod
     def of(cls, model_trace: Trace, guide_trace: Trace, plate: Plate, size: int) -> Answers:
         """Return what a run of a pair says."""
-        answers = cls(plate, size)
-        local = set()
-        for trace in (model_trace, guide_trace):
-            for name, node in sample_nodes(trace):
-                frames = {frame.name: frame for frame in node["cond_indep_stack"]}
-                if plate.name in frames:
-                    local.add(name)
-                    if trace is model_trace and frames[plate.name].size in (-1, size):
-                        answers.full_size = frames[plate.name].full_size
+        answers = cls(plate, size, run=ModelRun.of(model_trace))
+        local = {
+            name
+            for trace in (model_trace, guide_trace)
+            for name, node in sample_nodes(trace)
+            if plate.name in {frame.name for frame in node["cond_indep_stack"]}
+        }
         for role, trace in (("model", model_trace), ("guide", guide_trace)):
             answers._add(role, trace, local)
         return answers

@@ -27,7 +27,13 @@ from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look, evaluation, preserved_rng
 from pyro_vae.programs.types import Program
 
-__all__ = ["ModelRun", "check_sequential", "check_stable", "run_model"]
+__all__ = [
+    "ModelRun",
+    "check_sequential",
+    "check_stable",
+    "default_validation_told_apart",
+    "run_model",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,17 @@ class ModelRun:
         }
         vectorized = {plate.name for site in sites.values() for plate in site.plates}
         return cls(sites, batch_nesting(trace), tuple(sorted(set(drawn) - vectorized)))
+
+    def is_like(self, other: ModelRun) -> bool:
+        """Return whether another run, on any number of data, has the same sites and events."""
+        kinds = [
+            {
+                name: (site.kind, site.event_shape, len(site.batch_shape))
+                for name, site in run.sites.items()
+            }
+            for run in (self, other)
+        ]
+        return kinds[0] == kinds[1]
 
 
 def _site(name: str, node: Any, sizes: Mapping[str, int], drawn: Collection[str]) -> Site:
@@ -102,7 +119,7 @@ def run_model(model: Program, batch: Batch, seed: int | None = None) -> ModelRun
         evaluation(model),
         poutine.block(),
         drawn_subsamples() as drawn,
-        _default_validation_told_apart(),
+        default_validation_told_apart(),
         _NameUndrawable(),
     ):
         if seed is not None:
@@ -176,7 +193,7 @@ class _NameUndrawable(Messenger):
 
 
 @contextlib.contextmanager
-def _default_validation_told_apart() -> Iterator[None]:
+def default_validation_told_apart() -> Iterator[None]:
     """Have distributions that validate nothing by default hold 0, where others were told False.
 
     Libraries (zuko, for one) switch validation off for a whole process. Plates copy a distribution,

@@ -73,6 +73,17 @@ class ModelLooks:
             self._subsampled[plate.name] = is_subsampled(self.model, self.batch, plate)
         return self._subsampled[plate.name]
 
+    def know_run(self, run: ModelRun, other: ModelRun | None) -> None:
+        """Take a run under a guide's draws for that under the prior, and for one of stability.
+
+        Args:
+            run: on this batch.
+            other: under the prior, on another batch, if there was one. Where sites or shapes
+                differ, further runs say whether the model is stable.
+        """
+        self.run = run
+        self._stable_runs = int(other is not None and run.is_like(other))
+
     def know_subsampled(self, plate: Plate, subsampled: bool) -> None:
         """Remember what a run on other rows has shown of :meth:`is_subsampled`."""
         self._subsampled[plate.name] = subsampled

@@ -19,6 +19,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.guide_densities import check_per_datum, points
 from pyro_vae.programs.handlers import ParamStatements
+from pyro_vae.programs.looks import ModelRun, default_validation_told_apart
 from pyro_vae.programs.masks import masked_proposals
 from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.nodes import (
@@ -74,6 +75,16 @@ class Single:
     mode_read_of: tuple[nn.Module, ...]
     statements: ParamStatements
 
+    @property
+    def called(self) -> list[nn.Module]:
+        """The modules that either called, each once."""
+        return list({id(m): m for m in (*self.in_guide, *self.in_model)}.values())
+
+    @property
+    def run(self) -> ModelRun:
+        """What it shows of the model."""
+        return ModelRun.of(self.model_trace, self.drawn_by_guide | self.drawn_by_model)
+
 
 class Pair:
     """A model, a guide and a batch, and what runs of them have shown; each run is made once.
@@ -100,6 +111,8 @@ class Pair:
         point_sites: latents that the guide proposes a point for, whose density nothing carries.
         guide_sites: what the guide samples.
         scorable: whether the guide's density of another guide's draws is known.
+        part: the model's structure on the part of the data that :meth:`part_agrees` runs; None
+            where it was not run, or says something else.
     """
 
     structure: Structure
@@ -110,6 +123,7 @@ class Pair:
     point_sites: list[str]
     guide_sites: frozenset[str]
     scorable: bool
+    part: Structure | None = None
 
     def __init__(
         self,
@@ -163,10 +177,11 @@ class Pair:
                 density for a mass; where densities depend on a latent that is masked everywhere.
         """
         args, kwargs = self.batch.args, self.batch.kwargs
+        checked = self.gradients
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
         with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
             torch.manual_seed(_SEED)
-            with ParamStatements(checked=self.gradients) as statements:
+            with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
                 with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
                     guide_trace = trace_guide(self.guide, args, kwargs)
                 with (
@@ -209,23 +224,27 @@ class Pair:
     def _compare_part(self, plate: Plate, size: int) -> bool:
         order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         index = (order.flip(0) if bool((order == torch.arange(size)).all()) else order)[: size - 1]
-        table = row_guide(self.user_guide)
-        rows = (
-            contextlib.nullcontext()
-            if table is None
-            else table.rows_as_given(table.current_rows[index.to(table.current_rows.device)])
-        )
-        single = self.single
-        with Look(), self.looking(gradients=self.gradients):
+        single, table = self.single, self._table
+        with Look(), contextlib.ExitStack() as stack:
+            stack.enter_context(self.looking(gradients=self.gradients))
             answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
             if answers.sizes - {1, size}:
                 return False  # the guide answers for another number of data than it was given
-            with rows:
-                torch.manual_seed(_SEED)
-                part = answers.given(self.model, self.guide, self.batch.rows(index), index)
-            if part.full_size is not None:
-                self.looks.know_subsampled(plate, part.full_size == plate.full_size)
-            return answers.differs(part, index, gradients=self.gradients) is None
+            if table is not None:
+                rows = table.current_rows
+                stack.enter_context(table.rows_as_given(rows[index.to(rows.device)]))
+            torch.manual_seed(_SEED)
+            batch = self.batch.rows(index)
+            part = answers.given(self.model, self.guide, batch, index)
+            if part.run is None or answers.differs(part, index, gradients=self.gradients):
+                return False
+            of_part = ModelLooks(self.model, batch)
+            of_part.know_run(part.run, None)
+            self.part = of_part.structure(plate.name, latents_needed=False)
+            found = self.part.data_plate
+            subsampled = found is not None and found.full_size == plate.full_size
+            self.looks.know_subsampled(plate, subsampled)
+            return True
         return False
 
     # --- other pairs

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.looks import ModelRun
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.observed import unvalidated
+from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, batch_norms
@@ -65,7 +68,11 @@ class DataLooks:
 
     Attributes:
         plate: the name of the data plate, False for none, after :meth:`first`.
+        pair: on the first rows, with what runs of it have shown; None where these did not suffice.
     """
+
+    pair: Pair | None = None
+    _run: ModelRun | None = None  # of the model under its prior
 
     def __init__(self, model: Program, guide: Program, source: DataSource, as_svi: bool) -> None:
         self._model, self._guide, self._source, self._as_svi = model, guide, source, as_svi
@@ -92,7 +99,10 @@ class DataLooks:
     def structure(self, batch: Batch) -> Structure:
         """Return the model's structure on a batch; under the guide's draws, if only there."""
         try:
-            return inspect(self._model, batch, data_plate=self.plate, latents_needed=False)
+            looks = ModelLooks(self._model, batch)
+            structure = looks.structure(self.plate, latents_needed=False)
+            self._run = looks.run
+            return structure
         except Exception as error:
             found = self._under_guide(batch) if self._as_svi else None
             if found is None:
@@ -111,8 +121,9 @@ class DataLooks:
 
     def row_order(self, few: Batch) -> RowOrder:
         """Return whether rows must keep their order, looking at some of them."""
-        with Look() as look, batch_norms() as norms:
-            role = self._bound_role(few)
+        norms: dict[str, int] = {}
+        with Look() as look:
+            role, norms = self._bound_role(few)
         if look.error is not None:
             if self._source.streamed or not self._takes_all():
                 return RowOrder()  # the first step says what is wrong
@@ -124,11 +135,19 @@ class DataLooks:
             )
         return RowOrder("", tuple(sorted(n for n, count in norms.items() if count == few.size)))
 
-    def _bound_role(self, few: Batch) -> str | None:
-        def look() -> str | None:
+    def _bound_role(self, few: Batch) -> tuple[str | None, dict[str, int]]:
+        """Return which of the pair is bound to the order of rows, and what BatchNorms saw."""
+
+        def look() -> tuple[str | None, dict[str, int]]:
             with rows_of(self._guide, torch.arange(few.size or 0)):
-                plate = self.structure(few).data_plate
-                return bound_to_order(self._model, self._guide, few, plate, self._rows)
+                pair = Pair(self._model, self._guide, few, gradients=True)
+                with batch_norms() as norms:
+                    pair.looks.know_run(pair.single.run, self._run)
+                plate = pair.looks.structure(self.plate, latents_needed=False).data_plate
+                if pair.part_agrees(plate):
+                    self.pair = pair
+                    return None, norms
+                return bound_to_order(self._model, self._guide, few, plate, self._rows), norms
 
         if self._source.streamed:
             return look()
@@ -161,12 +180,18 @@ class DataLooks:
             example: a minibatch.
             few: some rows of the data, the first ones, at least two.
         """
-        structure, num_data = self.structure(example), self._source.num_data
+        num_data, pair = self._source.num_data, self.pair
+        if pair is None or example.size != few.size:
+            pair, structure = None, self.structure(example)
+        else:
+            structure = pair.looks.structure(self.plate, latents_needed=False)
 
         def divides(plate: Plate, names: list[str]) -> bool:
             return divides_by_size(self._model, self._guide, few, plate, names, self._rows)
 
-        found, scaled = minibatch_scale(self._model, example, structure, num_data, divides)
+        found, scaled = minibatch_scale(
+            self._model, example, structure, num_data, divides, pair.part if pair else None
+        )
         if scaled is not None:
             logger.warning(
                 "the plate %r has the size of a minibatch, and the latent sites %s are shared by "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.readers import read_all
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.types import DataPlate, Program
@@ -155,6 +156,11 @@ class TrainingData:
         """The first minibatch that was looked at, as model and guide get it."""
         whole = self.first_rows is None
         return self.source.example(self.batch if whole else self.source.some(self.batch_size))
+
+    def looked_at(self) -> Pair | None:
+        """Return the pair on the example, with what runs of it have shown, once; None without."""
+        pair, self._looks.pair = self._looks.pair, None
+        return pair if pair is not None and pair.batch.size == self.batch_size else None
 
     def rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a LocalGuide uses the rows of a minibatch; None for all."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
+from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import (
     FirstValues,
     called_modules,
@@ -44,6 +45,7 @@ class Parameters:
         model: a Pyro model.
         guide: a Pyro guide.
         batch: their arguments.
+        seen: the three as a pair that has run.
 
     Attributes:
         trained: those that are not frozen, each once.
@@ -56,7 +58,9 @@ class Parameters:
         ValueError: where there is nothing to train.
     """
 
-    def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
+    def __init__(
+        self, model: Program, guide: Program, batch: Batch, seen: Pair | None = None
+    ) -> None:
         self._pair, self._batch = (model, guide), batch
         self._modules: dict[str, nn.Module] = {}
         for role, program in (("model", model), ("guide", guide)):
@@ -64,12 +68,15 @@ class Parameters:
             if module is not None and all(module is not other for other in self._modules.values()):
                 self._modules[role] = module
         _warn_of_sharing(self._modules)
-        self.find()
+        self.find(seen)
 
-    def find(self) -> None:
+    def find(self, seen: Pair | None = None) -> None:
         """Run the pair to see what it has: once more where a step has initialized ``late`` ones."""
-        self._first = FirstValues()
-        called, statements = self._run()
+        self._first = FirstValues() if seen is None else seen.first
+        if seen is None:
+            called, statements = self._run()
+        else:
+            called, statements = seen.single.called, seen.single.statements
         if statements.clash:  # a module may have taken up what the store has by its name
             called, statements = self._run()
         roots = self._modules.values()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
 import torch
 
@@ -12,16 +11,20 @@ from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.types import Program
 
 __all__ = ["minibatch_scale"]
 
+_MANY = 1000  # data: a scale for all but one of them is hardly another one
+
 
 def minibatch_scale(
-    model: Callable[..., Any],
+    model: Program,
     batch: Batch,
     structure: Structure,
     num_data: int | None,
     divides: Callable[[Plate, list[str]], bool] = lambda plate, names: False,
+    part: Structure | None = None,
 ) -> tuple[int | None, FullSize | None]:
     """Return how many data a minibatch's loss is scaled to, and what is needed to scale it.
 
@@ -36,6 +39,7 @@ def minibatch_scale(
         num_data: N; None where it is not known.
         divides: whether the densities of some observed sites are divided by the batch's size, by
             other means than a scale.
+        part: of the model on fewer data, if it was looked at.
 
     Returns:
         N, or None where a loss is the sum of its minibatch; and the handler that gives the data
@@ -52,7 +56,7 @@ def minibatch_scale(
         return plate.full_size, None
     if num_data == plate.size:
         # Validation data are others, of which the model may say that they are as many.
-        return _size_of_fewer(model, batch, structure, num_data), None
+        return _size_of_fewer(model, batch, structure, num_data, part), None
     if num_data is not None and structure.global_latents:
         observed = [site.name for site in structure.observed]
         by_hand = observed if divides(plate, observed) else []
@@ -114,25 +118,24 @@ def _check_scaled_alike(
 
 
 def _size_of_fewer(
-    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
+    model: Program, batch: Batch, structure: Structure, num_data: int, part: Structure | None
 ) -> int | None:
     """Return how many data a model scales a part of them up to; None where it does not."""
     plate = structure.data_plate
     if plate is None or batch.size is None or batch.size < 2:
         return None
     with Look():
-        part = batch.rows(slice(0, batch.size // 2))
-        fewer = inspect(model, part, data_plate=plate.name)
-        found = fewer.data_plate
+        some = batch.rows(slice(0, batch.size // 2))
+        if part is None or num_data > _MANY:
+            part = inspect(model, some, data_plate=plate.name)
+        found = part.data_plate
         if found is not None and found.size != found.full_size:
             return found.full_size
-        return num_data if _scales_itself(model, part, fewer, num_data) else None
+        return num_data if _scales_itself(model, some, part, num_data) else None
     return None
 
 
-def _scales_itself(
-    model: Callable[..., Any], batch: Batch, structure: Structure, num_data: int
-) -> bool:
+def _scales_itself(model: Program, batch: Batch, structure: Structure, num_data: int) -> bool:
     """Return whether a model scales its likelihood up to all data, or by 1 / its batch's size."""
     plate = structure.data_plate
     scales = _relative_scales(structure)

@@ -122,8 +122,9 @@ class TrainingSteps:
         self.loss, self.schedule, self.compile = loss, schedule, compile
         self.taken = self.epochs = 0
         self._check_rows()
+        pair = data.looked_at()
         with data.rows(data.first_rows):
-            self.parameters = Parameters(model, guide, data.example)
+            self.parameters = Parameters(model, guide, data.example, pair)
         for role, names in self.parameters.unregistered.items():
             logger.info(
                 "trained are all parameters of modules, also those that are not registered with "
@@ -150,6 +151,8 @@ class TrainingSteps:
             owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
         )
+        if pair is not None and self.pair == (model, guide) and isinstance(loss, Objective):
+            loss.take_up(pair)
         self._unread: list[_Unread] = []
         self._elbos: list[MinibatchELBO] = []
         if not self.parameters.late:
