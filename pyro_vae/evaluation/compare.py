@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
-from pyro_vae.refinement.refine import refine
+from pyro_vae.refinement.refine import refine, refine_scored
 
 __all__ = ["compare"]
 
@@ -95,21 +95,29 @@ def compare(
     _check_guides(guides, reference)
     model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    made: dict[Program, Evaluator] = {}
+
+    def evaluator_of(guide: Program) -> Evaluator:
+        if guide not in made:
+            like = next(iter(made.values()), None)
+            made[guide] = Evaluator(
+                model, guide, arguments, data_plate=data_plate, seed=seed, like=like
+            )
+        return made[guide]
+
     compared, references = _with_references(
         model,
         guides,
         arguments,
         reference,
+        evaluator_of,
         data_plate=data_plate,
         seed=seed,
         max_steps=max_steps,
         tolerance=tolerance,
         progress=progress,
     )
-    evaluators = {
-        name: Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
-        for name, guide in compared.items()
-    }
+    evaluators = {name: evaluator_of(guide) for name, guide in compared.items()}
     _refuse_points(evaluators)
     names = list(compared)
     dataset = gap_dataset(
@@ -149,6 +157,7 @@ def _with_references(
     guides: Mapping[str, Program | Family],
     batch: Batch,
     reference: str | None,
+    evaluator_of: Callable[[Program], Evaluator],
     *,
     data_plate: DataPlate,
     seed: int,
@@ -167,6 +176,13 @@ def _with_references(
 
     def refined(family: Family) -> LocalGuide:
         begin = _prior_table(model, batch, family, data_plate) if start is None else start
+        if not isinstance(begin, LocalGuide):
+            limits = max_steps, tolerance
+            local = refine_scored(
+                evaluator_of(begin), family, data_plate, *limits, progress=progress
+            )
+            local.remember(batch)
+            return local
         return refine(
             model,
             begin,
@@ -192,7 +208,7 @@ def _with_references(
         if isinstance(guide, Family):
             references[name] = name
             continue
-        family = _family_of(model, guide, batch, data_plate, seed)
+        family = _family_of(guide, evaluator_of)
         if family is None:
             continue
         if family not in by_family:
@@ -222,13 +238,11 @@ def _name_of(family: Family, guides: Container[str], references: Mapping[str, st
     return name
 
 
-def _family_of(
-    model: Program, guide: Program, batch: Batch, data_plate: DataPlate, seed: int
-) -> Family | None:
+def _family_of(guide: Program, evaluator_of: Callable[[Program], Evaluator]) -> Family | None:
     """Return a guide's family: its own, or Normal for independent Normals written by hand."""
     if isinstance(guide, FamilyGuide):
         return guide.family if of_family(guide) else None
-    first, second = Evaluator(model, guide, batch, data_plate=data_plate, seed=seed).guide_runs(2)
+    first, second = evaluator_of(guide).guide_runs(2)
     normal = all(normal_moments([first[name], second[name]]) is not None for name in first)
     return Normal() if normal else None
 

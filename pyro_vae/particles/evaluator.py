@@ -31,6 +31,7 @@ from pyro_vae.particles.run import Runner
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.nodes import (
     latent_nodes,
     sample_nodes,
@@ -93,6 +94,9 @@ class Evaluator:
         gradients: whether draws and densities carry gradients.
         compile: "auto", "replay", True or False, as in :class:`pyro_vae.CompiledSVI`: how what is
             drawn and scored again and again is run. With gradients it runs eagerly.
+        like: an evaluator of the same model with another guide, on these data or more of them:
+            what it knows of the model is not found out again.
+        looks: what runs of the model on this batch have shown, where ``like`` has another one.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
@@ -109,6 +113,8 @@ class Evaluator:
         seed: int | None = None,
         gradients: bool = False,
         compile: Compile = "auto",
+        like: Evaluator | None = None,
+        looks: ModelLooks | None = None,
     ) -> None:
         self._recorder = Recorder("scoring", False if gradients else compile)
         if particles not in ("auto", *MODES):
@@ -121,7 +127,8 @@ class Evaluator:
         self._names: list[str] = []  # of what the guide draws
         self.outside: list[str] = []  # sites with draws of no density, once they were seen
         self._looked_outside = False
-        self.pair = Pair(model, guide, batch).evaluable(data_plate)
+        pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
+        self.pair: Pair = pair.evaluable(data_plate)
         self.structure = self.pair.structure
         self.runner = PairRunner(self.pair, self.seed, particles)
 

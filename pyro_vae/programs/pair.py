@@ -17,6 +17,7 @@ from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.answers import Answers
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
+from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.guide_densities import check_per_datum, points
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.looks import ModelRun, default_validation_told_apart
@@ -29,7 +30,7 @@ from pyro_vae.programs.nodes import (
     is_point,
     latent_nodes,
 )
-from pyro_vae.programs.row_guide import row_guide
+from pyro_vae.programs.row_guide import RowGuide, row_guide
 from pyro_vae.programs.site_shapes import SiteShape, site_shapes
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import (
@@ -140,6 +141,7 @@ class Pair:
         self.looks = ModelLooks(model, batch) if looks is None else looks
         self.first = FirstValues() if first is None else first
         self.gradients = gradients
+        self._model_trace: Trace | None = None  # of another guide's draws
         self._table = row_guide(guide)
         self._rows = None if self._table is None else self._table.given_rows
 
@@ -189,8 +191,13 @@ class Pair:
                     drawn_subsamples() as by_model,
                     SameMeasure(guide_trace),
                 ):
-                    model_trace = trace_model(self.model, guide_trace, args, kwargs)
-            check_absent(self.model, model_trace, args, kwargs)
+                    model_trace = self._model_trace or trace_model(
+                        self.model, guide_trace, args, kwargs
+                    )
+            if model_trace is self._model_trace:
+                check_guide(model_trace, guide_trace)
+            else:
+                check_absent(self.model, model_trace, args, kwargs)
         return Single(
             guide_trace,
             model_trace,
@@ -249,9 +256,21 @@ class Pair:
 
     # --- other pairs
 
-    def with_guide(self, guide: Program) -> Pair:
-        """Return the pair of this model and another guide, on the same batch."""
-        return Pair(self.model, guide, self.batch, looks=self.looks)
+    def with_guide(self, guide: Program, looks: ModelLooks | None = None) -> Pair:
+        """Return the pair of this model and another guide.
+
+        A guide with a row per datum proposes what its family says: it alone is run, where the
+        model masks nothing.
+
+        Args:
+            guide: a Pyro guide.
+            looks: of the model on the batch of that pair; this one's by default.
+        """
+        looks = self.looks if looks is None else looks
+        pair = Pair(self.model, guide, looks.batch, looks=looks)
+        if isinstance(guide, RowGuide) and not vars(self).get("masked", True):
+            pair._model_trace = self.single.model_trace
+        return pair
 
     # --- what a weight for each datum needs
 

@@ -217,6 +217,8 @@ class Blocks:
             data_plate=plate,
             seed=self._whole.seed,
             gradients=True,
+            like=self._whole,
+            looks=looks,
         )
         return ScoredGuide(evaluator, guide)
 

@@ -25,7 +25,7 @@ from pyro_vae.refinement.climbing import Climber
 from pyro_vae.refinement.search import search
 from pyro_vae.refinement.starts import answer_of, starts_of
 
-__all__ = ["refine", "refine_table"]
+__all__ = ["refine", "refine_scored", "refine_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,29 @@ def refine(
             given = {**guide.given, **(given or {})}
         model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
         evaluator = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
+    limits = max_steps, tolerance
+    local = refine_scored(evaluator, family, data_plate, *limits, compile, progress=progress)
+    local.remember(arguments, fixed)
+    return local
+
+
+def refine_scored(
+    evaluator: Evaluator,
+    family: Family | None,
+    data_plate: DataPlate,
+    max_steps: int,
+    tolerance: float,
+    compile: Compile = "auto",
+    *,
+    progress: bool,
+) -> LocalGuide:
+    """Do what :func:`refine` does from the guide of an evaluator, on its batch."""
+    guide = evaluator.pair.user_guide
     if family is None and of_family(guide):
         family = guide.family
-    looks = evaluator.pair.looks
+    # Before the looks are used: this shows, too, whether the model's plate is subsampled.
+    evaluator.pair.part_agrees(evaluator.structure.data_plate)
+    model, looks = evaluator.pair.model, evaluator.pair.looks
     local = LocalGuide(
         model, num_data=evaluator.num_data, example=looks, family=family, data_plate=data_plate
     )
@@ -127,7 +147,6 @@ def refine(
     with torch.no_grad():
         local.table.copy_(best.table)
         local.converged.copy_(best.converged)
-    local.remember(arguments, fixed)
     if not bool(best.converged.all()):
         logger.warning(
             "refine: %d of %d data have not converged to within %g nats in %d steps",
@@ -159,6 +178,7 @@ def refine_table(
         tolerance: as in :func:`refine`.
         compile: as in :func:`refine`.
     """
+    # Anew: the prior may have other parameters than when the evaluator was made.
     looks = ModelLooks(model, evaluator.batch)
     climber = Climber(Blocks(looks, evaluator, guide, data_plate, compile))
     start = guide.table.detach().clone()
