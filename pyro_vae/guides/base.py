@@ -19,7 +19,7 @@ from pyro_vae.guides.coordinates import Coordinates, coordinates_of
 from pyro_vae.guides.moments import prior_moments
 from pyro_vae.guides.proposals import proposal
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.declared_guide import DeclaredGuide
+from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.preimages import KeepDraws
@@ -73,6 +73,7 @@ class FamilyGuide(Registered, DeclaredGuide):
         plate = self._data_plate = structure.data_plate
         self._is_subsampled = plate is not None and looks.is_subsampled(plate)
         self.coordinates = coordinates_of(structure, type(self).__name__)
+        self.site_names = tuple(coordinates.name for coordinates in self.coordinates)
         self.num_coordinates = self.coordinates[-1].columns.stop
         prior = self.family.initial(*prior_moments(looks, structure, self.coordinates))
         self.register_buffer("_prior_params", prior, persistent=False)
@@ -156,11 +157,6 @@ class FamilyGuide(Registered, DeclaredGuide):
                     z = coordinates.transform.inv(value)
                 before[coordinates.name] = coordinates.flatten(z)
         return values
-
-    @property
-    def site_names(self) -> tuple[str, ...]:
-        """The sites that the guide samples by itself, those of its global part aside."""
-        return tuple(coordinates.name for coordinates in self.coordinates)
 
     def local_part(self) -> FamilyGuide:
         """Return this guide without its global part, the parameters shared."""

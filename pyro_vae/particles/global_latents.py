@@ -12,11 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.declared_guide import DeclaredGuide
+from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.looks import run_model
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.plain_errors import trace_of
-from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.structure import DataPlateError, inspect

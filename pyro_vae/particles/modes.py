@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.row_guide import repeated_rows
+from pyro_vae.programs.guide_kinds import repeated_rows
 from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.types import ModeName, Program
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from pyro_vae.particles.modes import MODES, Mode
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import conditionals, contract, draw, enumerated
+from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import lift_masks, mask_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
-from pyro_vae.programs.row_guide import row_guide
 from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 from pyro_vae.programs.types import ModeName, Node, Program, Trace, Values

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae.particles.plan import device_of
 from pyro_vae.particles.training_run import TrainingRun
-from pyro_vae.programs.declared_guide import DeclaredGuide
+from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.state import preserved_rng, unwrapped

@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_vae.particles.plan import Plan, hide
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.declared_guide import DeclaredGuide
 from pyro_vae.programs.enumeration import enumerated, scaled_by, unmasked_log_prob
+from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.nodes import guide_factors, latent_nodes
 from pyro_vae.programs.pyro_internals import enumerate_dim
 from pyro_vae.programs.state import unwrapped

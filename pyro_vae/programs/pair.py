@@ -19,6 +19,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.guide_densities import check_per_datum, points
+from pyro_vae.programs.guide_kinds import RowGuide, row_guide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.looks import ModelRun, default_validation_told_apart
 from pyro_vae.programs.masks import masked_proposals
@@ -30,7 +31,6 @@ from pyro_vae.programs.nodes import (
     is_point,
     latent_nodes,
 )
-from pyro_vae.programs.row_guide import RowGuide, row_guide
 from pyro_vae.programs.site_shapes import SiteShape, site_shapes
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import (

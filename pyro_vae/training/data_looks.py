@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.looks import ModelRun
 from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import inspect

@@ -22,7 +22,7 @@ from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.programs.batch import EpochData, StepData
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.row_guide import RowGuide
+from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.state import (
     module_of,
     one_thread,

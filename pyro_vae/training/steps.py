@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import LatentScale
-from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import RandomState, random_state, set_random_state
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile, Program

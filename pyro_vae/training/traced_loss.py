@@ -22,10 +22,10 @@ from pyro_vae.compiler.replayer import Entry, Objection, Replayer
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
+from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.plain_errors import plain_errors
 from pyro_vae.programs.pyro_internals import handlers_at_work
-from pyro_vae.programs.row_guide import RowGuide
 from pyro_vae.programs.state import called_modules, module_of, unwrapped
 from pyro_vae.programs.types import Program
 from pyro_vae.programs.warned_once import warn_once

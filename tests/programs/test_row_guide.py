@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_vae.programs.row_guide import RowGuide, repeated_rows, row_guide
+from pyro_vae.programs.guide_kinds import RowGuide, repeated_rows, row_guide
 
 
 class Table(RowGuide):

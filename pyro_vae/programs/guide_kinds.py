@@ -1,0 +1,242 @@
+"""Guides that the package knows more of: that declare sites, that have a row for each datum."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.programs.batch import Batch, rows_text
+from pyro_vae.programs.state import unwrapped
+from pyro_vae.programs.types import Program
+
+__all__ = ["DeclaredGuide", "RowGuide", "repeated_rows", "row_guide"]
+
+_SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
+_SAME_DATUM = 1e-4  # of its length: what two fingerprints of a datum may be apart
+
+
+class DeclaredGuide(ABC):
+    """A guide that declares its sites, so that no run is needed to find them out.
+
+    Attributes:
+        global_guide: the part that samples the sites outside the data plate; None without one.
+        site_names: what the guide samples by itself, its global part aside.
+    """
+
+    global_guide: Program | None
+    site_names: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the latent sites of a batch, as a Pyro guide."""
+
+    @property
+    @abstractmethod
+    def is_dependent(self) -> bool:
+        """Whether a site's proposal may depend on the draws of sites before it."""
+
+    @abstractmethod
+    def local_part(self) -> DeclaredGuide:
+        """Return this guide without its global part, the parameters shared."""
+
+
+class RowGuide(nn.Module):
+    """A guide with a table of parameters, a row per datum; it remembers what they were fitted to.
+
+    A subclass calls :meth:`_make_rows` once, and takes its parameters from the rows.
+
+    Attributes:
+        table: the parameters, [num_data, ...].
+        converged: [num_data], whether each row is at its optimum.
+        given_rows: the rows of :meth:`rows` that are in force, [n]; None for all.
+        is_start: whether :meth:`for_any_data` is in force.
+    """
+
+    converged: Tensor
+    _fingerprints: Tensor
+    _fitted: Tensor
+
+    def _make_rows(self, table: Tensor, *, is_whole: bool) -> None:
+        """Make the table; ``is_whole`` where its one row is for all data jointly."""
+        num_data = table.shape[0]
+        self.table = nn.Parameter(table)
+        self.register_buffer("converged", torch.zeros(num_data, dtype=torch.bool))
+        # Of the data that the rows were fitted to, and of the table then: infinite for none.
+        self.register_buffer("_fingerprints", torch.zeros(num_data, dtype=torch.float64))
+        self.register_buffer("_fitted", torch.tensor(math.inf, dtype=torch.float64))
+        self._is_whole, self.is_start = is_whole, False
+        self.given_rows: Tensor | None = None
+
+    @contextlib.contextmanager
+    def _holding(self, name: str, value: object) -> Iterator[None]:
+        """Give an attribute another value inside the context."""
+        attributes = vars(self)
+        before, attributes[name] = attributes[name], value
+        try:
+            yield
+        finally:
+            attributes[name] = before
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the table."""
+        return self.table.shape[0]
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The values of global latent sites that the rows were fitted at."""
+        held = self._modules.get("_given")
+        return {} if held is None else {_site_of(n): v for n, v in held.named_buffers()}
+
+    def _hold(self, given: Mapping[str, Tensor]) -> None:
+        self._modules.pop("_given", None)
+        if given:
+            self._given = nn.Module()
+            for site, value in given.items():
+                self._given.register_buffer(_buffer_of(site), value.detach().clone())
+
+    def remember(self, batch: Batch | None, given: Mapping[str, Tensor] | None = None) -> None:
+        """Remember what the rows were fitted to.
+
+        Args:
+            batch: a datum for each row; None forgets.
+            given: the values of global latent sites.
+        """
+        self._hold(given or {})
+        known = batch is not None and (self._is_whole or batch.size == self.num_data)
+        self._fitted.fill_(math.inf)
+        if batch is not None and known:
+            number, _ = batch.fingerprints(whole=self._is_whole)
+            self._fingerprints.copy_(number)
+            self._fitted.copy_(self._checksum()[0])
+
+    def for_any_data(self) -> contextlib.AbstractContextManager[None]:
+        """Take any batch of the right size inside the context, as a start for its rows."""
+        return self._holding("is_start", True)
+
+    def check_data(self, batch: Batch) -> None:
+        """Raise ValueError where the rows in force were fitted to other data than these."""
+        self.check_size(batch.size)
+        checksum, length = self._checksum()
+        # Rows that moved since speak for whatever moved them.
+        moved = not bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
+        if self.is_start or moved:
+            return
+        number, length = batch.fingerprints(whole=self._is_whole)
+        wanted = self._fingerprints.to(number)
+        if not self._is_whole:
+            wanted = wanted[self.current_rows.to(wanted.device)]
+        other = (number - wanted).abs() > _SAME_DATUM * length + torch.finfo(number.dtype).tiny
+        if bool(other.any()):
+            raise ValueError(
+                f"{rows_text(other)} of the batch are not the data that this LocalGuide's rows "
+                "were fitted to. Where the batch holds some of those data, say which: with "
+                "guide.rows(index): ...; for other data, refine it on them: "
+                "pyro_vae.refine(model, guide, *batch)"
+            )
+
+    def _checksum(self) -> tuple[Tensor, Tensor]:
+        """Return a number that tells the table from others, and its length."""
+        table = self.table.detach().flatten().to("cpu", torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(len(table), generator=generator, dtype=torch.float64)
+        return table @ direction, table.norm()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # States of guides that remember nothing: of an earlier version.
+        state_dict.setdefault(f"{prefix}_fingerprints", torch.zeros_like(self._fingerprints))
+        state_dict.setdefault(f"{prefix}_fitted", torch.full_like(self._fitted, math.inf))
+        held = f"{prefix}_given."
+        self._hold(
+            {
+                _site_of(key.removeprefix(held)): value
+                for key, value in state_dict.items()
+                if key.startswith(held)
+            }
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextlib.contextmanager
+    def rows(self, index: Tensor | slice) -> Iterator[None]:
+        """Say which rows of the table the batches inside the context hold.
+
+        Args:
+            index: [n] integers below num_data, or a slice; row i of the batch is
+                datum index[i].
+
+        Raises:
+            IndexError: for an index out of range.
+        """
+        if isinstance(index, slice):
+            index = torch.arange(self.num_data)[index]
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise IndexError(
+                f"rows: a 1-dimensional tensor of integers is needed, found {index.dtype} of "
+                f"shape {tuple(index.shape)}"
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_data:
+            raise IndexError(
+                f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
+                f"has rows 0 to {self.num_data - 1}"
+            )
+        with self.rows_as_given(index):
+            yield
+
+    def rows_as_given(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Use these rows inside the context, unchecked: rows [n] that were checked before."""
+        return self._holding("given_rows", index.to(self.table.device))
+
+    @property
+    def current_rows(self) -> Tensor:
+        """The rows that a batch holds now: those of :meth:`rows`, else all, [n]."""
+        if self.given_rows is not None:
+            return self.given_rows
+        return torch.arange(self.num_data, device=self.table.device)
+
+    def check_size(self, size: int | None) -> None:
+        """Raise ValueError if a batch of this size does not match the rows in force."""
+        wanted = self.num_data if self.given_rows is None else self.given_rows.shape[0]
+        if size is None or size == wanted or self._is_whole:
+            return
+        if self.given_rows is None:
+            raise ValueError(
+                f"this LocalGuide has a row for each of {wanted} data but the batch has {size}; "
+                "say which rows a minibatch holds: with guide.rows(index): ..."
+            )
+        raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+
+
+def row_guide(program: Program) -> RowGuide | None:
+    """Return the guide inside Pyro's handlers if it has a row per datum, else None."""
+    inner = unwrapped(program)
+    return inner if isinstance(inner, RowGuide) else None
+
+
+def repeated_rows(program: Program, times: int) -> Program:
+    """Return a program for a batch that is repeated: the rows of its guide are repeated alike."""
+    guide = row_guide(program)
+    if guide is None:
+        return program
+
+    @functools.wraps(program, assigned=(), updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with guide.rows_as_given(guide.current_rows.repeat(times)):
+            return program(*args, **kwargs)
+
+    return run
+
+
+def _buffer_of(site: str) -> str:
+    """Return a name for a buffer, which may hold no dot."""
+    return site.replace(".", "|")
+
+
+def _site_of(buffer: str) -> str:
+    return buffer.replace("|", ".")
