@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions import Unit
 from torch import Tensor
 
+from pyro_vae.missing_data.arguments import Arguments, Key, floating
 from pyro_vae.programs.nodes import left_out, sample_nodes
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
+from pyro_vae.programs.types import Node, Trace, Values
 
-__all__ = ["check_decisions", "pattern_of"]
+__all__ = ["Pattern", "check_decisions", "pattern_of"]
 
 # Fills between a column's least and largest number: with so few codes, each has its turn.
 _STEPS = 8
 
-# Of arguments, by which a run of the model returns its trace: what each observed site leaves out
-# is given after the first run, whose latents the others share.
-Run = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Tensor] | None], Any]
+# Returns the trace of the model's run on some arguments: what each observed site leaves out is
+# passed after the first run, whose latents the others share.
+Run: TypeAlias = Callable[[Arguments, Values | None], Trace]
+# Which columns of which arguments have missing values.
+Pattern: TypeAlias = tuple[tuple[Key | torch.Size | bytes, ...], ...]
 
 
-def pattern_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def pattern_of(arguments: Arguments) -> Pattern:
     """Return which columns of which arguments have missing values; () for none."""
     found = []
-    for name, value in (*enumerate(args), *kwargs.items()):
-        if _may_miss(value):
+    for name, each in arguments.items():
+        if (value := floating(each)) is not None:
             columns = value.isnan().reshape(len(value), -1).any(0)
             if bool(columns.any()):
-                found.append((name, *value.shape[1:], columns.cpu().numpy().tobytes()))
+                found.append((name, value.shape[1:], columns.cpu().numpy().tobytes()))
     return tuple(found)
 
 
-def check_decisions(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def check_decisions(run: Run, arguments: Arguments) -> None:
     """Raise ValueError where the density of what was seen varies with what was not.
 
     A comparison with NaN is False, and an index made of NaN is some number: a model that goes on
     with them scores a value that nobody observed. With numbers in the missing places, small and
     large ones, what was seen must have the density that it has with NaN there.
     """
-    coded = run(args, kwargs, None)
+    coded = run(arguments, None)
     absent = {
         name: left_out(node["fn"], node["mask"], node["value"].device)
         for name, node in _scored(coded)
     }
     found: dict[str, list[Tensor]] = {}
-    for fill in _fills(args, kwargs):
-        others = tuple(fill(value) for value in args)
+    for others in _filled(arguments):
         try:
-            trace = run(others, {name: fill(value) for name, value in kwargs.items()}, absent)
-            terms = dict(_terms(trace, coded))
+            terms = dict(_terms(run(others, absent), coded))
         except (RuntimeError, ValueError, IndexError, TypeError):
             continue  # a number that the model cannot take says nothing
         for name, term in terms.items():
@@ -74,13 +77,13 @@ def check_decisions(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             )
 
 
-def _scored(trace: Any) -> Iterator[tuple[str, Any]]:
+def _scored(trace: Trace) -> Iterator[tuple[str, Node]]:
     for name, node in sample_nodes(trace):
         if not is_deterministic(node) and isinstance(node["value"], Tensor):
             yield name, node
 
 
-def _terms(trace: Any, coded: Any) -> Iterator[tuple[str, Tensor]]:
+def _terms(trace: Trace, coded: Trace) -> Iterator[tuple[str, Tensor]]:
     for name, node in _scored(trace):
         if name in coded.nodes:
             yield name, site_log_prob(name, node, scaled=False)
@@ -102,28 +105,34 @@ def _gap(term: Tensor, wanted: Tensor, seen: Tensor) -> float:
     return float((term - wanted)[wrong].abs().max()) if bool(wrong.any()) else 0.0
 
 
-def _fills(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
-    """Yield functions that put numbers where an argument is NaN: those of the data, and beyond.
+def _filled(arguments: Arguments) -> Iterator[Arguments]:
+    """Yield arguments with numbers where one is NaN: those of the data, and beyond.
 
     Numbers between the extremes too: a model may ask for an interval, or for one code of several.
     """
     inner = [(step / _STEPS, 0.0) for step in range(1, _STEPS)]
     for share, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0), *inner):
+        yield arguments.map(functools.partial(_fill, share=share, beyond=beyond))
 
-        def fill(value: Any, share: float = share, beyond: float = beyond) -> Any:
-            if not _may_miss(value):
-                return value
-            whole = value[~value.isnan()]
-            if whole.numel() == 0:
-                return value.masked_fill(value.isnan(), share + beyond)
-            column = _seen_value(value, share)
-            extreme = whole.min() if share == 0 else whole.max()
-            column = torch.where(column.isnan(), extreme, column)
-            return torch.where(
-                value.isnan(), column + beyond * (1 + whole.max() - whole.min()), value
-            )
 
-        yield fill
+def _fill(_: Key, value: Any, *, share: float, beyond: float) -> Any:
+    """Return an argument with missing numbers filled in.
+
+    Args:
+        value: the argument.
+        share: of each column's numbers, how many lie below the one that is taken.
+        beyond: how far outside of all numbers, in units of 1 and their range.
+    """
+    x = floating(value)
+    if x is None:
+        return value
+    whole = x[~x.isnan()]
+    if whole.numel() == 0:
+        return x.masked_fill(x.isnan(), share + beyond)
+    column = _seen_value(x, share)
+    extreme = whole.min() if share == 0 else whole.max()
+    column = torch.where(column.isnan(), extreme, column)
+    return torch.where(x.isnan(), column + beyond * (1 + whole.max() - whole.min()), x)
 
 
 def _seen_value(value: Tensor, share: float) -> Tensor:
@@ -138,7 +147,3 @@ def _seen_value(value: Tensor, share: float) -> Tensor:
     wanted = 1 + (share * (ranks[-1:] - 1)).round()
     first = (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1)
     return ordered.gather(0, first)[0]
-
-
-def _may_miss(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point()

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.missing_data.model import (
-    argument_of,
-    code_by_nan,
-    masked_argument,
-    named_arguments,
-    with_argument,
-    with_keyword,
-)
+from pyro_vae.missing_data.arguments import Arguments, Key, floating
 from pyro_vae.programs.state import call_network
 
 __all__ = ["MissingEncoder"]
@@ -60,7 +52,7 @@ class MissingEncoder(nn.Module):
         fill: float | Tensor = 0.0,
         dim: int = -1,
         mask: str | None = None,
-        values: int | str | None = None,
+        values: Key | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -71,12 +63,12 @@ class MissingEncoder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the encoder on a batch, missing values filled in and their mask appended."""
+        arguments = Arguments(args, kwargs)
         if self.mask is not None:
-            key = masked_argument(args, kwargs, self.mask, self.values)
-            args, kwargs = code_by_nan(args, kwargs, self.mask, key)
+            key, arguments = arguments.coded_by_nan(self.mask, self.values)
         else:
-            key = self._floating_argument(args, kwargs)
-        x = argument_of(args, kwargs, key)
+            key = self._floating_argument(arguments) if self.values is None else self.values
+        x = arguments[key]
         if x.ndim == 1:
             x = x.unsqueeze(-1)
         if self.dim % x.ndim == 0:
@@ -87,9 +79,9 @@ class MissingEncoder(nn.Module):
         missing = x.isnan()
         filled = torch.where(missing, self.fill.to(x), x)
         both = torch.cat([filled, (~missing).to(x)], self.dim)
-        args, kwargs = with_argument(args, key, both), with_keyword(kwargs, key, both)
+        arguments = arguments.put(key, both)
         try:
-            return call_network(self.encoder, args, kwargs)
+            return call_network(self.encoder, arguments.args, arguments.kwargs)
         except RuntimeError as error:
             error.add_note(
                 f"MissingEncoder gave its encoder data of shape {list(both.shape)}: the mask "
@@ -97,14 +89,9 @@ class MissingEncoder(nn.Module):
             )
             raise
 
-    def _floating_argument(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
-        if self.values is not None:
-            return self.values
-        found = [
-            key
-            for key, value in named_arguments(args, kwargs).items()
-            if isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point()
-        ]
+    def _floating_argument(self, arguments: Arguments) -> Key:
+        """Return the one argument that may have missing values."""
+        found = [key for key, value in arguments.items() if floating(value) is not None]
         if len(found) != 1:
             raise ValueError(
                 f"MissingEncoder: the arguments {found} are floating-point tensors; say with "

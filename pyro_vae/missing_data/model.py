@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -15,13 +14,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_vae.missing_data.check import check_decisions, pattern_of
+from pyro_vae.missing_data.arguments import Arguments, Key
+from pyro_vae.missing_data.check import Pattern, check_decisions, pattern_of
 from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.nodes import left_out, plain_distribution
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.state import evaluation, module_of, preserved_rng
 from pyro_vae.programs.supports import value_of
+from pyro_vae.programs.types import Node, Program, Trace, Values
 from pyro_vae.recording import is_recording
 
 __all__ = ["MissingData"]
@@ -86,10 +87,10 @@ class MissingData(nn.Module):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         mask: str | None = None,
-        values: int | str | None = None,
+        values: Key | None = None,
     ) -> None:
         super().__init__()
         if mask is None and values is not None:
@@ -99,22 +100,23 @@ class MissingData(nn.Module):
         self.owner = None if owner is model else owner
         self.mask = mask
         self.values = values
-        self._patterns: set[Any] = set()  # of missing values, for which the model was looked at
+        self._patterns: set[Pattern] = set()  # of missing values, for which the model was looked at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the observed part of a batch."""
+        arguments = Arguments(args, kwargs)
         if self.mask is not None:
-            args, kwargs = code_by_nan(args, kwargs, self.mask, self.values)
+            _, arguments = arguments.coded_by_nan(self.mask, self.values)
         try:
             with _LeaveMissingOut() as handler:
-                result = self.model(*args, **kwargs)
+                result = self.model(*arguments.args, **arguments.kwargs)
             if not handler.wraps_another:
-                self._check(args, kwargs)
+                self._check(arguments)
             return result
         except _RefusedError:
             raise
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            if not any(_has_nan(value) for value in (*args, *kwargs.values())):
+            if not any(_has_nan(value) for _, value in arguments.items()):
                 raise
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
             raise type(error)(
@@ -123,37 +125,36 @@ class MissingData(nn.Module):
                 "must be there. Impute it first, or give it a distribution as a latent site"
             ) from error
 
-    def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check(self, arguments: Arguments) -> None:
         """Raise ValueError where the model decides by a missing value; looked at a few times.
 
         After a run, which has given parameters their first values, and unseen from outside.
         """
         if is_recording() or len(self._patterns) >= _PATTERNS:
             return
-        pattern = pattern_of(args, kwargs)
+        pattern = pattern_of(arguments)
         if not pattern or pattern in self._patterns:
             return
         self._patterns.add(pattern)
-        device = Batch(args, kwargs).device
-        first: list[Any] = []
+        first: list[Any] = []  # traces, as Pyro makes them
 
-        def run(args: Any, kwargs: Any, absent: Mapping[str, Tensor] | None) -> Any:
+        def run(arguments: Arguments, absent: Values | None) -> Trace:
             # Outside of it, the trace takes what stands in for a missing value.
-            model: Any = _LeaveMissingOut(absent)(self.model)
+            model: Program = _LeaveMissingOut(absent)(self.model)
             if first:
                 model = poutine.replay(model, trace=first[0])
-            first.append(trace_of(model, args, kwargs))
+            first.append(trace_of(model, arguments.args, arguments.kwargs))
             return first[-1]
 
         with (
             torch.no_grad(),
-            preserved_rng(device),
+            preserved_rng(Batch(arguments.args, arguments.kwargs).device),
             evaluation(self, self.owner),
             pyro.validation_enabled(False),
             poutine.block(),
         ):
             try:
-                check_decisions(run, args, kwargs)
+                check_decisions(run, arguments)
             except ValueError as error:
                 raise _RefusedError(str(error)) from error
 
@@ -172,12 +173,12 @@ class _LeaveMissingOut(Messenger):
             on with the values it has.
     """
 
-    def __init__(self, absent: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, absent: Values | None = None) -> None:
         super().__init__()
         self.absent = absent
         self.wraps_another = False  # which has left out what is missing
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         value = msg["value"]
         self.wraps_another |= "_missing" in msg["infer"]
         if (
@@ -200,7 +201,7 @@ class _LeaveMissingOut(Messenger):
         msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": missing, "_given": value}
         msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Node) -> None:
         # Handlers outside of this one, the trace among them, have taken the value by now.
         if msg["is_observed"] and "_unknown" in msg["infer"]:
             given = msg["infer"].pop("_given", None)
@@ -252,90 +253,5 @@ def _stand_in(fn: Any, name: str) -> Tensor:
         ) from error
 
 
-def code_by_nan(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str, values: int | str | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take the mask out of a batch, and put NaN where it is False."""
-    key = masked_argument(args, kwargs, mask, values)
-    args, rest, seen = _without_mask(args, kwargs, mask)
-    x = argument_of(args, rest, key)
-    if not x.is_floating_point():
-        exact = x
-        x = x.to(torch.get_default_dtype())
-        if not is_recording() and bool((x.to(exact.dtype) != exact).any()):
-            raise ValueError(
-                f"mask={mask!r}: the integers of argument {key!r} have no exact value in "
-                f"{x.dtype}, in which missing ones are marked; give them as float64"
-            )
-    coded = x.masked_fill(~seen, math.nan)
-    return with_argument(args, key, coded), with_keyword(rest, key, coded)
-
-
-def masked_argument(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str, values: int | str | None
-) -> int | str:
-    """Return which argument a mask speaks of; raise ValueError where it is not plain."""
-    args, kwargs, seen = _without_mask(args, kwargs, mask)
-    if values is not None:
-        shape = getattr(argument_of(args, kwargs, values), "shape", None)
-        if shape != seen.shape:
-            raise ValueError(
-                f"mask={mask!r} has shape {list(seen.shape)}, but the argument {values!r} that it "
-                f"speaks of has {'none' if shape is None else list(shape)}; give a mask of the "
-                "data's own shape"
-            )
-        return values
-    named = named_arguments(args, kwargs)
-    alike = [
-        key
-        for key, value in named.items()
-        if isinstance(value, Tensor) and value.shape == seen.shape
-    ]
-    if len(alike) != 1:
-        raise ValueError(
-            f"mask={mask!r} has shape {list(seen.shape)}, as have the arguments {alike} of "
-            f"{list(named)}; say with values= which one it speaks of, and give it that shape"
-        )
-    return alike[0]
-
-
-def _without_mask(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: str
-) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    rest = dict(kwargs)
-    if mask in rest:
-        seen, where = rest.pop(mask), "that keyword argument"
-    elif args:
-        *first, seen = args
-        args, where = tuple(first), "the last positional argument"
-    else:
-        raise TypeError(f"mask={mask!r}: there is no such argument among {list(kwargs)}")
-    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-        kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
-        raise TypeError(f"mask={mask!r}: {where} is no boolean tensor but {kind}")
-    return args, rest, seen
-
-
-def named_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
-    named: dict[int | str, Any] = dict(enumerate(args))
-    named.update(kwargs.items())
-    return named
-
-
-def argument_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
-    named = named_arguments(args, kwargs)
-    if key not in named:
-        raise ValueError(f"values={key!r}: the batch has the arguments {list(named)}")
-    return named[key]
-
-
-def with_argument(args: tuple[Any, ...], key: int | str, value: Any) -> tuple[Any, ...]:
-    return tuple(value if i == key else old for i, old in enumerate(args))
-
-
-def with_keyword(kwargs: Mapping[str, Any], key: int | str, value: Any) -> dict[str, Any]:
-    return {name: value if name == key else old for name, old in kwargs.items()}
-
-
-def _has_nan(value: Any) -> bool:
+def _has_nan(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
