@@ -55,6 +55,21 @@ ARRAYS_ALONE = {
 # Have nothing to do with Pyro.
 WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}
 
+TESTS = Path(__file__).resolve().parent
+# Modules without a test of their own, and why.
+TESTED_ELSEWHERE = {
+    "programs.types": "names of types alone",
+    "programs.declared_guide": "an interface without code; test_promise has the guides",
+    "compiler.cuda_graph": "test_cuda_graphs, with the steps that it launches",
+}
+# Tests of laws, of closed forms, of other people's models and of recorded numbers.
+OF_MANY = {"laws", "closed_forms", "patterns", "recorded"}
+# Tests of pages, scripts and settings.
+OF_NO_MODULE = {
+    *("test_examples.py", "test_house.py", "test_models.py", "test_readme.py", "test_theory.py"),
+    *("compiler/test_cuda_graphs.py", "training/test_resume.py"),
+}
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.rglob("*.py"))
@@ -161,6 +176,21 @@ def test_the_documentation_names_every_file(module: str):
     page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
     path = module.replace(".", "/") + ".py"
     assert f"`{path}`" in page or f"`{path.rpartition('/')[2]}`" in page
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_its_test(module: str):
+    """pyro_vae/x/y.py is tested in tests/x/test_y.py, beside laws, closed forms and patterns."""
+    *folders, name = module.split(".")
+    path = Path(*folders, f"test_{name}.py")
+    assert (TESTS / path).is_file() != (module in TESTED_ELSEWHERE), f"no tests/{path}"
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.stem)
+def test_every_test_is_of_a_module_or_of_many(path: Path):
+    inside = path.relative_to(TESTS)
+    module = ".".join([*inside.parts[:-1], inside.stem.removeprefix("test_")])
+    assert module in MODULES or inside.parts[0] in OF_MANY or str(inside) in OF_NO_MODULE
 
 
 @pytest.mark.parametrize("module", sorted(ARRAYS_ALONE))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 import pyro_vae as pv
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.refinement.blocks import Blocks
 from tests.models import GammaPoisson, encoder
 
 
@@ -21,3 +25,11 @@ def exact_elbo(model, x, guide):
 def amortized(model, x):
     torch.manual_seed(0)
     return pv.AmortizedGuide(model, encoder(x.shape[1]), example=x)
+
+
+def blocks_of(model, x, *, family=None):
+    """Return the blocks of data of a table of a family, run eagerly."""
+    looks = ModelLooks(model, as_batch(x))
+    guide = pv.LocalGuide(model, num_data=len(x), example=looks, family=family)
+    whole = Evaluator(model, guide, looks.batch, seed=0, gradients=True)
+    return Blocks(looks, whole, guide, None, False)

@@ -1,0 +1,83 @@
+"""Climbing: log weights by hand, slopes without noise at the optimum, gains with their errors."""
+
+from __future__ import annotations
+
+import torch
+
+from pyro_vae.refinement.climbing import Climber, log_weights, slope
+from tests.models import NormalModel
+from tests.refinement.guides import blocks_of
+
+X = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64)
+MODEL = NormalModel(noise=0.5)
+
+
+def climber_and_block(**options):
+    climber = Climber(blocks_of(MODEL, X), **options)
+    return climber, climber.blocks.at(torch.arange(3))[0]
+
+
+def table(location, scale):
+    return torch.stack([location, scale.log().expand_as(location)], -1).unsqueeze(1)
+
+
+def exact():
+    posterior = MODEL.posterior_of(X)
+    return table(posterior.loc, posterior.scale[0])
+
+
+def off():
+    return table(X, torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_log_weights_by_hand():
+    climber, block = climber_and_block()
+    noise = climber.noise(block, 8, X)
+    (found,) = log_weights(block.scored, off(), noise.values)
+    z = X + noise.values
+    normal = torch.distributions.Normal
+    wanted = normal(0.0, 1.0).log_prob(z) + normal(z, 0.5).log_prob(X) - normal(X, 1.0).log_prob(z)
+    torch.testing.assert_close(found, wanted)
+    (evidence,) = log_weights(block.scored, exact(), noise.values)
+    torch.testing.assert_close(evidence, MODEL.log_evidence(X).expand(8, 3))
+
+
+def test_the_slope_has_no_noise_at_the_optimum():
+    climber, block = climber_and_block()
+    noise, one = climber.noise(block, 8, X), torch.ones((), dtype=torch.float64)
+    arguments = (one, noise.weight, noise.values)
+    (at_optimum,) = slope(block.scored, torch.zeros_like(exact()), exact(), *arguments)
+    assert at_optimum.abs().max() < 1e-9
+    (elsewhere,) = slope(block.scored, torch.zeros_like(off()), off(), *arguments)
+    assert elsewhere.abs().max() > 0.1
+
+
+def test_gains_are_differences_of_exact_elbos():
+    climber, block = climber_and_block()
+    found = climber.gain(block, off(), exact(), 1e-3, 0)
+    wanted = MODEL.log_evidence(X) - MODEL.elbo_of(X, X, torch.ones(3, dtype=torch.float64))
+    assert ((found.value - wanted).abs() < 4 * found.error + 1e-9).all()
+
+
+def test_noise_is_standard_normal_under_its_weights():
+    """Orthogonal pairs, and draws that reach into the tails: mean 0, variance 1, kurtosis 3."""
+    for heavy in (False, True):
+        climber, block = climber_and_block(heavy=heavy)
+        many = [climber.noise(block, 512, X, (7, i)) for i in range(40)]
+        values = torch.cat([n.values[:, 0] for n in many])
+        weight = torch.cat([n.weight for n in many])
+        assert abs(weight.mean() - 1) < 0.02
+        for power, moment in ((1, 0.0), (2, 1.0), (4, 3.0)):
+            terms = weight * values**power
+            assert (terms.mean() - moment).abs() < 4 * terms.std() / len(terms) ** 0.5
+        assert bool(values.abs().max() > 7) is heavy
+        assert float(weight.max()) <= 2.0 + 1e-9
+
+
+def test_a_cycle_ends_near_the_optimum():
+    climber, block = climber_and_block()
+    rate = torch.ones(3, dtype=torch.float64)
+    cycle = climber.cycle(block, off(), 200, 0, rate, 1e-3)
+    location, log_scale = cycle.after[:, 0].unbind(-1)
+    gap = MODEL.log_evidence(X) - MODEL.elbo_of(X, location, log_scale.exp())
+    assert gap.max() < 1e-3
