@@ -229,3 +229,10 @@ def test_bounds_can_be_pickled(setting):
     found = pv.iwae_bound(model, guide, x, num_particles=100, seed=0)
     again = pickle.loads(pickle.dumps(found))
     assert repr(again) == repr(found) and torch.equal(again.pareto_k, found.pareto_k)
+
+
+def test_bound():
+    bound = Bound("IWAE-7", torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4]), 7)
+    assert bound.mean == -1.5
+    assert bound.mean_std_error == pytest.approx(0.25)
+    assert repr(bound) == "IWAE-7: -1.5000 ± 0.2500 nats per datum (2 data)"

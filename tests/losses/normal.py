@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_vae as pv
-from tests.models import NormalModel
+from tests.models import MEANS, WEIGHTS, NormalModel
 
 X = torch.tensor([0.3, -1.1, 2.0, 0.8, -0.4], dtype=torch.float64)
 model = NORMAL = NormalModel(weight=1.5, noise=0.8)
@@ -66,3 +66,11 @@ def drawn_minibatch(fn):
 def drawn_posterior(x):
     precision = 1 + WEIGHT**2 / NOISE**2
     pyro.sample("z", dist.Normal(WEIGHT * x / NOISE**2 / precision, precision**-0.5))
+
+
+def mixed(x, subsample=False):
+    plate = pyro.plate("data", 200, subsample=x) if subsample else pyro.plate("data", len(x))
+    with plate:
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        c = pyro.sample("c", dist.Categorical(WEIGHTS))
+        pyro.sample("x", dist.Normal(MEANS[c] + z, 1.0), obs=x)

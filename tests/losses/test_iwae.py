@@ -23,6 +23,7 @@ from tests.losses.normal import (
     X,
     guide,
     log_weights_by_hand,
+    mixed,
     model,
     parts,
     posterior,
@@ -375,14 +376,6 @@ def test_a_discrete_latent_left_out_is_summed_out(make, num_particles):
     assert told == {"c": "summed out: discrete, and not proposed by the guide"}
 
 
-def mixed(x, subsample=False):
-    plate = pyro.plate("data", 200, subsample=x) if subsample else pyro.plate("data", len(x))
-    with plate:
-        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
-        c = pyro.sample("c", dist.Categorical(WEIGHTS))
-        pyro.sample("x", dist.Normal(MEANS[c] + z, 1.0), obs=x)
-
-
 @pytest.mark.parametrize("subsample", [False, True])
 def test_a_discrete_latent_beside_a_continuous_one(subsample):
     """By hand, of the same draws of z: the log of the sum over c, then over particles."""
@@ -569,19 +562,6 @@ def test_score_and_enumeration_agree_on_average():
             error = draws.std(0) / math.sqrt(len(x))
             assert ((draws.mean(0) - exact[0]).abs() < 4 * error).all()
             assert abs(found - wanted) < 6 * spread / math.sqrt(len(x) * num_particles)
-
-
-@pytest.mark.parametrize("num_particles", [1, 3])
-def test_a_proposal_that_depends_on_one_summed_out_is_refused(num_particles):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
-            pyro.sample("z", dist.Normal(MEANS[c], 1.0))
-
-    with pytest.raises(
-        ValueError, match=r"site 'z' depends on \['c'\], which ask to be enumerated"
-    ):
-        pv.IWAE(num_particles).loss(mixed, guide, X)
 
 
 # --- the variance that is learned ----------------------------------------------------------

@@ -16,33 +16,6 @@ from tests.losses.gradients import X, normal_pair
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def test_markov_proposals_that_share_dimensions_are_refused():
-    table = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
-
-    def chain(x=None, infer=None):
-        c = 0
-        for t in pyro.markov(range(4)):
-            c = pyro.sample(f"c{t}", dist.Categorical(table[c]), infer=infer or {})
-            if x is not None:
-                pyro.sample(f"x{t}", dist.Normal(c * 1.0, 1.0), obs=x[t])
-
-    def model(x):
-        chain(x)
-
-    def guide(x):
-        chain(infer={"enumerate": "parallel"})
-
-    with pytest.raises(ValueError, match=r"dimensions that some share \(pyro.markov\)"):
-        pv.ELBO().loss(model, guide, torch.zeros(4))
-    # Left out of the guide, they are summed out: the forward algorithm.
-    alpha = table[0] * torch.exp(dist.Normal(torch.arange(2.0), 1.0).log_prob(torch.tensor(0.0)))
-    for _ in range(3):
-        likelihood = dist.Normal(torch.arange(2.0), 1.0).log_prob(torch.tensor(0.0)).exp()
-        alpha = (alpha @ table) * likelihood
-    found = pv.ELBO(data_plate=False).loss(model, lambda x: None, torch.zeros(4))
-    assert found == pytest.approx(-alpha.sum().log().item(), rel=1e-12)
-
-
 @pytest.mark.parametrize("how", ["flag", "mapping", "attribute"])
 def test_a_latent_that_is_sometimes_observed(how):
     """Which sites are summed out is looked at again when the call changes."""

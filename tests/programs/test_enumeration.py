@@ -27,7 +27,7 @@ from pyro_vae.programs.enumeration import (
 )
 from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.traces import site_log_prob
-from tests.models import MEANS, TABLE, WEIGHTS, NormalModel, mixture
+from tests.models import MEANS, TABLE, WEIGHTS, mixture
 
 GRID = torch.tensor([[0.1, -2.0], [1.3, 0.4], [-0.7, 2.2]], dtype=torch.float64)
 
@@ -871,16 +871,3 @@ def test_values_of_a_plates_full_shape_where_the_guide_asks_for_them():
         torch.manual_seed(0)
         losses.append(loss.loss(model, guide, x))
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)
-
-
-def test_draws_of_a_sites_own_are_refused_by_name():
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            infer = {"enumerate": "parallel", "num_samples": 1000}
-            pyro.sample("z", dist.Normal(x, 0.5), infer=infer)
-
-    model = NormalModel(noise=0.2)
-
-    for loss in (pv.ELBO(), pv.IWAE(2), pv.WakeSleep(2)):
-        with pytest.raises(ValueError, match="'z' asks for 1000 draws .*num_particles=1000"):
-            loss.loss(model, guide, X3)
