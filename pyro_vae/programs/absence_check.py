@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -19,6 +18,7 @@ from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.state import Look, preserved_rng
 from pyro_vae.programs.traces import GiveValues, site_log_prob
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = ["check_absent"]
 
@@ -26,7 +26,7 @@ __all__ = ["check_absent"]
 _SEED = 5419351
 
 
-def check_absent(model: Callable[..., Any], model_trace: Any, args: Any, kwargs: Any) -> None:
+def check_absent(model: Program, model_trace: Trace, args: Any, kwargs: Any) -> None:
     """Raise ValueError where densities depend on a latent that the model masks everywhere.
 
     A masked latent counts as one that is not there, and its proposal's density is left out as
@@ -71,7 +71,7 @@ def check_absent(model: Callable[..., Any], model_trace: Any, args: Any, kwargs:
         )
 
 
-def _drawn_anew(node: Any) -> Tensor | None:
+def _drawn_anew(node: Node) -> Tensor | None:
     """Return another draw of a latent that is masked everywhere; None for other latents."""
     mask = mask_of(node)
     if mask is None or bool(torch.as_tensor(mask).any()):
@@ -84,7 +84,7 @@ def _drawn_anew(node: Any) -> Tensor | None:
 
 
 def _terms(
-    model: Callable[..., Any], model_trace: Any, values: dict[str, Tensor], args: Any, kwargs: Any
+    model: Program, model_trace: Trace, values: dict[str, Tensor], args: Any, kwargs: Any
 ) -> dict[str, Tensor]:
     """Return the log density of each site, masked, of the model run with these values."""
     kept = {

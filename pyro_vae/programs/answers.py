@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from pyro_vae.programs.nodes import is_point, sample_nodes
 from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
-from pyro_vae.programs.types import Program, Trace
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = ["Answers", "close_to", "rows_of"]
 
@@ -43,7 +42,7 @@ class _Draw:
     preimage_axis: int | None
 
     @classmethod
-    def of(cls, node: Any, data_dim: int | None) -> _Draw:
+    def of(cls, node: Node, data_dim: int | None) -> _Draw:
         value, preimage = node["value"], preimage_of(node)
         axis = None if data_dim is None else value.ndim - node["fn"].event_dim + data_dim
         if preimage is None:
@@ -203,13 +202,13 @@ def _gradients(total: Tensor | None) -> dict[int, Tensor]:
     leaves: dict[int, Tensor] = {}
     seen, stack = set(), [total.grad_fn]
     while stack:
-        node: Any = stack.pop()
-        if node in seen:
+        function = stack.pop()
+        if function in seen:
             continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        stack.extend(function for function, _ in node.next_functions if function is not None)
+        seen.add(function)
+        if (leaf := getattr(function, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+        stack.extend(before for before, _ in function.next_functions if before is not None)
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
     dense = (None if gradient is None else gradient.to_dense() for gradient in found)
     return {

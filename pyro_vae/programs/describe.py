@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.sites import Site
 from pyro_vae.programs.structure import DataPlateError
+from pyro_vae.programs.types import Program
 
 __all__ = ["Description", "describe"]
 
@@ -54,9 +55,7 @@ class Description:
         return f"data plate: {plate}" + (f" ({self.note})" if self.note else "")
 
 
-def describe(
-    model: Callable[..., Any], *batch: Any, data_plate: str | bool | None = None
-) -> Description:
+def describe(model: Program, *batch: Any, data_plate: str | bool | None = None) -> Description:
     """Return a table of a model's sites.
 
     Args:

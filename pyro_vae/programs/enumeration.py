@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from pyro_vae.programs.nodes import is_enumerable, latent_nodes, plain_distribut
 from pyro_vae.programs.plain_errors import text_of
 from pyro_vae.programs.pyro_internals import enumerate_dim, enumeration_apart, enumeration_ids
 from pyro_vae.programs.sites import Plate
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = [
     "Conditional",
@@ -49,7 +50,7 @@ __all__ = [
 
 
 def summed_out(
-    model_trace: Any, guide_trace: Any | None = None, *, data_plate: str | None = None
+    model_trace: Trace, guide_trace: Any | None = None, *, data_plate: str | None = None
 ) -> tuple[str, ...]:
     """Return the names of the model's latent sites that are summed out, in its order.
 
@@ -95,11 +96,11 @@ def summed_out(
 
 
 def enumerated(
-    model: Callable[..., Any],
+    model: Program,
     names: Iterable[str],
     first_available_dim: int,
     expand: Container[str] = (),
-) -> Callable[..., Any]:
+) -> Program:
     """Return the model with just these sites enumerated in parallel.
 
     Whatever the user wrote in ``infer={"enumerate": ...}`` does not count, but "expand". Sites
@@ -136,7 +137,7 @@ def enumerated(
     return run
 
 
-def with_placeholder(guide: Callable[..., Any], plate: Plate | None) -> Callable[..., Any]:
+def with_placeholder(guide: Program, plate: Plate | None) -> Program:
     """Return a guide that proposes nothing, with an auxiliary site that is always zero.
 
     It gives each particle and datum a draw, of density one, to be counted by.
@@ -171,7 +172,7 @@ class _Mark(Messenger):
         self.names = names
         self.expand = expand
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         own = ("enumerate", "expand", "num_samples", "tmc")
         infer = {key: value for key, value in msg["infer"].items() if key not in own}
         if msg["name"] in self.names:
@@ -181,7 +182,7 @@ class _Mark(Messenger):
 
 
 def contract(
-    trace: Any,
+    trace: Trace,
     log_probs: Mapping[str, Tensor],
     nesting: int,
     given: Mapping[str, int] | None = None,
@@ -233,7 +234,7 @@ def contract(
     return result
 
 
-def scaled_by(trace: Any, group: Sequence[str], given: Container[str] = ()) -> str:
+def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) -> str:
     """Return the site of a group whose scale (subsampling, poutine.scale) the group has.
 
     A discrete site that is summed out has no term of its own to weigh, so KL warm-up
@@ -273,7 +274,7 @@ def scaled_by(trace: Any, group: Sequence[str], given: Container[str] = ()) -> s
     return chosen
 
 
-def unmasked_log_prob(node: Any) -> Tensor:
+def unmasked_log_prob(node: Node) -> Tensor:
     """Return the log density of a discrete site, as if no mask were on it."""
     fn = node["fn"]
     while _is_masked(fn):
@@ -319,7 +320,7 @@ class Conditional:
 
 
 def conditionals(
-    trace: Any, log_probs: Mapping[str, Tensor], nesting: int
+    trace: Trace, log_probs: Mapping[str, Tensor], nesting: int
 ) -> tuple[Conditional, ...]:
     """Return the posterior of the enumerated sites as a chain of conditionals.
 
@@ -381,7 +382,7 @@ def draw(chain: Sequence[Conditional]) -> tuple[dict[str, Tensor], dict[str, Ten
     return values, log_probs
 
 
-def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
+def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
     """Return the posterior probabilities of each enumerated site, ``[*plates, values]``.
 
     They are the derivatives of the log evidence by the log prior of each value.
@@ -417,7 +418,7 @@ def marginals(trace: Any, log_probs: Mapping[str, Tensor], nesting: int) -> dict
     return result
 
 
-def variables_of(trace: Any, given: Container[str] = ()) -> dict[Axis, Variable]:
+def variables_of(trace: Trace, given: Container[str] = ()) -> dict[Axis, Variable]:
     """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
     found = []
     for name, node in latent_nodes(trace):
@@ -428,7 +429,7 @@ def variables_of(trace: Any, given: Container[str] = ()) -> dict[Axis, Variable]
     return {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
 
 
-def _frames(node: Any) -> tuple[Any, ...]:
+def _frames(node: Node) -> tuple[Any, ...]:
     return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
 
 
@@ -443,7 +444,7 @@ def _given(name: str) -> str:
 
 def site_factor(
     name: str,
-    node: Any,
+    node: Node,
     log_prob: Tensor,
     nesting: int,
     variables: Mapping[Axis, Variable],

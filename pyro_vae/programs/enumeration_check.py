@@ -28,6 +28,7 @@ from pyro_vae.programs.masks import lift_masks
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
+from pyro_vae.programs.types import Node, Trace
 
 __all__ = ["check_values"]
 
@@ -35,7 +36,7 @@ _MOST_RUNS = 64
 _GROUP_BITS = 3  # of entries of the largest plate
 
 
-def check_values(together: Any, alone: Callable[[dict[str, Tensor]], Any], nesting: int) -> None:
+def check_values(together: Trace, alone: Callable[[dict[str, Tensor]], Any], nesting: int) -> None:
     """Raise ValueError where a site's density is another with all values at once.
 
     Any two entries of a plate are given different values in one of the runs, in either order,
@@ -90,7 +91,7 @@ def check_values(together: Any, alone: Callable[[dict[str, Tensor]], Any], nesti
         )
 
 
-def _log_prob(name: str, node: Any, summed: set[str]) -> Tensor:
+def _log_prob(name: str, node: Node, summed: set[str]) -> Tensor:
     return unmasked_log_prob(node) if name in summed else site_log_prob(name, node, scaled=False)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyro_vae.programs.nodes import is_enumerable, is_point, latent_nodes, sample_nodes
+from pyro_vae.programs.types import Trace
 
 __all__ = ["check_guide"]
 
 
-def check_guide(model_trace: Any, guide_trace: Any) -> None:
+def check_guide(model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
     Discrete sites of finite support need no proposal: they are summed out. Sites that the
@@ -46,7 +47,7 @@ def check_guide(model_trace: Any, guide_trace: Any) -> None:
     _check_helpers(guide_trace)
 
 
-def _check_helpers(guide_trace: Any) -> None:
+def _check_helpers(guide_trace: Trace) -> None:
     """Raise ValueError for auxiliary sites of which no latent is made.
 
     Their density counts in log q(z | x). That is right where points are made of them, as

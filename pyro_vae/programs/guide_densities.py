@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distributio
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import is_point, trace_guide
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = ["check_per_datum", "points"]
 
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 
 
-def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) -> None:
+def check_per_datum(structure: Structure, model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError for a guide's site whose density is no bound, or not one per datum."""
     plate = structure.data_plate
     for name, _ in latent_nodes(guide_trace):
@@ -54,7 +54,7 @@ def check_per_datum(structure: Structure, model_trace: Any, guide_trace: Any) ->
             )
 
 
-def _check_circle(name: str, guide_trace: Any) -> None:
+def _check_circle(name: str, guide_trace: Trace) -> None:
     """Raise ValueError for a proposal that goes round the circle of an angle more than once."""
     fn = guide_trace.nodes[name]["fn"]
     if is_circular(fn):
@@ -96,7 +96,7 @@ def _width(fn: Any) -> float:
     return 0.0 if bool(width.isnan()) else float(width)
 
 
-def points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[str]:
+def points(guide: Program, batch: Batch, guide_trace: Trace) -> list[str]:
     """Return the latents that a guide proposes a point for, whose density nothing carries.
 
     Where there are auxiliary sites, they carry the density (as AutoNormal's do) of what moves
@@ -114,6 +114,6 @@ def points(guide: Callable[..., Any], batch: Batch, guide_trace: Any) -> list[st
     return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]
 
 
-def _bare_point(node: Any) -> bool:
+def _bare_point(node: Node) -> bool:
     """Whether a guide's site is a Delta that carries no density of a distribution."""
     return is_point(node["fn"]) and bool((node["fn"].log_prob(node["value"]) == 0).all())

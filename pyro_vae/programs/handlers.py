@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -18,9 +18,9 @@ from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.programs.nodes import is_subsample
 from pyro_vae.programs.pyro_internals import (
     forget_parameter,
     is_called,
@@ -31,6 +31,7 @@ from pyro_vae.programs.pyro_internals import (
     rename,
     store_parameters,
 )
+from pyro_vae.programs.types import Node, Program
 from pyro_vae.recording import same_expression
 from pyro_vae.torch_internals import parameters_of, version_of
 
@@ -209,7 +210,7 @@ class ParamStatements(Messenger):
         # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
         self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, Any]] = {}
 
-    def _pyro_post_param(self, msg: Any) -> None:
+    def _pyro_post_param(self, msg: Node) -> None:
         value, name = msg["value"], msg["name"]
         first = msg["args"][1] if len(msg["args"]) > 1 else None
         stored = value.unconstrained() if hasattr(value, "unconstrained") else value
@@ -270,7 +271,7 @@ def _check_shape(name: str, first: Any, stored: Tensor) -> None:
 class _Unobserve(Messenger):
     """Draws observed sites anew; deterministic sites and factors stay what they are."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         fixed = is_deterministic(msg) or isinstance(msg["fn"], dist.Unit)
         if msg["is_observed"] and not fixed:
             msg["fn"] = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
@@ -279,7 +280,7 @@ class _Unobserve(Messenger):
             msg["done"] = False
 
 
-def _of_all_data(fn: Any, msg: Any) -> Any:
+def _of_all_data(fn: Any, msg: Node) -> Any:
     """Return a likelihood that a plate without a size has not expanded, as one of all its data."""
     value = msg["value"]
     unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
@@ -308,7 +309,7 @@ def as_long_as(fn: Any, value: Any) -> Any:
     return of_length(fn, value.shape[value.ndim - fn.event_dim])
 
 
-def unobserve(fn: Callable[..., Any]) -> Callable[..., Any]:
+def unobserve(fn: Program) -> Program:
     """Return a model that draws what it would observe.
 
     pyro.poutine.uncondition would draw the Deltas of pyro.deterministic anew as well,
@@ -329,8 +330,8 @@ class LatentScale(Messenger):
         super().__init__()
         self.factor = factor
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+    def _pyro_sample(self, msg: Node) -> None:
+        if not msg["is_observed"] and not is_subsample(msg):
             # Told, for a discrete latent that is summed out has no KL to scale, and scales are
             # told apart by what made them: the number in a tensor stays unread.
             told = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
@@ -361,8 +362,8 @@ class FullSize(Messenger):
         self.name, self.dim, self.num_data = name, dim, num_data
         self.local, self.others = frozenset(local), frozenset(others)
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+    def _pyro_sample(self, msg: Node) -> None:
+        if is_subsample(msg):
             return
         stack = msg["cond_indep_stack"]
         frames = [f for f in stack if f.dim == self.dim and f.name not in self.others]
@@ -395,7 +396,7 @@ def same_scale(a: Any, b: Any) -> bool:
     return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
 
 
-def _length(msg: Any, dim: int) -> int:
+def _length(msg: Node, dim: int) -> int:
     """Return how many entries a site has in a batch dimension: its distribution, or its data."""
     fn, value = msg["fn"], msg["value"]
     shapes = [fn.batch_shape]
@@ -404,7 +405,7 @@ def _length(msg: Any, dim: int) -> int:
     return max(shape[dim] for shape in shapes if len(shape) >= -dim)
 
 
-def scale_parts(node: Any) -> tuple[Any, Tensor | None]:
+def scale_parts(node: Node) -> tuple[Any, Tensor | None]:
     """Return a node's scale without the factor of a :class:`LatentScale`, and that factor.
 
     The factor is None where there is none, or where it is a plain number: part of the scale.

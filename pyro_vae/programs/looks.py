@@ -25,7 +25,7 @@ from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import Look, evaluation, preserved_rng
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = [
     "ModelRun",
@@ -51,7 +51,7 @@ class ModelRun:
     sequential: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, trace: Any, drawn: Collection[str] = ()) -> ModelRun:
+    def of(cls, trace: Trace, drawn: Collection[str] = ()) -> ModelRun:
         """Return what a trace of a model shows.
 
         Args:
@@ -79,7 +79,7 @@ class ModelRun:
         return kinds[0] == kinds[1]
 
 
-def _site(name: str, node: Any, sizes: Mapping[str, int], drawn: Collection[str]) -> Site:
+def _site(name: str, node: Node, sizes: Mapping[str, int], drawn: Collection[str]) -> Site:
     plates = tuple(
         Plate(
             frame.name,
@@ -175,10 +175,10 @@ class _NameUndrawable(Messenger):
         super().__init__()
         self._drawn: Any = None  # the statement that is being drawn
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         self._drawn = msg
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Node) -> None:
         self._drawn = None
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -207,7 +207,7 @@ def default_validation_told_apart() -> Iterator[None]:
         Distribution._validate_args = default
 
 
-def _sizes_of_unsized(trace: Any) -> dict[str, int]:
+def _sizes_of_unsized(trace: Trace) -> dict[str, int]:
     """Return the sizes of plates without one (pyro.plate("data")): those of what is in them."""
     sizes: dict[str, int] = {}
     for _, node in sample_nodes(trace):
@@ -222,7 +222,7 @@ def _sizes_of_unsized(trace: Any) -> dict[str, int]:
     return sizes
 
 
-def _batch_shape(node: Any, plates: tuple[Plate, ...]) -> torch.Size:
+def _batch_shape(node: Node, plates: tuple[Plate, ...]) -> torch.Size:
     """Return a site's batch shape; of an observed one in a plate without a size, its data's too."""
     shape = node["fn"].batch_shape
     unsized = {f.name for f in node["cond_indep_stack"] if f.vectorized and f.size == -1}

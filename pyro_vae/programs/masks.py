@@ -17,6 +17,7 @@ from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.provenance import Descendants
 from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import Look
+from pyro_vae.programs.types import Node, Trace
 from pyro_vae.recording import is_recording
 
 __all__ = [
@@ -29,12 +30,12 @@ __all__ = [
 ]
 
 
-def mask_of(node: Any) -> Tensor | bool | None:
+def mask_of(node: Node) -> Tensor | bool | None:
     """Return the mask of whole events on a site, that inside its distribution included."""
     return _both(node["mask"], _without_mask(node["fn"])[1])
 
 
-def lift_masks(trace: Any, summed: Container[str] = ()) -> Any:
+def lift_masks(trace: Trace, summed: Container[str] = ()) -> Any:
     """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
 
     One that differs within an event stays where it is.
@@ -96,7 +97,7 @@ def _without_mask(fn: Any) -> tuple[Any, Any]:
     return fn, None
 
 
-def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
+def mask_proposals(model_trace: Trace, guide_trace: Trace) -> None:
     """Put the masks of a model's latent sites on their proposals too.
 
     Raises:
@@ -108,7 +109,7 @@ def mask_proposals(model_trace: Any, guide_trace: Any) -> None:
         node["mask"] = mask if name == latent else _both(node["mask"], mask)
 
 
-def masked_proposals(model_trace: Any, guide_trace: Any) -> dict[str, str]:
+def masked_proposals(model_trace: Trace, guide_trace: Trace) -> dict[str, str]:
     """Return the guide's sites that the model's masks are for, each with the latent masked.
 
     Raises:
@@ -139,7 +140,7 @@ def masked_proposals(model_trace: Any, guide_trace: Any) -> dict[str, str]:
     return found
 
 
-def _check_inner_masks(name: str, model_node: Any, guide_node: Any) -> None:
+def _check_inner_masks(name: str, model_node: Node, guide_node: Node) -> None:
     """Raise ValueError for masks inside an event, which cannot be carried over, unless equal."""
     inner = [_inner_mask(node["fn"]) for node in (guide_node, model_node)]
     if (inner[0] is None) != (inner[1] is None) or (

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.programs.pyro_internals import is_deterministic, mask_inside
+from pyro_vae.programs.types import Node, Trace
 
 __all__ = [
     "batch_nesting",
@@ -21,6 +22,7 @@ __all__ = [
     "is_circular",
     "is_enumerable",
     "is_point",
+    "is_subsample",
     "latent_nodes",
     "left_out",
     "plain_distribution",
@@ -32,14 +34,20 @@ __all__ = [
 _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")  # torch's and Pyro's
 
 
-def sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def is_subsample(node: Node) -> bool:
+    """Return whether a statement is a plate's draw of a subsample."""
+    statement: Any = node
+    return site_is_subsample(statement)
+
+
+def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the (name, node) of a trace's sample statements, plates' subsamples left out."""
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not site_is_subsample(node):
+        if node["type"] == "sample" and not is_subsample(node):
             yield name, node
 
 
-def latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def latent_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the (name, node) of a trace's sample statements that are not observed."""
     return ((name, node) for name, node in sample_nodes(trace) if not node["is_observed"])
 
@@ -59,7 +67,7 @@ def batch_nesting(*traces: Any) -> int:
     return depth
 
 
-def guide_factors(guide_trace: Any) -> list[str]:
+def guide_factors(guide_trace: Trace) -> list[str]:
     """Return the names of a guide's pyro.factor statements."""
     return [
         name
@@ -77,8 +85,8 @@ def drawn_subsamples() -> Iterator[set[str]]:
     drawn: set[str] = set()
 
     class Watch(Messenger):
-        def _pyro_sample(self, msg: Any) -> None:
-            if site_is_subsample(msg) and msg["value"] is None:
+        def _pyro_sample(self, msg: Node) -> None:
+            if is_subsample(msg) and msg["value"] is None:
                 plate = msg["fn"]
                 if plate.subsample_size not in (None, -1, plate.size):
                     drawn.add(msg["name"])

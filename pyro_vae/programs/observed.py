@@ -14,6 +14,7 @@ from pyro_vae.programs.handlers import as_long_as
 from pyro_vae.programs.nodes import plain_support, sample_nodes
 from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import preserved_rng
+from pyro_vae.programs.types import Trace
 
 __all__ = ["check_drawable", "check_observed", "check_repeated", "unvalidated"]
 
@@ -40,7 +41,7 @@ def check_observed(
             )
 
 
-def check_repeated(trace: Any) -> None:
+def check_repeated(trace: Trace) -> None:
     """Raise ValueError for an observed value that PyTorch repeats along dimensions of no plate.
 
     A column [N, 1] beside values [N] makes a likelihood [N, N], and each datum counts N times:

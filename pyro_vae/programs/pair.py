@@ -194,7 +194,7 @@ class Pair:
                     model_trace = self._model_trace or trace_model(
                         self.model, guide_trace, args, kwargs
                     )
-            if model_trace is self._model_trace:
+            if self._model_trace is not None:
                 check_guide(model_trace, guide_trace)
             else:
                 check_absent(self.model, model_trace, args, kwargs)

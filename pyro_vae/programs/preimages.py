@@ -18,12 +18,13 @@ import torch.distributions as td
 from pyro.distributions.transforms import OrderedTransform
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad, softplus
 
+from pyro_vae.programs.nodes import is_subsample
 from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.supports import flat_transforms, inside, supported_log_prob
+from pyro_vae.programs.types import Node
 
 __all__ = [
     "DrawByPreimage",
@@ -153,7 +154,7 @@ def preimage_key(name: str, transforms: Sequence[Any]) -> str | None:
     return f"{name} ({', '.join(told)})"
 
 
-def preimage_of(node: Any) -> Preimage | None:
+def preimage_of(node: Node) -> Preimage | None:
     """Return the preimage that a site's draw keeps; None where it has none."""
     return node["infer"].get(_KEY)
 
@@ -163,13 +164,13 @@ def keep_preimage(infer: Mapping[str, Any], preimage: Preimage) -> dict[str, Any
     return {**infer, _KEY: preimage}
 
 
-def draw_of(node: Any) -> Tensor:
+def draw_of(node: Node) -> Tensor:
     """Return what a site's value is a function of: its preimage, else the value itself."""
     preimage = preimage_of(node)
     return node["value"] if preimage is None else preimage.draw
 
 
-def with_draw(node: Any, draw: Tensor) -> dict[str, Any]:
+def with_draw(node: Node, draw: Tensor) -> dict[str, Any]:
     """Return a site with another draw in the place of :func:`draw_of` it."""
     preimage = preimage_of(node)
     if preimage is None:
@@ -181,10 +182,10 @@ def with_draw(node: Any, draw: Tensor) -> dict[str, Any]:
 class DrawByPreimage(Messenger):
     """Draws mapped latents in two steps, coordinates first, and keeps these with the site."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or msg["args"]:
             return
-        if site_is_subsample(msg):
+        if is_subsample(msg):
             return
         leaf = msg["fn"]
         while type(leaf) in (dist.Independent, td.Independent, dist.MaskedDistribution):
@@ -217,7 +218,7 @@ class KeepDraws(Messenger):
         super().__init__()
         self.draws: dict[str, Tensor] = {}
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Node) -> None:
         if preimage_of(msg) is not None:
             self.draws[msg["name"]] = draw_of(msg)
 

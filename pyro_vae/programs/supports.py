@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution, plain_support
+from pyro_vae.programs.types import Node, Trace
 
 __all__ = [
     "SameMeasure",
@@ -293,7 +294,7 @@ class SameMeasure(Messenger):
         guide_trace: of the guide that the model is replayed with.
     """
 
-    def __init__(self, guide_trace: Any) -> None:
+    def __init__(self, guide_trace: Trace) -> None:
         super().__init__()
         self._proposals = dict(latent_nodes(guide_trace))
         self._outside: list[str] = []
@@ -306,7 +307,7 @@ class SameMeasure(Messenger):
                 f"the model's distribution, with which the model cannot go on: {error}"
             ) from error
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Node) -> None:
         if msg["is_observed"] or msg["name"] not in self._proposals:
             return
         within = inside(msg["fn"], msg["value"])
@@ -314,7 +315,7 @@ class SameMeasure(Messenger):
             kind = type(plain_distribution(msg["fn"])).__name__
             self._outside.append(f"{msg['name']!r} ({kind})")
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         name = msg["name"]
         if msg["is_observed"] or name not in self._proposals:
             return

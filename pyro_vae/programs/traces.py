@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch, dtypes_told
@@ -21,6 +21,7 @@ from pyro_vae.programs.masks import lift_masks, mask_proposals
 from pyro_vae.programs.nodes import (
     drawn_subsamples,
     is_point,
+    is_subsample,
     latent_nodes,
     left_out,
     plain_distribution,
@@ -41,6 +42,7 @@ from pyro_vae.programs.preimages import (
 from pyro_vae.programs.pyro_internals import enumerate_dim
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
+from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = [
     "OUTSIDE",
@@ -68,9 +70,7 @@ __all__ = [
 OUTSIDE = ", outside its support"  # ends what is said of a site
 
 
-def trace_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[Any, Any]:
+def trace_pair(model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Run the guide, replay the model with its draws, and return both traces.
 
     Raises:
@@ -83,13 +83,13 @@ def trace_pair(
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
-def run_pair(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Any, Any]:
+def run_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
     """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
         return trace_pair(model, guide, batch.args, batch.kwargs)
 
 
-def drawn_by(guide: Callable[..., Any], batch: Batch) -> set[str]:
+def drawn_by(guide: Program, batch: Batch) -> set[str]:
     """Return the plates of which a guide draws a subsample."""
     with (
         torch.no_grad(),
@@ -102,7 +102,7 @@ def drawn_by(guide: Callable[..., Any], batch: Batch) -> set[str]:
     return drawn
 
 
-def under_guide(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+def under_guide(model: Program, guide: Program) -> Program:
     """Return the model as it runs in training: with the guide's draws in the place of its own.
 
     A draw from the prior may have what no draw of the guide has: another size, or a value that
@@ -117,7 +117,7 @@ def under_guide(model: Callable[..., Any], guide: Callable[..., Any]) -> Callabl
     return replayed
 
 
-def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def trace_guide(guide: Program, args: Any, kwargs: Any) -> Any:
     """Run the guide; return its trace, the subsamples of plates included.
 
     Draws on a constrained support keep the coordinates that they were made from.
@@ -127,7 +127,7 @@ def trace_guide(guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return lift_masks(trace)
 
 
-def trace_model(model: Callable[..., Any], guide_trace: Any, args: Any, kwargs: Any) -> Any:
+def trace_model(model: Program, guide_trace: Any, args: Any, kwargs: Any) -> Any:
     """Replay the model with the values of a guide's trace; return its trace.
 
     A latent that the model masks is not there, nor is its proposal: the model's mask is
@@ -158,8 +158,8 @@ class ReplaceDraws(Messenger):
         super().__init__()
         self.replace = replace
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+    def _pyro_post_sample(self, msg: Node) -> None:
+        if not msg["is_observed"] and not is_subsample(msg):
             moved = with_draw(msg, self.replace(draw_of(msg)))
             msg["value"], msg["infer"] = moved["value"], moved["infer"]
 
@@ -182,7 +182,7 @@ class GiveValues(Messenger):
         self.values = values
         self.preimages = preimages or {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         name = msg["name"]
         if not msg["is_observed"] and name in self.values:
             msg["value"] = self.values[name]
@@ -192,7 +192,7 @@ class GiveValues(Messenger):
 
 
 def dream(
-    model: Callable[..., Any],
+    model: Program,
     args: Any,
     kwargs: Any,
     *,
@@ -220,16 +220,12 @@ def dream(
     return trace
 
 
-def trace_given(
-    fn: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
-) -> Any:
+def trace_given(fn: Program, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
     """Run a model or guide with the values of its latent sites given; return its trace."""
     return trace_guide(GiveValues(values)(fn), args, kwargs)
 
 
-def dependencies(
-    model: Callable[..., Any], batch: Batch, names: Sequence[str]
-) -> dict[str, tuple[str, ...]]:
+def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return, for each of some latent sites, those of them whose values its prior depends on.
 
     Directly, or through latents that are not among them. Found by running the model with the
@@ -242,7 +238,7 @@ def dependencies(
     """
     direct: dict[str, list[str]] = {}
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
-        trace: Any = trace_of(model, batch.args, batch.kwargs)
+        trace: Trace = trace_of(model, batch.args, batch.kwargs)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
         order = list(values)
         for parent in order:
@@ -265,7 +261,7 @@ def dependencies(
     return found
 
 
-def _another_value(node: Any) -> Tensor:
+def _another_value(node: Node) -> Tensor:
     """Draw a site anew, until it is another value (a discrete one may be the same)."""
     for _ in range(20):
         value = node["fn"].sample()
@@ -274,18 +270,18 @@ def _another_value(node: Any) -> Tensor:
     return value
 
 
-def subsamples(trace: Any) -> poutine.Trace:
+def subsamples(trace: Trace) -> poutine.Trace:
     """Return a trace of the subsamples that plates have drawn, to be replayed."""
     found = poutine.Trace()
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and site_is_subsample(node):
+        if node["type"] == "sample" and is_subsample(node):
             found.add_node(name, **node)
     return found
 
 
 def redrawn(
-    fn: Callable[..., Any],
-    trace: Any,
+    fn: Program,
+    trace: Trace,
     replace: Callable[[Tensor], Tensor],
     args: Any,
     kwargs: Any,
@@ -301,7 +297,7 @@ def redrawn(
     return trace_guide(poutine.replay(fn, trace=again), args, kwargs)
 
 
-def site_log_prob(name: str, node: Any, *, scaled: bool, double: bool = False) -> Tensor:
+def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) -> Tensor:
     """Return a site's log density, of its batch shape, masked, and scaled if asked.
 
     Outside the support of a latent site it is -inf.
@@ -331,7 +327,7 @@ def site_log_prob(name: str, node: Any, *, scaled: bool, double: bool = False) -
     return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
 
 
-def _in_float64(node: Any) -> Any:
+def _in_float64(node: Node) -> Any:
     """Return a node with its distribution, value and preimage in float64, where there are such."""
     fn, value, preimage = widened(node["fn"]), node["value"], preimage_of(node)
     if fn is None or enumerate_dim(node) is not None or not isinstance(value, Tensor):
@@ -341,7 +337,7 @@ def _in_float64(node: Any) -> Any:
     return {**node, "fn": fn, "value": value, "infer": infer}
 
 
-def _log_prob(node: Any) -> Tensor:
+def _log_prob(node: Node) -> Tensor:
     """Return a node's log density, -inf outside the support where values may lie there.
 
     Observed values were looked at before, but where a mask leaves some out, or the support itself
@@ -355,7 +351,7 @@ def _log_prob(node: Any) -> Tensor:
     return density(fn, value, preimage_of(node))
 
 
-def outside_support(name: str, node: Any) -> str:
+def outside_support(name: str, node: Node) -> str:
     """Return which distribution's support a site's value lies outside of; "" where it does not."""
     value = node["value"]
     if enumerate_dim(node) is not None or not isinstance(value, Tensor):
@@ -380,9 +376,7 @@ def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
     return [text for text in told if text]
 
 
-def non_finite_sites(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch
-) -> list[str]:
+def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
     """Return the sites whose value or log density is not finite in one run, in order."""
     found = []
     with torch.no_grad(), pyro.validation_enabled(False):
