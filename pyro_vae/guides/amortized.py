@@ -15,8 +15,8 @@ from pyro_vae.guides.base import Conditionals, FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import name_apart
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import dependencies
 from pyro_vae.programs.types import DataPlate, Program, Values
 

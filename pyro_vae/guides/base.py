@@ -21,9 +21,9 @@ from pyro_vae.guides.proposals import proposal
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.preimages import KeepDraws
 from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Values
 
 __all__ = ["Conditionals", "FamilyGuide", "of_family", "refuse_globals"]

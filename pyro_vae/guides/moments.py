@@ -11,9 +11,9 @@ from torch.distributions import Independent, Normal
 
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.programs.looks import run_model
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import Look, preserved_rng
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Node
 
 __all__ = ["middle_moments", "normal_moments", "prior_moments"]

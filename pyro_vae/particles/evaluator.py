@@ -32,7 +32,6 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.handlers import unobserve
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.nodes import (
     latent_nodes,
     sample_nodes,
@@ -40,6 +39,7 @@ from pyro_vae.programs.nodes import (
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import Compile, DataPlate, ModeName, Node, Particles, Program, Values
 

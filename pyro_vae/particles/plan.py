@@ -24,7 +24,6 @@ from pyro_vae.particles.summed_out_checks import (
     check_summed_out,
 )
 from pyro_vae.programs.enumeration import summed_out
-from pyro_vae.programs.looks import check_sequential
 from pyro_vae.programs.nodes import (
     batch_nesting,
     guide_factors,
@@ -204,7 +203,7 @@ def _structure(pair: Pair, needs: Needs) -> Structure:
             return pair.looks.structure(False)
         return structure if structure.local_latents else pair.looks.structure(False)
     structure = pair.looks.structure(needs.data_plate, latents_needed=False)
-    check_sequential(structure)
+    structure.require_no_sequential()
     for site in structure.sites.values():
         for plate in site.plates:
             own = structure.data_plate is not None and plate.name == structure.data_plate.name

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.sites import Site
-from pyro_vae.programs.structure import DataPlateError
+from pyro_vae.programs.structure import DataPlateError, ModelLooks
 from pyro_vae.programs.types import Program
 
 __all__ = ["Description", "describe"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,12 @@ from pyro_vae.programs.observed import check_repeated
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Plate, Site, Structure
-from pyro_vae.programs.state import Look, evaluation, preserved_rng
+from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = [
     "ModelRun",
-    "check_sequential",
-    "check_stable",
+    "check_same",
     "default_validation_told_apart",
     "run_model",
 ]
@@ -134,26 +133,8 @@ def run_model(model: Program, batch: Batch, seed: int | None = None) -> ModelRun
     return ModelRun.of(trace, drawn)
 
 
-def check_sequential(structure: Structure) -> None:
-    """Raise ValueError for a model that draws a subsample of a plate that is iterated over."""
-    if structure.sequential:
-        raise ValueError(
-            f"the model draws a subsample of the sequential plate {structure.sequential[0]!r} "
-            "(subsample_size=...), and so has other sites in each run, which have no density in "
-            "common; iterate over all of it, or train with pyro_vae.ELBO"
-        )
-
-
-def check_stable(model: Program, batch: Batch, structure: Structure, seeds: Iterable[int]) -> None:
-    """Raise ValueError if a model's sites, or their shapes, are others in runs from some seeds."""
-    for seed in seeds:
-        with Look() as attempt:
-            again = run_model(model, batch, seed=seed).sites
-        if attempt.error is None:  # a draw from the prior that the model cannot take says nothing
-            _check_same(structure, again)
-
-
-def _check_same(structure: Structure, again: Mapping[str, Site]) -> None:
+def check_same(structure: Structure, again: Mapping[str, Site]) -> None:
+    """Raise ValueError if sites of another run, or their shapes, are not those of a structure."""
     for name in structure.sites.keys() | again.keys():
         shapes = [
             (*sites[name].batch_shape, *sites[name].event_shape) if name in sites else None

@@ -23,7 +23,6 @@ from pyro_vae.programs.guide_kinds import RowGuide, row_guide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.looks import ModelRun, default_validation_told_apart
 from pyro_vae.programs.masks import masked_proposals
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.nodes import (
     batch_nesting,
     drawn_subsamples,
@@ -42,6 +41,7 @@ from pyro_vae.programs.state import (
     preserved_rng,
     unwrapped,
 )
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
 from pyro_vae.programs.types import DataPlate, Program, Trace

@@ -163,6 +163,15 @@ class Structure:
         plate = None if self.data_plate is None else told(self.data_plate)
         return replace(self, sites=sites, data_plate=plate)
 
+    def require_no_sequential(self) -> None:
+        """Raise ValueError for a model that draws a subsample of a plate that is iterated over."""
+        if self.sequential:
+            raise ValueError(
+                f"the model draws a subsample of the sequential plate {self.sequential[0]!r} "
+                "(subsample_size=...), and so has other sites in each run, which have no density "
+                "in common; iterate over all of it, or train with pyro_vae.ELBO"
+            )
+
     def require_no_globals(self) -> None:
         """Raise ValueError if a latent site lies outside the data plate."""
         if self.data_plate is not None and self.global_latents:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.looks import ModelRun, run_model
+from pyro_vae.programs.looks import ModelRun, check_same, run_model
 from pyro_vae.programs.observed import check_observed
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look, called_modules
 from pyro_vae.programs.types import DataPlate, Program
 
-__all__ = ["DataPlateError", "inspect", "is_subsampled", "look", "structure_of"]
+__all__ = ["DataPlateError", "ModelLooks", "inspect"]
 
 
 class DataPlateError(ValueError):
@@ -50,64 +51,129 @@ def inspect(
         ValueError: for NaN in the batch (but see :class:`pyro_vae.MissingData`), and for observed
             values of another shape than their likelihood's, or outside its support.
     """
-    arguments = as_batch(*batch)
-    return structure_of(
-        look(model, arguments),
-        model,
-        arguments,
-        data_plate,
-        strict=strict,
-        latents_needed=latents_needed,
-    )
+    looks = ModelLooks(model, as_batch(*batch))
+    return looks.structure(data_plate, strict=strict, latents_needed=latents_needed)
 
 
-def look(model: Program, batch: Batch) -> ModelRun:
-    """Run a model once under its prior, to judge it by :func:`structure_of`.
+class ModelLooks:
+    """A model and a batch, with what runs under the prior have shown.
 
-    Raises:
-        ValueError: for NaN in the batch (but see :class:`pyro_vae.MissingData`), before whatever
-            the model raises, which it may be the cause of.
+    A structure for another data plate, or judged more strictly, takes no further run; nor does
+    stability in as many runs as were made before.
+
+    Args:
+        model: a Pyro model.
+        batch: its arguments.
     """
-    try:
-        with called_modules() as called:
-            return run_model(model, batch)
-    finally:
-        missing = any(getattr(module, "takes_missing", False) for module in called.values())
-        batch.check_finite(missing=missing)
 
+    def __init__(self, model: Program, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self._stable_runs = 0
+        self._subsampled: dict[str, bool] = {}
 
-def structure_of(
-    run: ModelRun,
-    model: Program,
-    batch: Batch,
-    data_plate: DataPlate,
-    *,
-    strict: bool = False,
-    latents_needed: bool = True,
-) -> Structure:
-    """Return the structure that a run of a model shows; arguments and errors as :func:`inspect`."""
-    check_observed(run.sites, lambda: run_model(model, batch, seed=1).sites, strict=strict)
-    if data_plate is False:
-        kinds = {name: _with_kind(site, "global latent") for name, site in run.sites.items()}
-        return Structure(kinds, None, run.nesting, 1, run.sequential)
-    plate = _find_data_plate(run.sites, None if data_plate is True else data_plate, latents_needed)
-    if batch.size is not None and not plate.drawn and plate.size != batch.size:
-        raise DataPlateError(
-            f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
-            f"{batch.size} rows; let the plate take its size from the batch, as in "
-            f"pyro.plate({plate.name!r}, len(x)) or pyro.plate({plate.name!r}, num_data, "
-            "subsample=x), or name another plate with data_plate="
+    @classmethod
+    def of(cls, model: Program, example: Any) -> ModelLooks:
+        """Return what is known of a model: an example that is a ModelLooks of it, or a new one."""
+        if isinstance(example, ModelLooks) and example.model is model:
+            return example
+        return cls(model, as_batch(example))
+
+    def on(self, batch: Batch) -> ModelLooks:
+        """Return what is known of the model on some of the rows: all but its sites there."""
+        other = ModelLooks(self.model, batch)
+        other._stable_runs, other._subsampled = self._stable_runs, self._subsampled
+        return other
+
+    @functools.cached_property
+    def run(self) -> ModelRun:
+        """One run under the prior; the global random state stays as it was.
+
+        Raises:
+            ValueError: for NaN in the batch (but see :class:`pyro_vae.MissingData`), before
+                whatever the model raises, which it may be the cause of.
+        """
+        try:
+            with called_modules() as called:
+                return run_model(self.model, self.batch)
+        finally:
+            missing = any(getattr(module, "takes_missing", False) for module in called.values())
+            self.batch.check_finite(missing=missing)
+
+    def structure(
+        self, data_plate: DataPlate = None, *, strict: bool = False, latents_needed: bool = True
+    ) -> Structure:
+        """Return the structure of the model; arguments and errors as :func:`inspect`."""
+
+        def sites_again() -> Mapping[str, Site]:
+            return run_model(self.model, self.batch, seed=1).sites
+
+        check_observed(self.run.sites, sites_again, strict=strict)
+        if data_plate is False:
+            kinds = {
+                name: _with_kind(site, "global latent") for name, site in self.run.sites.items()
+            }
+            return Structure(kinds, None, self.run.nesting, 1, self.run.sequential)
+        plate = _find_data_plate(
+            self.run.sites, None if data_plate is True else data_plate, latents_needed
         )
-    kinds = {
-        name: _with_kind(
-            site,
-            "local latent" if plate.name in names_of(site.plates) else "global latent",
-        )
-        for name, site in run.sites.items()
-    }
-    for site in kinds.values():
-        _check_local(site, plate)
-    return Structure(kinds, plate, run.nesting, plate.size, run.sequential)
+        if self.batch.size is not None and not plate.drawn and plate.size != self.batch.size:
+            raise DataPlateError(
+                f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
+                f"{self.batch.size} rows; let the plate take its size from the batch, as in "
+                f"pyro.plate({plate.name!r}, len(x)) or pyro.plate({plate.name!r}, num_data, "
+                "subsample=x), or name another plate with data_plate="
+            )
+        kinds = {
+            name: _with_kind(
+                site,
+                "local latent" if plate.name in names_of(site.plates) else "global latent",
+            )
+            for name, site in self.run.sites.items()
+        }
+        for site in kinds.values():
+            _check_local(site, plate)
+        return Structure(kinds, plate, self.run.nesting, plate.size, self.run.sequential)
+
+    def check_stable(self, structure: Structure, runs: int) -> None:
+        """Raise ValueError where sites, or their shapes, are others in one of some further runs."""
+        structure.require_no_sequential()
+        for seed in range(self._stable_runs + 1, runs + 1):
+            with Look() as look:
+                again = run_model(self.model, self.batch, seed=seed).sites
+            if look.error is None:  # a draw from the prior that the model cannot take says nothing
+                check_same(structure, again)
+        self._stable_runs = max(runs, self._stable_runs)
+
+    def is_subsampled(self, plate: Plate) -> bool:
+        """Return whether the data plate keeps its full size when the batch is of another size."""
+        if plate.name not in self._subsampled:
+            self._subsampled[plate.name] = self._is_subsampled(plate)
+        return self._subsampled[plate.name]
+
+    def _is_subsampled(self, plate: Plate) -> bool:
+        size = self.batch.size
+        if plate.size != plate.full_size or size is None or size < 1:
+            return plate.size != plate.full_size
+        other = self.batch.rows(slice(0, size - 1)) if size > 1 else self.batch.repeat(2)
+        with Look():
+            found = ModelLooks(self.model, other).structure(plate.name).data_plate
+            return found is not None and found.full_size == plate.full_size
+        return False  # the model takes batches of this one size only: no minibatches
+
+    def know_run(self, run: ModelRun, other: ModelRun | None) -> None:
+        """Take a run under a guide's draws for that under the prior, and for one of stability.
+
+        Args:
+            run: on this batch.
+            other: under the prior, on another batch, if there was one. Where sites or shapes
+                differ, further runs say whether the model is stable.
+        """
+        self.run = run
+        self._stable_runs = int(other is not None and run.is_like(other))
+
+    def know_subsampled(self, plate: Plate, subsampled: bool) -> None:
+        """Remember what a run on other rows has shown of :meth:`is_subsampled`."""
+        self._subsampled[plate.name] = subsampled
 
 
 def _check_local(site: Site, plate: Plate) -> None:
@@ -121,19 +187,6 @@ def _check_local(site: Site, plate: Plate) -> None:
             f"pyro.plate({plate.name!r}, len(x)), and the site that shape, or pass "
             "data_plate=False to treat the whole batch as one datum"
         )
-
-
-def is_subsampled(model: Program, batch: Batch, plate: Plate) -> bool:
-    """Return whether the data plate keeps its full size when the batch is of another size."""
-    if plate.size != plate.full_size:
-        return True
-    if batch.size is None or batch.size < 1:
-        return False
-    other = batch.rows(slice(0, batch.size - 1)) if batch.size > 1 else batch.repeat(2)
-    with Look():
-        found = inspect(model, other, data_plate=plate.name).data_plate
-        return found is not None and found.full_size == plate.full_size
-    return False  # the model takes batches of this one size only: no minibatches
 
 
 def _find_data_plate(sites: Mapping[str, Site], name: str | None, latents_needed: bool) -> Plate:

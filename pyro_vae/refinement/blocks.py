@@ -15,7 +15,7 @@ from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate
 
 __all__ = ["Block", "Blocks", "ScoredGuide", "per_row"]

@@ -17,7 +17,7 @@ from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.counts import as_count
-from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.ascent import Ascent, Budget, ascend
 from pyro_vae.refinement.blocks import Blocks

@@ -13,12 +13,11 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.looks import ModelRun
-from pyro_vae.programs.model_looks import ModelLooks
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, batch_norms
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.structure import ModelLooks, inspect
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.data_source import DataSource

@@ -10,7 +10,7 @@ import torch
 from pyro_vae.guides.coordinates import coordinates_of
 from pyro_vae.guides.moments import middle_moments, normal_moments, prior_moments
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.structure import ModelLooks
 from tests.models import NormalModel, log_normal_model
 
 

@@ -7,7 +7,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.model_looks import ModelLooks
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.refinement.blocks import Blocks
 from tests.models import GammaPoisson, encoder
 
