@@ -1,6 +1,6 @@
 """Arrays of images and labels from local files: .npz, .npy and MNIST's idx format.
 
-Reading only: whether the arrays are images is for datasets.py to say.
+Reading only: images.py checks that the arrays are images.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _IDX_LABELS = 0x00000801
 _UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Arrays:
-    """Arrays as they stand in the file. `test` is None where the file has no test part."""
+    """Arrays as they stand in the file; `test` is None where the file has no test part."""
 
     train: np.ndarray
     train_labels: np.ndarray | None = None
@@ -51,9 +51,15 @@ def read(path: Path) -> Arrays:
     if path.is_dir():
         return _read_idx_directory(path)
     if path.suffix == ".npz":
-        return _from_npz(_read_npz(path), path)
+        archive = _load(path, "an .npz archive of plain numeric arrays")
+        if isinstance(archive, np.ndarray):
+            raise ValueError(f"{path}: expected an archive, found one array; is it an .npy file?")
+        return _from_npz(archive, path)
     if path.suffix == ".npy":
-        return Arrays(_read_npy(path))
+        array = _load(path, "an .npy file with a plain numeric array")
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
+        return Arrays(array)
     if path.suffix == ".gz" or "idx" in path.name or path.name.endswith("ubyte"):
         return _read_idx_pair(path)
     raise ValueError(
@@ -62,31 +68,14 @@ def read(path: Path) -> Arrays:
     )
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, wanted: str) -> np.ndarray | dict[str, np.ndarray]:
+    """Return what NumPy reads from a file: one array, or an archive of them."""
     try:
         with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            arrays = None if isinstance(archive, np.ndarray) else dict(archive.items())
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
     except _UNREADABLE as error:
-        raise ValueError(
-            f"{path}: expected an .npz archive of plain numeric arrays, could not read it ({error})"
-        ) from error
-    if arrays is None:
-        raise ValueError(f"{path}: expected an archive, found one array; is it an .npy file?")
-    return arrays
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{path}: expected an .npy file with a plain numeric array, could not read it ({error})"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
-    return array
+        raise ValueError(f"{path}: expected {wanted}, could not read it ({error})") from error
 
 
 def _from_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Arrays:
@@ -142,7 +131,7 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def _read_idx_pair(path: Path) -> Arrays:
-    """A file of images, and the file of labels beside it if it is there."""
+    """Return the images of a file, with the labels in the file beside it if it is there."""
     images = _read_idx(path, _IDX_IMAGES)
     stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     for name in (stem, f"{stem}.gz"):
@@ -178,7 +167,7 @@ def _read_idx_directory(directory: Path) -> Arrays:
 
 
 def _standard_file(directory: Path, name: str) -> Path | None:
-    """The file of that standard name, plain or gzipped; some copies write a dot for the dash."""
+    """Return the file of a standard name, gzipped or not; some copies write a dot for the dash."""
     dotted = name.replace("-idx", ".idx")
     for candidate in (name, f"{name}.gz", dotted, f"{dotted}.gz"):
         if (directory / candidate).is_file():

@@ -55,7 +55,7 @@ class ImageData:
 
 
 def digits(*, test_fraction: float = 0.2) -> ImageData:
-    """The 1,797 handwritten digits of 8 x 8 pixels that ship with the package.
+    """Return the 1,797 handwritten digits of 8 x 8 pixels that ship with the package.
 
     A pixel counts the black ones among 16, so Binomial(16) is the natural likelihood. The images
     are shuffled once, by a permutation that never changes, and the last `test_fraction` of them
@@ -87,7 +87,7 @@ def digits(*, test_fraction: float = 0.2) -> ImageData:
 def load(
     path: str | Path, *, max_value: int | None = None, test_fraction: float = 1 / 6
 ) -> ImageData:
-    """Images from a local file: .npz, .npy, or MNIST's idx format, gzipped or not.
+    """Return images from a local file: .npz, .npy, or MNIST's idx format, gzipped or not.
 
     Accepted are
 
@@ -188,7 +188,7 @@ class StochasticBinarization:
         return self.images
 
     def draw(self, images: Tensor) -> Tensor:
-        """A draw of some of the images, by PyTorch's global random numbers.
+        """Return a draw of some of the images, by PyTorch's global random numbers.
 
         Args:
             images: Rows of `source`.
@@ -199,7 +199,7 @@ class StochasticBinarization:
         return torch.bernoulli(images.to(torch.float32) / self.max_value)
 
     def epoch(self, generator: torch.Generator) -> Tensor:
-        """A fresh draw of every image.
+        """Return a fresh draw of every image.
 
         Args:
             generator: Source of randomness, on the device of the images. It moves on, so the next
@@ -208,11 +208,10 @@ class StochasticBinarization:
         Returns:
             Images of the same shape, float32, each value 0 or 1.
         """
-        probabilities = self.images.to(torch.float32) / self.max_value
-        return torch.bernoulli(probabilities, generator=generator)
+        return torch.bernoulli(self.images.to(torch.float32) / self.max_value, generator=generator)
 
     def fixed(self, seed: int) -> Tensor:
-        """One draw that depends on the seed alone, for held-out data.
+        """Return one draw that depends on the seed alone, for held-out data.
 
         Args:
             seed: Seed of a generator of its own; the global state is left alone.
@@ -311,7 +310,7 @@ def _image_shape(images: np.ndarray, where: str) -> tuple[int, int]:
 
 
 def _check_values(images: np.ndarray, where: str) -> None:
-    """Whole numbers from 0 to 255 in any real number type; bool is 0 and 1."""
+    """Raise ValueError for other than whole numbers from 0 to 255, of any type of real numbers."""
     if images.dtype.kind not in "biuf":
         raise ValueError(f"{where}: expected images of numbers, found dtype {images.dtype}")
     if images.dtype.kind == "f":

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Bound:
     skewness: Tensor | None = None
     ess: Tensor | None = None
     largest: Tensor | None = field(default=None, repr=False)
-    mean_of: str = "log weights"
+    mean_of: Literal["weights", "log weights"] = "log weights"
 
     @property
     def mean(self) -> float:
@@ -121,25 +121,19 @@ class Bound:
         size, untrusted = self.value.shape[0], int(self.untrusted.sum())
         heavy = int(heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles).sum())
         threshold = f"k-hat is above {PARETO_K_THRESHOLD}"
-        doubts = ""
-        if self.mean_of == "weights" and untrusted:
-            doubts = (
-                f"; for {untrusted} of {size} data the error is not to be trusted, and log p(x) "
-                f"may be far above: {threshold}"
-            )
-        elif untrusted:
-            doubts = (
-                f"; for {untrusted} of {size} data the error is not to be trusted: a few "
-                "particles decide it"
-            )
-        if self.mean_of != "weights" and heavy:
-            doubts += (
-                f"; for {heavy} of {size} data {threshold}: the guide misses a part of the "
-                "posterior"
+        of_weights = self.mean_of == "weights"
+        parts = []
+        if untrusted:
+            above = f", and log p(x) may be far above: {threshold}"
+            why = above if of_weights else ": a few particles decide it"
+            parts.append(f"for {untrusted} of {size} data the error is not to be trusted{why}")
+        if heavy and not of_weights:
+            parts.append(
+                f"for {heavy} of {size} data {threshold}: the guide misses a part of the posterior"
             )
         if bool(self.pareto_k.isnan().any()):
-            doubts += f"; {self.num_particles} particles are too few for a k-hat"
-        return doubts
+            parts.append(f"{self.num_particles} particles are too few for a k-hat")
+        return "".join(f"; {part}" for part in parts)
 
 
 def elbo(

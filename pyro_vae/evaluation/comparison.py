@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,18 @@ from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
 from pyro_vae.particles.estimators import mean_std_error
 from pyro_vae.programs.handlers import drop_references
 from pyro_vae.programs.state import module_of, unwrapped
+from pyro_vae.programs.types import Program
 
-__all__ = ["Comparison"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Comparison", "format_table", "mean_of_errors"]
+
+_ESTIMATES = ("elbo", "log_evidence", "approximation_gap", "amortization_gap")
+_HEADER: tuple[str, ...] = (
+    *("guide", "ELBO", "log p(x)", "approximation gap", "amortization gap"),
+    *("worst k-hat", "share k-hat > 0.7"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Comparison:
     """
 
     dataset: xr.Dataset
-    guides: Mapping[str, Callable[..., Any]]
+    guides: Mapping[str, Program]
 
     def summary(self) -> pd.DataFrame:
         """Return a row per guide: means over the data with Monte Carlo standard errors.
@@ -48,8 +58,8 @@ class Comparison:
         ``not_converged`` the number of data whose refined guide has not converged.
         """
         data = self.dataset
-        columns: dict[str, Any] = {}
-        for name in ("elbo", "log_evidence", "approximation_gap", "amortization_gap"):
+        columns: dict[str, np.ndarray] = {}
+        for name in _ESTIMATES:
             mean, error = data[name].mean("datum"), _mean_error(data, name)
             if "guide" not in mean.dims:
                 mean, error = (v.broadcast_like(data["guide"]) for v in (mean, error))
@@ -60,7 +70,7 @@ class Comparison:
         columns["not_converged"] = (~data["converged"]).sum("datum").values
         return pd.DataFrame(columns, index=pd.Index(data["guide"].values, name="guide"))
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the gaps of each guide as bars; needs the extra ``plots``."""
         from pyro_vae.plots.results import plot_gaps
 
@@ -77,54 +87,29 @@ class Comparison:
 
 
 def format_table(comparisons: Mapping[str, Comparison]) -> str:
-    """Return the gap table of several comparisons (train, test) as text.
+    """Return the gap table of several comparisons (train, test) as text, with notes below.
 
     Args:
         comparisons: a label of the data, possibly empty, to a comparison.
     """
-    header = [
-        "guide",
-        "ELBO",
-        "log p(x)",
-        "approximation gap",
-        "amortization gap",
-        "worst k-hat",
-        "share k-hat > 0.7",
-    ]
-    rows = []
-    notes = []
+    rows = [_HEADER]
+    notes: list[str] = []
     for label, comparison in comparisons.items():
+        data = comparison.dataset
         for guide, row in comparison.summary().iterrows():
-            rows.append(
-                [
-                    f"{label} {guide}".strip(),
-                    *(
-                        _with_error(row[name], row[f"{name}_se"])
-                        for name in (
-                            "elbo",
-                            "log_evidence",
-                            "approximation_gap",
-                            "amortization_gap",
-                        )
-                    ),
-                    f"{row['pareto_k_max']:.2f}",
-                    f"{100 * row['pareto_k_bad']:.1f}%",
-                ]
-            )
-            if row["not_converged"] and _is_reference(comparison.dataset, guide):
+            numbers = (_with_error(row[name], row[f"{name}_se"]) for name in _ESTIMATES)
+            worst, bad = f"{row['pareto_k_max']:.2f}", f"{100 * row['pareto_k_bad']:.1f}%"
+            rows.append((f"{label} {guide}".strip(), *numbers, worst, bad))
+            if row["not_converged"] and data["reference"].sel(guide=guide) == guide:
                 notes.append(
-                    f"{label} {guide}: {int(row['not_converged'])} of "
-                    f"{comparison.dataset.sizes['datum']} data have not converged; their "
-                    "approximation gap is too large and their amortization gap too small"
+                    f"{label} {guide}: {int(row['not_converged'])} of {data.sizes['datum']} data "
+                    "have not converged; their approximation gap is too large and their "
+                    "amortization gap too small"
                 )
-        notes.append(f"{label} {_evidence_text(comparison.dataset)}")
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        notes.append(f"{label} {_evidence_text(data)}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        " | ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [header, *rows]
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
     lines.insert(1, "-+-".join("-" * width for width in widths))
     return "\n".join([*lines, *(note.strip() for note in notes)])
@@ -137,20 +122,16 @@ def _evidence_text(data: xr.Dataset) -> str:
         data["log_evidence_ess"].values,
         data.attrs["log_evidence_num_particles"],
     )
-    doubt = (
-        f"; a lower bound, and for {100 * heavy.mean():.1f}% of the data (k-hat > "
-        f"{PARETO_K_THRESHOLD}) one whose standard error is not to be trusted"
-        if heavy.any()
-        else ""
-    )
+    doubt = ""
+    if heavy.any():
+        doubt = (
+            f"; a lower bound, and for {100 * heavy.mean():.1f}% of the data (k-hat > "
+            f"{PARETO_K_THRESHOLD}) one whose standard error is not to be trusted"
+        )
     return (
         f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
         f"per datum ± Monte Carlo standard error{doubt}"
     )
-
-
-def _is_reference(dataset: xr.Dataset, name: Any) -> bool:
-    return bool(dataset["reference"].sel(guide=name) == name)
 
 
 def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:

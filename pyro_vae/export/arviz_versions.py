@@ -151,37 +151,45 @@ def _check(
             )
         draws: tuple[str, tuple[int, ...]] | None = None
         for name, array in variables.items():
-            where = f"group {group!r}, variable {name!r}"
-            shape = array.shape
+            where, shape = f"group {group!r}, variable {name!r}", array.shape
             if group in _SAMPLE_GROUPS:
-                if array.ndim < 2:
-                    raise ValueError(
-                        f"{where}: wanted shape [chain, draw, ...], found {list(shape)}"
-                    )
                 draws = draws or (name, shape[:2])
-                if shape[:2] != draws[1]:
-                    raise ValueError(
-                        f"{where}: wanted [chain, draw] = {list(draws[1])} as in {draws[0]!r}, "
-                        f"found {list(shape[:2])}"
-                    )
+                _check_draws(where, shape, *draws)
                 shape = shape[2:]
-            if name not in dims:
-                continue
-            names = dims[name]
-            if group == "log_likelihood":
-                names = names[: len(shape)]
-            if len(names) != len(shape):
-                raise ValueError(
-                    f"{where}: wanted {len(names)} dimensions {list(names)}, "
-                    f"found {len(shape)} of shape {list(shape)}"
-                )
-            for dim, length in zip(names, shape, strict=True):
-                wanted, source = lengths.setdefault(dim, (length, where))
-                if length != wanted:
-                    raise ValueError(
-                        f"{where}: wanted length {wanted} along {dim!r} as in {source}, "
-                        f"found {length}"
-                    )
+            if name in dims:
+                few = dims[name][: len(shape)] if group == "log_likelihood" else dims[name]
+                _check_dims(where, few, shape, lengths)
+
+
+def _check_draws(where: str, shape: tuple[int, ...], first: str, wanted: tuple[int, ...]) -> None:
+    """Raise ValueError for draws of another shape than the group's first variable has."""
+    if len(shape) < 2:
+        raise ValueError(f"{where}: wanted shape [chain, draw, ...], found {list(shape)}")
+    if shape[:2] != wanted:
+        raise ValueError(
+            f"{where}: wanted [chain, draw] = {list(wanted)} as in {first!r}, found "
+            f"{list(shape[:2])}"
+        )
+
+
+def _check_dims(
+    where: str,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    lengths: dict[str, tuple[int, str]],
+) -> None:
+    """Raise ValueError for dimensions of another number or length; note the new ones' lengths."""
+    if len(names) != len(shape):
+        raise ValueError(
+            f"{where}: wanted {len(names)} dimensions {list(names)}, found {len(shape)} of shape "
+            f"{list(shape)}"
+        )
+    for dim, length in zip(names, shape, strict=True):
+        wanted, source = lengths.setdefault(dim, (length, where))
+        if length != wanted:
+            raise ValueError(
+                f"{where}: wanted length {wanted} along {dim!r} as in {source}, found {length}"
+            )
 
 
 def _check_attrs(attrs: Mapping[str, Any]) -> None:

@@ -33,14 +33,10 @@ __all__ = [
     "calibrated",
     "effective_sample_size",
     "elbo",
-    "elbo_influence",
     "iwae_bound",
-    "iwae_influence",
     "mean_std_error",
     "mixture_log_guide",
-    "skewness",
     "skewness_of",
-    "std_error",
 ]
 
 # How fast the error grows with the squared skewness of the estimate. The Edgeworth expansion of
@@ -82,19 +78,6 @@ def iwae_bound(log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])
 
 
-def elbo_influence(log_weights: Tensor) -> Tensor:
-    """Return what each particle contributes to the ELBO, about zero: [K, N]."""
-    return log_weights - log_weights.mean(0)
-
-
-def iwae_influence(log_weights: Tensor) -> Tensor:
-    """Return what each particle contributes to the IWAE bound, to first order: [K, N].
-
-    The derivative of log(mean w) along w_k - mean w, that is w_k / mean(w) - 1.
-    """
-    return torch.exp(log_weights - iwae_bound(log_weights)) - 1.0
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """An estimate for each datum, with what each particle contributes to it.
@@ -120,12 +103,17 @@ class Estimate:
     @classmethod
     def elbo(cls, log_weights: Tensor) -> Estimate:
         """Return the ELBO of log weights [K, N]."""
-        return cls(elbo(log_weights), elbo_influence(log_weights))
+        value = elbo(log_weights)
+        return cls(value, log_weights - value)
 
     @classmethod
     def iwae(cls, log_weights: Tensor) -> Estimate:
-        """Return the importance-weighted bound of log weights [K, N]."""
-        return cls(iwae_bound(log_weights), iwae_influence(log_weights))
+        """Return the importance-weighted bound of log weights [K, N].
+
+        The influence is the derivative of log(mean w) along w_k - mean w: w_k / mean(w) - 1.
+        """
+        value = iwae_bound(log_weights)
+        return cls(value, torch.exp(log_weights - value) - 1.0)
 
     def __add__(self, other: Estimate) -> Estimate:
         return Estimate(self.value + other.value, self.influence + other.influence)
@@ -135,13 +123,17 @@ class Estimate:
 
     @property
     def std_error(self) -> Tensor:
-        """Standard error of each value, [N]."""
-        return std_error(self.influence)
+        """Standard error of each value, [N]; nan from a single particle, which tells none."""
+        num_particles = self.influence.shape[0]
+        if num_particles < 2:
+            return torch.full_like(self.influence[0], math.nan)
+        squares = self.influence.square().sum(0)
+        return torch.sqrt(squares / (num_particles * (num_particles - 1)))
 
     @property
     def skewness(self) -> Tensor:
-        """Skewness of the influences, [N]."""
-        return skewness(self.influence)
+        """Skewness of the influences, [N], at most sqrt(K) in size; 0 where they are constant."""
+        return skewness_of(self.influence.square().mean(0), self.influence.pow(3).mean(0))
 
     @property
     def mean(self) -> float:
@@ -154,34 +146,6 @@ class Estimate:
         return float(mean_std_error(self.std_error))
 
 
-def std_error(influence: Tensor) -> Tensor:
-    """Return the standard error of an estimate from its influences.
-
-    Args:
-        influence: [K, N], mean zero over K.
-
-    Returns:
-        [N]; nan for a single particle, from which no error can be told.
-    """
-    num_particles = influence.shape[0]
-    if num_particles < 2:
-        return torch.full_like(influence[0], math.nan)
-    return torch.sqrt(influence.square().sum(0) / (num_particles * (num_particles - 1)))
-
-
-def skewness(influence: Tensor) -> Tensor:
-    """Return the skewness of the particles' influences.
-
-    Args:
-        influence: [K, N], mean zero over K.
-
-    Returns:
-        [N], at most sqrt(K) in size; 0 where they are constant.
-    """
-    variance, third = influence.square().mean(0), influence.pow(3).mean(0)
-    return skewness_of(variance, third)
-
-
 def calibrated(std_error: Tensor, skewness: Tensor, num_particles: int) -> Tensor:
     r"""Return standard errors such that value ± 1.96 of them covers with probability 0.95.
 
@@ -192,7 +156,7 @@ def calibrated(std_error: Tensor, skewness: Tensor, num_particles: int) -> Tenso
     of its own standard error has long tails (Johnson 1978, eq. 2.5; Hall 1992, section 2.6).
 
     Args:
-        std_error: [N], of :func:`std_error`.
+        std_error: [N], of an :class:`Estimate`.
         skewness: [N], of the influences.
         num_particles: K.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.estimators import elbo, elbo_influence, std_error
+from pyro_vae.particles.estimators import Estimate
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
 from pyro_vae.refinement.lbfgs import minimize_rows
 
@@ -177,7 +177,8 @@ class Climber:
         while True:
             replicates = range(len(gains), max(_REPLICATES, 2 * len(gains)))
             gains = torch.cat([gains, *self._gains(block, before, after, cycle, replicates)])
-            gain, error = elbo(gains), std_error(elbo_influence(gains))
+            estimate = Estimate.elbo(gains)
+            gain, error = estimate.value, estimate.std_error
             undecided = (gain - tolerance).abs() < 2 * error
             if float(undecided.double().mean()) < _UNDECIDED or len(gains) >= most:
                 break
