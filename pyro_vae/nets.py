@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
@@ -118,8 +117,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [..., C, H, W] to features [..., F]."""
-        # Under a tracer sizes are tensors, and comparing them would be a warning.
-        if not torch.jit.is_tracing() and x.shape[-3:] != self.shape:
+        if x.shape[-3:] != self.shape:
             raise ValueError(
                 f"images of shape [..., {', '.join(map(str, self.shape))}] (channels, height, "
                 f"width) are needed, got {list(x.shape)}; x.reshape(-1, {self.shape[0]}, "

@@ -132,7 +132,7 @@ class _Watch(DispatchMode):
     """
 
     def __init__(self, writable: frozenset[int] | None, constants: TraceConstants) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._writable = writable
         self._constants = constants
 

@@ -52,7 +52,9 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self, num_particles: int, *, vectorize_particles: bool, data_plate: DataPlate
     ) -> None:
         num_particles = as_count("num_particles", num_particles)
-        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        super().__init__(  # type: ignore[no-untyped-call]
+            num_particles=num_particles, vectorize_particles=vectorize_particles
+        )
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
         self._plans: dict[tuple[Hashable, ...], tuple[Plan, Program, Program]] = {}

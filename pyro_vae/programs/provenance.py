@@ -34,7 +34,7 @@ class Descendants(DispatchMode):
     """
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.read = False
         self._kept: list[Tensor] = []  # for memory that is freed may be another tensor's next
         self._memory: set[int] = set()

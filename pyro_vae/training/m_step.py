@@ -82,7 +82,7 @@ class MStep:
             calls += 1
             try:
                 loss, gradients = self._differentiate(objective, iteration)
-            except (NonFiniteHalfStepError, torch.linalg.LinAlgError):
+            except (NonFiniteHalfStepError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 if calls == 1 or not line_search:
                     raise
                 # A trial of the line search that went too far: a height turns it back, where
