@@ -59,7 +59,6 @@ TESTS = Path(__file__).resolve().parent
 # Modules without a test of their own, and why.
 TESTED_ELSEWHERE = {
     "programs.types": "names of types alone",
-    "programs.declared_guide": "an interface without code; test_promise has the guides",
     "compiler.cuda_graph": "test_cuda_graphs, with the steps that it launches",
 }
 # Tests of laws, of closed forms, of other people's models and of recorded numbers.
