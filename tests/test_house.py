@@ -1,11 +1,16 @@
 """The folders of pyro_vae: imports between them run one way, without circles between files.
 
-Docs: docs/architecture.md. A new folder needs its arrows here before the suite passes.
+A new folder needs its arrows and its question here. docs/architecture.md shows them, and the first
+line of each file:
+
+    python -m tests.test_house      # writes both into that page
 """
 
 from __future__ import annotations
 
 import ast
+import re
+import textwrap
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,6 +19,7 @@ import pytest
 
 PACKAGE = "pyro_vae"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+PAGE = ROOT.parent / "docs" / "architecture.md"
 
 # From each folder (or single file) to the folders that its files may import, itself aside.
 ARROWS: dict[str, set[str]] = {
@@ -48,6 +54,31 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"demo"},
 }
 
+# What a newcomer asks, by folder, from the top of the house to its bottom.
+QUESTIONS = {
+    "cli": "the command",
+    "demo": "what do I run first?",
+    "zoo": "which models can I try?",
+    "datasets": "which data can I try?",
+    "export": "how do I get to ArviZ?",
+    "plots": "how do I get to figures?",
+    "missing_data": "my data have holes",
+    "evaluation": "how large is log p(x), and which guide loses what?",
+    "diagnostics": "is it right?",
+    "training": "how is it trained?",
+    "refinement": "what is the best guide of a family?",
+    "losses": "where is the ELBO?",
+    "particles": "how do draws become log weights?",
+    "guides": "what approximates the posterior?",
+    "families": "of which shape is it?",
+    "compiler": "what makes it fast?",
+    "programs": "what are a model and a guide?",
+    "nets": "networks",
+    "schedules": "KL warm-up",
+    "recording": "is a graph being recorded?",
+    "torch_internals": "private names of PyTorch",
+}
+
 # Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
 ARRAYS_ALONE = {
     *("diagnostics.psis", "export.arviz_versions", "datasets.image_files", "plots.results"),
@@ -74,6 +105,48 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
     if path.name != "__init__.py"
 }
+
+
+def floors() -> dict[str, int]:
+    """From each folder to its floor: one above the highest that it imports."""
+    found: dict[str, int] = {}
+    for name in TopologicalSorter(ARROWS).static_order():
+        found[name] = 1 + max((found[other] for other in ARROWS[name]), default=-1)
+    return found
+
+
+def picture() -> str:
+    """The folders floor by floor, each with what it may import."""
+    floor = floors()
+    width = max(map(len, ARROWS))
+    lines = []
+    for name in sorted(ARROWS, key=lambda name: (-floor[name], list(QUESTIONS).index(name))):
+        below = sorted(ARROWS[name], key=lambda other: (-floor[other], other))
+        head = f"{floor[name]}  {name:{width}}"
+        lines += textwrap.wrap(
+            f"{head}  ──>  {', '.join(below)}" if below else head,
+            96,
+            subsequent_indent=" " * (width + 10),
+        )
+    return "\n".join(["```text", *lines, "```"])
+
+
+def first_line(path: Path) -> str:
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0].rstrip(".")
+
+
+def files() -> str:
+    """Each folder with its question, and the first line of each of its files."""
+    parts = []
+    for name, question in QUESTIONS.items():
+        own = {module: path for module, path in MODULES.items() if folder(module) == name}
+        if list(own) == [name]:
+            parts.append(f"**`{name}.py`** ({question}): {first_line(own[name])}.")
+            continue
+        rows = [f"| `{m.replace('.', '/')}.py` | {first_line(path)} |" for m, path in own.items()]
+        parts.append("\n".join([f"**{name}/**: {question}", "", "| file | |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -135,6 +208,18 @@ def test_arrows_have_no_circle():
     TopologicalSorter(ARROWS).prepare()
 
 
+def test_the_documentation_shows_the_arrows():
+    assert set(QUESTIONS) == set(ARROWS)
+    assert picture() in PAGE.read_text(encoding="utf-8"), "run python -m tests.test_house"
+
+
+def test_the_documentation_names_no_file_that_is_gone():
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", PAGE.read_text(encoding="utf-8")))
+    roots = (ROOT, ROOT.parent)
+    gone = [path for path in named if not any((root / path).is_file() for root in roots)]
+    assert not gone, "run python -m tests.test_house, and mend the text"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_arrows(module: str):
     for other in modules_of_ours(MODULES[module].read_text(encoding="utf-8")):
@@ -172,7 +257,7 @@ def test_files_do_not_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_documentation_names_every_file(module: str):
-    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     path = module.replace(".", "/") + ".py"
     assert f"`{path}`" in page or f"`{path.rpartition('/')[2]}`" in page
 
@@ -241,3 +326,12 @@ def test_sees_an_import(source: str):
 )
 def test_leaves_other_imports_alone(source: str):
     assert modules_of_ours(source) == set()
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    for mark, content in (("arrows", picture()), ("files", files())):
+        begin, end = f"% {mark}: written by tests/test_house.py\n", f"% end of {mark}\n"
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{content}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
