@@ -214,7 +214,7 @@ def test_the_documentation_shows_the_arrows():
 
 
 def test_the_documentation_names_no_file_that_is_gone():
-    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", PAGE.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z0-9_]+\.py)`", PAGE.read_text(encoding="utf-8")))
     roots = (ROOT, ROOT.parent)
     gone = [path for path in named if not any((root / path).is_file() for root in roots)]
     assert not gone, "run python -m tests.test_house, and mend the text"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.programs.structure import inspect
-from tests.missing_data.models import NAN, data, mixture, of, proposal
-from tests.missing_data.test_model import PRODUCTS
+from tests.missing_data.models import NAN, PRODUCTS, data, mixture, of, proposal
 from tests.models import encoder, factor_analysis
 
 

@@ -19,6 +19,7 @@ from pyro_vae.programs.state import module_of
 from pyro_vae.programs.structure import inspect
 from tests.missing_data.models import (
     NAN,
+    PRODUCTS,
     SEEN,
     PartlySeen,
     data,
@@ -26,6 +27,7 @@ from tests.missing_data.models import (
     of,
     proposal,
     scattered,
+    wide,
     without,
 )
 from tests.models import encoder, factor_analysis
@@ -139,48 +141,6 @@ def test_the_iwae_bound_meets_the_exact_evidence():
 
 
 # --- likelihoods
-
-
-def wide(z, count=3):
-    return z.unsqueeze(-1).expand(*z.shape, count)
-
-
-def masked_outside(z, x):
-    fn = dist.Normal(wide(z), 1.0)
-    return fn.to_event(1).mask(torch.tensor([True] * (len(x) - 1) + [False]))
-
-
-PRODUCTS = {
-    "Normal": (lambda z, x: dist.Normal(wide(z), 1.0).to_event(1), 1.5),
-    "Masked": (masked_outside, 1.5),
-    "nested": (
-        lambda z, x: dist.Independent(dist.Normal(wide(z)[..., None], 1.0).to_event(1), 1), 1.5
-    ),
-    "ExpandedDistribution": (
-        lambda z, x: dist.ExpandedDistribution(
-            dist.Normal(wide(z), 1.0).mask(True), wide(z).shape
-        ).to_event(1),
-        1.5,
-    ),
-    "Bernoulli": (lambda z, x: dist.Bernoulli(logits=wide(z)).to_event(1), 1.0),
-    "Binomial": (
-        lambda z, x: dist.Binomial(torch.tensor([3.0, 9.0, 4.0]), logits=wide(z)).to_event(1), 2.0
-    ),
-    "Poisson": (lambda z, x: dist.Poisson(wide(z).exp()).to_event(1), 3.0),
-    "NegativeBinomial": (lambda z, x: dist.NegativeBinomial(2.0, logits=wide(z)).to_event(1), 3.0),
-    "Categorical": (
-        lambda z, x: dist.Categorical(logits=wide(wide(z), 4) * torch.arange(4)).to_event(1), 3.0
-    ),
-    "LogNormal": (lambda z, x: dist.LogNormal(wide(z), 1.0).to_event(1), 1.5),
-    "Gamma": (lambda z, x: dist.Gamma(2.0, wide(z).exp()).to_event(1), 1.5),
-    "Beta": (lambda z, x: dist.Beta(2.0, wide(z).exp()).to_event(1), 0.3),
-    "Uniform": (lambda z, x: dist.Uniform(wide(z) - 90, wide(z) + 90).to_event(1), 1.5),
-    "StudentT": (lambda z, x: dist.StudentT(4.0, wide(z), 1.0).to_event(1), 1.5),
-    "ZeroInflatedPoisson": (
-        lambda z, x: dist.ZeroInflatedPoisson(wide(z).exp(), gate=torch.tensor(0.3)).to_event(1),
-        3.0,
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
