@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import multiprocessing
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 # Arrays are measured against their largest number, but no smaller than this: where all of them
 # are zero but for rounding, there is nothing to be relative to.
 FLOOR = 1e-3
+SHOWN = 6  # lines of an item in a report
 STARTS = 3  # processes that measure the start of fit, of which the fastest counts
 
 Found = dict[str, np.ndarray]
@@ -128,6 +130,7 @@ def warm_up() -> None:
     pv.fit(model, guide, x, max_steps=4, compile="replay", **options)
     pv.compare(model, {"guide": guide}, x, num_particles=30, max_steps=2, **options)
     pv.to_arviz(model, guide, x, num_draws=2, seed=0)
+    gc.freeze()  # pages that a child's collector does not touch are not copied
 
 
 def record(
@@ -279,8 +282,11 @@ def report(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) ->
     for kind in ("rounding", "differs", "missing"):
         for name in kinds[kind]:
             print(f"{kind}: {name}")
-            for line in lines.get(name, []):
-                print(f"    {line[:600]}")
+            said = lines.get(name, [])
+            for line in said[:SHOWN]:
+                print(f"    {line[:400]}")
+            if len(said) > SHOWN:
+                print(f"    and {len(said) - SHOWN} more")
     print(f"equal to the last bit: {len(kinds['bit'])} items")
     apart_most = ", ".join(f"{relative:.2g} in {name}" for name, relative in worst.items())
     print(f"equal to rounding:     {len(kinds['rounding'])} items, at most {apart_most}")
@@ -319,17 +325,15 @@ def _report_counts(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndar
 # --- the command line ----------------------------------------------------------------------
 
 
-def compute_all(only: Sequence[str]) -> dict[str, np.ndarray]:
-    """Record all items whose names begin with one of the given words; all for none."""
-    if not only:
-        seconds = start_seconds()
-        found = record(ITEMS, COUNTS, progress=True)
-        return found | {f"start//{name}": np.asarray(value) for name, value in seconds.items()}
-    begins = tuple(only)
-    return record(
-        {name: item for name, item in ITEMS.items() if name.startswith(begins)},
-        {name: item for name, item in COUNTS.items() if f"count/{name}".startswith(begins)},
+def compute_all(wanted: Callable[[str], bool], *, start_too: bool) -> dict[str, np.ndarray]:
+    """Record the items and counts whose names are wanted; and how long fit takes to start."""
+    seconds = start_seconds() if start_too else {}
+    found = record(
+        {name: item for name, item in ITEMS.items() if wanted(name)},
+        {name: item for name, item in COUNTS.items() if wanted(f"count/{name}")},
+        progress=True,
     )
+    return found | {f"start//{name}": np.asarray(value) for name, value in seconds.items()}
 
 
 def main() -> int:
@@ -343,6 +347,7 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("file", type=Path)
         command.add_argument("--only", nargs="+", default=[], help="beginnings of items' names")
+    command.add_argument("--below", type=float, help="of items that took fewer seconds alone")
     command.add_argument("--after", type=Path, help="a second file, in place of computing")
     commands.add_parser("start", help="the seconds of two first steps of fit, as JSON")
     arguments = parser.parse_args()
@@ -350,14 +355,21 @@ def main() -> int:
         print(json.dumps(start()))
         return 0
     print(f"pyro_vae of {Path(pv.__file__).parent}", flush=True)
+    begins = tuple(arguments.only) or ("",)
+    whole = begins == ("",)
     if arguments.command == "record":
-        found = compute_all(arguments.only)
+        found = compute_all(lambda name: name.startswith(begins), start_too=whole)
         np.savez_compressed(arguments.file, **{k.replace("/", "|"): v for k, v in found.items()})
         return 0
+    most = arguments.below or np.inf
     before = load(arguments.file)
-    if arguments.only:
-        before = {k: v for k, v in before.items() if k.startswith(tuple(arguments.only))}
-    after = load(arguments.after) if arguments.after else compute_all(arguments.only)
+    slow = {k.partition("//")[0] for k, v in before.items() if k.endswith("//seconds") and v > most}
+
+    def wanted(name: str) -> bool:
+        return name.startswith(begins) and name not in slow
+
+    before = {key: value for key, value in before.items() if wanted(key.partition("//")[0])}
+    after = load(arguments.after) if arguments.after else compute_all(wanted, start_too=whole)
     return 0 if report(before, after) else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -116,7 +117,8 @@ def parameters(case: Case) -> dict[str, Tensor]:
     known = set(map(id, found.values()))
     for name, parameter in pyro.get_param_store().named_parameters():
         if id(parameter) not in known:
-            found[name] = parameter
+            # A guide's name in the store has a number, another one for each guide of a process.
+            found[re.sub(r"-\d+\$\$\$", ".", name)] = parameter
     return {n: value for n, value in found.items() if not n.rpartition(".")[2].startswith("_")}
 
 
@@ -208,7 +210,7 @@ def weight_arrays(weights: Any) -> Mapping[str, Any]:
     return {name: getattr(weights, name) for name in names} | {"given": dict(weights.given)}
 
 
-def evaluation(make: Make) -> Mapping[str, Any]:
+def evaluation(make: Make, *, replay: bool = False) -> Mapping[str, Any]:
     """Log weights and bounds: in each mode, in chunks of several sizes, by graphs."""
     case = make()
     pair = (case.model, case.guide, case.batch)
@@ -230,8 +232,11 @@ def evaluation(make: Make) -> Mapping[str, Any]:
         "elbo": bound(pv.elbo, 30, compile=False),
         "iwae": bound(pv.iwae_bound, 40, compile=False),
         "iwae, chunks of 7": bound(pv.iwae_bound, 40, chunk_size=7, compile=False),
-        "iwae, chunks of 100, replay": bound(pv.iwae_bound, 100, chunk_size=100, compile="replay"),
     }
+    if replay:
+        runs["iwae, chunks of 100, replay"] = bound(
+            pv.iwae_bound, 100, chunk_size=100, compile="replay"
+        )
     return {name: attempt(run) for name, run in runs.items()}
 
 
@@ -359,34 +364,34 @@ def imputed(make: Make) -> Mapping[str, Any]:
 
 
 def _of_cases() -> None:
-    """Every case by every function."""
+    """Every case by every function; of the linear model, a part of the settings by each."""
     every = tuple(OBJECTIVES)
-    number = 0
-    for kind in GUIDES:
-        for setting in SETTINGS:
-            make = functools.partial(linear, kind, setting)
-            name = f"linear, {kind}, {setting}"
-            ITEMS[f"loss/{name}"] = functools.partial(losses, make, every)
-            chosen = (TRAINED[number % len(TRAINED)],)
+    turn = itertools.count()
+    for number, (kind, setting) in enumerate(itertools.product(GUIDES, SETTINGS)):
+        make = functools.partial(linear, kind, setting)
+        name = f"linear, {kind}, {setting}"
+        common = setting in ("plain", "subsampled", "masked", "missing")
+        ITEMS[f"loss/{name}"] = functools.partial(losses, make, every if common else FEW)
+        if number % 2 == 0:
+            chosen = (TRAINED[next(turn) % len(TRAINED)],)
             ITEMS[f"training/{name}"] = functools.partial(training, make, chosen)
-            number += 1
+        if setting in ("plain", "subsampled", "masked", "repeat", "loop"):
             ITEMS[f"evaluation/{name}"] = functools.partial(evaluation, make)
-            if setting in ("plain", "masked", "subsampled"):
-                ITEMS[f"text/{name}"] = functools.partial(texts, make)
-                ITEMS[f"arviz/{name}"] = functools.partial(exported, make)
-                ITEMS[f"refine/{name}"] = functools.partial(refined, make)
-                ITEMS[f"compare/{name}"] = functools.partial(compared, make)
+        if setting in ("plain", "masked"):
+            ITEMS[f"text/{name}"] = functools.partial(texts, make)
+            ITEMS[f"arviz/{name}"] = functools.partial(exported, make)
+            ITEMS[f"refine/{name}"] = functools.partial(refined, make)
+            ITEMS[f"compare/{name}"] = functools.partial(compared, make)
     cases: dict[str, Make] = {
         **{f"zoo, {name}": functools.partial(zoo, name) for name in ZOO},
         **{f"structure, {name}": make for name, make in STRUCTURES.items()},
     }
     for name, make in cases.items():
         ITEMS[f"loss/{name}"] = functools.partial(losses, make, every)
-        by_turns = tuple(TRAINED[(number + i) % len(TRAINED)] for i in (0, 3))
+        by_turns = (TRAINED[next(turn) % len(TRAINED)], TRAINED[next(turn) % len(TRAINED)])
         chosen = TRAINED_BY.get(name, by_turns)
         ITEMS[f"training/{name}"] = functools.partial(training, make, chosen)
-        number += 1
-        ITEMS[f"evaluation/{name}"] = functools.partial(evaluation, make)
+        ITEMS[f"evaluation/{name}"] = functools.partial(evaluation, make, replay=True)
         ITEMS[f"text/{name}"] = functools.partial(texts, make)
         ITEMS[f"arviz/{name}"] = functools.partial(exported, make)
         ITEMS[f"refine/{name}"] = functools.partial(refined, make)
@@ -409,32 +414,24 @@ def _of_cases() -> None:
             ITEMS[f"evaluation/{label}, {name}"] = functools.partial(evaluation, make)
             steps = 6 if label == "flow" else 30
             ITEMS[f"refine/{label}, {name}"] = functools.partial(refined, make, max_steps=steps)
-            chosen = (FEW[number % len(FEW)],)
+            chosen = (FEW[next(turn) % len(FEW)],)
             ITEMS[f"training/{label}, {name}"] = functools.partial(training, make, chosen, 12)
-            number += 1
 
 
 # --- the corpus of Pyro's pairs -----------------------------------------------------------------
 
 
 def corpus(name: str, loss: str) -> Mapping[str, Any]:
-    """Steps of CompiledSVI by Pyro's loss or by ours, eagerly and by replay."""
-
-    def of(how: str | bool) -> Mapping[str, Any]:
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        torch.set_default_dtype(torch.float64)
-        pair = PAIRS[name]()
-        optim = pyro.optim.Adam({"lr": pair.lr})
-        chosen = pair.loss if loss == "its loss" else pv.ELBO(kl="sample")
-        svi = pv.CompiledSVI(pair.model, pair.guide, optim, chosen, compile=how)
-        pyro.set_rng_seed(1)
-        found = [float(svi.step(*pair.args, **pair.kwargs)) for _ in range(4)]
-        case = Case(pair.model, pair.guide, pair.args)
-        return {"loss": found, "mode": svi.mode, "parameter": joined(parameters(case))}
-
-    ways = {"eager": False, "replay": "replay"} if loss == "its loss" else {"replay": "replay"}
-    return {label: attempt(functools.partial(of, how)) for label, how in ways.items()}
+    """Steps of CompiledSVI by Pyro's loss or by ours: one eagerly, the others by replay."""
+    torch.set_default_dtype(torch.float64)
+    pair = PAIRS[name]()
+    optim = pyro.optim.Adam({"lr": pair.lr})
+    chosen = pair.loss if loss == "its loss" else pv.ELBO(kl="sample")
+    svi = pv.CompiledSVI(pair.model, pair.guide, optim, chosen, compile="replay")
+    pyro.set_rng_seed(1)
+    found = [float(svi.step(*pair.args, **pair.kwargs)) for _ in range(4)]
+    case = Case(pair.model, pair.guide, pair.args)
+    return {"loss": found, "mode": svi.mode, "parameter": joined(parameters(case))}
 
 
 def _of_corpus() -> None:
