@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
 from pyro_vae.particles.blocks import data_blocks, draw_step, equal_step
-from pyro_vae.particles.draw_checks import refuse_edges, refuse_nan
+from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, reseed
@@ -501,8 +501,7 @@ class Evaluator:
     def share_preimages(self, other: Evaluator) -> None:
         """Take up the preimages of another guide's draws, to score these by."""
         theirs = {n: s for n, s in other.runner.guide.shapes.items() if s.preimage_of is not None}
-        shapes = {**theirs, **self.runner.guide.shapes}
-        self.runner.guide.shapes = self.runner.model.shapes = shapes
+        self.runner = self.runner.sharing({**theirs, **self.runner.guide.shapes})
 
     def can_score(self, other: Evaluator) -> bool:
         """Whether this guide's density of the other guide's draws is known."""

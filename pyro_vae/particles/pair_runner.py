@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyro
@@ -18,16 +18,23 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.particles.blocks import chunk_pairs, data_blocks
-from pyro_vae.particles.independence_check import DependentDataError, every_other, mix
-from pyro_vae.particles.mode_choice import choose_mode
+from pyro_vae.particles.checks import (
+    DependentDataError,
+    candidates,
+    choose_mode,
+    coarse_sites,
+    every_other,
+    mix,
+    warn_of_coarse_parameters,
+)
 from pyro_vae.particles.modes import Loop
-from pyro_vae.particles.rounding import coarse_sites, warn_of_coarse_parameters
 from pyro_vae.particles.run import Run, Runner, is_any, is_latent, is_observed
 from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
 from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
@@ -57,17 +64,35 @@ class PairRunner:
     """
 
     def __init__(self, pair: Pair, seed: int, particles: Particles = "auto") -> None:
-        self.pair = pair
-        self._seed = seed
+        self._start(pair, seed)
+        self.model = Runner(pair.model, pair.batch, pair.shapes, self.guide.mode, pair.summed_out)
+        self._num_values = 1  # of summed-out sites, those that one density depends on
+        with pair.evaluating(), torch.no_grad():
+            self._choose_modes(particles)
+
+    def _start(self, pair: Pair, seed: int) -> None:
+        self.pair, self._seed = pair, seed
         # The reference: single particles, run one by one. It takes any network, and so comes
         # before all else that runs the pair.
         loop = Loop(pair.nesting, pair.structure.data_dim)
         self.guide = Runner(pair.guide, pair.batch, pair.shapes, loop)
-        self.model = Runner(pair.model, pair.batch, pair.shapes, loop, pair.summed_out)
         self.masks_by_draw = False
-        self._num_values = 1  # of summed-out sites, those that one density depends on
+
+    def for_guide(self, pair: Pair) -> PairRunner:
+        """Return the runner of another guide of this model on this batch.
+
+        The model's mode is kept where the guide changes nothing of how it is run.
+        """
+        same = pair.nesting == self.pair.nesting and pair.summed_out == self.pair.summed_out
+        if not same or pair.masked or self.pair.masked:
+            return PairRunner(pair, self._seed)
+        other = copy.copy(self)
+        other.__dict__.pop("splittable", None)
+        other._start(pair, self._seed)
+        other.model = self.model.sharing(pair.shapes)
         with pair.evaluating(), torch.no_grad():
-            self._choose_modes(particles)
+            other._choose_guide("auto")
+        return other
 
     # --- runs
 
@@ -147,6 +172,10 @@ class PairRunner:
         observed = sum(site.value.numel() for site in structure.observed)
         return chunk_pairs(structure.num_data, observed * self._num_values)
 
+    def data_blocks(self) -> list[slice]:
+        """Return the data in blocks of rows; all at once where a model takes no fewer."""
+        return data_blocks(self.pair.structure.num_data, lambda: self.splittable)
+
     def take_data(self, values: Values, rows: slice, size: int) -> dict[str, Tensor]:
         """Return the values of some data, ``[K, *plates, *event]``.
 
@@ -180,8 +209,11 @@ class PairRunner:
         Not so where a plate has a fixed size, or a function closes over data of its own.
         """
         num_data, batch = self.pair.structure.num_data, self.pair.batch
-        if self.pair.structure.data_plate is None or batch.size is None or num_data < 2:
+        plate = self.pair.structure.data_plate
+        if plate is None or batch.size is None or num_data < 2:
             return False
+        if self.pair.part_agrees(plate):
+            return True
         whole, half = slice(0, num_data), slice(num_data // 2, num_data)
         with self.pair.evaluating(), torch.no_grad():
             reseed(batch.device, self._seed, CHECKS, 1)
@@ -199,6 +231,12 @@ class PairRunner:
 
     # --- the modes
 
+    def sharing(self, shapes: Mapping[str, SiteShape]) -> PairRunner:
+        """Return this runner with shapes of another guide's draws as well, to score them."""
+        other = copy.copy(self)
+        other.guide, other.model = self.guide.sharing(shapes), self.model.sharing(shapes)
+        return other
+
     def in_mode(self, name: ModeName) -> PairRunner:
         """Return this runner with guide and model in another mode."""
         other = copy.copy(self)
@@ -207,6 +245,71 @@ class PairRunner:
 
     def _choose_modes(self, particles: Particles) -> None:
         """Choose the modes of guide and model, and find out what decides how they are scored."""
+        with Look():
+            if self._agree_at_once(particles):
+                return
+        rows, values = self._choose_guide(particles)
+        if self.pair.summed_out:
+            self._check_summed_out(rows, values)
+        count, latents = _count(values), self.latents(values)
+
+        def score(model: Runner) -> Tensor:
+            return model.run(rows, count, latents).log_prob(is_any)
+
+        reference = score(self.model)
+        self.model = choose_mode(self.model, "model", particles, reference, score)
+        self._check_independent(rows, latents, reference)
+        self._score_in_float64(model=self.model.run(rows, count, latents))
+
+    def _agree_at_once(self, particles: Particles) -> bool:
+        """Take the first mode if one run in it says all that single particles would.
+
+        The particle of the pair's single run, one or two others, and one that has every other
+        datum's values from either: the first must have its density of before, and each datum of
+        the last that of the particle that its values are from.
+        """
+        pair, structure, single = self.pair, self.pair.structure, self.pair.single
+        if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):
+            return False
+        rows, plate = self.data_blocks()[0], structure.data_plate
+        alone = [
+            Run([trace], self.guide.mode, 1, structure.num_data, pair.shapes)
+            for trace in (single.guide_trace, single.model_trace)
+        ]
+        known = self.take_data(alone[0].values(), rows, structure.num_data)
+        reseed(pair.batch.device, self._seed, CHECKS)
+        drawn = self.guide.run(rows, 1)
+        other, size = drawn.values(), rows.stop - rows.start
+        odd = every_other(size, pair.batch.device)
+        copies = 2 if structure.num_data == 3 else 1  # K is not N, so that they are not mistaken
+        values = {}
+        for name, value in known.items():
+            mixed = other[name]
+            if plate is not None:
+                mixed = mix(odd, mixed, value, plate.dim - pair.shapes[name].event_ndim)
+            values[name] = torch.cat([*[other[name]] * copies, value, mixed])
+        (name, *_) = candidates(self.guide, particles)
+        guide, model = self.guide.in_mode(name), self.model.in_mode(name)
+        count, last = copies + 2, copies + 1
+        run = guide.run(rows, count, values)
+        model_run = model.run(rows, count, self.latents(values))
+        log_guide, log_joint = run.log_prob(is_latent), model_run.log_prob(is_any)
+        rest = log_joint[:1]
+        if plate is not None:
+            rest = torch.where(odd, log_joint[copies:last], rest)
+        if not (
+            agree(drawn.log_prob(is_latent), log_guide[:1])
+            and agree(alone[0].log_prob(is_latent)[:, rows], log_guide[copies:last])
+            and agree(alone[1].log_prob(is_any)[:, rows], log_joint[copies:last])
+            and agree(rest, log_joint[last:])
+        ):
+            return False
+        self.guide, self.model = guide, model
+        self._score_in_float64(run, model_run)
+        return True
+
+    def _choose_guide(self, particles: Particles) -> tuple[slice, Values]:
+        """Choose the mode of the guide; return some of its draws, for some data."""
         rows, count = self.data_blocks()[0], 3 if self.pair.structure.num_data == 2 else 2
         reseed(self.pair.batch.device, self._seed, CHECKS)
         run = self.guide.run(rows, count)
@@ -214,29 +317,21 @@ class PairRunner:
         if self.pair.masked:
             self._find_masks()
         log_guide = self.log_guide(run, rows, values)
-        if self.pair.summed_out:
-            self._check_summed_out(rows, values)
 
-        def with_guide(guide: Runner) -> Tensor:
+        def score(guide: Runner) -> Tensor:
             return self.log_guide(guide.run(rows, count, values), rows, values)
 
-        latents = self.latents(values)
+        self.guide = choose_mode(self.guide, "guide", particles, log_guide, score)
+        self._score_in_float64(self.guide.run(rows, count, values))
+        return rows, values
 
-        def with_model(model: Runner) -> Tensor:
-            return model.run(rows, count, latents).log_prob(is_any)
-
-        self.guide = choose_mode(self.guide, "guide", particles, log_guide, with_guide)
-        reference = with_model(self.model)
-        self.model = choose_mode(self.model, "model", particles, reference, with_model)
-        self._check_independent(rows, latents, reference)
-        self.guide.double = coarse_sites(self.guide.run(rows, count, values))
-        model_run = self.model.run(rows, count, latents)
-        self.model.double = coarse_sites(model_run)
-        warn_of_coarse_parameters(self.model, model_run)
-
-    def data_blocks(self) -> list[slice]:
-        """Return the data in blocks of rows; all at once where a model takes no fewer."""
-        return data_blocks(self.pair.structure.num_data, lambda: self.splittable)
+    def _score_in_float64(self, guide: Run | None = None, model: Run | None = None) -> None:
+        """Note the sites that float32 is too coarse for, as runs in the chosen modes show them."""
+        if guide is not None:
+            self.guide.double = coarse_sites(guide)
+        if model is not None:
+            self.model.double = coarse_sites(model)
+            warn_of_coarse_parameters(self.model, model)
 
     def _find_masks(self) -> None:
         """Find the model's masks on latents, and whether they are others for other draws."""

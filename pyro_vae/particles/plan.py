@@ -11,11 +11,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.particles.independence_check import check_independent
-from pyro_vae.particles.mode_choice import UnnamedDrawsError
+from pyro_vae.particles.checks import UnnamedDrawsError, check_independent, warn_of_coarse_loss
 from pyro_vae.particles.modes import MODES, Mode
 from pyro_vae.particles.pair_runner import PairRunner
-from pyro_vae.particles.rounding import warn_of_coarse_loss
 from pyro_vae.particles.summed_out_checks import (
     asking_enumeration,
     check_enumerated,

@@ -245,6 +245,12 @@ class Runner:
         other.batch, other.masks = batch, masks
         return other
 
+    def sharing(self, shapes: Mapping[str, SiteShape]) -> Runner:
+        """Return this runner with other shapes, those of another guide's draws among them."""
+        other = copy.copy(self)
+        other.shapes = shapes
+        return other
+
     def of(self, program: Program) -> Runner:
         """Return this runner for another program with the same sites, none of them summed out."""
         other = copy.copy(self)

@@ -1,0 +1,351 @@
+"""What is compared and refused before runs count: modes, rounding, independence, edges, NaN."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.particles.modes import MODES, per_datum
+from pyro_vae.particles.run import Run, Runner
+from pyro_vae.programs.agreement import agree, largest_gap
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
+from pyro_vae.programs.plain_errors import text_of, trace_of
+from pyro_vae.programs.precision import rounding_of_parameters
+from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.pyro_internals import is_deterministic
+from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.state import Look, unwrapped
+from pyro_vae.programs.supports import edge_share, lost_share
+from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
+from pyro_vae.programs.types import ModeName, Node, Particles, Program, Trace, Values
+from pyro_vae.programs.warned_once import warn_once
+
+__all__ = [
+    "DependentDataError",
+    "UnnamedDrawsError",
+    "candidates",
+    "check_independent",
+    "choose_mode",
+    "coarse_sites",
+    "every_other",
+    "mix",
+    "refuse_edges",
+    "refuse_nan",
+    "warn_of_coarse_loss",
+    "warn_of_coarse_parameters",
+]
+
+logger = logging.getLogger(__name__)
+
+_SEED = 0  # of all runs: what is drawn beside the sites is the same in each
+_ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
+# Nats of a datum that float32 parameters of a likelihood may cost before a warning.
+_COARSE = 1e-2
+_COARSE_LOSS = 0.05  # nats of a datum that a reported loss may be off by, before a warning
+# Draws at the edge of a support that may be averaged over: their log weights are off by some nats.
+_EDGE_SHARE = 1e-3
+
+
+class UnnamedDrawsError(ValueError):
+    """A model or guide draws random numbers outside of sample statements."""
+
+
+def choose_mode(
+    runner: Runner,
+    role: Literal["guide", "model"],
+    particles: Particles,
+    reference: Tensor,
+    score: Callable[[Runner], Tensor],
+) -> Runner:
+    """Return the runner in the first mode that agrees with single particles.
+
+    Args:
+        runner: of a guide or a model.
+        role: which of them, for messages.
+        particles: the mode that is asked for; "auto" tries all.
+        reference: log densities of single particles, run one by one, [K, N].
+        score: returns the log densities of the same particles by a runner.
+
+    Raises:
+        UnnamedDrawsError: where the same latents have another density in each run.
+        ValueError: where no mode agrees.
+    """
+    reasons: list[str] = []
+    for name in candidates(runner, particles):
+        chosen = runner.in_mode(name)
+        with Look() as look:
+            found = score(chosen)
+        if look.error is not None:
+            # A shape that the network cannot take, said in its own way; the loop, which is the
+            # reference and has already run, is always left to fall back on.
+            reasons.append(f"{name}: {type(look.error).__name__}: {text_of(look.error)}")
+        elif agree(reference, found):
+            if name == "loop" and reasons:
+                slow = "the %s runs particle by particle, which is slow: %s"
+                warn_once(logger, (unwrapped(runner.program),), slow, role, "; ".join(reasons))
+            return chosen
+        else:
+            gap = largest_gap(reference, found)
+            reasons.append(f"{name}: log densities differ from single particles by {gap:.3g} nats")
+    if not agree(reference, score(runner.in_mode("loop"))):
+        raise UnnamedDrawsError(
+            f"the {role} draws random numbers outside of sample statements: its log density of the "
+            "same latents is another in each run, and a weight of each draw needs one. Give the "
+            "draw a name with pyro.sample, as a latent of its own; or, if it is dropout in "
+            f"training mode, call .eval() on the {role}'s modules. A mean over particles (pv.ELBO) "
+            "is well defined, and trains it"
+        )
+    raise ValueError(
+        f"the {role}'s log density of several particles does not agree with that of each alone "
+        f"({'; '.join(reasons)}): its broadcasting over the particle dimension, the leftmost, is "
+        "wrong"
+    )
+
+
+def candidates(runner: Runner, particles: Particles) -> list[ModeName]:
+    """Return the modes to try, in order."""
+    if particles == "repeat":
+        runner.in_mode("repeat")  # refuses a model that is one datum
+    names = list(MODES) if particles == "auto" else [particles]
+    if runner.mode.data_dim is None or runner.batch.size is None:
+        names = [name for name in names if name != "repeat"] or ["loop"]
+    return names
+
+
+def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> None:
+    """Warn where float32 gives another loss; training goes on, because gradients mind less."""
+    for name, node in sample_nodes(model_trace):
+        if not node["is_observed"]:
+            continue
+        gap = 0.0
+        # Where a distribution cannot be had in float64, nothing can be told.
+        with Look(), torch.no_grad(), pyro.validation_enabled(False):
+            narrow, wide = (
+                site_log_prob(name, node, scaled=False, double=double) for double in (False, True)
+            )
+            gap = float((narrow.sum() - wide.sum()).abs()) / max((1, *narrow.shape[:1]))
+        if gap > _COARSE_LOSS:
+            warn_once(
+                logger,
+                owners,
+                "the loss is off by about %.2g nats for a datum: terms of the observed site %r are "
+                "so large that float32 keeps too few of their digits. Its gradients are little "
+                "hurt by it, and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for "
+                "a loss to trust, give data, parameters and networks in float64",
+                gap,
+                name,
+            )
+
+
+class DependentDataError(ValueError):
+    """The density of a datum depends on the latents of other data."""
+
+    def __init__(self, plate: Plate, gap: float) -> None:
+        super().__init__(
+            f"the density of a datum depends on the latents of other data, by up to {gap:.3g} "
+            f"nats: the data of plate {plate.name!r} have no weights of their own. Pass "
+            "data_plate=False to treat the whole batch as one datum"
+        )
+
+
+def every_other(num_data: int, device: torch.device) -> Tensor:
+    """Return which data have an odd number, [N]."""
+    return torch.arange(num_data, device=device) % 2 == 1
+
+
+def mix(odd: Tensor, first: Tensor, second: Tensor, axis: int) -> Tensor:
+    """Return the values of ``second`` for the data with an odd number, of ``first`` for the rest.
+
+    Args:
+        odd: from :func:`every_other`, [N].
+        first: values.
+        second: values.
+        axis: their axis of the data, negative.
+    """
+    return torch.where(odd.reshape(-1, *[1] * (-axis - 1)), second, first)
+
+
+def check_independent(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    model_trace: Any,
+    plate: Plate,
+    nesting: int,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raise DependentDataError where a datum's density depends on the latents of other data.
+
+    The model is scored at two draws of the guide, and at a third that takes every other datum's
+    values from the second: each datum must have the density that it had before.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        model_trace: of the model under the guide.
+        plate: the data plate.
+        nesting: plate dimensions of guide and model.
+        args: their arguments.
+        kwargs: their keyword arguments.
+    """
+    nodes = {  # the subsamples of plates among them
+        name: node
+        for name, node in model_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+    first = {name: node["value"] for name, node in nodes.items()}
+    axes = {
+        name: node["value"].ndim - node["fn"].event_dim + plate.dim
+        for name, node in latent_nodes(model_trace)
+        if plate.name in {frame.name for frame in node["cond_indep_stack"]}
+    }
+    sizes = {first[name].shape[axis] for name, axis in axes.items() if axis >= 0}
+    size = max(sizes, default=1)
+    if size < 2:
+        return
+    local = {name for name, axis in axes.items() if axis >= 0 and first[name].shape[axis] == size}
+    kept = {name: preimage_of(nodes[name]) for name in nodes.keys() - local}
+    preimages = {name: preimage for name, preimage in kept.items() if preimage is not None}
+
+    def score(values: Mapping[str, Tensor]) -> Tensor:
+        torch.manual_seed(_SEED)
+        trace = trace_of(GiveValues({**first, **values}, preimages)(model), args, kwargs)
+        terms = [
+            per_datum(term, max(nesting, term.ndim), plate.dim, leading=0)
+            for name, node in sample_nodes(trace)
+            if not is_deterministic(node)
+            for term in (site_log_prob(name, node, scaled=False),)
+            if term.ndim >= -plate.dim and term.shape[plate.dim] == size
+        ]
+        return torch.stack(terms).sum(0)
+
+    gap = 0.0
+    with Look(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        torch.manual_seed(_SEED + 1)
+        shared = {name: value for name, value in first.items() if name not in axes}
+        drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), args, kwargs)))
+        second = {name: drawn[name]["value"] for name in local & drawn.keys()}
+        device = model_trace.nodes[next(iter(local))]["value"].device
+        odd = every_other(size, device)
+        mixed = {
+            name: mix(odd, first[name], value, axes[name] - value.ndim)
+            for name, value in second.items()
+        }
+        wanted = torch.where(odd, score(second), score({}))
+        found = score(mixed)
+        if not agree(wanted, found):
+            gap = largest_gap(wanted, found)
+    if gap:
+        raise DependentDataError(plate, gap)
+
+
+def coarse_sites(run: Run) -> frozenset[str]:
+    """Return the sites whose log density of a datum float32 gives wrong by over 0.001 nats."""
+    found = set()
+    for name, nodes in run.sites():
+        with Look():  # a distribution may be made for one dtype
+            if _rounding(run, name, nodes) > _ROUNDING:
+                found.add(name)
+    return frozenset(found)
+
+
+def _rounding(run: Run, name: str, nodes: list[Node]) -> float:
+    """Return how far a site's log density of a datum is from that in float64, at most."""
+    narrow, wide = (
+        [site_log_prob(name, node, scaled=False, double=double) for node in nodes]
+        for double in (False, True)
+    )
+    if narrow[0].dtype == wide[0].dtype:
+        return 0.0
+    if run.summed_out:  # with dimensions of its own: on average
+        pairs = zip(narrow, wide, strict=True)
+        total = torch.stack([(a - b).abs().nan_to_num().sum() for a, b in pairs]).sum()
+        return float(total) / (run.num_particles * run.num_data)
+    gap = run.by_particle(narrow) - run.by_particle(wide)
+    return float(gap.abs().nan_to_num().max())
+
+
+def warn_of_coarse_parameters(model: Runner, run: Run) -> None:
+    """Warn where a likelihood's parameters are too coarse, though it is scored in float64.
+
+    Args:
+        model: that ran.
+        run: of it.
+    """
+    pairs = run.num_data * run.num_particles // len(run.traces)
+    for name in model.double:
+        node = run.traces[0].nodes[name]
+        if not node["is_observed"]:
+            continue
+        moved = rounding_of_parameters(node["fn"], node["value"])
+        # Of all together, whose parameters are rounded apart.
+        per_datum = 0.0 if moved is None else float(moved) / pairs**0.5
+        if per_datum > _COARSE:
+            warn_once(
+                logger,
+                (unwrapped(model.program),),
+                "the model gives the likelihood of %r in float32: its rounding moves the log "
+                "density of a datum by about %.2g nats, which no standard error counts. Give "
+                "data, parameters and networks in float64",
+                name,
+                per_datum,
+            )
+
+
+def refuse_edges(
+    structure: Structure, shapes: Mapping[str, SiteShape], rows: slice, values: Values
+) -> None:
+    """Raise ValueError for draws that round to an edge, where log densities are made up.
+
+    Args:
+        structure: of the model.
+        shapes: of its sites; draws that keep their preimages are scored by these.
+        rows: of which data the draws are.
+        values: the draws, ``[K, *plates, *event]``.
+    """
+    kept = {shapes[name].preimage_of for name in values if name in shapes}
+    for name, value in values.items():
+        site = structure.sites.get(name)
+        if site is None or name in kept:
+            continue
+        dim = structure.data_dim
+        axis = None if dim is None else dim - len(site.event_shape)
+        share = edge_share(site.fn, value, rows, axis)
+        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal keeps what it drew
+        if holder in values:
+            share = max(share, lost_share(site.fn, value, values[holder]))
+        if share > _EDGE_SHARE:
+            raise ValueError(
+                f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of "
+                f"what {value.dtype} can hold of its support ({site.support_text}), "
+                "where neither density is to be trusted. Use float64, a prior that is less "
+                "sparse, or a guide of pyro_vae, whose draws are scored before they round"
+            )
+
+
+def refuse_nan(rows: slice, weights: LogWeights) -> None:
+    """Raise ValueError for weights that are NaN or +inf; -inf is a density of zero."""
+    bad = (weights.total.isnan() | (weights.total == math.inf)).any(0)
+    if not bool(bad.any()):
+        return
+    parts = {
+        "log p(x | z)": weights.log_likelihood,
+        "log p(z)": weights.log_prior,
+        "log q(z | x)": weights.log_guide,
+    }
+    through = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    index = torch.nonzero(bad).flatten()[:5] + rows.start
+    raise ValueError(
+        f"the log weights of data {index.tolist()} ({int(bad.sum())} of {bad.shape[0]} in the "
+        f"block) are NaN or infinite, through {', '.join(through)}: a draw is at the edge of a "
+        "support, or overflows. Try float64, or bound the scale there"
+    )
