@@ -512,7 +512,7 @@ def test_the_prior_is_that_of_the_rest_alone():
     joint = WEIGHTS.log() + dist.Normal(MEANS, 0.5).log_prob(z[..., None])
     joint = joint + dist.Normal(z[..., None] + shift, 0.8).log_prob(x[:, None])
     torch.testing.assert_close(chunk.weights.log_joint, joint.logsumexp(-1), rtol=0, atol=1e-12)
-    assert scorer.summed_out == ("c",)
+    assert scorer.pair.summed_out == ("c",)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 10_000])
@@ -571,7 +571,7 @@ def test_a_guide_that_proposes_everything_sums_nothing_out():
             pyro.sample("c", dist.Categorical(torch.ones(3, dtype=x.dtype)))
 
     scorer = Evaluator(gaussians, guide, as_batch(data(5)), seed=0)
-    assert scorer.summed_out == ()
+    assert scorer.pair.summed_out == ()
     (chunk,) = scorer.chunks(2)
     assert set(chunk.values) == {"z", "c"}
 
