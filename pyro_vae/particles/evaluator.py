@@ -130,7 +130,10 @@ class Evaluator:
         pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
         self.pair: Pair = pair.evaluable(data_plate)
         self.structure = self.pair.structure
-        self.runner = PairRunner(self.pair, self.seed, particles)
+        if like is None or particles != "auto":
+            self.runner = PairRunner(self.pair, self.seed, particles)
+        else:
+            self.runner = like.runner.for_guide(self.pair)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""

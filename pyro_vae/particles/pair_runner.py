@@ -79,7 +79,7 @@ class PairRunner:
         self.masks_by_draw = False
 
     def for_guide(self, pair: Pair) -> PairRunner:
-        """Return the runner of another guide of this model on this batch.
+        """Return the runner of another guide of this model, on this batch or some of it.
 
         The model's mode is kept where the guide changes nothing of how it is run.
         """
@@ -89,7 +89,7 @@ class PairRunner:
         other = copy.copy(self)
         other.__dict__.pop("splittable", None)
         other._start(pair, self._seed)
-        other.model = self.model.sharing(pair.shapes)
+        other.model = self.model.on(pair.batch, {}).sharing(pair.shapes)
         with pair.evaluating(), torch.no_grad():
             other._choose_guide("auto")
         return other
@@ -253,13 +253,16 @@ class PairRunner:
             self._check_summed_out(rows, values)
         count, latents = _count(values), self.latents(values)
 
+        runs: list[Run] = []
+
         def score(model: Runner) -> Tensor:
-            return model.run(rows, count, latents).log_prob(is_any)
+            runs.append(model.run(rows, count, latents))
+            return runs[-1].log_prob(is_any)
 
         reference = score(self.model)
         self.model = choose_mode(self.model, "model", particles, reference, score)
         self._check_independent(rows, latents, reference)
-        self._score_in_float64(model=self.model.run(rows, count, latents))
+        self._score_in_float64(model=runs[-1])
 
     def _agree_at_once(self, particles: Particles) -> bool:
         """Take the first mode if one run in it says all that single particles would.
@@ -318,11 +321,14 @@ class PairRunner:
             self._find_masks()
         log_guide = self.log_guide(run, rows, values)
 
+        runs: list[Run] = []
+
         def score(guide: Runner) -> Tensor:
-            return self.log_guide(guide.run(rows, count, values), rows, values)
+            runs.append(guide.run(rows, count, values))
+            return self.log_guide(runs[-1], rows, values)
 
         self.guide = choose_mode(self.guide, "guide", particles, log_guide, score)
-        self._score_in_float64(self.guide.run(rows, count, values))
+        self._score_in_float64(runs[-1])
         return rows, values
 
     def _score_in_float64(self, guide: Run | None = None, model: Run | None = None) -> None:
