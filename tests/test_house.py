@@ -1,9 +1,9 @@
 """The folders of pyro_vae: imports between them run one way, without circles between files.
 
 A new folder needs its arrows and its question here. docs/architecture.md shows them, and the first
-line of each file:
+line of each file; docs/api.md shows every module:
 
-    python -m tests.test_house      # writes both into that page
+    python -m tests.test_house      # writes them into these pages
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 PACKAGE = "pyro_vae"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 PAGE = ROOT.parent / "docs" / "architecture.md"
+API = ROOT.parent / "docs" / "api.md"
 
 # From each folder (or single file) to the folders that its files may import, itself aside.
 ARROWS: dict[str, set[str]] = {
@@ -149,6 +150,33 @@ def files() -> str:
     return "\n\n".join(parts)
 
 
+def internals(page: str) -> str:
+    """The modules that the rest of the page does not show, by folder."""
+    shown = set(re.findall(r"automodule:: pyro_vae\.([\w.]+)$", page, re.MULTILINE))
+    parts = []
+    for name in QUESTIONS:
+        own = [m for m in MODULES if folder(m) == name and m not in shown]
+        if name == "zoo":  # its models are shown as those of the package pyro_vae.zoo
+            continue
+        blocks = [f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{m}\n   :members:\n```" for m in own]
+        if blocks:
+            parts += [f"### {name}", *blocks]
+    return "\n\n".join(parts)
+
+
+def rewritten(page: str, mark: str, content: str) -> str:
+    """Return a page with the content between its marks anew."""
+    begin, end = f"% {mark}: written by tests/test_house.py\n", f"% end of {mark}\n"
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n{content}\n\n{end}{rest.partition(end)[2]}"
+
+
+def without(page: str, mark: str) -> str:
+    """Return a page without the content between its marks."""
+    head, _, rest = page.partition(f"% {mark}: written by tests/test_house.py\n")
+    return head + rest.partition(f"% end of {mark}\n")[2]
+
+
 def is_type_checking(test: ast.expr) -> bool:
     return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
         isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
@@ -211,6 +239,13 @@ def test_arrows_have_no_circle():
 def test_the_documentation_shows_the_arrows():
     assert set(QUESTIONS) == set(ARROWS)
     assert picture() in PAGE.read_text(encoding="utf-8"), "run python -m tests.test_house"
+
+
+def test_the_api_has_every_module():
+    text = API.read_text(encoding="utf-8")
+    found = re.findall(r"automodule:: pyro_vae\.([\w.]+)$", text, re.MULTILINE)
+    wanted = {m for m in MODULES if folder(m) != "zoo"} | {"zoo", "zoo.likelihoods"}
+    assert sorted(found) == sorted(wanted), "run python -m tests.test_house"
 
 
 def test_the_documentation_names_no_file_that_is_gone():
@@ -330,8 +365,8 @@ def test_leaves_other_imports_alone(source: str):
 
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
-    for mark, content in (("arrows", picture()), ("files", files())):
-        begin, end = f"% {mark}: written by tests/test_house.py\n", f"% end of {mark}\n"
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{content}\n\n{end}{rest.partition(end)[2]}"
+    text = rewritten(rewritten(text, "arrows", picture()), "files", files())
     PAGE.write_text(text, encoding="utf-8")
+    text = API.read_text(encoding="utf-8")
+    text = rewritten(text, "internals", internals(without(text, "internals")))
+    API.write_text(text, encoding="utf-8")

@@ -1,11 +1,8 @@
 """Whether a graph gives what an eager run gives: every tolerance for that is here.
 
-Numbers a (eager) and b (graph) agree where
-
-    |a - b| <= t (1 + |a|)
-
-with t from :func:`tolerance`; gradients where |a - b| <= t max(largest |a|, floor), the floor that
-of gradients that vanish. NaN agrees with NaN.
+Numbers a (eager) and b (graph) agree where ``|a - b| <= t (1 + |a|)``, with t from
+:func:`tolerance`; gradients where ``|a - b| <= t max(largest |a|, floor)``, the floor that of
+gradients that vanish. NaN agrees with NaN.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
 
     Args:
         fn: a distribution.
-        value: [..., *event].
+        value: ``[..., *event]``.
         preimage: of the value, where there is one.
     """
     kind = type(fn)

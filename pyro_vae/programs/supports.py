@@ -90,7 +90,7 @@ def inside(fn: Any, value: Tensor) -> Tensor | None:
 
     Args:
         fn: the distribution.
-        value: [..., *event].
+        value: ``[..., *event]``.
 
     Returns:
         Of the value's shape without the event.

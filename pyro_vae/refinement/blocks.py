@@ -62,7 +62,7 @@ class ScoredGuide:
         return power * (log_likelihood + log_prior) - log_guide
 
     def log_joint(self, z: Tensor, prior: Tensor | float = 1.0) -> Tensor:
-        """Return log p(x | z) + w (log p(z) + log |det dz / d coordinates|), up to a constant.
+        """Return ``log p(x | z) + w (log p(z) + log |det dz/du|)``, up to a constant.
 
         Of a nearly flat guide, whose log density is minus the log determinant of the map to the
         supports, with the model's masks on it.
