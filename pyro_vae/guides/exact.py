@@ -160,7 +160,7 @@ class ExactGuide(Registered):
 
     def _run(self, batch: Batch) -> tuple[Trace, dict[str, Tensor]]:
         model = enumerated(self._model[0], self._names, -1 - self._nesting)
-        trace = trace_of(model, batch.args, batch.kwargs)
+        trace = trace_of(model, batch)
         return trace, {
             name: site_log_prob(name, node, scaled=False) for name, node in sample_nodes(trace)
         }

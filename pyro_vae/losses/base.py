@@ -11,9 +11,9 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.plan import DataNeed, Enumeration, Needs, Plan, device_of, plan
+from pyro_vae.particles.plan import DataNeed, Enumeration, Needs, Plan, plan
 from pyro_vae.particles.training_run import Tracer, TrainingRun
-from pyro_vae.programs.batch import arguments
+from pyro_vae.programs.batch import Batch, arguments
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import evaluation, preserved_rng
@@ -72,8 +72,9 @@ class Objective(pyro.infer.ELBO, abc.ABC):
 
     def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return, for each latent site, how its part of the loss is computed, and why."""
-        with torch.no_grad(), preserved_rng(device_of(args, kwargs)), evaluation(model, guide):
-            run = self._run(model, guide, args, kwargs)
+        batch = arguments(args, kwargs)
+        with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide):
+            run = self._run(model, guide, batch)
         summed_out = "summed out: discrete, and not proposed by the guide"
         return {**dict.fromkeys(run.plan.summed_out, summed_out), **self._explained(run)}
 
@@ -136,14 +137,13 @@ class Objective(pyro.infer.ELBO, abc.ABC):
                 self._baselines[name] = value.clone()
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return trace_pair(model, guide, args, kwargs)
+        return trace_pair(model, guide, arguments(args, kwargs))
 
     def _run(
         self,
         model: Program,
         guide: Program,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        batch: Batch,
         *,
         tracer: Tracer = trace_guide,
         one_minibatch: bool = False,
@@ -153,20 +153,18 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         Args:
             model: a Pyro model.
             guide: a Pyro guide.
-            args: their arguments.
-            kwargs: their keyword arguments.
+            batch: their arguments.
             tracer: how the guide is run.
             one_minibatch: whether all particles share the minibatch that the model draws.
         """
-        key = _key(model, guide, args, kwargs)
+        key = _key(model, guide, batch)
         for _ in range(2):
-            found = self._plan(key, model, guide, args, kwargs)
+            found = self._plan(key, model, guide, batch)
             run = TrainingRun(
                 found,
                 model,
                 guide,
-                args,
-                kwargs,
+                batch,
                 self.num_particles,
                 tracer=tracer,
                 one_minibatch=one_minibatch,
@@ -184,7 +182,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         Args:
             pair: of the model and guide that steps are taken with, and of a batch like theirs.
         """
-        key = _key(pair.model, pair.user_guide, pair.batch.args, pair.batch.kwargs)
+        key = _key(pair.model, pair.user_guide, pair.batch)
         self._known = {key: pair}
 
     @property
@@ -203,8 +201,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         key: tuple[Hashable, ...],
         model: Program,
         guide: Program,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        batch: Batch,
     ) -> Plan:
         """Return the plan of a pair on arguments of this signature; make it where there is none."""
         if key in self._plans and not self._plans[key][0].is_stale:
@@ -212,7 +209,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self._plans.pop(key, None)
         while len(self._plans) >= _PLANS:
             del self._plans[next(iter(self._plans))]
-        pair = self._known.pop(key, None) or Pair(model, guide, arguments(args, kwargs))
+        pair = self._known.pop(key, None) or Pair(model, guide, batch)
         with pair.first.installed(), pair.its_rows():
             made = plan(pair, self._needs)
         # With the pair, so that no other object takes its identity.
@@ -220,11 +217,9 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         return made
 
 
-def _key(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Hashable, ...]:
+def _key(model: Program, guide: Program, batch: Batch) -> tuple[Hashable, ...]:
     """Return what tells pairs, and kinds of arguments, apart."""
-    return _identity(model), _identity(guide), _signature(args), _signature(kwargs)
+    return _identity(model), _identity(guide), _signature(batch.args), _signature(batch.kwargs)
 
 
 def _identity(fn: Program) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pyro_vae.losses.free_bits import kl_below_floor
 from pyro_vae.losses.kl import analytic_kl
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.batch import arguments
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import Node, Program
 
@@ -131,7 +132,7 @@ class ELBO(Objective):
         if self.estimator == "stl" and torch.is_grad_enabled():
             stopped = StoppedGradients()
         tracer = trace_guide if stopped is None else stopped.trace
-        run = self._run(model, guide, args, kwargs, tracer=tracer)
+        run = self._run(model, guide, arguments(args, kwargs), tracer=tracer)
         kls = self._analytic(run)
         terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())

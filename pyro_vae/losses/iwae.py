@@ -13,6 +13,7 @@ from pyro_vae.losses.importance import ImportanceObjective, WeightedTerms, kl_of
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.batch import arguments
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import Program
 from pyro_vae.recording import is_recording
@@ -107,7 +108,7 @@ class IWAE(ImportanceObjective):
         through_draws = self.estimator != "pathwise" and torch.is_grad_enabled()
         stopped = StoppedGradients() if through_draws else None
         tracer = trace_guide if stopped is None else stopped.trace
-        run = self._run(model, guide, args, kwargs, tracer=tracer, one_minibatch=True)
+        run = self._run(model, guide, arguments(args, kwargs), tracer=tracer, one_minibatch=True)
         for name, nodes in run.guide.latents():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])

@@ -15,7 +15,7 @@ from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
 from pyro_vae.particles.training_run import TrainingRun, trace_detached
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.batch import Batch, arguments, as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.nodes import latent_nodes
@@ -113,7 +113,8 @@ class WakeSleep(ImportanceObjective):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, a scalar to differentiate: the negative bound in nats."""
-        run = self._run(model, guide, args, kwargs, tracer=trace_detached, one_minibatch=True)
+        batch = arguments(args, kwargs)
+        run = self._run(model, guide, batch, tracer=trace_detached, one_minibatch=True)
         weights = WeightedTerms(run)
         scale, log_guide = weights.scale, weights.log_guide(run.guide_terms())
         log_weights = weights.log_joint() - log_guide.detach()
@@ -126,13 +127,11 @@ class WakeSleep(ImportanceObjective):
             wake = (scale * shares * log_guide).sum()
             bound = bound + self.insomnia * without_value(wake)
         if self.insomnia < 1:
-            asleep = (scale * self._sleep(run, model, guide, args, kwargs)).sum()
+            asleep = (scale * self._sleep(run, model, guide, batch)).sum()
             bound = bound + (1 - self.insomnia) * without_value(asleep)
         return -bound
 
-    def _sleep(
-        self, run: TrainingRun, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> Tensor:
+    def _sleep(self, run: TrainingRun, model: Program, guide: Program, batch: Batch) -> Tensor:
         """Return log q(z | x) of a dream for each datum, [N]."""
         plan = run.plan
         if row_guide(guide) is not None:
@@ -146,17 +145,14 @@ class WakeSleep(ImportanceObjective):
                 "(subsample_size=...). Pass pyro.plate(name, num_data, subsample=x), or insomnia=1"
             )
         with torch.no_grad():
-            dreamt = dream(
-                model, args, kwargs, summed_out=plan.summed_out, nesting=plan.mode.nesting
-            )
+            dreamt = dream(model, batch, summed_out=plan.summed_out, nesting=plan.mode.nesting)
         values = {name: node["value"] for name, node in latent_nodes(dreamt)}
         observed = {name: values.pop(name) for name, _ in run.observed() if name in values}
         if self.dream is not None:
             batch = as_batch(self.dream(observed))
-            args, kwargs = batch.args, batch.kwargs
         else:
-            args, kwargs = self._with(run, observed, args, kwargs)
-        guide_trace = trace_given(guide, values, args, kwargs)
+            batch = self._with(run, observed, batch)
+        guide_trace = trace_given(guide, values, batch)
         mask_proposals(dreamt, guide_trace)
         total: Tensor | float = 0.0
         for name, node in latent_nodes(guide_trace):
@@ -165,24 +161,22 @@ class WakeSleep(ImportanceObjective):
             total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
 
-    def _with(
-        self, run: TrainingRun, observed: Mapping[str, Tensor], args: Any, kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _with(self, run: TrainingRun, observed: Mapping[str, Tensor], batch: Batch) -> Batch:
         """Return the arguments with dreamt values in the place of the observed ones."""
         if run.plan not in self._sources:
             self._sources[run.plan] = _sources(run, observed)
-        new_args, new_kwargs = list(args), dict(kwargs)
+        new_args, new_kwargs = list(batch.args), dict(batch.kwargs)
         for name, key in self._sources[run.plan].items():
             holder: Any = new_args if isinstance(key, int) else new_kwargs
             holder[key] = observed[name].reshape(holder[key].shape).to(holder[key])
-        return tuple(new_args), new_kwargs
+        return Batch(tuple(new_args), new_kwargs, batch.has_rows)
 
 
 def _sources(run: TrainingRun, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
-    given: dict[int | str, Any] = dict(enumerate(run.args))
-    given.update(run.kwargs.items())
+    given: dict[int | str, Any] = dict(enumerate(run.batch.args))
+    given.update(run.batch.kwargs.items())
     arguments = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     for name, nodes in run.observed():
         if name not in observed:

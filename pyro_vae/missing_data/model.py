@@ -17,6 +17,7 @@ from torch.distributions import Independent
 from pyro_vae.missing_data.arguments import Arguments, Key
 from pyro_vae.missing_data.check import Pattern, check_decisions, pattern_of
 from pyro_vae.programs.batch import Batch, rows_text
+from pyro_vae.programs.batch import arguments as as_called
 from pyro_vae.programs.nodes import left_out, plain_distribution
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.pyro_internals import mask_inside
@@ -143,7 +144,7 @@ class MissingData(nn.Module):
             model: Program = _LeaveMissingOut(absent)(self.model)
             if first:
                 model = poutine.replay(model, trace=first[0])
-            first.append(trace_of(model, arguments.args, arguments.kwargs))
+            first.append(trace_of(model, as_called(arguments.args, arguments.kwargs)))
             return first[-1]
 
         with (

@@ -16,6 +16,7 @@ from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES, per_datum
 from pyro_vae.particles.run import Run, Runner
 from pyro_vae.programs.agreement import agree, largest_gap
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
@@ -180,8 +181,7 @@ def check_independent(
     model_trace: Any,
     plate: Plate,
     nesting: int,
-    args: Any,
-    kwargs: Any,
+    batch: Batch,
 ) -> None:
     """Raise DependentDataError where a datum's density depends on the latents of other data.
 
@@ -194,8 +194,7 @@ def check_independent(
         model_trace: of the model under the guide.
         plate: the data plate.
         nesting: plate dimensions of guide and model.
-        args: their arguments.
-        kwargs: their keyword arguments.
+        batch: their arguments.
     """
     nodes = {  # the subsamples of plates among them
         name: node
@@ -218,7 +217,7 @@ def check_independent(
 
     def score(values: Mapping[str, Tensor]) -> Tensor:
         torch.manual_seed(_SEED)
-        trace = trace_of(GiveValues({**first, **values}, preimages)(model), args, kwargs)
+        trace = trace_of(GiveValues({**first, **values}, preimages)(model), batch)
         terms = [
             per_datum(term, max(nesting, term.ndim), plate.dim, leading=0)
             for name, node in sample_nodes(trace)
@@ -232,7 +231,7 @@ def check_independent(
     with Look(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         torch.manual_seed(_SEED + 1)
         shared = {name: value for name, value in first.items() if name not in axes}
-        drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), args, kwargs)))
+        drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), batch)))
         second = {name: drawn[name]["value"] for name in local & drawn.keys()}
         device = model_trace.nodes[next(iter(local))]["value"].device
         odd = every_other(size, device)

@@ -389,7 +389,7 @@ class Evaluator:
         with self.evaluating():
             for run in range(count):
                 self._reseed(RUNS, run)
-                trace = trace_of(self.runner.guide.program, self.batch.args, self.batch.kwargs)
+                trace = trace_of(self.runner.guide.program, self.batch)
                 runs.append(dict(latent_nodes(trace)))
         return runs
 

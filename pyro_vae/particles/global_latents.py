@@ -232,7 +232,7 @@ def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[st
     found = []
     with torch.no_grad(), preserved_rng(batch.device), evaluation(guide), poutine.block():
         for _ in range(runs):
-            trace = trace_of(guide, batch.args, batch.kwargs)
+            trace = trace_of(guide, batch)
             found.append(dict(latent_nodes(trace)))
     return found
 

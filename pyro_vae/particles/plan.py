@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_vae.particles.checks import UnnamedDrawsError, check_independent, warn_of_coarse_loss
 from pyro_vae.particles.modes import MODES, Mode
@@ -39,7 +38,7 @@ from pyro_vae.programs.types import DataPlate, ModeName
 from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import BatchNorm
 
-__all__ = ["DataNeed", "Enumeration", "Needs", "Plan", "device_of", "hide", "plan"]
+__all__ = ["DataNeed", "Enumeration", "Needs", "Plan", "hide", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +169,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
         # Other modes are chosen by a PairRunner, which has looked.
         with pair.looking():
             args = proposer.model, proposer.guide, single.model_trace, plate, nesting
-            check_independent(*args, pair.batch.args, pair.batch.kwargs)
+            check_independent(*args, pair.batch)
     if found.summed_out:
         arguments = proposer, single.model_trace, found.summed_out, nesting
         check_summed_out(*arguments, draws_minibatch=found.draws_minibatch)
@@ -312,10 +311,3 @@ def _agreeing(
         raise _LoopError(
             f"they cannot run in a plate, nor with the batch repeated ({text_of(error)})"
         ) from error
-
-
-def device_of(args: Any, kwargs: Any) -> torch.device:
-    """Return the device of the first tensor among the arguments; the CPU where there is none."""
-    tensors: Iterable[Any] = (*args, *kwargs.values())
-    found = [value.device for value in tensors if isinstance(value, Tensor)]
-    return found[0] if found else torch.device("cpu")

@@ -305,7 +305,7 @@ class Runner:
             }
             program = GiveValues(values, preimages)(program)
         with DrawByPreimage():
-            trace = trace_of(program, batch.args, batch.kwargs)
+            trace = trace_of(program, batch)
         return lift_masks(trace, summed_out) if summed_out else trace
 
     def masks_of(self, rows: slice) -> dict[str, Tensor]:

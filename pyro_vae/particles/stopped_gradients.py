@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.particles.plan import device_of
 from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.preimages import draw_of, with_draw
@@ -43,10 +42,10 @@ class StoppedGradients:
         self._copies: dict[int, Callable[[], dict[str, Node]]] = {}
         self._points: set[str] = set()  # proposals that are parameters themselves
 
-    def trace(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    def trace(self, guide: Program, batch: Batch) -> Trace:
         """Run a guide; the model sees its draws as tensors of their own, to be gated."""
-        state = _random_state(device_of(args, kwargs))
-        trace = trace_guide(guide, args, kwargs)
+        state = _random_state(batch.device)
+        trace = trace_guide(guide, batch)
         nodes = dict(latent_nodes(trace))
         own = unwrapped(guide)
         declared = isinstance(own, DeclaredGuide) and own.global_guide is None
@@ -57,10 +56,10 @@ class StoppedGradients:
                 return {name: with_draw(node, _leaf(draw_of(node))) for name, node in nodes.items()}
             if is_recording():
                 # The state of the random numbers is no part of a graph: the draws are given.
-                again = redrawn(guide, trace, _leaf, args, kwargs)
+                again = redrawn(guide, trace, _leaf, batch)
             else:
                 with ReplaceDraws(_leaf), _random_state_of(state):
-                    again = trace_guide(guide, args, kwargs)
+                    again = trace_guide(guide, batch)
             return {n: {**node, "mask": nodes[n]["mask"]} for n, node in latent_nodes(again)}
 
         for node in nodes.values():

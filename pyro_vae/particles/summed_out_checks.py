@@ -53,7 +53,7 @@ def check_hidden(pair: Pair, hidden: tuple[str, ...], nesting: int) -> None:
     """Raise ValueError where a proposal depends on one that is to be summed out instead."""
     run = enumerated(pair.guide, hidden, -1 - nesting)
     with pair.looking():
-        trace = trace_guide(run, pair.batch.args, pair.batch.kwargs)
+        trace = trace_guide(run, pair.batch)
     for name, node in latent_nodes(trace):
         if name not in hidden and len(node["fn"].batch_shape) > nesting:
             raise ValueError(
@@ -76,11 +76,10 @@ def check_summed_out(
         draws_minibatch: whether the model draws its minibatch, other data in each run.
     """
     traces = [trace]
-    args, kwargs = pair.batch.args, pair.batch.kwargs
     if draws_minibatch:
         with pair.looking():
             traces += [
-                trace_model(pair.model, trace_guide(pair.guide, args, kwargs), args, kwargs)
+                trace_model(pair.model, trace_guide(pair.guide, pair.batch), pair.batch)
                 for _ in range(_MINIBATCHES)
             ]
     for each in traces:
@@ -126,7 +125,7 @@ def _check_values(
 
     def run(fn: Program, values: Values) -> Any:
         give = GiveValues({**others, **values}, preimages)
-        return trace_of(give(fn), pair.batch.args, pair.batch.kwargs)
+        return trace_of(give(fn), pair.batch)
 
     def alone(values: Mapping[str, Tensor]) -> Any:
         single = {n: v.reshape(v.shape[v.ndim - ndim[n] :]) for n, v in values.items()}

@@ -6,8 +6,8 @@ scales are kept beside the terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Container, Iterator
+from typing import TypeAlias
 
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -34,14 +34,14 @@ from pyro_vae.programs.types import Node, Program, Trace
 __all__ = ["Tracer", "TrainingRun", "trace_detached"]
 
 # How a guide is run: returns its trace, with the draws that the model is to see.
-Tracer: TypeAlias = Callable[[Program, tuple[Any, ...], Mapping[str, Any]], Trace]
+Tracer: TypeAlias = Callable[[Program, Batch], Trace]
 
 
-def trace_detached(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+def trace_detached(guide: Program, batch: Batch) -> Trace:
     """Run a guide, its draws without gradients; return its trace."""
     # Around the trace: what is inside of it replaces a draw after it is recorded.
     with ReplaceDraws(Tensor.detach):
-        return trace_guide(guide, args, kwargs)
+        return trace_guide(guide, batch)
 
 
 class TrainingRun:
@@ -51,8 +51,7 @@ class TrainingRun:
         plan: of the pair.
         model: a Pyro model.
         guide: a Pyro guide.
-        args: their arguments.
-        kwargs: their keyword arguments.
+        batch: their arguments.
         num_particles: K.
         tracer: how the guide is run.
         one_minibatch: whether all particles share the minibatch that the model draws.
@@ -60,8 +59,7 @@ class TrainingRun:
     Attributes:
         guide: the guide's Run.
         model: the model's Run.
-        args: the arguments of a run, repeated in the mode that repeats them.
-        kwargs: likewise.
+        batch: the arguments of a run, repeated in the mode that repeats them.
     """
 
     def __init__(
@@ -69,8 +67,7 @@ class TrainingRun:
         plan: Plan,
         model: Program,
         guide: Program,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        batch: Batch,
         num_particles: int,
         *,
         tracer: Tracer = trace_guide,
@@ -81,12 +78,11 @@ class TrainingRun:
         mode = plan.mode
         guide = hide(guide, plan.hidden)
         if plan.shares_globals:
-            guide = self._with_globals(guide, args, kwargs)
+            guide = self._with_globals(guide, batch)
         model, guide = mode.programs(num_particles, model, guide)
         if self._repeats > 1:
-            batch = mode.batch(Batch(args, kwargs), num_particles)
-            args, kwargs = batch.args, batch.kwargs
-        self.args, self.kwargs = args, kwargs
+            batch = mode.batch(batch, num_particles)
+        self.batch = batch
         if plan.summed_out:
             model = enumerated(model, plan.summed_out, plan.first_summed_dim)
         if plan.enumerated:
@@ -98,19 +94,17 @@ class TrainingRun:
         for _ in range(mode.num_runs(num_particles)):
             if shares and len(guides) == 1:
                 guide = poutine.replay(guide, trace=subsamples(guides[0]))
-            guides.append(tracer(guide, args, kwargs))
-            models.append(trace_model(model, guides[-1], args, kwargs))
+            guides.append(tracer(guide, batch))
+            models.append(trace_model(model, guides[-1], batch))
         dims = _enumerated_dims(plan, guides[0])
         self.guide = Run(guides, mode, num_particles)
         self.model = Run(models, mode, num_particles, summed_out=plan.summed_out, enumerated=dims)
 
-    def _with_globals(
-        self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Program:
+    def _with_globals(self, guide: Program, batch: Batch) -> Program:
         """Return the guide with one draw of the global latents, the same in all runs."""
         own = unwrapped(guide)
         whole = own.global_guide if isinstance(own, DeclaredGuide) else None
-        shared = trace_guide(guide if whole is None else whole, args, kwargs)
+        shared = trace_guide(guide if whole is None else whole, batch)
         local = [name for name, node in latent_nodes(shared) if self.is_local(name, node)]
         for name in local:
             shared.remove_node(name)

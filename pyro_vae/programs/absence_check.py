@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pyro
 import torch
@@ -11,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.programs.agreement import largest_gap
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.masks import mask_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import trace_of
@@ -26,7 +26,7 @@ __all__ = ["check_absent"]
 _SEED = 5419351
 
 
-def check_absent(model: Program, model_trace: Trace, args: Any, kwargs: Any) -> None:
+def check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
     """Raise ValueError where densities depend on a latent that the model masks everywhere.
 
     A masked latent counts as one that is not there, and its proposal's density is left out as
@@ -37,8 +37,7 @@ def check_absent(model: Program, model_trace: Trace, args: Any, kwargs: Any) -> 
     Args:
         model: a Pyro model.
         model_trace: of the model under its guide, with masks lifted to sites.
-        args: the model's arguments.
-        kwargs: the model's keyword arguments.
+        batch: the model's arguments.
     """
     changed = {
         name: value
@@ -54,7 +53,7 @@ def check_absent(model: Program, model_trace: Trace, args: Any, kwargs: Any) -> 
     }
     with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         before, after = (
-            _terms(model, model_trace, {**given, **some}, args, kwargs) for some in ({}, changed)
+            _terms(model, model_trace, {**given, **some}, batch) for some in ({}, changed)
         )
     if look.error is not None:
         return
@@ -84,7 +83,7 @@ def _drawn_anew(node: Node) -> Tensor | None:
 
 
 def _terms(
-    model: Program, model_trace: Trace, values: dict[str, Tensor], args: Any, kwargs: Any
+    model: Program, model_trace: Trace, values: dict[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
     """Return the log density of each site, masked, of the model run with these values."""
     kept = {
@@ -95,7 +94,7 @@ def _terms(
     }
     device = next(iter(values.values())).device
     with preserved_rng(device):
-        trace = trace_of(GiveValues(values, kept)(model), args, kwargs)
+        trace = trace_of(GiveValues(values, kept)(model), batch)
     return {
         name: site_log_prob(name, node, scaled=False)
         for name, node in sample_nodes(trace)

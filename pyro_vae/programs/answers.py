@@ -125,7 +125,7 @@ class Answers:
         values = {name: value for name, (value, _) in rows.items()}
         preimages = {name: kept for name, (_, kept) in rows.items() if kept is not None}
         give = GiveValues(values, preimages)
-        traces = [trace_guide(give(fn), batch.args, batch.kwargs) for fn in (model, guide)]
+        traces = [trace_guide(give(fn), batch) for fn in (model, guide)]
         return Answers.of(traces[0], traces[1], self.plate, len(index))
 
     def differs(self, other: Answers, index: Tensor, *, gradients: bool = True) -> str | None:

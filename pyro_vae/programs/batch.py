@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.programs.readers import read_all
 
-__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "dtypes_told", "rows_text"]
+__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "dtype_errors", "rows_text"]
 
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
@@ -112,11 +112,10 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """The device of the first tensor with rows; the CPU where there is none."""
-        for _, value in self._named():
-            if _has_dimensions(value):
-                return value.device
-        return torch.device("cpu")
+        """The device of the first tensor with rows, else of another; the CPU without tensors."""
+        tensors = [value for _, value in self._named() if isinstance(value, Tensor)]
+        with_rows = [value for value in tensors if value.ndim]
+        return next((value.device for value in with_rows or tensors), torch.device("cpu"))
 
     def rows(self, index: slice | Tensor) -> Batch:
         """Return the batch of these data."""
@@ -294,24 +293,15 @@ def rows_text(bad: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def dtypes_told(args: Any, kwargs: Any) -> Iterator[None]:
-    """Say what to do where operands of different dtypes meet inside the context.
-
-    Args:
-        args: of what is run inside.
-        kwargs: likewise.
-
-    Raises:
-        TypeError: in the place of PyTorch's error.
-    """
+def dtype_errors(batch: Batch) -> Iterator[None]:
+    """Raise TypeError, with what to do, where a run on a batch meets operands of other dtypes."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         if not any(word in text for word in _DTYPE_WORDS):
             raise
-        named = Batch(tuple(args), kwargs, has_rows=False)._named()
-        told = ", ".join(f"{n} is {v.dtype}" for n, v in named if isinstance(v, Tensor))
+        told = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
         raise TypeError(
             f"{text}. Of the batch, {told or 'nothing is a tensor'}, and a network takes the dtype "
             "of its parameters, float32 unless you changed it: pass x.float(); or make the "

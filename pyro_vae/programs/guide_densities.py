@@ -110,7 +110,7 @@ def points(guide: Program, batch: Batch, guide_trace: Trace) -> list[str]:
     ]
     if not bare or not any(node["infer"].get("is_auxiliary") for node in nodes.values()):
         return bare
-    again = trace_guide(guide, batch.args, batch.kwargs)
+    again = trace_guide(guide, batch)
     return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]
 
 

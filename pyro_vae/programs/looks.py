@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_vae.programs.batch import Batch, dtypes_told
+from pyro_vae.programs.batch import Batch, dtype_errors
 from pyro_vae.programs.nodes import (
     batch_nesting,
     drawn_subsamples,
@@ -124,8 +124,8 @@ def run_model(model: Program, batch: Batch, seed: int | None = None) -> ModelRun
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            with dtypes_told(batch.args, batch.kwargs):
-                trace = trace_of(model, batch.args, batch.kwargs)
+            with dtype_errors(batch):
+                trace = trace_of(model, batch)
         except Exception as error:
             error.add_note(f"while running the model on {batch}")
             raise

@@ -178,26 +178,25 @@ class Pair:
             ValueError: where the guide does not propose just the model's latent sites, or a
                 density for a mass; where densities depend on a latent that is masked everywhere.
         """
-        args, kwargs = self.batch.args, self.batch.kwargs
         checked = self.gradients
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
         with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
             torch.manual_seed(_SEED)
             with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
                 with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
-                    guide_trace = trace_guide(self.guide, args, kwargs)
+                    guide_trace = trace_guide(self.guide, self.batch)
                 with (
                     called_modules() as in_model,
                     drawn_subsamples() as by_model,
                     SameMeasure(guide_trace),
                 ):
                     model_trace = self._model_trace or trace_model(
-                        self.model, guide_trace, args, kwargs
+                        self.model, guide_trace, self.batch
                     )
             if self._model_trace is not None:
                 check_guide(model_trace, guide_trace)
             else:
-                check_absent(self.model, model_trace, args, kwargs)
+                check_absent(self.model, model_trace, self.batch)
         return Single(
             guide_trace,
             model_trace,
@@ -311,7 +310,7 @@ class Pair:
             self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
             if not list(latent_nodes(guide_trace)):
                 self.guide = with_placeholder(self.guide, plate)
-                guide_trace = trace_guide(self.guide, self.batch.args, self.batch.kwargs)
+                guide_trace = trace_guide(self.guide, self.batch)
         if factors := guide_factors(guide_trace):
             raise ValueError(
                 f"the guide has pyro.factor statements {factors}, which are no part of a density "

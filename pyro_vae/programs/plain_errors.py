@@ -9,6 +9,9 @@ from typing import Any
 
 from pyro import poutine
 
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.types import Program
+
 __all__ = ["plain_errors", "text_of", "trace_of"]
 
 _TABLE = re.compile(r"\n *Trace Shapes:")  # indented as far as the longest name of a site is long
@@ -47,7 +50,7 @@ def _original(error: Exception) -> Exception:
     return error
 
 
-def trace_of(fn: Any, args: Any, kwargs: Any) -> Any:
-    """Run a function under Pyro's trace, and return the trace."""
+def trace_of(program: Program, batch: Batch) -> Any:
+    """Run a program on a batch under Pyro's trace, and return the trace."""
     with plain_errors():
-        return poutine.trace(fn, graph_type="flat").get_trace(*args, **kwargs)
+        return poutine.trace(program, graph_type="flat").get_trace(*batch.args, **batch.kwargs)

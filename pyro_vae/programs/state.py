@@ -13,7 +13,7 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.programs.batch import dtypes_told
+from pyro_vae.programs.batch import Batch, dtype_errors
 from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
 from pyro_vae.torch_internals import BatchNorm, Dropout, buffers_of, parameters_of, version_of
@@ -348,7 +348,7 @@ def call_network(network: Any, args: Any, kwargs: Any) -> Any:
     plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
     if plain and not args and len(kwargs) == 1:
         args, kwargs = tuple(kwargs.values()), {}
-    with dtypes_told(args, kwargs):
+    with dtype_errors(Batch(tuple(args), kwargs, has_rows=False)):
         return network(*args, **kwargs)
 
 

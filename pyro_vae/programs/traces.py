@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_vae.programs.batch import Batch, dtypes_told
+from pyro_vae.programs.batch import Batch, arguments, dtype_errors
 from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.handlers import unobserve
@@ -70,23 +70,23 @@ __all__ = [
 OUTSIDE = ", outside its support"  # ends what is said of a site
 
 
-def trace_pair(model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def trace_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
     """Run the guide, replay the model with its draws, and return both traces.
 
     Raises:
         ValueError: where the guide does not propose just the model's latent sites, or a density
             for a mass.
     """
-    guide_trace = trace_guide(guide, args, kwargs)
+    guide_trace = trace_guide(guide, batch)
     with SameMeasure(guide_trace):
-        model_trace = trace_model(model, guide_trace, args, kwargs)
+        model_trace = trace_model(model, guide_trace, batch)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
 def run_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
     """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
-        return trace_pair(model, guide, batch.args, batch.kwargs)
+        return trace_pair(model, guide, batch)
 
 
 def drawn_by(guide: Program, batch: Batch) -> set[str]:
@@ -98,7 +98,7 @@ def drawn_by(guide: Program, batch: Batch) -> set[str]:
         poutine.block(),
         drawn_subsamples() as drawn,
     ):
-        trace_guide(guide, batch.args, batch.kwargs)
+        trace_guide(guide, batch)
     return drawn
 
 
@@ -111,23 +111,23 @@ def under_guide(model: Program, guide: Program) -> Program:
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         with poutine.block():
-            guide_trace = trace_guide(guide, args, kwargs)
+            guide_trace = trace_guide(guide, arguments(args, kwargs))
         return poutine.replay(model, trace=guide_trace)(*args, **kwargs)
 
     return replayed
 
 
-def trace_guide(guide: Program, args: Any, kwargs: Any) -> Any:
+def trace_guide(guide: Program, batch: Batch) -> Any:
     """Run the guide; return its trace, the subsamples of plates included.
 
     Draws on a constrained support keep the coordinates that they were made from.
     """
-    with DrawByPreimage(), dtypes_told(args, kwargs):
-        trace = trace_of(guide, args, kwargs)
+    with DrawByPreimage(), dtype_errors(batch):
+        trace = trace_of(guide, batch)
     return lift_masks(trace)
 
 
-def trace_model(model: Program, guide_trace: Any, args: Any, kwargs: Any) -> Any:
+def trace_model(model: Program, guide_trace: Any, batch: Batch) -> Any:
     """Replay the model with the values of a guide's trace; return its trace.
 
     A latent that the model masks is not there, nor is its proposal: the model's mask is
@@ -137,8 +137,8 @@ def trace_model(model: Program, guide_trace: Any, args: Any, kwargs: Any) -> Any
         ValueError: where the guide does not propose just the model's latent sites.
     """
     replayed = poutine.replay(model, trace=guide_trace)
-    with dtypes_told(args, kwargs):
-        model_trace = trace_of(replayed, args, kwargs)
+    with dtype_errors(batch):
+        model_trace = trace_of(replayed, batch)
     check_guide(model_trace, guide_trace)
     lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
     mask_proposals(model_trace, guide_trace)
@@ -193,8 +193,7 @@ class GiveValues(Messenger):
 
 def dream(
     model: Program,
-    args: Any,
-    kwargs: Any,
+    batch: Batch,
     *,
     summed_out: tuple[str, ...] = (),
     nesting: int = 0,
@@ -203,26 +202,25 @@ def dream(
 
     Args:
         model: a Pyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
+        batch: its arguments.
         summed_out: latents that are summed out: a mask on another is that for all their values.
         nesting: batch dimensions of the model's sites.
     """
     with poutine.block():
-        trace = lift_masks(trace_of(unobserve(model), args, kwargs))
+        trace = lift_masks(trace_of(unobserve(model), batch))
         proposed = {n: node for n, node in latent_nodes(trace) if n not in summed_out}
         if summed_out and any(isinstance(node["mask"], Tensor) for node in proposed.values()):
             values = {name: node["value"] for name, node in proposed.items()}
             together = GiveValues(values)(enumerated(unobserve(model), summed_out, -1 - nesting))
-            masks = dict(latent_nodes(lift_masks(trace_of(together, args, kwargs), summed_out)))
+            masks = dict(latent_nodes(lift_masks(trace_of(together, batch), summed_out)))
             for name, node in proposed.items():
                 node["mask"] = masks[name]["mask"]
     return trace
 
 
-def trace_given(fn: Program, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+def trace_given(fn: Program, values: Mapping[str, Tensor], batch: Batch) -> Any:
     """Run a model or guide with the values of its latent sites given; return its trace."""
-    return trace_guide(GiveValues(values)(fn), args, kwargs)
+    return trace_guide(GiveValues(values)(fn), batch)
 
 
 def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -238,12 +236,12 @@ def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str
     """
     direct: dict[str, list[str]] = {}
     with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
-        trace: Trace = trace_of(model, batch.args, batch.kwargs)
+        trace: Trace = trace_of(model, batch)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
         order = list(values)
         for parent in order:
             changed = {**values, parent: _another_value(trace.nodes[parent])}
-            other = trace_given(model, changed, batch.args, batch.kwargs)
+            other = trace_given(model, changed, batch)
             for name in order[order.index(parent) + 1 :]:
                 fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
                 before, after = (fn.log_prob(values[name]) for fn in fns)
@@ -283,8 +281,7 @@ def redrawn(
     fn: Program,
     trace: Trace,
     replace: Callable[[Tensor], Tensor],
-    args: Any,
-    kwargs: Any,
+    batch: Batch,
 ) -> Any:
     """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
 
@@ -294,7 +291,7 @@ def redrawn(
     again = subsamples(trace)
     for name, node in latent_nodes(trace):
         again.add_node(name, **with_draw(node, replace(draw_of(node))))
-    return trace_guide(poutine.replay(fn, trace=again), args, kwargs)
+    return trace_guide(poutine.replay(fn, trace=again), batch)
 
 
 def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) -> Tensor:
@@ -380,7 +377,7 @@ def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
     """Return the sites whose value or log density is not finite in one run, in order."""
     found = []
     with torch.no_grad(), pyro.validation_enabled(False):
-        model_trace, guide_trace = trace_pair(model, guide, batch.args, batch.kwargs)
+        model_trace, guide_trace = trace_pair(model, guide, batch)
         for owner, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, node in sample_nodes(trace):
                 value, log_prob = node["value"], site_log_prob(name, node, scaled=True)

@@ -110,7 +110,7 @@ class Parameters:
             called_modules() as called,
             ParamStatements(checked=True) as statements,
         ):
-            trace_pair(*self._pair, self._batch.args, self._batch.kwargs)
+            trace_pair(*self._pair, self._batch)
         return list(called.values()), statements
 
     def _find_late(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def bound_to_order(
     ):
         torch.manual_seed(0)
         with rows(order), torch.no_grad():
-            traces = trace_pair(model, guide, batch.args, batch.kwargs)
+            traces = trace_pair(model, guide, batch)
             found = Answers.of(*traces, plate, size)
         if found.sizes - {1, size}:
             return "guide"  # it answers for another number of data than it was given
@@ -132,7 +132,7 @@ def divides_by_size(
         poutine.block(),
     ):
         with rows(order):
-            traces = trace_pair(model, guide, batch.args, batch.kwargs)
+            traces = trace_pair(model, guide, batch)
             found = Answers.of(*traces, plate, size)
             whole = found.given(model, guide, batch, order).terms["model"]
         with rows(half):

@@ -674,13 +674,13 @@ def test_a_second_run_of_the_guide_sees_the_same_dropout(vectorize):
     made = plan(pair, Needs(3, vectorize, data_plate=None, data="needed", enumeration="no"))
     assert guide.training
     gradients = StoppedGradients()
-    run = TrainingRun(made, model, guide, batch, {}, 3, tracer=gradients.trace)
+    run = TrainingRun(made, model, guide, as_batch(batch), 3, tracer=gradients.trace)
     after = torch.get_rng_state()
     stopped, natural = gradients.guide_terms(run, scaled=False), run.guide_terms()
     assert torch.equal(torch.get_rng_state(), after)
     for name in ("z1", "z2"):
         torch.testing.assert_close(stopped[name], natural[name], rtol=1e-12, atol=1e-12)
-    other = TrainingRun(made, model, guide, batch, {}, 3).guide_terms()
+    other = TrainingRun(made, model, guide, as_batch(batch), 3).guide_terms()
     assert (other["z1"] - natural["z1"]).abs().max() > 0.01
 
 

@@ -20,8 +20,8 @@ PLATE = Plate("data", -1, 4, 4)
 def compared(model, guide):
     """Whose answers differ, by terms and by gradients."""
     with ReplaceDraws(torch.Tensor.detach):  # gradients by parameters at given draws
-        guide_trace = trace_guide(guide, (X,), {})
-    model_trace = trace_model(model, guide_trace, (X,), {})
+        guide_trace = trace_guide(guide, as_batch(X))
+    model_trace = trace_model(model, guide_trace, as_batch(X))
     whole = Answers.of(model_trace, guide_trace, PLATE, 4)
     part = whole.given(model, guide, as_batch(X[INDEX]), INDEX)
     return whole.differs(part, INDEX), whole
