@@ -17,7 +17,7 @@ from pyro_vae.programs.looks import run_model
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Site, Structure
-from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, inspect
 from pyro_vae.programs.traces import is_point
 
@@ -230,7 +230,7 @@ def _same_value(first: Mapping[str, Any], second: Mapping[str, Any], site: str) 
 def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[str, Any]]:
     """Return what a guide samples in each of some runs, its nodes by name."""
     found = []
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(guide), poutine.block():
+    with looking(guide, device=batch.device):
         for _ in range(runs):
             trace = trace_of(guide, batch)
             found.append(dict(latent_nodes(trace)))
@@ -246,7 +246,7 @@ def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:
     )
     if not hasattr(global_guide, "median"):
         raise refusal
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(global_guide), poutine.block():
+    with looking(global_guide, device=batch.device):
         try:
             return dict(global_guide.median(*batch.args, **batch.kwargs))
         except NotImplementedError as error:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
@@ -24,7 +23,7 @@ from pyro_vae.programs.observed import check_repeated
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Plate, Site, Structure
-from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.state import looking
 from pyro_vae.programs.types import Node, Program, Trace
 
 __all__ = [
@@ -113,10 +112,7 @@ def run_model(model: Program, batch: Batch, seed: int | None = None) -> ModelRun
         seed: of its draws; None takes the global random state, and leaves it as it was.
     """
     with (
-        torch.no_grad(),
-        preserved_rng(batch.device),
-        evaluation(model),
-        poutine.block(),
+        looking(model, device=batch.device),
         drawn_subsamples() as drawn,
         default_validation_told_apart(),
         _NameUndrawable(),

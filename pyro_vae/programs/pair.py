@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.programs.absence_check import check_absent
@@ -37,8 +36,8 @@ from pyro_vae.programs.state import (
     Look,
     called_modules,
     evaluation,
+    looking,
     mode_reads,
-    preserved_rng,
     unwrapped,
 )
 from pyro_vae.programs.structure import ModelLooks
@@ -153,16 +152,10 @@ class Pair:
             return contextlib.nullcontext()
         return self._table.rows_as_given(self._rows)
 
-    @contextlib.contextmanager
-    def looking(self, *, gradients: bool = False) -> Iterator[None]:
+    def looking(self, *, gradients: bool = False) -> contextlib.AbstractContextManager[None]:
         """Run model and guide in eval mode, unseen from outside; all is left as it was found."""
-        with (
-            torch.set_grad_enabled(gradients),
-            evaluation(self.model, self.user_guide, first=self.first),
-            preserved_rng(self.batch.device),
-            poutine.block(),
-        ):
-            yield
+        fns, device = (self.model, self.user_guide), self.batch.device
+        return looking(*fns, device=device, gradients=gradients, first=self.first)
 
     @contextlib.contextmanager
     def evaluating(self, *, gradients: bool = False) -> Iterator[None]:

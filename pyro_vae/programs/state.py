@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -28,6 +29,7 @@ __all__ = [
     "called_modules",
     "evaluation",
     "is_training",
+    "looking",
     "mode_reads",
     "module_of",
     "one_thread",
@@ -172,6 +174,23 @@ def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
         first: first values of parameters that runs inside share with others; by default none.
     """
     with one_thread(), _evaluation(fns, FirstValues() if first is None else first):
+        yield
+
+
+@contextlib.contextmanager
+def looking(
+    *fns: Any, device: torch.device, gradients: bool = False, first: FirstValues | None = None
+) -> Iterator[None]:
+    """Run models and guides to find something out: unseen from outside, as in :func:`evaluation`.
+
+    The global random state is left as it was found, and handlers around see no statement.
+    """
+    with (
+        torch.set_grad_enabled(gradients),
+        evaluation(*fns, first=first),
+        preserved_rng(device),
+        poutine.block(),
+    ):
         yield
 
 

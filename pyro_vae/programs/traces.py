@@ -40,7 +40,7 @@ from pyro_vae.programs.preimages import (
     with_draw,
 )
 from pyro_vae.programs.pyro_internals import enumerate_dim
-from pyro_vae.programs.state import evaluation, preserved_rng
+from pyro_vae.programs.state import looking
 from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
 from pyro_vae.programs.types import Node, Program, Trace
 
@@ -85,19 +85,13 @@ def trace_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
 
 def run_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
     """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(model, guide), poutine.block():
+    with looking(model, guide, device=batch.device):
         return trace_pair(model, guide, batch)
 
 
 def drawn_by(guide: Program, batch: Batch) -> set[str]:
     """Return the plates of which a guide draws a subsample."""
-    with (
-        torch.no_grad(),
-        preserved_rng(batch.device),
-        evaluation(guide),
-        poutine.block(),
-        drawn_subsamples() as drawn,
-    ):
+    with looking(guide, device=batch.device), drawn_subsamples() as drawn:
         trace_guide(guide, batch)
     return drawn
 
@@ -235,7 +229,7 @@ def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str
         names: of latent sites.
     """
     direct: dict[str, list[str]] = {}
-    with torch.no_grad(), preserved_rng(batch.device), evaluation(model), poutine.block():
+    with looking(model, device=batch.device):
         trace: Trace = trace_of(model, batch)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
         order = list(values)

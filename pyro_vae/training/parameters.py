@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch
@@ -17,9 +16,8 @@ from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import (
     FirstValues,
     called_modules,
-    evaluation,
+    looking,
     module_of,
-    preserved_rng,
 )
 from pyro_vae.programs.traces import trace_pair
 from pyro_vae.programs.types import Program
@@ -103,10 +101,7 @@ class Parameters:
     def _run(self) -> tuple[list[nn.Module], ParamStatements]:
         """Run the pair; return the modules that it calls, and its param statements."""
         with (
-            torch.no_grad(),
-            preserved_rng(self._batch.device),
-            evaluation(*self._pair, first=self._first),
-            poutine.block(),
+            looking(*self._pair, device=self._batch.device, first=self._first),
             called_modules() as called,
             ParamStatements(checked=True) as statements,
         ):

@@ -7,15 +7,15 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.programs.answers import Answers, close_to, rows_of
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Plate
-from pyro_vae.programs.state import Look, evaluation, preserved_rng
+from pyro_vae.programs.state import Look, looking
 from pyro_vae.programs.traces import trace_pair
+from pyro_vae.programs.types import Program
 
 __all__ = ["NotSetUpError", "bound_to_order", "divides_by_size", "set_up_before"]
 
@@ -44,8 +44,8 @@ def set_up_before() -> Iterator[None]:
 
 
 def bound_to_order(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     batch: Batch,
     plate: Plate | None,
     rows: Rows = lambda index: contextlib.nullcontext(),
@@ -76,12 +76,7 @@ def bound_to_order(
     permuted = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     if torch.equal(order, permuted):
         permuted = order.flip(0)
-    with (
-        torch.enable_grad(),
-        preserved_rng(batch.device),
-        evaluation(model, guide),
-        poutine.block(),
-    ):
+    with looking(model, guide, device=batch.device, gradients=True):
         torch.manual_seed(0)
         with rows(order), torch.no_grad():
             traces = trace_pair(model, guide, batch)
@@ -102,8 +97,8 @@ def bound_to_order(
 
 
 def divides_by_size(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     batch: Batch,
     plate: Plate,
     names: Collection[str],
@@ -124,13 +119,7 @@ def divides_by_size(
     """
     size = batch.size or 1
     order, half = torch.arange(size), torch.arange(size // 2)
-    with (
-        Look(),
-        torch.no_grad(),
-        preserved_rng(batch.device),
-        evaluation(model, guide),
-        poutine.block(),
-    ):
+    with Look(), looking(model, guide, device=batch.device):
         with rows(order):
             traces = trace_pair(model, guide, batch)
             found = Answers.of(*traces, plate, size)

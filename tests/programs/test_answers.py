@@ -46,7 +46,8 @@ def test_terms_are_the_log_densities_of_each_datum():
     torch.testing.assert_close(
         whole.terms["model"]["log density of x"], dist.Normal(z, 1.0).log_prob(X)
     )
-    assert (whole.sizes, whole.full_size) == ({4}, 4)
+    assert whole.sizes == {4}
+    assert whole.run.sites["x"].plates == (PLATE,)
 
 
 def test_a_table_by_place_is_found_by_its_terms():
