@@ -9,6 +9,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
+from pyro_vae.programs.batch import as_batch
 from tests.models import encoder, factor_analysis, log_normal_model
 
 
@@ -56,5 +57,5 @@ def test_explain_says_what_the_loss_does_below_a_summed_out_site(num_particles):
     assert told["z"].startswith("sampled: its prior depends on discrete latents")
     assert told["u"].startswith("analytic")
     torch.manual_seed(0)
-    run = pv.ELBO(num_particles)._run(model, guide, (x,), {})
+    run = pv.ELBO(num_particles)._run(model, guide, as_batch(x))
     assert set(pv.ELBO(num_particles)._analytic(run)) == {"u"}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.programs.batch import as_batch
 from tests.losses.gradients import X, normal_pair
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -120,7 +121,7 @@ def test_particles_are_not_normalized_with_one_another(name):
 
     before = copy.deepcopy(layers.state_dict())
     loss = pv.ELBO(3, kl="sample")
-    loss._run(model, guide, (x,), {})
+    loss._run(model, guide, as_batch(x))
     assert {plan.mode.name for plan, *_ in loss._plans.values()} == {mode}
     layers.load_state_dict(before)
     torch.manual_seed(1)
