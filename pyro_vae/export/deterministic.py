@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.particles.evaluator import DeterministicNode, Evaluator
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.agreement import agree
 from pyro_vae.programs.sites import Plate
-from pyro_vae.programs.types import ModeName, Values
+from pyro_vae.programs.types import ModeName, Node, Values
 
 __all__ = ["DeterministicSite", "DeterministicValues"]
 
@@ -76,7 +77,7 @@ class DeterministicValues:
         """Return the sites; those whose value is of all the data at once are left out."""
         evaluator, size = self._evaluator, rows.stop - rows.start
         alone = evaluator.deterministic_nodes(rows, few, alone=True)
-        fewer: Mapping[str, list[DeterministicNode]] = {}
+        fewer: Mapping[str, list[Node]] = {}
         if evaluator.splittable and size > 1:
             half = slice(rows.start, rows.start + (size + 1) // 2)
             some = evaluator.take_data(few, slice(0, (size + 1) // 2), size)
@@ -85,7 +86,7 @@ class DeterministicValues:
         for name, (node, *_) in alone.items():
             less = fewer[name][0] if name in fewer else None
             axis = _data_axis(node, less, size, evaluator.structure.data_plate)
-            of_all = axis is None and less is not None and not agree(node.value, less.value)
+            of_all = axis is None and less is not None and not agree(node["value"], less["value"])
             if of_all and len(evaluator.data_blocks()) > 1:
                 logger.warning(
                     "the deterministic site %r is made of all the data at once, which are drawn "
@@ -94,7 +95,7 @@ class DeterministicValues:
                 )
                 continue
             dims = _dims(name, node, axis, evaluator.structure.data_plate)
-            found[name] = DeterministicSite(name, node.value.ndim, axis, dims)
+            found[name] = DeterministicSite(name, node["value"].ndim, axis, dims)
         return found
 
     def _agrees(self, rows: slice, few: Values) -> bool:
@@ -110,7 +111,7 @@ class DeterministicValues:
         found = self._evaluator.deterministic_nodes(rows, values, alone=alone)
         folded = {}
         for name, site in self.sites.items():
-            each = [node.value for node in found.get(name, [])]
+            each = [node["value"] for node in found.get(name, [])]
             value = _by_particle(each, site, num_particles, self._evaluator.modes["model"], alone)
             if value is None:
                 return None
@@ -146,9 +147,18 @@ def _by_particle(
     return value.reshape(num_particles, *value.shape[extra:])
 
 
-def _data_axis(
-    node: DeterministicNode, less: DeterministicNode | None, size: int, plate: Plate | None
-) -> int | None:
+def _plates(node: Node) -> list[Any]:
+    """Return the vectorized plates around a site."""
+    return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+
+
+def _event_ndim(node: Node) -> int | None:
+    """Return the event dimensions that the model says a site has; None where it says none."""
+    events: int = node["fn"].event_dim
+    return events if events < node["value"].ndim else None
+
+
+def _data_axis(node: Node, less: Node | None, size: int, plate: Plate | None) -> int | None:
     """Return the axis whose length is the number of data.
 
     Args:
@@ -157,27 +167,30 @@ def _data_axis(
         size: how many.
         plate: that of the data.
     """
-    shape = node.value.shape
+    shape = node["value"].shape
     if plate is None:
         return None
-    if node.event_ndim is not None and plate.name in {p.name for p in node.plates}:
-        return len(shape) - node.event_ndim + plate.dim
-    if less is not None and less.value.ndim == len(shape):
-        axes = [i for i, (a, b) in enumerate(zip(shape, less.value.shape, strict=True)) if a != b]
+    events = _event_ndim(node)
+    if events is not None and plate.name in {p.name for p in _plates(node)}:
+        return len(shape) - events + plate.dim
+    if less is not None and less["value"].ndim == len(shape):
+        axes = [
+            i for i, (a, b) in enumerate(zip(shape, less["value"].shape, strict=True)) if a != b
+        ]
     else:
         axes = [i for i, length in enumerate(shape) if length == size]
     return axes[0] if axes else None
 
 
 def _dims(
-    name: str, node: DeterministicNode, data_axis: int | None, data_plate: Plate | None
+    name: str, node: Node, data_axis: int | None, data_plate: Plate | None
 ) -> tuple[str, ...]:
     """Return the names of the axes but the data's: of plates, where sizes fit."""
-    shape = node.value.shape
+    shape = node["value"].shape
     plates: dict[int, str] = {}
-    guesses = range(len(shape) + 1) if node.event_ndim is None else (node.event_ndim,)
-    for events in guesses:
-        found = {len(shape) - events + plate.dim: plate for plate in node.plates}
+    known = _event_ndim(node)
+    for events in range(len(shape) + 1) if known is None else (known,):
+        found = {len(shape) - events + plate.dim: plate for plate in _plates(node)}
         if all(
             axis >= 0
             and shape[axis] == plate.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import torch
@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.particles.log_weights import LogWeights
-from pyro_vae.particles.modes import MODES, per_datum
+from pyro_vae.particles.modes import MODES, Loop
 from pyro_vae.particles.run import Run, Runner
 from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
@@ -21,7 +21,6 @@ from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.preimages import preimage_of
-from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, unwrapped
@@ -164,21 +163,14 @@ def every_other(num_data: int, device: torch.device) -> Tensor:
 
 
 def mix(odd: Tensor, first: Tensor, second: Tensor, axis: int) -> Tensor:
-    """Return the values of ``second`` for the data with an odd number, of ``first`` for the rest.
-
-    Args:
-        odd: from :func:`every_other`, [N].
-        first: values.
-        second: values.
-        axis: their axis of the data, negative.
-    """
+    """Return the values of ``second`` for odd data, of ``first`` for the rest; axis < 0."""
     return torch.where(odd.reshape(-1, *[1] * (-axis - 1)), second, first)
 
 
 def check_independent(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    model_trace: Any,
+    model: Program,
+    guide: Program,
+    model_trace: Trace,
     plate: Plate,
     nesting: int,
     batch: Batch,
@@ -187,14 +179,6 @@ def check_independent(
 
     The model is scored at two draws of the guide, and at a third that takes every other datum's
     values from the second: each datum must have the density that it had before.
-
-    Args:
-        model: a Pyro model.
-        guide: a Pyro guide.
-        model_trace: of the model under the guide.
-        plate: the data plate.
-        nesting: plate dimensions of guide and model.
-        batch: their arguments.
     """
     nodes = {  # the subsamples of plates among them
         name: node
@@ -215,17 +199,14 @@ def check_independent(
     kept = {name: preimage_of(nodes[name]) for name in nodes.keys() - local}
     preimages = {name: preimage for name, preimage in kept.items() if preimage is not None}
 
-    def score(values: Mapping[str, Tensor]) -> Tensor:
+    def has_data(node: Node) -> bool:
+        shape = node["fn"].batch_shape
+        return len(shape) >= -plate.dim and shape[plate.dim] == size
+
+    def score(values: Values) -> Tensor:
         torch.manual_seed(_SEED)
         trace = trace_of(GiveValues({**first, **values}, preimages)(model), batch)
-        terms = [
-            per_datum(term, max(nesting, term.ndim), plate.dim, leading=0)
-            for name, node in sample_nodes(trace)
-            if not is_deterministic(node)
-            for term in (site_log_prob(name, node, scaled=False),)
-            if term.ndim >= -plate.dim and term.shape[plate.dim] == size
-        ]
-        return torch.stack(terms).sum(0)
+        return Run([trace], Loop(nesting, plate.dim), 1).log_prob(has_data)[0]
 
     gap = 0.0
     with Look(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():

@@ -43,7 +43,7 @@ from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import Compile, DataPlate, ModeName, Node, Particles, Program, Values
 
-__all__ = ["Chunk", "DeterministicNode", "Evaluator"]
+__all__ = ["Chunk", "Evaluator"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +63,6 @@ class Chunk:
     particles: slice
     values: Values
     weights: LogWeights
-
-
-@dataclass(frozen=True, slots=True)
-class DeterministicNode:
-    """A pyro.deterministic site, as one run saw it.
-
-    Attributes:
-        value: its value.
-        plates: the vectorized plates around it, as Pyro knows them.
-        event_ndim: the event dimensions that the model says it has; None where it says none.
-    """
-
-    value: Tensor
-    plates: tuple[Any, ...]
-    event_ndim: int | None
 
 
 class Evaluator:
@@ -197,11 +182,7 @@ class Evaluator:
         pairs: int,
         num_particles: int,
     ) -> Chunk:
-        """Return the chunk of some draws, the first of them particle ``start``.
-
-        Raises:
-            ValueError: for draws whose weights are no numbers, or made up at the edge of a support.
-        """
+        """Return the chunk of some draws, the first of them particle ``start``."""
         refuse_edges(self.structure, self.runner.guide.shapes, rows, values)
         expected = num_particles * self.num_data
         log_likelihood, log_prior = self.score_model(rows, values, pairs, expected)
@@ -357,16 +338,7 @@ class Evaluator:
         num_particles: int,
         calls: int,
     ) -> Sequence[Tensor]:
-        """Return what a function of some data and values returns, by its graph where it has one.
-
-        Args:
-            runner: of what the function runs.
-            function: of a PairRunner, of rows of its batch, and of values.
-            rows: of which data.
-            values: by latent site.
-            num_particles: K.
-            calls: how many such calls are to be expected.
-        """
+        """Return what a function that uses ``runner`` returns, by its graph where it has one."""
         given = (*self.given(runner, rows), dict(values))
         inputs: list[Tensor] = []
         form = form_of(given, inputs)
@@ -424,7 +396,7 @@ class Evaluator:
 
     def deterministic_nodes(
         self, rows: slice, values: Values, *, alone: bool
-    ) -> dict[str, list[DeterministicNode]]:
+    ) -> dict[str, list[Node]]:
         """Return the model's pyro.deterministic sites given latents: a node for each run.
 
         Args:
@@ -433,15 +405,12 @@ class Evaluator:
             alone: whether particles run one by one; else as the model's densities do.
         """
         runner = self.runner.in_mode("loop") if alone else self.runner
-        found: dict[str, list[DeterministicNode]] = {}
+        found: dict[str, list[Node]] = {}
         with self.evaluating(), torch.no_grad():
             for trace in runner.run_model(rows, values).traces:
                 for name, node in sample_nodes(trace):
                     if is_deterministic(node):
-                        plates = tuple(f for f in node["cond_indep_stack"] if f.vectorized)
-                        value, events = node["value"], node["fn"].event_dim
-                        said = events if events < value.ndim else None
-                        found.setdefault(name, []).append(DeterministicNode(value, plates, said))
+                        found.setdefault(name, []).append(node)
         return found
 
     def site_log_likelihood(self, rows: slice, values: Values) -> dict[str, Tensor]:
