@@ -60,7 +60,9 @@ class Watched:
         kind = type(module)
         for name, value in list(vars(module).items()):
             # The rows of a table are an input.
-            if (name in _OF_ALL_MODULES and not (name == "training" and modes)) or name == "given_rows":
+            if (
+                name in _OF_ALL_MODULES and not (name == "training" and modes)
+            ) or name == "given_rows":
                 continue
             self._captured.add(
                 vars(module), name, f"{kind.__name__}.{name}", followed=_is_told(kind, value)
