@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.families.base import FactorizedFamily, Family
-from pyro_vae.families.flow import Flow
 from pyro_vae.programs.counts import as_count
 
 _FACTORINGS = 20  # iterations of a start
 
-__all__ = ["FactorizedFamily", "Family", "Flow", "FullRankNormal", "LowRankNormal", "Normal"]
+__all__ = ["FullRankNormal", "LowRankNormal", "Normal"]
 
 
 @dataclass(frozen=True)
