@@ -12,8 +12,8 @@ from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
+from pyro_vae.losses.base import explain
 from pyro_vae.losses.elbo import ELBO
-from pyro_vae.losses.explain import explain
 from pyro_vae.losses.iwae import IWAE
 from pyro_vae.losses.wake_sleep import WakeSleep
 from pyro_vae.missing_data.encoder import MissingEncoder

@@ -1,4 +1,4 @@
-"""What the losses have in common: plans, gradients, the interface of pyro.infer.ELBO."""
+"""The base of all losses: plans, gradients, the interface of pyro.infer.ELBO."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from pyro_vae.particles.plan import DataNeed, Enumeration, Needs, Plan, plan
 from pyro_vae.particles.training_run import Tracer, TrainingRun
-from pyro_vae.programs.batch import Batch, arguments
+from pyro_vae.programs.batch import Batch, arguments, as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide, trace_pair
-from pyro_vae.programs.types import DataPlate, Program
+from pyro_vae.programs.types import DataPlate, Node, Program, Trace
 from pyro_vae.recording import is_recording
 
-__all__ = ["Objective", "not_reparameterized", "without_value"]
+__all__ = ["Objective", "explain", "not_reparameterized", "without_value"]
 
 
 _PLANS = 16  # remembered at most
@@ -44,6 +44,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     """
 
     # What a plan has to find out for the loss: see pyro_vae.particles.plan.Needs.
+    num_particles: int
     _data: DataNeed = "no"
     _enumeration: Enumeration = "no"
     _share_globals = False
@@ -61,7 +62,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         self._known: dict[tuple[Hashable, ...], Pair] = {}  # pairs that were looked at
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was found out about a pair holds the pair: a copy looks for itself.
+        # A plan holds its pair: a copy makes its own.
         return {**vars(self), "_plans": {}, "_known": {}}
 
     @abc.abstractmethod
@@ -123,11 +124,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         return list(self._baselines.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is carried from step to step, for a checkpoint: running baselines."""
+        """Return the state that steps carry on, for a checkpoint: running baselines."""
         return {name: value.clone() for name, value in self._baselines.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Restore a state of :meth:`state_dict`."""
         for name in set(self._baselines) - set(state):
             del self._baselines[name]
         for name, value in state.items():
@@ -136,7 +137,9 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             else:
                 self._baselines[name] = value.clone()
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _get_trace(
+        self, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[Trace, Trace]:
         return trace_pair(model, guide, arguments(args, kwargs))
 
     def _run(
@@ -189,7 +192,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     def _needs(self) -> Needs:
         return Needs(
             self.num_particles,
-            self.vectorize_particles,
+            "auto" if self.vectorize_particles else "loop",
             self.data_plate,
             self._data,
             self._enumeration,
@@ -217,17 +220,38 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         return made
 
 
+def explain(loss: Objective, model: Program, guide: Program, *batch: Any) -> dict[str, str]:
+    """Return, for each latent site, whether a loss takes its KL analytically, and why.
+
+    Args:
+        loss: a loss of ours, for example ELBO().
+        model: a Pyro model.
+        guide: a Pyro guide.
+        *batch: their arguments.
+
+    Returns:
+        Site name to "analytic: ..." or "sampled: ...".
+
+    Raises:
+        TypeError: for a loss that is not ours.
+    """
+    if not isinstance(loss, Objective):
+        raise TypeError(f"explain knows the losses of pyro_vae, not {type(loss).__name__}")
+    looked_at = as_batch(*batch)
+    return loss.explain(model, guide, *looked_at.args, **looked_at.kwargs)
+
+
 def _key(model: Program, guide: Program, batch: Batch) -> tuple[Hashable, ...]:
     """Return what tells pairs, and kinds of arguments, apart."""
     return _identity(model), _identity(guide), _signature(batch.args), _signature(batch.kwargs)
 
 
 def _identity(fn: Program) -> tuple[int, int]:
-    """Tell callables apart; a bound method is a new object at each look."""
+    """Return the identity of a callable, and of its object if it is a bound method."""
     return id(getattr(fn, "__func__", fn)), id(getattr(fn, "__self__", None))
 
 
-def _signature(value: Any) -> Any:
+def _signature(value: Any) -> Hashable:
     """Return what a model may branch on of an argument: its kind, not its numbers."""
     if isinstance(value, Mapping):
         return tuple((name, _signature(value[name])) for name in sorted(value, key=str))
@@ -245,7 +269,7 @@ def without_value(term: Tensor) -> Tensor:
     return term - term.detach()
 
 
-def not_reparameterized(name: str, node: Any) -> ValueError:
+def not_reparameterized(name: str, node: Node) -> ValueError:
     """Return the error for a proposal that pathwise gradients cannot go through."""
     return ValueError(
         f"the guide's site {name!r} ({type(node['fn']).__name__}) cannot be reparameterized, which "

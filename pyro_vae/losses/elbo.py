@@ -1,9 +1,9 @@
-"""What the losses have in common, and the evidence lower bound with its gradient estimators."""
+"""The evidence lower bound, with its gradient estimators."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -16,9 +16,15 @@ from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.batch import arguments
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import Node, Program
+from pyro_vae.programs.types import DataPlate, Node, Program
 
 __all__ = ["ELBO"]
+
+ELBOEstimator: TypeAlias = Literal["pathwise", "stl", "score"]
+KLKind: TypeAlias = Literal["analytic", "sample"]
+
+# The terms of an ELBO, each [K, N] or [K, 1], by what they are and the site that they are of.
+_Terms: TypeAlias = dict[tuple[Literal["model", "kl", "guide", "factor"], str], Tensor]
 
 _BASELINE_DECAY = 0.9
 
@@ -41,10 +47,10 @@ class ELBO(Objective):
     - "pathwise": through the draws (Kingma & Welling 2014);
     - "stl": through the draws alone, without the score of log q, whose expectation is
       zero (sticking the landing, Roeder, Wu & Duvenaud 2017): no noise at all where the
-      guide is the exact posterior. The KL is then sampled, for that is what makes the
-      noise cancel. A guide whose proposals may depend on one another runs twice;
+      guide is the exact posterior. The KL is then sampled, which makes the noise cancel. A guide
+      whose proposals may depend on one another runs twice;
     - "score": for latents that cannot be reparameterized, by the derivative of log q
-      times what the draw earned (REINFORCE, Williams 1992; Ranganath, Gerrish & Blei
+      times the draw's gain (REINFORCE, Williams 1992; Ranganath, Gerrish & Blei
       2014), datum by datum, less a baseline: the mean of the other particles', or, of a
       single particle, a running mean. Latents that can be reparameterized stay pathwise.
 
@@ -88,16 +94,16 @@ class ELBO(Objective):
     def __init__(
         self,
         num_particles: int = 1,
-        kl: str | None = None,
-        estimator: str = "pathwise",
+        kl: KLKind | None = None,
+        estimator: ELBOEstimator = "pathwise",
         *,
         free_bits: float = 0.0,
         vectorize_particles: bool = True,
-        data_plate: str | bool | None = None,
+        data_plate: DataPlate = None,
     ) -> None:
-        if kl not in (None, "analytic", "sample"):
+        if kl is not None and kl not in get_args(KLKind):
             raise ValueError(f"kl={kl!r}: 'analytic' or 'sample' is needed")
-        if estimator not in ("pathwise", "stl", "score"):
+        if estimator not in get_args(ELBOEstimator):
             raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'score' is needed")
         if kl == "analytic" and estimator == "stl":
             raise ValueError(
@@ -134,7 +140,7 @@ class ELBO(Objective):
         tracer = trace_guide if stopped is None else stopped.trace
         run = self._run(model, guide, arguments(args, kwargs), tracer=tracer)
         kls = self._analytic(run)
-        terms = {("model", name): t for name, t in run.model_terms(skip=kls, scaled=True)}
+        terms: _Terms = {("model", n): t for n, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
         terms.update(
             (("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls, stopped)
@@ -200,7 +206,7 @@ class ELBO(Objective):
             # The derivative of log q at a fixed draw is zero on average: noise to leave out.
             yield name, term if reparameterized else term.detach()
 
-    def _score(self, run: TrainingRun, terms: dict[tuple[str, Any], Tensor]) -> Tensor:
+    def _score(self, run: TrainingRun, terms: _Terms) -> Tensor:
         """Return a term whose derivative is that of the draws' probability, times their gain."""
         num_data = max(term.shape[1] for term in terms.values())
         total = torch.zeros((), dtype=next(iter(terms.values())).dtype)
@@ -208,8 +214,8 @@ class ELBO(Objective):
             if nodes[0]["fn"].has_rsample or name in run.plan.enumerated:
                 continue
             log_guide = run.log_prob(name, nodes, scaled=False)
-            # What a draw of one datum earns is that datum's; a KL of its own it cannot change.
-            earned = [t.detach() for (kind, n), t in terms.items() if (kind, n) != ("kl", name)]
+            # The gain of a datum's draw is that datum's terms, less the KL of its own site.
+            earned = [t.detach() for key, t in terms.items() if key != ("kl", name)]
             local = sum((t for t in earned if t.shape[1] == num_data), torch.zeros_like(earned[0]))
             common = sum(
                 (t for t in earned if t.shape[1] != num_data), torch.zeros_like(local[:, :1])
@@ -222,7 +228,7 @@ class ELBO(Objective):
         return total / self.num_particles
 
     def _baseline(self, name: str, signal: Tensor) -> Tensor:
-        """Return what a draw was expected to earn, independent of that draw: [K, N]."""
+        """Return the expected gain of a draw, independent of that draw: [K, N]."""
         count = signal.shape[0]
         if count > 1:
             return (signal.sum(0, keepdim=True) - signal) / (count - 1)

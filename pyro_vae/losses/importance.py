@@ -1,4 +1,4 @@
-"""What the losses of importance weights have in common: scales outside the logarithm."""
+"""The base of losses of importance weights: scales stand outside the logarithm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ __all__ = ["ImportanceObjective", "WeightedTerms", "kl_of_globals"]
 
 
 class ImportanceObjective(Objective):
-    """What the objectives of one importance weight per datum have in common."""
+    """The base of losses with one importance weight for each particle and datum.
+
+    A subclass gives :meth:`differentiable_loss`, as a reduction of :class:`WeightedTerms`.
+    """
 
     _data: DataNeed = "needed"
     _enumeration: Enumeration = "no"
@@ -76,7 +79,7 @@ class WeightedTerms:
         run: of a pair.
 
     Attributes:
-        scale: what a datum counts for, that of its likelihood: a number, or [N].
+        scale: of a datum, which is that of its likelihood: a number, or [N].
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -89,7 +92,7 @@ class WeightedTerms:
             if name not in self._shared
         }
         observed = [scales[name] for name, _ in run.observed()]
-        # Observed sites of different scales are tempered: what is left is what a datum counts for.
+        # Observed sites of different scales are tempered: a datum has the plate's scale alone.
         alike = bool(observed) and all(scale.equals(observed[0]) for scale in observed)
         self.scale = observed[0].number if alike else run.plate_scale
         self._ratios = {name: scale.over(self.scale) for name, scale in scales.items()}

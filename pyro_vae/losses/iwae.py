@@ -1,9 +1,9 @@
-"""Objectives of importance weights, one for each datum: IWAE and reweighted wake-sleep."""
+"""The importance-weighted bound of each datum, with its gradient estimators."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.batch import arguments
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.recording import is_recording
 
 __all__ = ["IWAE"]
+
+IWAEEstimator: TypeAlias = Literal["pathwise", "stl", "dreg"]
 
 
 class IWAE(ImportanceObjective):
@@ -29,7 +31,7 @@ class IWAE(ImportanceObjective):
 
     The loss is its negative. The scale s of a datum (of a subsampled plate, or of
     pyro.poutine.scale) stands outside the logarithm: inside, the sum would not bound
-    log p(x) any more. It is the model's; what the guide says of scales is not needed. A
+    log p(x) any more. It is the model's; the guide's scales are not needed. A
     latent site whose scale is not that of the likelihood (KL warm-up) has the ratio in the
     weight, in model and guide alike. Discrete latents that the guide does not propose are
     summed out. Global latents g are drawn once for all particles, and each datum's weights are
@@ -49,7 +51,7 @@ class IWAE(ImportanceObjective):
       derivative of the bound (Tucker et al. 2019).
 
     "stl" and "dreg" run a guide twice if its proposals may depend on one another. They
-    refuse what the two cannot do: a point made of other draws and of parameters
+    refuse a point made of other draws and of parameters
     (AutoStructured), and for "dreg" latents of different scales.
 
     Args:
@@ -59,7 +61,7 @@ class IWAE(ImportanceObjective):
         data_plate: as in :func:`pyro_vae.log_weights`; False for one weight of all the data.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where the data plate cannot be found.
         ValueError: for an unknown option, global latents (but "pathwise"), a subsampled plate
             inside a datum, or a proposal that cannot be reparameterized.
 
@@ -84,12 +86,12 @@ class IWAE(ImportanceObjective):
     def __init__(
         self,
         num_particles: int,
-        estimator: str = "pathwise",
+        estimator: IWAEEstimator = "pathwise",
         *,
         vectorize_particles: bool = True,
-        data_plate: str | bool | None = None,
+        data_plate: DataPlate = None,
     ) -> None:
-        if estimator not in ("pathwise", "stl", "dreg"):
+        if estimator not in get_args(IWAEEstimator):
             raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'dreg' is needed")
         super().__init__(
             num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate

@@ -127,7 +127,7 @@ def kl_per_dimension(guide_node: Node, model_node: Node) -> tuple[Tensor | None,
 
 
 def _refusal(guide_node: Node, model_node: Node) -> str:
-    """Say why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
+    """Return why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
     (scale, factor), (other, other_factor) = map(scale_parts, (guide_node, model_node))
     if factor is not other_factor or not same_scale(scale, other):
         return "model and guide scale the site differently"

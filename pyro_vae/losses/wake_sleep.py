@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.traces import dream, is_point, mask_proposals, site_log_prob, trace_given
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import DataPlate, Node, Program, Values
 
 __all__ = ["WakeSleep"]
 
@@ -42,7 +42,7 @@ class WakeSleep(ImportanceObjective):
     importance-weighted bound; scales are treated as in :class:`pyro_vae.IWAE`.
 
     Args:
-        num_particles: K, at least 2, for a single weight is always 1.
+        num_particles: K, at least 2, because a single normalized weight is always 1.
         insomnia: the share of wake-phi; the rest is sleep-phi, which teaches an encoder
             and is refused for a LocalGuide, whose rows belong to the data.
         dream: where the batch is not just the observed values: from a mapping (observed
@@ -52,7 +52,7 @@ class WakeSleep(ImportanceObjective):
         data_plate: as in :func:`pyro_vae.log_weights`; False for one weight of all the data.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where the data plate cannot be found.
         ValueError: for unknown options, what :class:`pyro_vae.IWAE` refuses (but for
             proposals that cannot be reparameterized), or a sleep phase that cannot be had.
 
@@ -78,9 +78,9 @@ class WakeSleep(ImportanceObjective):
         num_particles: int = 10,
         insomnia: float = 1.0,
         *,
-        dream: Callable[[Mapping[str, Tensor]], Any] | None = None,
+        dream: Callable[[Values], Any] | None = None,
         vectorize_particles: bool = True,
-        data_plate: str | bool | None = None,
+        data_plate: DataPlate = None,
     ) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia}: a share of wake-phi from 0 to 1 is needed")
@@ -161,7 +161,7 @@ class WakeSleep(ImportanceObjective):
             total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
 
-    def _with(self, run: TrainingRun, observed: Mapping[str, Tensor], batch: Batch) -> Batch:
+    def _with(self, run: TrainingRun, observed: Values, batch: Batch) -> Batch:
         """Return the arguments with dreamt values in the place of the observed ones."""
         if run.plan not in self._sources:
             self._sources[run.plan] = _sources(run, observed)
@@ -172,7 +172,7 @@ class WakeSleep(ImportanceObjective):
         return Batch(tuple(new_args), new_kwargs, batch.has_rows)
 
 
-def _sources(run: TrainingRun, observed: Mapping[str, Tensor]) -> dict[str, int | str]:
+def _sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
     given: dict[int | str, Any] = dict(enumerate(run.batch.args))
@@ -205,7 +205,7 @@ def _is_view(value: Tensor, argument: Tensor) -> bool:
     )
 
 
-def _require_density(name: str, node: Any) -> None:
+def _require_density(name: str, node: Node) -> None:
     if node["infer"].get("is_auxiliary") or is_point(node["fn"]):
         raise ValueError(
             f"the sleep phase needs the guide's density of given latents, which its site {name!r} "

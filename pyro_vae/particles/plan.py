@@ -34,7 +34,7 @@ from pyro_vae.programs.state import (
     unwrapped,
 )
 from pyro_vae.programs.structure import DataPlateError
-from pyro_vae.programs.types import DataPlate, ModeName
+from pyro_vae.programs.types import DataPlate, ModeName, Particles
 from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import BatchNorm
 
@@ -97,7 +97,7 @@ class Needs:
 
     Attributes:
         num_particles: K.
-        vectorize: whether particles may run together.
+        particles: "auto", or "loop" where they may not run together.
         data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
         data: "needed" where each datum has a weight of its own: the data plate must be found,
             and global latents are refused; "wanted" where the pair is one datum if there is
@@ -110,7 +110,7 @@ class Needs:
     """
 
     num_particles: int
-    vectorize: bool
+    particles: Particles
     data_plate: DataPlate
     data: DataNeed
     enumeration: Enumeration
@@ -148,7 +148,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
             structure.require_no_globals()
         plate = structure.data_plate
         subsampled = plate is not None and not plate.drawn and pair.looks.is_subsampled(plate)
-        if needs.num_particles > 1 and needs.vectorize:
+        if needs.num_particles > 1 and needs.particles != "loop":
             mode = _choose_mode(proposer, structure, single, needed=needs.data == "needed")
             if mode.reason:
                 owners = unwrapped(pair.model), unwrapped(proposer.guide)

@@ -19,7 +19,7 @@ __all__ = ["load", "save", "schedulers_of"]
 
 _VERSION = 1
 
-# What is not looked into, and how much of what is.
+# Objects that are not searched, and how many entries of others are.
 _CLOSED = (type, types.ModuleType, torch.Tensor, torch.nn.Module, Optimizer, LRScheduler)
 _LONG = 50
 _EMPTY = types.CellType()
@@ -80,7 +80,7 @@ def schedulers_of(callbacks: Iterable[object], optimizer: Optimizer) -> list[LRS
 
 
 def _held(value: object, depth: int = 3) -> Iterator[object]:
-    """Yield an object, and what it holds, directly or through what it holds."""
+    """Yield an object, and those that it holds, directly or through others."""
     yield value
     if depth > 0 and not isinstance(value, _CLOSED):
         for item in _parts(value):
@@ -88,7 +88,7 @@ def _held(value: object, depth: int = 3) -> Iterator[object]:
 
 
 def _parts(value: Any) -> Sequence[object]:
-    """Return what an object holds: in a closure, in globals that it names, as attributes."""
+    """Return the objects in a value: in its closure, in globals that it names, its attributes."""
     if isinstance(value, Mapping):
         return list(value.values())[:_LONG]
     if isinstance(value, (list, tuple)):

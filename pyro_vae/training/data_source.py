@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 class DataSource:
-    """Data that are at hand. A subclass for each other kind overrides what is different there.
+    """Data at hand. A subclass for each other kind overrides what differs.
 
     Attributes:
         batch: all the data; the part that is looked at first where they are not at hand.
@@ -36,15 +36,11 @@ class DataSource:
 
     def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
         self._data, self._device = data, device
-        self.batch = self._first(batch_size)
-        self.num_data = self._count()
-        self._now = self.batch  # the present epoch's
+        self.batch = self._now = self._first(batch_size)  # _now: the present epoch's
+        self.num_data = self.batch.size
 
     def _first(self, batch_size: int) -> Batch:
         return self.made(self._data)
-
-    def _count(self) -> int | None:
-        return self.batch.size
 
     def made(self, data: Any) -> Batch:
         """Return data as a batch, on the device of training."""
@@ -60,7 +56,7 @@ class DataSource:
         return self.batch
 
     def drawn(self, batch: Batch) -> Batch:
-        """Return what model and guide get of a minibatch.
+        """Return the arguments of model and guide for a minibatch.
 
         Raises:
             ValueError: where another number of data was drawn for it.
@@ -68,7 +64,7 @@ class DataSource:
         return batch
 
     def example(self, batch: Batch) -> Batch:
-        """Return what model and guide get of a minibatch, by random numbers of its own."""
+        """Return the same, drawn by random numbers of its own."""
         return batch
 
     def num_batches(self, batch_size: int, drop_last: bool) -> int | None:
@@ -156,11 +152,12 @@ class _ReadByRows(DataSource):
     seen = False
     _data: RowReader
 
+    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
+        super().__init__(data, batch_size, device)
+        self.num_data = data.num_data
+
     def _first(self, batch_size: int) -> Batch:
         return self.some(batch_size)
-
-    def _count(self) -> int:
-        return self._data.num_data
 
     def some(self, count: int) -> Batch:
         with preserved_rng(_CPU):  # a dataset may draw
@@ -182,6 +179,14 @@ class _Streamed(DataSource):
     seen = False
     streamed = True
     _data: DataLoader[Any]
+    _num_batches: int | None
+
+    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
+        super().__init__(data, batch_size, device)
+        try:
+            self._num_batches, self.num_data = len(data), len(data.dataset)
+        except TypeError:  # of an IterableDataset without a length
+            self._num_batches = self.num_data = None
 
     def _first(self, batch_size: int) -> Batch:
         with preserved_rng(_CPU):
@@ -189,14 +194,6 @@ class _Streamed(DataSource):
         if first is None:
             raise ValueError("the data are empty: their loader gives no batch")
         return self.made(first)
-
-    def _count(self) -> int | None:
-        self._num_batches: int | None = None
-        try:
-            self._num_batches = len(self._data)
-            return len(self._data.dataset)  # type: ignore[arg-type]
-        except TypeError:  # of an IterableDataset without a length
-            return None
 
     def some(self, count: int) -> Batch:
         return self.batch
@@ -229,7 +226,7 @@ def source_of(
 
     Raises:
         ValueError: for data that are empty.
-        TypeError: for what is no data.
+        TypeError: for other types.
     """
     kind: type[DataSource] = DataSource
     if isinstance(data, StepData):

@@ -69,7 +69,7 @@ class StepELBO:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What an E-step works on.
+    """The pair and the data of an E-step, and its settings.
 
     Attributes:
         model: a Pyro model.
@@ -122,10 +122,10 @@ class EStep(ABC):
         """Return the ELBO of q as it is under the model's present parameters."""
 
     def warn(self) -> None:  # noqa: B027 - an exact one has nothing to say
-        """Log what the last update leaves to be desired."""
+        """Warn of an inaccurate last update."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of what is held."""
+        """Release the guide."""
 
 
 class ExactStep(EStep):
@@ -336,8 +336,8 @@ class ImportanceStep(DrawnStep):
 class NUTSStep(DrawnStep):
     """q is the posterior by the No-U-Turn sampler over all latents of all data at once.
 
-    NUTS draws do not tell log p(x), so that is measured by importance sampling
-    through the guide, on draws of its own.
+    NUTS gives no log p(x), so that is measured by importance sampling through the guide, on
+    draws of its own.
     """
 
     name = "nuts"

@@ -215,7 +215,7 @@ class _Run:
         self.iterations, self._begin = 0, time.perf_counter()
 
     def loop(self, num_iterations: int, tolerance: float, progress: bool) -> EMStop:
-        """Alternate; return what ended it."""
+        """Alternate half-steps; return the reason for ending."""
         try:
             with tqdm(total=num_iterations, disable=not progress, unit="iteration") as bar:
                 estimates = [self._record(0, "E", self.e_step.update(0))]
@@ -252,6 +252,6 @@ class _Run:
         return estimate
 
     def result(self, stopped_by: EMStop) -> EMResult:
-        """Return what was done."""
+        """Return the record."""
         elapsed = time.perf_counter() - self._begin
         return EMResult(self.history, stopped_by, self.iterations, elapsed)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -36,8 +36,7 @@ from pyro_vae.training import checkpoints
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.parameters import State
 from pyro_vae.training.result import Epoch, FitResult, FitStop
-from pyro_vae.training.steps import TrainingSteps
-from pyro_vae.training.validation import Validation
+from pyro_vae.training.steps import TrainingSteps, Validation
 
 __all__ = ["fit"]
 
@@ -57,6 +56,9 @@ _HISTORY = (
 
 # Called after each epoch; one that returns True ends training.
 Callback: TypeAlias = Callable[[Epoch], bool | None] | LRScheduler
+
+# How far training goes at most: steps, epochs, epochs without a gain; those that a user gave.
+_Limits: TypeAlias = Mapping[FitStop, int]
 
 
 def fit(
@@ -81,18 +83,24 @@ def fit(
     data_plate: DataPlate = None,
     drop_last: bool = False,
 ) -> FitResult:
-    """Train a model/guide pair by stochastic variational inference.
+    r"""Train a model/guide pair by stochastic variational inference.
 
-    Every step takes a minibatch, shuffled anew at each epoch. Ctrl-C ends training and
-    keeps what was learned. With validation data, the parameters that scored best on
-    them are kept. A LocalGuide is told which rows each minibatch holds. Where another guide, or
+    Every step takes a minibatch of B of the N data, shuffled anew at each epoch, and moves all
+    parameters along the gradient of a loss such as
+
+    .. math:: -\frac{N}{B} \sum_{n \in \text{minibatch}} \mathrm{ELBO}_n
+        \quad\text{or, without latents that all data share,}\quad
+        -\sum_{n \in \text{minibatch}} \mathrm{ELBO}_n
+
+    (stochastic variational inference, Hoffman, Blei, Wang & Paisley 2013). Ctrl-C ends training
+    and keeps the parameters of the last step. With validation data, the parameters with the best
+    validation ELBO are kept. A LocalGuide uses the rows of each minibatch. Where another guide, or
     the model, has parameters for each row by its place (AutoNormal), every step takes all the
     data in their order, and a warning says so.
 
-    Where all data share latents and the data plate has the size of the minibatch, what is in the
-    plate is scaled by the number of data over that size, as ``pyro.plate(name, num_data,
-    subsample=x)`` says it in the model; a warning tells of it. Else there would seem to be fewer
-    data.
+    Where all data share latents and the data plate has the size of the minibatch, the terms in the
+    plate are scaled by N / B, as by ``pyro.plate(name, num_data, subsample=x)`` in the model,
+    and a warning says so. Unscaled, there would seem to be fewer data.
 
     Args:
         model: a Pyro model.
@@ -109,7 +117,7 @@ def fit(
         schedule: the factor on the latent terms of model and guide at each step, counted
             from 0: one of pyro_vae.schedules (KL warm-up), or any function. Validation is
             never scaled. The history has the factor of each epoch's last step as beta; a
-            warm-up that training cuts short is told in a logged warning.
+            logged warning names a warm-up that training cuts short.
         batch_size: data in a minibatch; the last of an epoch may be smaller. A DataLoader has
             its own.
         epochs: passes over the data at most; 100 where max_steps is not given either.
@@ -127,8 +135,8 @@ def fit(
         checkpoint: a file written after each epoch and its callbacks, whole or not at all, with
             the last and the best parameters. Where it exists, training resumes from it, with the
             optimizer's settings in it and the state of schedulers among the callbacks, or that
-            they hold, and goes on as if it had not been interrupted. What else a callback keeps
-            is its own. An epoch that max_steps cut short is not taken up again.
+            they hold, and goes on as if it had not been interrupted. Other state of callbacks
+            is not saved. An epoch that max_steps cut short is not taken up again.
         progress: whether to show a bar.
         callbacks: called with an Epoch after each; one that returns True ends training. A
             torch.optim.lr_scheduler takes a step after each (ReduceLROnPlateau by the validation
@@ -164,10 +172,13 @@ def fit(
         'epochs'
     """
     batch_size = as_count("batch_size", batch_size)
-    limits = _Limits.of(epochs, max_steps, patience)
+    if epochs is None and max_steps is None:
+        epochs = _DEFAULT_EPOCHS
+    given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
+    limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
     _check_data(guide, data, validation_data, patience)
-    loss = _check_loss(loss)
-    _check_schedule(schedule)
+    loss = ELBO() if loss is None else loss
+    _check_loss(loss, schedule)
     check_compile(compile)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
@@ -183,12 +194,11 @@ def fit(
     with one_thread(), seeded(training.batch.device, seed):
         steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile)
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        trainer = _Trainer(steps, validation, callbacks, checkpoint)
-        stopped_by = trainer.run(limits, progress)
+        result = _Trainer(steps, validation, callbacks, checkpoint).run(limits, progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
-    return trainer.result(stopped_by)
+    return result
 
 
 def _check_data(guide: Program, data: Any, validation_data: Any, patience: int | None) -> None:
@@ -221,20 +231,14 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
         )
 
 
-def _check_loss(loss: Any) -> Any:
-    """Return the loss, ELBO() by default; raise TypeError for what is none."""
-    if loss is None:
-        return ELBO()
+def _check_loss(loss: Any, schedule: Any) -> None:
+    """Raise TypeError where either has another type."""
     if not isinstance(loss, pyro.infer.ELBO):
         raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
     if isinstance(loss, pyro.infer.ReweightedWakeSleep):
         raise TypeError(
             "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
         )
-    return loss
-
-
-def _check_schedule(schedule: Any) -> None:
     if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
         raise TypeError(
             f"schedule={schedule!r}: a function from a step to the factor is needed; one "
@@ -244,7 +248,7 @@ def _check_schedule(schedule: Any) -> None:
 
 @dataclass
 class _Progress:
-    """Where training stands: what a checkpoint holds beside the parameters."""
+    """How far training has come, as a checkpoint holds it beside the parameters."""
 
     step: int = 0
     epoch: int = 0
@@ -252,40 +256,6 @@ class _Progress:
     best_elbo: float = -math.inf
     best_epoch: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """When training ends at the latest: after so many epochs, steps, epochs without a gain."""
-
-    epochs: int | None
-    max_steps: int | None
-    patience: int | None
-
-    @classmethod
-    def of(cls, epochs: Any, max_steps: Any, patience: Any) -> _Limits:
-        """Return the limits that a user gave; raise ValueError for what is no whole number."""
-        if epochs is None and max_steps is None:
-            epochs = _DEFAULT_EPOCHS
-        given = {"epochs": epochs, "max_steps": max_steps, "patience": patience}
-        return cls(**{n: None if v is None else as_count(n, v) for n, v in given.items()})
-
-    def steps(self, per_epoch: int | None) -> int | None:
-        """Return how many steps training has at most; None where that is not known."""
-        counts = [] if self.max_steps is None else [self.max_steps]
-        if self.epochs is not None and per_epoch is not None:
-            counts.append(self.epochs * per_epoch)
-        return min(counts, default=None)
-
-    def reached(self, progress: _Progress) -> FitStop | None:
-        """Return which limit training has come to, if any."""
-        counts: dict[FitStop, tuple[int, int | None]] = {
-            "max_steps": (progress.step, self.max_steps),
-            "epochs": (progress.epoch, self.epochs),
-            "patience": (progress.epoch - progress.best_epoch, self.patience),
-        }
-        ended = (name for name, (n, limit) in counts.items() if limit is not None and n >= limit)
-        return next(ended, None)
 
 
 class _Trainer:
@@ -306,10 +276,9 @@ class _Trainer:
         if checkpoint is not None and os.path.exists(checkpoint):
             self._resume(checkpoint)
 
-    def run(self, limits: _Limits, progress: bool) -> FitStop:
-        """Train; return what ended it, and leave the best parameters in place."""
-        total = limits.steps(self.steps.data.steps_per_epoch)
-        self._expect(total)
+    def run(self, limits: _Limits, progress: bool) -> FitResult:
+        """Train until a limit is reached, and leave the best parameters in place."""
+        total = self._expect(limits)
         with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
             try:
                 stopped_by = self._loop(limits, bar)
@@ -332,24 +301,37 @@ class _Trainer:
             )
         if text := shortfall(self.steps.schedule, self.state.step):
             logger.warning("training ended (%s) at %s", stopped_by, text)
-        return stopped_by
+        state = self.state
+        return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
 
-    def _expect(self, total: int | None) -> None:
-        """Prepare for so many steps in all, and warn of a schedule that is longer."""
-        if total is None:
-            return
+    def _expect(self, limits: _Limits) -> int | None:
+        """Prepare for the steps to come; return how many there are in all, if that is known."""
+        per_epoch = self.steps.data.steps_per_epoch
+        by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else math.inf
+        total = min(limits.get("max_steps", math.inf), by_epochs)
+        if total == math.inf:
+            return None
+        total = int(total)
         self.steps.expect(total)
         if self.validation is not None:
-            self.validation.expect(math.ceil(total / (self.steps.data.steps_per_epoch or total)))
+            self.validation.expect(math.ceil(total / (per_epoch or total)))
         if total > self.state.step and (text := shortfall(self.steps.schedule, total)):
             logger.warning("training will end by %s", text)
+        return total
+
+    def _ended(self, limits: _Limits) -> FitStop | None:
+        """Return which limit training has come to, if any."""
+        state = self.state
+        stalled = state.epoch - state.best_epoch
+        counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
+        return next((name for name, limit in limits.items() if counts[name] >= limit), None)
 
     def _loop(self, limits: _Limits, bar: tqdm[NoReturn]) -> FitStop:
-        while (stopped_by := limits.reached(self.state)) is None:
-            epoch = self._epoch(bar, limits.max_steps)
+        while (stopped_by := self._ended(limits)) is None:
+            epoch = self._epoch(bar, limits.get("max_steps"))
             self._unsaved = self.checkpoint is not None
             ended = self._call_back(epoch)
-            # After them, because what they set (a learning rate) is part of what goes on.
+            # After them: the checkpoint holds what they set, such as a learning rate.
             self._save()
             if ended:
                 return "callback"
@@ -467,8 +449,3 @@ class _Trainer:
             self.state.history.setdefault(name, [math.nan] * self.state.epoch)
         set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
-
-    def result(self, stopped_by: FitStop) -> FitResult:
-        """Return what was done."""
-        state = self.state
-        return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)

@@ -48,7 +48,7 @@ class MStep:
         self.optimizer = None if optim is None else make_optimizer(optim, parameters.trained)
 
     def run(self, objective: Callable[[], Tensor], iteration: int) -> None:
-        """Maximise; undo what gains nothing.
+        """Maximise the objective; restore the parameters where nothing was gained.
 
         Args:
             objective: a deterministic function of the parameters, in nats per datum.
@@ -110,7 +110,7 @@ class MStep:
     def _differentiate(
         self, objective: Callable[[], Tensor], iteration: int
     ) -> tuple[float, list[Tensor | None]]:
-        """Return minus the objective, and its gradients; None by what it does not depend on."""
+        """Return minus the objective and its gradients, None for unused parameters."""
         loss = -objective()
         gradients = torch.autograd.grad(loss, self.parameters.trained, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
@@ -134,7 +134,7 @@ class MStep:
 
 
 def failure(what: str, half_step: HalfStep, iteration: int) -> NonFiniteHalfStepError:
-    """Return the error that names what is not finite, and where."""
+    """Return the error for a quantity that is not finite in a half-step."""
     return NonFiniteHalfStepError(
         f"{what} is not finite in the {half_step}-step of iteration {iteration}. The model keeps "
         "the parameters of the last good half-step. Try another start, float64, or bound the "

@@ -13,13 +13,25 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
+from pyro_vae.programs.looks import ModelRun
+from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.readers import read_all
-from pyro_vae.programs.sites import Plate
+from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.state import Look, batch_norms
+from pyro_vae.programs.structure import ModelLooks, inspect
+from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program
-from pyro_vae.training.data_looks import DataLooks, rows_of
 from pyro_vae.training.data_source import source_of
+from pyro_vae.training.plate_scale import minibatch_scale
+from pyro_vae.training.row_order import (
+    NotSetUpError,
+    bound_to_order,
+    divides_by_size,
+    set_up_before,
+)
 
 __all__ = ["MinibatchELBO", "TrainingData", "mean_elbo"]
 
@@ -44,7 +56,7 @@ class TrainingData:
         batch: all the data; of the first look, where they are drawn anew for each epoch; what
             each step draws from, where it does; the first minibatch, where they are read part
             by part.
-        num_data: how many data there are; None where no tensor has rows, or nobody says.
+        num_data: how many data there are; None where that is not known.
         whole: whether a step takes all of them, in order: there is one datum, the model draws
             its own minibatches, or model or guide has parameters for each row.
         bound: why rows keep their order; empty where they need not.
@@ -68,12 +80,24 @@ class TrainingData:
         *,
         as_svi: bool = False,
     ) -> None:
-        self._guide, self._drop_last = guide, drop_last
+        self._model, self._guide = model, guide
+        self._drop_last, self._as_svi = drop_last, as_svi
         self.source = source_of(data, batch_size, device, drop_last)
-        self._looks = DataLooks(model, guide, self.source, as_svi)
         self.batch, self.num_data = self.source.batch, self.source.num_data
+        self._plate = data_plate
+        self._run: ModelRun | None = None  # of the model under its prior
+        self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
         # All of them at once: values outside a likelihood's support are refused here.
-        plate = self._looks.first(data_plate).data_plate
+        structure = self._inspect(self.source.example(self.batch))
+        if loose := unvalidated(structure):
+            logger.warning(
+                "observed sites %s have values outside the support of their likelihoods, which do "
+                "not validate them: they are trained on as they are. No bound on log p(x) takes "
+                "them, for they have no density",
+                loose,
+            )
+        plate = structure.data_plate
+        self._plate = False if plate is None else plate.name
         self.batch_size = min(batch_size, self.batch.size or 1)
         self.bound = ""
         self.whole = self.batch.size is None or plate is None or plate.drawn
@@ -85,12 +109,37 @@ class TrainingData:
         self._full_size: int | None = 1 if plate is None else plate.full_size
         self._scaled: FullSize | None = None
         if not self.whole:
-            self._full_size, self._scaled = self._looks.full_size(self.example, self._few())
+            self._find_scale()
         self._looked = self.whole or self.source.seen  # at each minibatch
+
+    # --- looks
+
+    def _inspect(self, batch: Batch) -> Structure:
+        """Return the model's structure on a batch; under the guide's draws, if only there."""
+        try:
+            looks = ModelLooks(self._model, batch)
+            structure = looks.structure(self._plate, latents_needed=False)
+            self._run = looks.run
+            return structure
+        except Exception as error:
+            plates: tuple[DataPlate, ...] = (self._plate,) if self._as_svi else ()
+            for plate in (None, False) if plates == (None,) else plates:
+                with Look():
+                    model = under_guide(self._model, self._guide)
+                    found = inspect(model, batch, data_plate=plate)
+                    if found.data_plate is None and self._plate is None:
+                        logger.warning(
+                            "each step takes all data, for there is no data plate: %s", error
+                        )
+                    return found
+            raise
 
     def _few(self) -> Batch:
         """Return the first rows, at least two, as model and guide get them."""
         return self.source.example(self.source.some(max(2, self.batch_size)))
+
+    def _all(self) -> Batch:
+        return self.source.example(self.source.all())
 
     def _find_order(self) -> None:
         """Find out whether each step must take all rows, in their order.
@@ -98,12 +147,82 @@ class TrainingData:
         Raises:
             ValueError: for a minibatch of one datum where BatchNorm is at work.
         """
-        order = self._looks.row_order(self._few())
-        self.whole = bool(order.reason)
-        if not self.whole:
-            self._check_last(order.norms)
-        elif not self._looks.guide_draws():
-            self.bound = order.reason
+        few = self._few()
+        with Look() as look:
+            role, norms = self._bound_role(few)
+        if look.error is not None:
+            if self.source.streamed or not self._takes_all():
+                return  # the first step says what is wrong
+            text = f"{type(look.error).__name__}: {look.error}".splitlines()[0]
+            self.bound = f"they cannot take {few.size} of the data alone ({text})"
+        elif role is not None:
+            self.bound = (
+                f"the {role} has parameters or values of its own for each row, by its place"
+            )
+        else:
+            self._check_last(sorted(name for name, count in norms.items() if count == few.size))
+            return
+        self.whole = True
+        with Look():
+            if not self.source.streamed and self._plate in drawn_by(self._guide, self._all()):
+                self.bound = ""  # the guide draws the minibatch, of all the data that it is given
+
+    def _bound_role(self, few: Batch) -> tuple[str | None, dict[str, int]]:
+        """Return which of the pair is bound to the order of rows, and what BatchNorms saw."""
+
+        def look() -> tuple[str | None, dict[str, int]]:
+            with self.rows(torch.arange(few.size or 0)):
+                pair = Pair(self._model, self._guide, few, gradients=True)
+                with batch_norms() as norms:
+                    pair.looks.know_run(pair.single.run, self._run)
+                plate = pair.looks.structure(self._plate, latents_needed=False).data_plate
+                if pair.part_agrees(plate):
+                    self._pair = pair
+                    return None, norms
+                return bound_to_order(self._model, self._guide, few, plate, self.rows), norms
+
+        if self.source.streamed:
+            return look()
+        try:
+            with set_up_before():
+                return look()
+        except NotSetUpError:
+            # Pyro's autoguides make their parameters for the first batch that they see.
+            run_pair(self._model, self._guide, self._all())
+            return look()
+
+    def _takes_all(self) -> bool:
+        """Return whether the pair runs on all the data at once."""
+        with Look() as look:
+            run_pair(self._model, self._guide, self._all())
+        return look.error is None  # whatever it is, it is no matter of minibatches
+
+    def _find_scale(self) -> None:
+        """Find the number of data that a minibatch's loss is scaled to."""
+        example, pair = self.example, self._pair
+        if pair is None or example.size != pair.batch.size:
+            pair, structure = None, self._inspect(example)
+        else:
+            structure = pair.looks.structure(self._plate, latents_needed=False)
+
+        def divides(plate: Plate, names: list[str]) -> bool:
+            return divides_by_size(self._model, self._guide, self._few(), plate, names, self.rows)
+
+        self._full_size, self._scaled = minibatch_scale(
+            self._model, example, structure, self.num_data, divides, pair.part if pair else None
+        )
+        if self._scaled is not None:
+            logger.warning(
+                "the plate %r has the size of a minibatch, and the latent sites %s are shared by "
+                "all data: what is in the plate is scaled by num_data / its size (%d / %d), as "
+                "pyro.plate(%r, %d, subsample=x) in the model says it",
+                self._plate,
+                [site.name for site in structure.global_latents],
+                self._scaled.num_data,
+                structure.num_data,
+                self._plate,
+                self._scaled.num_data,
+            )
 
     def _take_whole(self, plate: Plate | None) -> Plate | None:
         """Let each step take all the data, in their order; return the data plate of them."""
@@ -115,7 +234,7 @@ class TrainingData:
             )
         if not self.source.seen:
             self.batch = self.source.all()
-            plate = self._looks.structure(self.batch).data_plate
+            plate = self._inspect(self.batch).data_plate
         if self.bound and self.num_data is not None and self.num_data > self.batch_size:
             logger.warning(
                 "each step takes all %d data, in their order, and batch_size is not used: %s. "
@@ -159,12 +278,15 @@ class TrainingData:
 
     def looked_at(self) -> Pair | None:
         """Return the pair on the example, with what runs of it have shown, once; None without."""
-        pair, self._looks.pair = self._looks.pair, None
+        pair, self._pair = self._pair, None
         return pair if pair is not None and pair.batch.size == self.batch_size else None
 
     def rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which a LocalGuide uses the rows of a minibatch; None for all."""
-        return rows_of(self._guide, index)
+        """Return a context in which a guide with a row per datum uses these; None for all."""
+        if isinstance(self._guide, RowGuide) and index is not None:
+            # Checked as a whole: to check them here would be to wait for the device.
+            return self._guide.rows_as_given(index)
+        return contextlib.nullcontext()
 
     def full_size(self, program: Program) -> Program:
         """Return a model or guide whose minibatches count as many times as there are in all."""
@@ -183,7 +305,7 @@ class TrainingData:
             )
         try:
             batch = self.source.made(read_all(data, ordered=False))
-            self._looks.structure(batch)
+            self._inspect(batch)
         except Exception as error:
             error.add_note("in validation_data")
             raise
@@ -199,7 +321,7 @@ class TrainingData:
         size = None if self.whole else self.batch_size
         for index, batch in self.source.epoch(size, self._drop_last):
             if not self._looked:
-                self._looks.structure(batch)
+                self._inspect(batch)
             yield index, batch
         self._looked = True
 

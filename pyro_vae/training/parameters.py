@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import pyro
@@ -28,7 +28,7 @@ __all__ = ["Parameters", "State", "all_finite"]
 logger = logging.getLogger(__name__)
 
 
-# Tensors by name, by what holds them: "model" and "guide" (modules), "buffers" (of modules that
+# Tensors by name, by their holder: "model" and "guide" (modules), "buffers" (of modules that
 # plain functions call) and "store" (Pyro's parameter store).
 State: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
@@ -69,7 +69,7 @@ class Parameters:
         self.find(seen)
 
     def find(self, seen: Pair | None = None) -> None:
-        """Run the pair to see what it has: once more where a step has initialized ``late`` ones."""
+        """Find them in a run of the pair; again once a step has initialized the ``late`` ones."""
         self._first = FirstValues() if seen is None else seen.first
         if seen is None:
             called, statements = self._run()
@@ -88,7 +88,11 @@ class Parameters:
                 self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
         self.late = self._find_late(modules)
         self._buffers = self._find_buffers(called)
-        self.unregistered = self._find_unregistered({id(tensor) for _, tensor in registered})
+        ids = {id(tensor) for _, tensor in registered}
+        self.unregistered = {
+            role: [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in ids]
+            for role, root in self._modules.items()
+        }
         found = {**held, **{id(p): p for p in self._stored.values()}}
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
@@ -122,17 +126,6 @@ class Parameters:
         found = {id(buffer): buffer for module in called for buffer in module.buffers()}
         others = (buffer for key, buffer in found.items() if key not in held)
         return {str(number): buffer for number, buffer in enumerate(others)}
-
-    def _find_unregistered(self, registered: Container[int]) -> dict[str, list[str]]:
-        found = {
-            role: [
-                name
-                for name, parameter in module.named_parameters()
-                if parameter.requires_grad and id(parameter) not in registered
-            ]
-            for role, module in self._modules.items()
-        }
-        return {role: names for role, names in found.items() if names}
 
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""

@@ -1,4 +1,4 @@
-"""Results of training: what fit and em return, and what a callback of fit gets."""
+"""Results of training: those of fit and em, and of an epoch for callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HalfStep: TypeAlias = Literal["E", "M"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a callback of :func:`pyro_vae.fit` is given at the end of an epoch.
+    """The argument of a callback of :func:`pyro_vae.fit`, at the end of an epoch.
 
     Attributes:
         epoch: counted from 1.
@@ -35,7 +35,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What :func:`pyro_vae.fit` did.
+    """The result of :func:`pyro_vae.fit`.
 
     Attributes:
         history: equally long lists, one entry per epoch: epoch, step, elbo,
@@ -66,7 +66,7 @@ class FitResult:
 
 @dataclass(frozen=True)
 class EMResult:
-    """What :func:`pyro_vae.em` did.
+    """The result of :func:`pyro_vae.em`.
 
     Attributes:
         history: equally long lists, one entry per half-step: iteration (0 is the start),

@@ -1,4 +1,4 @@
-"""Steps of training: loss, gradients and update, and an error where they are not finite."""
+"""Steps of training, and scores of validation data; an error where they are not finite."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import LatentScale
-from pyro_vae.programs.state import RandomState, random_state, set_random_state
+from pyro_vae.programs.state import (
+    Look,
+    RandomState,
+    evaluation,
+    random_state,
+    seeded,
+    set_random_state,
+)
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile, Program
 from pyro_vae.schedules import factor_at
-from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
-__all__ = ["NonFiniteLossError", "TrainingSteps"]
+__all__ = ["NonFiniteLossError", "TrainingSteps", "Validation"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +60,7 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What is needed to take a step again.
-
-    Attributes:
-        index: the rows of its minibatch; None for all.
-        batch: its minibatch; None where its rows are enough.
-        random_state: before the step.
-    """
+    """What is needed to take a step again; ``batch`` is None where the rows are enough."""
 
     index: Tensor | None
     batch: Batch | None
@@ -68,10 +69,7 @@ class _Start:
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
-    """A step whose loss has not been read yet: its number, its size and its outcome on the device.
-
-    ``outcome``, [2], is the loss, and whether a step has failed by now.
-    """
+    """A step whose ``outcome``, [2], is on the device: the loss, and whether a step has failed."""
 
     number: int
     size: int | None
@@ -126,12 +124,13 @@ class TrainingSteps:
         with data.rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example, pair)
         for role, names in self.parameters.unregistered.items():
-            logger.info(
-                "trained are all parameters of modules, also those that are not registered with "
-                "Pyro. %s: %s",
-                role,
-                ", ".join(names),
-            )
+            if names:
+                logger.info(
+                    "trained are all parameters of modules, also those that are not registered "
+                    "with Pyro. %s: %s",
+                    role,
+                    ", ".join(names),
+                )
         self.last = self.parameters.state()
         self._optim = optim
         self._update: Update | None = None
@@ -187,7 +186,7 @@ class TrainingSteps:
         return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
 
     def expect(self, steps: int) -> None:
-        """Say how many steps there will be: whether compiling pays depends on it."""
+        """Set the number of steps in all, which decides whether compiling pays."""
         self._traced.steps = steps
 
     @property
@@ -255,7 +254,7 @@ class TrainingSteps:
         self.drop_gradients()
         loss = self._run(start, batch)
         update = self._update
-        if update is None:  # what was late is there now
+        if update is None:  # parameters that were late exist now
             with self.data.rows(self.data.first_rows):
                 self.parameters.find()
             update = self._begin()
@@ -272,7 +271,7 @@ class TrainingSteps:
             self._unread.append(_Unread(self.taken, batch.size, start, outcome))
 
     def _run(self, start: _Start, batch: Batch) -> Any:
-        """Return the loss of a step, gradients with it; say what is wrong where there is none."""
+        """Return the loss of a step, with gradients at the parameters; explain a failure."""
         try:
             with self.data.rows(start.index):
                 return self._traced(*batch.args, **batch.kwargs)
@@ -301,7 +300,7 @@ class TrainingSteps:
         return found
 
     def _look(self) -> None:
-        """Wait for the device, and read what has gathered there."""
+        """Wait for the device, and read the outcomes of the steps since."""
         if not self._unread:
             return
         outcomes = torch.stack([step.outcome for step in self._unread]).tolist()
@@ -369,6 +368,76 @@ class TrainingSteps:
                 f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
                 "data: make it with their num_data"
             )
+
+
+class Validation:
+    """Scores validation data by the loss of training, without the schedule's factor.
+
+    Args:
+        steps: of training.
+        batch: the validation data.
+        seed: of the random numbers, the same at each call.
+    """
+
+    def __init__(self, steps: TrainingSteps, batch: Batch, seed: int | None) -> None:
+        self._steps, self._batch, self._seed = steps, batch, 0 if seed is None else seed
+        # Validation is too little of a run for a second compilation to pay.
+        how = "replay" if steps.compile == "auto" else steps.compile
+        self._traced = TracedLoss(
+            *steps.pair, steps.loss.loss, compile=how, modes=False, owners=(steps.loss,)
+        )
+
+    def expect(self, epochs: int) -> None:
+        """Prepare for so many epochs: whether a graph pays depends on it."""
+        self._traced.steps = epochs * sum(1 for _ in self._steps.data.parts(self._batch))
+
+    def score(self) -> tuple[float, float]:
+        """Return the ELBO and its standard error over minibatches, in nats per datum.
+
+        Raises:
+            NonFiniteLossError: where it is not finite, naming rows and sites.
+        """
+        data, elbos, start = self._steps.data, [], 0
+        self._steps.set_factor(1.0)
+        with (
+            torch.no_grad(),
+            evaluation(self._steps.model, self._steps.guide),
+            seeded(self._batch.device, self._seed),
+        ):
+            for part in data.parts(self._batch):
+                elbos.append(data.elbo(self._loss(part, start), part.size))
+                start += part.size or 0
+        return mean_elbo(elbos)
+
+    def _loss(self, batch: Batch, start: int) -> float:
+        """Return the loss of a part of the data that begins at row ``start``."""
+        with Look() as look:
+            loss = float(self._traced(*batch.args, **batch.kwargs))
+            if math.isfinite(loss):
+                return loss
+        step, sites_of = self._steps.taken, self._sites_by_row(batch)
+        if look.error is not None and not sites_of:
+            look.error.add_note("in validation_data")
+            raise look.error
+        rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
+        sites = sorted(set().union(*sites_of.values()))
+        raise NonFiniteLossError(
+            f"validation_data: after step {step} the loss is not finite, in rows {rows} "
+            f"({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. Look at "
+            "these rows: rescale or leave them out, or bound the scale or logit there",
+            step,
+            sites,
+        ) from look.error
+
+    def _sites_by_row(self, batch: Batch) -> dict[int, list[str]]:
+        """Return the sites that are not finite at each row where there are any."""
+        found = {}
+        for row in range(batch.size or 0):
+            with Look():
+                alone = batch.rows(slice(row, row + 1))
+                if sites := non_finite_sites(self._steps.model, self._steps.guide, alone):
+                    found[row] = sites
+        return found
 
 
 def _double(loss: Any, device: torch.device) -> Tensor:

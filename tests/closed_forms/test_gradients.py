@@ -671,7 +671,8 @@ def test_a_second_run_of_the_guide_sees_the_same_dropout(vectorize):
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     batch = (x, x)
     pair = Pair(model, guide, as_batch(batch))
-    made = plan(pair, Needs(3, vectorize, data_plate=None, data="needed", enumeration="no"))
+    particles = "auto" if vectorize else "loop"
+    made = plan(pair, Needs(3, particles, data_plate=None, data="needed", enumeration="no"))
     assert guide.training
     gradients = StoppedGradients()
     run = TrainingRun(made, model, guide, as_batch(batch), 3, tracer=gradients.trace)

@@ -232,3 +232,24 @@ def test_without_the_last_minibatch_each_epoch_leaves_out_others():
     epochs = [torch.cat([index for index, _ in data.epoch()]) for _ in range(2)]
     assert all(len(rows.unique()) == 40 for rows in epochs)
     assert data.steps_per_epoch == 2
+
+
+def test_a_model_that_closes_over_its_data():
+    x = make_data()
+    guide = pv.LocalGuide(lambda: model(x), num_data=40, example=())
+    result = pv.fit(lambda: model(x), guide, (), max_steps=3, progress=False)
+    assert result.steps == 3
+    assert -4 < result.history["elbo"][-1] < -1  # per datum
+
+
+def test_a_model_that_draws_its_own_minibatch():
+    x = make_data()
+
+    def draws(x):
+        with pyro.plate("data", 40, subsample_size=10) as index:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[index])
+
+    result, _ = run(x, make_guide(x, fn=draws), fn=draws, epochs=None, max_steps=5)
+    assert result.steps == 5
+    assert all(-4 < elbo < -1 for elbo in result.history["elbo"])
