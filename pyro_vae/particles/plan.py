@@ -143,6 +143,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     proposer = pair.with_guide(hide(pair.guide, left_out)) if left_out else pair
     structure, subsampled, mode = None, False, _ChosenMode("loop")
     if needs.num_particles > 1 or needs.data != "no":
+        pair.batch.check_kinds()
         structure = _structure(pair, needs).drawing(single.drawn_by_guide)
         if needs.data == "needed" and not needs.share_globals:
             structure.require_no_globals()

@@ -73,18 +73,24 @@ class Batch:
     has_rows: bool = True
 
     def __post_init__(self) -> None:
-        sizes: dict[str, int] = {}
-        for name, value in self._named():
-            _check_kind(name, value)
-            if self._is_rows(value):
-                sizes[name] = value.shape[0]
+        if not self.has_rows:
+            return
+        self.check_kinds()
+        sizes = {name: value.shape[0] for name, value in self._named() if _has_dimensions(value)}
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
             raise ValueError(
                 f"the tensors of a batch need the same first dimension, the datum: {found}. Let "
                 "the model hold what is not a row per datum"
             )
-        if 0 in sizes.values():
+
+    def check_kinds(self) -> None:
+        """Raise TypeError for arguments that no rows can be taken of, ValueError for no rows."""
+        named = self._named()
+        for name, value in named:
+            _check_kind(name, value)
+        sizes = {name: value.shape[0] for name, value in named if _has_dimensions(value)}
+        if sizes and not any(sizes.values()):
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
 
     def __str__(self) -> str:
@@ -278,10 +284,14 @@ def _as_tensor(name: str, value: Any) -> Any:
 
 
 def arguments(args: Any, kwargs: Any) -> Batch:
-    """Return the Batch of a call's arguments; without rows where their first dimensions differ."""
-    tensors = (*args, *kwargs.values())
-    sizes = {value.shape[0] for value in tensors if _has_dimensions(value)}
-    return Batch(tuple(args), kwargs, len(sizes) < 2)
+    """Return the Batch of a call's arguments; without rows where none can be taken of all of them.
+
+    Where first dimensions differ, that is; of sparse tensors and arrays; and where there are none.
+    """
+    try:
+        return Batch(tuple(args), kwargs)
+    except (TypeError, ValueError):
+        return Batch(tuple(args), kwargs, has_rows=False)
 
 
 def rows_text(bad: Tensor) -> str:

@@ -173,3 +173,19 @@ def test_explain_says_what_the_loss_does_below_a_summed_out_site(num_particles):
     torch.manual_seed(0)
     run = pv.ELBO(num_particles)._run(model, guide, as_batch(x))
     assert set(pv.ELBO(num_particles)._analytic(run)) == {"u"}
+
+
+def test_a_loss_takes_a_sparse_argument_where_no_rows_are_taken():
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.sparse.sum(x, 1).to_dense())
+
+    def guide(x):
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.eye(4).to_sparse()
+    assert pv.ELBO().loss(model, guide, x) > 0
+    with pytest.raises(TypeError, match="argument 0 of the batch is sparse"):
+        pv.ELBO(2).loss(model, guide, x)
