@@ -189,11 +189,8 @@ class Captured:
         containers = [(container, copy.copy(container)) for container in self._containers]
 
         def restore() -> None:
-            for holder, name, value in entries:
-                if value is MISSING:
-                    holder.pop(name, None)
-                elif holder.get(name, MISSING) is not value:
-                    holder[name] = value
+            for entry in entries:
+                _put_back_entry(*entry)
             for cell, value in cells:
                 if value is not MISSING and _content_of(cell) is not value:
                     cell.cell_contents = value
@@ -231,51 +228,74 @@ class Captured:
                     self._look_up(holder, new)
 
     def _look(self, value: Any, label: str) -> None:
+        """Watch what one value captures, by what it is."""
         if is_plain(value) or value is MISSING or isinstance(value, (Tensor, torch.dtype)):
             return
         if id(value) in self._met or len(self._met) >= _MANY:
             return
         self._met[id(value)] = value
-        if isinstance(value, types.FunctionType):
-            self._look_at_function(value)
-        elif isinstance(value, functools.partial):
-            self._push([value.func, *value.args, value.keywords], label)
-            # Pyro's handlers hide the partial function that they are.
-            self._push([getattr(value, "__wrapped__", None)], label)
-        elif isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-            self._push([getattr(value, "__func__", None), value.__self__], label)
-        elif isinstance(value, (staticmethod, classmethod)):
-            self._push([value.__func__], label)
-        elif isinstance(value, (property, functools.cached_property)):
-            self._push([getattr(value, "fget", None) or getattr(value, "func", None)], label)
-        elif isinstance(value, types.ModuleType):
-            if not is_library(value.__name__):
-                self._holders.append((value, set()))
-        elif isinstance(value, type):
-            if not is_library(value.__module__):
-                self._holders.append((value, set()))
-        elif isinstance(value, (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)):
-            self._look_at_container(value, label)
-        elif isinstance(value, np.ndarray):
-            if value.size <= _LONG and value.dtype != object:
-                self._arrays.append(value)
-        elif hasattr(type(value), "__wrapped__") or "__wrapped__" in getattr(value, "__dict__", {}):
+        for kinds, look in _LOOKS:
+            if isinstance(value, kinds):
+                look(self, value, label)
+                return
+        if hasattr(type(value), "__wrapped__") or "__wrapped__" in getattr(value, "__dict__", {}):
             self._push([value.__wrapped__], label)  # of functools.lru_cache
         else:
             self._look_at_object(value, label)
 
+    def _look_at_partial(self, value: functools.partial[Any], label: str) -> None:
+        # Pyro's handlers hide the partial function that they are.
+        inner = [value.func, *value.args, value.keywords, getattr(value, "__wrapped__", None)]
+        self._push(inner, label)
+
+    def _look_at_method(self, value: Any, label: str) -> None:
+        self._push([getattr(value, "__func__", None), value.__self__], label)
+
+    def _look_at_static(self, value: Any, label: str) -> None:
+        self._push([value.__func__], label)
+
+    def _look_at_property(self, value: Any, label: str) -> None:
+        self._push([getattr(value, "fget", None) or getattr(value, "func", None)], label)
+
+    def _look_at_namespace(self, value: types.ModuleType | type, label: str) -> None:
+        """Watch the attributes of a module or a class that code reads."""
+        name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+        if not is_library(name):
+            self._holders.append((value, set()))
+
+    def _look_at_array(self, value: np.ndarray[Any, Any], label: str) -> None:
+        if value.size <= _LONG and value.dtype != object:
+            self._arrays.append(value)
+
     def _push(self, values: Iterable[Any], label: str) -> None:
         self._queue.extend((value, label) for value in values)
 
-    def _look_at_function(self, function: types.FunctionType) -> None:
-        code, known = function.__code__, function.__globals__
+    def _look_at_function(self, function: types.FunctionType, label: str) -> None:
         name = function.__qualname__.replace("<locals>.", "")
-        library = is_library(known.get("__name__", ""))
-        for cell, variable in zip(function.__closure__ or (), code.co_freevars, strict=True):
+        is_of_library = is_library(function.__globals__.get("__name__", ""))
+        self._look_at_closure(function, name, is_of_library)
+        if is_of_library:
+            return
+        reads = _reads(function.__code__)
+        self._names |= reads.attributes | (reads.globals & _BY_ANY_NAME)
+        self._look_at_globals(function.__globals__, reads, name)
+        if function.__kwdefaults__:
+            self._push([function.__kwdefaults__], f"the defaults of {name}")
+        self._watch_slot(function, "__defaults__", f"the defaults of {name}")
+        if vars(function):
+            self._holders.append((function, set()))
+        for module, level in reads.imports:
+            self._push([_imported(module, level, function.__globals__)], module)
+
+    def _look_at_closure(
+        self, function: types.FunctionType, name: str, is_of_library: bool
+    ) -> None:
+        cells = zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+        for cell, variable in cells:
             label = f"{variable!r} in the closure of {name}"
             value = _content_of(cell)
             # The decorators of a library close over the function that they decorate.
-            if library and not callable(value):
+            if is_of_library and not callable(value):
                 continue
             self._queue.append((value, label))
             if id(cell) not in self._watched:
@@ -283,23 +303,13 @@ class Captured:
                 self._met[id(cell)] = cell
                 self._cells.append(cell)
                 self._cell_labels.append(label)
-        if library:
-            return
-        reads = _reads(code)
-        self._names |= reads.attributes | (reads.globals & _BY_ANY_NAME)
+
+    def _look_at_globals(self, known: dict[str, Any], reads: _Reads, name: str) -> None:
         variables = set(reads.globals)
         if variables & _ANY_GLOBAL:
             variables |= {key for key, value in known.items() if isinstance(value, (int, float))}
-        for variable in sorted(variables):
-            if variable in known and variable != "__builtins__":
-                self.add(known, variable, f"the global {variable!r}, which {name} reads")
-        if function.__kwdefaults__:
-            self._push([function.__kwdefaults__], f"the defaults of {name}")
-        self._watch_slot(function, "__defaults__", f"the defaults of {name}")
-        if vars(function):
-            self._holders.append((function, set()))
-        for module, level in reads.imports:
-            self._push([_imported(module, level, known)], module)
+        for variable in sorted(variables & known.keys() - {"__builtins__"}):
+            self.add(known, variable, f"the global {variable!r}, which {name} reads")
 
     def _watch_slot(self, holder: Any, name: str, label: str) -> None:
         if (id(holder), name) not in self._watched:
@@ -336,28 +346,29 @@ class Captured:
         """Watch the attributes of a module, a class or an object that have one of some names."""
         if isinstance(holder, (types.ModuleType, types.FunctionType)):
             label = getattr(holder, "__qualname__", holder.__name__)
-            for name in sorted(names & vars(holder).keys()):
-                self.add(vars(holder), name, f"{label}.{name}")
+            self._add_all(vars(holder), names & vars(holder).keys(), label)
             return
         is_class = isinstance(holder, type)
         kind = holder if is_class else type(holder)
-        attributes: Any = None if is_class else getattr(holder, "__dict__", None)
+        attributes: Any = {} if is_class else getattr(holder, "__dict__", {})
         by_any_name = bool(self._names & _BY_ANY_NAME) or id(holder) in self._roots
-        found = set(attributes or ()) if by_any_name else names & set(attributes or ())
+        found = set(attributes) if by_any_name else names & set(attributes)
         for owner in kind.__mro__:
             if is_library(owner.__module__):
                 continue
-            for name in sorted(_of_class(owner, names, by_any_name)):
-                if isinstance(vars(owner)[name], types.MemberDescriptorType):  # of __slots__
-                    if not is_class:
-                        self._watch_slot(holder, name, f"{kind.__name__}.{name}")
-                    continue
-                mine = self._proxies.setdefault(owner, vars(owner))
-                self.add(mine, name, f"{owner.__name__}.{name}")
-                found.add(name)  # an attribute of the object would hide it
-        if attributes is not None:
-            for name in sorted(found):
-                self.add(attributes, name, f"{kind.__name__}.{name}")
+            wanted = _of_class(owner, names, by_any_name)
+            slots = {n for n in wanted if isinstance(vars(owner)[n], types.MemberDescriptorType)}
+            for name in sorted(slots) if not is_class else ():
+                self._watch_slot(holder, name, f"{kind.__name__}.{name}")
+            mine = self._proxies.setdefault(owner, vars(owner))
+            self._add_all(mine, wanted - slots, owner.__name__)
+            found |= wanted - slots  # an attribute of the object would hide it
+        if hasattr(holder, "__dict__") and not is_class:
+            self._add_all(attributes, found, kind.__name__)
+
+    def _add_all(self, holder: Mapping[str, Any], names: set[str], label: str) -> None:
+        for name in sorted(names):
+            self.add(holder, name, f"{label}.{name}")
 
 
 def _of_class(owner: type, names: set[str], by_any_name: bool) -> set[str]:
@@ -383,18 +394,33 @@ def _content_of(cell: types.CellType) -> Any:
         return MISSING
 
 
+def _put_back_entry(holder: dict[str, Any], name: str, value: Any) -> None:
+    if value is MISSING:
+        holder.pop(name, None)
+    elif holder.get(name, MISSING) is not value:
+        holder[name] = value
+
+
 def _put_back(container: Any, before: Any) -> None:
-    same = len(container) == len(before) and all(
-        a is b for a, b in zip(container, before, strict=True)
+    """Give a container the items that its copy has."""
+    if _has_items(container, before):
+        return
+    container.clear()
+    if isinstance(container, (set, dict)):
+        container.update(before)
+    else:
+        container.extend(before)
+
+
+def _has_items(container: Any, before: Any) -> bool:
+    """Return whether two containers hold the same objects, in one order."""
+    if len(container) != len(before) or any(
+        a is not b for a, b in zip(container, before, strict=True)
+    ):
+        return False
+    return not isinstance(container, dict) or all(
+        container[key] is value for key, value in before.items()
     )
-    if isinstance(container, dict):
-        if not same or any(container[key] is not value for key, value in before.items()):
-            container.clear()
-            container.update(before)
-    elif not same:
-        container.clear()
-        extend = container.update if isinstance(container, set) else container.extend
-        extend(before)
 
 
 def _imported(module: str, level: int, known: Mapping[str, Any]) -> Any:
@@ -406,3 +432,19 @@ def _imported(module: str, level: int, known: Mapping[str, Any]) -> Any:
     except ImportError:
         return None
     return sys.modules.get(name)
+
+
+# How a value is looked at, by what it is: the first that fits.
+_LOOKS: tuple[tuple[tuple[type, ...], Callable[[Captured, Any, str], None]], ...] = (
+    ((types.FunctionType,), Captured._look_at_function),
+    ((functools.partial,), Captured._look_at_partial),
+    ((types.MethodType, types.BuiltinMethodType), Captured._look_at_method),
+    ((staticmethod, classmethod), Captured._look_at_static),
+    ((property, functools.cached_property), Captured._look_at_property),
+    ((types.ModuleType, type), Captured._look_at_namespace),
+    (
+        (list, tuple, set, frozenset, dict, deque, types.MappingProxyType),
+        Captured._look_at_container,
+    ),
+    ((np.ndarray,), Captured._look_at_array),
+)

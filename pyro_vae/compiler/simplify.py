@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -52,29 +51,25 @@ _RESHAPES = {
     _aten.slice.Tensor,
     _aten.select.int,
 }
-# Of one tensor, number by number, rounded as IEEE says: the same wherever the number stands.
-_UNARY = {_aten.abs.default, _aten.mul.Scalar, _aten.neg.default, _aten.sqrt.default}
-# Of two; results lie in memory as the one does that is whole.
-_BINARY = {_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor}
+# Give their first argument where the second is one.
+_BY_ONE = {_aten.div.Tensor, _aten.mul.Tensor, _aten.pow.Tensor_Scalar}
 _SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call that is to stand in the place of a node.
+    """A call that gives what a node gives.
 
     Attributes:
         target: the operator.
-        args: nodes, other calls, and plain values.
-        value: a tensor like the result; None for one like that of the node.
+        args: nodes and plain values.
     """
 
     target: Operator
     args: tuple[Any, ...]
-    value: Tensor | None = None
 
 
-# From a node to what gives the same: a node that there is, or calls; None where there is nothing.
+# From a node to what gives the same: another node, or a call; None where there is nothing.
 _Rule = Callable[[fx.Node], fx.Node | _Call | None]
 
 
@@ -86,8 +81,7 @@ def simplify(graph: fx.Graph) -> None:
     """
     written = written_nodes(graph)
     _fold(graph, written)
-    rules = (_single_row, _neutral, _shorter, _single_row, _neutral, _negated_sum, _expanded_last)
-    for rule in rules:
+    for rule in (_single_row, _neutral, _shorter, _single_row, _neutral):
         _apply(graph, rule, written)
     _merge_equal(graph, written)
     _own_outputs(graph)
@@ -103,29 +97,17 @@ def _apply(graph: fx.Graph, rule: _Rule, written: set[fx.Node]) -> None:
             continue
         # A view shares its memory either way. A result is memory of its own; and what is read in
         # the place of it is read later, or earlier, than it was.
-        read = [new] if isinstance(new, fx.Node) else [*node.all_input_nodes, *_sources(new)]
         is_view = isinstance(new, fx.Node) and viewed_by(node) is not None
+        read = [new] if isinstance(new, fx.Node) else nodes_in((new.args, node.args))
         if not is_view and is_written([node, *read], written):
             continue
         if isinstance(new, _Call):
+            call = new
             with graph.inserting_before(node):
-                new = _insert(graph, new, node)
+                new = graph.call_function(call.target, call.args)
+            new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-
-
-def _sources(call: _Call) -> list[fx.Node]:
-    inner = [node for arg in call.args if isinstance(arg, _Call) for node in _sources(arg)]
-    return inner + nodes_in(tuple(arg for arg in call.args if not isinstance(arg, _Call)))
-
-
-def _insert(graph: fx.Graph, call: _Call, node: fx.Node) -> fx.Node:
-    args = tuple(_insert(graph, a, node) if isinstance(a, _Call) else a for a in call.args)
-    new = graph.call_function(call.target, args)
-    new.meta.update(node.meta)
-    if call.value is not None:
-        new.meta["val"] = call.value
-    return new
 
 
 # --- constants
@@ -168,12 +150,12 @@ def _blank(node: fx.Node) -> Tensor:
     return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _is_filled(value: object, number: int) -> bool:
-    """Return whether a value is a number, or a constant filled with it; minus zero is not zero."""
+def _is_one(value: object) -> bool:
+    """Return whether a value is the number one, or a constant filled with ones."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value == number and math.copysign(1, value) == 1
+        return value == 1
     constant = constant_of(value)
-    return constant is not None and bool(((constant == number) & ~constant.signbit()).all())
+    return constant is not None and bool((constant == 1).all())
 
 
 # --- operations without effect
@@ -212,25 +194,15 @@ def _same_view(node: fx.Node) -> fx.Node | None:
 
 
 def _same_number(node: fx.Node) -> fx.Node | None:
-    """Return what a node multiplies or divides by one, or takes zero from, or to the power one."""
+    """Return what a node multiplies or divides by one, or takes to the power of one."""
     value = value_of(node)
-    if value is None or value.is_complex() or node.kwargs or node.target not in _NEUTRAL:
+    if value is None or value.is_complex() or node.kwargs or node.target not in _BY_ONE:
         return None  # infinities and zeros of two complex parts follow rules of their own
-    left, right = args_of(node)
-    if layout(left) == layout(node) and _is_filled(right, _NEUTRAL[node.target]):
-        return left if isinstance(left, fx.Node) else None
-    if node.target is _aten.mul.Tensor and layout(right) == layout(node) and _is_filled(left, 1):
-        return right if isinstance(right, fx.Node) else None
-    return None
-
-
-# The number that changes nothing as the second argument.
-_NEUTRAL: dict[object, int] = {
-    _aten.div.Tensor: 1,
-    _aten.mul.Tensor: 1,
-    _aten.pow.Tensor_Scalar: 1,
-    _aten.sub.Tensor: 0,
-}
+    pairs = [args_of(node)]
+    if node.target is _aten.mul.Tensor:
+        pairs.append(pairs[0][::-1])
+    same = (first for first, one in pairs if _is_one(one) and layout(first) == layout(node))
+    return next(same, None)
 
 
 # --- one operation for several
@@ -312,51 +284,6 @@ _SHORTER: dict[object, tuple[Callable[[fx.Node], _Call | None], ...]] = {
 
 def _same_dtype(left: fx.Node, right: fx.Node) -> bool:
     return bool(left.meta["val"].dtype == right.meta["val"].dtype)
-
-
-# --- fewer numbers
-
-
-def _negated_sum(node: fx.Node) -> _Call | None:
-    """Return the negative of a sum that a sum of negatives is: fewer numbers, and the same."""
-    if node.target is not _aten.sum.dim_IntList or node.kwargs or not is_real(node):
-        return None
-    negative, *others = args_of(node)
-    if negative.target is not _aten.neg.default or len(negative.users) > 1:
-        return None
-    source = args_of(negative)[0]
-    if layout(negative) != layout(source):
-        return None  # with gaps in memory, a sum goes in another order
-    return _Call(_aten.neg.default, (_Call(node.target, (source, *others)),))
-
-
-def _expanded_last(node: fx.Node) -> _Call | None:
-    """Work out a number once that stands in many places: the weight of all that one datum has."""
-    if node.target not in _UNARY or node.kwargs:
-        return None
-    wide, *others = args_of(node)
-    if wide.target is not _aten.expand.default or wide.kwargs:
-        return None
-    narrow, size = args_of(wide)
-    value = narrow.meta["val"]
-    same = node.meta["val"].dtype == value.dtype and value.is_contiguous()
-    if not same or not all(_goes_with_a_whole_one(user, node) for user in node.users):
-        return None
-    target: Any = node.target
-    small = _Call(target, (narrow, *others), torch.empty_like(value))
-    expanded = torch.empty_like(value).expand(node.meta["val"].shape)
-    return _Call(_aten.expand.default, (small, size), expanded)
-
-
-def _goes_with_a_whole_one(user: fx.Node, node: fx.Node) -> bool:
-    """Return whether an operation has another argument that says how its result lies in memory."""
-    return user.target in _BINARY and any(
-        isinstance(other, fx.Node)
-        and layout(other) == layout(node) == layout(user)
-        and other.target is not _aten.expand.default
-        and other is not node
-        for other in user.args
-    )
 
 
 # --- the whole graph

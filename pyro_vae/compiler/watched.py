@@ -56,7 +56,7 @@ class Watched:
         self.expect()
 
     def _add_attributes(self, module: nn.Module, modes: bool) -> None:
-        """Watch what is said of a module, beside what every module has."""
+        """Watch the attributes of a module, beside those that every module has."""
         kind = type(module)
         for name, value in list(vars(module).items()):
             # The rows of a table are an input.
@@ -65,7 +65,7 @@ class Watched:
             ) or name == "given_rows":
                 continue
             self._captured.add(
-                vars(module), name, f"{kind.__name__}.{name}", followed=_is_told(kind, value)
+                vars(module), name, f"{kind.__name__}.{name}", followed=_is_followed(kind, value)
             )
         self._captured.follow((), "")
 
@@ -74,7 +74,7 @@ class Watched:
         return self._captured.identity_check()
 
     def expect(self) -> None:
-        """Take the present state for the one that a graph is for."""
+        """Expect the present state from now on."""
         captured = self._captured
         self._values, self._contents = captured.values(), captured.contents()
         self._places, self._digests = captured.places(), captured.digests()
@@ -89,8 +89,8 @@ class Watched:
         self._sizes, self._sizes_of_parts = _Sizes(self._lengths_of), _Sizes(self._structure)
 
     def holds(self) -> bool:
-        """Whether all is as expected."""
-        # By identity first, for a step has no time to lose.
+        """Return whether all is as expected."""
+        # By identity first: this runs at each step.
         if not self._has_values(self._values):
             now = self._captured.values()
             if not all(map(_same, now, self._values)):
@@ -107,11 +107,11 @@ class Watched:
         )
 
     def holds_tensors(self) -> bool:
-        """Whether the parameters and buffers are the expected ones."""
+        """Return whether the parameters and buffers are the expected ones."""
         return self._sizes.hold() and self._has_tensors(self._tensors)
 
     def changed(self, *, plain: bool = False) -> str | None:
-        """Say where a value lies that is another than expected; None if there is none.
+        """Return where a value lies that is another than expected; None if there is none.
 
         Args:
             plain: whether to look for numbers and texts alone.
@@ -122,10 +122,10 @@ class Watched:
         return None
 
     def settle(self) -> None:
-        """Take the state after a run for the expected one; leave what the run itself wrote alone.
+        """Expect the state after a run, and watch no more what the run itself wrote.
 
-        As a module that keeps the last draw: else the next run for other arguments would make
-        this graph a stale one, and so by turns.
+        A module that keeps its last draw would make this graph a stale one with every run for
+        other arguments.
         """
         if written := {index for index, _ in self._differing()}:
             self._captured.forget(written)
@@ -165,13 +165,13 @@ def _is_plain_or_missing(value: Any) -> bool:
     return value is MISSING or is_plain(value)
 
 
-def _is_told(kind: type, value: Any) -> bool:
-    """Whether to look into an attribute of a module: of a library's, into what users gave it."""
+def _is_followed(kind: type, value: Any) -> bool:
+    """Return whether to look into an attribute: of a library's module, into what users gave it."""
     return not is_library(kind.__module__) or callable(value) or _is_plain_list(value)
 
 
 def _is_plain_list(value: Any) -> bool:
-    """Whether a list or mapping holds nothing but plain values and such lists."""
+    """Return whether a list or mapping holds nothing but plain values and such lists."""
     items = list(value.values()) if isinstance(value, Mapping) else value
     return isinstance(items, (list, tuple)) and all(
         is_plain(item) or _is_plain_list(item) for item in items[:_LONG]

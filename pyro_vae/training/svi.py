@@ -18,6 +18,7 @@ from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.plain_errors import plain_errors
 from pyro_vae.programs.state import evaluation, module_of, one_thread, preserved_rng, unwrapped
 from pyro_vae.programs.traces import OUTSIDE, non_finite_sites
+from pyro_vae.programs.types import Compile, Program
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
@@ -58,8 +59,8 @@ class CompiledSVI:
             another one is trained, which pyro.infer.SVI does not do.
         loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
         loss_and_grads: as in pyro.infer.SVI; by default that of loss.
-        num_samples: 0: pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
-        num_steps: steps to expect, for compile="auto"; 0 if nobody knows.
+        num_samples: 0, because pyro.infer.SVI.run, which it serves, is deprecated in Pyro.
+        num_steps: steps to expect, for compile="auto"; 0 where that is not known.
         compile: how steps run: "replay" the recorded operations; True compiles them first;
             "auto" replays, and compiles once the run is, or has been, so long that this saves
             time (a logged message of level INFO says so); False runs eagerly.
@@ -90,15 +91,15 @@ class CompiledSVI:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         optim: Any,
         loss: Any,
         loss_and_grads: Callable[..., Any] | None = None,
         num_samples: int = 0,
         num_steps: int = 0,
         *,
-        compile: str | bool = "auto",
+        compile: Compile = "auto",
     ) -> None:
         if num_samples:
             raise ValueError(
@@ -111,24 +112,23 @@ class CompiledSVI:
                 keep_apart(module)
         is_elbo = isinstance(loss, pyro.infer.ELBO)
         self.loss = loss.loss if is_elbo else loss
-        given = loss_and_grads
-        if loss_and_grads is None:
-            loss_and_grads = loss.loss_and_grads if is_elbo else self._differentiated
-        self.loss_and_grads = loss_and_grads
+        self.loss_and_grads = loss_and_grads or (
+            loss.loss_and_grads if is_elbo else self._differentiated
+        )
         self._traced = TracedLoss(
             model,
             guide,
-            loss_and_grads,
+            self.loss_and_grads,
             compile=compile,
             steps=num_steps or None,
             state=loss if isinstance(loss, Objective) else None,
-            owners=(loss, given),
+            owners=(loss, loss_and_grads),
             wanted=self._of_optimizer,
         )
         self._update: Update | None = None
         self._moved: set[int] = set()  # parameters that had a gradient
         self._filled: list[Tensor] | None = None  # of the last step, where all had one
-        self._told = False
+        self._warned = False  # of parameters that are not trained
 
     @property
     def mode(self) -> str:
@@ -167,7 +167,7 @@ class CompiledSVI:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         loss = self._traced(*args, **kwargs)
         parameters = self._traced.parameters
-        self._tell_of_unregistered()
+        self._warn_of_unregistered()
         if self._update is None and (parameters or isinstance(self.optim, torch.optim.Optimizer)):
             self._update = Update(make_optimizer(self.optim, parameters))
         if self._update is None:  # nothing to move, yet
@@ -179,16 +179,16 @@ class CompiledSVI:
         self._update.drop_gradients()
         number = _number(loss)
         if isinstance(number, float) and not math.isfinite(number):
-            self._tell_outside(args, kwargs)
+            self._refuse_outside(args, kwargs)
         return number
 
-    def _tell_outside(self, args: Any, kwargs: Any) -> None:
+    def _refuse_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError where a loss is infinite for values outside a support."""
         batch = Batch(args, kwargs)
-        # Losses that are always infinite (TraceTailAdaptive_ELBO's) go on as if nobody had looked.
+        # Losses that are always infinite (TraceTailAdaptive_ELBO's) go on as before.
         with preserved_rng(batch.device), evaluation(self.model, self.guide):
-            told = non_finite_sites(self.model, self.guide, batch)
-        if outside := [site for site in told if site.endswith(OUTSIDE)]:
+            sites = non_finite_sites(self.model, self.guide, batch)
+        if outside := [site for site in sites if site.endswith(OUTSIDE)]:
             raise ValueError(
                 f"the loss is infinite, at sites {', '.join(outside)}: the guide proposes values "
                 "where the model's density is zero. Propose on the support of its distribution "
@@ -196,7 +196,7 @@ class CompiledSVI:
             )
 
     def _of_optimizer(self) -> list[Tensor]:
-        """Return the parameters of an optimizer that the user made: theirs are moved, no others."""
+        """Return the parameters of an optimizer that the user made: it moves them, no others."""
         if not isinstance(self.optim, torch.optim.Optimizer):
             return []
         return [p for group in self.optim.param_groups for p in group["params"]]
@@ -217,11 +217,11 @@ class CompiledSVI:
             elif id(parameter) in self._moved:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _tell_of_unregistered(self) -> None:
+    def _warn_of_unregistered(self) -> None:
         """Say once which parameters get a gradient and stay where they are."""
-        if self._told or not self._traced.unregistered:
+        if self._warned or not self._traced.unregistered:
             return
-        self._told = True
+        self._warned = True
         shapes = [tuple(p.shape) for p in self._traced.unregistered]
         logger.warning(
             "%d parameters of modules, of shapes %s, have a gradient and are not trained, for Pyro "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -18,7 +17,7 @@ from pyro_vae.compiler import gradient_hooks
 from pyro_vae.compiler.agreement import gradients_differ, losses_differ
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.graph import Graph
-from pyro_vae.compiler.replayer import Entry, Objection, Replayer
+from pyro_vae.compiler.replayer import Objection, Replayer
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
@@ -29,8 +28,8 @@ from pyro_vae.programs.pyro_internals import handlers_at_work
 from pyro_vae.programs.state import called_modules, module_of, unwrapped
 from pyro_vae.programs.types import Program
 from pyro_vae.programs.warned_once import warn_once
-from pyro_vae.torch_internals import num_hooks_made, parameters_of, unchecked_samples
-from pyro_vae.training.step_state import LossState, StepState
+from pyro_vae.torch_internals import parameters_of, unchecked_samples
+from pyro_vae.training.step_state import EagerStep, LossState, Step, StepEntry, StepState
 
 __all__ = ["TracedLoss"]
 
@@ -54,98 +53,7 @@ _EACH_NUMBER = (
 )
 
 
-@dataclass(slots=True)
-class _Entry(Entry):
-    """Cached state for one signature of arguments.
-
-    Attributes:
-        calls: so far.
-        last_call: the number of the last one, among those of all signatures.
-        min_calls: that run eagerly before one is traced.
-        given_up: whether calls run eagerly for good.
-        parameters: whose gradients the graph returns.
-        unregistered: parameters of modules that Pyro does not know of, and that the caller does
-            not want.
-        watched: what the graph takes for constant; None before the first run.
-        backward_once: whether a step goes backward through each parameter once.
-        hooked: the parameters with gradient hooks, when PyTorch's hooks were last counted.
-        num_hooks: that count.
-        compared: values of varying numbers at which the graph was compared.
-    """
-
-    calls: int = 0
-    last_call: int = 0
-    min_calls: int = 0
-    given_up: bool = False
-    parameters: list[Tensor] = field(default_factory=list)
-    unregistered: list[Tensor] = field(default_factory=list)
-    watched: Watched | None = None
-    backward_once: bool = True
-    hooked: list[Tensor] = field(default_factory=list)
-    num_hooks: int = -1
-    compared: set[Hashable] = field(default_factory=set)
-
-    def not_among(self, statements: ParamStatements) -> list[Tensor]:
-        """Return the parameters of a run that are not those whose gradients the graph returns."""
-        modules = () if self.watched is None else self.watched.modules.values()
-        known = {id(parameter) for parameter in self.parameters}
-        stated = statements.tensors(modules)
-        return [tensor for _, tensor in stated if tensor.requires_grad and id(tensor) not in known]
-
-    def holds(self) -> bool:
-        """Return whether what was found is as it was; attributes may change before the trace."""
-        if self.watched is None:
-            return True
-        return self.watched.holds_tensors() if self.graph is None else self.watched.holds()
-
-    def with_hooks(self) -> list[Tensor]:
-        """Return the parameters that have gradient hooks now."""
-        if self.num_hooks != (now := num_hooks_made()):
-            self.hooked, self.num_hooks = gradient_hooks.hooked(self.parameters), now
-        return self.hooked
-
-
-@dataclass(slots=True)
-class _Step:
-    """A call of the loss, and how a graph takes it.
-
-    Attributes:
-        entry: of its signature.
-        inputs: the tensors in the structure.
-        args: positional arguments.
-        kwargs: keywords.
-        structure: both and the rows of a table, with tensors in the place of varying numbers.
-        numbers: those that vary.
-        key: of the arguments but their numbers, where these vary.
-        new: parameters that an eager run met, and the graph does not know.
-    """
-
-    entry: _Entry
-    inputs: list[Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    structure: Any
-    numbers: tuple[int | float, ...] = ()
-    key: Hashable = None
-    new: Sequence[Tensor] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _EagerStep:
-    """What an eager run leaves to compare.
-
-    Attributes:
-        loss: detached.
-        gradients: of the entry's parameters.
-        changed: where a value lies that the step changes, and may read at the next one.
-    """
-
-    loss: Tensor
-    gradients: list[Tensor | None]
-    changed: str | None
-
-
-class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
+class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
     """Loss and gradients of a model and a guide, by a graph that is traced once and replayed.
 
     The first call with a signature of arguments (shapes, dtypes, values of what is no tensor) runs
@@ -249,7 +157,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
 
     # --- signatures of arguments
 
-    def _as_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+    def _as_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
         """Return a call as a graph takes it; None where none could."""
         rows = None if self._table is None else self._table.given_rows
         structure = (args, kwargs, rows)
@@ -277,13 +185,13 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
             entry = None
         if entry is None:
             entry = self._new_entry((form, *setting))
-        return _Step(entry, inputs, args, kwargs, structure, numbers, key)
+        return Step(entry, inputs, args, kwargs, structure, numbers, key)
 
-    def _new_entry(self, signature: Hashable) -> _Entry:
+    def _new_entry(self, signature: Hashable) -> StepEntry:
         """Return an entry for a signature; one that waits where others were not worth a trace."""
         # Where the same code stops every trace, it will stop the next one.
         hopeless = max(self._failures.values(), default=0) >= _MAX_FAILURES
-        new = _Entry(given_up=hopeless)
+        new = StepEntry(given_up=hopeless)
         dropped = self._add(signature, new)
         self._num_wasted += sum(entry.calls < _WORTHWHILE_CALLS for entry in dropped)
         num_idle = sum(
@@ -312,9 +220,9 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
 
     def _run_unrecorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run eagerly, and remember nothing for a graph."""
-        return self._learn(_Entry(given_up=True), args, kwargs)
+        return self._learn(StepEntry(given_up=True), args, kwargs)
 
-    def _learn(self, entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _learn(self, entry: StepEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run eagerly, and note the parameters and modules that the step uses."""
         wanted = list(self._wanted())
         _drop_gradients([*self.parameters, *wanted])
@@ -341,7 +249,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
 
     def _note_parameters(
         self,
-        entry: _Entry,
+        entry: StepEntry,
         stated: list[Tensor],
         wanted: list[Tensor],
         modules: Iterable[nn.Module],
@@ -382,7 +290,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
 
     # --- what the life of a graph asks of a step
 
-    def _trace(self, step: _Step) -> Graph:
+    def _trace(self, step: Step) -> Graph:
         entry = step.entry
         if entry.watched is not None:
             entry.watched.expect()
@@ -420,10 +328,10 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
             return contextlib.nullcontext()
         return self._table.rows_as_given(rows)
 
-    def _save(self, step: _Step) -> StepState:
+    def _save(self, step: Step) -> StepState:
         return StepState(step.entry.watched, step.inputs, self._state)
 
-    def _run(self, step: _Step) -> _EagerStep:
+    def _run(self, step: Step) -> EagerStep:
         entry = step.entry
         known = entry.parameters
         _drop_gradients(known)
@@ -438,9 +346,9 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
         gradients = [parameter.grad for parameter in known]
         changed = None if entry.watched is None else entry.watched.changed(plain=True)
         step.new = entry.not_among(statements)
-        return _EagerStep(loss, gradients, changed)
+        return EagerStep(loss, gradients, changed)
 
-    def _replay(self, step: _Step, graph: Graph) -> Any:
+    def _replay(self, step: Step, graph: Graph) -> Any:
         # What comes out is not differentiated, and operators have less to keep account of.
         with torch.inference_mode():
             loss, self.health, *gradients = graph(*step.inputs)
@@ -452,7 +360,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
         return loss
 
     def _objection(
-        self, step: _Step, wanted: _EagerStep, found: Any, *, exact: bool
+        self, step: Step, wanted: EagerStep, found: Any, *, exact: bool
     ) -> Objection | None:
         if step.new:  # as where one was replaced in a module that is registered, but never called
             return Objection("a step has other parameters")
@@ -470,7 +378,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
         )
         return None if reason is None else Objection(reason, differs=True)
 
-    def _finish(self, step: _Step, found: Any, *, compared: bool) -> Any:
+    def _finish(self, step: Step, found: Any, *, compared: bool) -> Any:
         entry = step.entry
         if compared:
             if entry.watched is not None:
@@ -480,7 +388,7 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
             gradient_hooks.call(hooked)
         return found
 
-    def _give_up(self, step: _Step, objection: Objection) -> Any:
+    def _give_up(self, step: Step, objection: Objection) -> Any:
         self.mode = "eager"
         entry = step.entry
         entry.graph = None
@@ -499,12 +407,12 @@ class TracedLoss(Replayer[_Entry, _Step, _EagerStep, Any]):
         self._warn(reason)
         return self._learn(entry, step.args, step.kwargs)
 
-    def _expected_calls(self, step: _Step) -> float:
+    def _expected_calls(self, step: Step) -> float:
         # Where the number is not known, a run is as likely as not to go on for as long as it has.
         calls = step.entry.calls
         return calls if self.steps is None else self.steps * calls / self._calls
 
-    def _is_due(self, step: _Step) -> bool:
+    def _is_due(self, step: Step) -> bool:
         entry = step.entry
         if entry.calls in _COMPARED:
             return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae.compiler.agreement import same_state
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.identity_checks import identity_check
 from pyro_vae.compiler.tracing import UntraceableError, trace
@@ -20,11 +22,7 @@ __all__ = ["Update"]
 
 logger = logging.getLogger(__name__)
 
-
-# Settings of an optimizer (its learning rate) that were met, and traced, at most.
-_SETTINGS = 4
-
-
+_MAX_SETTINGS = 4  # of an optimizer (its learning rate) that are traced
 # Refuse sparse gradients.
 _NO_SPARSE = (
     torch.optim.Adam,
@@ -38,22 +36,25 @@ _NO_SPARSE = (
 class Update:
     """The update of an optimizer, recorded once and repeated where it is one of tensors alone.
 
-    That is the case of PyTorch's fused optimizers, which keep all their state in tensors.
+    That is the case of PyTorch's fused optimizers, which keep all their state in tensors. The
+    graph is one of its own, beside that of loss and gradients: a learning rate is a constant of it,
+    and a new rate traces these few operations alone.
 
     Args:
         optimizer: a torch optimizer.
 
     Attributes:
-        failed: for those who read losses later: a number, 0-dimensional, that becomes one with a
+        failed: for losses that are read later: a number, 0-dimensional, that becomes one with a
             loss or a gradient that is not finite and stays so; a fused optimizer skips its update
-            then, as after loss scaling. None where nobody asked for it.
+            then, as after loss scaling. None where failures are not marked.
+
+    Raises:
+        ValueError: for an optimizer that evaluates the loss itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if (
-            inspect.signature(optimizer.step).parameters["closure"].default
-            is inspect.Parameter.empty
-        ):
+        closure = inspect.signature(optimizer.step).parameters["closure"]
+        if closure.default is inspect.Parameter.empty:
             raise ValueError(
                 f"optim: a step of {type(optimizer).__name__} evaluates the loss several times, "
                 "which draws other random numbers each time: it would compare noise. Use an "
@@ -61,13 +62,13 @@ class Update:
                 "pyro_vae.refine have an L-BFGS of their own"
             )
         self.optimizer = optimizer
+        self.failed: Tensor | None = None
         self._link = link_of(optimizer)
         self._takes_sparse = isinstance(optimizer, torch.optim.SparseAdam)
-        self.failed: Tensor | None = None
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._last: _Repeated | None = None
         self._num_added = -1  # parameters that add() was given last
-        self._refused = False
+        self._refused = False  # True once tracing failed
 
     def add(self, parameters: list[Tensor]) -> None:
         """Take up parameters that the optimizer does not have yet.
@@ -78,15 +79,16 @@ class Update:
         if len(parameters) == self._num_added:
             return
         self._num_added = len(parameters)
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        known = set(map(id, self._parameters()))
         new = [p for p in parameters if id(p) not in known]
-        if new:
-            if self._link is None:
-                self.optimizer.add_param_group({"params": new})
-            else:
-                self._link.add(new)
-            self._graphs.clear()
-            self._last = None
+        if not new:
+            return
+        if self._link is None:
+            self.optimizer.add_param_group({"params": new})
+        else:
+            self._link.add(new)
+        self._graphs.clear()
+        self._last = None
 
     def drop_gradients(self) -> None:
         """Do as Optimizer.zero_grad(), which takes as long as some operations of a small step."""
@@ -103,57 +105,91 @@ class Update:
         """
         if self._link is not None:
             self._link.pull()
-        self._take(loss, traced=traced)
+        if not traced or not self._may_record():
+            self._step(loss)
+        elif not self._repeats_last(loss):
+            self._record_or_replay(loss)
         if self._link is not None:
             self._link.push()
 
-    def _take(self, loss: Any, *, traced: bool) -> None:
-        if traced and self._last is not None and self._is_recordable(self._last):
-            gradients = self._last.gradients()
-            if gradients is not None:
-                if self.failed is not None:
-                    gradients.append(loss)
-                self._last.graph(*gradients)
-                return
-        groups = self.optimizer.param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in parameters]
-        state = self.optimizer.state
+    def _may_record(self) -> bool:
+        """Return whether a step runs no Python that a graph would leave out."""
+        optimizer = self.optimizer
+        if self._refused or has_step_hooks(optimizer):
+            return False
+        return "step" not in vars(optimizer)  # where a learning rate scheduler puts its own
+
+    def _repeats_last(self, loss: Any) -> bool:
+        """Take the same step as the last time, where nothing but numbers changed; say whether."""
+        last = self._last
+        if last is None or last.graph.capturable or not last.holds():
+            return False
+        gradients = last.gradients()
+        if gradients is None:
+            return False
+        if self.failed is not None:
+            gradients.append(loss)
+        last.graph(*gradients)
+        return True
+
+    def _record_or_replay(self, loss: Any) -> None:
+        """Take a step by the graph for these settings, or trace it."""
+        moved = self._moved()
+        states = [self.optimizer.state.get(parameter) for parameter in moved]
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
         # What a first step would make of the state is no constant of the graph.
-        states = [state.get(p) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        if not traced or not states or not all(states) or not self._is_recordable():
+        if not fused or not states or not all(states):
             self._step(loss)
             return
-        settings = (
+        # Of the state, because load_state_dict and others put a new one in its place.
+        tensors = [id(next(iter(state.values()))) for state in states if state]
+        key = (*self._settings(), *[p.grad is None for p in self._parameters()], *tensors)
+        inputs = [parameter.grad for parameter in moved]
+        if self.failed is not None:
+            inputs.append(loss)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._replay(graph, inputs)
+        elif len(self._graphs) >= _MAX_SETTINGS:
+            self._step(loss)  # as with a learning rate that changes at each step
+        elif (recorded := self._recorded(inputs)) is not None:
+            self._graphs[key] = recorded
+
+    def _replay(self, graph: Graph, inputs: list[Any]) -> None:
+        if graph.capturable:
+            self._capture(graph, inputs)
+        graph(*inputs)
+        is_whole = all(parameter.grad is not None for parameter in self._parameters())
+        self._last = _Repeated(self.optimizer, graph) if is_whole else None
+
+    # --- what there is to move
+
+    def _parameters(self) -> list[Any]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _moved(self) -> list[Any]:
+        """Return the parameters that have a gradient."""
+        return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
+    def _settings(self) -> list[Any]:
+        groups = self.optimizer.param_groups
+        return [
             value
             for group in groups
             for name, value in group.items()
             if name not in ("params", "param_names")
-        )
-        # Of the state, for load_state_dict and others put a new one in its place.
-        key = (
-            *settings,
-            *[gradient is None for gradient in gradients],
-            *[id(next(iter(kept.values()))) for kept in states if kept],
-        )
-        given = [gradient for gradient in gradients if gradient is not None]
-        if self.failed is not None:
-            given.append(loss)
-        if key in self._graphs:
-            graph = self._graphs[key]
-            if graph.capturable:
-                self._capture(graph, given)
-            graph(*given)
-            is_whole = all(gradient is not None for gradient in gradients)
-            self._last = _Repeated(self.optimizer, graph) if is_whole else None
-        elif len(self._graphs) >= _SETTINGS:
-            self._step(loss)  # as with a learning rate that changes at each step
-        elif (recorded := self._recorded(given)) is not None:
-            self._graphs[key] = recorded
+        ]
+
+    def _marks(self) -> list[Tensor]:
+        return [] if self.failed is None else [self.failed]
+
+    # --- steps of the optimizer itself
 
     def _step(self, loss: Any) -> None:
         for group in self.optimizer.param_groups:
-            for parameter in moving(group):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 if parameter.grad.is_sparse != self._takes_sparse:
                     parameter.grad = self._fitting(parameter, group)
                 if parameter.grad.is_inference():  # which nothing outside of a graph may write to
@@ -165,8 +201,7 @@ class Update:
         if self.failed is None:
             optimizer.step()
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in moving(group)]
-        gradients = [g for g in gradients if g.numel()]
+        gradients = [p.grad for p in self._moved() if p.grad.numel()]
         largest = largest_magnitudes(gradients) if gradients else []
         loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
         finite = torch.stack([loss, *largest]).isfinite().all()
@@ -177,7 +212,7 @@ class Update:
         finally:
             del optimizer.found_inf
 
-    def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Any:
+    def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Return a gradient as the optimizer can take it, where it is (or is not) sparse.
 
         Raises:
@@ -196,75 +231,58 @@ class Update:
         gradient: Any = parameter.grad
         return gradient.to_dense() if group.get("fused") else gradient
 
-    def _is_recordable(self, last: _Repeated | None = None) -> bool:
-        optimizer = self.optimizer
-        if (
-            self._refused or has_step_hooks(optimizer) or "step" in vars(optimizer)
-        ):  # a learning rate scheduler's
-            return False
-        if last is not None:
-            return not last.graph.capturable and last.holds()
-        return all(group.get("fused") for group in optimizer.param_groups)
+    # --- graphs
 
-    def _capture(self, graph: Graph, given: list[Any]) -> None:
+    def _capture(self, graph: Graph, inputs: list[Any]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
-        tensors = [p for group in self.optimizer.param_groups for p in moving(group)]
-        for parameter in list(tensors):
+        tensors = [*self._moved(), *self._marks()]
+        for parameter in self._moved():
             state = self.optimizer.state[parameter].values()
             tensors += [value for value in state if isinstance(value, Tensor)]
-        tensors += [] if self.failed is None else [self.failed]
-        before = [tensor.detach().clone() for tensor in tensors]
+        before = _copies(tensors)
 
         def outcome() -> list[Tensor]:
             """Take a step and come back."""
-            graph(*given)
-            found = [tensor.detach().clone() for tensor in tensors]
-            with torch.no_grad():
-                for tensor, value in zip(tensors, before, strict=True):
-                    tensor.copy_(value)
+            graph(*inputs)
+            found = _copies(tensors)
+            _put_back(tensors, before)
             return found
 
         wanted = outcome()
+        error = "launched at once, they do not agree"
         try:
             # They lie where they lay, being themselves the results of one launch.
-            graph.capture(*given, adopt=True)
-            pairs = zip(wanted, outcome(), strict=True)
-            if all(torch.allclose(*pair, equal_nan=True) for pair in pairs):
+            graph.capture(*inputs, adopt=True)
+            if same_state(wanted, outcome()):
                 return
-            error: Any = "launched at once, they do not agree"
         except RuntimeError as raised:
-            error = raised
+            error = str(raised)
         graph.release()
         logger.warning("the kernels of the optimizer's step are launched one by one: %s", error)
 
-    def _recorded(self, given: list[Any]) -> Graph | None:
+    def _recorded(self, inputs: list[Any]) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""
         optimizer = self.optimizer
-        parameters = [p for group in optimizer.param_groups for p in moving(group)]
-        before = copy.deepcopy(optimizer.state_dict())
-        marks = [] if self.failed is None else [self.failed]
-        values = [tensor.detach().clone() for tensor in (*parameters, *marks)]
+        moved = self._moved()
+        state = copy.deepcopy(optimizer.state_dict())
+        tensors = [*moved, *self._marks()]
+        before = _copies(tensors)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
-            gradients = tensors[: len(parameters)]
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            _set_gradients(moved, tensors)
             self._move(tensors[-1])
             return []
 
         try:
-            return trace(function, given)
+            return trace(function, inputs)
         except UntraceableError as error:
             logger.info("the optimizer's step is not part of the graph: %s", error)
-            self._refused = True
-            with torch.no_grad():
-                for tensor, value in zip((*parameters, *marks), values, strict=True):
-                    tensor.copy_(value)
-            for parameter, gradient in zip(parameters, given, strict=False):
-                parameter.grad = gradient
-            optimizer.load_state_dict(before)
-            self._step(given[-1])
-            return None
+        self._refused = True
+        _put_back(tensors, before)
+        _set_gradients(moved, inputs)
+        optimizer.load_state_dict(state)
+        self._step(inputs[-1])
+        return None
 
 
 class _Repeated:
@@ -310,5 +328,18 @@ class _Repeated:
         return found
 
 
-def moving(group: dict[str, Any]) -> list[Any]:
-    return [parameter for parameter in group["params"] if parameter.grad is not None]
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _set_gradients(parameters: list[Tensor], gradients: Any) -> None:
+    """Give each parameter its gradient; a number may follow, the loss of them."""
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad = gradient
+
+
+def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Give tensors the values that they had."""
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
