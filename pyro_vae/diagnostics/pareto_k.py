@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ from pyro_vae.particles.log_weights import LogWeights
 
 __all__ = ["PARETO_K_THRESHOLD", "SmoothedWeights", "doubts", "heavy_tailed", "pareto_k"]
 
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 # Vehtari et al. (2024): above it importance sampling is not to be trusted, its errors included.
 PARETO_K_THRESHOLD = 0.7
-
-
 # A share of effective particles above which a heavy tail does no harm: weights that all but agree.
 _NEARLY_EQUAL = 0.9
 
 
-def heavy_tailed(pareto_k: Any, ess: Any, num_particles: int) -> Any:
+def heavy_tailed(pareto_k: Numbers, ess: Numbers, num_particles: int) -> Numbers:
     """Return for which data importance weights are not to be trusted, errors included.
 
     Those with k-hat above 0.7, but for weights that all but agree, of which k-hat is the shape of

@@ -107,7 +107,7 @@ def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
 
 
 def _exact_tail_size(num_particles: int) -> float:
-    return min(num_particles / 5, 3 * num_particles**0.5)
+    return float(min(num_particles / 5, 3 * num_particles**0.5))
 
 
 def _tail_size(num_particles: int) -> int:
@@ -151,11 +151,13 @@ def _arviz_psislw(log_weights: np.ndarray, efficiency: float) -> tuple[np.ndarra
     if _is_version_0():
         import arviz as az
 
-        return az.psislw(log_weights, reff=efficiency)
-    from arviz_stats.base import array_stats
+        smoothed, pareto_k = az.psislw(log_weights, reff=efficiency)
+    else:
+        from arviz_stats.base import array_stats
 
-    # Written for leave-one-out weights, 1/p(x|z), it takes log p(x|z) and turns the sign itself.
-    return array_stats.psislw(-log_weights, r_eff=efficiency, axis=-1)
+        # Written for leave-one-out weights, 1/p(x|z), it takes log p(x|z), and turns the sign.
+        smoothed, pareto_k = array_stats.psislw(-log_weights, r_eff=efficiency, axis=-1)
+    return smoothed, pareto_k
 
 
 def _is_version_0() -> bool:
@@ -173,7 +175,7 @@ def _top_is_flat(weights: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
     # place. In float64 anything below 1e-8 is as good as equal.
     eps = np.finfo(dtype).eps if np.issubdtype(dtype, np.floating) else 0.0
     tolerance = max(1e-8, 64 * float(eps)) * np.maximum(1.0, np.abs(largest))
-    return largest - top.min(axis=1) <= tolerance
+    return np.asarray(largest - top.min(axis=1) <= tolerance)
 
 
 def _tail_can_be_fitted(weights: np.ndarray, size: int) -> np.ndarray:
@@ -184,7 +186,8 @@ def _tail_can_be_fitted(weights: np.ndarray, size: int) -> np.ndarray:
     """
     relative = np.sort(np.exp(weights - weights.max(axis=1, keepdims=True)), axis=1)
     tail = relative[:, -size:]
-    return tail[:, int(size / 4 + 0.5) - 1] - tail[:, 0] > np.finfo(np.float64).tiny
+    quartile = tail[:, int(size / 4 + 0.5) - 1]
+    return np.asarray(quartile - tail[:, 0] > np.finfo(np.float64).tiny)
 
 
 def _refuse_rows(bad: ArrayLike, what: str) -> None:

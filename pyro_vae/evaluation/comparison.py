@@ -136,13 +136,14 @@ def _evidence_text(data: xr.Dataset) -> str:
 
 def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
     """Return the standard error of the mean over the data of a variable."""
-    return xr.apply_ufunc(
-        lambda errors, skew: mean_of_errors(errors, skew, data.attrs["num_particles"]),
+    errors: xr.DataArray = xr.apply_ufunc(
+        lambda each, skew: mean_of_errors(each, skew, data.attrs["num_particles"]),
         data[f"{name}_se"],
         data[f"{name}_skewness"],
         input_core_dims=[["datum"], ["datum"]],
         vectorize=True,
     )
+    return errors
 
 
 def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:

@@ -137,7 +137,7 @@ def _by_particle(
     if mode == "repeat":
         if site.data_axis is None:
             return None
-        split = value.unflatten(site.data_axis, (num_particles, -1))
+        split: Tensor = value.unflatten(site.data_axis, (num_particles, -1))
         return split.movedim(site.data_axis, 0)
     extra = value.ndim - site.ndim
     if extra == 0:  # of no latent: the same for all particles

@@ -144,8 +144,9 @@ class MissingData(nn.Module):
             model: Program = _LeaveMissingOut(absent)(self.model)
             if first:
                 model = poutine.replay(model, trace=first[0])
-            first.append(trace_of(model, as_called(arguments.args, arguments.kwargs)))
-            return first[-1]
+            trace: Trace = trace_of(model, as_called(arguments.args, arguments.kwargs))
+            first.append(trace)
+            return trace
 
         with (
             torch.no_grad(),
