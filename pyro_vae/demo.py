@@ -191,6 +191,7 @@ class _Demo:
         )
 
     def train(self, progress: bool) -> FitResult:
+        """Train model and guide, with a part of the images to stop by."""
         return fit(
             self.model,
             self.guide,
@@ -205,6 +206,7 @@ class _Demo:
         )
 
     def compare(self, part: str) -> Comparison:
+        """Compare the guide with one fitted to each image of a part."""
         return compare(
             self.model,
             {"amortized": self.guide, "mean-field": Normal()},

@@ -155,16 +155,10 @@ def _warn_of_outside(evaluator: Evaluator, log_weight: np.ndarray) -> None:
 def _draw_groups(
     evaluator: Evaluator, num_draws: int, *, predictive: bool
 ) -> tuple[Groups, list[DeterministicSite]]:
-    """Draw from a guide and its model, and return the groups and what is deterministic in them.
+    """Return draws of a guide, its model and the prior, and the deterministic sites among them.
 
-    Args:
-        evaluator: of the pair on its batch.
-        num_draws: S, for each datum.
-        predictive: whether to draw observed sites as well.
-
-    Returns:
-        Arrays [S, N, ...]; without N where the batch is one datum, or a deterministic site has no
-        value for each datum.
+    As [S, N, ...]; without N where the batch is one datum, or a deterministic site has no value
+    for each datum.
     """
     deterministic: DeterministicValues | None = None
     blocks: list[list[dict[str, dict[str, Tensor]]]] = []
@@ -187,48 +181,29 @@ def _draw_groups(
 def _groups_of(
     evaluator: Evaluator, chunk: Chunk, values: Values, predictive: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the groups of a chunk of draws.
-
-    Args:
-        evaluator: that drew it.
-        chunk: the draws.
-        values: those of its latents, summed-out ones too.
-        predictive: whether to draw observed sites as well.
-    """
+    """Return the groups of a chunk of draws, given the values of all its latents."""
     structure, rows, weights = evaluator.structure, chunk.rows, chunk.weights
-    key = (rows.start, chunk.particles.start)
-    size = weights.num_particles
-    sites = {name: value for name, value in values.items() if name in structure.sites}
-    latent, observed = _by_kind(
-        structure, evaluator.predict(rows, size, None, (_PRIOR, *key), observed=predictive)
-    )
+    key, size = (rows.start, chunk.particles.start), weights.num_particles
+
+    def of_kind(drawn: Values, observed: bool) -> dict[str, Tensor]:
+        names = [n for n in drawn if (structure.sites[n].kind == "observed") == observed]
+        return {name: drawn[name] for name in names}
+
+    prior = evaluator.predict(rows, size, None, (_PRIOR, *key), observed=predictive)
+    stats = {"log_p": weights.log_joint, "log_q": weights.log_guide, "log_weight": weights.total}
+    if structure.data_plate is None:
+        stats = {name: value[:, 0] for name, value in stats.items()}
     groups = {
-        "posterior": evaluator.by_datum(sites),
+        "posterior": evaluator.by_datum({n: v for n, v in values.items() if n in structure.sites}),
         "log_likelihood": evaluator.site_log_likelihood(rows, values),
-        "sample_stats": {
-            "log_p": weights.log_joint,
-            "log_q": weights.log_guide,
-            "log_weight": weights.total,
-        },
-        "prior": latent,
+        "sample_stats": stats,
+        "prior": of_kind(prior, observed=False),
     }
     if predictive:
         drawn = evaluator.predict(rows, size, values, (_PREDICTIVE, *key))
-        groups["posterior_predictive"] = _by_kind(structure, drawn)[1]
-        groups["prior_predictive"] = observed
-    if structure.data_plate is None:
-        stats = groups["sample_stats"]
-        groups["sample_stats"] = {name: value[:, 0] for name, value in stats.items()}
+        groups["posterior_predictive"] = of_kind(drawn, observed=True)
+        groups["prior_predictive"] = of_kind(prior, observed=True)
     return groups
-
-
-def _by_kind(structure: Structure, drawn: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return draws of latent sites, and of observed ones."""
-    observed = {site.name for site in structure.observed}
-    return (
-        {name: value for name, value in drawn.items() if name not in observed},
-        {name: value for name, value in drawn.items() if name in observed},
-    )
 
 
 def _joined(
@@ -236,9 +211,7 @@ def _joined(
 ) -> Groups:
     """Join chunks of draws along the first dimension, and blocks of data along the second.
 
-    Args:
-        blocks: the groups of each chunk of each block.
-        shared: variables of which each block says the same.
+    Variables that are shared are the same in each block.
     """
     groups: Groups = {}
     for group, variables in blocks[0][0].items():
@@ -254,20 +227,15 @@ def _joined(
 
 
 def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> None:
-    """Replace the draws of each datum by some of them, in place; log weights are dropped.
+    """Replace the draws of each datum by some of them, [S, N], in place; drop log weights.
 
-    Args:
-        groups: of :func:`_draw_groups`.
-        index: which draws, [S, N].
-        shared: variables of the posterior without a value for each datum. They are dropped, with
-            a warning, unless they are the same for every draw.
+    Shared variables, without a value for each datum, are dropped with a warning unless they are
+    the same for every draw.
     """
     whole = groups["sample_stats"].pop("log_weight").ndim == 1  # one datum, no datum dimension
-    if not whole:
-        posterior = groups["posterior"]
-        for name in shared:
-            if (posterior[name] == posterior[name][:1]).all():
-                continue
+    posterior = groups["posterior"]
+    for name in () if whole else shared:
+        if not (posterior[name] == posterior[name][:1]).all():
             del posterior[name]
             logger.warning(
                 "to_arviz: the deterministic site %r is of no datum, and draws are resampled "
@@ -285,16 +253,16 @@ def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> Non
 def _hide_absent(groups: Groups, structure: Structure) -> None:
     """Write NaN, in place, where masks say that a site has no value: padding, for example."""
     for name, site in structure.sites.items():
-        nowhere = absent(site, structure)
-        if nowhere is None:
+        if (nowhere := absent(site, structure)) is None:
             continue
-        for group in ("posterior", "posterior_predictive", "prior", "prior_predictive"):
+        drawn = ("posterior", "posterior_predictive", "prior", "prior_predictive")
+        for group in (*drawn, "observed_data"):
             if name in groups.get(group, {}):
                 value = groups[group][name]
-                dtype = np.result_type(value.dtype, np.float32)
-                groups[group][name] = np.where(nowhere, np.nan, value).astype(dtype)
-        if name in groups["observed_data"]:
-            groups["observed_data"][name] = np.where(nowhere, np.nan, groups["observed_data"][name])
+                hidden = np.where(nowhere, np.nan, value)
+                if group in drawn:
+                    hidden = hidden.astype(np.result_type(value.dtype, np.float32))
+                groups[group][name] = hidden
 
 
 def _names(

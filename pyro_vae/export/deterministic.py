@@ -122,15 +122,7 @@ class DeterministicValues:
 def _by_particle(
     each: list[Tensor], site: DeterministicSite, num_particles: int, mode: ModeName, alone: bool
 ) -> Tensor | None:
-    """Return a site's value as ``[K, *single run]``; None where a shape is not to be understood.
-
-    Args:
-        each: its value in each run.
-        site: its shape in a run of one particle.
-        num_particles: K.
-        mode: how the model ran.
-        alone: whether particles ran one by one instead.
-    """
+    """Return a site's value as ``[K, *single run]``; None where a shape is not to be understood."""
     if alone or mode == "loop":
         return torch.stack(each) if len(each) == num_particles else None
     (value,) = each
@@ -159,14 +151,7 @@ def _event_ndim(node: Node) -> int | None:
 
 
 def _data_axis(node: Node, less: Node | None, size: int, plate: Plate | None) -> int | None:
-    """Return the axis whose length is the number of data.
-
-    Args:
-        node: the site in a run on ``size`` data.
-        less: in a run on fewer.
-        size: how many.
-        plate: that of the data.
-    """
+    """Return the axis whose length is the number of data, by another run on fewer if any."""
     shape = node["value"].shape
     if plate is None:
         return None

@@ -116,12 +116,9 @@ def _filled(arguments: Arguments) -> Iterator[Arguments]:
 
 
 def _fill(_: Key, value: Any, *, share: float, beyond: float) -> Any:
-    """Return an argument with missing numbers filled in.
+    """Return an argument with a number in place of NaN.
 
-    Args:
-        value: the argument.
-        share: of each column's numbers, how many lie below the one that is taken.
-        beyond: how far outside of all numbers, in units of 1 and their range.
+    The one that a share of the column's numbers lie below, or one beyond all of them.
     """
     x = floating(value)
     if x is None:

@@ -157,8 +157,7 @@ def _draw_rows(
         strip = _strip(rows[name], shape, num_columns)
         picture = ax.imshow(strip, cmap="gray", vmin=low, vmax=high)
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
-        ax.set_xticks([])
-        ax.set_yticks([])
+        ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     return figure, by_name, picture
 

@@ -69,12 +69,10 @@ def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
     if epoch.size == 0:
         raise ValueError("nothing to plot: the fit has no finished epoch")
     validation = history.get("validation_elbo", np.full_like(epoch, np.nan))
-    has_validation = bool(np.isfinite(validation).any())
-
     ax = _axes(ax, (6.4, 4.0))
     _draw_curve(ax, history, "elbo", "training", _BLUE)
     title = "ELBO of the training data"
-    if has_validation:
+    if np.isfinite(validation).any():
         _draw_curve(ax, history, "validation_elbo", "validation", _VERMILION)
         best = int(np.nanargmax(validation))
         ax.plot(
@@ -89,8 +87,7 @@ def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
         )
         title = "ELBO of the training and the held-out data"
     clipped = _limit_history(ax, np.concatenate([history["elbo"], validation]))
-    ax.set_xlabel(f"epoch ({clipped})" if clipped else "epoch")
-    ax.set_ylabel("ELBO [nats per datum]")
+    ax.set(xlabel=f"epoch ({clipped})" if clipped else "epoch", ylabel="ELBO [nats per datum]")
     ax.locator_params(axis="x", integer=True)
     _title_and_legend(ax, title, columns=3)
     return ax
@@ -119,12 +116,10 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.set_xlim(low, high + 0.45 * (high - low))
     ax.axvline(0.0, color="black", linewidth=1.0)
     ax.set_xlabel("nats lost per datum, below log p(x)")
-    handles = [
-        _patch(_BLUE, "approximation gap (family)"),
-        _patch(_ORANGE, "amortization gap (encoder)"),
-    ]
+    bars = {_BLUE: "approximation gap (family)", _ORANGE: "amortization gap (encoder)"}
     if not all(is_split):
-        handles.append(_patch(_GREY, "gap, not split"))
+        bars[_GREY] = "gap, not split"
+    handles = [_patch(color, label) for color, label in bars.items()]
     _title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
     return ax
 
@@ -151,8 +146,7 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
         color, style = colors[row.guide], styles[row.name]
         ax.step(gap, share, where="post", color=color, linestyle=style)
     ax.set_ylim(0.0, 1.02)
-    ax.set_xlabel("gap log p(x) − ELBO of a datum [nats]")
-    ax.set_ylabel("share of the data below")
+    ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="share of the data below")
     ax.grid(alpha=0.3)
     handles = [_line(color, "-", guide) for guide, color in colors.items()]
     if len(named) > 1:
@@ -258,8 +252,7 @@ def plot_latents(
         )
     # One unit is as long on both axes: distances can be read.
     ax.set_aspect("equal", adjustable="datalim")
-    ax.set_xlabel(names[0])
-    ax.set_ylabel(names[1])
+    ax.set(xlabel=names[0], ylabel=names[1])
     ax.grid(alpha=0.3)
     ax.set_title("Posterior means of the latents", loc="left")
     return ax
@@ -396,32 +389,24 @@ def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str
 
 
 def _draw_gap(ax: Axes, row: _Row) -> bool:
-    """Draw a guide's bar and its numbers; say whether the gap could be split in two."""
-    parts = [
-        (_mean(row.dataset, "approximation_gap", row.guide), _BLUE),
-        (_mean(row.dataset, "amortization_gap", row.guide), _ORANGE),
-    ]
-    is_split = all(np.isfinite(estimate.value) for estimate, _ in parts)
+    """Draw a guide's bar and its numbers; return whether the gap could be split in two."""
+    parts = {
+        _BLUE: _mean(row.dataset, "approximation_gap", row.guide),
+        _ORANGE: _mean(row.dataset, "amortization_gap", row.guide),
+    }
+    is_split = all(np.isfinite(mean.value) for mean in parts.values())
     if not is_split:
-        evidence = _mean(row.dataset, "log_evidence")
-        elbo = _mean(row.dataset, "elbo", row.guide)
+        evidence, elbo = _mean(row.dataset, "log_evidence"), _mean(row.dataset, "elbo", row.guide)
         error = float(np.hypot(evidence.std_error, elbo.std_error))
-        parts = [(_Mean(evidence.value - elbo.value, error), _GREY)]
+        parts = {_GREY: _Mean(evidence.value - elbo.value, error)}
     end = rightmost = 0.0
-    for estimate, color in parts:
-        ax.barh(
-            row.position,
-            estimate.value,
-            left=end,
-            xerr=estimate.error,
-            height=0.62,
-            color=color,
-            error_kw={"capsize": 3, "elinewidth": 1.0},
-        )
-        end += estimate.value
-        rightmost = max(rightmost, end + (estimate.error or 0.0))
+    look: dict[str, Any] = {"height": 0.62, "error_kw": {"capsize": 3, "elinewidth": 1.0}}
+    for color, mean in parts.items():
+        ax.barh(row.position, mean.value, left=end, xerr=mean.error, color=color, **look)
+        end += mean.value
+        rightmost = max(rightmost, end + (mean.error or 0.0))
     ax.annotate(
-        " + ".join(str(estimate) for estimate, _ in parts),
+        " + ".join(map(str, parts.values())),
         (rightmost, row.position),
         xytext=(7, 0),
         textcoords="offset points",
