@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -95,48 +96,20 @@ def compare(
     _check_guides(guides, reference)
     model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
-    made: dict[int, Evaluator] = {}  # by identity: a guide need not be hashable
-
-    def evaluator_of(guide: Program) -> Evaluator:
-        if id(guide) not in made:
-            like = next(iter(made.values()), None)
-            made[id(guide)] = Evaluator(
-                model, guide, arguments, data_plate=data_plate, seed=seed, like=like
-            )
-        return made[id(guide)]
-
-    compared, references = _with_references(
-        model,
-        guides,
-        arguments,
-        reference,
-        evaluator_of,
-        data_plate=data_plate,
-        seed=seed,
-        max_steps=max_steps,
-        tolerance=tolerance,
-        progress=progress,
-    )
-    evaluators = {name: evaluator_of(guide) for name, guide in compared.items()}
+    work = _Work(model, arguments, data_plate, seed, max_steps, tolerance, progress)
+    compared, references = _with_references(work, guides, reference)
+    evaluators = {name: work.evaluator(guide) for name, guide in compared.items()}
     _refuse_points(evaluators)
     names = list(compared)
-    dataset = gap_dataset(
-        [
-            reduce_block(*block, names, references)
-            for block in _blocks(list(evaluators.values()), num_particles, chunk_size, progress)
-        ],
-        names,
-        references,
-        num_particles,
-    )
+    blocks = _blocks(list(evaluators.values()), num_particles, chunk_size, progress)
+    reduced = [reduce_block(*block, names, references) for block in blocks]
+    dataset = gap_dataset(reduced, names, references, num_particles)
     dataset.attrs["given"] = given_text(fixed)
     for name, evaluator in evaluators.items():
         infinite = torch.as_tensor(dataset["elbo"].sel(guide=name).values) == -math.inf
         evaluator.warn_of_outside(f"the ELBO of {name!r}", infinite)
-    dataset["converged"] = (
-        ("guide", "datum"),
-        _converged(compared, references, dataset.sizes["datum"]),
-    )
+    converged = _converged(compared, references, dataset.sizes["datum"])
+    dataset["converged"] = (("guide", "datum"), converged)
     return Comparison(dataset, compared)
 
 
@@ -152,18 +125,66 @@ def _check_guides(guides: object, reference: str | None) -> None:
         raise ValueError(f"reference={reference!r} is not among the guides {sorted(guides)}")
 
 
+@dataclass(slots=True)
+class _Work:
+    """A model on a batch, with the limits of refining and the evaluator of each guide."""
+
+    model: Program
+    batch: Batch
+    data_plate: DataPlate
+    seed: int
+    max_steps: int
+    tolerance: float
+    progress: bool
+    made: dict[int, Evaluator] = field(default_factory=dict)  # by id: guides need no hash
+
+    def evaluator(self, guide: Program) -> Evaluator:
+        """Return the evaluator of a guide; what the first one knows of the model is shared."""
+        if id(guide) not in self.made:
+            like = next(iter(self.made.values()), None)
+            self.made[id(guide)] = Evaluator(
+                *(self.model, guide, self.batch),
+                data_plate=self.data_plate,
+                seed=self.seed,
+                like=like,
+            )
+        return self.made[id(guide)]
+
+    def refined(self, start: Program | None, family: Family) -> LocalGuide:
+        """Return a guide of a family refined from another's answer, or from the prior."""
+        if start is None or isinstance(start, LocalGuide):
+            return refine(
+                self.model,
+                self._prior_table(family) if start is None else start,
+                self.batch,
+                family=family,
+                data_plate=self.data_plate,
+                seed=self.seed,
+                max_steps=self.max_steps,
+                tolerance=self.tolerance,
+                progress=self.progress,
+            )
+        evaluator, limits = self.evaluator(start), (self.max_steps, self.tolerance)
+        local = refine_scored(evaluator, family, self.data_plate, *limits, progress=self.progress)
+        local.remember(self.batch)
+        return local
+
+    def _prior_table(self, family: Family) -> LocalGuide:
+        model, batch, plate = self.model, self.batch, self.data_plate
+        num_data = inspect(model, batch, data_plate=plate).num_data
+        return LocalGuide(model, num_data=num_data, example=batch, family=family, data_plate=plate)
+
+    def family_of(self, guide: Program) -> Family | None:
+        """Return a guide's family: its own, or Normal for independent Normals written by hand."""
+        if isinstance(guide, FamilyGuide):
+            return guide.family if of_family(guide) else None
+        first, second = self.evaluator(guide).guide_runs(2)
+        normal = all(normal_moments([first[name], second[name]]) is not None for name in first)
+        return Normal() if normal else None
+
+
 def _with_references(
-    model: Program,
-    guides: Mapping[str, Program | Family],
-    batch: Batch,
-    reference: str | None,
-    evaluator_of: Callable[[Program], Evaluator],
-    *,
-    data_plate: DataPlate,
-    seed: int,
-    max_steps: int,
-    tolerance: float,
-    progress: bool,
+    work: _Work, guides: Mapping[str, Program | Family], reference: str | None
 ) -> tuple[dict[str, Program], dict[str, str]]:
     """Return all guides of a comparison, and the name of each guide's reference.
 
@@ -173,32 +194,10 @@ def _with_references(
         if not isinstance(guide, Family) and (not callable(guide) or isinstance(guide, type)):
             raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     start = next((guide for guide in guides.values() if not isinstance(guide, Family)), None)
-
-    def refined(family: Family) -> LocalGuide:
-        begin = _prior_table(model, batch, family, data_plate) if start is None else start
-        if not isinstance(begin, LocalGuide):
-            limits = max_steps, tolerance
-            local = refine_scored(
-                evaluator_of(begin), family, data_plate, *limits, progress=progress
-            )
-            local.remember(batch)
-            return local
-        return refine(
-            model,
-            begin,
-            batch,
-            family=family,
-            data_plate=data_plate,
-            seed=seed,
-            max_steps=max_steps,
-            tolerance=tolerance,
-            progress=progress,
-        )
-
     found: dict[str, Program] = {}
     by_family: dict[Family, str] = {}
     for name, guide in guides.items():
-        found[name] = refined(guide) if isinstance(guide, Family) else guide
+        found[name] = work.refined(start, guide) if isinstance(guide, Family) else guide
         if isinstance(guide, Family):
             by_family.setdefault(guide, name)
     if reference is not None:
@@ -208,21 +207,15 @@ def _with_references(
         if isinstance(guide, Family):
             references[name] = name
             continue
-        family = _family_of(guide, evaluator_of)
+        family = work.family_of(guide)
         if family is None:
             continue
         if family not in by_family:
             added = _name_of(family, guides, references)
-            found[added] = refined(family)
+            found[added] = work.refined(start, family)
             by_family[family] = references[added] = added
         references[name] = by_family[family]
     return found, references
-
-
-def _prior_table(model: Program, batch: Batch, family: Family, data_plate: DataPlate) -> LocalGuide:
-    """Return a table to refine from where no guide is at hand."""
-    num_data = inspect(model, batch, data_plate=data_plate).num_data
-    return LocalGuide(model, num_data=num_data, example=batch, family=family, data_plate=data_plate)
 
 
 def _name_of(family: Family, guides: Container[str], references: Mapping[str, str]) -> str:
@@ -236,15 +229,6 @@ def _name_of(family: Family, guides: Container[str], references: Mapping[str, st
             "choose another, or give the family a name of its own"
         )
     return name
-
-
-def _family_of(guide: Program, evaluator_of: Callable[[Program], Evaluator]) -> Family | None:
-    """Return a guide's family: its own, or Normal for independent Normals written by hand."""
-    if isinstance(guide, FamilyGuide):
-        return guide.family if of_family(guide) else None
-    first, second = evaluator_of(guide).guide_runs(2)
-    normal = all(normal_moments([first[name], second[name]]) is not None for name in first)
-    return Normal() if normal else None
 
 
 def _refuse_points(evaluators: Mapping[str, Evaluator]) -> None:
