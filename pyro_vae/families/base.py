@@ -9,11 +9,13 @@ nothing else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["FactorizedFamily", "Family"]
 
@@ -81,7 +83,9 @@ class Family(ABC):
         return self.initial(mean, inverse.square().sum(-2).rsqrt())
 
     @abstractmethod
-    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+    def conditional(
+        self, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> Distribution:
         """Return the distribution of some coordinates given all those before them.
 
         Args:
@@ -165,7 +169,7 @@ class FactorizedFamily(Family):
     params_per_coordinate: int
 
     @abstractmethod
-    def marginal(self, params: Tensor) -> Any:
+    def marginal(self, params: Tensor) -> Distribution:
         """Return the distribution of each coordinate.
 
         Args:
@@ -195,7 +199,7 @@ class FactorizedFamily(Family):
         """
         return self.marginal(params).icdf(torch.special.ndtr(noise))
 
-    def mapped(self, params: Tensor, transform: Any) -> Any:
+    def mapped(self, params: Tensor, transform: Transform) -> Distribution:
         """Return the distribution of the coordinates mapped to a site's support.
 
         Args:
@@ -216,7 +220,9 @@ class FactorizedFamily(Family):
         """Return :meth:`from_moments`."""
         return self.from_moments(mean, std)
 
-    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+    def conditional(
+        self, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> Distribution:
         """Return the marginals of these coordinates, whatever comes before."""
         return self.marginal(params[..., columns, :]).to_event(1)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from pyro_vae.families.base import FactorizedFamily
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["Delta"]
 
@@ -39,11 +40,11 @@ class Delta(FactorizedFamily):
     params_per_coordinate = 1
     has_density = False
 
-    def marginal(self, params: Tensor) -> Any:
+    def marginal(self, params: Tensor) -> Distribution:
         """Return Delta(params[..., 0])."""
         return dist.Delta(params[..., 0])
 
-    def mapped(self, params: Tensor, transform: Any) -> Any:
+    def mapped(self, params: Tensor, transform: Transform) -> Distribution:
         """Return Delta(transform(params[..., 0])), its log density zero."""
         return dist.Delta(transform(params[..., 0]), event_dim=transform.codomain.event_dim)
 

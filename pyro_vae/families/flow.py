@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_vae.families.base import Family
 from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["Flow"]
 
@@ -81,7 +82,9 @@ class Flow(Family):
             rest[..., start : start + count] = torch.sin(1.0 + 2.4 * steps)
         return torch.cat([mean, std.log(), rest], -1)
 
-    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+    def conditional(
+        self, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> Distribution:
         """Return the flow's conditional, a distribution over real vectors."""
         return _Conditional(_Weights.of(self, params, size), before, columns)
 

@@ -1,10 +1,9 @@
-"""The variational families: independent, correlated and flowing Gaussians, and points."""
+"""Gaussian families: independent coordinates, any covariance, a covariance of low rank."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.programs.counts import as_count
-
-_FACTORINGS = 20  # iterations of a start
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["FullRankNormal", "LowRankNormal", "Normal"]
+
+_FACTORINGS = 20  # iterations of a start
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Normal(FactorizedFamily):
 
     params_per_coordinate = 2
 
-    def marginal(self, params: Tensor) -> Any:
+    def marginal(self, params: Tensor) -> Distribution:
         """Return Normal(params[..., 0], exp(params[..., 1]))."""
         return dist.Normal(params[..., 0], params[..., 1].exp())
 
@@ -76,7 +76,9 @@ class FullRankNormal(Family):
         below = mean.new_zeros(*mean.shape[:-1], size * (size - 1) // 2)
         return torch.cat([mean, std.log(), below], -1)
 
-    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+    def conditional(
+        self, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> Distribution:
         """Return a MultivariateNormal."""
         loc, factor = self._loc_and_factor(params, size)
         first = columns.start
@@ -176,7 +178,9 @@ class LowRankNormal(Family):
         flat = factor.flatten().expand(*mean.shape[:-1], -1)
         return torch.cat([mean, log_scale, flat], -1)
 
-    def conditional(self, params: Tensor, size: int, before: Tensor, columns: slice) -> Any:
+    def conditional(
+        self, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> Distribution:
         """Return a LowRankMultivariateNormal."""
         loc, scale, factor = self._parts(params, size)
         first, mine = columns.start, factor[..., columns, :]

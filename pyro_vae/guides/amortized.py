@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -110,12 +110,12 @@ class AmortizedGuide(FamilyGuide):
             # Pyro's autoguides make their parameters at the first call.
             rng = preserved_rng(features.device)
             with torch.no_grad(), poutine.block(), rng, evaluation(global_guide):
-                self._run_global_guide(batch.args, batch.kwargs)
+                self._run_global_guide(batch)
 
     def _example_features(self, model: Program, batch: Batch) -> Tensor:
         """Return the encoder's features of the example, [N, F]; ValueError for unusable ones."""
         with torch.enable_grad(), evaluation(self.encoder):
-            features = self._features(batch.args, batch.kwargs)
+            features = self._features(batch)
         _refuse_hidden_parameters(model, self.encoder, features)
         if not bool(features.isfinite().all()):
             raise ValueError(
@@ -159,15 +159,16 @@ class AmortizedGuide(FamilyGuide):
         Returns:
             Site name to value.
         """
-        return {**self._run_global_guide(args, kwargs), **super().forward(*args, **kwargs)}
+        shared = self._run_global_guide(Batch(args, kwargs))
+        return {**shared, **super().forward(*args, **kwargs)}
 
-    def _run_global_guide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+    def _run_global_guide(self, batch: Batch) -> Values:
         """Sample the global latents; return the values that their guide returns, if any."""
         if self.global_guide is None:
             return {}
         if isinstance(self.global_guide, PyroModule):
             name_apart(self.global_guide)
-        returned = self.global_guide(*args, **kwargs)
+        returned = self.global_guide(*batch.args, **batch.kwargs)
         return returned if isinstance(returned, Mapping) else {}
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -175,7 +176,7 @@ class AmortizedGuide(FamilyGuide):
 
         With top_down, of each site where the conditioners add nothing.
         """
-        return self._params(self._features(args, kwargs))
+        return self._params(self._features(Batch(args, kwargs)))
 
     def _params(self, features: Tensor) -> Tensor:
         params: Tensor = self.head(features)
@@ -186,12 +187,10 @@ class AmortizedGuide(FamilyGuide):
         """Whether a site's proposal may depend on the draws of sites before it."""
         return super().is_dependent or len(self.conditioners) > 0
 
-    def _conditionals(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[int, Conditionals]:
+    def _conditionals(self, batch: Batch) -> tuple[int, Conditionals]:
         if not self.conditioners:
-            return super()._conditionals(args, kwargs)
-        features = self._features(args, kwargs)
+            return super()._conditionals(batch)
+        features = self._features(batch)
         params = self._params(features)
         number_of = {c.name: str(number) for number, c in enumerate(self.coordinates)}
 
@@ -207,9 +206,9 @@ class AmortizedGuide(FamilyGuide):
 
         return params.shape[0], params_of
 
-    def _features(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        features = call_network(self.encoder, args, kwargs)
-        size = Batch(tuple(args), kwargs).size
+    def _features(self, batch: Batch) -> Tensor:
+        features = call_network(self.encoder, batch.args, batch.kwargs)
+        size = batch.size
         if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != size:
             found = (
                 f"a tensor of shape {tuple(features.shape)}"

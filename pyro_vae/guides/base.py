@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import pyro
@@ -93,11 +93,12 @@ class FamilyGuide(Registered, DeclaredGuide):
             Site name to value.
         """
         register(self)
+        batch = Batch(args, kwargs)
         if self._data_plate is None:
-            return self._sample(self._conditionals(args, kwargs)[1])
+            return self._sample(self._conditionals(batch)[1])
         if self._data_plate.drawn:
-            return self._sample_minibatch(self._data_plate, Batch(args, kwargs))
-        num_data, params_of = self._conditionals(args, kwargs)
+            return self._sample_minibatch(self._data_plate, batch)
+        num_data, params_of = self._conditionals(batch)
         scale = self._data_plate.full_size / num_data if self._is_subsampled else 1.0
         with poutine.block(hide=[self._data_plate.name]):
             # Hidden: a replayed model would take its indices for its own.
@@ -112,16 +113,13 @@ class FamilyGuide(Registered, DeclaredGuide):
         )
         with minibatch as index:
             drawn = torch.as_tensor(index)
-            chosen = batch.rows(drawn)
             with self._chosen_rows(drawn):
-                params_of = self._conditionals(chosen.args, chosen.kwargs)[1]
+                params_of = self._conditionals(batch.rows(drawn))[1]
             return self._sample(params_of)
 
-    def _conditionals(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[int, Conditionals]:
+    def _conditionals(self, batch: Batch) -> tuple[int, Conditionals]:
         """Return N, and the parameters of each site given the draws of sites before it."""
-        params = self.family_params(*args, **kwargs)
+        params = self.family_params(*batch.args, **batch.kwargs)
 
         def params_of(coordinates: Coordinates, before: Values) -> Tensor:
             mine = params

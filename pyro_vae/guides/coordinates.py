@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform, biject_to, constraints
+from torch.distributions import (
+    ComposeTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+    constraints,
+)
 
 from pyro_vae.programs.nodes import is_circular
 from pyro_vae.programs.preimages import Preimage, preimage_key
@@ -38,7 +43,7 @@ class Coordinates:
     """
 
     name: str
-    transform: Any = field(compare=False)  # torch's have no equality; the support says it
+    transform: Transform = field(compare=False)  # torch's have no equality; the support says it
     support: str
     inner: tuple[Plate, ...]
     batch: tuple[int, ...]
@@ -86,7 +91,7 @@ class Coordinates:
         return preimage_key(self.name, flat_transforms([self.transform]))
 
     @property
-    def cached_transform(self) -> Any:
+    def cached_transform(self) -> Transform:
         """The transform, anew, remembering its last argument where it can."""
         return self.transform if self.preimage_key is None else self.transform.with_cache(1)
 
@@ -210,7 +215,7 @@ def _check_inner_plates(site: Site, data_plate: Plate | None) -> None:
             )
 
 
-def _support(site: Site) -> Any:
+def _support(site: Site) -> constraints.Constraint:
     """Return the support of a site, the same for every datum.
 
     Raises:

@@ -21,7 +21,7 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.traces import site_log_prob
-from pyro_vae.programs.types import DataPlate, Program, Trace
+from pyro_vae.programs.types import DataPlate, Distribution, Program, Trace
 
 __all__ = ["ExactGuide"]
 
@@ -201,7 +201,7 @@ def _check(structure: Structure) -> None:
 _FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
 
 
-def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Any:
+def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribution:
     logits = conditional.given(indices)
     family = plain_distribution(conditional.fn)
     if isinstance(family, dist.Bernoulli):

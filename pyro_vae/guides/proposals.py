@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.guides.coordinates import Coordinates
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["proposal"]
 
@@ -23,7 +24,7 @@ _GAUSSIAN = (torch.distributions.MultivariateNormal, torch.distributions.LowRank
 
 def proposal(
     family: Family, params: Tensor, size: int, coordinates: Coordinates, before: list[Tensor]
-) -> Any:
+) -> Distribution:
     """Return the distribution of a site, given the sites before it.
 
     Args:
@@ -66,7 +67,7 @@ def proposal(
     return base if coordinates.is_identity else dist.TransformedDistribution(base, [transform])
 
 
-def _of_site(joint: Any, coordinates: Coordinates) -> Any:
+def _of_site(joint: Any, coordinates: Coordinates) -> Distribution:
     """Return a distribution over a site's coordinates [..., d] in the site's own shape."""
     if coordinates.is_plain and len(coordinates.event) == 1:
         return joint
@@ -101,7 +102,7 @@ class _Arranged(TorchDistribution):
         )
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         """The reals."""
         return constraints.independent(constraints.real, len(self.event_shape))
 

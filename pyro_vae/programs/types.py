@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, Protocol, TypeAlias
 
 from numpy.typing import ArrayLike
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 __all__ = [
     "Compile",
     "DataPlate",
+    "Distribution",
     "GivenValues",
     "ModeName",
     "Node",
@@ -27,6 +29,9 @@ Program: TypeAlias = Callable[..., Any]
 Values: TypeAlias = Mapping[str, Tensor]
 # A sample statement of a trace: its distribution, value, scale, mask and plates, by Pyro's words.
 Node: TypeAlias = dict[str, Any]
+
+# A distribution of Pyro: one of torch's, with plates, masks and to_event.
+Distribution: TypeAlias = TorchDistributionMixin
 
 # How several particles run: in a plate, with the batch repeated, or one after the other.
 ModeName: TypeAlias = Literal["plate", "repeat", "loop"]

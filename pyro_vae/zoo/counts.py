@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_vae.nets import MLP
 from pyro_vae.programs.handlers import Registered, register
+from pyro_vae.programs.types import Distribution
 from pyro_vae.zoo.simulation import draw
 
 __all__ = ["SingleCellCounts", "TopicModel"]
@@ -136,7 +137,7 @@ class SingleCellCounts(Registered):
                 size = pyro.sample("size", dist.LogNormal(zero + location, scale))
             return pyro.sample("counts", self.likelihood(z, size).to_event(1), obs=counts)
 
-    def likelihood(self, z: Tensor, size: Tensor) -> Any:
+    def likelihood(self, z: Tensor, size: Tensor) -> Distribution:
         """Return the distribution of each count, given latents [..., L] and sizes [...]."""
         log_mean = size.log().unsqueeze(-1) + self.decoder(z).log_softmax(-1)
         return dist.NegativeBinomial(

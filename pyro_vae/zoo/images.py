@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.programs.handlers import Registered, register
+from pyro_vae.programs.types import Distribution
 from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
 from pyro_vae.zoo.simulation import draw
 
@@ -33,7 +34,7 @@ class _DecoderModel(Registered):
         self.decoder = decoder
         self.observation = observation
 
-    def likelihood(self, z: Tensor) -> Any:
+    def likelihood(self, z: Tensor) -> Distribution:
         """Return the distribution of each feature given what the decoder takes, [..., L]."""
         params = self.decoder(z).reshape(*z.shape[:-1], -1, *self.data_shape)
         return self.observation(params.movedim(-1 - len(self.data_shape), -1))
@@ -63,10 +64,10 @@ class _DecoderModel(Registered):
         """A parameter, for its dtype and device: data may be whole numbers."""
         return next(self.decoder.parameters())
 
-    def _standard_normal(self, num_latents: int) -> Any:
+    def _standard_normal(self, num_latents: int) -> Distribution:
         return dist.Normal(self._like.new_zeros(num_latents), 1.0).to_event(1)
 
-    def _observe(self, likelihood: Any, x: Tensor) -> Tensor:
+    def _observe(self, likelihood: Distribution, x: Tensor) -> Tensor:
         return pyro.sample("x", likelihood.to_event(len(self.data_shape)), obs=x)
 
     def _encoder_sizes(self, hidden: Sequence[int]) -> list[int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from pyro_vae.programs.types import Distribution
 
 __all__ = ["Bernoulli", "Binomial", "Categorical", "Gaussian", "Likelihood", "OneHot"]
 
@@ -28,7 +29,7 @@ class Likelihood(nn.Module):
     inputs_per_feature: int = 1
 
     @abstractmethod
-    def forward(self, params: Tensor) -> Any:
+    def forward(self, params: Tensor) -> Distribution:
         """Return the distribution of each feature, batch shape [...].
 
         Args:
@@ -53,7 +54,7 @@ class Bernoulli(Likelihood):
         tensor([0.5000, 0.5000, 0.5000])
     """
 
-    def forward(self, params: Tensor) -> Any:
+    def forward(self, params: Tensor) -> Distribution:
         """Return Bernoulli(logits=params[..., 0])."""
         return dist.Bernoulli(logits=params[..., 0])
 
@@ -80,7 +81,7 @@ class Binomial(Likelihood):
             raise ValueError(f"num_trials={num_trials}: at least 1 is needed")
         self.num_trials = num_trials
 
-    def forward(self, params: Tensor) -> Any:
+    def forward(self, params: Tensor) -> Distribution:
         """Return Binomial(num_trials, logits=params[..., 0])."""
         return dist.Binomial(self.num_trials, logits=params[..., 0])
 
@@ -123,7 +124,7 @@ class Gaussian(Likelihood):
         """The standard deviation of a feature."""
         return self.log_sigma.exp() if self.fixed_sigma is None else self.fixed_sigma
 
-    def forward(self, params: Tensor) -> Any:
+    def forward(self, params: Tensor) -> Distribution:
         """Return Normal(params[..., 0], sigma)."""
         return dist.Normal(params[..., 0], self.sigma)
 
@@ -150,7 +151,7 @@ class Categorical(Likelihood):
             raise ValueError(f"num_categories={num_categories}: at least 2 are needed")
         self.params_per_feature = self.inputs_per_feature = num_categories
 
-    def forward(self, params: Tensor) -> Any:
+    def forward(self, params: Tensor) -> Distribution:
         """Return Categorical(logits=params)."""
         return dist.Categorical(logits=params)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -101,7 +100,7 @@ class ItemResponse(Registered):
         """Return a new encoder of responses [N, J] to features [N, hidden[-1]]."""
         return MLP([self.num_items, *hidden], activate_last=True)
 
-    def make_global_guide(self) -> Any:
+    def make_global_guide(self) -> AutoNormal:
         """Return a new AutoNormal of the items, for AmortizedGuide(global_guide=...)."""
         return AutoNormal(self.items)
 
