@@ -100,10 +100,10 @@ def test_a_network_that_takes_no_particles_gets_the_batch_repeated():
     torch.manual_seed(0)
     model, x = ConvModel(), torch.randn(5, 1, 4, 4, dtype=torch.float64)
     guide = pv.AmortizedGuide(model, nn.Flatten(), example=x)
-    scorer = Evaluator(model, guide, as_batch(x), seed=0)
-    assert scorer.modes == {"guide": "plate", "model": "repeat"}
+    evaluator = Evaluator(model, guide, as_batch(x), seed=0)
+    assert evaluator.modes == {"guide": "plate", "model": "repeat"}
     by_repeat = pv.log_weights(model, guide, x, num_particles=6, seed=0)
-    (chunk,) = scorer.chunks(6)
+    (chunk,) = evaluator.chunks(6)
     by_hand = [
         poutine.trace(poutine.condition(model.eval(), data={"z": z})).get_trace(x).nodes
         for z in chunk.values["z"]
@@ -123,8 +123,8 @@ def test_a_wrong_broadcast_is_found_and_another_way_taken():
 
     x = torch.randn(4, 2, dtype=torch.float64)
     guide = pv.AmortizedGuide(model, nn.Linear(2, 3).double(), example=x)
-    scorer = Evaluator(model, guide, as_batch(x), seed=0)
-    assert scorer.modes == {"guide": "plate", "model": "repeat"}
+    evaluator = Evaluator(model, guide, as_batch(x), seed=0)
+    assert evaluator.modes == {"guide": "plate", "model": "repeat"}
     with pytest.raises(ValueError, match=r"model's log density .*plate: .*differ"):
         pv.log_weights(model, guide, x, num_particles=2, particles="plate")
 

@@ -1,4 +1,4 @@
-"""The spine: exact weights, chunks, particles, refusals."""
+"""Evaluation: chunks and particles change nothing; plates, scales and masks; guides of any make."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Checks:
 
     # --- evaluation
 
-    def scorer(self, seed: int, **options: Any) -> Evaluator:
+    def evaluator(self, seed: int, **options: Any) -> Evaluator:
         plate: Any = False if self.whole else "data"
         options = {"data_plate": plate, **options}
         return Evaluator(
@@ -185,9 +185,9 @@ class Checks:
     def drawn(self, seed: int, num_particles: int, **options: Any) -> dict[str, Tensor]:
         """Return the draws behind the log weights of a seed, in the answer's layout."""
         values: dict[str, list[list[Tensor]]] = {}
-        scorer = self.scorer(seed, **options)
+        evaluator = self.evaluator(seed, **options)
         last = -1
-        for chunk in scorer.chunks(num_particles):
+        for chunk in evaluator.chunks(num_particles):
             for name, value in chunk.values.items():
                 blocks = values.setdefault(name, [])
                 if chunk.rows.start != last:

@@ -503,8 +503,8 @@ def test_the_exact_posterior_of_the_rest_has_weights_log_evidence(particles: str
 def test_the_prior_is_that_of_the_rest_alone():
     x = data(9)
     torch.manual_seed(0)
-    scorer = Evaluator(gaussians, proposal, as_batch(x), seed=0)
-    (chunk,) = scorer.chunks(5)
+    evaluator = Evaluator(gaussians, proposal, as_batch(x), seed=0)
+    (chunk,) = evaluator.chunks(5)
     z = chunk.values["z"]
     prior = (WEIGHTS.log() + dist.Normal(MEANS, 0.5).log_prob(z[..., None])).logsumexp(-1)
     torch.testing.assert_close(chunk.weights.log_prior, prior, rtol=0, atol=1e-12)
@@ -512,7 +512,7 @@ def test_the_prior_is_that_of_the_rest_alone():
     joint = WEIGHTS.log() + dist.Normal(MEANS, 0.5).log_prob(z[..., None])
     joint = joint + dist.Normal(z[..., None] + shift, 0.8).log_prob(x[:, None])
     torch.testing.assert_close(chunk.weights.log_joint, joint.logsumexp(-1), rtol=0, atol=1e-12)
-    assert scorer.pair.summed_out == ("c",)
+    assert evaluator.pair.summed_out == ("c",)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 10_000])
@@ -528,15 +528,17 @@ def test_chunks_change_nothing(chunk_size: int):
 
 def test_modes_agree_on_the_same_draws():
     x = data(4)
-    scorers = [
+    evaluators = [
         Evaluator(gaussians, proposal, as_batch(x), particles=mode, seed=0)
         for mode in ("plate", "repeat", "loop")
     ]
-    (chunk,) = scorers[0].chunks(3)
+    (chunk,) = evaluators[0].chunks(3)
     rows = slice(0, 4)
-    want = scorers[0].score_model(rows, chunk.values)
-    for scorer in scorers[1:]:
-        torch.testing.assert_close(scorer.score_model(rows, chunk.values), want, rtol=0, atol=1e-12)
+    want = evaluators[0].score_model(rows, chunk.values)
+    for evaluator in evaluators[1:]:
+        torch.testing.assert_close(
+            evaluator.score_model(rows, chunk.values), want, rtol=0, atol=1e-12
+        )
 
 
 def test_inner_plates_in_weights():
@@ -554,8 +556,8 @@ def test_inner_plates_in_weights():
             pyro.sample("z", dist.Normal(y.mean(-1, keepdim=True), 1.0))
 
     y = data(4, 3)
-    scorer = Evaluator(model, guide, as_batch(y), data_plate="data", seed=0)
-    (chunk,) = scorer.chunks(5)
+    evaluator = Evaluator(model, guide, as_batch(y), data_plate="data", seed=0)
+    (chunk,) = evaluator.chunks(5)
     z = chunk.values["z"]
     on, off = (dist.Normal(m, 1.0).log_prob(y) for m in (2.0, 0.0))
     likelihood = torch.logaddexp(
@@ -570,9 +572,9 @@ def test_a_guide_that_proposes_everything_sums_nothing_out():
         with pyro.plate("labels", len(x)):
             pyro.sample("c", dist.Categorical(torch.ones(3, dtype=x.dtype)))
 
-    scorer = Evaluator(gaussians, guide, as_batch(data(5)), seed=0)
-    assert scorer.pair.summed_out == ()
-    (chunk,) = scorer.chunks(2)
+    evaluator = Evaluator(gaussians, guide, as_batch(data(5)), seed=0)
+    assert evaluator.pair.summed_out == ()
+    (chunk,) = evaluator.chunks(2)
     assert set(chunk.values) == {"z", "c"}
 
 
@@ -686,11 +688,11 @@ def test_draws_are_laid_out_as_values_are(particles: str):
         with pyro.plate("data", y.shape[0], dim=-2):
             pyro.sample("z", dist.Normal(0.0, y.new_ones(y.shape[0], 1)))
 
-    scorer = Evaluator(
+    evaluator = Evaluator(
         model, guide, as_batch(data(4, 3)), data_plate="data", particles=particles, seed=0
     )
-    (chunk,) = scorer.chunks(7)
-    drawn = scorer.draw_summed_out(chunk.rows, chunk.values, (9,))
+    (chunk,) = evaluator.chunks(7)
+    drawn = evaluator.draw_summed_out(chunk.rows, chunk.values, (9,))
     z, d = chunk.values["z"], drawn["d"]
     assert z.shape == (7, 4, 1) and d.shape == (7, 4, 3)
     assert bool((d == (z > 0)).all())
@@ -709,13 +711,13 @@ def test_draws_that_the_prior_rules_out_weigh_nothing():
             z = pyro.sample("z", dist.Uniform(1.0 * c, c + 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    scorer = Evaluator(model, proposal, as_batch(data(20)), seed=0)
-    (chunk,) = scorer.chunks(20)
+    evaluator = Evaluator(model, proposal, as_batch(data(20)), seed=0)
+    (chunk,) = evaluator.chunks(20)
     z = chunk.values["z"]
     outside = (z < 0) | (z > 3)
     assert bool(outside.any()) and not bool(outside.all())
     assert torch.equal(chunk.weights.total == -torch.inf, outside)
-    drawn = scorer.draw_summed_out(chunk.rows, chunk.values, (9,))["c"]
+    drawn = evaluator.draw_summed_out(chunk.rows, chunk.values, (9,))["c"]
     assert torch.equal(drawn[~outside], z[~outside].floor().long())
 
 
