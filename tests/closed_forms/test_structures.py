@@ -71,11 +71,11 @@ def test_draws_of_noise_are_scored_as_the_joint(family):
     guide = perturbed(
         pv.LocalGuide(both_sides, num_data=4, example=x, family=family, data_plate="data")
     )
-    scorer = Evaluator(both_sides, guide, as_batch(x), data_plate="data", seed=0)
+    evaluator = Evaluator(both_sides, guide, as_batch(x), data_plate="data", seed=0)
     size = guide.num_coordinates
     noise = torch.randn(5, family.num_noise(size), dtype=torch.float64)
     values = guide.from_noise(guide.table, noise)
-    found = scorer.score_guide(slice(0, 4), scorer.from_single(values))
+    found = evaluator.score_guide(slice(0, 4), evaluator.from_single(values))
     z = family.from_noise(guide.table, size, noise.unsqueeze(1).expand(-1, 4, -1))
     joint = family.conditional(guide.table, size, guide.table.new_zeros(4, 0), slice(0, size))
     torch.testing.assert_close(found, joint.log_prob(z), rtol=1e-8, atol=1e-8)

@@ -35,8 +35,8 @@ def test_weights_of_the_exact_posterior_are_the_evidence(exact, particles, chunk
 
 def test_the_three_parts_are_what_they_say(exact):
     model, x = exact
-    scorer = Evaluator(model, model.posterior, as_batch(x), seed=0)
-    (chunk,) = scorer.chunks(4)
+    evaluator = Evaluator(model, model.posterior, as_batch(x), seed=0)
+    (chunk,) = evaluator.chunks(4)
     z = chunk.values["z"]
     likelihood = dist.Normal(z @ model.loadings.T + model.mean, model.noise).log_prob(x).sum(-1)
     torch.testing.assert_close(chunk.weights.log_likelihood, likelihood)
