@@ -14,12 +14,11 @@ from torch import Tensor
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.looks import run_model
-from pyro_vae.programs.nodes import latent_nodes
+from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, inspect
-from pyro_vae.programs.traces import is_point
 
 __all__ = ["Given", "fix_globals", "fix_globals_of_pair", "given_text"]
 

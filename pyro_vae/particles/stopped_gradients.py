@@ -21,10 +21,10 @@ from torch import Tensor
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
-from pyro_vae.programs.nodes import latent_nodes
+from pyro_vae.programs.nodes import latent_nodes, point_of
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.state import preserved_rng, unwrapped
-from pyro_vae.programs.traces import ReplaceDraws, point_of, redrawn, site_log_prob, trace_guide
+from pyro_vae.programs.traces import ReplaceDraws, redrawn, site_log_prob, trace_guide
 from pyro_vae.programs.types import Node, Program, Trace
 from pyro_vae.recording import is_recording
 

@@ -20,8 +20,6 @@ from pyro_vae.programs.state import Look, preserved_rng
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 from pyro_vae.programs.types import Node, Program, Trace
 
-__all__ = ["check_absent"]
-
 # Of other draws than those of the guide, which may be the same function of the random state.
 _SEED = 5419351
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "largest_gap"]
-
 
 def _close(reference: Tensor, found: Tensor) -> Tensor:
     """Return which numbers are equal to the rounding of the reference's dtype; NaN equals NaN."""

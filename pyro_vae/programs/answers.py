@@ -16,8 +16,6 @@ from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 from pyro_vae.programs.types import Node, Program, Trace
 
-__all__ = ["Answers", "close_to", "rows_of"]
-
 # Relative to a parameter's largest gradient: that of another row differs as much as it is large.
 _GRADIENT_TOLERANCE = 1e-2
 # Relative to the largest of all parameters' gradients: rounding, where one is zero but for that.

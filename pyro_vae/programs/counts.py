@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-__all__ = ["as_count"]
-
 
 def as_count(name: str, value: Any, least: int = 1) -> int:
     """Return a number as an int, 1e3 as 1000.

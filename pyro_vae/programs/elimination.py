@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Factor", "Variable", "eliminate", "to_plates"]
-
 # ("plate", its name), ("enum", Pyro's number of an enumerated dimension), or ("given", a name) of
 # values side by side that are not summed over.
 Axis = tuple[str, Any]

@@ -31,23 +31,6 @@ from pyro_vae.programs.pyro_internals import enumerate_dim, enumeration_apart, e
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.types import Node, Program, Trace
 
-__all__ = [
-    "Conditional",
-    "conditionals",
-    "contract",
-    "draw",
-    "enumerated",
-    "marginals",
-    "plate_dims",
-    "scaled_by",
-    "site_factor",
-    "summed_out",
-    "support_of",
-    "unmasked_log_prob",
-    "variables_of",
-    "with_placeholder",
-]
-
 
 def summed_out(
     model_trace: Trace, guide_trace: Any | None = None, *, data_plate: str | None = None

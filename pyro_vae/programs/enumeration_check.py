@@ -30,8 +30,6 @@ from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Trace
 
-__all__ = ["check_values"]
-
 _MOST_RUNS = 64
 _GROUP_BITS = 3  # of entries of the largest plate
 

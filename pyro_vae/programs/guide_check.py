@@ -8,8 +8,6 @@ from typing import Any
 from pyro_vae.programs.nodes import is_enumerable, is_point, latent_nodes, sample_nodes
 from pyro_vae.programs.types import Trace
 
-__all__ = ["check_guide"]
-
 
 def check_guide(model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.

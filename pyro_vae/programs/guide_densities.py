@@ -9,13 +9,11 @@ import torch
 import torch.distributions as td
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution
+from pyro_vae.programs.nodes import is_circular, is_point, latent_nodes, plain_distribution
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
-from pyro_vae.programs.traces import is_point, trace_guide
+from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import Node, Program, Trace
-
-__all__ = ["check_per_datum", "points"]
 
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 

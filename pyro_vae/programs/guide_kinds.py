@@ -16,8 +16,6 @@ from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.types import Program
 
-__all__ = ["DeclaredGuide", "RowGuide", "repeated_rows", "row_guide"]
-
 _SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
 _SAME_DATUM = 1e-4  # of its length: what two fingerprints of a datum may be apart
 

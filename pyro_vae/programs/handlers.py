@@ -35,21 +35,6 @@ from pyro_vae.programs.types import Node, Program
 from pyro_vae.recording import same_expression
 from pyro_vae.torch_internals import parameters_of, version_of
 
-__all__ = [
-    "FullSize",
-    "LatentScale",
-    "ParamStatements",
-    "Registered",
-    "constrained_parameters",
-    "drop_references",
-    "keep_apart",
-    "name_apart",
-    "register",
-    "same_scale",
-    "scale_parts",
-    "unobserve",
-]
-
 logger = logging.getLogger(__name__)
 
 _SAME_SCALE = 1e-6  # relative

@@ -26,13 +26,6 @@ from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.types import Node, Program, Trace
 
-__all__ = [
-    "ModelRun",
-    "check_same",
-    "default_validation_told_apart",
-    "run_model",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class ModelRun:

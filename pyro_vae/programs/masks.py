@@ -20,15 +20,6 @@ from pyro_vae.programs.state import Look
 from pyro_vae.programs.types import Node, Trace
 from pyro_vae.recording import is_recording
 
-__all__ = [
-    "check_proposal_mask",
-    "depend_on_draws",
-    "lift_masks",
-    "mask_of",
-    "mask_proposals",
-    "masked_proposals",
-]
-
 
 def mask_of(node: Node) -> Tensor | bool | None:
     """Return the mask of whole events on a site, that inside its distribution included."""

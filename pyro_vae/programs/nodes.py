@@ -15,22 +15,6 @@ from torch import Tensor
 from pyro_vae.programs.pyro_internals import is_deterministic, mask_inside
 from pyro_vae.programs.types import Node, Trace
 
-__all__ = [
-    "batch_nesting",
-    "drawn_subsamples",
-    "guide_factors",
-    "is_circular",
-    "is_enumerable",
-    "is_point",
-    "is_subsample",
-    "latent_nodes",
-    "left_out",
-    "plain_distribution",
-    "plain_support",
-    "point_of",
-    "sample_nodes",
-]
-
 _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")  # torch's and Pyro's
 
 

@@ -16,8 +16,6 @@ from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.types import Trace
 
-__all__ = ["check_drawable", "check_observed", "check_repeated", "unvalidated"]
-
 
 def check_observed(
     sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]], *, strict: bool

@@ -45,8 +45,6 @@ from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
 from pyro_vae.programs.types import DataPlate, Program, Trace
 
-__all__ = ["Pair", "Single"]
-
 # Of the looks: of draws that are not those of a user's seed.
 _SEED = 8128517
 

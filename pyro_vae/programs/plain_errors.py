@@ -12,8 +12,6 @@ from pyro import poutine
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.types import Program
 
-__all__ = ["plain_errors", "text_of", "trace_of"]
-
 _TABLE = re.compile(r"\n *Trace Shapes:")  # indented as far as the longest name of a site is long
 
 

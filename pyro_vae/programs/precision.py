@@ -13,8 +13,6 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-__all__ = ["rounding_of_parameters", "widened"]
-
 
 class _CannotWidenError(TypeError):
     """A part of a distribution that has no float64 copy."""

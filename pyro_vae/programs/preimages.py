@@ -26,18 +26,6 @@ from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.supports import flat_transforms, inside, supported_log_prob
 from pyro_vae.programs.types import Node
 
-__all__ = [
-    "DrawByPreimage",
-    "KeepDraws",
-    "Preimage",
-    "density",
-    "draw_of",
-    "keep_preimage",
-    "preimage_key",
-    "preimage_of",
-    "with_draw",
-]
-
 _KEY = "_preimage"  # in a site's infer, which a replay hands from the guide to the model
 
 _SATURATING = (

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pyro_vae.torch_internals import DispatchMode, storage_key, tensors_in
 
-__all__ = ["Descendants"]
-
 
 class Descendants(DispatchMode):
     """Follows what is computed from some tensors inside the context, through every operation.

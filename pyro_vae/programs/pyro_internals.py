@@ -19,24 +19,6 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor, nn
 
-__all__ = [
-    "STORE_PARAMETERS",
-    "StoreContents",
-    "enumerate_dim",
-    "enumeration_apart",
-    "enumeration_ids",
-    "forget_parameter",
-    "handlers_at_work",
-    "is_called",
-    "is_deterministic",
-    "mask_inside",
-    "name_of",
-    "of_length",
-    "pyro_parameters",
-    "rename",
-    "store_parameters",
-]
-
 
 def handlers_at_work() -> bool:
     """Return whether any of Pyro's handlers is active (``_PYRO_STACK``)."""

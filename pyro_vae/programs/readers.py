@@ -16,8 +16,6 @@ from torch.utils.data import (
     default_collate,
 )
 
-__all__ = ["RowReader", "read_all", "tensors_of"]
-
 
 class RowReader:
     """Reads rows of a dataset (one with a length and ``dataset[i]``) by their numbers."""

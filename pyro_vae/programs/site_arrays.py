@@ -8,8 +8,6 @@ from torch import Tensor
 
 from pyro_vae.programs.sites import Site, Structure
 
-__all__ = ["absent", "array_of", "inner_dims", "observed_values"]
-
 
 def array_of(value: Tensor, site: Site, structure: Structure) -> np.ndarray:
     """Return values of a site, broadcast to its shape, as ``[N, *inner plates, *event]``.

@@ -8,8 +8,6 @@ from typing import Any
 from pyro_vae.programs.nodes import sample_nodes
 from pyro_vae.programs.preimages import preimage_key, preimage_of
 
-__all__ = ["SiteShape", "site_shapes"]
-
 
 @dataclass(frozen=True, slots=True)
 class SiteShape:

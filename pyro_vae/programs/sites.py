@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pyro_vae.programs.nodes import is_enumerable, left_out, plain_distribution, plain_support
 
-__all__ = ["Plate", "Site", "Structure", "names_of"]
-
 
 @dataclass(frozen=True)
 class Plate:

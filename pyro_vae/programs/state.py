@@ -19,27 +19,6 @@ from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
 from pyro_vae.torch_internals import BatchNorm, Dropout, buffers_of, parameters_of, version_of
 
-__all__ = [
-    "FirstValues",
-    "Look",
-    "RandomState",
-    "as_in_training",
-    "batch_norms",
-    "call_network",
-    "called_modules",
-    "evaluation",
-    "is_training",
-    "looking",
-    "mode_reads",
-    "module_of",
-    "one_thread",
-    "preserved_rng",
-    "random_state",
-    "seeded",
-    "set_random_state",
-    "unwrapped",
-]
-
 _SMALL = 2**20  # numbers
 _lock = threading.RLock()
 

@@ -16,19 +16,6 @@ from torch.distributions import biject_to, constraints
 from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution, plain_support
 from pyro_vae.programs.types import Node, Trace
 
-__all__ = [
-    "SameMeasure",
-    "edge_share",
-    "flat_transforms",
-    "has_mask",
-    "inside",
-    "is_discrete",
-    "is_fixed",
-    "support_of",
-    "supported_log_prob",
-    "value_of",
-]
-
 # Sums of float32 shares, or their norms, are off by more than the 1e-6 that torch allows.
 _SUM_TOLERANCE = 1e-3
 # Of matrices, whether they lie in it is a matter of rounding: what is drawn there lies there.

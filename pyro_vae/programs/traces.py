@@ -20,12 +20,10 @@ from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.masks import lift_masks, mask_proposals
 from pyro_vae.programs.nodes import (
     drawn_subsamples,
-    is_point,
     is_subsample,
     latent_nodes,
     left_out,
     plain_distribution,
-    point_of,
     sample_nodes,
 )
 from pyro_vae.programs.plain_errors import trace_of
@@ -43,29 +41,6 @@ from pyro_vae.programs.pyro_internals import enumerate_dim
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
 from pyro_vae.programs.types import Node, Program, Trace
-
-__all__ = [
-    "OUTSIDE",
-    "GiveValues",
-    "ReplaceDraws",
-    "dependencies",
-    "drawn_by",
-    "dream",
-    "is_point",
-    "mask_proposals",
-    "non_finite_sites",
-    "outside_sites",
-    "point_of",
-    "redrawn",
-    "run_pair",
-    "site_log_prob",
-    "subsamples",
-    "trace_given",
-    "trace_guide",
-    "trace_model",
-    "trace_pair",
-    "under_guide",
-]
 
 OUTSIDE = ", outside its support"  # ends what is said of a site
 

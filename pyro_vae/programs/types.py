@@ -9,19 +9,6 @@ from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-__all__ = [
-    "Compile",
-    "DataPlate",
-    "Distribution",
-    "GivenValues",
-    "ModeName",
-    "Node",
-    "Particles",
-    "Program",
-    "Trace",
-    "Values",
-]
-
 # A Pyro model or guide: any callable that makes sample statements, an nn.Module among them. What it
 # takes and returns is the user's own.
 Program: TypeAlias = Callable[..., Any]

@@ -7,8 +7,6 @@ import re
 import weakref
 from typing import Any
 
-__all__ = ["forget", "warn_once"]
-
 _said: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
 
