@@ -11,7 +11,13 @@ import torch
 from pyro_vae.programs import warned_once
 
 # Helpers that assert say as much as tests do where they fail.
-pytest.register_assert_rewrite("tests.runs", "tests.patterns.laws", "tests.compiler.graphs")
+pytest.register_assert_rewrite(
+    "tests.runs",
+    "tests.compiler.graphs",
+    "tests.losses.gradients",
+    "tests.patterns.laws",
+    "tests.zoo.cases",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -191,9 +191,6 @@ def test_container_refuses_attributes_that_no_file_holds(groups, value):
         bridge.container(groups, attrs={"seed": value})
 
 
-# --- Pareto smoothing
-
-
 # The module itself
 
 

@@ -27,9 +27,6 @@ def labels(n: int = N) -> Tensor:
     return nn.functional.one_hot(torch.arange(n) % LABELS, LABELS).double()
 
 
-# --- laws that every pair obeys
-
-
 # --- the variational autoencoder
 
 
