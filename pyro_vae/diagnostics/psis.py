@@ -168,7 +168,7 @@ def _is_version_0() -> bool:
 
 
 def _top_is_flat(weights: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
-    """Say for each row whether its `size` largest log weights are equal to rounding."""
+    """Return for each row whether its `size` largest log weights are equal to rounding."""
     top = np.partition(weights, -size, axis=1)[:, -size:]
     largest = top.max(axis=1)
     # A log weight is a sum of many terms: its rounding error is some tens of units in the last
@@ -179,7 +179,7 @@ def _top_is_flat(weights: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _tail_can_be_fitted(weights: np.ndarray, size: int) -> np.ndarray:
-    """Say for each row whether the lower quartile of its tail is above the least of the tail.
+    """Return for each row whether the lower quartile of its tail is above the least of the tail.
 
     ArviZ 1.x finds no fit where it is not; ArviZ 0.x fits the weights that are left, be they
     five of hundreds. The same k-hat under both is better.

@@ -115,7 +115,7 @@ class Bound:
         )
 
     def _doubts(self) -> str:
-        """Return what a reader of the value has to know beside its error."""
+        """Return why value or error is not to be trusted, for the text; "" for no reason."""
         if self.largest is None or self.ess is None:
             return ""
         size, untrusted = self.value.shape[0], int(self.untrusted.sum())
@@ -244,11 +244,10 @@ def _bound(
         for chunk in chunks:
             block.update(chunk.weights.total)
         blocks.append(block)
-    value = torch.cat([block.bound.value for block in blocks])
+    columns = zip(*(block.results() for block in blocks), strict=True)
+    value, skewness, plain, ess, largest = (torch.cat(column, -1) for column in columns)
     name = f"IWAE-{num_particles}" if of_weights else "ELBO"
     evaluator.warn_of_outside(name, value == -math.inf)
-    skewness = torch.cat([block.bound.skewness for block in blocks])
-    plain = torch.cat([block.bound.std_error for block in blocks])
     return Bound(
         name=name,
         value=value,
@@ -256,8 +255,8 @@ def _bound(
         num_particles=num_particles,
         given=fixed,
         skewness=skewness,
-        ess=torch.cat([block.weights.effective_sample_size for block in blocks]),
-        largest=torch.cat([block.largest.value for block in blocks], 1),
+        ess=ess,
+        largest=largest,
         mean_of="weights" if of_weights else "log weights",
     )
 
@@ -276,3 +275,9 @@ class _Block:
         if self.weights is not self.bound:
             self.weights.update(log_weights)
         self.largest.update(log_weights)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """Return values, skewnesses, standard errors, ess, [n] each, and the largest, [M, n]."""
+        bound = self.bound
+        ess, largest = self.weights.effective_sample_size, self.largest.value
+        return bound.value, bound.skewness, bound.std_error, ess, largest

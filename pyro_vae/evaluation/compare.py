@@ -248,13 +248,7 @@ def _blocks(
     The first are [K, n], the second [G, K, n], under every guide in turn; [1, K, n] under the one
     that drew them where another cannot score them.
     """
-    for one, other in itertools.permutations(evaluators, 2):
-        one.share_preimages(other)
-    crossed = all(one.can_score(other) for one in evaluators for other in evaluators)
-    # All must cut the data and the particles alike: as the least divisible one does.
-    if len({len(evaluator.data_blocks()) for evaluator in evaluators}) > 1:
-        for evaluator in evaluators:
-            evaluator.splittable = False
+    crossed = _aligned(evaluators)
     total = num_particles * evaluators[0].num_data
     with tqdm(
         total=total, desc="compare", unit="draw", disable=not progress, delay=1.0, unit_scale=True
@@ -271,6 +265,16 @@ def _blocks(
                 [torch.cat([joint for joint, _ in each]) for each in scored],
                 [torch.cat([densities for _, densities in each], 1) for each in scored],
             )
+
+
+def _aligned(evaluators: Sequence[Evaluator]) -> bool:
+    """Let all cut the data alike, as the least divisible one does; return if each can score all."""
+    for one, other in itertools.permutations(evaluators, 2):
+        one.share_preimages(other)
+    if len({len(evaluator.data_blocks()) for evaluator in evaluators}) > 1:
+        for evaluator in evaluators:
+            evaluator.splittable = False
+    return all(one.can_score(other) for one in evaluators for other in evaluators)
 
 
 def _log_guides(evaluators: Sequence[Evaluator], mine: int, chunk: Chunk, crossed: bool) -> Tensor:

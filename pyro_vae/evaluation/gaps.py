@@ -60,11 +60,8 @@ def reduce_block(
     sizes = [effective_sample_size(weight).cpu().numpy() for weight in weights]
     if len(log_guides[0]) > 1:
         mixed = _mixture_weights(log_joints, log_guides)
+        evidences.append(_mixture_evidence(mixed))
         together = mixed.flatten(0, 1)
-        value = iwae_bound(together)
-        # One particle of the mixture estimate is one draw of every guide: common random numbers
-        # make those draws dependent, and the particles not.
-        evidences.append(Estimate(value, torch.exp(mixed - value).mean(0) - 1.0))
         k_hats.append(_pareto_k(together.to(raw[0].dtype)))
         sizes.append(effective_sample_size(together).cpu().numpy())
     unknown = Estimate(*(torch.full_like(elbos[0].value, math.nan),) * 2)
@@ -100,6 +97,16 @@ def _mixture_weights(log_joints: Sequence[Tensor], log_guides: Sequence[Tensor])
             for joint, densities in zip(log_joints, log_guides, strict=True)
         ]
     )
+
+
+def _mixture_evidence(mixed: Tensor) -> Estimate:
+    """Return log p(x) from log weights against the mixture, [G, K, n].
+
+    One particle of it is one draw of every guide: common random numbers make those draws
+    dependent, and the particles not.
+    """
+    value = iwae_bound(mixed.flatten(0, 1))
+    return Estimate(value, torch.exp(mixed - value).mean(0) - 1.0)
 
 
 def _columns(name: str, estimates: Iterable[Estimate]) -> dict[str, np.ndarray]:

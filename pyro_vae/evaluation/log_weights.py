@@ -56,7 +56,7 @@ def log_weights(
         nats, in the dtype of the model.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where it is not plain which plate is that of the data.
         ValueError: for an empty batch, NaN in the data, observed values outside their
             support, num_particles < 1, global latents that are not given (but of a global_guide
             that knows its median: they are held there), a guide whose sites are not the

@@ -35,7 +35,7 @@ _WITHOUT_DRAWS = ("observed_data", "constant_data")
 # Arrays of each group, by the name of their variable: draws first, then the datum.
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
 
-# First in the key of a random stream: what it is for (0 to 2 are the Evaluator's own).
+# First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
 _PREDICTIVE, _PRIOR, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
 
 

@@ -43,7 +43,7 @@ def check_decisions(run: Run, arguments: Arguments) -> None:
     """Raise ValueError where the density of what was seen varies with what was not.
 
     A comparison with NaN is False, and an index made of NaN is some number: a model that goes on
-    with them scores a value that nobody observed. With numbers in the missing places, small and
+    with them scores a value that was never observed. With numbers in the missing places, small and
     large ones, what was seen must have the density that it has with NaN there.
     """
     coded = run(arguments, None)

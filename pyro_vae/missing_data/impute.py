@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Imputation", "WeightedMoments", "impute"]
 
-# First in the key of a random stream: what it is for (0 to 2 are the Evaluator's own).
+# First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.
 _DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))

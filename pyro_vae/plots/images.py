@@ -126,7 +126,7 @@ def plot_imputation(
 
 
 def _cut(values: np.ndarray, low: float, high: float) -> str:
-    """Say on which sides values exceed a scale, in Matplotlib's words."""
+    """Return on which sides values exceed a scale, in Matplotlib's words."""
     below, above = bool((values < low).any()), bool((values > high).any())
     return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
