@@ -45,9 +45,6 @@ from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
 from pyro_vae.programs.types import DataPlate, Program, Trace
 
-# Of the looks: of draws that are not those of a user's seed.
-_SEED = 8128517
-
 
 @dataclass(frozen=True, slots=True)
 class Single:
@@ -163,7 +160,7 @@ class Pair:
 
     @functools.cached_property
     def single(self) -> Single:
-        """One run of the pair, from a fixed seed.
+        """One run of the pair; the global random state stays as it was.
 
         Raises:
             ValueError: where the guide does not propose just the model's latent sites, or a
@@ -172,7 +169,6 @@ class Pair:
         checked = self.gradients
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
         with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
-            torch.manual_seed(_SEED)
             with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
                 with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
                     guide_trace = trace_guide(self.guide, self.batch)
@@ -230,7 +226,6 @@ class Pair:
             if table is not None:
                 rows = table.current_rows
                 stack.enter_context(table.rows_as_given(rows[index.to(rows.device)]))
-            torch.manual_seed(_SEED)
             batch = self.batch.rows(index)
             part = answers.given(self.model, self.guide, batch, index)
             if part.run is None or answers.differs(part, index, gradients=self.gradients):
