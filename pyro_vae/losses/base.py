@@ -28,7 +28,7 @@ _PLANS = 16  # remembered at most
 
 
 class Objective(pyro.infer.ELBO, abc.ABC):
-    """A loss of Pyro's over the spine of log weights; see the subclasses.
+    """A loss of Pyro's, a reduction of terms [K, N] per site; see the subclasses.
 
     Works in ``pyro.infer.SVI(model, guide, optim, loss=...)``, as an nn.Module through
     ``loss(model, guide)``, and in :func:`pyro_vae.fit`. A subclass gives
@@ -252,7 +252,7 @@ def _identity(fn: Program) -> tuple[int, int]:
 
 
 def _signature(value: Any) -> Hashable:
-    """Return what a model may branch on of an argument: its kind, not its numbers."""
+    """Return an argument's signature: types, dimensions and flags, not its numbers."""
     if isinstance(value, Mapping):
         return tuple((name, _signature(value[name])) for name in sorted(value, key=str))
     if isinstance(value, (tuple, list)):

@@ -127,7 +127,7 @@ def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> 
         if not node["is_observed"]:
             continue
         gap = 0.0
-        # Where a distribution cannot be had in float64, nothing can be told.
+        # A distribution that cannot be had in float64 is passed over.
         with Look(), torch.no_grad(), pyro.validation_enabled(False):
             narrow, wide = (
                 site_log_prob(name, node, scaled=False, double=double) for double in (False, True)

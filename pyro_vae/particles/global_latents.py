@@ -227,7 +227,7 @@ def _same_value(first: Mapping[str, Any], second: Mapping[str, Any], site: str) 
 
 
 def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[str, Any]]:
-    """Return what a guide samples in each of some runs, its nodes by name."""
+    """Return a guide's latent nodes by name, in each of some runs."""
     found = []
     with looking(guide, device=batch.device):
         for _ in range(runs):

@@ -13,7 +13,7 @@ __all__ = ["LogWeights"]
 
 @dataclass(frozen=True)
 class LogWeights:
-    """The spine: three log densities of each particle of each datum, in nats.
+    """Three log densities of each particle of each datum, in nats.
 
     Attributes:
         log_likelihood: sum over observed sites of log p(x | z), [K, N].

@@ -391,8 +391,8 @@ class PairRunner:
     def agrees_in_training(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether particles together are scored as each alone, with modules as they are.
 
-        A module that normalizes over the batch in training mode sees other rows. True where
-        nothing is in training mode, or what is draws random numbers, so that nothing can be told.
+        A module that normalizes over the batch in training mode sees other rows. True also where
+        modules draw random numbers, so that two runs of one particle differ.
 
         Args:
             modules: that guide and model call.

@@ -10,7 +10,9 @@ from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.particles.pair_runner import PairRunner
 from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.pair import Pair
 from tests.models import factor_analysis
 
 
@@ -111,3 +113,20 @@ def test_many_data_and_a_network_that_takes_no_particles():
     x = torch.zeros(300, 2)
     guide = pv.LocalGuide(model, num_data=300, example=x)
     assert Evaluator(model, guide, as_batch(x)).modes["model"] == "repeat"
+
+
+@pytest.mark.parametrize("num_data", [1, 2, 3, 5])
+def test_the_modes_of_a_plain_pair_take_one_run_of_the_model(num_data):
+    model = factor_analysis()
+    x = model.data(num_data)
+    runs = []
+
+    def counted(x):
+        runs.append(len(x))
+        return model(x)
+
+    pair = Pair(counted, model.posterior, as_batch(x)).evaluable(None)
+    runs.clear()
+    runner = PairRunner(pair, 0)
+    assert runs == [num_data]
+    assert (runner.guide.mode.name, runner.model.mode.name) == ("plate", "plate")
