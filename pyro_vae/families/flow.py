@@ -163,7 +163,7 @@ class _Weights:
         own, linear = self.own[..., columns, :], self.linear[..., columns, :count]
         raw = own
         if count:
-            # einsum, for @ would copy the weights for each particle.
+            # einsum: @ would copy the weights for each particle.
             seen = torch.einsum("...hc,...c->...h", self.inward[..., :count], known)
             units = torch.tanh(seen + self.bias)
             raw = own + torch.einsum("...dsh,...h->...ds", self.outward[..., columns, :, :], units)

@@ -51,7 +51,7 @@ class AmortizedGuide(FamilyGuide):
             :func:`pyro_vae.compare` measures it against the reference that you name.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where no plate is plainly that of the data.
         ValueError: where no latent site is continuous, for a discrete one of infinitely many
             values, global latents without a guide, or an encoder whose features are not [N, F].
 

@@ -239,19 +239,22 @@ def _support(site: Site) -> constraints.Constraint:
         bound = getattr(support, name, None)
         if bound is None:
             continue
-        if isinstance(bound, Tensor) and bound.ndim > events:
-            # Uniform(0, 1) in a plate has a bound for each datum, all alike.
-            rows = bound.reshape(-1, *bound.shape[bound.ndim - events :])
-            if not bool((rows == rows[0]).all()):
-                raise ValueError(
-                    f"latent site {site.name!r} ({site.distribution}): its support differs from "
-                    "datum to datum, or with another latent. Give it a fixed support, and scale "
-                    "the value: low + (high - low) * u with u in the unit interval"
-                )
-            bound = rows[0]
-        # A plain number, where it is one: transforms of plain numbers are known to be alike.
-        plain = isinstance(bound, Tensor) and bound.numel() == 1
-        bounds[name] = bound.item() if plain else bound
+        bounds[name] = _common_bound(site, bound, events) if isinstance(bound, Tensor) else bound
     if bounds and not support.is_discrete:
         support = type(support)(**bounds)
     return constraints.independent(support, events) if events else support
+
+
+def _common_bound(site: Site, bound: Tensor, events: int) -> Tensor | float:
+    """Return the bound of all data; a plain number where it is one, which is known to be alike."""
+    if bound.ndim > events:
+        # Uniform(0, 1) in a plate has a bound for each datum, all alike.
+        rows = bound.reshape(-1, *bound.shape[bound.ndim - events :])
+        if not bool((rows == rows[0]).all()):
+            raise ValueError(
+                f"latent site {site.name!r} ({site.distribution}): its support differs from "
+                "datum to datum, or with another latent. Give it a fixed support, and scale "
+                "the value: low + (high - low) * u with u in the unit interval"
+            )
+        bound = rows[0]
+    return bound.item() if bound.numel() == 1 else bound

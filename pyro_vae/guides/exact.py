@@ -48,7 +48,7 @@ class ExactGuide(Registered):
             treat the whole batch as one datum.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where no plate is plainly that of the data.
         ValueError: for latents that are not of these families, that lie outside the data
             plate, or whose posterior is not a product over plates.
 
@@ -205,7 +205,7 @@ def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribut
     logits = conditional.given(indices)
     family = plain_distribution(conditional.fn)
     if isinstance(family, dist.Bernoulli):
-        # Finite where one value is impossible, for the density of the other to be so.
+        # Finite where one value is impossible: so is the density of the other then.
         return dist.Bernoulli(logits=torch.nan_to_num(logits[..., 1] - logits[..., 0]))
     if isinstance(family, dist.OneHotCategorical):
         return dist.OneHotCategorical(logits=logits)

@@ -40,7 +40,7 @@ class LocalGuide(FamilyGuide, RowGuide):
     which of the data a batch holds.
 
     Raises:
-        DataPlateError: where the data plate cannot be told.
+        DataPlateError: where no plate is plainly that of the data.
         ValueError: where no latent site is continuous, for a discrete one of infinitely many
             values, a global one, or num_data < 1.
 

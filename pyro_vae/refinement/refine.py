@@ -165,22 +165,14 @@ def refine_table(
     data_plate: DataPlate,
     max_steps: int,
     tolerance: float,
-    compile: Compile = "auto",
 ) -> Ascent:
-    """Optimise the rows of a guide from where they are; what :func:`refine` does from one start.
+    """Do what :func:`refine` does from one start: the rows of a guide, which stays as it is.
 
-    Args:
-        model: a Pyro model.
-        evaluator: of the model on the batch, with any guide; its seed is that of the draws.
-        guide: with a row per datum of the batch; it stays as it is.
-        data_plate: as in :func:`refine`.
-        max_steps: as in :func:`refine`.
-        tolerance: as in :func:`refine`.
-        compile: as in :func:`refine`.
+    The evaluator is of the model on the batch, with any guide; its seed is that of the draws.
     """
     # Anew: the prior may have other parameters than when the evaluator was made.
     looks = ModelLooks(model, evaluator.batch)
-    climber = Climber(Blocks(looks, evaluator, guide, data_plate, compile))
+    climber = Climber(Blocks(looks, evaluator, guide, data_plate, "auto"))
     start = guide.table.detach().clone()
     todo = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     return ascend(climber, start, todo, Budget(max_steps, tolerance, tqdm(disable=True)))

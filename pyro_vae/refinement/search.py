@@ -24,20 +24,12 @@ _POINT_WIDTH = 1e-3  # of a family of points, in standard deviations of the prio
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """The ascent from each row's best start.
-
-    Attributes:
-        climber: that took it.
-        todo: which rows, [N].
-        starts: all of them, [C, N, P].
-        chosen: the number of the best, [N].
-        ended: where the rows ended.
-    """
+    """The ascent from each row's best start."""
 
     climber: Climber
-    todo: Tensor
-    starts: Tensor
-    chosen: Tensor
+    todo: Tensor  # which rows, [N]
+    starts: Tensor  # [C, N, P]
+    chosen: Tensor  # the number of the best, [N]
     ended: Ascent
 
 

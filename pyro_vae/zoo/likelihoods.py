@@ -1,4 +1,4 @@
-"""Likelihoods of a datum's features, given what a decoder network says of them."""
+"""Likelihoods of a datum's features, given the output of a decoder network."""
 
 from __future__ import annotations
 

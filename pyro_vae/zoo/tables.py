@@ -27,7 +27,7 @@ class ItemResponse(Registered):
 
     The ability :math:`\theta_n` is a latent of a person, the datum; the ``difficulty``
     :math:`b_j` and the ``discrimination`` :math:`a_j` of an item are global. The batch
-    is ``responses`` [N, J], floating point zeros and ones; precision follows it, for the model
+    is ``responses`` [N, J], floating point zeros and ones; precision follows it: the model
     has no parameters.
 
     Args:
