@@ -141,6 +141,7 @@ class _Data:
 
 
 def _prepare(images: datasets.ImageData, settings: Settings, seed: int, device: str) -> _Data:
+    """Return the images as counts, or binarized at random, with a part held out to validate."""
     held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
     raw = {
         "train": images.train[:-held_out],

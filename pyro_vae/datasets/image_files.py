@@ -79,6 +79,7 @@ def _load(path: Path, wanted: str) -> np.ndarray | dict[str, np.ndarray]:
 
 
 def _from_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Arrays:
+    """Return the images and labels of an archive, by the names of its arrays."""
     if "x_train" in arrays:
         return Arrays(
             train=arrays["x_train"],
@@ -99,6 +100,7 @@ def _from_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Arrays:
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
+    """Return the array of an idx file with this magic number, gzipped or not."""
     content = path.read_bytes()
     if content.startswith(_GZIP_MAGIC):
         try:
@@ -142,6 +144,7 @@ def _read_idx_pair(path: Path) -> Arrays:
 
 
 def _read_idx_directory(directory: Path) -> Arrays:
+    """Return the images and labels of MNIST's four files."""
     names = (
         "train-images-idx3-ubyte",
         "train-labels-idx1-ubyte",

@@ -297,6 +297,7 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, where: str) -> _Part
 
 
 def _image_shape(images: np.ndarray, where: str) -> tuple[int, int]:
+    """Return the (height, width) of images [N, height, width], or [N, D] of squares."""
     if images.ndim == 3 and images.size:
         return images.shape[1], images.shape[2]
     if images.ndim == 2 and images.size:
@@ -335,6 +336,7 @@ def _check_values(images: np.ndarray, where: str) -> None:
 
 
 def _check_labels(labels: np.ndarray, num_images: int, where: str) -> None:
+    """Raise ValueError for labels that are no whole numbers [N]."""
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{where}: expected labels of shape [N] and an integer type, found shape "

@@ -148,6 +148,7 @@ def _psis(
 
 
 def _arviz_psislw(log_weights: np.ndarray, efficiency: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smoothed log weights [N, K] and k-hat [N] of the installed ArviZ."""
     if _is_version_0():
         import arviz as az
 

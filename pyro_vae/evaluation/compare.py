@@ -114,6 +114,7 @@ def compare(
 
 
 def _check_guides(guides: object, reference: str | None) -> None:
+    """Raise for what is no mapping of guides, and for a reference that is not among them."""
     if not isinstance(guides, Mapping):
         raise TypeError(
             f"guides={guides!r}: a mapping from names to guides or families is needed, such as "

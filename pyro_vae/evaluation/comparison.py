@@ -116,6 +116,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _evidence_text(data: xr.Dataset) -> str:
+    """Return where log p(x) is from, and how far it is to be trusted, for the table."""
     given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
     heavy = heavy_tailed(
         data["log_evidence_pareto_k"].values,

@@ -126,6 +126,8 @@ def _is_before_1() -> bool:
 
 
 def _netcdf_engine() -> str:
+    """Return the name of an installed library that writes netCDF; raise where there is none."""
+
     def installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
 

@@ -181,6 +181,7 @@ class _LeaveMissingOut(Messenger):
         self.wraps_another = False  # which has left out what is missing
 
     def _pyro_sample(self, msg: Node) -> None:
+        """Leave missing numbers of an observed value out of its density."""
         value = msg["value"]
         self.wraps_another |= "_missing" in msg["infer"]
         if (
@@ -204,6 +205,7 @@ class _LeaveMissingOut(Messenger):
         msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
 
     def _pyro_post_sample(self, msg: Node) -> None:
+        """Put NaN back, for what the model makes of the value."""
         # Handlers outside of this one, the trace among them, have taken the value by now.
         if msg["is_observed"] and "_unknown" in msg["infer"]:
             given = msg["infer"].pop("_given", None)

@@ -371,6 +371,7 @@ def _title_and_legend(
 
 
 def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str]) -> None:
+    """Name the guide of each row, and head the rows of each dataset."""
     ax.set_yticks([row.position for row in rows], [row.guide for row in rows])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(rows[-1].position + 0.6, -0.1)
@@ -419,6 +420,7 @@ def _draw_gap(ax: Axes, row: _Row) -> bool:
 def _draw_curve(
     ax: Axes, history: Mapping[str, np.ndarray], name: str, label: str, color: str
 ) -> None:
+    """Draw a quantity of the history, with a band of one standard error where it has one."""
     known = np.isfinite(history[name])
     epoch, value = history["epoch"][known], history[name][known]
     # A single epoch makes no line.
