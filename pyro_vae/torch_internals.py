@@ -13,53 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload as Operator
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.nn.modules.dropout import _DropoutNd as Dropout
-from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-__all__ = [
-    "LINALG_CHECK",
-    "PACK_SEQUENCE",
-    "PUT_UNCHECKED",
-    "READ_NUMBER",
-    "RESHAPE_ALIAS",
-    "UNSAFE_VIEW",
-    "BatchNorm",
-    "DispatchMode",
-    "Dropout",
-    "Operator",
-    "below_autograd",
-    "buffers_of",
-    "called_directly",
-    "children_of",
-    "compiled",
-    "copy_all",
-    "gradient_hooks_of",
-    "has_step_hooks",
-    "hooks_of",
-    "is_mutable",
-    "is_pure",
-    "is_tracing",
-    "largest_magnitudes",
-    "node_of",
-    "num_hooks_made",
-    "parameters_of",
-    "returns_nothing",
-    "schema_text",
-    "shares_memory",
-    "storage_key",
-    "tensors_in",
-    "traced",
-    "unchecked_samples",
-    "untraced",
-    "version_of",
-    "written_values",
-]
-
 _aten = torch.ops.aten
+
+# One overload of an operator, as torch.ops.aten.add.Tensor.
+Operator = OpOverload
+# A context whose __torch_dispatch__ sees every call of an operator, those of autograd included.
+DispatchMode = TorchDispatchMode
+# What all layers of batch normalization are, and all of dropout.
+BatchNorm, Dropout = _BatchNorm, _DropoutNd
 
 # --- operators
 
@@ -122,7 +90,7 @@ def schema_text(operator: Operator) -> tuple[str, str]:
     return arguments, results
 
 
-def called_directly(operator: Operator) -> Callable[..., Any]:
+def called_directly(operator: Operator) -> Callable[..., object]:
     """Return what an operator calls in C++: a layer of Python less at each call."""
     return operator._op
 
@@ -151,7 +119,7 @@ def tensors_in(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def gradient_hooks_of(tensor: Tensor) -> list[dict[int, Callable[..., Any]]]:
+def gradient_hooks_of(tensor: Tensor) -> list[dict[int, Callable[[Tensor], Tensor | None]]]:
     """Return a leaf's hooks on its gradient: those before it is added, and those after.
 
     The mappings of Tensor.register_hook and Tensor.register_post_accumulate_grad_hook, empty ones
@@ -222,8 +190,6 @@ def unchecked_samples() -> Iterator[None]:
 
 def untraced() -> contextlib.AbstractContextManager[object]:
     """Return a context whose operators are seen by no mode around it."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     return _disable_current_modes()
 
 
@@ -254,7 +220,9 @@ def is_tracing() -> bool:
     return get_proxy_mode() is not None
 
 
-def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Any]]:
+def compiled(
+    module: fx.GraphModule, inputs: list[Tensor]
+) -> Callable[..., Sequence[Tensor | None]]:
     """Return a module's code by TorchInductor, with PyTorch's own random numbers."""
     from torch import _inductor
     from torch._inductor import config
@@ -262,5 +230,7 @@ def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequ
     options: dict[str, Any] = {"fallback_random": True}
     if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
         options["cpp.use_decompose_tanh"] = True
-    code: Callable[..., Sequence[Any]] = _inductor.compile(module, [*inputs], options=options)
+    code: Callable[..., Sequence[Tensor | None]] = _inductor.compile(
+        module, [*inputs], options=options
+    )
     return code

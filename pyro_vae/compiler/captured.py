@@ -10,7 +10,7 @@ import itertools
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,12 @@ _LONG = 256  # items of a container that are watched
 _MANY = 10_000  # values that are looked at
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a value is a number or a text: what Python decides by, and a graph takes in."""
     return value is None or isinstance(value, _PLAIN)
 
 
-def is_library(name: Any) -> bool:
+def is_library(name: object) -> bool:
     """Whether a module, by its name, is of those whose code is not looked into."""
     top = str(name).partition(".")[0]
     return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
@@ -90,10 +90,10 @@ def _reads(code: types.CodeType) -> _Reads:
 class _Head:
     """The first items of a long container, and how many there are."""
 
-    def __init__(self, items: Any) -> None:
+    def __init__(self, items: Collection[object]) -> None:
         self.items = items
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         yield len(self.items)
         yield from itertools.islice(self.items, _LONG)
 
@@ -114,7 +114,7 @@ class Captured:
         modules: nn.Modules that were met, by identity.
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    def __init__(self, roots: Iterable[object]) -> None:
         self.modules: dict[int, nn.Module] = {}
         self._entries: list[tuple[Any, str]] = []  # of mappings: a global, an attribute
         self._entry_labels: list[str] = []
@@ -139,18 +139,18 @@ class Captured:
 
     # --- what is read at each step
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         """Return what lies in all places now, containers aside, in the same order at each call."""
-        found = [holder.get(name, MISSING) for holder, name in self._entries]
+        found: list[object] = [holder.get(name, MISSING) for holder, name in self._entries]
         found += map(_content_of, self._cells)
         found += [getattr(holder, name, MISSING) for holder, name in self._slots]
         return found
 
-    def contents(self) -> list[Any]:
+    def contents(self) -> list[object]:
         """Return what containers hold now, one after the other."""
         return list(itertools.chain.from_iterable(self._contents))
 
-    def identity_check(self) -> Callable[[list[Any]], bool]:
+    def identity_check(self) -> Callable[[list[object]], bool]:
         """Return a fast function of former :meth:`values`: whether all are there still."""
         return identity_check(self._entries, self._cells, self._slots)
 
@@ -158,10 +158,12 @@ class Captured:
         """Return the numbers of arrays, which code may write to where they are."""
         return [array.tobytes() for array in self._arrays]
 
-    def places(self) -> list[tuple[str, list[Any]]]:
+    def places(self) -> list[tuple[str, list[object]]]:
         """Return all places, each in words and with what lies there."""
         labels = [*self._entry_labels, *self._cell_labels, *self._slot_labels]
-        single = [(label, [value]) for label, value in zip(labels, self.values(), strict=True)]
+        single: list[tuple[str, list[object]]] = [
+            (label, [value]) for label, value in zip(labels, self.values(), strict=True)
+        ]
         contents = map(list, self._contents)
         return single + list(zip(self._content_labels, contents, strict=True))
 
@@ -202,7 +204,7 @@ class Captured:
     # --- how places are found
 
     def add(
-        self, holder: Mapping[str, Any], name: str, label: str, *, followed: bool = True
+        self, holder: Mapping[str, object], name: str, label: str, *, followed: bool = True
     ) -> None:
         """Watch an entry of a mapping, and what its value captures; or its value alone."""
         if (id(holder), name) not in self._watched and len(self._watched) < _MANY:
@@ -212,7 +214,7 @@ class Captured:
             if followed:
                 self._queue.append((holder.get(name, MISSING), label))
 
-    def follow(self, value: Any, label: str) -> None:
+    def follow(self, value: object, label: str) -> None:
         """Watch what a value captures."""
         self._queue.append((value, label))
         self._follow()
@@ -227,7 +229,7 @@ class Captured:
                     done |= new
                     self._look_up(holder, new)
 
-    def _look(self, value: Any, label: str) -> None:
+    def _look(self, value: object, label: str) -> None:
         """Watch what one value captures, by what it is."""
         if is_plain(value) or value is MISSING or isinstance(value, (Tensor, torch.dtype)):
             return
@@ -239,7 +241,7 @@ class Captured:
                 look(self, value, label)
                 return
         if hasattr(type(value), "__wrapped__") or "__wrapped__" in getattr(value, "__dict__", {}):
-            self._push([value.__wrapped__], label)  # of functools.lru_cache
+            self._push([getattr(value, "__wrapped__", None)], label)  # of functools.lru_cache
         else:
             self._look_at_object(value, label)
 
@@ -267,7 +269,7 @@ class Captured:
         if value.size <= _LONG and value.dtype != object:
             self._arrays.append(value)
 
-    def _push(self, values: Iterable[Any], label: str) -> None:
+    def _push(self, values: Iterable[object], label: str) -> None:
         self._queue.extend((value, label) for value in values)
 
     def _look_at_function(self, function: types.FunctionType, label: str) -> None:
@@ -304,14 +306,14 @@ class Captured:
                 self._cells.append(cell)
                 self._cell_labels.append(label)
 
-    def _look_at_globals(self, known: dict[str, Any], reads: _Reads, name: str) -> None:
+    def _look_at_globals(self, known: dict[str, object], reads: _Reads, name: str) -> None:
         variables = set(reads.globals)
         if variables & _ANY_GLOBAL:
             variables |= {key for key, value in known.items() if isinstance(value, (int, float))}
         for variable in sorted(variables & known.keys() - {"__builtins__"}):
             self.add(known, variable, f"the global {variable!r}, which {name} reads")
 
-    def _watch_slot(self, holder: Any, name: str, label: str) -> None:
+    def _watch_slot(self, holder: object, name: str, label: str) -> None:
         if (id(holder), name) not in self._watched:
             self._watched.add((id(holder), name))
             self._slots.append((holder, name))
@@ -342,15 +344,15 @@ class Captured:
                 settled = name[:1] != "_" or is_plain(content) or callable(content)
                 self.add(vars(value), name, f"{own.__name__}.{name}", followed=settled)
 
-    def _look_up(self, holder: Any, names: set[str]) -> None:
+    def _look_up(self, holder: object, names: set[str]) -> None:
         """Watch the attributes of a module, a class or an object that have one of some names."""
         if isinstance(holder, (types.ModuleType, types.FunctionType)):
             label = getattr(holder, "__qualname__", holder.__name__)
             self._add_all(vars(holder), names & vars(holder).keys(), label)
             return
         is_class = isinstance(holder, type)
-        kind = holder if is_class else type(holder)
-        attributes: Any = {} if is_class else getattr(holder, "__dict__", {})
+        kind: type = holder if isinstance(holder, type) else type(holder)
+        attributes: dict[str, object] = {} if is_class else getattr(holder, "__dict__", {})
         by_any_name = bool(self._names & _BY_ANY_NAME) or id(holder) in self._roots
         found = set(attributes) if by_any_name else names & set(attributes)
         for owner in kind.__mro__:
@@ -366,7 +368,7 @@ class Captured:
         if hasattr(holder, "__dict__") and not is_class:
             self._add_all(attributes, found, kind.__name__)
 
-    def _add_all(self, holder: Mapping[str, Any], names: set[str], label: str) -> None:
+    def _add_all(self, holder: Mapping[str, object], names: set[str], label: str) -> None:
         for name in sorted(names):
             self.add(holder, name, f"{label}.{name}")
 
@@ -387,14 +389,14 @@ _OF_ANY_CLASS = {"__init__", "__new__", "__init_subclass__", "__class_getitem__"
 _OF_ANY_CLASS |= {"__str__", "__reduce__", "__getstate__", "__setstate__", "__subclasshook__"}
 
 
-def _content_of(cell: types.CellType) -> Any:
+def _content_of(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # empty
         return MISSING
 
 
-def _put_back_entry(holder: dict[str, Any], name: str, value: Any) -> None:
+def _put_back_entry(holder: dict[str, object], name: str, value: object) -> None:
     if value is MISSING:
         holder.pop(name, None)
     elif holder.get(name, MISSING) is not value:
@@ -423,7 +425,7 @@ def _has_items(container: Any, before: Any) -> bool:
     )
 
 
-def _imported(module: str, level: int, known: Mapping[str, Any]) -> Any:
+def _imported(module: str, level: int, known: Mapping[str, Any]) -> types.ModuleType | None:
     """Return the module that a statement inside a function imports; None before it did."""
     try:
         name = "." * level + module

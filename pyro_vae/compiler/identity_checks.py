@@ -12,10 +12,10 @@ _MAX_JOINED = 50  # tests that one "and" joins, because Python nests them
 
 
 def identity_check(
-    entries: Sequence[tuple[Any, Any]],
+    entries: Sequence[tuple[object, object]],
     cells: Sequence[CellType] = (),
-    slots: Sequence[tuple[Any, str]] = (),
-) -> Callable[[list[Any]], bool]:
+    slots: Sequence[tuple[object, str]] = (),
+) -> Callable[[list[object]], bool]:
     """Return a function of the objects expected: whether each lies in its place.
 
     It is called at each step of training. One line of code for each place takes a third of the
@@ -40,9 +40,9 @@ def identity_check(
     signature = ", ".join(["v", *(f"{name}={name}" for name in bound.values)])
     source = f"def check({signature}):\n{''.join(lines)}    return True\n"
     exec(compile(source, "<pyro_vae check>", "exec"), bound.values)
-    check: Callable[[list[Any]], bool] = bound.values["check"]
+    check: Callable[[list[object]], bool] = bound.values["check"]
 
-    def holds(expected: list[Any]) -> bool:
+    def holds(expected: list[object]) -> bool:
         try:
             return check(expected)
         except (KeyError, ValueError, AttributeError):  # no entry, an empty cell, no attribute

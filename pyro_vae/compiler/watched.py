@@ -33,7 +33,12 @@ class Watched:
     """
 
     def __init__(
-        self, roots: Iterable[Any], modules: Iterable[nn.Module], names: list[str], *, modes: bool
+        self,
+        roots: Iterable[object],
+        modules: Iterable[nn.Module],
+        names: list[str],
+        *,
+        modes: bool,
     ) -> None:
         self._captured = Captured([*roots, *modules])
         self.modules = {
@@ -43,9 +48,9 @@ class Watched:
         }
         for module in self.modules.values():
             self._add_attributes(module, modes)
-        self._structure: list[Any] = []  # mappings of children, and of hooks
+        self._structure: list[Mapping[Any, object]] = []  # mappings of children, and of hooks
         self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
-        self._lengths_of: list[Any] = []  # mappings of them
+        self._lengths_of: list[Mapping[Any, object]] = []  # mappings of them
         for part in self.modules.values():
             self._structure += [children_of(part), *hooks_of(part)]
             for holder in (parameters_of(part), buffers_of(part)):
@@ -70,7 +75,7 @@ class Watched:
         self._captured.follow((), "")
 
     @functools.cached_property
-    def _has_values(self) -> Callable[[list[Any]], bool]:
+    def _has_values(self) -> Callable[[list[object]], bool]:
         return self._captured.identity_check()
 
     def expect(self) -> None:
@@ -132,7 +137,7 @@ class Watched:
             vars(self).pop("_has_values", None)
         self.expect()
 
-    def _differing(self) -> Iterator[tuple[int, list[tuple[Any, Any]]]]:
+    def _differing(self) -> Iterator[tuple[int, list[tuple[object, object]]]]:
         """Yield the places whose values are not the expected ones, with both, item by item."""
         both = zip(self._places, self._captured.places(), strict=True)
         for index, ((_, old), (_, new)) in enumerate(both):
@@ -150,27 +155,27 @@ class Watched:
             yield from (b for b in buffers_of(module).values() if b is not None)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     return one is other or (is_plain(one) and type(one) is type(other) and bool(one == other))
 
 
-def _entry(holder: Any, name: str) -> Any:
+def _entry(holder: Mapping[str, object], name: str) -> object:
     try:
         return holder[name]
     except (KeyError, AttributeError):  # as TorchScript's mappings say it
         return None
 
 
-def _is_plain_or_missing(value: Any) -> bool:
+def _is_plain_or_missing(value: object) -> bool:
     return value is MISSING or is_plain(value)
 
 
-def _is_followed(kind: type, value: Any) -> bool:
+def _is_followed(kind: type, value: object) -> bool:
     """Return whether to look into an attribute: of a library's module, into what users gave it."""
     return not is_library(kind.__module__) or callable(value) or _is_plain_list(value)
 
 
-def _is_plain_list(value: Any) -> bool:
+def _is_plain_list(value: object) -> bool:
     """Return whether a list or mapping holds nothing but plain values and such lists."""
     items = list(value.values()) if isinstance(value, Mapping) else value
     return isinstance(items, (list, tuple)) and all(
@@ -181,7 +186,7 @@ def _is_plain_list(value: Any) -> bool:
 class _Sizes:
     """The sizes of many mappings, most of which are empty."""
 
-    def __init__(self, holders: list[Any]) -> None:
+    def __init__(self, holders: list[Mapping[Any, object]]) -> None:
         self._full = [d for d in holders if len(d)]
         self._empty = [d for d in holders if not len(d)]
         self._expected = list(map(len, self._full))

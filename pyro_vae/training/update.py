@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ _NO_SPARSE = (
     torch.optim.RAdam,
     torch.optim.RMSprop,
 )
+
+Loss = Tensor | float | None
 
 
 class Update:
@@ -96,7 +98,7 @@ class Update:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def __call__(self, loss: Any = None, *, traced: bool) -> None:
+    def __call__(self, loss: Loss = None, *, traced: bool) -> None:
         """Take a step of the optimizer on the gradients that the parameters have.
 
         Args:
@@ -119,7 +121,7 @@ class Update:
             return False
         return "step" not in vars(optimizer)  # where a learning rate scheduler puts its own
 
-    def _repeats_last(self, loss: Any) -> bool:
+    def _repeats_last(self, loss: Loss) -> bool:
         """Take the same step as the last time, where nothing but numbers changed; say whether."""
         last = self._last
         if last is None or last.graph.capturable or not last.holds():
@@ -127,12 +129,10 @@ class Update:
         gradients = last.gradients()
         if gradients is None:
             return False
-        if self.failed is not None:
-            gradients.append(loss)
-        last.graph(*gradients)
+        last.graph(*gradients, *self._to_mark(loss))
         return True
 
-    def _record_or_replay(self, loss: Any) -> None:
+    def _record_or_replay(self, loss: Loss) -> None:
         """Take a step by the graph for these settings, or trace it."""
         moved = self._moved()
         states = [self.optimizer.state.get(parameter) for parameter in moved]
@@ -144,9 +144,7 @@ class Update:
         # Of the state, because load_state_dict and others put a new one in its place.
         tensors = [id(next(iter(state.values()))) for state in states if state]
         key = (*self._settings(), *[p.grad is None for p in self._parameters()], *tensors)
-        inputs = [parameter.grad for parameter in moved]
-        if self.failed is not None:
-            inputs.append(loss)
+        inputs = [*(parameter.grad for parameter in moved), *self._to_mark(loss)]
         graph = self._graphs.get(key)
         if graph is not None:
             self._replay(graph, inputs)
@@ -155,7 +153,7 @@ class Update:
         elif (recorded := self._recorded(inputs)) is not None:
             self._graphs[key] = recorded
 
-    def _replay(self, graph: Graph, inputs: list[Any]) -> None:
+    def _replay(self, graph: Graph, inputs: list[Tensor]) -> None:
         if graph.capturable:
             self._capture(graph, inputs)
         graph(*inputs)
@@ -171,7 +169,7 @@ class Update:
         """Return the parameters that have a gradient."""
         return [parameter for parameter in self._parameters() if parameter.grad is not None]
 
-    def _settings(self) -> list[Any]:
+    def _settings(self) -> list[Hashable]:
         groups = self.optimizer.param_groups
         return [
             value
@@ -183,9 +181,13 @@ class Update:
     def _marks(self) -> list[Tensor]:
         return [] if self.failed is None else [self.failed]
 
+    def _to_mark(self, loss: Loss) -> list[Any]:
+        """Return the loss, a tensor, where failures are marked."""
+        return [] if self.failed is None else [loss]
+
     # --- steps of the optimizer itself
 
-    def _step(self, loss: Any) -> None:
+    def _step(self, loss: Loss) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -196,7 +198,7 @@ class Update:
                     parameter.grad = parameter.grad.clone()
         self._move(loss)
 
-    def _move(self, loss: Any) -> None:
+    def _move(self, loss: Loss) -> None:
         optimizer: Any = self.optimizer
         if self.failed is None:
             optimizer.step()
@@ -233,7 +235,7 @@ class Update:
 
     # --- graphs
 
-    def _capture(self, graph: Graph, inputs: list[Any]) -> None:
+    def _capture(self, graph: Graph, inputs: list[Tensor]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
         tensors = [*self._moved(), *self._marks()]
         for parameter in self._moved():
@@ -260,7 +262,7 @@ class Update:
         graph.release()
         logger.warning("the kernels of the optimizer's step are launched one by one: %s", error)
 
-    def _recorded(self, inputs: list[Any]) -> Graph | None:
+    def _recorded(self, inputs: list[Tensor]) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""
         optimizer = self.optimizer
         moved = self._moved()
@@ -332,7 +334,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def _set_gradients(parameters: list[Tensor], gradients: Any) -> None:
+def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
     """Give each parameter its gradient; a number may follow, the loss of them."""
     for parameter, gradient in zip(parameters, gradients, strict=False):
         parameter.grad = gradient
