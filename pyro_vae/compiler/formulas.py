@@ -1,4 +1,4 @@
-"""Formulas that compiled code does faster, in a copy of a graph for the compiler."""
+"""A formula that compiled code does faster, in a copy of a graph for the compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _aten = torch.ops.aten
 
 
 def for_compiler(graph: fx.Graph) -> fx.GraphModule:
-    """Return a copy of a graph as a module, with formulas that compiled code does faster.
+    """Return a copy of a graph as a module, with a formula that compiled code does faster.
 
     Results are the same to rounding.
     """
@@ -25,27 +25,13 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
     module = fx.GraphModule(root, own)
     for node in calls(module.graph):
         with module.graph.inserting_before(node):
-            value = _bias_last(node) or _sum_by_products(node)
+            value = _sum_by_products(node)
         if value is not None:
             node.replace_all_uses_with(value)
             module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     return module
-
-
-def _bias_last(node: fx.Node) -> fx.Node | None:
-    """Add a bias where a product is used: addmm writes it all over its result before it begins."""
-    if node.target is not _aten.addmm.default or len(node.args) != 3 or node.kwargs:
-        return None
-    bias, left, right = args_of(node)
-    if not is_real(node) or bias.meta["val"].ndim != 1:
-        return None
-    product = node.graph.call_function(_aten.mm.default, (left, right))
-    value = node.graph.call_function(_aten.add.Tensor, (product, bias))
-    for new in (product, value):
-        new.meta.update(node.meta)
-    return value
 
 
 def _sum_by_products(node: fx.Node) -> fx.Node | None:

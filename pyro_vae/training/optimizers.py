@@ -38,10 +38,8 @@ def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimize
         link = PyroLink(optim, parameters)
         _links[link.optimizer] = link
         return link.optimizer
-    make: Any = optim
-    made = (
-        optim if isinstance(optim, torch.optim.Optimizer) else callable(make) and make(parameters)
-    )
+    is_made = isinstance(optim, torch.optim.Optimizer) or not callable(optim)
+    made = optim if is_made else optim(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
             f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
@@ -113,6 +111,7 @@ class PyroLink:
             self._single(parameter).param_groups[0]["lr"] = rate
 
     def _regroup(self) -> None:
+        """Give the torch optimizer the groups of the parameters as they are now."""
         defaults = self.optimizer.defaults
         self.optimizer.param_groups.clear()
         for group in self._groups():
@@ -154,6 +153,7 @@ class PyroLink:
         return found
 
     def _share_state(self) -> None:
+        """Make the state of each parameter one object in both."""
         for parameter in self._parameters:
             self.optimizer.state[parameter] = self._single(parameter).state[parameter]
         _with_momentum(self.optimizer)
@@ -218,8 +218,9 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def _fused_options(
     make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return the arguments of an optimizer, with a fused kernel where the user chose no other."""
     # A first momentum that is dampened is not that which starts at zero.
-    told = _KERNELS & set(options) or options.get("dampening")
-    if make in _FUSED and not told and all(map(torch.is_floating_point, parameters)):
+    is_chosen = _KERNELS & set(options) or options.get("dampening")
+    if make in _FUSED and not is_chosen and all(map(torch.is_floating_point, parameters)):
         return {**options, "fused": True}
     return options

@@ -1,4 +1,4 @@
-"""Formulas for the compiler: the same to rounding."""
+"""The formula for the compiler: the same to rounding."""
 
 from __future__ import annotations
 
@@ -50,37 +50,3 @@ def test_sums_that_stay_as_they_are(shape, dtype):
     logits, x = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
     module = graph_formulas.for_compiler(trace(log_bernoulli, [logits, x])._graph)
     assert not any(n.target is aten.log.default for n in module.graph.nodes)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_bias_is_added_where_the_product_is_used(dtype):
-    """And its gradient is what it was."""
-    layer = nn.Linear(3, 5).to(dtype)
-
-    def function(x):
-        loss = layer(x).tanh().sum()
-        return [loss, *torch.autograd.grad(loss, list(layer.parameters()))]
-
-    x = data(7, 3).to(dtype)
-    module = graph_formulas.for_compiler(trace(function, [x])._graph)
-    targets = [node.target for node in module.graph.nodes]
-    assert aten.addmm.default not in targets
-    product = targets.index(aten.mm.default)
-    assert targets[product + 1] is aten.add.Tensor
-    parameters = list(trace(function, [x])._live)
-    torch.testing.assert_close(list(module(*parameters, x)), [t.detach() for t in function(x)])
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: [torch.addmm(torch.ones(4, 4, dtype=x.dtype), x, x)],  # no bias but a matrix
-        lambda x: [torch.addmm(torch.ones(4, dtype=x.dtype), x, x, alpha=2)],
-        lambda x: [torch.addmm(torch.ones(4).bfloat16(), x.bfloat16(), x.bfloat16())],
-    ],
-)
-def test_products_that_stay_as_they_are(function):
-    x = data(4, 4)
-    module = graph_formulas.for_compiler(trace(function, [x])._graph)
-    assert any(node.target is aten.addmm.default for node in module.graph.nodes)
-    torch.testing.assert_close(module(x)[0], function(x)[0])
