@@ -106,12 +106,12 @@ class _Held:
             # Those of the store take their place, by name.
             self._parameters.append((parameters_of(module), dict(parameters_of(module))))
 
-    def put_back(self) -> None:
-        """Undo what has changed."""
+    def put_back(self, *, unseen: bool = False) -> None:
+        """Undo what has changed; with ``unseen``, also as BatchNorm does, which marks no change."""
         for holder, name, buffer, version, value in self._buffers:
             if holder.get(name) is not buffer:
                 holder[name] = buffer
-            if version_of(buffer) != version:
+            if unseen or version_of(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(value)
         for now, before in self._parameters:
@@ -303,22 +303,23 @@ def as_in_training(
     """Leave modules in their modes, but let none drop out, and all else as it was found.
 
     Args:
-        modules: those that are called inside.
+        modules: those that are not to drop out.
         first: as in :func:`evaluation`.
     """
     held = _Held()
     dropouts = [m for m in modules if isinstance(m, Dropout) and m.training]
-    for module in modules:
-        held.add(module)
     for module in dropouts:
         module.training = False
+    # A guide's BatchNorms too, which are not among those that are compared.
+    hook = register_module_forward_pre_hook(lambda module, inputs: held.add(module))
     try:
         with (FirstValues() if first is None else first).installed():
             yield
     finally:
+        hook.remove()
         for module in dropouts:
             module.training = True
-        held.put_back()
+        held.put_back(unseen=True)
 
 
 @contextlib.contextmanager

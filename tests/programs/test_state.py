@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.programs.state import random_state, set_random_state
+from pyro_vae.programs.state import as_in_training, random_state, set_random_state
 from pyro_vae.programs.structure import inspect
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100.0
@@ -206,3 +206,13 @@ def test_random_state_comes_back():
     first = torch.randn(3)
     set_random_state(state)
     assert torch.equal(torch.randn(3), first)
+
+
+def test_a_look_in_training_mode_leaves_the_statistics_of_every_module():
+    norms = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
+    with torch.no_grad(), as_in_training(norms[:1]):
+        for norm in norms:
+            norm(torch.ones(3, 2))
+    for norm in norms:
+        assert norm.running_mean.tolist() == [0.0, 0.0]
+        assert norm.num_batches_tracked.item() == 0
