@@ -245,14 +245,16 @@ class PairRunner:
 
     def _choose_modes(self, particles: Particles) -> None:
         """Choose the modes of guide and model, and find out what decides how they are scored."""
+        agreed: tuple[Run, Run] | None = None
         with Look():
-            if self._agree_at_once(particles):
-                return
+            agreed = self._agree_at_once(particles)
+        if agreed is not None:
+            self._score_in_float64(*agreed)
+            return
         rows, values = self._choose_guide(particles)
         if self.pair.summed_out:
             self._check_summed_out(rows, values)
         count, latents = _count(values), self.latents(values)
-
         runs: list[Run] = []
 
         def score(model: Runner) -> Tensor:
@@ -264,8 +266,8 @@ class PairRunner:
         self._check_independent(rows, latents, reference)
         self._score_in_float64(model=runs[-1])
 
-    def _agree_at_once(self, particles: Particles) -> bool:
-        """Take the first mode if one run in it says all that single particles would.
+    def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
+        """Take the first mode, and return runs in it, if these say all that single particles would.
 
         The particle of the pair's single run, one or two others, and one that has every other
         datum's values from either: the first must have its density of before, and each datum of
@@ -273,7 +275,7 @@ class PairRunner:
         """
         pair, structure, single = self.pair, self.pair.structure, self.pair.single
         if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):
-            return False
+            return None
         rows, plate = self.data_blocks()[0], structure.data_plate
         alone = [
             Run([trace], self.guide.mode, 1, structure.num_data, pair.shapes)
@@ -306,10 +308,9 @@ class PairRunner:
             and agree(alone[1].log_prob(is_any)[:, rows], log_joint[copies:last])
             and agree(rest, log_joint[last:])
         ):
-            return False
+            return None
         self.guide, self.model = guide, model
-        self._score_in_float64(run, model_run)
-        return True
+        return run, model_run
 
     def _choose_guide(self, particles: Particles) -> tuple[slice, Values]:
         """Choose the mode of the guide; return some of its draws, for some data."""
