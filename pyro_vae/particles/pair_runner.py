@@ -396,10 +396,8 @@ class PairRunner:
         modules draw random numbers, so that two runs of one particle differ.
 
         Args:
-            modules: that guide and model call.
+            modules: all that guide and model call; their buffers stay what they are.
         """
-        if not any(module.training for module in modules):
-            return True
         rows, device = self.data_blocks()[0], self.pair.batch.device
         with (
             torch.no_grad(),

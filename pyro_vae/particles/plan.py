@@ -255,9 +255,10 @@ def _choose_mode(pair: Pair, structure: Structure, single: Single, *, needed: bo
         name, runner = _agreeing(pair, structure, called, needed=needed)
     except _LoopError as error:
         return _ChosenMode("loop", str(error), frozen)
-    if any(module.training for module in single.mode_read_of) and not runner.agrees_in_training(
-        called
-    ):
+    # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
+    aside = set(map(id, () if dependent else single.in_guide)) - set(map(id, single.in_model))
+    moody = any(module.training for module in single.mode_read_of if id(module) not in aside)
+    if moody and not runner.agrees_in_training((*single.in_guide, *single.in_model)):
         reason = "in training mode, densities of particles together are not those of each"
         return _ChosenMode("loop", reason, frozen)
     return _ChosenMode(name, "", frozen)

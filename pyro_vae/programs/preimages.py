@@ -36,12 +36,7 @@ _SATURATING = (
     td.CorrCholeskyTransform,
 )
 # Of these the log determinant is known from what goes in.
-_KNOWN = (
-    *_SATURATING,
-    td.AffineTransform,
-    td.TanhTransform,
-    OrderedTransform,
-)
+_KNOWN = (*_SATURATING, td.AffineTransform, td.TanhTransform, OrderedTransform)
 # Priors of positive numbers that are as high at the smallest one as at the next.
 _FLAT_AT_ZERO = (td.Exponential, td.HalfNormal)
 _UNRESOLVED = 1e-3  # nats, or of a logarithm, that rounding may change
