@@ -121,6 +121,25 @@ def test_the_particles_of_a_loss_see_one_first_value(caplog):
     assert pyro.param("shift").item() == pytest.approx(X.mean().item(), abs=0.1)
 
 
+@pytest.mark.parametrize("loss", [pv.ELBO(1), pv.ELBO(3), pv.IWAE(3)])
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5)])
+def test_a_batch_norm_counts_training_steps_alone(loss, layer):
+    """In the encoder: not the comparisons of particles before the first step."""
+    net = nn.Sequential(nn.Linear(3, 3).double(), layer)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    norm = nn.BatchNorm1d(3).double()
+    guide = pv.AmortizedGuide(model, norm, example=X)
+    SVI(model, guide, adam(), loss).step(X)
+    assert int(norm.num_batches_tracked) == 1
+    torch.testing.assert_close(norm.running_mean, 0.1 * X.mean(0))
+
+
 def test_fit_begins_with_the_guides_draws_and_resumes(tmp_path):
     found = []
     for parts in ([6], [3, 6]):
