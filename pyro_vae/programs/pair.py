@@ -45,6 +45,8 @@ from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
 from pyro_vae.programs.types import DataPlate, Program, Trace
 
+_SEED = 8128517
+
 
 @dataclass(frozen=True, slots=True)
 class Single:
@@ -291,6 +293,7 @@ class Pair:
         self._refuse_drawn(single)
         guide_trace, model_trace = single.guide_trace, single.model_trace
         with self.looking():
+            torch.manual_seed(_SEED)  # other random numbers than those of the single run
             self.point_sites = points(self.guide, self.batch, guide_trace)
             name = plate.name if plate else None
             self.summed_out = summed_out(model_trace, guide_trace, data_plate=name)
