@@ -94,19 +94,19 @@ class Batch:
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
 
     def __str__(self) -> str:
-        told = [
+        shown = [
             f"{name}: {value.dtype} of shape {list(value.shape)}"
             if isinstance(value, Tensor)
             else f"{name}: {_short(value)}"
             for name, value in self._named()
         ]
-        more = len(told) - _ARGUMENTS_SHOWN
+        more = len(shown) - _ARGUMENTS_SHOWN
         if more > 0:
-            told[_ARGUMENTS_SHOWN:] = [
+            shown[_ARGUMENTS_SHOWN:] = [
                 f"and {more} more (a list is taken to be the model's arguments; if its entries are "
                 "rows, pass torch.stack or torch.tensor of it)"
             ]
-        return "a batch of " + ", ".join(told)
+        return "a batch of " + ", ".join(shown)
 
     @property
     def size(self) -> int | None:
@@ -311,9 +311,9 @@ def dtype_errors(batch: Batch) -> Iterator[None]:
         text = str(error)
         if not any(word in text for word in _DTYPE_WORDS):
             raise
-        told = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
+        kinds = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
         raise TypeError(
-            f"{text}. Of the batch, {told or 'nothing is a tensor'}, and a network takes the dtype "
+            f"{text}. Of the batch, {kinds or 'nothing is a tensor'}, and a network takes the dtype "
             "of its parameters, float32 unless you changed it: pass x.float(); or make the "
             "networks double, model.double() and guide.double(), for data in float64"
         ) from error

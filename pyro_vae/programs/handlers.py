@@ -319,8 +319,8 @@ class LatentScale(Messenger):
         if not msg["is_observed"] and not is_subsample(msg):
             # Told, for a discrete latent that is summed out has no KL to scale, and scales are
             # told apart by what made them: the number in a tensor stays unread.
-            told = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
-            msg["infer"] = {**msg["infer"], **told}
+            noted = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
+            msg["infer"] = {**msg["infer"], **noted}
             msg["scale"] = msg["scale"] * self.factor
 
 

@@ -32,7 +32,7 @@ class ModelRun:
     """What one run of a model has shown.
 
     Attributes:
-        sites: name to Site, in the order of the model; latents are not yet told apart.
+        sites: name to Site, in the order of the model; latents are not yet local or global.
         nesting: batch dimensions that plates, and sites in none, take up.
         sequential: plates that are iterated over, and of which a subsample was drawn.
     """
@@ -130,9 +130,9 @@ def check_same(structure: Structure, again: Mapping[str, Site]) -> None:
             for sites in (structure.sites, again)
         ]
         if shapes[0] != shapes[1]:
-            told = " and ".join("no such site" if s is None else str(list(s)) for s in shapes)
+            found = " and ".join("no such site" if s is None else str(list(s)) for s in shapes)
             raise ValueError(
-                f"site {name!r} is not the same in two runs of the model on one batch ({told}): "
+                f"site {name!r} is not the same in two runs of the model on one batch ({found}): "
                 "latents of changing number or dimension have no density in common. Give it a "
                 "fixed shape, and mask what is not there (poutine.mask)"
             )
@@ -164,7 +164,7 @@ class _NameUndrawable(Messenger):
 
 @contextlib.contextmanager
 def default_validation_told_apart() -> Iterator[None]:
-    """Have distributions that validate nothing by default hold 0, where others were told False.
+    """Have distributions that validate nothing by default hold 0, where others got False.
 
     Libraries (zuko, for one) switch validation off for a whole process. Plates copy a distribution,
     and its copy holds the default as if it were its own.

@@ -207,7 +207,7 @@ class Pair:
             plate: the data plate.
 
         Returns:
-            False also where nothing can be told: other runs then decide.
+            False also where runs say nothing: other runs then decide.
         """
         size = self.batch.size
         if plate is None or plate.drawn or size is None or size < 2:

@@ -42,9 +42,9 @@ def _original(error: Exception) -> Exception:
         if isinstance(cause, Exception) and text_of(cause) == text:
             error = cause
         else:  # Pyro says more than the original does: which site it is
-            told = ValueError(text) if isinstance(error, ValueError) else RuntimeError(text)
-            told.__cause__ = cause
-            return told.with_traceback(error.__traceback__)
+            plain = ValueError(text) if isinstance(error, ValueError) else RuntimeError(text)
+            plain.__cause__ = cause
+            return plain.with_traceback(error.__traceback__)
     return error
 
 

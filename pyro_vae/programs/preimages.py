@@ -124,17 +124,17 @@ def preimage_key(name: str, transforms: Sequence[Any]) -> str | None:
     """
     if not any(type(t) in _SATURATING for t in transforms):
         return None
-    told = []
+    parts = []
     for t in transforms:
         if type(t) is td.AffineTransform:
             if isinstance(t.loc, Tensor) or isinstance(t.scale, Tensor):
                 return None
-            told.append(f"{t.loc} + {t.scale} *")
+            parts.append(f"{t.loc} + {t.scale} *")
         elif type(t) in _KNOWN:
-            told.append(type(t).__name__)
+            parts.append(type(t).__name__)
         else:
             return None
-    return f"{name} ({', '.join(told)})"
+    return f"{name} ({', '.join(parts)})"
 
 
 def preimage_of(node: Node) -> Preimage | None:

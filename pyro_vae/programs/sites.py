@@ -151,14 +151,14 @@ class Structure:
         if not names:
             return self
 
-        def told(plate: Plate) -> Plate:
+        def drawing(plate: Plate) -> Plate:
             return replace(plate, drawn=plate.drawn or plate.name in names)
 
         sites = {
-            name: replace(site, plates=tuple(map(told, site.plates)))
+            name: replace(site, plates=tuple(map(drawing, site.plates)))
             for name, site in self.sites.items()
         }
-        plate = None if self.data_plate is None else told(self.data_plate)
+        plate = None if self.data_plate is None else drawing(self.data_plate)
         return replace(self, sites=sites, data_plate=plate)
 
     def require_no_sequential(self) -> None:

@@ -18,7 +18,7 @@ __all__ = ["DataPlateError", "ModelLooks", "inspect"]
 
 
 class DataPlateError(ValueError):
-    """The plate whose entries are the data could not be told."""
+    """It is not plain which plate holds the data."""
 
 
 def inspect(

@@ -71,7 +71,7 @@ def has_mask(fn: Any) -> bool:
 
 
 def inside(fn: Any, value: Tensor) -> Tensor | None:
-    """Return which values lie in a distribution's support; None where all do, or nobody knows.
+    """Return which values lie in a distribution's support; None where all do, or it is not known.
 
     NaN counts as inside, where its density is NaN too.
 
@@ -112,7 +112,7 @@ def _inside(fn: Any, value: Tensor) -> Tensor | None:
 
 
 def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
-    """Return which events a constraint holds for; None where nobody knows, or for all.
+    """Return which events a constraint holds for; None where it is not known, or for all.
 
     Args:
         support: on a number or an event.

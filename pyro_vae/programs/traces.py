@@ -338,8 +338,8 @@ def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
     Args:
         nodes: of the model, by site; several where it ran several times.
     """
-    told = {outside_support(name, node): None for name, some in nodes for node in some}
-    return [text for text in told if text]
+    texts = {outside_support(name, node): None for name, some in nodes for node in some}
+    return [text for text in texts if text]
 
 
 def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:

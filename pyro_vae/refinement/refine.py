@@ -102,6 +102,7 @@ def refine(
         ValueError: for what :func:`pyro_vae.log_weights` refuses; max_steps < 1; a
             tolerance that is not positive.
     """
+    max_steps = _checked_steps(max_steps, tolerance)
     arguments = as_batch(*batch)
     with contextlib.ExitStack() as stack:
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
@@ -115,6 +116,12 @@ def refine(
     return local
 
 
+def _checked_steps(max_steps: int, tolerance: float) -> int:
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    return as_count("max_steps", max_steps)
+
+
 def refine_scored(
     evaluator: Evaluator,
     family: Family | None,
@@ -126,9 +133,7 @@ def refine_scored(
     progress: bool,
 ) -> LocalGuide:
     """Do what :func:`refine` does from the guide of an evaluator, on its batch."""
-    max_steps = as_count("max_steps", max_steps)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    max_steps = _checked_steps(max_steps, tolerance)
     guide = evaluator.pair.user_guide
     if family is None and of_family(guide):
         family = guide.family

@@ -79,10 +79,10 @@ def minibatch_scale(
         )
     scales = _relative_scales(structure)
     if not any(_is(scale, 1.0) for scale in scales.values()):
-        told = ", ".join(f"{name!r} by {float(s.mean()):g}" for name, s in scales.items())
+        found = ", ".join(f"{name!r} by {float(s.mean()):g}" for name, s in scales.items())
         raise ValueError(
             f"the latent sites {names} are shared by all data, and a minibatch must count "
-            f"num_data / batch_size = {num_data / plate.size:g} times; the model scales {told} "
+            f"num_data / batch_size = {num_data / plate.size:g} times; the model scales {found} "
             f"instead. If that is a weight of the likelihood, {advice}, and it is kept beside it"
         )
     local = [site.name for site in structure.local_latents]
