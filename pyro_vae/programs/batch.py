@@ -311,9 +311,9 @@ def dtype_errors(batch: Batch) -> Iterator[None]:
         text = str(error)
         if not any(word in text for word in _DTYPE_WORDS):
             raise
-        kinds = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
+        seen = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
         raise TypeError(
-            f"{text}. Of the batch, {kinds or 'nothing is a tensor'}, and a network takes the dtype "
+            f"{text}. Of the batch, {seen or 'nothing is a tensor'}, and a network takes the dtype "
             "of its parameters, float32 unless you changed it: pass x.float(); or make the "
             "networks double, model.double() and guide.double(), for data in float64"
         ) from error
