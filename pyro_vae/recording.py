@@ -43,6 +43,7 @@ def same_expression(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
+    """Return whether two nodes, or arguments of nodes, are one expression."""
     if one is other:
         return True
     if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):

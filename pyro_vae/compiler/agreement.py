@@ -101,11 +101,13 @@ def same_state(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor, relative: float, absolute: float | None = None) -> bool:
+    """Return whether two tensors agree, number by number."""
     absolute = relative if absolute is None else absolute
     return torch.allclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
 
 
 def _is_double(tensor: Tensor) -> bool:
+    """Return whether a tensor is of float64."""
     return tensor.dtype == torch.float64
 
 

@@ -65,6 +65,7 @@ class _Reads:
 
 @functools.lru_cache(maxsize=1024)
 def _reads(code: types.CodeType) -> _Reads:
+    """Return the names that a code object reads, those of functions inside it too."""
     names, attributes, imports = set[str](), set[str](), set[tuple[str, int]]()
     level: Any = 0
     before: list[Any] = []
@@ -220,6 +221,7 @@ class Captured:
         self._follow()
 
     def _follow(self) -> None:
+        """Look at all values in the queue, and at what they lead to."""
         while self._queue:
             while self._queue:
                 self._look(*self._queue.popleft())
@@ -246,17 +248,21 @@ class Captured:
             self._look_at_object(value, label)
 
     def _look_at_partial(self, value: functools.partial[Any], label: str) -> None:
+        """Look at the function and the arguments of a partial function."""
         # Pyro's handlers hide the partial function that they are.
         inner = [value.func, *value.args, value.keywords, getattr(value, "__wrapped__", None)]
         self._push(inner, label)
 
     def _look_at_method(self, value: Any, label: str) -> None:
+        """Look at a method's function, and at the object that it is bound to."""
         self._push([getattr(value, "__func__", None), value.__self__], label)
 
     def _look_at_static(self, value: Any, label: str) -> None:
+        """Look at the function of a static method or class method."""
         self._push([value.__func__], label)
 
     def _look_at_property(self, value: Any, label: str) -> None:
+        """Look at the function that computes an attribute."""
         self._push([getattr(value, "fget", None) or getattr(value, "func", None)], label)
 
     def _look_at_namespace(self, value: types.ModuleType | type, label: str) -> None:
@@ -266,13 +272,16 @@ class Captured:
             self._holders.append((value, set()))
 
     def _look_at_array(self, value: np.ndarray[Any, Any], label: str) -> None:
+        """Watch the numbers of a small array, which code may write to where they are."""
         if value.size <= _LONG and value.dtype != object:
             self._arrays.append(value)
 
     def _push(self, values: Iterable[object], label: str) -> None:
+        """Look at values later."""
         self._queue.extend((value, label) for value in values)
 
     def _look_at_function(self, function: types.FunctionType, label: str) -> None:
+        """Watch a function's closure, globals and defaults; of a library's, the closure."""
         name = function.__qualname__.replace("<locals>.", "")
         is_of_library = is_library(function.__globals__.get("__name__", ""))
         self._look_at_closure(function, name, is_of_library)
@@ -292,6 +301,7 @@ class Captured:
     def _look_at_closure(
         self, function: types.FunctionType, name: str, is_of_library: bool
     ) -> None:
+        """Watch the variables that a function closes over."""
         cells = zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
         for cell, variable in cells:
             label = f"{variable!r} in the closure of {name}"
@@ -307,6 +317,7 @@ class Captured:
                 self._cell_labels.append(label)
 
     def _look_at_globals(self, known: dict[str, object], reads: _Reads, name: str) -> None:
+        """Watch the globals that a function reads."""
         variables = set(reads.globals)
         if variables & _ANY_GLOBAL:
             variables |= {key for key, value in known.items() if isinstance(value, (int, float))}
@@ -314,6 +325,7 @@ class Captured:
             self.add(known, variable, f"the global {variable!r}, which {name} reads")
 
     def _watch_slot(self, holder: object, name: str, label: str) -> None:
+        """Watch an attribute of an object without a mapping, and what it captures."""
         if (id(holder), name) not in self._watched:
             self._watched.add((id(holder), name))
             self._slots.append((holder, name))
@@ -321,6 +333,7 @@ class Captured:
             self._queue.append((getattr(holder, name, MISSING), label))
 
     def _look_at_container(self, value: Any, label: str) -> None:
+        """Watch what a container holds, unless it can never hold another content."""
         views = [value, value.values()] if isinstance(value, Mapping) else [value]
         items = [item for view in views for item in itertools.islice(view, _LONG)]
         self._push(items, label)
@@ -332,6 +345,7 @@ class Captured:
         self._content_labels += [label] * len(views)
 
     def _look_at_object(self, value: Any, label: str) -> None:
+        """Watch an object's attributes: of a library's, those that say what a step does."""
         own = type(value)
         if isinstance(value, nn.Module):
             self.modules[id(value)] = value
@@ -369,6 +383,7 @@ class Captured:
             self._add_all(attributes, found, kind.__name__)
 
     def _add_all(self, holder: Mapping[str, object], names: set[str], label: str) -> None:
+        """Watch entries of a mapping by some names, and what their values capture."""
         for name in sorted(names):
             self.add(holder, name, f"{label}.{name}")
 
@@ -390,6 +405,7 @@ _OF_ANY_CLASS |= {"__str__", "__reduce__", "__getstate__", "__setstate__", "__su
 
 
 def _content_of(cell: types.CellType) -> object:
+    """Return what a cell holds; MISSING where it is empty."""
     try:
         return cell.cell_contents
     except ValueError:  # empty
@@ -397,6 +413,7 @@ def _content_of(cell: types.CellType) -> object:
 
 
 def _put_back_entry(holder: dict[str, object], name: str, value: object) -> None:
+    """Give a mapping the value that it had under a name, or none."""
     if value is MISSING:
         holder.pop(name, None)
     elif holder.get(name, MISSING) is not value:

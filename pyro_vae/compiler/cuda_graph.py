@@ -77,6 +77,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
+    """Return where tensors lie in memory."""
     return [tensor.data_ptr() for tensor in tensors]
 
 

@@ -199,5 +199,6 @@ def _tensors_of(graph: fx.Graph) -> list[Tensor]:
 
 
 def _num_elements(operations: Iterable[fx.Node]) -> int:
+    """Return how many numbers some operations write."""
     values = map(nodes.value_of, operations)
     return sum(value.numel() for value in values if value is not None)

@@ -114,6 +114,7 @@ def viewed_by(node: fx.Node) -> fx.Node | None:
 
 
 def _is_view(target: object) -> bool:
+    """Return whether an operator's result lies in the memory of its first argument."""
     if not isinstance(target, Operator):
         return False
     return target in _SILENT_VIEWS or torch_internals.shares_memory(target)
@@ -152,6 +153,7 @@ def calls(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _operator(node: fx.Node) -> Operator:
+    """Return the operator of a call; all calls of a graph are of operators."""
     target: Any = node.target
     found: Operator = target
     return found
@@ -220,6 +222,7 @@ def text_of(graph: fx.Graph) -> tuple[Hashable, ...]:
     index = {node: i for i, node in enumerate(graph.nodes)}
 
     def text(node: fx.Node) -> Hashable:
+        """Return what tells a node from others: numbers, or operator and arguments."""
         if (constant := constant_of(node)) is not None:
             return _text_of_constant(constant)
         if node.op == "placeholder":
@@ -232,6 +235,7 @@ def text_of(graph: fx.Graph) -> tuple[Hashable, ...]:
 
 
 def _text_of_constant(constant: Tensor) -> Hashable:
+    """Return a constant's numbers and how they lie in memory, hashable."""
     # A clone has strides of its own: those of an expanded tensor are zero.
     flat = constant.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
     numbers = flat.view(torch.uint8).numpy().tobytes()

@@ -107,6 +107,7 @@ class _Writer:
         return run
 
     def _write(self, node: fx.Node) -> None:
+        """Write the line of a node, and bind what it names."""
         name = self._names[node]
         if node.op == "placeholder":
             self._parameters.append(name)
@@ -119,6 +120,7 @@ class _Writer:
             self._delete(node)
 
     def _call(self, node: fx.Node) -> str:
+        """Return the source of a call, in place where its first argument is free."""
         target: Any = node.target
         target, args = self._in_place.get(node, (target, args_of(node)))
         operator = called_directly(target) if isinstance(target, Operator) else target
@@ -133,11 +135,13 @@ class _Writer:
             self._lines.append(f"    del {', '.join(done)}")
 
     def _bind(self, value: object) -> str:
+        """Return a name for an object that has no source text."""
         name = f"c{len(self._bound)}"
         self._bound[name] = value
         return name
 
     def _text(self, value: object) -> str:
+        """Return the source of an argument."""
         if isinstance(value, fx.Node):
             return self._names[value]
         if isinstance(value, (list, tuple)):

@@ -137,9 +137,11 @@ class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
             start.restore()
 
     def _save(self, call: _Call) -> _Random:
+        """Return the random state: an evaluation changes nothing else."""
         return _Random()
 
     def _run(self, call: _Call) -> Sequence[Tensor]:
+        """Return what the function returns; it runs once for a call."""
         if call.wanted is None:
             call.wanted = call.function(*call.inputs)
             call.state = self._save(call)

@@ -283,6 +283,7 @@ _SHORTER: dict[object, tuple[Callable[[fx.Node], _Call | None], ...]] = {
 
 
 def _same_dtype(left: fx.Node, right: fx.Node) -> bool:
+    """Return whether two nodes have numbers of one dtype."""
     return bool(left.meta["val"].dtype == right.meta["val"].dtype)
 
 
@@ -311,6 +312,7 @@ def _drop_unused(graph: fx.Graph) -> None:
 
 
 def _has_no_effect(node: fx.Node) -> bool:
+    """Return whether a call whose result is not used can be left out."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, Operator):
         return target is operator.getitem

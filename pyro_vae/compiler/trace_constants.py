@@ -44,7 +44,7 @@ class TraceConstants:
             return func(*args)
 
     def note(
-        self, func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
+        self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object], result: object
     ) -> None:
         """Take note of what an operator did: whether its results, or what it wrote, are constant.
 

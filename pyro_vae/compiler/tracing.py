@@ -163,8 +163,9 @@ class _Watch(DispatchMode):
         return self._constants.packed(input, lengths, batch_first)
 
     def _check_writes(
-        self, func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
+        """Raise UntraceableError for a write that cannot be undone."""
         if self._writable is None or not torch_internals.is_mutable(func):
             return
         for value in torch_internals.written_values(func, args, kwargs):
@@ -191,6 +192,7 @@ def _is_from_outside(value: object) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    """Return why a trace failed."""
     text = f"{type(error).__name__}: {first_line(error)}"
     if "get value out of a tracing tensor" in text:
         return _READ
@@ -220,5 +222,6 @@ def _lines(error: BaseException) -> Iterator[tuple[str, bool]]:
 
 
 def _module_of(frame: FrameType) -> str:
+    """Return the name of the module that a frame's code is of."""
     name: str = frame.f_globals.get("__name__", "")
     return name

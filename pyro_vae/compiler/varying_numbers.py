@@ -94,6 +94,7 @@ class VaryingNumbers:
 
 
 def _is_number(value: object) -> bool:
+    """Return whether a value is a plain number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -156,10 +156,12 @@ class Watched:
 
 
 def _same(one: object, other: object) -> bool:
+    """Return whether two values are one object, or equal plain values."""
     return one is other or (is_plain(one) and type(one) is type(other) and bool(one == other))
 
 
 def _entry(holder: Mapping[str, object], name: str) -> object:
+    """Return what a mapping holds under a name; None where there is no such entry."""
     try:
         return holder[name]
     except (KeyError, AttributeError):  # as TorchScript's mappings say it
@@ -167,6 +169,7 @@ def _entry(holder: Mapping[str, object], name: str) -> object:
 
 
 def _is_plain_or_missing(value: object) -> bool:
+    """Return whether a value is plain, or not there."""
     return value is MISSING or is_plain(value)
 
 

@@ -88,8 +88,8 @@ class Step:
 
     entry: StepEntry
     inputs: list[Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     structure: Any
     numbers: tuple[int | float, ...] = ()
     key: Hashable = None

@@ -165,6 +165,7 @@ class CompiledSVI:
             return self._step(*args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a gradient step; return the loss."""
         loss = self._traced(*args, **kwargs)
         parameters = self._traced.parameters
         self._warn_of_unregistered()
@@ -237,6 +238,7 @@ class CompiledSVI:
             return _number(self.loss(self.model, self.guide, *args, **kwargs))
 
     def _differentiated(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss that a function gives, and add its gradients."""
         loss = self.loss(*args, **kwargs)
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
@@ -244,6 +246,7 @@ class CompiledSVI:
 
 
 def _number(loss: Any) -> Any:
+    """Return a loss as a number, or several; what is neither, as it is."""
     if isinstance(loss, tuple):
         return type(loss)(map(_number, loss))
     return loss.item() if isinstance(loss, Tensor) else loss

@@ -157,7 +157,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
 
     # --- signatures of arguments
 
-    def _as_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
+    def _as_step(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Step | None:
         """Return a call as a graph takes it; None where none could."""
         rows = None if self._table is None else self._table.given_rows
         structure = (args, kwargs, rows)
@@ -178,14 +178,18 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
             inputs = []
             form = form_of(structure, inputs)
             entry = self._find((form, *setting))
-        if entry is not None and not entry.holds():  # as after train() or eval()
-            self._num_wasted += entry.calls < _WORTHWHILE_CALLS
-            changed = None if entry.watched is None else entry.watched.changed()
-            self._last_change = changed or self._last_change
-            entry = None
-        if entry is None:
+        if entry is None or self._is_stale(entry):
             entry = self._new_entry((form, *setting))
         return Step(entry, inputs, args, kwargs, structure, numbers, key)
+
+    def _is_stale(self, entry: StepEntry) -> bool:
+        """Return whether what an entry was found for has changed, as after train() or eval()."""
+        if entry.holds():
+            return False
+        self._num_wasted += entry.calls < _WORTHWHILE_CALLS
+        changed = None if entry.watched is None else entry.watched.changed()
+        self._last_change = changed or self._last_change
+        return True
 
     def _new_entry(self, signature: Hashable) -> StepEntry:
         """Return an entry for a signature; one that waits where others were not worth a trace."""
@@ -218,11 +222,11 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
 
     # --- eager runs
 
-    def _run_unrecorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_unrecorded(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run eagerly, and remember nothing for a graph."""
         return self._learn(StepEntry(given_up=True), args, kwargs)
 
-    def _learn(self, entry: StepEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _learn(self, entry: StepEntry, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run eagerly, and note the parameters and modules that the step uses."""
         wanted = list(self._wanted())
         _drop_gradients([*self.parameters, *wanted])
@@ -274,12 +278,14 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         known = set(map(id, self.parameters))
         self.parameters += [p for p in entry.parameters if id(p) not in known]
 
-    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _loss_and_grads(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """Run the loss eagerly; errors are raised without Pyro's table."""
         with plain_errors():
             return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
     @torch.no_grad()
-    def _health(self, loss: Any, gradients: list[Tensor | None]) -> Tensor | None:
+    def _health(self, loss: Tensor | float, gradients: list[Tensor | None]) -> Tensor | None:
+        """Return a number that is finite only if the loss and all gradients are."""
         if not self.checked:
             return None
         total = torch.as_tensor(loss).detach()
@@ -324,14 +330,17 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         return graph
 
     def _rows(self, rows: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the guide's table uses some rows."""
         if self._table is None or rows is None:
             return contextlib.nullcontext()
         return self._table.rows_as_given(rows)
 
     def _save(self, step: Step) -> StepState:
+        """Return the state that a step starts from."""
         return StepState(step.entry.watched, step.inputs, self._state)
 
     def _run(self, step: Step) -> EagerStep:
+        """Run a step eagerly, its hooks aside, and note what a graph of it would miss."""
         entry = step.entry
         known = entry.parameters
         _drop_gradients(known)
@@ -349,6 +358,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         return EagerStep(loss, gradients, changed)
 
     def _replay(self, step: Step, graph: Graph) -> Any:
+        """Run a step by its graph, and give each parameter its gradient."""
         # What comes out is not differentiated, and operators have less to keep account of.
         with torch.inference_mode():
             loss, self.health, *gradients = graph(*step.inputs)
@@ -360,7 +370,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         return loss
 
     def _objection(
-        self, step: Step, wanted: EagerStep, found: Any, *, exact: bool
+        self, step: Step, wanted: EagerStep, found: Tensor, *, exact: bool
     ) -> Objection | None:
         if step.new:  # as where one was replaced in a module that is registered, but never called
             return Objection("a step has other parameters")
@@ -437,5 +447,6 @@ def _without_checks() -> Iterator[None]:
 
 
 def _drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Leave parameters without a gradient."""
     for parameter in parameters:
         parameter.grad = None

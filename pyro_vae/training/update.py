@@ -141,9 +141,7 @@ class Update:
         if not fused or not states or not all(states):
             self._step(loss)
             return
-        # Of the state, because load_state_dict and others put a new one in its place.
-        tensors = [id(next(iter(state.values()))) for state in states if state]
-        key = (*self._settings(), *[p.grad is None for p in self._parameters()], *tensors)
+        key = self._key(states)
         inputs = [*(parameter.grad for parameter in moved), *self._to_mark(loss)]
         graph = self._graphs.get(key)
         if graph is not None:
@@ -154,6 +152,7 @@ class Update:
             self._graphs[key] = recorded
 
     def _replay(self, graph: Graph, inputs: list[Tensor]) -> None:
+        """Take a step by a graph, and remember it for the next one."""
         if graph.capturable:
             self._capture(graph, inputs)
         graph(*inputs)
@@ -163,6 +162,7 @@ class Update:
     # --- what there is to move
 
     def _parameters(self) -> list[Any]:
+        """Return the optimizer's parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _moved(self) -> list[Any]:
@@ -170,6 +170,7 @@ class Update:
         return [parameter for parameter in self._parameters() if parameter.grad is not None]
 
     def _settings(self) -> list[Hashable]:
+        """Return the settings of all groups: learning rates and others."""
         groups = self.optimizer.param_groups
         return [
             value
@@ -179,7 +180,18 @@ class Update:
         ]
 
     def _marks(self) -> list[Tensor]:
+        """Return the mark of failures, where there is one."""
         return [] if self.failed is None else [self.failed]
+
+    def _key(self, states: list[Any]) -> Hashable:
+        """Return what a graph of the update is for: settings, which parameters move, their state.
+
+        Args:
+            states: the optimizer's, of the parameters that move.
+        """
+        # By identity, because load_state_dict and others put new tensors into the state.
+        tensors = [id(next(iter(state.values()))) for state in states]
+        return (*self._settings(), *[p.grad is None for p in self._parameters()], *tensors)
 
     def _to_mark(self, loss: Loss) -> list[Any]:
         """Return the loss, a tensor, where failures are marked."""
@@ -188,6 +200,7 @@ class Update:
     # --- steps of the optimizer itself
 
     def _step(self, loss: Loss) -> None:
+        """Take a step of the optimizer itself, on gradients that it takes."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -199,6 +212,7 @@ class Update:
         self._move(loss)
 
     def _move(self, loss: Loss) -> None:
+        """Take the optimizer's step; mark a failure where failures are marked."""
         optimizer: Any = self.optimizer
         if self.failed is None:
             optimizer.step()
@@ -314,6 +328,7 @@ class _Repeated:
         self._expected += [getattr(optimizer, name) for _, name in slots]
 
     def _num_parameters(self) -> list[int]:
+        """Return how many parameters each group has."""
         return [len(group["params"]) for group in self._groups]
 
     def holds(self) -> bool:
@@ -331,6 +346,7 @@ class _Repeated:
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors."""
     return [tensor.detach().clone() for tensor in tensors]
 
 
