@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -126,20 +126,29 @@ class Answers:
         traces = [trace_guide(give(fn), batch) for fn in (model, guide)]
         return Answers.of(traces[0], traces[1], self.plate, len(index))
 
-    def differs(self, other: Answers, index: Tensor, *, gradients: bool = True) -> str | None:
+    def differs(
+        self,
+        other: Answers,
+        index: Tensor,
+        *,
+        gradients: bool = True,
+        close: Callable[[Tensor, Tensor], bool] | None = None,
+    ) -> str | None:
         """Return whose answers, for these data, are not the other's: "guide", "model" or None.
 
         Args:
             other: of the rows of ``index``.
             index: of data, in the order of the other's.
             gradients: whether those by parameters are compared, too.
+            close: whether two terms are equal; by default :func:`close_to`.
         """
+        close = close_to if close is None else close
         for role in ("guide", "model"):
             mine, theirs = self.terms[role], other.terms[role]
             if mine.keys() != theirs.keys():
                 return role
             rows = {name: rows_of(term, index, self.size) for name, term in mine.items()}
-            if not all(close_to(rows[name], theirs[name]) for name in mine):
+            if not all(close(rows[name], theirs[name]) for name in mine):
                 return role
             if gradients and not _same_gradients(_weighted(rows), _weighted(theirs)):
                 return role

@@ -130,3 +130,40 @@ def test_the_modes_of_a_plain_pair_take_one_run_of_the_model(num_data):
     runner = PairRunner(pair, 0)
     assert runs == [num_data]
     assert (runner.guide.mode.name, runner.model.mode.name) == ("plate", "plate")
+
+
+def _standardized(x):
+    y = (x - x.mean(0)) / x.std(0)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(y / 2, 0.7).to_event(1))
+
+
+def _plain_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
+
+
+def _of_all(scale, loc):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale(x)).to_event(1))
+            pyro.sample("x", dist.Normal(z + loc(x), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scale", "loc", "guide", "wanted"),
+    [
+        (lambda x: 1.0, lambda x: 0.0, _plain_guide, True),
+        (lambda x: 1.0, lambda x: 0.0, _standardized, False),
+        (lambda x: (len(x) / 1000) ** 0.5, lambda x: 0.0, _plain_guide, False),
+        (lambda x: 1.0, lambda x: x.mean(0), _plain_guide, False),
+        (lambda x: 1.0 + x.sum(-1, True).softmax(0) * len(x), lambda x: 0.0, _plain_guide, False),
+    ],
+    ids=["rows alone", "a guide of means", "the number of rows", "a mean of rows", "a softmax"],
+)
+def test_what_depends_on_all_rows_a_little_is_not_cut_into_blocks(scale, loc, guide, wanted):
+    x = torch.randn(1000, 2) + 1
+    evaluator = Evaluator(_of_all(scale, loc), guide, as_batch(x), seed=0)
+    assert evaluator.runner.splittable == wanted
