@@ -54,7 +54,7 @@ class CompiledSVI:
             its own parameters and no others; or a pyro.optim object with plain arguments, which is
             translated to one torch optimizer (a fused one, where PyTorch has it) for all
             parameters. Gradients that parameters have before a step are dropped. Trained are the
-            parameters that Pyro is told of (pyro.param, pyro.module, a PyroModule's), as by
+            parameters that Pyro knows of (pyro.param, pyro.module, a PyroModule's), as by
             pyro.infer.SVI, or those of the torch optimizer. A module that is given the name of
             another one is trained, which pyro.infer.SVI does not do.
         loss: a pyro.infer.ELBO, Pyro's or ours; or a function of model, guide and arguments.
@@ -153,7 +153,7 @@ class CompiledSVI:
 
     def __getstate__(self) -> Any:
         raise TypeError(
-            "a CompiledSVI cannot be pickled, for its graphs are of this process. Save what it "
+            "a CompiledSVI cannot be pickled, because its graphs are of this process. Save what it "
             "has trained: model.state_dict(), guide.state_dict() or "
             "pyro.get_param_store().save(path), and svi.optimizer.state_dict(); pyro_vae.fit "
             "writes checkpoints by itself (checkpoint=path)"
