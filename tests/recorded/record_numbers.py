@@ -247,7 +247,8 @@ def difference(before: np.ndarray, after: np.ndarray) -> Difference:
 
 
 def _text_difference(before: np.ndarray, after: np.ndarray) -> Difference:
-    one, other = str(before), str(after)
+    # A warning may name a line of the package.
+    one, other = (re.sub(r"\w+\.py, line \d+", "line ...", str(text)) for text in (before, after))
     return Difference(0.0) if one == other else Difference(np.inf, text=f"{one!r} -> {other!r}")
 
 
