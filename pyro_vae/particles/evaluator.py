@@ -115,10 +115,8 @@ class Evaluator:
         pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
         self.pair: Pair = pair.evaluable(data_plate)
         self.structure = self.pair.structure
-        if like is None or particles != "auto":
-            self.runner = PairRunner(self.pair, self.seed, particles)
-        else:
-            self.runner = like.runner.for_guide(self.pair)
+        # Modes are chosen anew for each guide: particles of one that is sure of itself are equal.
+        self.runner = PairRunner(self.pair, self.seed, particles)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""

@@ -64,35 +64,16 @@ class PairRunner:
     """
 
     def __init__(self, pair: Pair, seed: int, particles: Particles = "auto") -> None:
-        self._start(pair, seed)
-        self.model = Runner(pair.model, pair.batch, pair.shapes, self.guide.mode, pair.summed_out)
-        self._num_values = 1  # of summed-out sites, those that one density depends on
-        with pair.evaluating(), torch.no_grad():
-            self._choose_modes(particles)
-
-    def _start(self, pair: Pair, seed: int) -> None:
         self.pair, self._seed = pair, seed
         # The reference: single particles, run one by one. It takes any network, and so comes
         # before all else that runs the pair.
         loop = Loop(pair.nesting, pair.structure.data_dim)
         self.guide = Runner(pair.guide, pair.batch, pair.shapes, loop)
         self.masks_by_draw = False
-
-    def for_guide(self, pair: Pair) -> PairRunner:
-        """Return the runner of another guide of this model, on this batch or some of it.
-
-        The model's mode is kept where the guide changes nothing of how it is run.
-        """
-        same = pair.nesting == self.pair.nesting and pair.summed_out == self.pair.summed_out
-        if not same or pair.masked or self.pair.masked:
-            return PairRunner(pair, self._seed)
-        other = copy.copy(self)
-        other.__dict__.pop("splittable", None)
-        other._start(pair, self._seed)
-        other.model = self.model.on(pair.batch, {}).sharing(pair.shapes)
+        self.model = Runner(pair.model, pair.batch, pair.shapes, self.guide.mode, pair.summed_out)
+        self._num_values = 1  # of summed-out sites, those that one density depends on
         with pair.evaluating(), torch.no_grad():
-            other._choose_guide("auto")
-        return other
+            self._choose_modes(particles)
 
     # --- runs
 
@@ -269,12 +250,16 @@ class PairRunner:
     def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
         """Take the first mode, and return runs in it, if these say all that single particles would.
 
-        The particle of the pair's single run, one or two others, and one that has every other
-        datum's values from either: the first must have its density of before, and each datum of
-        the last that of the particle that its values are from.
+        Together run the particle of the pair's single run, one or two others, and one that has
+        every other datum's values from either. Each must have the density that it has alone, and
+        each datum of the last that of the particle that its values are from. (Comparing particles
+        of one run with each other would not do: what they share, as a maximum over all numbers of
+        a latent, changes all of them alike.)
         """
         pair, structure, single = self.pair, self.pair.structure, self.pair.single
         if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):
+            return None
+        if pair.shares_model_trace:  # which is of another guide's draws
             return None
         rows, plate = self.data_blocks()[0], structure.data_plate
         alone = [
@@ -293,20 +278,27 @@ class PairRunner:
             if plate is not None:
                 mixed = mix(odd, mixed, value, plate.dim - pair.shapes[name].event_ndim)
             values[name] = torch.cat([*[other[name]] * copies, value, mixed])
+        others = self.latents({name: value[:1] for name, value in values.items()})
+        of_other = self.model.run(rows, 1, others).log_prob(is_any)
+        of_mixed = None
+        if plate is not None and pair.part is None:  # else that run has told data apart
+            mixed = self.latents({name: value[-1:] for name, value in values.items()})
+            of_mixed = self.model.run(rows, 1, mixed).log_prob(is_any)
         (name, *_) = candidates(self.guide, particles)
         guide, model = self.guide.in_mode(name), self.model.in_mode(name)
         count, last = copies + 2, copies + 1
         run = guide.run(rows, count, values)
         model_run = model.run(rows, count, self.latents(values))
         log_guide, log_joint = run.log_prob(is_latent), model_run.log_prob(is_any)
-        rest = log_joint[:1]
-        if plate is not None:
-            rest = torch.where(odd, log_joint[copies:last], rest)
+        of_known = alone[1].log_prob(is_any)[:, rows]
+        rest = of_other if plate is None else torch.where(odd, of_known, of_other)
         if not (
             agree(drawn.log_prob(is_latent), log_guide[:1])
             and agree(alone[0].log_prob(is_latent)[:, rows], log_guide[copies:last])
-            and agree(alone[1].log_prob(is_any)[:, rows], log_joint[copies:last])
+            and agree(of_other, log_joint[:1])
+            and agree(of_known, log_joint[copies:last])
             and agree(rest, log_joint[last:])
+            and (of_mixed is None or agree(rest, of_mixed))
         ):
             return None
         self.guide, self.model = guide, model

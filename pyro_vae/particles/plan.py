@@ -256,7 +256,8 @@ def _choose_mode(pair: Pair, structure: Structure, single: Single, *, needed: bo
     except _LoopError as error:
         return _ChosenMode("loop", str(error), frozen)
     # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
-    aside = set(map(id, () if dependent else single.in_guide)) - set(map(id, single.in_model))
+    alone = not dependent and name == "plate"  # repeated, the guide sees each datum K times
+    aside = set(map(id, single.in_guide if alone else ())) - set(map(id, single.in_model))
     moody = any(module.training for module in single.mode_read_of if id(module) not in aside)
     if moody and not runner.agrees_in_training((*single.in_guide, *single.in_model)):
         reason = "in training mode, densities of particles together are not those of each"

@@ -161,6 +161,11 @@ class Pair:
         with self.looking(gradients=gradients), pyro.validation_enabled(False):
             yield
 
+    @property
+    def shares_model_trace(self) -> bool:
+        """Whether the model's trace of the single run is of another guide's draws."""
+        return self._model_trace is not None
+
     @functools.cached_property
     def single(self) -> Single:
         """One run of the pair; the global random state stays as it was.
@@ -213,7 +218,7 @@ class Pair:
             False also where runs say nothing: other runs then decide.
         """
         size = self.batch.size
-        if plate is None or plate.drawn or size is None or size < 2:
+        if plate is None or plate.drawn or size is None or size < 3:  # a row alone has no order
             return False
         if not hasattr(self, "_part_agrees"):
             self._part_agrees = self._compare_part(plate, size)

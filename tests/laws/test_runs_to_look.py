@@ -42,19 +42,19 @@ def pair():
 
 
 @pytest.mark.parametrize("batch_size", [8, 20, 128])
-@pytest.mark.parametrize(("loss", "most"), [(pv.IWAE(5), 5), (pv.ELBO(), 4)], ids=["IWAE", "ELBO"])
+@pytest.mark.parametrize(("loss", "most"), [(pv.IWAE(5), 6), (pv.ELBO(), 4)], ids=["IWAE", "ELBO"])
 def test_the_first_step_of_fit(pair, loss, most, batch_size):
-    """Under the prior, with the guide's draws, on a part, for particles at once; and the step."""
+    """Under the prior, with the guide's draws, on a part, another particle alone, all; the step."""
     model, guide = pair
     pv.fit(model, guide, X, loss=loss, batch_size=batch_size, max_steps=1, progress=False)
     assert model.runs <= most
 
 
 def test_a_bound(pair):
-    """Under the prior twice, with the guide's draws, for particles at once; and the bound."""
+    """Under the prior twice, with the guide's draws, two particles alone, all; and the bound."""
     model, guide = pair
     pv.iwae_bound(model, guide, X, num_particles=10, seed=0)
-    assert model.runs <= 5
+    assert model.runs <= 7
 
 
 def test_refine_before_it_searches(pair, monkeypatch):
@@ -68,16 +68,16 @@ def test_refine_before_it_searches(pair, monkeypatch):
     monkeypatch.setattr(module, "starts_of", search)
     with pytest.raises(KeyboardInterrupt):
         pv.refine(model, guide, X, seed=0, progress=False)
-    assert model.runs <= 9
+    assert model.runs <= 11
 
 
-def test_another_guide_of_a_model_takes_no_run_of_it(pair):
+def test_another_guide_of_a_model_takes_runs_for_its_modes_alone(pair):
     model, guide = pair
     first = Evaluator(model, guide, as_batch(X), seed=0)
     local = pv.LocalGuide(model, num_data=20, example=first.pair.looks)
     before = model.runs
     second = Evaluator(model, local, as_batch(X), seed=0, like=first)
-    assert model.runs == before
+    assert model.runs <= before + 4
     assert second.modes == first.modes == {"guide": "plate", "model": "plate"}
 
 

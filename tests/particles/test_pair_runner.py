@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
+from pyro_vae.particles.checks import DependentDataError
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.pair_runner import PairRunner
 from pyro_vae.programs.batch import as_batch
@@ -116,7 +117,7 @@ def test_many_data_and_a_network_that_takes_no_particles():
 
 
 @pytest.mark.parametrize("num_data", [1, 2, 3, 5])
-def test_the_modes_of_a_plain_pair_take_one_run_of_the_model(num_data):
+def test_the_modes_of_a_plain_pair_take_three_runs_of_the_model(num_data):
     model = factor_analysis()
     x = model.data(num_data)
     runs = []
@@ -128,7 +129,7 @@ def test_the_modes_of_a_plain_pair_take_one_run_of_the_model(num_data):
     pair = Pair(counted, model.posterior, as_batch(x)).evaluable(None)
     runs.clear()
     runner = PairRunner(pair, 0)
-    assert runs == [num_data]
+    assert runs == [num_data] * 3  # two particles alone, and all together
     assert (runner.guide.mode.name, runner.model.mode.name) == ("plate", "plate")
 
 
@@ -167,3 +168,51 @@ def test_what_depends_on_all_rows_a_little_is_not_cut_into_blocks(scale, loc, gu
     x = torch.randn(1000, 2) + 1
     evaluator = Evaluator(_of_all(scale, loc), guide, as_batch(x), seed=0)
     assert evaluator.runner.splittable == wanted
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "of_all",
+    [lambda z: z / z.abs().max(), lambda z: z - z.max(), lambda z: z / z.reshape(-1).median()],
+    ids=["scaled", "shifted", "median"],
+)
+def test_what_all_numbers_of_a_latent_share_is_no_datums_own(seed, of_all):
+    """One particle may hold the maximum of all particles; the others are then wrong alike."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(of_all(z), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(257, 2)
+    with pytest.raises(DependentDataError, match="depends on the latents of other data"):
+        pv.elbo(model, _plain_guide, x, num_particles=5, seed=seed)
+
+
+def _narrow(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 1e-6).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "broadcast",
+    [
+        lambda z, x: z if z.ndim == 2 else z[0].expand_as(z),
+        lambda z, x: z.reshape(-1, len(x), 2).mean(0),
+    ],
+    ids=["the first particle", "a mean of particles"],
+)
+def test_a_guide_that_is_sure_of_itself_does_not_choose_the_mode_of_others(broadcast, caplog):
+    """Its particles are equal, so that each broadcast over particles agrees."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(broadcast(z, x), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(20, 2)
+    guides = {"narrow": _narrow, "wide": _plain_guide}
+    found = pv.compare(model, guides, x, reference="wide", num_particles=200, seed=0)
+    alone = pv.elbo(model, _plain_guide, x, num_particles=200, seed=0)
+    wanted = float(alone.mean)
+    assert float(found.dataset["elbo"].sel(guide="wide").mean()) == pytest.approx(wanted, abs=1e-5)

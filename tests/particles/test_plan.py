@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pyro
 import pyro.distributions as dist
@@ -180,3 +181,49 @@ def test_a_loss_remembers_several_pairs_and_forgets_the_oldest():
     plans = dict(loss._plans)
     loss.loss(*pairs[-1], X)
     assert loss._plans == plans
+
+
+class _Standardizing(nn.Module):
+    """Normalizes by the batch's own mean and spread in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 2)
+
+    def forward(self, x):
+        h = self.linear(x.flatten(1))
+        return (h - h.mean(0)) / h.std(0) if self.training else h
+
+
+class _Transposed(nn.Module):
+    """Takes one batch dimension, so that particles repeat the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(2, 4), nn.ConvTranspose2d(1, 1, 2, stride=2)
+
+    def forward(self, z):
+        return self.conv(self.linear(z).reshape(len(z), 1, 2, 2))
+
+
+@pytest.mark.parametrize("make", [pv.IWAE, functools.partial(pv.ELBO, kl="sample")])
+def test_an_encoder_that_normalizes_over_the_batch_is_not_repeated(make):
+    """Of one latent the guide sees each datum once in a plate, but K times in a repeated batch."""
+    encoder, decoder = _Standardizing(), _Transposed()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.7).to_event(1))
+
+    x = torch.randn(5, 1, 4, 4)
+    found = []
+    for together in (True, False):
+        torch.manual_seed(2)
+        loss = make(10, vectorize_particles=together)
+        found.append(float(loss(model, guide)(x).detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -238,3 +238,17 @@ def test_a_bound_of_fewer_rows_says_so():
     told = "proposes 30 values of 'z.*' along plate 'data', and the batch has 10 data"
     with pytest.raises(ValueError, match=told):
         pv.elbo(model, guide, x[:10], num_particles=5)
+
+
+def test_an_offset_of_the_last_row_is_seen_in_minibatches_of_two(caplog):
+    """A part of two rows is one row, which has no order."""
+
+    def guide(x):
+        last = torch.zeros(len(x)).index_fill(0, torch.tensor(len(x) - 1), 1.0)
+        offset = pyro.param("offset", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + offset * last, 0.5))
+
+    with caplog.at_level(logging.WARNING):
+        pv.fit(model, guide, make_data(), batch_size=2, max_steps=2, progress=False)
+    assert BY_PLACE in caplog.text
