@@ -156,7 +156,8 @@ class StoppedGradients:
                 draw, event_ndim = draw_of(node), _event_ndim(node)
                 if draw.requires_grad and name not in self._points:
                     spread = run.plan.mode.spread(factor, k, draw.ndim - event_ndim)
-                    spread = spread.reshape(*spread.shape, *[1] * event_ndim)
+                    # A hook may not change the type of a gradient: data may be of another.
+                    spread = spread.reshape(*spread.shape, *[1] * event_ndim).to(draw.dtype)
                     draw.register_hook(functools.partial(torch.mul, spread))
 
 

@@ -18,6 +18,34 @@ from tests.losses.gradients import X, agree, enumerated_after_a_draw, mean_gradi
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_dreg_by_hand_with_parameters_of_another_type_than_the_data(dtype, rtol, vectorize):
+    """Tucker et al. 2019, in float64: paths by the squares of their normalized weights."""
+    x = torch.tensor([0.7, -1.2], dtype=torch.float64)
+    slope, log_scale = (torch.tensor(v, dtype=dtype, requires_grad=True) for v in (0.3, -0.2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x.to(dtype), log_scale.exp()))
+
+    torch.manual_seed(0)
+    pv.IWAE(3, "dreg", vectorize_particles=vectorize).loss_and_grads(model, guide, x)
+    torch.manual_seed(0)
+    noise = torch.randn(3, 2, dtype=dtype).double()
+    loc, scale = slope.detach().double() * x, log_scale.detach().double().exp()
+    z = loc + scale * noise
+    log_weights = -(z**2) / 2 - (x - z) ** 2 / 2 + noise**2 / 2  # and a constant
+    path = torch.softmax(log_weights, 0) ** 2 * (x - 2 * z + noise / scale)
+    assert slope.grad.item() == pytest.approx(-(path * x).sum().item(), rel=rtol)
+    assert log_scale.grad.item() == pytest.approx(-(path * scale * noise).sum().item(), rel=rtol)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 4.0])
 def test_dreg_under_warm_up_has_the_expectation_of_pathwise(beta):
     model, guide, parameters = normal_pair()
