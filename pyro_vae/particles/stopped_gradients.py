@@ -157,7 +157,7 @@ class StoppedGradients:
                 if draw.requires_grad and name not in self._points:
                     spread = run.plan.mode.spread(factor, k, draw.ndim - event_ndim)
                     # A hook may not change the type of a gradient: data may be of another.
-                    spread = spread.reshape(*spread.shape, *[1] * event_ndim).to(draw.dtype)
+                    spread = spread.reshape(spread.shape + (1,) * event_ndim).to(draw.dtype)
                     draw.register_hook(functools.partial(torch.mul, spread))
 
 

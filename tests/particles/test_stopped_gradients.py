@@ -46,6 +46,35 @@ def test_dreg_by_hand_with_parameters_of_another_type_than_the_data(dtype, rtol,
     assert log_scale.grad.item() == pytest.approx(-(path * scale * noise).sum().item(), rel=rtol)
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("num_particles", [1, 2, 5])
+def test_dreg_by_hand_where_all_is_one_datum(num_particles, vectorize):
+    """A normal without plates, each of its draws a number: the bound and its DReG gradient."""
+    x = torch.tensor(0.7)
+    loc, log_scale = (torch.tensor(v, requires_grad=True) for v in (0.4, -0.2))
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    loss = pv.IWAE(num_particles, "dreg", vectorize_particles=vectorize, data_plate=False)
+    torch.manual_seed(0)
+    found = loss.loss_and_grads(model, guide, x)
+    torch.manual_seed(0)
+    noise, scale = torch.randn(num_particles), math.exp(-0.2)
+    z = 0.4 + scale * noise
+    constant = math.log(scale) - math.log(2 * math.pi) / 2
+    log_weights = constant - z**2 / 2 - (x - z) ** 2 / 2 + noise**2 / 2
+    bound = torch.logsumexp(log_weights, 0) - math.log(num_particles)
+    path = torch.softmax(log_weights, 0) ** 2 * (x - 2 * z + noise / scale)
+    assert found == pytest.approx(-bound.item(), rel=1e-12)
+    assert loc.grad.item() == pytest.approx(-path.sum().item(), rel=1e-12)
+    assert log_scale.grad.item() == pytest.approx(-(path * scale * noise).sum().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 4.0])
 def test_dreg_under_warm_up_has_the_expectation_of_pathwise(beta):
     model, guide, parameters = normal_pair()
