@@ -49,7 +49,7 @@ def kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
         kl, count = (_over_data(run, terms, event_ndim, local) for terms in (kls, counts))
         # A dimension under the floor gets its KL back: no pressure, no gradient.
         given.append(torch.where(kl < free_bits * count, kl, torch.zeros_like(kl)).sum())
-    return torch.stack(given).sum()
+    return torch.stack(given).sum() if given else torch.zeros(())
 
 
 def _kl(name: str, guide_node: Node, model_node: Node | None) -> Tensor:

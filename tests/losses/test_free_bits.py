@@ -111,3 +111,26 @@ def test_free_bits_are_of_each_component_of_a_plate_that_is_not_the_datas():
     loss = pv.ELBO(free_bits=0.05).differentiable_loss(model, guide, X)
     (slope,) = torch.autograd.grad(loss, [loc])
     torch.testing.assert_close(slope, torch.tensor([0.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("summed_out", [False, True])
+def test_free_bits_of_a_guide_that_proposes_nothing_are_none(summed_out, particles):
+    """The evidence, and its derivative by the means, of one normal or of a mixture of two."""
+    logits = torch.tensor([0.3, 0.7] if summed_out else [1.0], dtype=torch.float64).log()
+    means = torch.tensor([-1.0, 2.0] if summed_out else [0.4], dtype=torch.float64)
+    means.requires_grad_()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            loc = means[pyro.sample("c", dist.Categorical(logits=logits))] if summed_out else means
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    evidence = torch.logsumexp(logits + dist.Normal(means, 1.0).log_prob(X[:, None]), -1).sum()
+    (wanted,) = torch.autograd.grad(-evidence, [means])
+    found = pv.ELBO(particles, free_bits=0.5).loss_and_grads(model, guide, X)
+    assert found == pytest.approx(-evidence.item(), rel=1e-12)
+    torch.testing.assert_close(means.grad, wanted, rtol=1e-12, atol=1e-12)
