@@ -173,10 +173,15 @@ class TrainingData:
         def look() -> tuple[str | None, dict[str, int]]:
             with self.rows(torch.arange(few.size or 0)):
                 pair = Pair(self._model, self._guide, few, gradients=True)
+                refused = False
                 with batch_norms() as norms:
-                    pair.looks.know_run(pair.single.run, self._run)
+                    try:
+                        pair.looks.know_run(pair.single.run, self._run)
+                    except ValueError:  # what a loss refuses, its first step says
+                        run_pair(self._model, self._guide, few)
+                        refused = True
                 plate = pair.looks.structure(self._plate, latents_needed=False).data_plate
-                if pair.part_agrees(plate):
+                if not refused and pair.part_agrees(plate):
                     self._pair = pair
                     return None, norms
                 return bound_to_order(self._model, self._guide, few, plate, self.rows), norms

@@ -252,3 +252,23 @@ def test_an_offset_of_the_last_row_is_seen_in_minibatches_of_two(caplog):
     with caplog.at_level(logging.WARNING):
         pv.fit(model, guide, make_data(), batch_size=2, max_steps=2, progress=False)
     assert BY_PLACE in caplog.text
+
+
+def test_what_a_step_refuses_is_not_taken_for_rows_that_cannot_be_cut():
+    """Of the first rows each latent is masked, and the likelihood depends on it all the same."""
+
+    def absent(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=x > 0):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 3.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + loc, 0.5))
+
+    x = -make_data(20).abs()
+    x[-1] = 1.0
+    with pytest.raises(ValueError, match="that the model masks everywhere"):
+        pv.fit(absent, guide, x, batch_size=2, max_steps=2, seed=0, progress=False)
