@@ -282,8 +282,8 @@ class PairRunner:
         of_other = self.model.run(rows, 1, others).log_prob(is_any)
         of_mixed = None
         if plate is not None and pair.part is None:  # else that run has told data apart
-            mixed = self.latents({name: value[-1:] for name, value in values.items()})
-            of_mixed = self.model.run(rows, 1, mixed).log_prob(is_any)
+            both = self.latents({name: value[-1:] for name, value in values.items()})
+            of_mixed = self.model.run(rows, 1, both).log_prob(is_any)
         (name, *_) = candidates(self.guide, particles)
         guide, model = self.guide.in_mode(name), self.model.in_mode(name)
         count, last = copies + 2, copies + 1
