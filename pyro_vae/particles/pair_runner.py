@@ -248,7 +248,7 @@ class PairRunner:
         self._score_in_float64(model=runs[-1])
 
     def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
-        """Take the first mode, and return runs in it, if these say all that single particles would.
+        """Take the first mode if particles together say all that single ones would.
 
         Together run the particle of the pair's single run, one or two others, and one that has
         every other datum's values from either. Each must have the density that it has alone, and
@@ -279,7 +279,8 @@ class PairRunner:
                 mixed = mix(odd, mixed, value, plate.dim - pair.shapes[name].event_ndim)
             values[name] = torch.cat([*[other[name]] * copies, value, mixed])
         others = self.latents({name: value[:1] for name, value in values.items()})
-        of_other = self.model.run(rows, 1, others).log_prob(is_any)
+        run_of_other = self.model.run(rows, 1, others)
+        of_other = run_of_other.log_prob(is_any)
         of_mixed = None
         if plate is not None and pair.part is None:  # else that run has told data apart
             both = self.latents({name: value[-1:] for name, value in values.items()})
@@ -302,7 +303,7 @@ class PairRunner:
         ):
             return None
         self.guide, self.model = guide, model
-        return run, model_run
+        return drawn, run_of_other  # by the seed alone
 
     def _choose_guide(self, particles: Particles) -> tuple[slice, Values]:
         """Choose the mode of the guide; return some of its draws, for some data."""

@@ -29,6 +29,7 @@ from pyro_vae.programs.nodes import (
     guide_factors,
     is_point,
     latent_nodes,
+    sample_nodes,
 )
 from pyro_vae.programs.site_shapes import SiteShape, site_shapes
 from pyro_vae.programs.sites import Plate, Structure
@@ -190,6 +191,9 @@ class Pair:
                     )
             if self._model_trace is not None:
                 check_guide(model_trace, guide_trace)
+                measures = SameMeasure(guide_trace)
+                for _, node in sample_nodes(model_trace):
+                    measures.check(node)
             else:
                 check_absent(self.model, model_trace, self.batch)
         return Single(

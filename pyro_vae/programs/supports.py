@@ -303,7 +303,11 @@ class SameMeasure(Messenger):
             self._outside.append(f"{msg['name']!r} ({kind})")
 
     def _pyro_sample(self, msg: Node) -> None:
-        name = msg["name"]
+        self.check(msg)
+
+    def check(self, node: Node) -> None:
+        """Raise ValueError where a site of the model and its proposal have no ratio."""
+        name, msg = node["name"], node
         if msg["is_observed"] or name not in self._proposals:
             return
         mine, theirs = msg["fn"], self._proposals[name]["fn"]

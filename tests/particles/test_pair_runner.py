@@ -216,3 +216,37 @@ def test_a_guide_that_is_sure_of_itself_does_not_choose_the_mode_of_others(broad
     alone = pv.elbo(model, _plain_guide, x, num_particles=200, seed=0)
     wanted = float(alone.mean)
     assert float(found.dataset["elbo"].sel(guide="wide").mean()) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_seed_decides_alone_whatever_the_global_random_state():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(3000.0 * z, 1.0).to_event(1), obs=x)
+
+    x, found = torch.randn(20, 2), set()
+    for state in range(5):
+        torch.manual_seed(state)
+        found.add(float(pv.elbo(model, _plain_guide, x, num_particles=5, seed=0).mean))
+    assert len(found) == 1
+
+
+def test_a_table_of_densities_is_no_second_guide_of_a_model_of_masses():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Poisson(1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def continuous(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Poisson(2.0).expand([len(x)]))
+
+    x = torch.randn(6)
+    table = pv.LocalGuide(continuous, num_data=6, example=x)
+    with pytest.raises(ValueError, match="has masses in the model"):
+        pv.compare(model, {"counts": counts, "table": table}, x, reference="counts", seed=0)
