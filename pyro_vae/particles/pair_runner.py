@@ -255,6 +255,9 @@ class PairRunner:
         each datum of the last that of the particle that its values are from. (Comparing particles
         of one run with each other would not do: what they share, as a maximum over all numbers of
         a latent, changes all of them alike.)
+
+        Returns:
+            Runs of guide and model on a draw by the seed alone; None where other checks decide.
         """
         pair, structure, single = self.pair, self.pair.structure, self.pair.single
         if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):

@@ -155,6 +155,13 @@ class Answers:
         return None
 
 
+def shuffled(size: int) -> Tensor:
+    """Return the numbers of rows in another order than theirs, the same at each call."""
+    order = torch.arange(size)
+    permuted = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return order.flip(0) if torch.equal(order, permuted) else permuted
+
+
 def _selected(value: Tensor, axis: int | None, index: Tensor) -> Tensor:
     return value if axis is None else value.index_select(axis, index.to(value.device))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.programs.absence_check import check_absent
 from pyro_vae.programs.agreement import agree
-from pyro_vae.programs.answers import Answers
+from pyro_vae.programs.answers import Answers, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.guide_check import check_guide
@@ -229,9 +229,7 @@ class Pair:
         return self._part_agrees
 
     def _compare_part(self, plate: Plate, size: int) -> bool:
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        index = order.flip(0) if bool((order == torch.arange(size)).all()) else order
-        index = index[: (size + 1) // 2]
+        index = shuffled(size)[: (size + 1) // 2]
         single, table = self.single, self._table
         with Look(), contextlib.ExitStack() as stack:
             stack.enter_context(self.looking(gradients=self.gradients))
@@ -249,10 +247,11 @@ class Pair:
                 return False
             of_part = ModelLooks(self.model, batch)
             of_part.know_run(part.run, None)
-            self.part = of_part.structure(plate.name, latents_needed=False)
-            found = self.part.data_plate
+            structure = of_part.structure(plate.name, latents_needed=False)
+            found = structure.data_plate
             subsampled = found is not None and found.full_size == plate.full_size
             self.looks.know_subsampled(plate, subsampled)
+            self.part = structure
             return True
         return False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.programs.answers import Answers, close_to, rows_of
+from pyro_vae.programs.answers import Answers, close_to, rows_of, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look, looking
@@ -73,9 +73,7 @@ def bound_to_order(
     if size is None or size < 2 or plate is None:
         return None
     order = torch.arange(size)
-    permuted = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    if torch.equal(order, permuted):
-        permuted = order.flip(0)
+    permuted = shuffled(size)
     with looking(model, guide, device=batch.device, gradients=True):
         torch.manual_seed(0)
         with rows(order), torch.no_grad():
