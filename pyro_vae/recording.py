@@ -9,8 +9,6 @@ from torch import Tensor, fx
 
 from pyro_vae.torch_internals import Operator, is_pure, node_of
 
-__all__ = ["is_recording", "recording", "same_expression"]
-
 _num_traces = [0]  # under way
 
 

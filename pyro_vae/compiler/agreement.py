@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gradients_differ", "losses_differ", "numbers_agree", "same_state"]
-
 # Gradients that vanish are a sum that cancels, and left of them is the rounding of its terms: they
 # count as large as this share of the largest gradient, or of 1 + |loss|.
 _FLOOR = 1e-3

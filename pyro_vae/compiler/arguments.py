@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_compile", "form_of", "layout_of", "rebuilt"]
-
 # Arguments that their value describes in full.
 _PLAIN = (
     *(str, bytes, int, float, bool, complex, type(None), enum.Enum),

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from pyro_vae.compiler.identity_checks import identity_check
 
-__all__ = ["MISSING", "Captured", "is_library", "is_plain"]
-
 MISSING = object()  # stands for what is not there
 
 _PLAIN = (bool, int, float, complex, str, bytes)

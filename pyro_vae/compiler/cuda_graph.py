@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_vae.torch_internals import copy_all
 
-__all__ = ["CudaGraph", "is_capturable"]
-
 
 def is_capturable(tensors: Iterable[Tensor]) -> bool:
     """Return whether operations with these arguments and results can be captured.

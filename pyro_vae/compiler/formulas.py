@@ -7,8 +7,6 @@ from torch import fx
 
 from pyro_vae.compiler.nodes import args_of, calls, is_real
 
-__all__ = ["for_compiler"]
-
 _aten = torch.ops.aten
 
 

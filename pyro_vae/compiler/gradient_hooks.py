@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pyro_vae.torch_internals import gradient_hooks_of
 
-__all__ = ["aside", "call", "counted", "hooked"]
-
 
 def hooked(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return those of some parameters that have hooks."""

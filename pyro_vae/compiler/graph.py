@@ -17,8 +17,6 @@ from pyro_vae.compiler.arguments import layout_of
 from pyro_vae.compiler.cuda_graph import CudaGraph, is_capturable
 from pyro_vae.compiler.program import program
 
-__all__ = ["Graph", "first_line"]
-
 _aten = torch.ops.aten
 # What an operation and a number that it writes cost more in a replay than compiled, and what
 # compiling costs, in seconds, taken for all machines.

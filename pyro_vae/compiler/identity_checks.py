@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from types import CellType
 from typing import Any
 
-__all__ = ["identity_check"]
-
 _MAX_JOINED = 50  # tests that one "and" joins, because Python nests them
 
 

@@ -12,27 +12,6 @@ from torch import Tensor, fx
 from pyro_vae import torch_internals
 from pyro_vae.torch_internals import Operator
 
-__all__ = [
-    "ChangingShapesError",
-    "args_of",
-    "base_of",
-    "calls",
-    "check",
-    "constant_of",
-    "is_real",
-    "is_written",
-    "key_of",
-    "layout",
-    "lift",
-    "nodes_in",
-    "text_of",
-    "value_of",
-    "viewed_by",
-    "waits",
-    "written_inputs",
-    "written_nodes",
-]
-
 _aten = torch.ops.aten
 _LIFTS = {_aten.lift_fresh_copy.default, _aten.lift_fresh.default}
 # Share memory with their input, though their schemas do not say so.

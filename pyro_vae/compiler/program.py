@@ -11,8 +11,6 @@ from torch import Tensor, fx
 from pyro_vae.compiler.nodes import args_of, base_of, is_real, layout, nodes_in, viewed_by
 from pyro_vae.torch_internals import Operator, called_directly
 
-__all__ = ["in_place", "program"]
-
 _aten = torch.ops.aten
 # Have a form that writes its result over the first argument.
 _IN_PLACE: dict[object, Operator] = {

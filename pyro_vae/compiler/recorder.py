@@ -16,8 +16,6 @@ from pyro_vae.compiler.replayer import Entry, Objection, Replayer
 from pyro_vae.compiler.tracing import trace
 from pyro_vae.programs.state import random_state, set_random_state
 
-__all__ = ["Recorder"]
-
 logger = logging.getLogger(__name__)
 
 # In "auto": recording is for what takes at least so long. It may be measured, because a replay

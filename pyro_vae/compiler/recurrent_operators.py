@@ -13,8 +13,6 @@ from pyro_vae import torch_internals
 from pyro_vae.compiler.nodes import args_of, calls
 from pyro_vae.torch_internals import Operator
 
-__all__ = ["keep_workspaces"]
-
 _aten = torch.ops.aten
 
 

@@ -15,8 +15,6 @@ from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.tracing import UntraceableError
 from pyro_vae.programs.warned_once import warn_once
 
-__all__ = ["Call", "Entry", "Objection", "Replayer", "Saved"]
-
 logger = logging.getLogger(__name__)
 
 _ONE_BY_ONE = "the kernels of %s are launched one by one: %s"

@@ -28,8 +28,6 @@ from pyro_vae.compiler.nodes import (
 from pyro_vae.compiler.trace_constants import LIKE
 from pyro_vae.torch_internals import Operator, is_pure
 
-__all__ = ["simplify"]
-
 _aten = torch.ops.aten
 # A constant that is worked out ahead is kept as long as the graph.
 _MAX_FOLDED_ELEMENTS = 2**20

@@ -11,8 +11,6 @@ from torch import Tensor
 from pyro_vae import torch_internals
 from pyro_vae.torch_internals import Operator, storage_key, tensors_in
 
-__all__ = ["LIKE", "TraceConstants", "one_hot"]
-
 _aten = torch.ops.aten
 _LIFTS = {_aten.lift_fresh.default, _aten.lift_fresh_copy.default}
 # Take nothing of their tensors but shape and kind.

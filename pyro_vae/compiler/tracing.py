@@ -20,8 +20,6 @@ from pyro_vae.compiler.trace_constants import TraceConstants, one_hot
 from pyro_vae.recording import recording
 from pyro_vae.torch_internals import DispatchMode, Operator
 
-__all__ = ["UntraceableError", "trace"]
-
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 _MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pyro_vae.compiler.arguments import rebuilt
 
-__all__ = ["VaryingNumbers"]
-
 _MAX_CONSTANTS = 3  # values of a number that have graphs of their own
 _MAX_FORMS = 64  # of arguments that are remembered
 

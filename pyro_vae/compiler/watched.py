@@ -16,8 +16,6 @@ from pyro_vae.compiler.identity_checks import identity_check
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 from pyro_vae.torch_internals import buffers_of, children_of, hooks_of, parameters_of
 
-__all__ = ["Watched"]
-
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 _LONG = 20  # items of a list that are looked at
 

@@ -7,9 +7,6 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["pareto_k_of_largest", "psis", "tail_length"]
-
-
 # Weights in the smallest tail that both versions fit: ArviZ 0.x wants five, and ArviZ 1.x wants
 # the lower quartile above the minimum, which in its reckoning takes six.
 _SMALLEST_TAIL = 6

@@ -24,8 +24,6 @@ from pyro_vae.particles.estimators import (
     mixture_log_guide,
 )
 
-__all__ = ["gap_dataset", "reduce_block", "tightest"]
-
 
 def reduce_block(
     log_joints: Sequence[Tensor],

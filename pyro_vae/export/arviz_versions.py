@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["container", "write"]
-
 # An arviz.InferenceData or an xarray.DataTree: no one annotation is right under both versions.
 Container = Any
 

@@ -15,8 +15,6 @@ from pyro_vae.programs.agreement import agree
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.types import ModeName, Node, Values
 
-__all__ = ["DeterministicSite", "DeterministicValues"]
-
 logger = logging.getLogger(__name__)
 
 

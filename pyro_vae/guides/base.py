@@ -26,8 +26,6 @@ from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Values
 
-__all__ = ["Conditionals", "FamilyGuide", "of_family", "refuse_globals"]
-
 _STABILITY_RUNS = 5  # of the model
 
 # From a site, and spread rows of the draws of sites before it, to its proposal's parameters, spread

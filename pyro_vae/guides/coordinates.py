@@ -20,8 +20,6 @@ from pyro_vae.programs.preimages import Preimage, preimage_key
 from pyro_vae.programs.sites import Plate, Site, Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
 
-__all__ = ["Coordinates", "coordinates_of"]
-
 
 @dataclass(frozen=True)
 class Coordinates:

@@ -16,8 +16,6 @@ from pyro_vae.programs.state import Look, preserved_rng
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Node
 
-__all__ = ["middle_moments", "normal_moments", "prior_moments"]
-
 _PRIOR_DRAWS = 1000
 _PARENT_RUNS = 50  # of the model, where the draws of one do not vary
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support

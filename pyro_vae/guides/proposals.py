@@ -16,8 +16,6 @@ from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.programs.types import Distribution
 
-__all__ = ["proposal"]
-
 _NO_SHAPE = torch.Size()
 _GAUSSIAN = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
 

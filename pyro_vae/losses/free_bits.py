@@ -16,8 +16,6 @@ from pyro_vae.losses.kl import kl_per_dimension
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.types import Node
 
-__all__ = ["kl_below_floor"]
-
 
 def kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
     """Return the KL of the dimensions below the floor, which are not pressed further: a scalar.

@@ -15,8 +15,6 @@ from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.types import Node
 
-__all__ = ["ImportanceObjective", "WeightedTerms", "kl_of_globals"]
-
 
 class ImportanceObjective(Objective):
     """The base of losses with one importance weight for each particle and datum.

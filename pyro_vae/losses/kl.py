@@ -20,8 +20,6 @@ from pyro_vae.programs.nodes import is_point
 from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.types import Node
 
-__all__ = ["analytic_kl", "kl_per_dimension"]
-
 # A rule returns KL(q, p), or None where the pair is not its case. It raises
 # NotImplementedError where no later rule may speak: there is no closed form.
 Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]

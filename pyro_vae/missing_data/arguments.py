@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyro_vae.recording import is_recording
 
-__all__ = ["Arguments", "Key", "floating"]
-
 # An argument by its position or its keyword.
 Key: TypeAlias = int | str
 

@@ -16,8 +16,6 @@ from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Trace, Values
 
-__all__ = ["Pattern", "check_decisions", "pattern_of"]
-
 # Fills between a column's least and largest number: with so few codes, each has its turn.
 _STEPS = 8
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["chunk_pairs", "data_blocks", "draw_step", "equal_step", "round_down"]
-
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
 _DRAW_PAIRS = 16384

@@ -29,21 +29,6 @@ from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 from pyro_vae.programs.types import ModeName, Node, Particles, Program, Trace, Values
 from pyro_vae.programs.warned_once import warn_once
 
-__all__ = [
-    "DependentDataError",
-    "UnnamedDrawsError",
-    "candidates",
-    "check_independent",
-    "choose_mode",
-    "coarse_sites",
-    "every_other",
-    "mix",
-    "refuse_edges",
-    "refuse_nan",
-    "warn_of_coarse_loss",
-    "warn_of_coarse_parameters",
-]
-
 logger = logging.getLogger(__name__)
 
 _SEED = 0  # of all runs: what is drawn beside the sites is the same in each

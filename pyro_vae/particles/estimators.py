@@ -25,20 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Estimate",
-    "LargestWeights",
-    "StreamingELBO",
-    "StreamingIWAE",
-    "calibrated",
-    "effective_sample_size",
-    "elbo",
-    "iwae_bound",
-    "mean_std_error",
-    "mixture_log_guide",
-    "skewness_of",
-]
-
 # How fast the error grows with the squared skewness of the estimate. The Edgeworth expansion of
 # the studentized mean says 1.1 of the skewness of the distribution; where the tail is heavy, that
 # of K particles is far less. With 8, intervals cover what they should in benchmarks/coverage.py.

@@ -43,8 +43,6 @@ from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import Compile, DataPlate, ModeName, Node, Particles, Program, Values
 
-__all__ = ["Chunk", "Evaluator"]
-
 logger = logging.getLogger(__name__)
 
 

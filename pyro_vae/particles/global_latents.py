@@ -20,8 +20,6 @@ from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, inspect
 
-__all__ = ["Given", "fix_globals", "fix_globals_of_pair", "given_text"]
-
 
 def fix_globals(
     model: Callable[..., Any],

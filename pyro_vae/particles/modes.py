@@ -20,8 +20,6 @@ from pyro_vae.programs.guide_kinds import repeated_rows
 from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.types import ModeName, Program
 
-__all__ = ["MODES", "Loop", "Mode", "Plate", "Repeat", "per_datum"]
-
 _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
 
 

@@ -38,8 +38,6 @@ from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
-__all__ = ["PairRunner", "reseed"]
-
 # First in the key of every random stream: what it is for.
 DRAWS, CHECKS, RUNS = 0, 1, 2
 

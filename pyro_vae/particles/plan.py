@@ -38,8 +38,6 @@ from pyro_vae.programs.types import DataPlate, ModeName, Particles
 from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import BatchNorm
 
-__all__ = ["DataNeed", "Enumeration", "Needs", "Plan", "hide", "plan"]
-
 logger = logging.getLogger(__name__)
 
 DataNeed: TypeAlias = Literal["needed", "wanted", "no"]

@@ -11,8 +11,6 @@ from pyro_vae.particles.global_latents import Given, fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
-__all__ = ["Prepared", "by_block", "prepare"]
-
 
 class Prepared(NamedTuple):
     """What draws and scores a batch, and the values that global latents were fixed at."""

@@ -29,8 +29,6 @@ from pyro_vae.programs.site_shapes import SiteShape
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 from pyro_vae.programs.types import ModeName, Node, Program, Trace, Values
 
-__all__ = ["Keep", "Run", "Runner", "is_any", "is_latent", "is_observed"]
-
 Keep = Callable[[Node], bool]  # which sites of a trace
 
 

@@ -28,8 +28,6 @@ from pyro_vae.programs.traces import ReplaceDraws, redrawn, site_log_prob, trace
 from pyro_vae.programs.types import Node, Program, Trace
 from pyro_vae.recording import is_recording
 
-__all__ = ["StoppedGradients"]
-
 
 class StoppedGradients:
     """Runs guides so that the gradient of log q may be taken by the draws alone.

@@ -17,14 +17,6 @@ from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.traces import GiveValues, trace_guide, trace_model
 from pyro_vae.programs.types import Program, Trace, Values
 
-__all__ = [
-    "asking_enumeration",
-    "check_enumerated",
-    "check_hidden",
-    "check_local_samples",
-    "check_summed_out",
-]
-
 _MINIBATCHES = 8  # looked at, of a model that draws them itself
 
 

@@ -31,8 +31,6 @@ from pyro_vae.programs.traces import (
 )
 from pyro_vae.programs.types import Node, Program, Trace
 
-__all__ = ["Tracer", "TrainingRun", "trace_detached"]
-
 # How a guide is run: returns its trace, with the draws that the model is to see.
 Tracer: TypeAlias = Callable[[Program, Batch], Trace]
 

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.programs.readers import read_all
 
-__all__ = ["Batch", "EpochData", "StepData", "arguments", "as_batch", "dtype_errors", "rows_text"]
-
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
 _ARGUMENTS_SHOWN = 8

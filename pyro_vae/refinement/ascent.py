@@ -12,8 +12,6 @@ from tqdm.auto import tqdm
 from pyro_vae.refinement.blocks import Block, per_row
 from pyro_vae.refinement.climbing import Climber
 
-__all__ = ["CYCLE", "Ascent", "Budget", "ascend"]
-
 CYCLE = 200  # steps between two comparisons
 _SHORTER, _SHORTEST = 4.0, 1 / 64  # steps, after a cycle that lost
 _MORE_EFFORT = 4  # for rows of which a first look at the slope cannot tell

@@ -18,8 +18,6 @@ from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate
 
-__all__ = ["Block", "Blocks", "ScoredGuide", "per_row"]
-
 _PIECES = 4  # of one step, recorded at most
 _FLAT = 8.0  # log of how many times wider than the prior a flat density is
 

@@ -14,8 +14,6 @@ from pyro_vae.particles.estimators import Estimate
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
 from pyro_vae.refinement.lbfgs import minimize_rows
 
-__all__ = ["Climber", "Cycle", "Gain", "Noise"]
-
 _MOST_REPLICATES = 32  # of the first comparison; twice as many of each one after
 _DOUBLINGS = 3  # of particles, in later cycles
 _PARTICLES = 8  # of a gradient in the first two cycles

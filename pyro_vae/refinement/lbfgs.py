@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Minimum", "minimize_rows"]
-
 # From rows [n, d] to the value of each, [n]; or to that and its gradient, [n, d].
 Objective = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.refinement.lbfgs import minimize_rows
 
-__all__ = ["find_modes", "gaussian_at"]
-
 _CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
 _MOVED = 0.1  # standard deviations: so far from where the curvature was taken it is taken anew
 _LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter says nothing

@@ -12,8 +12,6 @@ from pyro_vae.refinement.blocks import Block, per_row
 from pyro_vae.refinement.climbing import Climber, Gain
 from pyro_vae.refinement.starts import best_of
 
-__all__ = ["search"]
-
 _RIVAL_CYCLES = 2  # of another start, before it is compared
 _MARGIN, _MOST_MARGIN = 3.0, 10.0  # nats by which a start may lie below, and end higher
 _PLAIN_CYCLES = 5  # before draws are sent into the tails

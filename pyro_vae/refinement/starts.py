@@ -17,8 +17,6 @@ from pyro_vae.refinement.blocks import Block
 from pyro_vae.refinement.climbing import Climber
 from pyro_vae.refinement.modes import find_modes, gaussian_at
 
-__all__ = ["answer_of", "best_of", "starts_of"]
-
 _DRAWS = 256  # of a guide whose parameters cannot be read off
 _SCREENED = 32  # draws, of which a few become starts of the search for modes
 _STARTS, _FEW_STARTS, _MANY_COORDINATES = 3, 1, 16  # of draws of the guide, and of the prior

@@ -15,8 +15,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["load", "save", "schedulers_of"]
-
 _VERSION = 1
 
 # Objects that are not searched, and how many entries of others are.

@@ -14,8 +14,6 @@ from pyro_vae.programs.readers import RowReader, tensors_of
 from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import version_of
 
-__all__ = ["DataSource", "source_of"]
-
 _CPU = torch.device("cpu")
 
 

@@ -34,8 +34,6 @@ from pyro_vae.programs.supports import is_discrete, support_of
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.refinement.refine import refine_table
 
-__all__ = ["E_STEPS", "EStep", "EStepName", "Problem", "StepELBO"]
-
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.02  # in nats per datum: which rows of a table count as converged

@@ -15,8 +15,6 @@ from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, all_finite
 from pyro_vae.training.result import HalfStep
 
-__all__ = ["MStep", "NonFiniteHalfStepError", "failure"]
-
 
 class NonFiniteHalfStepError(ArithmeticError):
     """EM met an ELBO or a gradient that is not finite, and stopped.

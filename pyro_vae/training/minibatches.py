@@ -33,8 +33,6 @@ from pyro_vae.training.row_order import (
     set_up_before,
 )
 
-__all__ = ["MinibatchELBO", "TrainingData", "mean_elbo"]
-
 logger = logging.getLogger(__name__)
 
 

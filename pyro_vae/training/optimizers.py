@@ -11,8 +11,6 @@ import pyro.optim
 import torch
 from torch import Tensor
 
-__all__ = ["PyroLink", "link_of", "make_optimizer"]
-
 # Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # How a kernel is called: no setting of what it does.

@@ -23,8 +23,6 @@ from pyro_vae.programs.traces import trace_pair
 from pyro_vae.programs.types import Program
 from pyro_vae.torch_internals import parameters_of
 
-__all__ = ["Parameters", "State", "all_finite"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from pyro_vae.programs.state import Look
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import Program
 
-__all__ = ["minibatch_scale"]
-
 _MANY = 1000  # data: a scale for all but one of them is hardly another one
 
 

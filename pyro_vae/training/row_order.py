@@ -17,9 +17,6 @@ from pyro_vae.programs.state import Look, looking
 from pyro_vae.programs.traces import trace_pair
 from pyro_vae.programs.types import Program
 
-__all__ = ["NotSetUpError", "bound_to_order", "divides_by_size", "set_up_before"]
-
-
 # From the rows of the data that a batch holds to the context in which the guide knows them.
 Rows = Callable[[Tensor], contextlib.AbstractContextManager[Any]]
 

@@ -17,8 +17,6 @@ from pyro_vae.programs.pyro_internals import StoreContents
 from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.torch_internals import num_hooks_made
 
-__all__ = ["EagerStep", "LossState", "Step", "StepEntry", "StepState"]
-
 
 @dataclass(slots=True)
 class StepEntry(Entry):

@@ -32,8 +32,6 @@ from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
-__all__ = ["NonFiniteLossError", "TrainingSteps", "Validation"]
-
 logger = logging.getLogger(__name__)
 
 # Where work is queued while Python goes on. To read a number there is to wait for all of it.

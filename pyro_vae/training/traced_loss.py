@@ -31,8 +31,6 @@ from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import parameters_of, unchecked_samples
 from pyro_vae.training.step_state import EagerStep, LossState, Step, StepEntry, StepState
 
-__all__ = ["TracedLoss"]
-
 logger = logging.getLogger(__name__)
 
 _WORTHWHILE_CALLS = 64  # of a signature, below which tracing it has been a waste

@@ -18,8 +18,6 @@ from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.torch_internals import has_step_hooks, largest_magnitudes
 from pyro_vae.training.optimizers import link_of
 
-__all__ = ["Update"]
-
 logger = logging.getLogger(__name__)
 
 _MAX_SETTINGS = 4  # of an optimizer (its learning rate) that are traced
