@@ -251,11 +251,7 @@ def pyro_step(case: Case) -> Step:
 
 
 def hand_step(
-    case: Case,
-    make: Callable[[], Amortized],
-    *,
-    fused: bool | None = True,
-    compiled: bool = False,
+    case: Case, make: Callable[[], Amortized], *, fused: bool | None = True, compiled: bool = False
 ) -> Step:
     """Return a step as one writes it by hand."""
     module = make()

@@ -13,11 +13,7 @@ from pyro_vae import cli
 
 @pytest.mark.parametrize(
     ("argv", "told"),
-    [
-        (["--version"], version("pyro-vae")),
-        (["--help"], "demo"),
-        (["demo", "--help"], "--data"),
-    ],
+    [(["--version"], version("pyro-vae")), (["--help"], "demo"), (["demo", "--help"], "--data")],
 )
 def test_asks_and_leaves(argv, told, capsys):
     with pytest.raises(SystemExit) as left:

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "diagnostics": {"particles"},
     "evaluation": {
-        *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement"),
+        *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement")
     },
     "missing_data": {"diagnostics", "particles", "plots", "programs", "recording"},
     "export": {"diagnostics", "particles", "programs"},
@@ -82,7 +82,7 @@ QUESTIONS = {
 
 # Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
 ARRAYS_ALONE = {
-    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files", "plots.results"),
+    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files", "plots.results")
 }
 # Have nothing to do with Pyro.
 WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}

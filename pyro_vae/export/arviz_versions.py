@@ -173,10 +173,7 @@ def _check_draws(where: str, shape: tuple[int, ...], first: str, wanted: tuple[i
 
 
 def _check_dims(
-    where: str,
-    names: Sequence[str],
-    shape: tuple[int, ...],
-    lengths: dict[str, tuple[int, str]],
+    where: str, names: Sequence[str], shape: tuple[int, ...], lengths: dict[str, tuple[int, str]]
 ) -> None:
     """Raise ValueError for dimensions of another number or length; note the new ones' lengths."""
     if len(names) != len(shape):

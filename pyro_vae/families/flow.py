@@ -224,9 +224,7 @@ class _Conditional(TorchDistribution):
         if batch_shape is None:
             batch_shape = torch.broadcast_shapes(weights.bias.shape[:-1], before.shape[:-1])
         super().__init__(
-            torch.Size(batch_shape),
-            torch.Size([columns.stop - columns.start]),
-            validate_args=False,
+            torch.Size(batch_shape), torch.Size([columns.stop - columns.start]), validate_args=False
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Conditional:

@@ -85,9 +85,7 @@ class FullRankNormal(Family):
         shift = loc[..., columns]
         if first:
             known = torch.linalg.solve_triangular(
-                factor[..., :first, :first],
-                (before - loc[..., :first]).unsqueeze(-1),
-                upper=False,
+                factor[..., :first, :first], (before - loc[..., :first]).unsqueeze(-1), upper=False
             )
             shift = shift + (factor[..., columns, :first] @ known).squeeze(-1)
         return dist.MultivariateNormal(shift, scale_tril=factor[..., columns, columns])

@@ -56,10 +56,7 @@ def proposal(
         for rows in before
     ]
     joint = family.conditional(
-        params,
-        size,
-        torch.cat(known, -1) if known else params[..., :0],
-        coordinates.columns,
+        params, size, torch.cat(known, -1) if known else params[..., :0], coordinates.columns
     )
     base = _of_site(joint, coordinates)
     return base if coordinates.is_identity else dist.TransformedDistribution(base, [transform])

@@ -200,11 +200,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         )
 
     def _plan(
-        self,
-        key: tuple[Hashable, ...],
-        model: Program,
-        guide: Program,
-        batch: Batch,
+        self, key: tuple[Hashable, ...], model: Program, guide: Program, batch: Batch
     ) -> Plan:
         """Return the plan of a pair on arguments of this signature; make it where there is none."""
         if key in self._plans and not self._plans[key][0].is_stale:

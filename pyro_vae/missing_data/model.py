@@ -87,11 +87,7 @@ class MissingData(nn.Module):
     takes_missing = True
 
     def __init__(
-        self,
-        model: Program,
-        *,
-        mask: str | None = None,
-        values: Key | None = None,
+        self, model: Program, *, mask: str | None = None, values: Key | None = None
     ) -> None:
         super().__init__()
         if mask is None and values is not None:

@@ -153,12 +153,7 @@ def mix(odd: Tensor, first: Tensor, second: Tensor, axis: int) -> Tensor:
 
 
 def check_independent(
-    model: Program,
-    guide: Program,
-    model_trace: Trace,
-    plate: Plate,
-    nesting: int,
-    batch: Batch,
+    model: Program, guide: Program, model_trace: Trace, plate: Plate, nesting: int, batch: Batch
 ) -> None:
     """Raise DependentDataError where a datum's density depends on the latents of other data.
 

@@ -32,10 +32,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.handlers import unobserve
-from pyro_vae.programs.nodes import (
-    latent_nodes,
-    sample_nodes,
-)
+from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic

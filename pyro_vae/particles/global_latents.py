@@ -130,10 +130,7 @@ def fix_globals_of_pair(
 
 
 def _structure(
-    model: Callable[..., Any],
-    batch: Batch,
-    data_plate: str | bool | None,
-    given: Mapping[str, Any],
+    model: Callable[..., Any], batch: Batch, data_plate: str | bool | None, given: Mapping[str, Any]
 ) -> Structure:
     """Return the model's structure; where all its latents are given, that of what they leave."""
     try:

@@ -79,10 +79,7 @@ def summed_out(
 
 
 def enumerated(
-    model: Program,
-    names: Iterable[str],
-    first_available_dim: int,
-    expand: Container[str] = (),
+    model: Program, names: Iterable[str], first_available_dim: int, expand: Container[str] = ()
 ) -> Program:
     """Return the model with just these sites enumerated in parallel.
 
@@ -103,11 +100,7 @@ def enumerated(
     @functools.wraps(model, assigned=(), updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with (
-                enumeration_apart(),
-                EnumMessenger(first_available_dim),
-                _Mark(wanted, expand),
-            ):
+            with enumeration_apart(), EnumMessenger(first_available_dim), _Mark(wanted, expand):
                 return model(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.

@@ -125,8 +125,7 @@ class ModelLooks:
             )
         kinds = {
             name: _with_kind(
-                site,
-                "local latent" if plate.name in names_of(site.plates) else "global latent",
+                site, "local latent" if plate.name in names_of(site.plates) else "global latent"
             )
             for name, site in self.run.sites.items()
         }

@@ -161,11 +161,7 @@ class GiveValues(Messenger):
 
 
 def dream(
-    model: Program,
-    batch: Batch,
-    *,
-    summed_out: tuple[str, ...] = (),
-    nesting: int = 0,
+    model: Program, batch: Batch, *, summed_out: tuple[str, ...] = (), nesting: int = 0
 ) -> Any:
     """Run the model with observed sites drawn as well; return its trace, unseen from outside.
 
@@ -246,12 +242,7 @@ def subsamples(trace: Trace) -> poutine.Trace:
     return found
 
 
-def redrawn(
-    fn: Program,
-    trace: Trace,
-    replace: Callable[[Tensor], Tensor],
-    batch: Batch,
-) -> Any:
+def redrawn(fn: Program, trace: Trace, replace: Callable[[Tensor], Tensor], batch: Batch) -> Any:
     """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
 
     As :class:`ReplaceDraws` does, with no random numbers, and on the minibatches that its plates

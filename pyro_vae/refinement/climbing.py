@@ -239,12 +239,7 @@ class Climber:
 
 
 def slope(
-    scored: ScoredGuide,
-    shift: Tensor,
-    start: Tensor,
-    power: Tensor,
-    weight: Tensor,
-    noise: Tensor,
+    scored: ScoredGuide, shift: Tensor, start: Tensor, power: Tensor, weight: Tensor, noise: Tensor
 ) -> list[Tensor]:
     """Return the slope of minus the ELBO by a shift of the rows, one tensor [n, P]."""
     shift = shift.detach().requires_grad_()

@@ -86,12 +86,7 @@ def minimize_rows(objective: Objective, start: Tensor, max_steps: int) -> Minimu
 
 
 def _search(
-    objective: Objective,
-    x: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    slope: Tensor,
-    length: Tensor,
+    objective: Objective, x: Tensor, value: Tensor, direction: Tensor, slope: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best trial of each row: its place, value and gradient."""
     best, best_value, best_gradient = x, value, torch.zeros_like(x)

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.state import (
-    FirstValues,
-    called_modules,
-    looking,
-    module_of,
-)
+from pyro_vae.programs.state import FirstValues, called_modules, looking, module_of
 from pyro_vae.programs.traces import trace_pair
 from pyro_vae.programs.types import Program
 from pyro_vae.torch_internals import parameters_of

@@ -45,9 +45,7 @@ def test_an_encoder_learns_a_correlated_posterior():
 
 
 @pytest.mark.parametrize(
-    "family",
-    [pv.families.Normal(), pv.families.Flow(bins=4, hidden=1)],
-    ids=repr,
+    "family", [pv.families.Normal(), pv.families.Flow(bins=4, hidden=1)], ids=repr
 )
 @pytest.mark.parametrize(
     ("model", "x"),

@@ -559,8 +559,7 @@ CHAIN_PHI = torch.tensor([0.4, -0.5, 0.7, 0.2, -0.6], dtype=torch.float64)
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
-    ("loss", "pathwise"),
-    [("ELBO stl", pv.ELBO(3, kl="sample")), ("IWAE dreg", pv.IWAE(3))],
+    ("loss", "pathwise"), [("ELBO stl", pv.ELBO(3, kl="sample")), ("IWAE dreg", pv.IWAE(3))]
 )
 def test_a_hierarchical_guide_off_the_posterior(loss, pathwise, run):
     """As the pathwise gradient on average: 4 paired standard errors of 20000 replicates."""

@@ -119,8 +119,7 @@ def test_an_angle_lives_on_the_circle():
         (dist.Uniform(0.0, 2 * math.pi), False),
         (
             dist.TransformedDistribution(
-                dist.Normal(0.0, 2.0),
-                [SigmoidTransform(), AffineTransform(-math.pi, 2 * math.pi)],
+                dist.Normal(0.0, 2.0), [SigmoidTransform(), AffineTransform(-math.pi, 2 * math.pi)]
             ),
             False,
         ),

@@ -492,14 +492,7 @@ def test_cuda_training_is_launched_and_as_eager(compile, caplog):
     def run(how):
         model, guide = make_pair()
         result = pv.fit(
-            model,
-            guide,
-            x,
-            device="cuda",
-            batch_size=8,
-            max_steps=300,
-            progress=False,
-            compile=how,
+            model, guide, x, device="cuda", batch_size=8, max_steps=300, progress=False, compile=how
         )
         return result.history["elbo"], parameters_of(model, guide)
 

@@ -353,13 +353,7 @@ def row_written(x):
 
 @pytest.mark.parametrize(
     "function",
-    [
-        sum_then_written,
-        stacked_then_written,
-        gradients_then_written,
-        row_then_written,
-        row_written,
-    ],
+    [sum_then_written, stacked_then_written, gradients_then_written, row_then_written, row_written],
 )
 def test_what_stands_for_several_operations_sees_no_later_write(function):
     checked(function, data(2, 3), others=[(data(2, 3, seed=1),)])

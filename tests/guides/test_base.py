@@ -57,8 +57,7 @@ def test_a_prior_whose_parents_vary():
 
 
 @pytest.mark.parametrize(
-    "call",
-    [pv.elbo, pv.iwae_bound, pv.ELBO(1).loss, pv.ELBO(3).loss, pv.IWAE(2).loss],
+    "call", [pv.elbo, pv.iwae_bound, pv.ELBO(1).loss, pv.ELBO(3).loss, pv.IWAE(2).loss]
 )
 def test_a_helper_of_which_no_latent_is_made_is_refused(call):
     """Its entropy of 1.42 nats would count: log p(x) is -1.39 at x = 0.5, the ELBO -0.2."""

@@ -63,11 +63,7 @@ def test_free_bits_leave_the_value_and_the_dimensions_above_the_floor(how, parti
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [
-        ({}, 3),
-        ({"num_data": 30}, 30),
-        ({"mask": torch.tensor([True, False, True])}, 2),
-    ],
+    [({}, 3), ({"num_data": 30}, 30), ({"mask": torch.tensor([True, False, True])}, 2)],
 )
 def test_the_floor_is_of_a_datum(options, count):
     """Just below and just above the KL of 0.02 nats, whatever scale or mask the data have."""

@@ -519,10 +519,7 @@ def test_two_discrete_sites_one_given_the_other(inner, num_particles):
     elbo = (log_q1.exp() * (WEIGHTS.log() - log_q1 + gain)).sum()
     model, guide = two_sites(inner)
     options = {"data_plate": "data"} if inner else {}
-    for loss in (
-        pv.ELBO(num_particles, **options),
-        pv.ELBO(num_particles, kl="sample", **options),
-    ):
+    for loss in (pv.ELBO(num_particles, **options), pv.ELBO(num_particles, kl="sample", **options)):
         assert value(loss, model, guide, x) == pytest.approx(-elbo.item(), rel=1e-12)
     pyros = TraceEnum_ELBO(max_plate_nesting=2 if inner else 1).loss(model, guide, x)
     assert -elbo.item() == pytest.approx(pyros, rel=1e-12)

@@ -539,10 +539,7 @@ NONE = {
         dist.FoldedDistribution(dist.Normal(1.0, 1.0)),
         dist.FoldedDistribution(dist.Normal(-1.0, 1.0)),
     ),
-    "half of another": (
-        dist.HalfNormal(1.0),
-        dist.FoldedDistribution(dist.Normal(1.0, 1.0)),
-    ),
+    "half of another": (dist.HalfNormal(1.0), dist.FoldedDistribution(dist.Normal(1.0, 1.0))),
     "torch drops the gradient": (
         dist.Wishart(learned(4.0), torch.eye(2)),
         dist.Wishart(torch.tensor(3.0), torch.eye(2)),

@@ -225,11 +225,7 @@ def test_the_whole_batch_as_one_datum():
     [
         (factor_analysis(), {}, r"no observed value is missing.*MissingData; .* \['x'\]"),
         (pv.MissingData(factor_analysis()), {}, "no observed value is missing"),
-        (
-            pv.MissingData(factor_analysis()),
-            {"num_draws": 0},
-            "num_draws=0: .* at least 1",
-        ),
+        (pv.MissingData(factor_analysis()), {"num_draws": 0}, "num_draws=0: .* at least 1"),
         (pv.MissingData(factor_analysis()), {"num_draws": 1.5}, "num_draws=1.5: .* whole number"),
     ],
 )

@@ -110,9 +110,7 @@ def log_density(site: Site, eta: Tensor, v: Tensor) -> Tensor:
             v, 2 * s * m - math.lgamma(2 * s) + (2 * s - 1) * safe.log() - m.exp() * v, 0
         ),
         "lognormal": lambda: _within(
-            v,
-            -0.5 * ((safe.log() - m) / s) ** 2 - safe.log() - math.log(s) - _HALF_LOG_TWO_PI,
-            0,
+            v, -0.5 * ((safe.log() - m) / s) ** 2 - safe.log() - math.log(s) - _HALF_LOG_TWO_PI, 0
         ),
         "exponential": lambda: _within(v, m - m.exp() * v, 0),
         "halfnormal": lambda: _within(

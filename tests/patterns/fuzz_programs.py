@@ -538,10 +538,7 @@ def _masked(
 
 
 def _observed(
-    rng: random.Random,
-    inner: dict[str, tuple[int, int]],
-    latents: list[Site],
-    corners: list[str],
+    rng: random.Random, inner: dict[str, tuple[int, int]], latents: list[Site], corners: list[str]
 ) -> list[Site]:
     sites = []
     families = {
@@ -582,10 +579,7 @@ def _observed(
 
 
 def _proposals(
-    rng: random.Random,
-    latents: list[Site],
-    inner: dict[str, tuple[int, int]],
-    corners: list[str],
+    rng: random.Random, latents: list[Site], inner: dict[str, tuple[int, int]], corners: list[str]
 ) -> tuple[tuple[Site, ...], list[Site]]:
     """Return the guide's sites. Discrete latents may be left out, and are summed out."""
     sites: list[Site] = []

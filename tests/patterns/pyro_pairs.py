@@ -1031,9 +1031,7 @@ def amortized_lda() -> Pair:
             shares = pyro.sample("shares", dist.LogNormal(torch.zeros(3), 1.0).to_event(1))
             shares = shares / shares.sum(-1, keepdim=True)
             pyro.sample(
-                "x",
-                dist.Multinomial(int(total.max()), shares @ genes, validate_args=False),
-                obs=x,
+                "x", dist.Multinomial(int(total.max()), shares @ genes, validate_args=False), obs=x
             )
 
     def guide(x: Tensor) -> None:

@@ -121,10 +121,7 @@ class SSVAE(nn.Module):
         """Nothing to propose."""
 
 
-SIZED = [
-    pytest.param(True, id="plate of len(x)"),
-    pytest.param(False, id="plate without a size"),
-]
+SIZED = [pytest.param(True, id="plate of len(x)"), pytest.param(False, id="plate without a size")]
 
 
 @pytest.mark.parametrize("sized", SIZED)

@@ -91,11 +91,7 @@ def sequences() -> tuple[Tensor, Tensor]:
 
 
 MASKS = ["inside", "outside", "poutine"]
-MASKS_OF_THE_MODEL = [
-    "inside",
-    pytest.param("outside", marks=pytest.mark.slow),
-    "poutine",
-]
+MASKS_OF_THE_MODEL = ["inside", pytest.param("outside", marks=pytest.mark.slow), "poutine"]
 
 
 @pytest.mark.parametrize("masked", MASKS)

@@ -30,7 +30,7 @@ REFUSED: dict[str, str] = {
 
 # Where pyro.infer.SVI leaves untrained what it was given, as ours does not.
 DIFFERENT = {
-    "cevae_as_it_is": "parts of guide and model have one name, and Pyro's store keeps the first",
+    "cevae_as_it_is": "parts of guide and model have one name, and Pyro's store keeps the first"
 }
 
 pytestmark = pytest.mark.slow

@@ -333,12 +333,7 @@ def fitted(make: Make, how: str | bool, **options: Any) -> Mapping[str, Any]:
         if callable(options.get(name)):
             options[name] = options[name]()
     result = pv.fit(
-        case.model,
-        case.guide,
-        compile=how,
-        progress=False,
-        data_plate=case.data_plate,
-        **options,
+        case.model, case.guide, compile=how, progress=False, data_plate=case.data_plate, **options
     )
     return {
         "history": dict(result.history),
@@ -704,10 +699,7 @@ def posterior() -> Mapping[str, Any]:
     """The responsibilities of an exact guide."""
     case = STRUCTURES["mixture with an exact guide"]()
     eyes = zoo("eye colour")
-    return {
-        "mixture": case.guide.posterior(*case.args),
-        "eyes": eyes.guide.posterior(*eyes.args),
-    }
+    return {"mixture": case.guide.posterior(*case.args), "eyes": eyes.guide.posterior(*eyes.args)}
 
 
 REFUSALS: dict[str, Callable[[], Any]] = {}

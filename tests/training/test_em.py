@@ -200,13 +200,7 @@ def test_the_elbo_of_a_monte_carlo_m_step():
     """It is log p(x) before plus what E_q[log p(x, z)] gained: below log p(x) after."""
     x = spread_data(40)
     result = em(
-        spread,
-        wide,
-        x,
-        e_step="importance",
-        num_particles=20_000,
-        num_iterations=1,
-        progress=False,
+        spread, wide, x, e_step="importance", num_particles=20_000, num_iterations=1, progress=False
     )
     before, between, after = result.history["elbo"]
     # The exact E-step and M-step: second moments of z under the posterior at mean 0, scale 1.

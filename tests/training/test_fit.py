@@ -331,13 +331,7 @@ def test_patience_stops_and_the_best_parameters_are_back():
                 guide.head.bias.add_(0.5)
 
     result, _ = run(
-        x,
-        guide,
-        epochs=50,
-        validation_data=validation,
-        patience=3,
-        optim=optim,
-        callbacks=[worsen],
+        x, guide, epochs=50, validation_data=validation, patience=3, optim=optim, callbacks=[worsen]
     )
     scores = [score for score, _ in seen]
     best = max(range(len(scores)), key=scores.__getitem__)

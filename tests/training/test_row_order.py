@@ -137,10 +137,7 @@ FREE = {
     "full rank": lambda: (counts, amortized(pv.families.FullRankNormal(), counts)),
     "point": lambda: (model, amortized(pv.families.Delta())),
     "local": lambda: (model, pv.LocalGuide(model, num_data=30, example=make_data())),
-    "globals": lambda: (
-        mixture,
-        autoguide.AutoNormal(pyro.poutine.block(mixture, hide=["c"])),
-    ),
+    "globals": lambda: (mixture, autoguide.AutoNormal(pyro.poutine.block(mixture, hide=["c"]))),
     "points of globals": lambda: (
         mixture,
         autoguide.AutoDelta(pyro.poutine.block(mixture, hide=["c"])),
