@@ -4,10 +4,9 @@ from importlib.metadata import version
 
 from pyro_vae import datasets, families, nets, schedules, zoo
 from pyro_vae.diagnostics.pareto_k import pareto_k
-from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound
+from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
-from pyro_vae.evaluation.log_weights import log_weights
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.guides.exact import ExactGuide

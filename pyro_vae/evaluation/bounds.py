@@ -1,11 +1,12 @@
-"""Lower bounds on log p(x), datum by datum, with standard errors, in constant memory."""
+"""Log weights of a guide's draws; lower bounds on log p(x), datum by datum, in constant memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,11 +23,12 @@ from pyro_vae.particles.estimators import (
     mean_std_error,
 )
 from pyro_vae.particles.global_latents import given_text
+from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.prepare import Prepared, by_block, prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
-__all__ = ["Bound", "elbo", "iwae_bound"]
+__all__ = ["Bound", "elbo", "iwae_bound", "log_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +85,13 @@ class Bound:
         Above 0.7 the guide misses so much of the posterior that importance sampling through it is
         not to be trusted; infinite where every weight is zero.
         """
-        k_hat = torch.full(self.value.shape, math.nan, dtype=torch.float64)
         if self.largest is None:
-            return k_hat
+            return torch.full(self.value.shape, math.nan, dtype=torch.float64)
+        k_hat = torch.full(self.value.shape, math.inf, dtype=torch.float64)
         largest = self.largest.detach().cpu()
-        some = ~(largest == -math.inf).all(0)
-        k_hat[~some] = math.inf
-        if bool(some.any()):
-            found = pareto_k_of_largest(largest[:, some].T.numpy(), self.num_particles)
-            k_hat[some] = torch.as_tensor(found, dtype=torch.float64)
+        some = (largest != -math.inf).any(0)
+        found = pareto_k_of_largest(largest[:, some].T.numpy(), self.num_particles)
+        k_hat[some] = torch.as_tensor(found, dtype=torch.float64)
         return k_hat
 
     @property
@@ -101,39 +101,112 @@ class Bound:
         Of a mean of weights, those of heavy tails (:func:`heavy_tailed`); of the ELBO, those of
         which a few particles decide it.
         """
-        if self.skewness is None or self.ess is None:
-            return torch.zeros(self.value.shape, dtype=torch.bool)
         if self.mean_of == "weights":
-            return heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles)
+            return self._heavy_tailed
+        if self.skewness is None:
+            return torch.zeros(self.value.shape, dtype=torch.bool)
         return (self.skewness.square() > _FEW_DECIDE * self.num_particles).cpu()
+
+    @property
+    def _heavy_tailed(self) -> Tensor:
+        if self.ess is None:
+            return torch.zeros(self.value.shape, dtype=torch.bool)
+        return heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles)
 
     def __repr__(self) -> str:
         given = f"; given {given_text(self.given)}" if self.given else ""
-        return (
-            f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum "
-            f"({self.value.shape[0]} data{given}){self._doubts()}"
-        )
+        bound = f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum"
+        return "; ".join([f"{bound} ({len(self.value)} data{given})", *self._doubts()])
 
-    def _doubts(self) -> str:
-        """Return why value or error is not to be trusted, for the text; "" for no reason."""
-        if self.largest is None or self.ess is None:
-            return ""
-        size, untrusted = self.value.shape[0], int(self.untrusted.sum())
-        heavy = int(heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles).sum())
-        threshold = f"k-hat is above {PARETO_K_THRESHOLD}"
+    def _doubts(self) -> Iterator[str]:
+        """Yield why value or error is not to be trusted."""
+        heavy, untrusted = self._heavy_tailed.sum(), self.untrusted.sum()
+        of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
         of_weights = self.mean_of == "weights"
-        parts = []
         if untrusted:
-            above = f", and log p(x) may be far above: {threshold}"
-            why = above if of_weights else ": a few particles decide it"
-            parts.append(f"for {untrusted} of {size} data the error is not to be trusted{why}")
-        if heavy and not of_weights:
-            parts.append(
-                f"for {heavy} of {size} data {threshold}: the guide misses a part of the posterior"
+            why = (
+                f", and log p(x) may be far above: {above}"
+                if of_weights
+                else ": a few particles decide it"
             )
-        if bool(self.pareto_k.isnan().any()):
-            parts.append(f"{self.num_particles} particles are too few for a k-hat")
-        return "".join(f"; {part}" for part in parts)
+            yield f"for {untrusted} {of_data} the error is not to be trusted{why}"
+        if heavy and not of_weights:
+            yield f"for {heavy} {of_data} {above}: the guide misses a part of the posterior"
+        if self.largest is not None and self.pareto_k.isnan().any():
+            yield f"{self.num_particles} particles are too few for a k-hat"
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    *batch: Any,
+    num_particles: int,
+    given: GivenValues | None = None,
+    chunk_size: int | None = None,
+    data_plate: DataPlate = None,
+    particles: Particles = "auto",
+    seed: int | None = None,
+    compile: Compile = "auto",
+) -> LogWeights:
+    r"""Draw particles from the guide and return their log weights, datum by datum.
+
+    .. math:: \log w_{kn} = \log p(x_n | z_{kn}) + \log p(z_{kn}) - \log q(z_{kn} | x_n)
+
+    Scales (subsampling, poutine.scale) are stripped; masks are kept. Modules run in
+    eval mode, without gradients. Discrete latents c of finite support that the guide does
+    not propose are summed out: p(z) is the sum over c of p(c, z), and p(x | z) = p(x, z) / p(z).
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide of its latent sites, of any make.
+        *batch: their arguments: tensors with a row per datum; or one tuple or mapping.
+        num_particles: K, draws for each datum.
+        given: values of global latent sites, by name: the weights are then of p(x, z | these),
+            model and guide alike. Without it a guide's ``global_guide`` gives its median.
+        chunk_size: pairs (particle, datum) that the model scores at once: bounds
+            memory, changes no result.
+        data_plate: the name of the plate of the data, where it is not plain; False to
+            treat the whole batch as one datum (weights [K, 1]).
+        particles: how several particles are run at once: in a "plate" outside the
+            model's own, by "repeat" of the batch, in a "loop"; "auto" takes the first
+            that agrees with single particles.
+        seed: of the draws; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
+            again and again, and compiles it where there is enough of it to save time.
+
+    Returns:
+        LogWeights with log_likelihood, log_prior, log_guide and total, each [K, N], in
+        nats, in the dtype of the model.
+
+    Raises:
+        DataPlateError: where it is not plain which plate is that of the data.
+        ValueError: for an empty batch, NaN in the data, observed values outside their
+            support, num_particles < 1, global latents that are not given (but of a global_guide
+            that knows its median: they are held there), a guide whose sites are not the
+            model's, and a density that is not the same for particles together and alone.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def posterior(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> weights = pv.log_weights(model, posterior, torch.zeros(3), num_particles=4)
+        >>> weights.total.std().item() < 1e-6
+        True
+    """
+    num_particles = as_count("num_particles", num_particles)
+    evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
+    blocks = [
+        LogWeights.concatenate([chunk.weights for chunk in block], 0)
+        for block in by_block(evaluator.chunks(num_particles, chunk_size))
+    ]
+    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)
 
 
 def elbo(
@@ -223,7 +296,7 @@ def iwae_bound(
 
 
 def _bound(
-    stream: type[StreamingELBO] | type[StreamingIWAE],
+    stream: type[StreamingELBO | StreamingIWAE],
     prepared: Prepared,
     num_particles: int,
     chunk_size: int | None,
@@ -231,53 +304,34 @@ def _bound(
     """Stream the log weights of an evaluator into a bound for each datum."""
     evaluator, fixed = prepared
     of_weights = stream is StreamingIWAE
-    if evaluator.pair.point_sites:
+    if points := evaluator.pair.point_sites:
         logger.warning(
             "%s: the guide proposes one point for %s, and a point has no entropy: the value is "
             "log p(x, z) there, the height of a density, and no bound on log p(x)",
             "IWAE" if of_weights else "ELBO",
-            ", ".join(map(repr, evaluator.pair.point_sites)),
+            ", ".join(map(repr, points)),
         )
     blocks = []
     for chunks in by_block(evaluator.chunks(num_particles, chunk_size)):
-        block = _Block(stream(), num_particles)
+        bound, largest = stream(), LargestWeights(tail_length(num_particles))
+        weights = bound if isinstance(bound, StreamingIWAE) else StreamingIWAE()
         for chunk in chunks:
-            block.update(chunk.weights.total)
-        blocks.append(block)
-    columns = zip(*(block.results() for block in blocks), strict=True)
-    value, skewness, plain, ess, largest = (torch.cat(column, -1) for column in columns)
+            for each in {bound, weights, largest}:
+                each.update(chunk.weights.total)
+        results = (bound.value, bound.skewness, bound.std_error)
+        blocks.append((*results, weights.effective_sample_size, largest.value))
+    columns = zip(*blocks, strict=True)
+    value, skewness, plain, ess, largest_weights = (torch.cat(column, -1) for column in columns)
     name = f"IWAE-{num_particles}" if of_weights else "ELBO"
     evaluator.warn_of_outside(name, value == -math.inf)
     return Bound(
-        name=name,
-        value=value,
-        std_error=calibrated(plain, skewness, num_particles),
-        num_particles=num_particles,
+        name,
+        value,
+        calibrated(plain, skewness, num_particles),
+        num_particles,
         given=fixed,
         skewness=skewness,
         ess=ess,
-        largest=largest,
+        largest=largest_weights,
         mean_of="weights" if of_weights else "log weights",
     )
-
-
-class _Block:
-    """What is kept of the log weights of a block of data, while particles come in."""
-
-    def __init__(self, bound: StreamingELBO | StreamingIWAE, num_particles: int) -> None:
-        self.bound = bound
-        self.weights = bound if isinstance(bound, StreamingIWAE) else StreamingIWAE()
-        self.largest = LargestWeights(tail_length(num_particles))
-
-    def update(self, log_weights: Tensor) -> None:
-        """Take in a chunk, [k, n]."""
-        self.bound.update(log_weights)
-        if self.weights is not self.bound:
-            self.weights.update(log_weights)
-        self.largest.update(log_weights)
-
-    def results(self) -> tuple[Tensor, ...]:
-        """Return values, skewnesses, standard errors, ess, [n] each, and the largest, [M, n]."""
-        bound = self.bound
-        ess, largest = self.weights.effective_sample_size, self.largest.value
-        return bound.value, bound.skewness, bound.std_error, ess, largest

@@ -17,7 +17,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,7 +35,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
-from pyro_vae.refinement.refine import refine, refine_scored
+from pyro_vae.refinement.refine import refine_scored
 
 __all__ = ["compare"]
 
@@ -99,29 +98,37 @@ def compare(
     work = _Work(model, arguments, data_plate, seed, max_steps, tolerance, progress)
     compared, references = _with_references(work, guides, reference)
     evaluators = {name: work.evaluator(guide) for name, guide in compared.items()}
-    _refuse_points(evaluators)
+    for name, evaluator in evaluators.items():
+        if points := evaluator.pair.point_sites:
+            raise ValueError(
+                f"guides[{name!r}] proposes one point for {points}: log p(x, z) there is the "
+                "height of a density, no bound on log p(x), with no gap to it. Leave it out"
+            )
     names = list(compared)
     blocks = _blocks(list(evaluators.values()), num_particles, chunk_size, progress)
-    reduced = [reduce_block(*block, names, references) for block in blocks]
+    reduced = [reduce_block(block, names, references) for block in blocks]
     dataset = gap_dataset(reduced, names, references, num_particles)
     dataset.attrs["given"] = given_text(fixed)
     for name, evaluator in evaluators.items():
         infinite = torch.as_tensor(dataset["elbo"].sel(guide=name).values) == -math.inf
         evaluator.warn_of_outside(f"the ELBO of {name!r}", infinite)
-    converged = _converged(compared, references, dataset.sizes["datum"])
-    dataset["converged"] = (("guide", "datum"), converged)
+    bests = (compared.get(references.get(name, "")) for name in names)
+    every = torch.ones(dataset.sizes["datum"], dtype=torch.bool)  # where none was refined
+    converged = [best.converged.cpu() if isinstance(best, LocalGuide) else every for best in bests]
+    dataset["converged"] = (("guide", "datum"), torch.stack(converged).numpy())
     return Comparison(dataset, compared)
 
 
 def _check_guides(guides: object, reference: str | None) -> None:
     """Raise for what is no mapping of guides, and for a reference that is not among them."""
+    needed = "a mapping from names to guides or families is needed, such as {'amortized': guide}"
     if not isinstance(guides, Mapping):
-        raise TypeError(
-            f"guides={guides!r}: a mapping from names to guides or families is needed, such as "
-            "{'amortized': guide}"
-        )
+        raise TypeError(f"guides={guides!r}: {needed}")
     if not guides:
-        raise ValueError("guides is empty: a mapping from names to guides or families is needed")
+        raise ValueError(f"guides is empty: {needed}")
+    for name, guide in guides.items():
+        if not isinstance(guide, Family) and (not callable(guide) or isinstance(guide, type)):
+            raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     if reference is not None and reference not in guides:
         raise ValueError(f"reference={reference!r} is not among the guides {sorted(guides)}")
 
@@ -142,31 +149,17 @@ class _Work:
     def evaluator(self, guide: Program) -> Evaluator:
         """Return the evaluator of a guide; what the first one knows of the model is shared."""
         if id(guide) not in self.made:
-            like = next(iter(self.made.values()), None)
+            like, plate = next(iter(self.made.values()), None), self.data_plate
             self.made[id(guide)] = Evaluator(
-                *(self.model, guide, self.batch),
-                data_plate=self.data_plate,
-                seed=self.seed,
-                like=like,
+                self.model, guide, self.batch, data_plate=plate, seed=self.seed, like=like
             )
         return self.made[id(guide)]
 
     def refined(self, start: Program | None, family: Family) -> LocalGuide:
         """Return a guide of a family refined from another's answer, or from the prior."""
-        if start is None or isinstance(start, LocalGuide):
-            return refine(
-                self.model,
-                self._prior_table(family) if start is None else start,
-                self.batch,
-                family=family,
-                data_plate=self.data_plate,
-                seed=self.seed,
-                max_steps=self.max_steps,
-                tolerance=self.tolerance,
-                progress=self.progress,
-            )
-        evaluator, limits = self.evaluator(start), (self.max_steps, self.tolerance)
-        local = refine_scored(evaluator, family, self.data_plate, *limits, progress=self.progress)
+        evaluator = self.evaluator(self._prior_table(family) if start is None else start)
+        limits = (self.data_plate, self.max_steps, self.tolerance)
+        local = refine_scored(evaluator, family, *limits, progress=self.progress)
         local.remember(self.batch)
         return local
 
@@ -175,8 +168,10 @@ class _Work:
         num_data = inspect(model, batch, data_plate=plate).num_data
         return LocalGuide(model, num_data=num_data, example=batch, family=family, data_plate=plate)
 
-    def family_of(self, guide: Program) -> Family | None:
+    def family_of(self, guide: Program | Family) -> Family | None:
         """Return a guide's family: its own, or Normal for independent Normals written by hand."""
+        if isinstance(guide, Family):
+            return guide
         if isinstance(guide, FamilyGuide):
             return guide.family if of_family(guide) else None
         first, second = self.evaluator(guide).guide_runs(2)
@@ -191,9 +186,6 @@ def _with_references(
 
     Families become guides refined on the batch; a guide whose family has none gets one.
     """
-    for name, guide in guides.items():
-        if not isinstance(guide, Family) and (not callable(guide) or isinstance(guide, type)):
-            raise TypeError(f"guides[{name!r}]: a guide or a family is needed, found {guide!r}")
     start = next((guide for guide in guides.values() if not isinstance(guide, Family)), None)
     found: dict[str, Program] = {}
     by_family: dict[Family, str] = {}
@@ -205,9 +197,6 @@ def _with_references(
         return found, dict.fromkeys(guides, reference)
     references: dict[str, str] = {}
     for name, guide in guides.items():
-        if isinstance(guide, Family):
-            references[name] = name
-            continue
         family = work.family_of(guide)
         if family is None:
             continue
@@ -215,7 +204,7 @@ def _with_references(
             added = _name_of(family, guides, references)
             found[added] = work.refined(start, family)
             by_family[family] = references[added] = added
-        references[name] = by_family[family]
+        references[name] = name if isinstance(guide, Family) else by_family[family]
     return found, references
 
 
@@ -232,28 +221,18 @@ def _name_of(family: Family, guides: Container[str], references: Mapping[str, st
     return name
 
 
-def _refuse_points(evaluators: Mapping[str, Evaluator]) -> None:
-    for name, evaluator in evaluators.items():
-        if points := evaluator.pair.point_sites:
-            raise ValueError(
-                f"guides[{name!r}] proposes one point for {points}: log p(x, z) there is the "
-                "height of a density, no bound on log p(x), with no gap to it. Leave it out"
-            )
-
-
 def _blocks(
     evaluators: Sequence[Evaluator], num_particles: int, chunk_size: int | None, progress: bool
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield each block of data: log p(x, z) of each guide's draws, and their log densities.
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield for each block of data, by guide, log p(x, z) of its draws and their log densities.
 
     The first are [K, n], the second [G, K, n], under every guide in turn; [1, K, n] under the one
     that drew them where another cannot score them.
     """
     crossed = _aligned(evaluators)
     total = num_particles * evaluators[0].num_data
-    with tqdm(
-        total=total, desc="compare", unit="draw", disable=not progress, delay=1.0, unit_scale=True
-    ) as bar:
+    look: dict[str, Any] = {"unit": "draw", "unit_scale": True, "delay": 1.0}
+    with tqdm(total=total, desc="compare", disable=not progress, **look) as bar:
         streams = (by_block(each.chunks(num_particles, chunk_size)) for each in evaluators)
         for blocks in zip(*streams, strict=True):
             scored: list[list[tuple[Tensor, Tensor]]] = [[] for _ in evaluators]
@@ -262,10 +241,8 @@ def _blocks(
                     log_guides = _log_guides(evaluators, mine, chunk, crossed)
                     scored[mine].append((chunk.weights.log_joint, log_guides))
                 bar.update(chunks[0].weights.total.numel())
-            yield (
-                [torch.cat([joint for joint, _ in each]) for each in scored],
-                [torch.cat([densities for _, densities in each], 1) for each in scored],
-            )
+            columns = (zip(*each, strict=True) for each in scored)
+            yield [(torch.cat(joints), torch.cat(guides, 1)) for joints, guides in columns]
 
 
 def _aligned(evaluators: Sequence[Evaluator]) -> bool:
@@ -287,20 +264,5 @@ def _log_guides(evaluators: Sequence[Evaluator], mine: int, chunk: Chunk, crosse
             else evaluator.score_guide(chunk.rows, chunk.values)
             for other, evaluator in enumerate(evaluators)
             if crossed or other == mine
-        ]
-    )
-
-
-def _converged(
-    guides: Mapping[str, Program], references: Mapping[str, str], num_data: int
-) -> np.ndarray:
-    """Return which data have a converged reference, for each guide; true where none was refined."""
-    bests = [guides.get(references.get(name, "")) for name in guides]
-    return np.stack(
-        [
-            best.converged.cpu().numpy()
-            if isinstance(best, LocalGuide)
-            else np.ones(num_data, dtype=bool)
-            for best in bests
         ]
     )

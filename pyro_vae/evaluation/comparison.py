@@ -97,8 +97,9 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
     for label, comparison in comparisons.items():
         data = comparison.dataset
         for guide, row in comparison.summary().iterrows():
-            numbers = (_with_error(row[name], row[f"{name}_se"]) for name in _ESTIMATES)
-            worst, bad = f"{row['pareto_k_max']:.2f}", f"{100 * row['pareto_k_bad']:.1f}%"
+            pairs = ((row[name], row[f"{name}_se"]) for name in _ESTIMATES)
+            numbers = ("-" if math.isnan(v) else f"{v:.3f} ± {error:.3f}" for v, error in pairs)
+            worst, bad = f"{row['pareto_k_max']:.2f}", f"{row['pareto_k_bad']:.1%}"
             rows.append((f"{label} {guide}".strip(), *numbers, worst, bad))
             if row["not_converged"] and data["reference"].sel(guide=guide) == guide:
                 notes.append(
@@ -108,30 +109,25 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
                 )
         notes.append(f"{label} {_evidence_text(data)}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    head, *lines = (
         " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    lines.insert(1, "-+-".join("-" * width for width in widths))
-    return "\n".join([*lines, *(note.strip() for note in notes)])
+    )
+    rule = "-+-".join("-" * width for width in widths)
+    return "\n".join([head, rule, *lines, *map(str.strip, notes)])
 
 
 def _evidence_text(data: xr.Dataset) -> str:
     """Return where log p(x) is from, and how far it is to be trusted, for the table."""
     given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
-    heavy = heavy_tailed(
-        data["log_evidence_pareto_k"].values,
-        data["log_evidence_ess"].values,
-        data.attrs["log_evidence_num_particles"],
+    k_hat, ess = data["log_evidence_pareto_k"].values, data["log_evidence_ess"].values
+    heavy = heavy_tailed(k_hat, ess, data.attrs["log_evidence_num_particles"]).mean()
+    doubt = (
+        f"; a lower bound, and for {heavy:.1%} of the data (k-hat > {PARETO_K_THRESHOLD}) one "
+        "whose standard error is not to be trusted"
     )
-    doubt = ""
-    if heavy.any():
-        doubt = (
-            f"; a lower bound, and for {100 * heavy.mean():.1f}% of the data (k-hat > "
-            f"{PARETO_K_THRESHOLD}) one whose standard error is not to be trusted"
-        )
     return (
         f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
-        f"per datum ± Monte Carlo standard error{doubt}"
+        f"per datum ± Monte Carlo standard error{doubt if heavy else ''}"
     )
 
 
@@ -150,7 +146,3 @@ def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
 def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:
     """Return the standard error of a mean over data, from calibrated errors and skewnesses [N]."""
     return float(mean_std_error(torch.tensor(errors), torch.tensor(skew), num_particles))
-
-
-def _with_error(value: float, error: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f} ± {error:.3f}"

@@ -24,87 +24,62 @@ from pyro_vae.particles.estimators import (
     mixture_log_guide,
 )
 
+# Variables of the chosen estimate of log p(x), and their names as those of the guide it is through.
+_EVIDENCE = {
+    "log_evidence": "iwae_bound",
+    "log_evidence_se": "iwae_bound_se",
+    "log_evidence_skewness": "iwae_bound_skewness",
+    "log_evidence_pareto_k": "pareto_k",
+    "log_evidence_ess": "ess",
+}
+
 
 def reduce_block(
-    log_joints: Sequence[Tensor],
-    log_guides: Sequence[Tensor],
-    names: Sequence[str],
-    references: Mapping[str, str],
+    drawn: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], references: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
     """Return the estimates of a block of data, with standard errors and skewnesses.
 
     Args:
-        log_joints: log p(x, z) of each guide's draws, [K, n].
-        log_guides: log q of the same draws under all guides, [G, K, n]; [1, K, n] under the one
-            that drew them where they cannot be scored by the others.
+        drawn: log p(x, z) of each guide's draws, [K, n], and log q of them under all guides,
+            [G, K, n]; [1, K, n] under the one that drew them where others cannot score them.
         names: of the guides.
         references: name to the name of the refined guide that gaps are measured against.
 
     Returns:
-        By name: of each guide, [G, n], elbo, iwae_bound, amortization_gap, pareto_k and ess; of
-        each of E estimates of log p(x), [E, n], log_evidence with its pareto_k and ess; of both,
-        [G, E, n], approximation_gap. E is G, or G + 1 where the last is that of the mixture of all
+        By name: of each guide, [G, n], elbo and amortization_gap; of each of E estimates of
+        log p(x), [E, n], iwae_bound with its pareto_k and ess; of both, [G * E, n],
+        approximation_gap. E is G, or G + 1 where the last is that of the mixture of all
         guides. Estimates have ``<name>_se`` and ``<name>_skewness`` beside them.
     """
     raw = [
-        joint - densities[i if len(densities) > 1 else 0]
-        for i, (joint, densities) in enumerate(zip(log_joints, log_guides, strict=True))
+        joint - log_guides[i if len(log_guides) > 1 else 0]
+        for i, (joint, log_guides) in enumerate(drawn)
     ]
     weights = [weight.double() for weight in raw]
     elbos = [Estimate.elbo(weight) for weight in weights]
-    bounds = [Estimate.iwae(weight) for weight in weights]
-    evidences = list(bounds)
-    k_hats = [_pareto_k(weight) for weight in raw]
-    sizes = [effective_sample_size(weight).cpu().numpy() for weight in weights]
-    if len(log_guides[0]) > 1:
-        mixed = _mixture_weights(log_joints, log_guides)
-        evidences.append(_mixture_evidence(mixed))
+    evidences = [Estimate.iwae(weight) for weight in weights]
+    if len(drawn[0][1]) > 1:
+        mixed = torch.stack([j.double() - mixture_log_guide(q.double()) for j, q in drawn])
+        # One particle of the mixture is one draw of every guide: common random numbers make those
+        # draws dependent, and the particles not.
         together = mixed.flatten(0, 1)
-        k_hats.append(_pareto_k(together.to(raw[0].dtype)))
-        sizes.append(effective_sample_size(together).cpu().numpy())
+        value = iwae_bound(together)
+        evidences.append(Estimate(value, torch.exp(mixed - value).mean(0) - 1.0))
+        weights.append(together)
+        raw.append(together.to(raw[0].dtype))
     unknown = Estimate(*(torch.full_like(elbos[0].value, math.nan),) * 2)
     bests = [
         elbos[names.index(references[name])] if name in references else unknown for name in names
     ]
-    approximation = _columns(
-        "approximation_gap", (evidence - best for best in bests for evidence in evidences)
-    )
+    gaps = (best - own for best, own in zip(bests, elbos, strict=True))
     return {
         **_columns("elbo", elbos),
-        **_columns("iwae_bound", bounds),
-        **_columns("log_evidence", evidences),
-        **_columns(
-            "amortization_gap", (best - own for best, own in zip(bests, elbos, strict=True))
-        ),
-        **{
-            name: value.reshape(len(names), len(evidences), -1)
-            for name, value in approximation.items()
-        },
-        "pareto_k": np.stack(k_hats[: len(names)]),
-        "ess": np.stack(sizes[: len(names)]),
-        "log_evidence_pareto_k": np.stack(k_hats),
-        "log_evidence_ess": np.stack(sizes),
+        **_columns("amortization_gap", gaps),
+        **_columns("approximation_gap", (each - best for best in bests for each in evidences)),
+        **_columns("iwae_bound", evidences),
+        "pareto_k": np.stack([psis(each.T.cpu().numpy())[1] for each in raw]),
+        "ess": np.stack([effective_sample_size(w).cpu().numpy() for w in weights]),
     }
-
-
-def _mixture_weights(log_joints: Sequence[Tensor], log_guides: Sequence[Tensor]) -> Tensor:
-    """Return the log weights of all guides' draws against their equal mixture, [G, K, n]."""
-    return torch.stack(
-        [
-            joint.double() - mixture_log_guide(densities.double())
-            for joint, densities in zip(log_joints, log_guides, strict=True)
-        ]
-    )
-
-
-def _mixture_evidence(mixed: Tensor) -> Estimate:
-    """Return log p(x) from log weights against the mixture, [G, K, n].
-
-    One particle of it is one draw of every guide: common random numbers make those draws
-    dependent, and the particles not.
-    """
-    value = iwae_bound(mixed.flatten(0, 1))
-    return Estimate(value, torch.exp(mixed - value).mean(0) - 1.0)
 
 
 def _columns(name: str, estimates: Iterable[Estimate]) -> dict[str, np.ndarray]:
@@ -116,11 +91,6 @@ def _columns(name: str, estimates: Iterable[Estimate]) -> dict[str, np.ndarray]:
         rows.append((each.value, error, skewness))
     columns = (torch.stack(column).cpu().numpy() for column in zip(*rows, strict=True))
     return dict(zip((name, f"{name}_se", f"{name}_skewness"), columns, strict=True))
-
-
-def _pareto_k(log_weights: Tensor) -> np.ndarray:
-    """Return k-hat of log weights [K, n], for each datum."""
-    return psis(log_weights.T.cpu().numpy())[1]
 
 
 def gap_dataset(
@@ -138,28 +108,22 @@ def gap_dataset(
         num_particles: K of each guide.
     """
     arrays = {name: np.concatenate([block[name] for block in blocks], -1) for name in blocks[0]}
-    errors = [
-        mean_of_errors(error, skew, num_particles)
-        for error, skew in zip(
-            arrays["log_evidence_se"], arrays["log_evidence_skewness"], strict=True
-        )
-    ]
+    both = zip(arrays["iwae_bound_se"], arrays["iwae_bound_skewness"], strict=True)
+    errors = np.array([mean_of_errors(error, skew, num_particles) for error, skew in both])
     mixture = len(names) if len(errors) > len(names) else None
-    chosen = tightest(arrays["log_evidence"].mean(1), np.array(errors), mixture)
+    chosen = tightest(arrays["iwae_bound"].mean(1), errors, mixture)
+    for suffix in ("", "_se", "_skewness"):
+        of_each = arrays[f"approximation_gap{suffix}"]
+        arrays[f"approximation_gap{suffix}"] = of_each[chosen :: len(errors)]
     if chosen == mixture:  # its particles are draws of every guide
         evidence_particles = num_particles * len(names)
         source = f"the mixture of {' and '.join(map(repr, names))}"
     else:
         evidence_particles, source = num_particles, repr(names[chosen])
-    evidence = [name for name in arrays if name.startswith("log_evidence")]
-    of_guides = {name: arrays[name] for name in sorted(arrays.keys() - evidence)}
     return xr.Dataset(
         {
-            **{
-                name: (("guide", "datum"), value if value.ndim == 2 else value[:, chosen])
-                for name, value in of_guides.items()
-            },
-            **{name: ("datum", arrays[name][chosen]) for name in evidence},
+            **{name: (("guide", "datum"), arrays[name][: len(names)]) for name in sorted(arrays)},
+            **{name: ("datum", arrays[own][chosen]) for name, own in _EVIDENCE.items()},
         },
         coords={
             "guide": list(names),

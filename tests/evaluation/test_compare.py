@@ -218,3 +218,23 @@ def test_names_and_kinds_of_guides_are_checked(compared):
         pv.compare(model, {"mf": pv.families.Normal}, x)
     with pytest.raises(ValueError, match="the name of the refined guide"):
         pv.compare(model, {"Normal per datum": guide}, x, num_particles=10)
+
+
+def test_a_refined_guide_brings_the_global_latents_it_was_fitted_at():
+    def model(x):
+        g = pyro.sample("g", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x, given = torch.randn(3, dtype=torch.float64), {"g": torch.tensor(0.7, dtype=torch.float64)}
+    local = pv.refine(model, guide, x, given=given, seed=0)
+    both = {"local": local, "full rank": pv.families.FullRankNormal()}
+    found = pv.compare(model, both, x, num_particles=50, seed=0).dataset
+    evidence = torch.distributions.Normal(0.7, 2**0.5).log_prob(x)
+    assert abs(found.log_evidence.values - evidence.numpy()).max() < 1e-3
+    assert found.attrs["given"] == "g at the values passed"

@@ -11,8 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.evaluation.bounds import elbo
-from pyro_vae.evaluation.log_weights import log_weights
+from pyro_vae.evaluation.bounds import elbo, log_weights
 from pyro_vae.guides.exact import ExactGuide
 from tests.models import MEANS, TABLE, WEIGHTS
 
