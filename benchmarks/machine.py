@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-def describe() -> str:
+def describe(device: str = "cpu") -> str:
     """Return the machine and the versions in one line."""
     cpuinfo = Path("/proc/cpuinfo")
     models = (
@@ -22,7 +22,9 @@ def describe() -> str:
         else []
     )
     model = models[0] if models else platform.processor() or platform.machine()
+    accelerator = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     return (
         f"{os.cpu_count()} cores ({model}), {platform.system()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"{accelerator}"
     )

@@ -10,6 +10,8 @@ Competitors are
 - the same under torch.compile: the loss is compiled, fused Adam stands outside;
 - pv.CompiledSVI with fused Adam, its traced graph replayed, and compiled.
 
+With --device cuda there is one more: torch.compile with CUDA graphs (mode="reduce-overhead").
+
 All have the same architecture and start from the same parameters. Before a model is timed, the
 loss by hand and its gradient are compared with those of the Pyro pair, under the same noise. All
 competitors run in turns in one process. A competitor's turn is several steps, about --block
@@ -29,6 +31,7 @@ Without --data the 8x8 digits stand in for the images: the same program, other f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import math
@@ -55,18 +58,20 @@ NUM_LATENTS = 50
 FEATURES = 200
 CHANNELS = (16, 32)
 PARTICLES = 50
-WARM_UP = 4  # steps
+WARM_UP = 8  # steps; traced, compiled and captured by then
 OBSERVED, STATE, HIDDEN = 20, 10, 32  # of the deep Markov model
 
 PYRO = "Pyro's SVI"
 HAND = "by hand"
 DEFAULT_ADAM = "by hand, default Adam"
 HAND_COMPILED = "by hand, torch.compile"
+HAND_GRAPHS = "by hand, torch.compile, CUDA graphs"
 AT_ONCE = "by hand, steps at once, torch.compile"
 REPLAY = "CompiledSVI, replay"
 COMPILED = "CompiledSVI, compiled"
 RATIOS = (
     (COMPILED, HAND_COMPILED),
+    (COMPILED, HAND_GRAPHS),
     (COMPILED, AT_ONCE),
     (REPLAY, HAND),
     (REPLAY, DEFAULT_ADAM),
@@ -90,6 +95,7 @@ class Case:
         pyro_loss: makes Pyro's.
         at_once: makes another one by hand, that does without a loop over steps.
         batch_sizes: where none are asked for.
+        device: where data, parameters and steps are.
     """
 
     title: str
@@ -100,6 +106,12 @@ class Case:
     pyro_loss: Callable[[], pyro.infer.ELBO] = pyro.infer.TraceMeanField_ELBO
     at_once: Callable[[], Amortized] | None = None
     batch_sizes: tuple[int, ...] = (20, 128, 1024)
+    device: str = "cpu"
+
+    def on(self, device: str) -> Case:
+        """Return the case on a device."""
+        data = tuple(tensor.to(device) for tensor in self.data)
+        return dataclasses.replace(self, data=data, device=device)
 
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return a minibatch."""
@@ -107,12 +119,13 @@ class Case:
 
     def index(self, batch_size: int) -> Tensor:
         """Return the rows of a minibatch, drawn with replacement: data may be few."""
-        return torch.randint(len(self.data[0]), (batch_size,))
+        return torch.randint(len(self.data[0]), (batch_size,), device=self.device)
 
     def start(self) -> Pair:
         """Return a new pair, with the same parameters at every call."""
         torch.manual_seed(0)
-        return self.pair()
+        model, guide = self.pair()
+        return model.to(self.device), guide.to(self.device)
 
 
 def factor_analysis() -> Case:
@@ -251,13 +264,18 @@ def pyro_step(case: Case) -> Step:
 
 
 def hand_step(
-    case: Case, make: Callable[[], Amortized], *, fused: bool | None = True, compiled: bool = False
+    case: Case,
+    make: Callable[[], Amortized],
+    *,
+    fused: bool | None = True,
+    compiled: bool = False,
+    mode: str | None = None,
 ) -> Step:
-    """Return a step as one writes it by hand."""
-    module = make()
+    """Return a step as one writes it by hand; mode is torch.compile's."""
+    module = make().to(case.device)
     handwritten.copy_parameters(module, *case.start())
     optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=fused)
-    loss_of = torch.compile(module) if compiled else module
+    loss_of = torch.compile(module, mode=mode) if compiled else module
 
     def step(index: Tensor) -> float:
         optimizer.zero_grad()
@@ -285,6 +303,8 @@ def competitors(case: Case) -> dict[str, Step]:
         DEFAULT_ADAM: hand_step(case, case.by_hand, fused=None),
         HAND_COMPILED: hand_step(case, case.by_hand, compiled=True),
     }
+    if case.device == "cuda":
+        found[HAND_GRAPHS] = hand_step(case, case.by_hand, compiled=True, mode="reduce-overhead")
     if case.at_once is not None:
         found[AT_ONCE] = hand_step(case, case.at_once, compiled=True)
     return {**found, REPLAY: our_step(case, "replay"), COMPILED: our_step(case, True)}
@@ -293,7 +313,7 @@ def competitors(case: Case) -> dict[str, Step]:
 def check(case: Case, num_data: int = 20) -> str:
     """Compare the loss by hand and its gradients with the pair's, under the same noise."""
     model, guide = case.start()
-    by_hand, loss = case.by_hand(), case.loss()
+    by_hand, loss = case.by_hand().to(case.device), case.loss()
     handwritten.copy_parameters(by_hand, model, guide)
     batch = case.batch(case.index(num_data))
     loss.loss(model, guide, *batch)  # the first call finds out how to run the pair
@@ -393,6 +413,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", help="an .npz of MNIST (x_train, y_train, x_test, y_test)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--batch-size", type=int, nargs="+", help="default: 20 128 1024")
     parser.add_argument(
@@ -416,7 +437,7 @@ def main() -> None:
         parser.error("--turns: quartiles need at least 2")
     if options.allow_rnn:
         dynamo_config.allow_rnn = True
-    print(f"{machine.describe()}{', allow_rnn' * options.allow_rnn}")
+    print(f"{machine.describe(options.device)}{', allow_rnn' * options.allow_rnn}")
     loaded = pv.datasets.digits() if options.data is None else pv.datasets.load(options.data)
     images = pv.datasets.StochasticBinarization(loaded.train, loaded.max_value).fixed(0)
     make = cases(images, options.num_steps)
@@ -428,7 +449,7 @@ def main() -> None:
         )
         for name in options.models:
             torch.manual_seed(0)
-            case = make[name]()
+            case = make[name]().on(options.device)
             print(f"\n{case.title}: {check(case)}")
             for batch_size in options.batch_size or case.batch_sizes:
                 measure(case, batch_size, options)

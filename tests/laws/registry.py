@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Entry:
 
 
 def vae(likelihood: Any) -> Callable[[], Any]:
-    return lambda: pv.zoo.VAE(4, 2, hidden=[3], likelihood=likelihood)
+    return lambda: pv.zoo.VAE(4, 2, hidden=[3], likelihood=copy.deepcopy(likelihood))
 
 
 TABLE = torch.tensor([[4.0, 1.0, 2.0], [1.0, 3.0, 2.0]])

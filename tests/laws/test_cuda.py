@@ -1,0 +1,85 @@
+"""The reference models on a CUDA device: the same laws, and the CPU's answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from tests.laws.registry import FAMILIES, KINDS, every_amortized, every_model, pair
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+DEVICE = "cuda"
+
+
+def on_device(name: str, family=None):
+    """Return the pair and the batch of `pair`, on the device."""
+    model, guide, batch = pair(name, family)
+    return model.to(DEVICE), guide.to(DEVICE), batch.to(DEVICE)
+
+
+def globals_of(model, guide) -> dict[str, Tensor] | None:
+    """Return values for the global latents, which bounds of each datum ask for."""
+    if isinstance(model, pv.zoo.ItemResponse):
+        return {name: value.detach() for name, value in guide.global_guide.median().items()}
+    return None
+
+
+@every_model
+def test_bounds_are_those_of_the_cpu(name: str):
+    model, guide, batch = pair(name)
+    given = globals_of(model, guide)
+    for bound in (pv.elbo, pv.iwae_bound):
+        cpu = bound(model, guide, batch, given=given, num_particles=400, seed=1)
+        there = on_device(name)
+        moved = None if given is None else {k: v.to(DEVICE) for k, v in given.items()}
+        cuda = bound(*there[:2], there[2], given=moved, num_particles=400, seed=2)
+        assert cuda.value.device.type == DEVICE
+        error = (cpu.std_error.square() + cuda.std_error.cpu().square()).sqrt()
+        assert ((cpu.value - cuda.value.cpu()).abs() <= 5 * error + 1e-9).all()
+
+
+@every_model
+def test_a_seed_repeats_and_leaves_the_device_alone(name: str):
+    model, guide, batch = on_device(name)
+    given = globals_of(model, guide)
+    before = torch.cuda.get_rng_state()
+
+    def value() -> Tensor:
+        return pv.iwae_bound(model, guide, batch, given=given, num_particles=8, seed=3).value
+
+    assert torch.equal(value(), value())
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@every_amortized
+@pytest.mark.parametrize("loss", [pv.ELBO, lambda: pv.IWAE(3)], ids=["ELBO", "IWAE"])
+def test_training(name: str, loss, caplog: pytest.LogCaptureFixture):
+    model, guide, batch = pair(name)
+    modules = nn.ModuleList([model, guide])
+    result = pv.fit(
+        model, guide, batch, loss=loss(), batch_size=4, max_steps=12, device=DEVICE, progress=False
+    )
+    assert all(p.device.type == DEVICE and p.isfinite().all() for p in modules.parameters())
+    assert "launched one by one" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in KINDS if n != "item response"])
+def test_compare_and_export(name: str):
+    model, guide, batch = on_device(name)
+    guides = {"amortized": guide, "refined": pv.families.Normal()}
+    found = pv.compare(model, guides, batch, num_particles=100, max_steps=400, progress=False)
+    assert found.dataset["amortization_gap"].notnull().all()
+    pv.to_arviz(model, guide, batch, num_draws=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str):
+    model, guide, batch = on_device("factor analysis", FAMILIES[family])
+    if family != "point":
+        assert pv.elbo(model, guide, *batch.args, num_particles=9).value.isfinite().all()
+    pv.fit(model, guide, batch, max_steps=6, device=DEVICE, progress=False)
