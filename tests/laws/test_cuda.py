@@ -59,7 +59,7 @@ def test_a_seed_repeats_and_leaves_the_device_alone(name: str):
 def test_training(name: str, loss, caplog: pytest.LogCaptureFixture):
     model, guide, batch = pair(name)
     modules = nn.ModuleList([model, guide])
-    result = pv.fit(
+    pv.fit(
         model, guide, batch, loss=loss(), batch_size=4, max_steps=12, device=DEVICE, progress=False
     )
     assert all(p.device.type == DEVICE and p.isfinite().all() for p in modules.parameters())
