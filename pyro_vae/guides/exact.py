@@ -102,8 +102,8 @@ class ExactGuide(Registered):
             with contextlib.ExitStack() as stack:
                 for frame in conditional.frames:
                     stack.enter_context(plates[frame.name])
-                stack.enter_context(poutine.scale(scale=conditional.scale))
-                mask: Any = conditional.mask
+                stack.enter_context(poutine.scale(scale=conditional.node["scale"]))
+                mask: Any = conditional.node["mask"]
                 if mask is not None:
                     stack.enter_context(poutine.mask(mask=mask))
                 value = pyro.sample(conditional.name, proposal, infer={"enumerate": "parallel"})
@@ -203,7 +203,7 @@ _FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
 
 def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribution:
     logits = conditional.given(indices)
-    family = plain_distribution(conditional.fn)
+    family = plain_distribution(conditional.node["fn"])
     if isinstance(family, dist.Bernoulli):
         # Finite where one value is impossible: so is the density of the other then.
         return dist.Bernoulli(logits=torch.nan_to_num(logits[..., 1] - logits[..., 0]))

@@ -10,16 +10,17 @@ scaling each by its own maximum, and underflows where their maxima lie apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 # ("plate", its name), ("enum", Pyro's number of an enumerated dimension), or ("given", a name) of
 # values side by side that are not summed over.
-Axis = tuple[str, Any]
+Axis = tuple[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Variable:
 
     name: str
     axis: Axis
-    frames: tuple[Any, ...]
+    frames: tuple[CondIndepStackFrame, ...]
 
     @property
     def plates(self) -> frozenset[Axis]:
@@ -66,11 +67,11 @@ class Factor:
         """Those of its axes that are values of discrete sites."""
         return frozenset(axis for axis in self.axes if axis[0] == "enum")
 
-    def reduce(self, axis: Axis) -> Factor:
-        """Add up an axis: the product over a plate."""
+    def reduce(self, axis: Axis, by: Callable[[Tensor, int], Tensor] = torch.sum) -> Factor:
+        """Leave an axis out: add it up, which is the product over a plate, or by another rule."""
         place = self.axes.index(axis)
         axes = self.axes[:place] + self.axes[place + 1 :]
-        return Factor(axes, self.tensor.sum(place), self.sites)
+        return Factor(axes, by(self.tensor, place), self.sites)
 
 
 def eliminate(
@@ -98,14 +99,14 @@ def eliminate(
             continue
         rest = [factor for factor in rest if axis not in factor.axes]
         joint = _product([_within(factor, variable, variables) for factor in touching])
-        place = joint.axes.index(axis)
-        total = _logsumexp(joint.tensor, place)
-        axes = joint.axes[:place] + joint.axes[place + 1 :]
-        rest.append(Factor(axes, total, joint.sites))
+        total = joint.reduce(axis, _logsumexp)
+        rest.append(total)
         if conditionals:
-            dead = total == -torch.inf  # impossible whatever the value: any conditional will do
-            table = joint.tensor - total.masked_fill(dead, 0.0).unsqueeze(place)
-            table = table.masked_fill(dead.unsqueeze(place), 0.0)
+            place = joint.axes.index(axis)
+            # Impossible whatever the value: any conditional will do.
+            dead = (total.tensor == -torch.inf).unsqueeze(place)
+            norm = total.tensor.unsqueeze(place).masked_fill(dead, 0.0)
+            table = (joint.tensor - norm).masked_fill(dead, 0.0)
             tables.append((variable, Factor(joint.axes, table, joint.sites)))
     return rest, tables
 
@@ -126,18 +127,16 @@ def _within(factor: Factor, variable: Variable, variables: Mapping[Axis, Variabl
 
 def _product(factors: Sequence[Factor]) -> Factor:
     axes = tuple(dict.fromkeys(axis for factor in factors for axis in factor.axes))
-    tensor = _aligned(factors[0], axes)
-    for factor in factors[1:]:
-        tensor = tensor + _aligned(factor, axes)
+    tensor = functools.reduce(torch.add, (_aligned(factor, axes) for factor in factors))
     return Factor(axes, tensor, frozenset().union(*(factor.sites for factor in factors)))
 
 
 def _aligned(factor: Factor, axes: Sequence[Axis]) -> Tensor:
     """Return a factor's tensor with its axes in this order, of size 1 where it has none."""
-    tensor = factor.tensor.permute(
-        [factor.axes.index(axis) for axis in axes if axis in factor.axes]
-    )
-    return tensor[tuple(slice(None) if axis in factor.axes else None for axis in axes)]
+    order = [factor.axes.index(axis) for axis in axes if axis in factor.axes]
+    return factor.tensor.permute(order)[
+        tuple(slice(None) if axis in factor.axes else None for axis in axes)
+    ]
 
 
 def _logsumexp(tensor: Tensor, axis: int) -> Tensor:
@@ -147,12 +146,11 @@ def _logsumexp(tensor: Tensor, axis: int) -> Tensor:
     return total.masked_fill(dead, -torch.inf)
 
 
-def to_plates(factor: Factor, dims: Mapping[str, int], trailing: Sequence[Axis] = ()) -> Tensor:
-    """Lay a factor out as the plates are, with other axes after them."""
-    placed = [axis for axis in factor.axes if axis[0] != "enum"]
-    placed.sort(key=lambda axis: dims[axis[1]])
+def to_plates(factor: Factor, dims: Mapping[Axis, int], trailing: Sequence[Axis] = ()) -> Tensor:
+    """Lay a factor out by the dimensions of its axes, with those of values after them."""
+    placed = sorted((axis for axis in factor.axes if axis[0] != "enum"), key=dims.__getitem__)
     tensor = _aligned(factor, (*placed, *trailing))
-    shape = [1] * -min((dims[name] for _, name in placed), default=0)
-    for (_, name), size in zip(placed, tensor.shape, strict=False):
-        shape[dims[name]] = size
+    shape = [1] * -min(map(dims.__getitem__, placed), default=0)
+    for axis, size in zip(placed, tensor.shape, strict=False):
+        shape[dims[axis]] = size
     return tensor.reshape([*shape, *tensor.shape[len(placed) :]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.ops.indexing import Vindex
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -48,15 +49,11 @@ def summed_out(
         ValueError: for other sites that the guide does not propose, and for sites outside
             the data plate, which all data share.
     """
-    proposed = (
-        set()
-        if guide_trace is None
-        else {
-            name
-            for name, node in latent_nodes(guide_trace)
-            if not node["infer"].get("is_auxiliary")
-        }
-    )
+    proposed = {
+        name
+        for name, node in (latent_nodes(guide_trace) if guide_trace is not None else ())
+        if not node["infer"].get("is_auxiliary")
+    }
     names = []
     for name, node in latent_nodes(model_trace):
         if name in proposed:
@@ -157,6 +154,108 @@ class _Mark(Messenger):
         msg["infer"] = infer
 
 
+class EnumeratedRun:
+    """A run of :func:`enumerated`: where the plates and the values of its sites lie.
+
+    Args:
+        trace: of the model.
+        nesting: plate dimensions, the particles' too: those on the left are enumerated.
+        given: sites whose values lie side by side too, and are not summed over (proposals that
+            a guide enumerates), with their dimensions, which count among ``nesting``.
+
+    Attributes:
+        nodes: its sample statements, by name.
+        variables: the enumerated sites, by axis, in the order in which they are drawn.
+        dims: the dimension of each plate, and of the values that are not summed over.
+    """
+
+    def __init__(self, trace: Trace, nesting: int, given: Mapping[str, int] | None = None) -> None:
+        self.nodes, self.nesting, self.given = dict(sample_nodes(trace)), nesting, given or {}
+        self.dims: dict[Axis, int] = {
+            ("plate", frame.name): dim
+            for node in self.nodes.values()
+            for dim, frame in _frames(node).items()
+        }
+        self.dims |= {("given", name): dim for name, dim in self.given.items()}
+        found = [
+            Variable(name, ("enum", enumeration_ids(node)[dim]), tuple(_frames(node).values()))
+            for name, node in latent_nodes(trace)
+            if (dim := self._own_dim(name)) is not None
+        ]
+        self.variables = {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
+
+    def _own_dim(self, name: str) -> int | None:
+        return None if name in self.given else enumerate_dim(self.nodes[name])
+
+    def factor(self, name: str, log_prob: Tensor) -> Factor:
+        """Return a site's log density with its axes named.
+
+        Batch dimensions in no plate are added up: without a plate they are one event.
+
+        Raises:
+            ValueError: for dimensions of no plate, and for a site outside of the plates of those
+                that it depends on.
+        """
+        node, own = self.nodes[name], self._own_dim(name)
+        if own is not None and (
+            node["mask"] is not None or isinstance(node["fn"], dist.MaskedDistribution)
+        ):
+            log_prob = unmasked_log_prob(node)
+        frames, ids = _frames(node), enumeration_ids(node)
+        side_by_side = {dim: site for site, dim in self.given.items()}
+        depth = max([log_prob.ndim, *(-dim for dim in frames)])
+        tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
+        axes: list[Axis] = []
+        shape, events = list(tensor.shape), []
+        for place, size in enumerate(tensor.shape):
+            dim = place - depth
+            if dim in frames:
+                axes.append(("plate", frames[dim].name))
+                shape[place] = max(size, frames[dim].size) if size == 1 else size
+            elif dim in side_by_side and size > 1:
+                axes.append(("given", side_by_side[dim]))
+            elif ("enum", ids.get(dim)) in self.variables and (size > 1 or dim == own):
+                axes.append(("enum", ids[dim]))
+            elif size == 1 or (dim >= -self.nesting and own is None):
+                events.append(place)
+            else:
+                raise ValueError(
+                    f"site {name!r}: its log density has shape {list(log_prob.shape)}, whose "
+                    f"dimension {dim} of size {size} is no plate's. Put the site in a plate, or "
+                    "make it one event with .to_event(...)"
+                )
+        tensor = tensor.expand(shape)
+        factor = Factor(tuple(axes), tensor.sum(events) if events else tensor, frozenset([name]))
+        for axis in factor.enum_axes:
+            if outside := self.variables[axis].plates - factor.plates:
+                raise ValueError(
+                    f"site {name!r} depends on {self.variables[axis].name!r}, which lies in the "
+                    f"plate {sorted(plate for _, plate in outside)} that {name!r} is not in: it "
+                    "cannot be summed out. Propose it in the guide"
+                )
+        return factor
+
+    def factors(self, log_probs: Mapping[str, Tensor]) -> dict[str, Factor]:
+        """Return the factors of several sites."""
+        return {name: self.factor(name, log_prob) for name, log_prob in log_probs.items()}
+
+    def eliminate(
+        self, factors: Iterable[Factor], *, conditionals: bool = False
+    ) -> tuple[list[Factor], list[tuple[Variable, Factor]]]:
+        """Sum every variable out of those factors that have one."""
+        touched = [factor for factor in factors if factor.enum_axes]
+        return eliminate(touched, self.variables, conditionals=conditionals)
+
+    def lay_out(self, factor: Factor, trailing: Sequence[Axis] = ()) -> Tensor:
+        """Return a factor's tensor as the plates lie, with some values after them."""
+        return to_plates(factor, self.dims, trailing)
+
+
+def _frames(node: Node) -> dict[int, CondIndepStackFrame]:
+    """Return the plates of a site that have a dimension, by it."""
+    return {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
+
+
 def contract(
     trace: Trace,
     log_probs: Mapping[str, Tensor],
@@ -176,9 +275,8 @@ def contract(
         log_probs: log densities of some of its sites, by name: masked, not scaled, as
             ``fn.log_prob(value)`` shapes them (enumerated dimensions left of the plates).
             With just the latent sites among them, the result is their marginal density.
-        nesting: plate dimensions, the particles' too: those on the left are enumerated.
-        given: sites whose values lie side by side too, and are not summed over (proposals that
-            a guide enumerates), with their dimensions, which count among ``nesting``.
+        nesting: as in :class:`EnumeratedRun`.
+        given: likewise.
 
     Returns:
         Groups of sites to tensors without enumerated dimensions, of at most ``nesting``
@@ -190,23 +288,15 @@ def contract(
         ValueError: for a model whose sum is not a product over plates (sites in plates
             that are not nested), naming the sites.
     """
-    given = given or {}
-    variables = variables_of(trace, given)
-    nodes = dict(sample_nodes(trace))
+    run = EnumeratedRun(trace, nesting, given)
+    factors = run.factors(log_probs)
     result: dict[tuple[str, ...], Tensor] = {}
-    factors = []
     for name, log_prob in log_probs.items():
-        factor = site_factor(name, nodes[name], log_prob, nesting, variables, given)
-        if factor.enum_axes:
-            factors.append(factor)
-        else:
+        if not factors[name].enum_axes:
             extra = max(0, log_prob.ndim - nesting)
             result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
-    rest, _ = eliminate(factors, variables)
-    dims = {**plate_dims(nodes.values()), **{_given(name): dim for name, dim in given.items()}}
-    for factor in rest:
-        names = tuple(name for name in nodes if name in factor.sites)
-        result[names] = to_plates(factor, dims)
+    for factor in run.eliminate(factors.values())[0]:
+        result[tuple(name for name in run.nodes if name in factor.sites)] = run.lay_out(factor)
     return result
 
 
@@ -227,25 +317,22 @@ def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) ->
             discrete values, and so must be one for all.
     """
     nodes = {name: trace.nodes[name] for name in group}
-    summed = {
-        name
-        for name, node in nodes.items()
-        if enumerate_dim(node) is not None and name not in given
-    }
+    summed = {n for n in group if enumerate_dim(nodes[n]) is not None and n not in given}
     chosen = next((name for name in group if name not in summed), group[0])
-    wanted = nodes[chosen]["scale"]
+    wanted, factor = scale_parts(nodes[chosen])
     for name, node in nodes.items():
-        (scale, factor), (theirs, their_factor) = map(scale_parts, (node, nodes[chosen]))
-        equal = factor is their_factor and same_scale(scale, theirs)
+        scale, own_factor = scale_parts(node)
+        equal = own_factor is factor and same_scale(scale, wanted)
         if name in summed and not equal:
             before = node["infer"].get("_unscaled", node["scale"])
-            equal = their_factor is None and same_scale(before, theirs)
+            equal = factor is None and same_scale(before, wanted)
         if not equal:
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
-                f"but their scales differ ({chosen!r}: {wanted}, {name!r}: {node['scale']}): a "
-                "scale cannot stand inside the sum. Give them one poutine.scale, subsample only "
-                "plates that hold them all, and warm up without such latents"
+                f"but their scales differ ({chosen!r}: {nodes[chosen]['scale']}, {name!r}: "
+                f"{node['scale']}): a scale cannot stand inside the sum. Give them one "
+                "poutine.scale, subsample only plates that hold them all, and warm up without "
+                "such latents"
             )
     return chosen
 
@@ -253,7 +340,7 @@ def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) ->
 def unmasked_log_prob(node: Node) -> Tensor:
     """Return the log density of a discrete site, as if no mask were on it."""
     fn = node["fn"]
-    while _is_masked(fn):
+    while isinstance(fn, dist.MaskedDistribution):
         fn = fn.base_dist
     return fn.log_prob(node["value"])
 
@@ -264,23 +351,17 @@ class Conditional:
 
     Attributes:
         name: the site.
-        fn: the model's distribution, in the enumerated run.
+        node: its statement in the enumerated run: the model's distribution, scale and mask.
         frames: the plates it is in, as in Pyro's cond_indep_stack.
-        scale: the model's scale on it (subsampling, poutine.scale).
-        mask: the model's mask on it.
         parents: the sites before it that it depends on.
         logits: normalized, ``[*plates, *parents, values]``.
-        support: its values, ``[values, *event]``.
     """
 
     name: str
-    fn: Any
-    frames: tuple[Any, ...]
-    scale: Any
-    mask: Tensor | bool | None
+    node: Node
+    frames: tuple[CondIndepStackFrame, ...]
     parents: tuple[str, ...]
     logits: Tensor
-    support: Tensor
 
     def given(self, indices: Mapping[str, Tensor]) -> Tensor:
         """Return the logits for values of its parents.
@@ -311,32 +392,16 @@ def conditionals(
     Raises:
         ValueError: as :func:`contract`.
     """
-    variables = variables_of(trace)
-    nodes = dict(sample_nodes(trace))
-    factors = [
-        site_factor(name, nodes[name], log_prob, nesting, variables)
-        for name, log_prob in log_probs.items()
-    ]
-    touched = [factor for factor in factors if factor.enum_axes]
-    _, tables = eliminate(touched, variables, conditionals=True)
-    dims = plate_dims(nodes.values())
+    run = EnumeratedRun(trace, nesting)
+    _, tables = run.eliminate(run.factors(log_probs).values(), conditionals=True)
+    order = list(run.variables)
     chain = []
     for variable, table in reversed(tables):
-        rank = {axis: number for number, axis in enumerate(variables)}
-        parents = sorted(table.enum_axes - {variable.axis}, key=rank.__getitem__)
-        fn = nodes[variable.name]["fn"]
-        chain.append(
-            Conditional(
-                name=variable.name,
-                fn=fn,
-                frames=variable.frames,
-                scale=nodes[variable.name]["scale"],
-                mask=nodes[variable.name]["mask"],
-                parents=tuple(variables[axis].name for axis in parents),
-                logits=to_plates(table, dims, (*parents, variable.axis)),
-                support=support_of(fn),
-            )
-        )
+        parents = sorted(table.enum_axes - {variable.axis}, key=order.index)
+        names = tuple(run.variables[axis].name for axis in parents)
+        logits = run.lay_out(table, (*parents, variable.axis))
+        node = run.nodes[variable.name]
+        chain.append(Conditional(variable.name, node, variable.frames, names, logits))
     return tuple(chain)
 
 
@@ -353,7 +418,7 @@ def draw(chain: Sequence[Conditional]) -> tuple[dict[str, Tensor], dict[str, Ten
         logits = conditional.given(indices)
         index = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
         indices[conditional.name] = index
-        values[conditional.name] = conditional.support[index]
+        values[conditional.name] = support_of(conditional.node["fn"])[index]
         log_probs[conditional.name] = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     return values, log_probs
 
@@ -368,119 +433,27 @@ def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> di
         log_probs: as in :func:`contract`, of all sites.
         nesting: as in :func:`contract`.
     """
-    variables = variables_of(trace)
-    nodes = dict(sample_nodes(trace))
-    dims = plate_dims(nodes.values())
+    run = EnumeratedRun(trace, nesting)
+    names = {variable.name: axis for axis, variable in run.variables.items()}
     with torch.enable_grad():
-        factors = {
-            name: site_factor(name, nodes[name], log_prob.detach(), nesting, variables)
-            for name, log_prob in log_probs.items()
-        }
-        own = {v.name: v for v in variables.values()}
-        for name in own:
+        factors = run.factors({name: log_prob.detach() for name, log_prob in log_probs.items()})
+        for name in names:
             # A contiguous leaf: an expanded one would hold several entries in one.
-            factor = factors[name]
-            leaf = factor.tensor.detach().clone().requires_grad_()
-            factors[name] = Factor(factor.axes, leaf, factor.sites)
-        rest, _ = eliminate([f for f in factors.values() if f.enum_axes], variables)
+            leaf = factors[name].tensor.detach().clone().requires_grad_()
+            factors[name] = replace(factors[name], tensor=leaf)
+        rest, _ = run.eliminate(factors.values())
         evidence = torch.stack([factor.tensor.sum() for factor in rest]).sum()
-        gradients = torch.autograd.grad(evidence, [factors[name].tensor for name in own])
+        gradients = torch.autograd.grad(evidence, [factors[name].tensor for name in names])
     result = {}
-    for (name, variable), gradient in zip(own.items(), gradients, strict=True):
-        factor = Factor(factors[name].axes, gradient, frozenset())
-        for axis in factor.enum_axes - {variable.axis}:
+    for (name, own), gradient in zip(names.items(), gradients, strict=True):
+        factor = replace(factors[name], tensor=gradient)
+        for axis in factor.enum_axes - {own}:
             factor = factor.reduce(axis)
-        result[name] = to_plates(factor, dims, (variable.axis,))
+        result[name] = run.lay_out(factor, (own,))
     return result
-
-
-def variables_of(trace: Trace, given: Container[str] = ()) -> dict[Axis, Variable]:
-    """Return the enumerated sites of a trace, by axis, in the order in which they are drawn."""
-    found = []
-    for name, node in latent_nodes(trace):
-        dim = enumerate_dim(node)
-        if dim is not None and name not in given:
-            axis = ("enum", enumeration_ids(node)[dim])
-            found.append(Variable(name, axis, _frames(node)))
-    return {v.axis: v for v in sorted(found, key=lambda v: len(v.frames))}
-
-
-def _frames(node: Node) -> tuple[Any, ...]:
-    return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-
-
-def plate_dims(nodes: Iterable[Any]) -> dict[str, int]:
-    """Return the dimension of each vectorized plate, by its name."""
-    return {frame.name: frame.dim for node in nodes for frame in _frames(node)}
-
-
-def _given(name: str) -> str:
-    return f"values of {name}"
-
-
-def site_factor(
-    name: str,
-    node: Node,
-    log_prob: Tensor,
-    nesting: int,
-    variables: Mapping[Axis, Variable],
-    given: Mapping[str, int] | None = None,
-) -> Factor:
-    """Return a site's log density with its axes named.
-
-    Batch dimensions in no plate are added up: without a plate they are one event.
-    """
-    given = given or {}
-    own = None if name in given else enumerate_dim(node)
-    side_by_side = {dim: site for site, dim in given.items()}
-    if own is not None and (node["mask"] is not None or _is_masked(node["fn"])):
-        log_prob = unmasked_log_prob(node)
-    frames = {frame.dim: frame for frame in _frames(node)}
-    ids = enumeration_ids(node)
-    depth = max([log_prob.ndim, *(-dim for dim in frames)])
-    tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
-    axes: list[Axis] = []
-    shape = []
-    events = []
-    for place, size in enumerate(tensor.shape):
-        dim = place - depth
-        if dim in frames:
-            axes.append(("plate", frames[dim].name))
-            shape.append(frames[dim].size if size == 1 and frames[dim].size > 0 else size)
-        elif dim in side_by_side and size > 1:
-            axes.append(("given", _given(side_by_side[dim])))
-            shape.append(size)
-        elif dim in ids and ("enum", ids[dim]) in variables and (size > 1 or dim == own):
-            axes.append(("enum", ids[dim]))
-            shape.append(size)
-        elif size == 1 or (dim >= -nesting and own is None):
-            events.append(place)
-            shape.append(size)
-        else:
-            raise ValueError(
-                f"site {name!r}: its log density has shape {list(log_prob.shape)}, whose "
-                f"dimension {dim} of size {size} is no plate's. Put the site in a plate, or make "
-                "it one event with .to_event(...)"
-            )
-    tensor = tensor.expand(shape)
-    if events:
-        tensor = tensor.sum(events)
-    factor = Factor(tuple(axes), tensor, frozenset([name]))
-    for axis in factor.enum_axes:
-        if outside := variables[axis].plates - factor.plates:
-            raise ValueError(
-                f"site {name!r} depends on {variables[axis].name!r}, which lies in the plate "
-                f"{sorted(plate for _, plate in outside)} that {name!r} is not in: it cannot be "
-                "summed out. Propose it in the guide"
-            )
-    return factor
 
 
 def support_of(fn: Any) -> Tensor:
     """Return the values of a discrete distribution, ``[values, *event]``."""
     values = fn.enumerate_support(expand=False)
     return values.reshape(values.shape[0], *fn.event_shape)
-
-
-def _is_masked(fn: Any) -> bool:
-    return isinstance(fn, dist.MaskedDistribution)

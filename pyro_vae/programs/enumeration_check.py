@@ -7,25 +7,18 @@ which there is no sum entry by entry.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from pyro_vae.programs.agreement import largest_gap
-from pyro_vae.programs.elimination import Factor, Variable, to_plates
-from pyro_vae.programs.enumeration import (
-    plate_dims,
-    site_factor,
-    support_of,
-    unmasked_log_prob,
-    variables_of,
-)
+from pyro_vae.programs.elimination import Factor, Variable
+from pyro_vae.programs.enumeration import EnumeratedRun, support_of, unmasked_log_prob
 from pyro_vae.programs.masks import lift_masks
-from pyro_vae.programs.nodes import latent_nodes, sample_nodes
+from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Trace
@@ -34,7 +27,9 @@ _MOST_RUNS = 64
 _GROUP_BITS = 3  # of entries of the largest plate
 
 
-def check_values(together: Trace, alone: Callable[[dict[str, Tensor]], Any], nesting: int) -> None:
+def check_values(
+    together: Trace, alone: Callable[[dict[str, Tensor]], Trace], nesting: int
+) -> None:
     """Raise ValueError where a site's density is another with all values at once.
 
     Any two entries of a plate are given different values in one of the runs, in either order,
@@ -48,21 +43,15 @@ def check_values(together: Trace, alone: Callable[[dict[str, Tensor]], Any], nes
             model with all else as it was.
         nesting: plate dimensions; those on the left are enumerated.
     """
-    variables = variables_of(together)
-    summed = {variable.name for variable in variables.values()}
-    nodes = dict(sample_nodes(together))
-    dims = plate_dims(nodes.values())
-    factors = {
-        name: site_factor(name, node, _log_prob(name, node, summed), nesting, variables)
-        for name, node in nodes.items()
-        if not is_deterministic(node)
-    }
+    run = EnumeratedRun(together, nesting)
+    nodes, summed = run.nodes, {variable.name for variable in run.variables.values()}
+    factors = run.factors(
+        {n: _log_prob(n, node, summed) for n, node in nodes.items() if not is_deterministic(node)}
+    )
     worst, where = 0.0, ""
     found: dict[str, Tensor] = {}
-    for indices in _assignments(variables, factors, dims, nesting):
-        values = {
-            v.name: support_of(nodes[v.name]["fn"])[indices[v.name]] for v in variables.values()
-        }
+    for indices in _assignments(run, factors):
+        values = {name: support_of(nodes[name]["fn"])[index] for name, index in indices.items()}
         try:
             trace = lift_masks(alone(values))
         except (RuntimeError, ValueError, IndexError):
@@ -70,12 +59,12 @@ def check_values(together: Trace, alone: Callable[[dict[str, Tensor]], Any], nes
         for name, node in latent_nodes(trace):
             if name in nodes and name not in summed:
                 node["mask"] = nodes[name]["mask"]  # one for all values
+        single = EnumeratedRun(trace, nesting)
         for name, factor in factors.items():
-            node = trace.nodes.get(name)
-            if node is None:
+            if name not in single.nodes:
                 continue
-            single = site_factor(name, node, _log_prob(name, node, summed), nesting, {})
-            gap = _gap(to_plates(single, dims), _at(factor, indices, variables, dims))
+            density = single.factor(name, _log_prob(name, single.nodes[name], summed))
+            gap = _gap(run.lay_out(density), _at(run, factor, indices))
             if gap > worst:
                 worst, where, found = gap, name, values
     # Of a model that draws outside of sample statements nothing can be told by comparing.
@@ -98,18 +87,13 @@ def _is_density(run: Callable[[], Tensor]) -> bool:
     return bool(torch.equal(*torch.broadcast_tensors(run(), run())))
 
 
-def _at(
-    factor: Factor,
-    indices: Mapping[str, Tensor],
-    variables: Mapping[Any, Variable],
-    dims: Mapping[str, int],
-) -> Tensor:
+def _at(run: EnumeratedRun, factor: Factor, indices: Mapping[str, Tensor]) -> Tensor:
     """Return a factor at given values of its discrete sites, laid out as the plates are."""
     axes = sorted(factor.enum_axes)
-    table = to_plates(factor, dims, axes)
+    table = run.lay_out(factor, axes)
     if not axes:
         return table
-    index = [indices[variables[axis].name] for axis in axes]
+    index = [indices[run.variables[axis].name] for axis in axes]
     depth = max(table.ndim - len(axes), *(i.ndim for i in index))
     lead = depth - (table.ndim - len(axes))
     table = table.reshape((1,) * lead + table.shape)
@@ -123,17 +107,12 @@ def _gap(single: Tensor, together: Tensor) -> float:
     return largest_gap(single[known], together[known])
 
 
-def _assignments(
-    variables: Mapping[Any, Variable],
-    factors: Mapping[str, Factor],
-    dims: Mapping[str, int],
-    nesting: int,
-) -> Iterator[dict[str, Tensor]]:
+def _assignments(run: EnumeratedRun, factors: Mapping[str, Factor]) -> Iterator[dict[str, Tensor]]:
     """Yield indices of values of each site, ``[*plates]``."""
-    sites = [_Entries(v, factors[v.name], dims, nesting) for v in variables.values()]
+    sites = [_Entries(run, factors[v.name], v) for v in run.variables.values()]
     generator = torch.Generator().manual_seed(0)
-    for run in range(min(_MOST_RUNS, max(site.runs for site in sites))):
-        yield {site.name: site.indices(run, generator, first=site is sites[0]) for site in sites}
+    for turn in range(min(_MOST_RUNS, max(site.runs for site in sites))):
+        yield {site.name: site.indices(turn, generator, first=site is sites[0]) for site in sites}
 
 
 class _Entries:
@@ -143,31 +122,27 @@ class _Entries:
     largest plate, groups of entries have values of their own instead of further bits.
     """
 
-    def __init__(
-        self, variable: Variable, factor: Factor, dims: Mapping[str, int], nesting: int
-    ) -> None:
-        self.name = variable.name
-        shape = [1] * nesting
-        for axis, size in zip(factor.axes, factor.tensor.shape, strict=True):
-            if axis[0] == "plate":
-                shape[dims[axis[1]]] = size
-        self.device = factor.tensor.device
-        count = factor.tensor.shape[factor.axes.index(variable.axis)]
-        self.pairs = torch.tensor(
-            [(a, b) for a in range(count) for b in range(count) if a != b] or [(0, 0)]
-        )
-        largest = max(range(nesting), key=shape.__getitem__, default=None)
-        ordinals = torch.arange(math.prod(shape)).reshape(shape)
-        self.bits, self.group, groups = [], torch.zeros_like(ordinals), 1
+    def __init__(self, run: EnumeratedRun, factor: Factor, variable: Variable) -> None:
+        self.name, self.device = variable.name, factor.tensor.device
+        sizes = dict(zip(factor.axes, factor.tensor.shape, strict=True))
+        shape = [1] * run.nesting
+        for axis in factor.plates:
+            shape[run.dims[axis]] = sizes[axis]
+        pairs = list(itertools.permutations(range(sizes[variable.axis]), 2))
+        self.pairs = torch.tensor(pairs or [(0, 0)])
+        largest = max(range(run.nesting), key=shape.__getitem__, default=None)
+        self.bits, self.group, groups = [], torch.zeros(shape, dtype=torch.long), 1
         for place, size in enumerate(shape):
-            number = torch.arange(size).reshape([-1 if i == place else 1 for i in range(nesting)])
+            number = torch.arange(size).reshape(
+                [-1 if i == place else 1 for i in range(len(shape))]
+            )
             bits = (size - 1).bit_length()
             if place == largest:
                 self.group = (number >> _GROUP_BITS).expand(shape)
                 groups = max(1, size >> _GROUP_BITS)
                 bits = min(bits, _GROUP_BITS)
             self.bits += [((number >> bit) & 1).expand(shape) for bit in range(bits)]
-        self.bits = self.bits or [torch.zeros_like(ordinals)]
+        self.bits = self.bits or [torch.zeros(shape, dtype=torch.long)]
         self.runs = len(self.bits) * max(2, -(-len(self.pairs) // groups))
 
     def indices(self, run: int, generator: torch.Generator, *, first: bool) -> Tensor:

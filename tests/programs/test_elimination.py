@@ -17,7 +17,7 @@ class Frame(NamedTuple):
 
 
 A, B, C = ("enum", 0), ("enum", 1), ("enum", 2)
-INNER = ("plate", "inner")
+INNER, DATA = ("plate", "inner"), ("plate", "data")
 
 
 def tensor(*shape, seed=0):
@@ -98,8 +98,8 @@ def test_groups_that_share_nothing_stay_apart():
 
 def test_a_factor_is_laid_out_as_its_plates_are():
     value = tensor(4, 2)
-    factor = Factor((("plate", "inner"), ("plate", "data")), value, frozenset("x"))
-    found = to_plates(factor, {"data": -1, "inner": -3})
+    factor = Factor((INNER, DATA), value, frozenset("x"))
+    found = to_plates(factor, {DATA: -1, INNER: -3})
     assert found.shape == (4, 1, 2)
     torch.testing.assert_close(found.squeeze(1), value)
-    assert to_plates(factor, {"data": -3, "inner": -1}).shape == (2, 1, 4)
+    assert to_plates(factor, {DATA: -3, INNER: -1}).shape == (2, 1, 4)
