@@ -19,8 +19,7 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.observed import check_drawable
-from pyro_vae.programs.site_arrays import absent, inner_dims, observed_values
-from pyro_vae.programs.sites import Structure
+from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
 __all__ = ["to_arviz"]

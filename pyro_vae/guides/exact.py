@@ -75,7 +75,7 @@ class ExactGuide(Registered):
         batch = as_batch(example)
         structure = inspect(model, batch, data_plate=data_plate, strict=True)
         _check(structure)
-        self._nesting = structure.max_plate_nesting
+        self._nesting = structure.nesting
         self._names = tuple(
             site.name for site in (*structure.local_latents, *structure.global_latents)
         )

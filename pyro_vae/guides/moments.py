@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyro_vae.guides.coordinates import Coordinates
-from pyro_vae.programs.looks import run_model
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import Look, preserved_rng
-from pyro_vae.programs.structure import ModelLooks
+from pyro_vae.programs.structure import ModelLooks, run_model
 from pyro_vae.programs.types import Node
 
 _PRIOR_DRAWS = 1000

@@ -21,8 +21,7 @@ from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.preimages import preimage_of
-from pyro_vae.programs.site_shapes import SiteShape
-from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.sites import Plate, SiteShape, Structure
 from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.supports import edge_share, lost_share
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
-from pyro_vae.programs.looks import run_model
 from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import looking
-from pyro_vae.programs.structure import DataPlateError, inspect
+from pyro_vae.programs.structure import DataPlateError, inspect, run_model
 
 
 def fix_globals(
@@ -149,7 +148,7 @@ def _structure(
         for name, site in latents.items()
     }
     shared = {name: replace(site, kind=kinds[name]) for name, site in latents.items()}
-    return Structure({**shared, **rest.sites}, plate, run.nesting, rest.num_data)
+    return Structure({**shared, **rest.sites}, plate, run.nesting)
 
 
 def _values(given: Mapping[str, Any], structure: Structure) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import repeated_rows
-from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import SiteShape
 from pyro_vae.programs.types import ModeName, Program
 
 _PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it

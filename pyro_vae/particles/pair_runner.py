@@ -34,7 +34,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import SiteShape
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 

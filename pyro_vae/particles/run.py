@@ -25,7 +25,7 @@ from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
-from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import SiteShape
 from pyro_vae.programs.traces import GiveValues, site_log_prob
 from pyro_vae.programs.types import ModeName, Node, Program, Trace, Values
 

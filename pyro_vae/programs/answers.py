@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.agreement import agree
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.looks import ModelRun
 from pyro_vae.programs.nodes import is_point, sample_nodes
 from pyro_vae.programs.preimages import Preimage, preimage_of
-from pyro_vae.programs.sites import Plate
+from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 from pyro_vae.programs.types import Node, Program, Trace
 
@@ -20,7 +19,7 @@ from pyro_vae.programs.types import Node, Program, Trace
 _GRADIENT_TOLERANCE = 1e-2
 # Relative to the largest of all parameters' gradients: rounding, where one is zero but for that.
 _ROUNDING = 1e-5
-_TERM_TOLERANCE = {torch.float64: 1e-8}  # 1e-3 for all others
+SLACK = 10.0  # in a comparison of terms of rows in another order: their sums are rounded otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,36 +28,31 @@ class _Draw:
 
     Attributes:
         value: detached.
-        axis: of the data in it; None where it has none.
+        axis: of the data in value and preimage, negative; None where they have none.
         preimage: what it was made of, where that was kept.
-        preimage_axis: of the data in the preimage.
     """
 
     value: Tensor
     axis: int | None
     preimage: Preimage | None
-    preimage_axis: int | None
 
     @classmethod
     def of(cls, node: Node, data_dim: int | None) -> _Draw:
-        value, preimage = node["value"], preimage_of(node)
-        axis = None if data_dim is None else value.ndim - node["fn"].event_dim + data_dim
-        if preimage is None:
-            return cls(value.detach(), axis, None, None)
-        more = preimage.draw.ndim - value.ndim
-        kept = Preimage(preimage.draw.detach(), preimage.transforms)
-        return cls(value.detach(), axis, kept, None if axis is None else axis + more)
+        preimage = preimage_of(node)
+        kept = preimage and Preimage(preimage.draw.detach(), preimage.transforms)
+        axis = None if data_dim is None else data_dim - node["fn"].event_dim
+        return cls(node["value"].detach(), axis, kept)
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Preimage | None]:
-        """Return the draw, and its preimage, of these data."""
-        preimage = self.preimage
-        if preimage is not None:
-            draw = _selected(preimage.draw, self.preimage_axis, index)
-            preimage = Preimage(draw, preimage.transforms)
-        return _selected(self.value, self.axis, index), preimage
+    def rows(self, index: Tensor) -> _Draw:
+        """Return the draw of these data."""
+        if self.axis is None:
+            return self
+        index, kept = index.to(self.value.device), self.preimage
+        part = kept and Preimage(kept.draw.index_select(self.axis, index), kept.transforms)
+        return _Draw(self.value.index_select(self.axis, index), self.axis, part)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Answers:
     """What a pair says of a batch.
 
@@ -73,42 +67,39 @@ class Answers:
 
     plate: Plate
     size: int
-    sizes: set[int] = field(default_factory=set)
-    draws: dict[str, _Draw] = field(default_factory=dict)
-    terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    run: ModelRun | None = None
+    sizes: set[int]
+    draws: dict[str, _Draw]
+    terms: dict[str, dict[str, Tensor]]
+    run: Structure
 
     @classmethod
     def of(cls, model_trace: Trace, guide_trace: Trace, plate: Plate, size: int) -> Answers:
         """Return what a run of a pair says."""
-        answers = cls(plate, size, run=ModelRun.of(model_trace))
+        self = cls(plate, size, set(), {}, {}, Structure.of(model_trace))
+        traces, dim = {"model": model_trace, "guide": guide_trace}, plate.dim
         local = {
             name
-            for trace in (model_trace, guide_trace)
+            for trace in traces.values()
             for name, node in sample_nodes(trace)
             if plate.name in {frame.name for frame in node["cond_indep_stack"]}
         }
-        for role, trace in (("model", model_trace), ("guide", guide_trace)):
-            answers._add(role, trace, local)
-        return answers
-
-    def _add(self, role: str, trace: Trace, local: set[str]) -> None:
-        terms, dim = self.terms.setdefault(role, {}), self.plate.dim
-        for name, node in sample_nodes(trace):
-            shape, value = node["fn"].batch_shape, node["value"]
-            wide = len(shape) >= -dim
-            if name in local and wide and role == "guide":
-                self.sizes.add(shape[dim])
-            data_dim = dim if wide and shape[dim] == self.size else None
-            if not node["is_observed"]:
-                self.draws[name] = _Draw.of(node, data_dim)
-            terms[f"log density of {name}"] = _by_row(
-                site_log_prob(name, node, scaled=False), data_dim
-            )
-            if is_point(node["fn"]) and value.is_floating_point():
-                events = tuple(range(value.ndim - node["fn"].event_dim, value.ndim))
-                point = value.sum(events) if events else value
-                terms[f"value of {name}"] = _by_row(point, data_dim)
+        for role, trace in traces.items():
+            terms = self.terms[role] = {}
+            for name, node in sample_nodes(trace):
+                fn, value = node["fn"], node["value"]
+                of_data = fn.batch_shape[dim] if len(fn.batch_shape) >= -dim else None
+                if name in local and of_data is not None and role == "guide":
+                    self.sizes.add(of_data)
+                data_dim = dim if of_data == size else None
+                if not node["is_observed"]:
+                    self.draws[name] = _Draw.of(node, data_dim)
+                density = site_log_prob(name, node, scaled=False)
+                terms[f"log density of {name}"] = _by_row(density, data_dim)
+                if is_point(fn) and value.is_floating_point():
+                    events = tuple(range(value.ndim - fn.event_dim, value.ndim))
+                    point = value.sum(events) if events else value
+                    terms[f"value of {name}"] = _by_row(point, data_dim)
+        return self
 
     def given(self, model: Program, guide: Program, batch: Batch, index: Tensor) -> Answers:
         """Return the answers for the same draws of these data.
@@ -120,19 +111,13 @@ class Answers:
             index: of data that were answered for, in any order.
         """
         rows = {name: draw.rows(index) for name, draw in self.draws.items()}
-        values = {name: value for name, (value, _) in rows.items()}
-        preimages = {name: kept for name, (_, kept) in rows.items() if kept is not None}
-        give = GiveValues(values, preimages)
-        traces = [trace_guide(give(fn), batch) for fn in (model, guide)]
-        return Answers.of(traces[0], traces[1], self.plate, len(index))
+        preimages = {name: kept for name, draw in rows.items() if (kept := draw.preimage)}
+        give = GiveValues({name: draw.value for name, draw in rows.items()}, preimages)
+        model_trace, guide_trace = (trace_guide(give(fn), batch) for fn in (model, guide))
+        return Answers.of(model_trace, guide_trace, self.plate, len(index))
 
     def differs(
-        self,
-        other: Answers,
-        index: Tensor,
-        *,
-        gradients: bool = True,
-        close: Callable[[Tensor, Tensor], bool] | None = None,
+        self, other: Answers, index: Tensor, *, gradients: bool = True, slack: float = SLACK
     ) -> str | None:
         """Return whose answers, for these data, are not the other's: "guide", "model" or None.
 
@@ -140,15 +125,14 @@ class Answers:
             other: of the rows of ``index``.
             index: of data, in the order of the other's.
             gradients: whether those by parameters are compared, too.
-            close: whether two terms are equal; by default :func:`close_to`.
+            slack: in the comparison of terms, as in :func:`agree`.
         """
-        close = close_to if close is None else close
         for role in ("guide", "model"):
             mine, theirs = self.terms[role], other.terms[role]
-            if mine.keys() != theirs.keys():
-                return role
             rows = {name: rows_of(term, index, self.size) for name, term in mine.items()}
-            if not all(close(rows[name], theirs[name]) for name in mine):
+            if rows.keys() != theirs.keys() or not all(
+                agree(rows[name], theirs[name], slack=slack) for name in rows
+            ):
                 return role
             if gradients and not _same_gradients(_weighted(rows), _weighted(theirs)):
                 return role
@@ -160,10 +144,6 @@ def shuffled(size: int) -> Tensor:
     order = torch.arange(size)
     permuted = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order.flip(0) if torch.equal(order, permuted) else permuted
-
-
-def _selected(value: Tensor, axis: int | None, index: Tensor) -> Tensor:
-    return value if axis is None else value.index_select(axis, index.to(value.device))
 
 
 def _by_row(term: Tensor, data_dim: int | None) -> Tensor:
@@ -178,27 +158,18 @@ def rows_of(term: Tensor, index: Tensor, size: int) -> Tensor:
     return term[index.to(term.device)] if term.numel() == size else term
 
 
-def close_to(one: Tensor, other: Tensor) -> bool:
-    """Return whether two terms are equal to what another order of sums may change."""
-    tolerance = _TERM_TOLERANCE.get(one.dtype, 1e-3)
-    return one.shape == other.shape and torch.allclose(
-        one, other, rtol=tolerance, atol=tolerance, equal_nan=True
-    )
-
-
-def _weighted(terms: Mapping[str, Tensor]) -> Tensor | None:
+def _weighted(terms: dict[str, Tensor]) -> Tensor:
     """Return a sum of terms in which each row has a weight of its own."""
-    total: Tensor | None = None
+    total = torch.zeros(())
     for number, rows in enumerate(terms.values()):
         weights = torch.linspace(1, 2, rows.numel(), dtype=rows.dtype) + number
-        weighted = (weights.cos().to(rows.device) * rows).sum()
-        total = weighted if total is None else total + weighted
+        total = total + (weights.cos().to(rows.device) * rows).sum()
     return total
 
 
-def _same_gradients(one: Tensor | None, other: Tensor | None) -> bool:
+def _same_gradients(one: Tensor, other: Tensor) -> bool:
     """Return whether two sums have the same gradients by all that they depend on."""
-    mine, theirs = (_gradients(total) for total in (one, other))
+    mine, theirs = _gradients(one), _gradients(other)
     sizes = {leaf: float(g.abs().max()) for found in (mine, theirs) for leaf, g in found.items()}
     rounding = _ROUNDING * max(sizes.values(), default=0.0)
     for leaf, size in sizes.items():
@@ -209,24 +180,20 @@ def _same_gradients(one: Tensor | None, other: Tensor | None) -> bool:
     return True
 
 
-def _gradients(total: Tensor | None) -> dict[int, Tensor]:
+def _gradients(total: Tensor) -> dict[int, Tensor]:
     """Return the gradient of a sum by each leaf of its graph, those that are zero left out."""
-    if total is None or total.grad_fn is None:
-        return {}
     leaves: dict[int, Tensor] = {}
     seen, stack = set(), [total.grad_fn]
     while stack:
         function = stack.pop()
-        if function in seen:
+        if function is None or function in seen:
             continue
         seen.add(function)
         if (leaf := getattr(function, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
-        stack.extend(before for before, _ in function.next_functions if before is not None)
+        stack.extend(before for before, _ in function.next_functions)
+    if not leaves:
+        return {}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
-    dense = (None if gradient is None else gradient.to_dense() for gradient in found)
-    return {
-        leaf: gradient
-        for leaf, gradient in zip(leaves, dense, strict=True)
-        if gradient is not None and gradient.numel() and bool((gradient != 0).any())
-    }
+    dense = {leaf: g.to_dense() for leaf, g in zip(leaves, found, strict=True) if g is not None}
+    return {leaf: gradient for leaf, gradient in dense.items() if gradient.any()}

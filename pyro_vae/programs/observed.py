@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,30 +12,25 @@ from torch import Tensor
 from pyro_vae.programs.batch import rows_text
 from pyro_vae.programs.handlers import as_long_as
 from pyro_vae.programs.nodes import plain_support, sample_nodes
-from pyro_vae.programs.sites import Plate, Site, Structure
+from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.types import Trace
 
 
-def check_observed(
-    sites: Mapping[str, Site], run_again: Callable[[], Mapping[str, Site]], *, strict: bool
-) -> None:
+def check_observed(run: Structure, again: Callable[[], Structure], *, strict: bool) -> None:
     """Raise ValueError for observed values of another shape, or outside the support.
 
     Not outside one that is another in a second run: that of Uniform(0, z) is a latent's to draw.
     """
-    for site in sites.values():
-        if site.kind != "observed" or not isinstance(site.value, Tensor):
-            continue
+    for site in (site for site in run.observed if isinstance(site.value, Tensor)):
         _check_shape(site)
         where = _outside_support(site) if site.validated or strict else None
-        if where is not None and _bounds(site) == _bounds(run_again()[site.name]):
+        if where is not None and _bounds(site) == _bounds(again().sites[site.name]):
             hint = ". Its validate_args=False lets training take them, but they have no density"
-            hint = "" if site.validated else hint
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
                 f"{site.distribution} likelihood ({site.support_text}) in {where}; rescale or "
-                f"clean the data, or choose another likelihood{hint}"
+                f"clean the data, or choose another likelihood{'' if site.validated else hint}"
             )
 
 
@@ -90,58 +85,43 @@ def check_drawable(structure: Structure, device: torch.device) -> None:
 
 def _check_shape(site: Site) -> None:
     # Torch would broadcast a value of other event dimensions, and count it several times.
-    shape, wanted = tuple(site.value.shape), (*site.batch_shape, *site.event_shape)
-    events = len(site.event_shape)
-    batch = shape[: len(shape) - events]
+    shape, batch, event = site.value.shape, site.batch_shape, site.event_shape
+    cut = len(shape) - len(event)
     if (
-        len(shape) < events
-        or any(
-            b not in (1, a)
-            for a, b in zip(shape[len(shape) - events :], site.event_shape, strict=True)
-        )
-        or len(batch) > len(site.batch_shape)
-        or any(a not in (1, b) for a, b in zip(batch[::-1], site.batch_shape[::-1], strict=False))
+        not 0 <= cut <= len(batch)
+        or any(b not in (1, a) for a, b in zip(shape[cut:], event, strict=True))
+        or any(a not in (1, b) for a, b in zip(shape[:cut][::-1], batch[::-1], strict=False))
     ):
         raise ValueError(
             f"observed site {site.name!r}: its value has shape {list(shape)}, but its "
-            f"{site.distribution} likelihood has shape {list(wanted)} (batch "
-            f"{list(site.batch_shape)}, event {events} dimensions); give data of that shape, or "
-            "mend the likelihood (.to_event(...))"
+            f"{site.distribution} likelihood has shape {[*batch, *event]} (batch {list(batch)}, "
+            f"event {len(event)} dimensions); give data of that shape, or mend the likelihood "
+            "(.to_event(...))"
         )
-
-
-def _inside(site: Site) -> Tensor | None:
-    """Return which entries of a site's batch are in the support, where no mask leaves them out."""
-    support = plain_support(site)
-    if support is None:
-        return None
-    inside = support.check(site.value)
-    joint = site.value.ndim - inside.ndim
-    out = site.left_out
-    inside = inside | (out.flatten(-joint).all(-1) if joint else out)
-    events = len(site.event_shape) - joint
-    return inside.flatten(-events).all(-1) if events > 0 else inside
 
 
 def _bounds(site: Site) -> list[Any]:
     """Return the bounds of a support as plain numbers, to be compared."""
-    support = plain_support(site)
+    support = plain_support(site.fn)
     bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
 
 
 def _outside_support(site: Site) -> str | None:
-    """Say where an observed site has values outside its support; None if nowhere."""
-    inside = _inside(site)
-    if inside is None or bool(inside.all()):
+    """Say where an observed site has values outside its support, masks aside; None if nowhere."""
+    support = plain_support(site.fn)
+    if support is None:
         return None
-    return _outside_text(inside, {plate.dim: plate for plate in site.plates})
-
-
-def _outside_text(inside: Tensor, plates: Mapping[int, Plate]) -> str:
-    """Name the entries of the outermost plate that hold values outside the support."""
-    outermost = min((dim for dim in plates if -dim <= inside.ndim), default=None)
-    if outermost is None:
+    inside, out = support.check(site.value), site.left_out
+    joint = site.value.ndim - inside.ndim
+    inside = inside | (out.flatten(-joint).all(-1) if joint else out)
+    if (events := len(site.event_shape) - joint) > 0:
+        inside = inside.flatten(-events).all(-1)
+    if bool(inside.all()):
+        return None
+    plates = [plate for plate in site.plates if -plate.dim <= inside.ndim]
+    if not plates:
         return "the data"
-    bad = ~inside.movedim(outermost, 0).reshape(inside.shape[outermost], -1).all(1)
-    return f"{rows_text(bad)} of plate {plates[outermost].name!r}"
+    plate = min(plates, key=lambda plate: plate.dim)  # the outermost
+    bad = ~inside.movedim(plate.dim, 0).reshape(inside.shape[plate.dim], -1).all(1)
+    return f"{rows_text(bad)} of plate {plate.name!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import pyro
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.programs.absence_check import check_absent
-from pyro_vae.programs.agreement import agree
 from pyro_vae.programs.answers import Answers, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
@@ -21,7 +20,6 @@ from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.guide_densities import check_per_datum, points
 from pyro_vae.programs.guide_kinds import RowGuide, row_guide
 from pyro_vae.programs.handlers import ParamStatements
-from pyro_vae.programs.looks import ModelRun, default_validation_told_apart
 from pyro_vae.programs.masks import masked_proposals
 from pyro_vae.programs.nodes import (
     batch_nesting,
@@ -31,8 +29,7 @@ from pyro_vae.programs.nodes import (
     latent_nodes,
     sample_nodes,
 )
-from pyro_vae.programs.site_shapes import SiteShape, site_shapes
-from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.sites import Plate, SiteShape, Structure, site_shapes
 from pyro_vae.programs.state import (
     FirstValues,
     Look,
@@ -42,7 +39,7 @@ from pyro_vae.programs.state import (
     mode_reads,
     unwrapped,
 )
-from pyro_vae.programs.structure import ModelLooks
+from pyro_vae.programs.structure import ModelLooks, default_validation_told_apart
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import ReplaceDraws, trace_guide, trace_model
 from pyro_vae.programs.types import DataPlate, Program, Trace
@@ -58,7 +55,7 @@ class Single:
         guide_trace: of the guide, masked as the model masks its latents.
         model_trace: of the model, replayed with the guide's draws.
         drawn_by_guide: plates of which the guide drew a subsample.
-        drawn_by_model: plates of which the model did.
+        drawn: plates of which either did.
         in_guide: the modules that the guide called.
         in_model: the modules that the model called.
         mode_read_of: the modules whose mode, training or not, was read.
@@ -67,11 +64,11 @@ class Single:
 
     guide_trace: Trace
     model_trace: Trace
-    drawn_by_guide: frozenset[str]
-    drawn_by_model: frozenset[str]
-    in_guide: tuple[nn.Module, ...]
-    in_model: tuple[nn.Module, ...]
-    mode_read_of: tuple[nn.Module, ...]
+    drawn_by_guide: set[str]
+    drawn: set[str]
+    in_guide: Collection[nn.Module]
+    in_model: Collection[nn.Module]
+    mode_read_of: list[nn.Module]
     statements: ParamStatements
 
     @property
@@ -80,9 +77,9 @@ class Single:
         return list({id(m): m for m in (*self.in_guide, *self.in_model)}.values())
 
     @property
-    def run(self) -> ModelRun:
+    def run(self) -> Structure:
         """What it shows of the model."""
-        return ModelRun.of(self.model_trace, self.drawn_by_guide | self.drawn_by_model)
+        return Structure.of(self.model_trace, self.drawn)
 
 
 class Pair:
@@ -140,6 +137,7 @@ class Pair:
         self.first = FirstValues() if first is None else first
         self.gradients = gradients
         self._model_trace: Trace | None = None  # of another guide's draws
+        self._agrees: bool | None = None  # once it is known
         self._table = row_guide(guide)
         self._rows = None if self._table is None else self._table.given_rows
 
@@ -175,37 +173,23 @@ class Pair:
             ValueError: where the guide does not propose just the model's latent sites, or a
                 density for a mass; where densities depend on a latent that is masked everywhere.
         """
-        checked = self.gradients
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
+        known, checked = self._model_trace, self.gradients
         with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
             with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
                 with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
                     guide_trace = trace_guide(self.guide, self.batch)
-                with (
-                    called_modules() as in_model,
-                    drawn_subsamples() as by_model,
-                    SameMeasure(guide_trace),
-                ):
-                    model_trace = self._model_trace or trace_model(
-                        self.model, guide_trace, self.batch
-                    )
-            if self._model_trace is not None:
-                check_guide(model_trace, guide_trace)
                 measures = SameMeasure(guide_trace)
+                with called_modules() as in_model, drawn_subsamples() as by_model, measures:
+                    model_trace = known or trace_model(self.model, guide_trace, self.batch)
+            if known is None:
+                check_absent(self.model, model_trace, self.batch)
+            else:
+                check_guide(model_trace, guide_trace)
                 for _, node in sample_nodes(model_trace):
                     measures.check(node)
-            else:
-                check_absent(self.model, model_trace, self.batch)
-        return Single(
-            guide_trace,
-            model_trace,
-            frozenset(by_guide),
-            frozenset(by_model),
-            tuple(in_guide.values()),
-            tuple(in_model.values()),
-            tuple(mode_read_of),
-            statements,
-        )
+        drawn, called = (by_guide, by_guide | by_model), (in_guide.values(), in_model.values())
+        return Single(guide_trace, model_trace, *drawn, *called, mode_read_of, statements)
 
     def part_agrees(self, plate: Plate | None) -> bool:
         """Return whether the data, fewer of them and in another order, are what they are among all.
@@ -224,34 +208,29 @@ class Pair:
         size = self.batch.size
         if plate is None or plate.drawn or size is None or size < 3:  # a row alone has no order
             return False
-        if not hasattr(self, "_part_agrees"):
-            self._part_agrees = self._compare_part(plate, size)
-        return self._part_agrees
+        if self._agrees is None:
+            self._agrees = self._compare_part(plate, size)
+        return self._agrees
 
     def _compare_part(self, plate: Plate, size: int) -> bool:
         index = shuffled(size)[: (size + 1) // 2]
         single, table = self.single, self._table
-        with Look(), contextlib.ExitStack() as stack:
-            stack.enter_context(self.looking(gradients=self.gradients))
+        rows: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        with Look(), self.looking(gradients=self.gradients):
             answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
             if answers.sizes - {1, size}:
                 return False  # the guide answers for another number of data than it was given
-            if table is not None:
-                rows = table.current_rows
-                stack.enter_context(table.rows_as_given(rows[index.to(rows.device)]))
             batch = self.batch.rows(index)
-            part = answers.given(self.model, self.guide, batch, index)
-            if part.run is None or answers.differs(
-                part, index, gradients=self.gradients, close=agree
-            ):
-                return False
-            of_part = ModelLooks(self.model, batch)
-            of_part.know_run(part.run, None)
-            structure = of_part.structure(plate.name, latents_needed=False)
-            found = structure.data_plate
-            subsampled = found is not None and found.full_size == plate.full_size
-            self.looks.know_subsampled(plate, subsampled)
-            self.part = structure
+            if table is not None:
+                rows = table.rows_as_given(table.current_rows.cpu()[index])
+            with rows:
+                part = answers.given(self.model, self.guide, batch, index)
+                if answers.differs(part, index, gradients=self.gradients, slack=1.0):
+                    return False
+                of_part = ModelLooks(self.model, batch)
+                of_part.know_run(part.run, None)
+                self.part = of_part.structure(plate.name, latents_needed=False)
+            self.looks.note_subsampled(plate, self.part)
             return True
         return False
 
@@ -298,13 +277,13 @@ class Pair:
     def _find_facts(self) -> None:
         plate = self.structure.data_plate
         if plate is not None and plate.drawn:
-            raise ValueError(
-                f"the model draws its own minibatch in plate {plate.name!r} "
-                "(subsample_size=...); a result for each datum needs to know which. Pass the "
-                "minibatch as the batch, with pyro.plate(name, num_data, subsample=x)"
-            )
+            how = "with pyro.plate(name, num_data, subsample=x)"
+            raise _own_minibatch("model", plate.name, how)
         single = self.single
-        self._refuse_drawn(single)
+        if drawn := sorted(single.drawn):
+            plates = (p for site in self.structure.sites.values() for p in site.plates)
+            whose = "model" if any(p.drawn for p in plates) else "guide"
+            raise _own_minibatch(whose, drawn[0], "and give the plate no subsample_size")
         guide_trace, model_trace = single.guide_trace, single.model_trace
         with self.looking():
             torch.manual_seed(_SEED)  # other random numbers than those of the single run
@@ -324,22 +303,17 @@ class Pair:
         self.nesting = batch_nesting(model_trace, guide_trace)
         proposals = dict(latent_nodes(guide_trace))
         self.guide_sites = frozenset(proposals)
-        self.scorable = all(
-            not node["infer"].get("is_auxiliary") and not is_point(node["fn"])
-            for node in proposals.values()
+        self.scorable = not any(
+            node["infer"].get("is_auxiliary") or is_point(node["fn"]) for node in proposals.values()
         )
         self.shapes = site_shapes(model_trace, guide_trace)
         for site in self.structure.observed:  # a plate without a size does not expand them
             self.shapes[site.name] = SiteShape(len(site.batch_shape), len(site.event_shape))
         self.masked = masked_proposals(model_trace, guide_trace)
 
-    def _refuse_drawn(self, single: Single) -> None:
-        drawn = sorted(single.drawn_by_guide | single.drawn_by_model)
-        if drawn:
-            plates = (p for site in self.structure.sites.values() for p in site.plates)
-            whose = "model" if any(p.drawn for p in plates) else "guide"
-            raise ValueError(
-                f"the {whose} draws its own minibatch in plate {drawn[0]!r} (subsample_size=...); "
-                "a result for each datum needs to know which. Pass the minibatch as the batch, "
-                "and give the plate no subsample_size"
-            )
+
+def _own_minibatch(whose: str, plate: str, how: str) -> ValueError:
+    return ValueError(
+        f"the {whose} draws its own minibatch in plate {plate!r} (subsample_size=...); a result "
+        f"for each datum needs to know which. Pass the minibatch as the batch, {how}"
+    )

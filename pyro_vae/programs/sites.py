@@ -6,10 +6,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.programs.nodes import is_enumerable, left_out, plain_distribution, plain_support
+from pyro_vae.programs.nodes import (
+    batch_nesting,
+    is_enumerable,
+    left_out,
+    plain_distribution,
+    plain_support,
+    sample_nodes,
+)
+from pyro_vae.programs.preimages import preimage_key, preimage_of
+from pyro_vae.programs.pyro_internals import is_deterministic
+from pyro_vae.programs.types import Node, Trace
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,6 @@ class Site:
         kind: "local latent", "global latent", "latent" (data plate unknown) or "observed".
         fn: its distribution in that run.
         batch_shape: plates and other batch dimensions.
-        event_shape: shape of one event.
         plates: the vectorized plates around it.
         value: its value in that run: drawn from the prior, or observed.
         mask: the mask on it (poutine.mask, obs_mask); None where there is none.
@@ -52,12 +62,16 @@ class Site:
     kind: str
     fn: Any
     batch_shape: torch.Size
-    event_shape: torch.Size
     plates: tuple[Plate, ...]
     value: Tensor
     mask: Tensor | bool | None
     missing: Tensor | None = None
     scale: Any = 1.0
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one event."""
+        return self.fn.event_shape
 
     @property
     def own_scale(self) -> Tensor:
@@ -75,16 +89,12 @@ class Site:
     @property
     def support_text(self) -> str:
         """The support in words, with its bounds."""
-        support = plain_support(self)
+        support = plain_support(self.fn)
         if support is None:
             return "not declared"
-        bounds = [
-            _bound_text(getattr(support, name))
-            for name in ("lower_bound", "upper_bound")
-            if hasattr(support, name)
-        ]
-        name = type(support).__name__.removeprefix("_")
-        return f"{name}({', '.join(bounds)})" if bounds else name
+        ends = (getattr(support, end, None) for end in ("lower_bound", "upper_bound"))
+        bounds = ", ".join(_bound_text(bound) for bound in ends if bound is not None)
+        return type(support).__name__.removeprefix("_") + (f"({bounds})" if bounds else "")
 
     @property
     def distribution(self) -> str:
@@ -100,7 +110,7 @@ class Site:
     def validated(self) -> bool:
         """Whether its distribution looks at values before it gives their density.
 
-        What its maker said counts, see :func:`_default_validation_told_apart`.
+        What its maker said counts, see :func:`default_validation_told_apart`.
         """
         return vars(plain_distribution(self.fn)).get("_validate_args", True) is not False
 
@@ -108,6 +118,10 @@ class Site:
     def enumerable(self) -> bool:
         """Whether it is discrete, of finite support, and so can be summed out."""
         return is_enumerable(self.fn)
+
+    def is_in(self, plate: str) -> bool:
+        """Return whether a plate of this name is around it."""
+        return plate in names_of(self.plates)
 
 
 @dataclass(frozen=True)
@@ -117,29 +131,63 @@ class Structure:
     Attributes:
         sites: name to Site, in the order of the model.
         data_plate: the plate of the data; None where the model is treated as one datum.
-        max_plate_nesting: number of batch dimensions that plates, and sites in none, take up.
-        num_data: data in this batch (1 where the model is treated as one datum).
+        nesting: number of batch dimensions that plates, and sites in none, take up.
         sequential: plates that are iterated over (``for i in pyro.plate(...)``) and draw a
             subsample: their sites are others in each run.
     """
 
     sites: Mapping[str, Site]
     data_plate: Plate | None
-    max_plate_nesting: int
-    num_data: int
+    nesting: int
     sequential: tuple[str, ...] = ()
     local_latents: tuple[Site, ...] = field(init=False)
     global_latents: tuple[Site, ...] = field(init=False)
     observed: tuple[Site, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        for attribute, kind in (
-            ("local_latents", "local latent"),
-            ("global_latents", "global latent"),
-            ("observed", "observed"),
-        ):
+        for kind in ("local latent", "global latent", "observed"):
             found = tuple(site for site in self.sites.values() if site.kind == kind)
+            attribute = kind if kind == "observed" else kind.replace(" ", "_") + "s"
             object.__setattr__(self, attribute, found)
+
+    @classmethod
+    def of(cls, trace: Trace, drawn: Collection[str] = ()) -> Structure:
+        """Return what a trace of a model shows, before its latents are local or global.
+
+        Args:
+            trace: of the model.
+            drawn: plates of which the run drew a subsample.
+        """
+        sizes = _sizes_of_unsized(trace)
+        sites = {
+            name: _site(name, node, sizes, drawn)
+            for name, node in sample_nodes(trace)
+            if not is_deterministic(node)
+        }
+        vectorized = {plate.name for site in sites.values() for plate in site.plates}
+        return cls(sites, None, batch_nesting(trace), tuple(sorted(set(drawn) - vectorized)))
+
+    def with_data_plate(self, plate: Plate | None) -> Structure:
+        """Return this structure with its latents told apart: local in a data plate, or global."""
+        sites = dict(self.sites)
+        for name, site in sites.items():
+            if site.kind != "observed":
+                local = plate is not None and site.is_in(plate.name)
+                sites[name] = replace(site, kind="local latent" if local else "global latent")
+        return replace(self, sites=sites, data_plate=plate)
+
+    def is_like(self, other: Structure) -> bool:
+        """Return whether another run, on any number of data, has the same sites and events."""
+        mine, theirs = (
+            {n: (s.kind, s.event_shape, len(s.batch_shape)) for n, s in run.sites.items()}
+            for run in (self, other)
+        )
+        return mine == theirs
+
+    @property
+    def num_data(self) -> int:
+        """Data in this batch; 1 where the model is treated as one datum."""
+        return 1 if self.data_plate is None else self.data_plate.size
 
     @property
     def data_dim(self) -> int | None:
@@ -158,7 +206,7 @@ class Structure:
             name: replace(site, plates=tuple(map(drawing, site.plates)))
             for name, site in self.sites.items()
         }
-        plate = None if self.data_plate is None else drawing(self.data_plate)
+        plate = self.data_plate and drawing(self.data_plate)
         return replace(self, sites=sites, data_plate=plate)
 
     def require_no_sequential(self) -> None:
@@ -175,12 +223,11 @@ class Structure:
         if self.data_plate is not None and self.global_latents:
             names = names_of(self.global_latents)
             raise ValueError(
-                f"the latent sites {names} lie outside the data plate "
-                f"{self.data_plate.name!r}: they are global, and a bound for each datum needs "
-                "them fixed. ELBO and IWAE(estimator='pathwise') train them; for a bound, pass "
-                f"their values (given={{{names[0]!r}: value}}), or give an AmortizedGuide a "
-                "global_guide that knows its median; or pass data_plate=False to treat the whole "
-                "batch as one datum"
+                f"the latent sites {names} lie outside the data plate {self.data_plate.name!r}: "
+                "they are global, and a bound for each datum needs them fixed. ELBO and "
+                "IWAE(estimator='pathwise') train them; for a bound, pass their values "
+                f"(given={{{names[0]!r}: value}}), or give an AmortizedGuide a global_guide that "
+                "knows its median; or pass data_plate=False to treat the whole batch as one datum"
             )
 
 
@@ -192,3 +239,122 @@ def names_of(things: Iterable[Site | Plate]) -> list[str]:
 def _bound_text(bound: Any) -> str:
     values = torch.as_tensor(bound).unique()
     return f"{values.item():g}" if values.numel() == 1 else "varies"
+
+
+# --- from a trace
+
+
+def _site(name: str, node: Node, sizes: Mapping[str, int], drawn: Collection[str]) -> Site:
+    frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+    counts = [(sizes.get(f.name, f.size), sizes.get(f.name, f.full_size)) for f in frames]
+    plates = tuple(
+        Plate(f.name, f.dim, *count, f.name in drawn)
+        for f, count in zip(frames, counts, strict=True)
+    )
+    shape = node["fn"].batch_shape
+    own = dict(zip(range(-len(shape), 0), shape, strict=True))
+    if node["is_observed"]:  # in a plate without a size its data may be more than the parameters
+        for plate in plates:
+            if plate.name in sizes and own.get(plate.dim, 1) == 1:
+                own[plate.dim] = plate.size
+    return Site(
+        name,
+        "observed" if node["is_observed"] else "latent",
+        node["fn"],
+        torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0)),
+        plates,
+        node["value"],
+        node["mask"],
+        node["infer"].get("_missing"),
+        node["scale"],
+    )
+
+
+def _sizes_of_unsized(trace: Trace) -> dict[str, int]:
+    """Return the sizes of plates without one (pyro.plate("data")): those of what is in them."""
+    sizes: dict[str, int] = {}
+    for _, node in sample_nodes(trace):
+        value, fn = node["value"], node["fn"]
+        shapes = [fn.batch_shape]
+        if isinstance(value, Tensor):
+            shapes.append(value.shape[: value.ndim - fn.event_dim])
+        for frame in node["cond_indep_stack"]:
+            if frame.vectorized and frame.size == -1:
+                found = [shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim]
+                sizes[frame.name] = max(*found, sizes.get(frame.name, 1), 1)
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class SiteShape:
+    """Batch and event dimensions of a site in a single run, without particles.
+
+    Attributes:
+        batch_ndim: batch dimensions.
+        event_ndim: event dimensions.
+        preimage_of: of the coordinates that a site's draws are made from, that site.
+        transforms: from these to the site's values.
+    """
+
+    batch_ndim: int
+    event_ndim: int
+    preimage_of: str | None = None
+    transforms: tuple[Any, ...] = ()
+
+
+def site_shapes(*traces: Trace) -> dict[str, SiteShape]:
+    """Return the shapes of all sites of some traces, and of the preimages of their draws."""
+    found = {}
+    for trace in traces:
+        for name, node in sample_nodes(trace):
+            batch, events = len(node["fn"].batch_shape), node["fn"].event_dim
+            found[name] = SiteShape(batch, events)
+            if preimage := preimage_of(node):
+                events += preimage.draw.ndim - node["value"].ndim
+                if key := preimage_key(name, preimage.transforms):
+                    found[key] = SiteShape(batch, events, name, preimage.transforms)
+    return found
+
+
+# --- values as arrays, the datum in front
+
+
+def array_of(value: Tensor, site: Site, structure: Structure) -> np.ndarray:
+    """Return values of a site, broadcast to its shape, as ``[N, *inner plates, *event]``.
+
+    Args:
+        value: what broadcasts with ``[*batch, *event]``.
+        site: whose values they are.
+        structure: of the model; as ``[*batch, *event]`` where it is one datum.
+    """
+    shape = torch.broadcast_shapes(value.shape, (*site.batch_shape, *site.event_shape))
+    value = value.broadcast_to(shape)
+    if structure.data_dim is not None:
+        value = value.movedim(value.ndim - len(site.event_shape) + structure.data_dim, 0)
+    return value.detach().cpu().numpy()
+
+
+def observed_values(site: Site, structure: Structure) -> np.ndarray:
+    """Return the values of an observed site, NaN where one is missing."""
+    missing = site.missing
+    value = site.value if missing is None else site.value.masked_fill(missing, np.nan)
+    return array_of(value, site, structure)
+
+
+def absent(site: Site, structure: Structure) -> np.ndarray | None:
+    """Return where masks say that a site has no value: padding, for example; None for nowhere.
+
+    A missing value is not absent: it is there, though not seen.
+    """
+    left_out = site.left_out if site.missing is None else site.left_out & ~site.missing
+    return array_of(left_out, site, structure) if bool(left_out.any()) else None
+
+
+def inner_dims(site: Site, structure: Structure) -> list[str]:
+    """Return names of a site's dimensions but the data's: inner plates, then ``<site>_dim_i``."""
+    batch = len(site.batch_shape)
+    inner = {batch + p.dim: p.name for p in site.plates if p != structure.data_plate}
+    data_axis = None if structure.data_dim is None else batch + structure.data_dim
+    axes = [axis for axis in range(batch) if axis != data_axis]
+    names = [inner.get(axis, f"{site.name}_dim_{i}") for i, axis in enumerate(axes)]
+    return names + [f"{site.name}_dim_{len(axes) + i}" for i in range(len(site.event_shape))]

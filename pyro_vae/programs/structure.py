@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
-from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.looks import ModelRun, check_same, run_model
-from pyro_vae.programs.observed import check_observed
+import torch
+from pyro.poutine.messenger import Messenger
+from torch.distributions import Distribution
+
+from pyro_vae.programs.batch import Batch, as_batch, dtype_errors
+from pyro_vae.programs.nodes import drawn_subsamples, plain_distribution
+from pyro_vae.programs.observed import check_observed, check_repeated
+from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
-from pyro_vae.programs.state import Look, called_modules
-from pyro_vae.programs.types import DataPlate, Program
+from pyro_vae.programs.state import Look, called_modules, looking
+from pyro_vae.programs.types import DataPlate, Node, Program
 
 __all__ = ["DataPlateError", "ModelLooks", "inspect"]
+
+_ONE_DATUM = "data_plate=False to treat the whole batch as one datum"
 
 
 class DataPlateError(ValueError):
@@ -64,12 +71,15 @@ class ModelLooks:
     Args:
         model: a Pyro model.
         batch: its arguments.
+
+    Attributes:
+        subsampled: by name of a plate, what :meth:`is_subsampled` returns of it.
     """
 
     def __init__(self, model: Program, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self._stable_runs = 0
-        self._subsampled: dict[str, bool] = {}
+        self.subsampled: dict[str, bool] = {}
 
     @classmethod
     def of(cls, model: Program, example: Any) -> ModelLooks:
@@ -81,11 +91,11 @@ class ModelLooks:
     def on(self, batch: Batch) -> ModelLooks:
         """Return what is known of the model on some of the rows: all but its sites there."""
         other = ModelLooks(self.model, batch)
-        other._stable_runs, other._subsampled = self._stable_runs, self._subsampled
+        other._stable_runs, other.subsampled = self._stable_runs, self.subsampled
         return other
 
     @functools.cached_property
-    def run(self) -> ModelRun:
+    def run(self) -> Structure:
         """One run under the prior; the global random state stays as it was.
 
         Raises:
@@ -103,18 +113,12 @@ class ModelLooks:
         self, data_plate: DataPlate = None, *, strict: bool = False, latents_needed: bool = True
     ) -> Structure:
         """Return the structure of the model; arguments and errors as :func:`inspect`."""
-
-        def sites_again() -> Mapping[str, Site]:
-            return run_model(self.model, self.batch, seed=1).sites
-
-        check_observed(self.run.sites, sites_again, strict=strict)
+        again = functools.partial(run_model, self.model, self.batch, seed=1)
+        check_observed(self.run, again, strict=strict)
         if data_plate is False:
-            kinds = {
-                name: _with_kind(site, "global latent") for name, site in self.run.sites.items()
-            }
-            return Structure(kinds, None, self.run.nesting, 1, self.run.sequential)
+            return self.run.with_data_plate(None)
         plate = _find_data_plate(
-            self.run.sites, None if data_plate is True else data_plate, latents_needed
+            self.run, None if data_plate is True else data_plate, latents_needed
         )
         if self.batch.size is not None and not plate.drawn and plate.size != self.batch.size:
             raise DataPlateError(
@@ -123,43 +127,46 @@ class ModelLooks:
                 f"pyro.plate({plate.name!r}, len(x)) or pyro.plate({plate.name!r}, num_data, "
                 "subsample=x), or name another plate with data_plate="
             )
-        kinds = {
-            name: _with_kind(
-                site, "local latent" if plate.name in names_of(site.plates) else "global latent"
-            )
-            for name, site in self.run.sites.items()
-        }
-        for site in kinds.values():
-            _check_local(site, plate)
-        return Structure(kinds, plate, self.run.nesting, plate.size, self.run.sequential)
+        structure = self.run.with_data_plate(plate)
+        for site in structure.local_latents:
+            shape = site.batch_shape
+            if plate.size > 1 and (len(shape) < -plate.dim or shape[plate.dim] == 1):
+                raise DataPlateError(
+                    f"latent site {site.name!r} has batch shape {list(shape)}, one value for the "
+                    f"{plate.size} data of plate {plate.name!r}; give the plate its size, "
+                    f"pyro.plate({plate.name!r}, len(x)), and the site that shape, or pass "
+                    f"{_ONE_DATUM}"
+                )
+        return structure
 
     def check_stable(self, structure: Structure, runs: int) -> None:
         """Raise ValueError where sites, or their shapes, are others in one of some further runs."""
         structure.require_no_sequential()
         for seed in range(self._stable_runs + 1, runs + 1):
             with Look() as look:
-                again = run_model(self.model, self.batch, seed=seed).sites
+                again = run_model(self.model, self.batch, seed=seed)
             if look.error is None:  # a draw from the prior that the model cannot take says nothing
-                check_same(structure, again)
+                _check_same(structure, again)
         self._stable_runs = max(runs, self._stable_runs)
 
     def is_subsampled(self, plate: Plate) -> bool:
         """Return whether the data plate keeps its full size when the batch is of another size."""
-        if plate.name not in self._subsampled:
-            self._subsampled[plate.name] = self._is_subsampled(plate)
-        return self._subsampled[plate.name]
+        if plate.name not in self.subsampled:
+            self.subsampled[plate.name] = plate.size != plate.full_size
+            if self.batch.size and plate.size == plate.full_size:
+                few = self.batch.size - 1
+                other = self.batch.rows(slice(0, few)) if few else self.batch.repeat(2)
+                with Look():  # a model of batches of this one size takes no minibatches
+                    found = ModelLooks(self.model, other).structure(plate.name)
+                    self.note_subsampled(plate, found)
+        return self.subsampled[plate.name]
 
-    def _is_subsampled(self, plate: Plate) -> bool:
-        size = self.batch.size
-        if plate.size != plate.full_size or size is None or size < 1:
-            return plate.size != plate.full_size
-        other = self.batch.rows(slice(0, size - 1)) if size > 1 else self.batch.repeat(2)
-        with Look():
-            found = ModelLooks(self.model, other).structure(plate.name).data_plate
-            return found is not None and found.full_size == plate.full_size
-        return False  # the model takes batches of this one size only: no minibatches
+    def note_subsampled(self, plate: Plate, other: Structure) -> None:
+        """Remember of the data plate what a structure on other rows says."""
+        found = other.data_plate
+        self.subsampled[plate.name] = found is not None and found.full_size == plate.full_size
 
-    def know_run(self, run: ModelRun, other: ModelRun | None) -> None:
+    def know_run(self, run: Structure, other: Structure | None) -> None:
         """Take a run under a guide's draws for that under the prior, and for one of stability.
 
         Args:
@@ -170,27 +177,95 @@ class ModelLooks:
         self.run = run
         self._stable_runs = int(other is not None and run.is_like(other))
 
-    def know_subsampled(self, plate: Plate, subsampled: bool) -> None:
-        """Remember what a run on other rows has shown of :meth:`is_subsampled`."""
-        self._subsampled[plate.name] = subsampled
+
+# --- runs
 
 
-def _check_local(site: Site, plate: Plate) -> None:
-    """Raise DataPlateError for a local latent that has one value for all data."""
-    shape = site.batch_shape
-    single = len(shape) < -plate.dim or shape[plate.dim] == 1
-    if site.kind == "local latent" and single and plate.size > 1:
-        raise DataPlateError(
-            f"latent site {site.name!r} has batch shape {list(shape)}, one value for the "
-            f"{plate.size} data of plate {plate.name!r}; give the plate its size, "
-            f"pyro.plate({plate.name!r}, len(x)), and the site that shape, or pass "
-            "data_plate=False to treat the whole batch as one datum"
-        )
+def run_model(model: Program, batch: Batch, seed: int | None = None) -> Structure:
+    """Run a model once under its prior, in eval mode; its latents are not yet local or global.
+
+    Args:
+        model: a Pyro model.
+        batch: its arguments.
+        seed: of its draws; None takes the global random state, and leaves it as it was.
+    """
+    with (
+        looking(model, device=batch.device),
+        drawn_subsamples() as drawn,
+        default_validation_told_apart(),
+        _NameUndrawable(),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            with dtype_errors(batch):
+                trace = trace_of(model, batch)
+        except Exception as error:
+            error.add_note(f"while running the model on {batch}")
+            raise
+    check_repeated(trace)
+    return Structure.of(trace, drawn)
 
 
-def _find_data_plate(sites: Mapping[str, Site], name: str | None, latents_needed: bool) -> Plate:
-    observed = [site for site in sites.values() if site.kind == "observed"]
-    latents = [site for site in sites.values() if site.kind == "latent"]
+class _NameUndrawable(Messenger):
+    """Says which latent it is whose distribution has no draws: a model is looked at by running."""
+
+    _drawn: Node | None = None  # the statement that is being drawn
+
+    def _pyro_sample(self, msg: Node) -> None:
+        self._drawn = msg
+
+    def _pyro_post_sample(self, msg: Node) -> None:
+        self._drawn = None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, NotImplementedError) and self._drawn is not None:
+            raise ValueError(
+                f"latent site {self._drawn['name']!r}: its prior "
+                f"{type(plain_distribution(self._drawn['fn'])).__name__} cannot be drawn from, and "
+                "a model is looked at by drawing from its priors. Give the class a method sample; "
+                "any value of its support will do where its draws are not asked for"
+            ) from error
+
+
+@contextlib.contextmanager
+def default_validation_told_apart() -> Iterator[None]:
+    """Have distributions that validate nothing by default hold 0, where others got False.
+
+    Libraries (zuko, for one) switch validation off for a whole process. Plates copy a distribution,
+    and its copy holds the default as if it were its own.
+    """
+    default = Distribution._validate_args
+    Distribution._validate_args = default or 0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Distribution._validate_args = default
+
+
+def _check_same(structure: Structure, again: Structure) -> None:
+    """Raise ValueError if sites of another run, or their shapes, are not those of a structure."""
+
+    def shape(site: Site | None) -> str:
+        return str([*site.batch_shape, *site.event_shape]) if site else "no such site"
+
+    for name in structure.sites.keys() | again.sites.keys():
+        found = [shape(run.sites.get(name)) for run in (structure, again)]
+        if found[0] != found[1]:
+            raise ValueError(
+                f"site {name!r} is not the same in two runs of the model on one batch "
+                f"({' and '.join(found)}): latents of changing number or dimension have no density "
+                "in common. Give it a fixed shape, and mask what is not there (poutine.mask)"
+            )
+
+
+# --- the data plate
+
+
+def _find_data_plate(run: Structure, name: str | None, latents_needed: bool) -> Plate:
+    observed = run.observed
+    latents = [site for site in run.sites.values() if site.kind == "latent"]
     if not observed:
         raise DataPlateError(
             "the model observes nothing: no sample statement has obs=...; its latent sites are "
@@ -201,71 +276,50 @@ def _find_data_plate(sites: Mapping[str, Site], name: str | None, latents_needed
             f"the model has no latent site, only observed ones: {names_of(observed)}"
         )
     if name is not None:
-        return _named_data_plate(sites, observed, latents, name)
-    shared = set.intersection(*({plate.name for plate in site.plates} for site in observed))
+        return _named_data_plate(run, latents, name)
+    shared = set.intersection(*(set(names_of(site.plates)) for site in observed))
     if not shared:
         plates = "; ".join(
-            f"{site.name!r} is in {names_of(site.plates) if site.plates else 'no plate'}"
-            for site in observed
+            f"{site.name!r} is in {names_of(site.plates) or 'no plate'}" for site in observed
         )
         raise DataPlateError(
             f"no data plate: no vectorized plate holds every observed site ({plates}). Put the "
-            "data in one plate (with pyro.plate('data', len(x)): ...), or pass data_plate=False "
-            "to treat the whole batch as one datum"
+            f"data in one plate (with pyro.plate('data', len(x)): ...), or pass {_ONE_DATUM}"
         )
-    candidates = {
-        plate.name: plate
-        for site in latents or observed
-        for plate in site.plates
-        if plate.name in shared
-    }
+    of = latents or observed
+    candidates = {plate.name: plate for site in of for plate in site.plates if plate.name in shared}
     if not candidates:
         raise DataPlateError(
             f"no local latents: the latent sites {names_of(latents)} lie outside the plates "
-            f"{sorted(shared)} of the observed sites {names_of(observed)}. Pass data_plate=False "
-            "to treat the whole batch as one datum"
+            f"{sorted(shared)} of the observed sites {names_of(observed)}. Pass {_ONE_DATUM}"
         )
     # A latent outside the data plate is global: the plate that holds every latent that
     # another candidate holds, and more, makes the fewest so.
-    held = {
-        name: {site.name for site in latents if name in {plate.name for plate in site.plates}}
-        for name in candidates
-    }
-    if not latents and len(candidates) == 1:
-        return next(iter(candidates.values()))
-    widest = [
-        name for name in held if all(held[name] > held[other] for other in held if other != name)
-    ]
-    if len(widest) != 1:
-        raise DataPlateError(
-            f"the data plate is not plain: {sorted(candidates)} each hold every observed site"
-            f"{' and a latent one' if latents else ''}; name it with data_plate="
-        )
-    return candidates[widest[0]]
+    held = {each: {site.name for site in latents if site.is_in(each)} for each in candidates}
+    for each, plate in candidates.items():
+        if all(held[each] > held[other] for other in held if other != each):
+            return plate
+    raise DataPlateError(
+        f"the data plate is not plain: {sorted(candidates)} each hold every observed site"
+        f"{' and a latent one' if latents else ''}; name it with data_plate="
+    )
 
 
-def _named_data_plate(
-    sites: Mapping[str, Site], observed: list[Site], latents: list[Site], name: str
-) -> Plate:
-    found = {plate.name: plate for site in sites.values() for plate in site.plates}
+def _named_data_plate(run: Structure, latents: list[Site], name: str) -> Plate:
+    found = {plate.name: plate for site in run.sites.values() for plate in site.plates}
     if name not in found:
         raise DataPlateError(
             f"data_plate={name!r}: the model has no vectorized plate of that name; it has "
             f"{sorted(found)}"
         )
-    outside = [site for site in observed if name not in {plate.name for plate in site.plates}]
-    if outside:
+    if outside := [site for site in run.observed if not site.is_in(name)]:
         raise DataPlateError(
             f"the observed sites {names_of(outside)} lie outside the data plate {name!r}; move "
             "them inside it"
         )
-    if latents and all(name not in {plate.name for plate in site.plates} for site in latents):
+    if latents and not any(site.is_in(name) for site in latents):
         raise DataPlateError(
             f"no latent site lies inside the data plate {name!r}; the latent sites are "
-            f"{names_of(latents)}. Pass data_plate=False to treat the whole batch as one datum"
+            f"{names_of(latents)}. Pass {_ONE_DATUM}"
         )
     return found[name]
-
-
-def _with_kind(site: Site, latent_kind: str) -> Site:
-    return site if site.kind == "observed" else replace(site, kind=latent_kind)

@@ -15,7 +15,6 @@ from torch import Tensor
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
-from pyro_vae.programs.looks import ModelRun
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.readers import read_all
@@ -83,7 +82,7 @@ class TrainingData:
         self.source = source_of(data, batch_size, device, drop_last)
         self.batch, self.num_data = self.source.batch, self.source.num_data
         self._plate = data_plate
-        self._run: ModelRun | None = None  # of the model under its prior
+        self._run: Structure | None = None  # of the model under its prior
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
         # All of them at once: values outside a likelihood's support are refused here.
         structure = self._inspect(self.source.example(self.batch))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.programs.answers import Answers, close_to, rows_of, shuffled
+from pyro_vae.programs.agreement import agree
+from pyro_vae.programs.answers import SLACK, Answers, rows_of, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look, looking
@@ -123,6 +124,7 @@ def divides_by_size(
             alone = found.given(model, guide, batch.rows(half), half).terms["model"]
         keys = [f"log density of {name}" for name in names]
         return all(
-            close_to(alone[key], rows_of(whole[key], half, size) * size / len(half)) for key in keys
+            agree(alone[key], rows_of(whole[key], half, size) * size / len(half), slack=SLACK)
+            for key in keys
         )
     return False

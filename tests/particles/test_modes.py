@@ -10,7 +10,7 @@ from pyro import poutine
 
 from pyro_vae.particles.modes import MODES, Loop, Plate, Repeat, per_datum
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import SiteShape
 
 K, N = 3, 4
 every_mode = pytest.mark.parametrize("name", MODES)

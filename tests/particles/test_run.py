@@ -10,7 +10,7 @@ import torch
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.run import Runner, is_any, is_latent, is_observed
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.site_shapes import SiteShape
+from pyro_vae.programs.sites import SiteShape
 from tests.models import NormalModel, mixture
 
 X = torch.tensor([0.3, -1.1, 2.0, 0.8], dtype=torch.float64)
