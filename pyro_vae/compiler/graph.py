@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_vae import torch_internals
-from pyro_vae.compiler import formulas, nodes
+from pyro_vae.compiler import nodes, replacements
 from pyro_vae.compiler.arguments import layout_of
 from pyro_vae.compiler.cuda_graph import CudaGraph, is_capturable
 from pyro_vae.compiler.program import program
@@ -174,7 +174,7 @@ def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Sequenc
     )
     code = _code.pop(key, None)
     if code is None:
-        code = torch_internals.compiled(formulas.for_compiler(graph), arguments)
+        code = torch_internals.compiled(replacements.for_compiler(graph), arguments)
     _code[key] = code  # the last used is the last to go
     while len(_code) > _MAX_CODES:
         del _code[next(iter(_code))]

@@ -13,16 +13,17 @@ from pyro_vae import torch_internals
 from pyro_vae.torch_internals import Operator
 
 _aten = torch.ops.aten
-_LIFTS = {_aten.lift_fresh_copy.default, _aten.lift_fresh.default}
+LIFTS: set[object] = {_aten.lift_fresh_copy.default, _aten.lift_fresh.default}
+# Take nothing of their tensors but shape and kind.
+LIKE: set[object] = {
+    *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
+    *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
+}
 # Share memory with their input, though their schemas do not say so.
-_SILENT_VIEWS = {torch_internals.UNSAFE_VIEW, _aten.lift_fresh.default}
+_SILENT_VIEWS: set[object] = {torch_internals.UNSAFE_VIEW, _aten.lift_fresh.default}
 # Read numbers of a tensor on the host, though their tags do not say so.
 _WAITING = {_aten.multinomial.default, torch_internals.LINALG_CHECK}
 _PUTS = {_aten.index_put.default, _aten.index_put_.default, torch_internals.PUT_UNCHECKED}
-
-
-class ChangingShapesError(RuntimeError):
-    """An operation's result has a shape that depends on the numbers in its input."""
 
 
 # --- one node
@@ -86,26 +87,19 @@ def base_of(node: fx.Node) -> fx.Node:
 
 def viewed_by(node: fx.Node) -> fx.Node | None:
     """Return the node that another one is a view of; None for one with memory of its own."""
-    if node.target is not operator.getitem and not _is_view(node.target):
-        return None
-    first = node.args[0] if node.args else None
+    target = node.target
+    is_view = target in _SILENT_VIEWS or target is operator.getitem
+    is_view = is_view or (isinstance(target, Operator) and torch_internals.shares_memory(target))
+    first = node.args[0] if is_view and node.args else None
     return first if isinstance(first, fx.Node) else None
-
-
-def _is_view(target: object) -> bool:
-    """Return whether an operator's result lies in the memory of its first argument."""
-    if not isinstance(target, Operator):
-        return False
-    return target in _SILENT_VIEWS or torch_internals.shares_memory(target)
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose memory some operation writes to."""
     found = set[fx.Node]()
     for node in calls(graph):
-        written = torch_internals.written_values(
-            _operator(node), node.args, node.kwargs, silently=True
-        )
+        target: Any = node.target
+        written = torch_internals.written_values(target, node.args, node.kwargs, silently=True)
         found.update(map(base_of, nodes_in(tuple(written))))
     return found
 
@@ -131,35 +125,15 @@ def calls(graph: fx.Graph) -> Iterator[fx.Node]:
     return (n for n in nodes if n.op == "call_function" and isinstance(n.target, Operator))
 
 
-def _operator(node: fx.Node) -> Operator:
-    """Return the operator of a call; all calls of a graph are of operators."""
-    target: Any = node.target
-    found: Operator = target
-    return found
-
-
-def check(graph: fx.Graph) -> None:
-    """Raise ChangingShapesError for shapes that depend on numbers: a graph has but one shape."""
-    for node in calls(graph):
-        if node.target is _aten.index.Tensor:
-            changes = _has_mask(args_of(node)[1])
-        else:
-            changes = torch.Tag.dynamic_output_shape in _operator(node).tags
-        if changes:
-            raise ChangingShapesError(
-                f"the shape of what {node.target} returns depends on the numbers in its input"
-            )
-
-
 def waits(graph: fx.Graph) -> bool:
     """Return whether an operation makes the host wait for its device, to read numbers."""
     return any(
-        node.target in _WAITING or (node.target in _PUTS and _has_mask(args_of(node)[1]))
+        node.target in _WAITING or (node.target in _PUTS and has_mask(args_of(node)[1]))
         for node in calls(graph)
     )
 
 
-def _has_mask(indices: Iterable[object]) -> bool:
+def has_mask(indices: Iterable[object]) -> bool:
     """Return whether one of some indices is a mask, of which the True are counted."""
     values = (value_of(index) for index in indices)
     return any(value is not None and value.dtype in (torch.bool, torch.uint8) for value in values)
@@ -172,27 +146,23 @@ def lift(traced: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
         The graph, whose first inputs they are, and these tensors. Those that the function made
         itself (torch.tensor(3.0)) are constants of the graph.
     """
-    made = {node.args[0] for node in traced.graph.nodes if node.target in _LIFTS}
+    made = {node.args[0] for node in traced.graph.nodes if node.target in LIFTS}
     graph, live = fx.Graph(), list[Tensor]()
-    lifted: dict[int, fx.Node] = {}
-    new: dict[fx.Node, fx.Node] = {}
-    attributes = [node for node in traced.graph.nodes if node.op == "get_attr"]
-    for node in attributes:
-        tensor = getattr(traced, node.target)
-        if node in made:
-            continue
-        if id(tensor) not in lifted:
-            lifted[id(tensor)] = graph.placeholder(f"live{len(live)}")
-            lifted[id(tensor)].meta["val"] = tensor.detach()
-            live.append(tensor)
-        new[node] = lifted[id(tensor)]
+    lifted, new = dict[int, fx.Node](), dict[fx.Node, fx.Node]()
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node not in made:
+            tensor = getattr(traced, node.target)
+            if id(tensor) not in lifted:
+                lifted[id(tensor)] = graph.placeholder(f"live{len(live)}")
+                lifted[id(tensor)].meta["val"] = tensor.detach()
+                live.append(tensor)
+            new[node] = lifted[id(tensor)]
     for node in traced.graph.nodes:
         if node not in new:
-            new[node] = graph.node_copy(node, lambda old: new[old])
-    for node in attributes:
-        if node in made:
-            constant = getattr(traced, node.target)
-            new[node].meta.update(constant=constant, val=constant)
+            new[node] = graph.node_copy(node, new.__getitem__)
+            if node.op == "get_attr":
+                constant = getattr(traced, node.target)
+                new[node].meta.update(constant=constant, val=constant)
     return graph, live
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from pyro_vae import torch_internals
 from pyro_vae.compiler.nodes import (
+    LIKE,
     args_of,
     base_of,
     calls,
@@ -25,7 +26,6 @@ from pyro_vae.compiler.nodes import (
     viewed_by,
     written_nodes,
 )
-from pyro_vae.compiler.trace_constants import LIKE
 from pyro_vae.torch_internals import Operator, is_pure
 
 _aten = torch.ops.aten

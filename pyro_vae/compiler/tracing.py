@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae import torch_internals
-from pyro_vae.compiler import nodes, recurrent_operators, simplify
+from pyro_vae.compiler import nodes, replacements, simplify
 from pyro_vae.compiler.graph import Graph, first_line
-from pyro_vae.compiler.trace_constants import TraceConstants, one_hot
 from pyro_vae.recording import recording
-from pyro_vae.torch_internals import DispatchMode, Operator
+from pyro_vae.torch_internals import DispatchMode, Operator, storage_key, tensors_in
 
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
@@ -49,90 +47,45 @@ def trace(
         UntraceableError: for a function whose operations depend on the numbers in its tensors
             (control flow, shapes), or that leaves PyTorch's operators.
     """
-    allowed = None if writable is None else frozenset(map(id, writable))
-    constants = TraceConstants()
+    watch = _Watch(None if writable is None else frozenset(map(id, writable)))
 
     def watched(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        with _Watch(allowed, constants):
+        with watch:
             return tuple(function(*tensors))
 
     try:
-        with _Answers(constants), recording():
+        with _Answers(watch), recording():
             # Aliases: two inputs may be one tensor, and one may be known to the function besides.
             traced = torch_internals.traced(watched, [tensor.detach() for tensor in inputs])
-        nodes.check(traced.graph)
+        _check_shapes(traced.graph)
         graph, live = nodes.lift(traced)
-        recurrent_operators.keep_workspaces(graph)
+        replacements.keep_workspaces(graph)
         simplify.simplify(graph)
     except Exception as error:  # it ran before: what fails is the tracing, in whatever way
         raise UntraceableError(_reason(error) + _place(error)) from error
     return Graph(graph, live)
 
 
-class _Answers(TorchFunctionMode):
-    """Answers Tensor.item() by the tensor, and refuses reads of numbers that leave no trace.
-
-    Args:
-        constants: tensors whose numbers may be read.
-    """
-
-    def __init__(self, constants: TraceConstants) -> None:
-        super().__init__()
-        self._constants = constants
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.item or func in _READS or func in _NUMBERS:
-            return self._read(func, args)
-        if func is torch.nn.functional.one_hot:
-            index, classes = _index_and_classes(*args, **kwargs)
-            if classes > 0 and index.dtype == torch.int64:
-                return one_hot(index, classes)
-        if func in _MAKES and any(map(self._holds_tensors, (*args, *kwargs.values()))):
-            raise UntraceableError(
-                f"torch.{func.__name__}([...]) reads the numbers of the tensors in a list; "
-                "torch.stack keeps them tensors"
-            )
-        return func(*args, **kwargs)
-
-    def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if args[0] in self._constants:
-            return self._constants.read(func, *args)
-        if func is Tensor.item:
-            return args[0].detach()
-        if func in _READS:
-            raise UntraceableError(f"Tensor.{func.__name__} reads numbers out of a tensor")
-        if _is_from_outside(args[0]):
-            raise UntraceableError(_READ)
-        return func(*args)
-
-    def _holds_tensors(self, value: object) -> bool:
-        """Return whether a list, or one in it, has tensors that are no constants."""
-        return isinstance(value, (list, tuple)) and any(
-            (isinstance(item, Tensor) and item not in self._constants) or self._holds_tensors(item)
-            for item in value
-        )
-
-
 class _Watch(DispatchMode):
     """Refuses reads that would make constants of numbers, and writes that cannot be undone.
+
+    Tensors that depend on no input are the same whenever the graph runs, so Python may read their
+    numbers: sizes that a function works out by tensors, for one.
 
     Args:
         writable: the tensors, by identity, that may be written to though they are no input and
             were not made in the function; None for all.
-        constants: tensors whose numbers may be read.
     """
 
-    def __init__(self, writable: frozenset[int] | None, constants: TraceConstants) -> None:
+    def __init__(self, writable: frozenset[int] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._writable = writable
-        self._constants = constants
+        # Of constants, by their memory, which views share: kept, for its identity to stay its own.
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def is_constant(self, value: object) -> bool:
+        """Return whether a value is a tensor made from nothing but plain numbers."""
+        return isinstance(value, Tensor) and storage_key(value) in self._storages
 
     def __torch_dispatch__(
         self,
@@ -142,8 +95,8 @@ class _Watch(DispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch_internals.READ_NUMBER and args[0] in self._constants:
-            return self._constants.read(func, *args)
+        if func is torch_internals.READ_NUMBER and self.is_constant(args[0]):
+            return _untraced(func, *args)
         if func is torch_internals.PACK_SEQUENCE:
             return self._pack(*args)
         reads = torch.Tag.data_dependent_output in func.tags
@@ -151,14 +104,42 @@ class _Watch(DispatchMode):
             raise UntraceableError(_READ)
         self._check_writes(func, args, kwargs)
         result = func(*args, **kwargs)
-        self._constants.note(func, args, kwargs, result)
+        if self._makes_constants(func, args, kwargs):
+            self._add(result)
+        elif torch_internals.is_mutable(func):
+            for tensor in tensors_in(tuple(torch_internals.written_values(func, args, kwargs))):
+                self._storages.pop(storage_key(tensor), None)
         return result
 
+    def _makes_constants(self, func: Operator, args: object, kwargs: object) -> bool:
+        """Return whether the results of a call are constant, and what it wrote."""
+        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
+            return False
+        return func in nodes.LIFTS | nodes.LIKE or all(
+            map(self.is_constant, tensors_in((args, kwargs)))
+        )
+
+    def _add(self, made: object) -> None:
+        self._storages.update((storage_key(t), t.untyped_storage()) for t in tensors_in(made))
+
     def _pack(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        """Pack sequences of known lengths by operators that the compiler takes too."""
-        if lengths not in self._constants:
+        """Pack sequences of constant lengths by operators that the compiler takes too.
+
+        Args:
+            input: sequences, [N, T, ...] where batch_first, else [T, N, ...].
+            lengths: of the sequences, [N].
+            batch_first: which of the two comes first.
+        """
+        if not self.is_constant(lengths):
             raise UntraceableError("the lengths of packed sequences are numbers in a tensor")
-        return self._constants.packed(input, lengths, batch_first)
+        steps: list[int] = _untraced(Tensor.tolist, lengths)
+        rows = input.transpose(0, 1) if batch_first else input
+        going_on = [sum(length > t for length in steps) for t in range(max(steps))]
+        index = [t * len(steps) + i for t, count in enumerate(going_on) for i in range(count)]
+        data = rows.flatten(0, 1).index_select(0, torch.tensor(index, device=input.device))
+        sizes = torch.tensor(going_on)
+        self._add(sizes)
+        return data, sizes
 
     def _check_writes(
         self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -174,9 +155,71 @@ class _Watch(DispatchMode):
                 )
 
 
-def _index_and_classes(input: Tensor, num_classes: int = -1) -> tuple[Tensor, int]:
-    """Return the arguments of torch.nn.functional.one_hot, by place or by name."""
-    return input, num_classes
+class _Answers(TorchFunctionMode):
+    """Answers Tensor.item() by the tensor, and refuses reads of numbers that leave no trace.
+
+    Args:
+        watch: knows the tensors whose numbers may be read.
+    """
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.item or func in _READS or func in _NUMBERS:
+            return self._read(func, args)
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **kwargs)
+        if func in _MAKES and any(map(self._holds_tensors, (*args, *kwargs.values()))):
+            raise UntraceableError(
+                f"torch.{func.__name__}([...]) reads the numbers of the tensors in a list; "
+                "torch.stack keeps them tensors"
+            )
+        return func(*args, **kwargs)
+
+    def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._watch.is_constant(args[0]):
+            return _untraced(func, *args)
+        if func is Tensor.item:
+            return args[0].detach()
+        if func in _READS:
+            raise UntraceableError(f"Tensor.{func.__name__} reads numbers out of a tensor")
+        if _is_from_outside(args[0]):
+            raise UntraceableError(_READ)
+        return func(*args)
+
+    def _holds_tensors(self, value: object) -> bool:
+        """Return whether a list, or one in it, has tensors that are no constants."""
+        return isinstance(value, (list, tuple)) and any(
+            (isinstance(item, Tensor) and not self._watch.is_constant(item))
+            or self._holds_tensors(item)
+            for item in value
+        )
+
+
+def _untraced(func: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that reads numbers out of a constant, untraced."""
+    with torch_internals.untraced():
+        return func(*args)
+
+
+def _one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
+    """Return what torch.nn.functional.one_hot does, which reads the numbers to check them.
+
+    An index outside is an error here as well, of the operator that writes.
+    """
+    if num_classes <= 0 or input.dtype != torch.int64:
+        return torch.nn.functional.one_hot(input, num_classes)
+    zeros = input.new_zeros((*input.shape, num_classes))
+    return zeros.scatter(-1, input.unsqueeze(-1), 1)
 
 
 def _is_from_outside(value: object) -> bool:
@@ -189,37 +232,36 @@ def _is_from_outside(value: object) -> bool:
 # --- what is said of a trace that fails
 
 
+def _check_shapes(graph: fx.Graph) -> None:
+    """Raise UntraceableError for shapes that depend on numbers: a graph has but one shape."""
+    for node in nodes.calls(graph):
+        target: Any = node.target
+        if torch.Tag.dynamic_output_shape in target.tags and (
+            target is not torch.ops.aten.index.Tensor or nodes.has_mask(nodes.args_of(node)[1])
+        ):
+            raise UntraceableError(
+                f"the shape of what {target} returns depends on the numbers in its input"
+            )
+
+
 def _reason(error: Exception) -> str:
     """Return why a trace failed."""
-    text = f"{type(error).__name__}: {first_line(error)}"
-    if "get value out of a tracing tensor" in text:
-        return _READ
-    if isinstance(error, (UntraceableError, nodes.ChangingShapesError)):
+    if isinstance(error, UntraceableError):
         return first_line(error)
-    return text
+    text = f"{type(error).__name__}: {first_line(error)}"
+    return _READ if "get value out of a tracing tensor" in text else text
 
 
 def _place(error: BaseException) -> str:
     """Return where an error came from: the user's last line, or else the last not of PyTorch."""
-    lines = list(_lines(error))
-    users = [text for text, is_users in lines if is_users]
-    texts = users or [text for text, _ in lines]
-    return texts[-1] if texts else ""
-
-
-def _lines(error: BaseException) -> Iterator[tuple[str, bool]]:
-    """Yield the lines that an error passed through, PyTorch's aside: and whether a user's."""
     own = (__name__, nodes.__name__, simplify.__name__)
+    found, is_users = "", False
     for frame, line in traceback.walk_tb(error.__traceback__):
-        name = _module_of(frame)
+        name: str = frame.f_globals.get("__name__", "")
         package = name.partition(".")[0]
         source = linecache.getline(frame.f_code.co_filename, line).strip()
-        if package != "torch" and source and name not in own:
-            text = f" ({Path(frame.f_code.co_filename).name}, line {line}: {source})"
-            yield text, package not in ("pyro", "pyro_vae")
-
-
-def _module_of(frame: FrameType) -> str:
-    """Return the name of the module that a frame's code is of."""
-    name: str = frame.f_globals.get("__name__", "")
-    return name
+        by_user = package not in ("pyro", "pyro_vae")
+        if package != "torch" and source and name not in own and (by_user or not is_users):
+            found = f" ({Path(frame.f_code.co_filename).name}, line {line}: {source})"
+            is_users = by_user
+    return found

@@ -11,8 +11,8 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.compiler.captured import MISSING, Captured, is_library, is_plain
-from pyro_vae.compiler.identity_checks import identity_check
+from pyro_vae.compiler.captured import Captured, is_library, is_plain
+from pyro_vae.compiler.places import MISSING, Place, identity_check
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 from pyro_vae.torch_internals import buffers_of, children_of, hooks_of, parameters_of
 
@@ -39,38 +39,29 @@ class Watched:
         modes: bool,
     ) -> None:
         self._captured = Captured([*roots, *modules])
-        self.modules = {
-            id(part): part
-            for module in self._captured.modules.values()
-            for part in module.modules()
-        }
+        of_steps = self._captured.modules.values()
+        self.modules = {id(part): part for module in of_steps for part in module.modules()}
+        # Mappings of parameters and buffers; of children and hooks.
+        self._held: list[Mapping[Any, object]] = []
+        self._structure: list[Mapping[Any, object]] = []
         for module in self.modules.values():
             self._add_attributes(module, modes)
-        self._structure: list[Mapping[Any, object]] = []  # mappings of children, and of hooks
-        self._held: list[tuple[Any, str]] = []  # parameters and buffers that a step reads
-        self._lengths_of: list[Mapping[Any, object]] = []  # mappings of them
-        for part in self.modules.values():
-            self._structure += [children_of(part), *hooks_of(part)]
-            for holder in (parameters_of(part), buffers_of(part)):
-                self._held += [(holder, name) for name in tuple(holder.keys())]
-                self._lengths_of.append(holder)
-        self._held += [(store_parameters(), name) for name in names]
-        self._store = (pyro.get_param_store(), STORE_PARAMETERS)  # another one after it was cleared
+            self._held += [parameters_of(module), buffers_of(module)]
+            self._structure += [children_of(module), *hooks_of(module)]
+        self._captured.follow()
+        self._names = names
         self.expect()
 
     def _add_attributes(self, module: nn.Module, modes: bool) -> None:
         """Watch the attributes of a module, beside those that every module has."""
         kind = type(module)
+        always = _OF_ALL_MODULES - {"training"} if modes else _OF_ALL_MODULES
+        is_own = not is_library(kind.__module__)
         for name, value in list(vars(module).items()):
-            # The rows of a table are an input.
-            if (
-                name in _OF_ALL_MODULES and not (name == "training" and modes)
-            ) or name == "given_rows":
-                continue
-            self._captured.add(
-                vars(module), name, f"{kind.__name__}.{name}", followed=_is_followed(kind, value)
-            )
-        self._captured.follow((), "")
+            if name not in always and name != "given_rows":  # the rows of a table are an input
+                # Of a library's module, into what users gave it.
+                followed = is_own or callable(value) or _is_plain_list(value)
+                self._captured.add(vars(module), name, f"{kind.__name__}.{name}", followed=followed)
 
     @functools.cached_property
     def _has_values(self) -> Callable[[list[object]], bool]:
@@ -81,15 +72,15 @@ class Watched:
         captured = self._captured
         self._values, self._contents = captured.values(), captured.contents()
         self._places, self._digests = captured.places(), captured.digests()
-        tensors = [*itertools.starmap(_entry, self._held), store_parameters()]
-        unique = {id(t): t for t in tensors if isinstance(t, Tensor)}
-        kinds = [(t, name) for t in unique.values() for name in ("requires_grad", "dtype")]
-        self._has_tensors = identity_check(self._held, slots=[self._store, *kinds])
-        self._tensors = [*tensors, *itertools.starmap(getattr, kinds)]
-        parts = [(holder, key) for holder in self._structure for key in tuple(holder.keys())]
-        self._has_parts = identity_check(parts)
-        self._parts = [holder[key] for holder, key in parts]
-        self._sizes, self._sizes_of_parts = _Sizes(self._lengths_of), _Sizes(self._structure)
+        of_store = [Place(store_parameters(), name) for name in self._names]
+        held = [*_items(self._held), *of_store]
+        # Another store after it was cleared.
+        held.append(Place(pyro.get_param_store(), STORE_PARAMETERS, is_item=False))
+        tensors = {id(t): t for place in held if isinstance(t := place.content, Tensor)}
+        kinds = itertools.product(tensors.values(), ("requires_grad", "dtype"))
+        held += [Place(tensor, name, is_item=False) for tensor, name in kinds]
+        self._have_tensors = _Unchanged(self._held, held)
+        self._have_parts = _Unchanged(self._structure, _items(self._structure))
 
     def holds(self) -> bool:
         """Return whether all is as expected."""
@@ -103,15 +94,14 @@ class Watched:
         if len(contents) != len(self._contents) or not all(map(_same, contents, self._contents)):
             return False
         return (
-            self._sizes_of_parts.hold()
-            and self._has_parts(self._parts)
-            and self.holds_tensors()
+            self._have_parts.holds()
+            and self._have_tensors.holds()
             and self._captured.digests() == self._digests
         )
 
     def holds_tensors(self) -> bool:
         """Return whether the parameters and buffers are the expected ones."""
-        return self._sizes.hold() and self._has_tensors(self._tensors)
+        return self._have_tensors.holds()
 
     def changed(self, *, plain: bool = False) -> str | None:
         """Return where a value lies that is another than expected; None if there is none.
@@ -158,22 +148,9 @@ def _same(one: object, other: object) -> bool:
     return one is other or (is_plain(one) and type(one) is type(other) and bool(one == other))
 
 
-def _entry(holder: Mapping[str, object], name: str) -> object:
-    """Return what a mapping holds under a name; None where there is no such entry."""
-    try:
-        return holder[name]
-    except (KeyError, AttributeError):  # as TorchScript's mappings say it
-        return None
-
-
 def _is_plain_or_missing(value: object) -> bool:
     """Return whether a value is plain, or not there."""
     return value is MISSING or is_plain(value)
-
-
-def _is_followed(kind: type, value: object) -> bool:
-    """Return whether to look into an attribute: of a library's module, into what users gave it."""
-    return not is_library(kind.__module__) or callable(value) or _is_plain_list(value)
 
 
 def _is_plain_list(value: object) -> bool:
@@ -184,14 +161,23 @@ def _is_plain_list(value: object) -> bool:
     )
 
 
-class _Sizes:
-    """The sizes of many mappings, most of which are empty."""
+def _items(mappings: Iterable[Mapping[Any, object]]) -> list[Place]:
+    """Return the places of all items of some mappings."""
+    return [Place(mapping, key) for mapping in mappings for key in tuple(mapping.keys())]
 
-    def __init__(self, holders: list[Mapping[Any, object]]) -> None:
-        self._full = [d for d in holders if len(d)]
-        self._empty = [d for d in holders if not len(d)]
-        self._expected = list(map(len, self._full))
 
-    def hold(self) -> bool:
-        """Return whether they are as they were."""
-        return not any(self._empty) and list(map(len, self._full)) == self._expected
+class _Unchanged:
+    """Whether places hold what they held when this was made, and mappings have their sizes."""
+
+    def __init__(self, mappings: list[Mapping[Any, object]], places: list[Place]) -> None:
+        self._full = [mapping for mapping in mappings if len(mapping)]
+        self._empty = [mapping for mapping in mappings if not len(mapping)]  # most of them
+        self._sizes = list(map(len, self._full))
+        self._check = identity_check(places)
+        self._expected = [place.content for place in places]
+
+    def holds(self) -> bool:
+        """Return whether they do."""
+        if any(self._empty) or list(map(len, self._full)) != self._sizes:
+            return False
+        return self._check(self._expected)

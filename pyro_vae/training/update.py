@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.compiler.agreement import same_state
 from pyro_vae.compiler.graph import Graph
-from pyro_vae.compiler.identity_checks import identity_check
+from pyro_vae.compiler.places import Place, identity_check
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.torch_internals import has_step_hooks, largest_magnitudes
 from pyro_vae.training.optimizers import link_of
@@ -314,16 +314,15 @@ class _Repeated:
         self._groups = optimizer.param_groups
         self._sizes = self._num_parameters()
         self._parameters = [p for group in self._groups for p in group["params"]]
-        entries: list[tuple[Any, Any]] = [(self._groups, i) for i in range(len(self._groups))]
-        entries += [(group, name) for group in self._groups for name in group]
+        places = [Place(optimizer, name, is_item=False) for name in ("param_groups", "state")]
+        places += [Place(self._groups, i) for i in range(len(self._groups))]
+        places += [Place(group, name) for group in self._groups for name in group]
         for parameter in self._parameters:
             state = optimizer.state[parameter]
             # load_state_dict and others put new tensors into the state.
-            entries += [(optimizer.state, parameter), (state, next(iter(state)))]
-        slots = [(optimizer, "param_groups"), (optimizer, "state")]
-        self._has = identity_check(entries, slots=slots)
-        self._expected = [holder[key] for holder, key in entries]
-        self._expected += [getattr(optimizer, name) for _, name in slots]
+            places += [Place(optimizer.state, parameter), Place(state, next(iter(state)))]
+        self._has = identity_check(places)
+        self._expected = [place.content for place in places]
 
     def _num_parameters(self) -> list[int]:
         """Return how many parameters each group has."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import types
 
-from pyro_vae.compiler.identity_checks import identity_check
+from pyro_vae.compiler.places import Place, identity_check
 
 
 def places(count):
     """Mappings with a key each, a cell and an object; and what lies in them."""
     values = [[i] for i in range(count)]  # equal to one another's copies, and other objects
     holders = [{f"key {i}": value} for i, value in enumerate(values)]
-    entries = [(holder, f"key {i}") for i, holder in enumerate(holders)]
+    entries = [Place(holder, f"key {i}") for i, holder in enumerate(holders)]
     cell, slot = types.CellType([-1]), types.SimpleNamespace(name=[-2])
-    check = identity_check(entries, [cell], [(slot, "name")])
+    attributes = [Place(cell, "cell_contents", False), Place(slot, "name", False)]
+    check = identity_check([*entries, *attributes])
     return check, [*values, cell.cell_contents, slot.name], holders, cell, slot
 
 
@@ -48,7 +49,7 @@ def test_what_is_gone_is_another_object():
 
 def test_keys_may_be_objects():
     key, value = object(), object()
-    check = identity_check([({key: value}, key)])
+    check = identity_check([Place({key: value}, key)])
     assert check([value])
     assert not check([object()])
 
