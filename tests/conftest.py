@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vae.programs import warned_once
+from pyro_vae.programs import messages
 
 # Helpers that assert say as much as tests do where they fail.
 pytest.register_assert_rewrite(
@@ -26,7 +26,7 @@ def _clean_state() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    warned_once.forget()
+    messages.said.clear()
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vae.compiler.arguments import check_compile
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.tracing import UntraceableError
-from pyro_vae.programs.warned_once import warn_once
+from pyro_vae.programs.messages import warn_once
 
 logger = logging.getLogger(__name__)
 

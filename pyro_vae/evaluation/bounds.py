@@ -25,7 +25,7 @@ from pyro_vae.particles.estimators import (
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.prepare import Prepared, by_block, prepare
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
 __all__ = ["Bound", "elbo", "iwae_bound", "log_weights"]

@@ -32,7 +32,7 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.particles.prepare import by_block
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import refine_scored

@@ -17,7 +17,7 @@ from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.prepare import by_block, prepare
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values

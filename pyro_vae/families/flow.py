@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.families.base import Family
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
 __all__ = ["Flow"]

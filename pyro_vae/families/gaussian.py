@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.families.base import FactorizedFamily, Family
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
 __all__ = ["FullRankNormal", "LowRankNormal", "Normal"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.enumeration import Conditional, conditionals, enumerated, marginals
 from pyro_vae.programs.handlers import Registered
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import plain_distribution, sample_nodes
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.structure import inspect

@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import FamilyGuide, refuse_globals
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import RowGuide
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, Program
 

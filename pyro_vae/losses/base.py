@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.particles.plan import DataNeed, Enumeration, Needs, Plan, plan
 from pyro_vae.particles.training_run import Tracer, TrainingRun
 from pyro_vae.programs.batch import Batch, arguments, as_batch
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide, trace_pair

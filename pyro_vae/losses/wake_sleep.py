@@ -16,9 +16,9 @@ from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
 from pyro_vae.particles.training_run import TrainingRun, trace_detached
 from pyro_vae.programs.batch import Batch, arguments, as_batch
-from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import mask_proposals
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.traces import dream, site_log_prob, trace_given
 from pyro_vae.programs.types import DataPlate, Node, Program, Values

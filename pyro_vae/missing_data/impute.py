@@ -26,7 +26,7 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.prepare import by_block, prepare
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Site, Structure, absent, array_of, inner_dims, names_of
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values

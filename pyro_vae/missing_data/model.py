@@ -18,8 +18,8 @@ from pyro_vae.missing_data.arguments import Arguments, Key
 from pyro_vae.missing_data.check import Pattern, check_decisions, pattern_of
 from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.batch import arguments as as_called
+from pyro_vae.programs.messages import text_of, trace_of
 from pyro_vae.programs.nodes import left_out, plain_distribution
-from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.state import evaluation, module_of, preserved_rng
 from pyro_vae.programs.supports import value_of

@@ -17,8 +17,8 @@ from pyro_vae.particles.modes import MODES, Loop
 from pyro_vae.particles.run import Run, Runner
 from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.messages import text_of, trace_of, warn_once
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
-from pyro_vae.programs.plain_errors import text_of, trace_of
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.sites import Plate, SiteShape, Structure
@@ -26,7 +26,6 @@ from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.supports import edge_share, lost_share
 from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
 from pyro_vae.programs.types import ModeName, Node, Particles, Program, Trace, Values
-from pyro_vae.programs.warned_once import warn_once
 
 logger = logging.getLogger(__name__)
 

@@ -29,12 +29,11 @@ from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, reseed
 from pyro_vae.particles.run import Runner
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.messages import as_count, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_point, latent_nodes
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, inspect, run_model

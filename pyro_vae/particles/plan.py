@@ -21,15 +21,14 @@ from pyro_vae.particles.summed_out_checks import (
     check_summed_out,
 )
 from pyro_vae.programs.enumeration import summed_out
+from pyro_vae.programs.messages import text_of, warn_once
 from pyro_vae.programs.nodes import batch_nesting, guide_factors, latent_nodes
 from pyro_vae.programs.observed import check_repeated
 from pyro_vae.programs.pair import Pair, Single
-from pyro_vae.programs.plain_errors import text_of
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.programs.types import DataPlate, ModeName, Particles
-from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import BatchNorm
 
 logger = logging.getLogger(__name__)

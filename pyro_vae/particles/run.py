@@ -21,8 +21,8 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import conditionals, contract, draw, enumerated
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import lift_masks, mask_of
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, draw_of, preimage_key, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import SiteShape

@@ -10,9 +10,9 @@ from torch import Tensor
 from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_enumerable, latent_nodes
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.traces import GiveValues, trace_guide, trace_model
 from pyro_vae.programs.types import Program, Trace, Values

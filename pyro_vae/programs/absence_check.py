@@ -12,8 +12,8 @@ from torch import Tensor
 from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.masks import mask_of
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.preimages import preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.state import Look, preserved_rng

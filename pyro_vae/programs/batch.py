@@ -11,9 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from pyro_vae.programs.readers import read_all
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
@@ -71,10 +77,7 @@ class Batch:
     has_rows: bool = True
 
     def __post_init__(self) -> None:
-        if not self.has_rows:
-            return
-        self.check_kinds()
-        sizes = {name: value.shape[0] for name, value in self._named() if _has_dimensions(value)}
+        sizes = self.check_kinds() if self.has_rows else {}
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
             raise ValueError(
@@ -82,24 +85,24 @@ class Batch:
                 "the model hold what is not a row per datum"
             )
 
-    def check_kinds(self) -> None:
-        """Raise TypeError for arguments that no rows can be taken of, ValueError for no rows."""
+    def check_kinds(self) -> dict[str, int]:
+        """Return how many rows the tensors have, by argument.
+
+        Raises:
+            TypeError: for arguments that no rows can be taken of.
+            ValueError: for no rows.
+        """
         named = self._named()
         for name, value in named:
             _check_kind(name, value)
         sizes = {name: value.shape[0] for name, value in named if _has_dimensions(value)}
         if sizes and not any(sizes.values()):
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
+        return sizes
 
     def __str__(self) -> str:
-        shown = [
-            f"{name}: {value.dtype} of shape {list(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"{name}: {_short(value)}"
-            for name, value in self._named()
-        ]
-        more = len(shown) - _ARGUMENTS_SHOWN
-        if more > 0:
+        shown = [f"{name}: {_short(value)}" for name, value in self._named()]
+        if (more := len(shown) - _ARGUMENTS_SHOWN) > 0:
             shown[_ARGUMENTS_SHOWN:] = [
                 f"and {more} more (a list is taken to be the model's arguments; if its entries are "
                 "rows, pass torch.stack or torch.tensor of it)"
@@ -109,10 +112,8 @@ class Batch:
     @property
     def size(self) -> int | None:
         """Number of data; None where no tensor has rows (the model closes over its data)."""
-        for _, value in self._named():
-            if self._is_rows(value):
-                return int(value.shape[0])
-        return None
+        values = (*self.args, *self.kwargs.values())
+        return next((int(value.shape[0]) for value in values if self._is_rows(value)), None)
 
     @property
     def device(self) -> torch.device:
@@ -137,8 +138,7 @@ class Batch:
             whole: whether all is one datum, so that N is 1.
         """
         size = 1 if whole else self.size or 0
-        number = torch.zeros(size, dtype=torch.float64)
-        square = torch.zeros(size, dtype=torch.float64)
+        number, square = torch.zeros(2, size, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         for _, value in self._named():
             if not (_has_dimensions(value) if whole else self._is_rows(value)):
@@ -187,11 +187,8 @@ class Batch:
         def apply(value: Any) -> Any:
             return function(value) if self._is_rows(value) else value
 
-        return Batch(
-            tuple(apply(value) for value in self.args),
-            {name: apply(value) for name, value in self.kwargs.items()},
-            self.has_rows,
-        )
+        kwargs = {name: apply(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(map(apply, self.args)), kwargs, self.has_rows)
 
     def _is_rows(self, value: Any) -> bool:
         return self.has_rows and _has_dimensions(value)
@@ -217,40 +214,32 @@ def as_batch(*batch: Any) -> Batch:
         >>> as_batch(torch.zeros(3, 2)).size, as_batch({"x": torch.zeros(4)}).size
         (3, 4)
     """
+    args, kwargs = batch, {}
     if len(batch) == 1:
         (only,) = batch
         if isinstance(only, Batch):
             return only
         if isinstance(only, (Dataset, DataLoader)):
             only = read_all(only)
+        args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
         if isinstance(only, Mapping):
-            named = {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
-            return _without_lists(Batch((), named))
-        if isinstance(only, (tuple, list)):
-            batch = tuple(only)
-            # A model of as many plain numbers is not met; a column of data in a list is.
-            if len(batch) > 1 and all(isinstance(value, (int, float)) for value in batch):
-                raise TypeError(
-                    f"the batch is a {type(only).__name__} of {len(batch)} numbers, which would be "
-                    "as many arguments of the model; pass torch.tensor(...) of it"
-                )
-        else:
-            batch = (only,)
-    tensors = tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(batch))
-    return _without_lists(Batch(tensors, {}))
-
-
-def _without_lists(batch: Batch) -> Batch:
-    """Return a batch; raise TypeError for a list that would be passed whole with some rows."""
-    size = batch.size
-    for name, value in batch._named():
+            args, kwargs = (), {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
+        # A model of as many plain numbers is not met; a column of data in a list is.
+        elif len(args) > 1 and all(isinstance(value, (int, float)) for value in args):
+            raise TypeError(
+                f"the batch is a {type(only).__name__} of {len(args)} numbers, which would be as "
+                "many arguments of the model; pass torch.tensor(...) of it"
+            )
+    found = Batch(tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(args)), kwargs)
+    size = found.size
+    for name, value in found._named():  # a list would be passed whole with some rows
         if isinstance(value, (list, range)) and len(value) == size and size > 1:
             raise TypeError(
                 f"{name} of the batch is a {type(value).__name__} of {size} entries beside tensors "
                 f"of {size} rows, of which no minibatch can be taken; pass torch.tensor(...) of "
                 "it, or, if it is no row per datum, a tuple"
             )
-    return batch
+    return found
 
 
 def _as_tensor(name: str, value: Any) -> Any:
@@ -318,6 +307,8 @@ def dtype_errors(batch: Batch) -> Iterator[None]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
     text = repr(value)
     return text if len(text) < 40 else f"{text[:36]} ..."
 
@@ -345,3 +336,64 @@ def _check_kind(name: str, value: Any) -> None:
 
 def _has_dimensions(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
+
+
+# --- data that are read part by part: PyTorch's datasets and loaders
+
+
+class RowReader:
+    """Reads rows of a dataset (one with a length and ``dataset[i]``) by their numbers."""
+
+    def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"{type(dataset).__name__} is a torch Dataset without a length; give it __len__, "
+                "or make it an IterableDataset"
+            )
+        self._dataset = dataset
+        self.num_data = len(dataset)
+        if self.num_data == 0:
+            raise ValueError(f"the {type(dataset).__name__} is empty: it has 0 rows")
+
+    def read(self, index: Tensor | None = None) -> Any:
+        """Return some rows, all by default, as PyTorch's loaders collate them."""
+        numbers = range(self.num_data) if index is None else index.tolist()
+        return default_collate([self._dataset[i] for i in numbers])
+
+
+def tensors_of(data: Any) -> tuple[Tensor, ...] | None:
+    """Return the tensors of a TensorDataset, or of a subset of one; None for other data."""
+    if isinstance(data, TensorDataset):
+        return tuple(data.tensors)
+    if isinstance(data, Subset):
+        whole = tensors_of(data.dataset)
+        index = torch.as_tensor(data.indices)
+        return None if whole is None else tuple(tensor[index] for tensor in whole)
+    return None
+
+
+def read_all(data: Any, *, ordered: bool = True) -> Any:
+    """Return all rows of a dataset or a loader, collated; other data as they are.
+
+    Args:
+        data: to read.
+        ordered: whether it matters which row is which.
+
+    Raises:
+        TypeError: for a loader that shuffles, or does not end.
+    """
+    if (tensors := tensors_of(data)) is not None:
+        return tensors
+    if isinstance(data, DataLoader):
+        if ordered and not isinstance(data.sampler, SequentialSampler):
+            raise TypeError(
+                "a DataLoader that shuffles gives its rows in another order each time, and a "
+                "result for each datum needs to know which is which; pass its dataset, or a "
+                "DataLoader with shuffle=False"
+            )
+        return read_all(data.dataset, ordered=ordered)
+    if isinstance(data, IterableDataset):
+        return default_collate(list(data))
+    if isinstance(data, Dataset):
+        return RowReader(data).read()
+    return data

@@ -26,8 +26,8 @@ from torch import Tensor
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.elimination import Axis, Factor, Variable, eliminate, to_plates
 from pyro_vae.programs.handlers import same_scale, scale_parts
+from pyro_vae.programs.messages import text_of
 from pyro_vae.programs.nodes import is_enumerable, latent_nodes, plain_distribution, sample_nodes
-from pyro_vae.programs.plain_errors import text_of
 from pyro_vae.programs.pyro_internals import enumerate_dim, enumeration_apart, enumeration_ids
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.types import Node, Program, Trace

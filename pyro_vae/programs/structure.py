@@ -12,9 +12,9 @@ from pyro.poutine.messenger import Messenger
 from torch.distributions import Distribution
 
 from pyro_vae.programs.batch import Batch, as_batch, dtype_errors
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import drawn_subsamples, plain_distribution
 from pyro_vae.programs.observed import check_observed, check_repeated
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look, called_modules, looking
 from pyro_vae.programs.types import DataPlate, Node, Program

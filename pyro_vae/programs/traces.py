@@ -18,6 +18,7 @@ from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.masks import lift_masks, mask_proposals
+from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import (
     drawn_subsamples,
     is_subsample,
@@ -26,7 +27,6 @@ from pyro_vae.programs.nodes import (
     plain_distribution,
     sample_nodes,
 )
-from pyro_vae.programs.plain_errors import trace_of
 from pyro_vae.programs.precision import widened
 from pyro_vae.programs.preimages import (
     DrawByPreimage,

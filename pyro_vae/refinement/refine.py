@@ -16,7 +16,7 @@ from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals_of_pair
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.ascent import Ascent, Budget, ascend

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
-from pyro_vae.programs.readers import RowReader, tensors_of
+from pyro_vae.programs.batch import Batch, EpochData, RowReader, StepData, as_batch, tensors_of
 from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import version_of
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.counts import as_count
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.structure import inspect

@@ -21,8 +21,8 @@ from pyro_vae.compiler.arguments import check_compile
 from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.programs.batch import EpochData, StepData
-from pyro_vae.programs.counts import as_count
 from pyro_vae.programs.guide_kinds import RowGuide
+from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.state import module_of, one_thread, random_state, seeded, set_random_state
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.schedules import shortfall

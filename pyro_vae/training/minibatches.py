@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.batch import Batch, read_all
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.readers import read_all
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import ModelLooks, inspect

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import keep_apart
-from pyro_vae.programs.plain_errors import plain_errors
+from pyro_vae.programs.messages import plain_errors
 from pyro_vae.programs.state import evaluation, module_of, one_thread, preserved_rng, unwrapped
 from pyro_vae.programs.traces import OUTSIDE, non_finite_sites
 from pyro_vae.programs.types import Compile, Program

@@ -23,11 +23,10 @@ from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import ParamStatements
-from pyro_vae.programs.plain_errors import plain_errors
+from pyro_vae.programs.messages import plain_errors, warn_once
 from pyro_vae.programs.pyro_internals import handlers_at_work
 from pyro_vae.programs.state import called_modules, module_of, unwrapped
 from pyro_vae.programs.types import Program
-from pyro_vae.programs.warned_once import warn_once
 from pyro_vae.torch_internals import parameters_of, unchecked_samples
 from pyro_vae.training.step_state import EagerStep, LossState, Step, StepEntry, StepState
 

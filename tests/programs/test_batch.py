@@ -10,8 +10,19 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from pyro_vae.programs.batch import Batch, EpochData, StepData, arguments, as_batch, rows_text
+from pyro_vae.programs.batch import (
+    Batch,
+    EpochData,
+    RowReader,
+    StepData,
+    arguments,
+    as_batch,
+    read_all,
+    rows_text,
+    tensors_of,
+)
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
 
@@ -197,3 +208,68 @@ def test_arguments_of_other_first_dimensions_have_no_rows():
 def test_a_list_of_numbers_is_no_list_of_arguments():
     with pytest.raises(TypeError, match=r"a list of 3 numbers.*pass torch.tensor\(...\) of it"):
         as_batch([1.0, 2.0, 3])
+
+
+# --- readers of torch's data: the rows that they read, in any order
+
+ROWS = torch.arange(12.0).reshape(6, 2)
+LABELS = torch.arange(6)
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return {"x": ROWS[i], "y": LABELS[i]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(ROWS, LABELS, strict=True))
+
+
+class Unending(Dataset):
+    def __getitem__(self, i):
+        return ROWS[0]
+
+
+class Empty(Named):
+    def __len__(self):
+        return 0
+
+
+def test_rows_in_any_order():
+    reader = RowReader(Named())
+    found = reader.read(torch.tensor([4, 0]))
+    assert torch.equal(found["x"], ROWS[[4, 0]])
+    assert found["y"].tolist() == [4, 0]
+    assert torch.equal(reader.read()["x"], ROWS)
+    assert reader.num_data == 6
+
+
+def test_tensors_are_taken_as_they_are():
+    data = TensorDataset(ROWS, LABELS)
+    assert all(a is b for a, b in zip(tensors_of(data), (ROWS, LABELS), strict=True))
+    x, y = tensors_of(Subset(data, [5, 1]))
+    assert torch.equal(x, ROWS[[5, 1]])
+    assert y.tolist() == [5, 1]
+    assert tensors_of(Named()) is None
+    assert read_all(ROWS) is ROWS
+
+
+@pytest.mark.parametrize("data", [Named(), Stream(), DataLoader(TensorDataset(ROWS, LABELS), 4)])
+def test_all_of_them(data):
+    found = read_all(data)
+    assert torch.equal(found["x"] if isinstance(found, dict) else found[0], ROWS)
+
+
+def test_what_has_no_rows_is_refused():
+    with pytest.raises(TypeError, match="Unending is a torch Dataset without a length"):
+        RowReader(Unending())
+    with pytest.raises(ValueError, match="the Empty is empty: it has 0 rows"):
+        RowReader(Empty())
+    loader = DataLoader(TensorDataset(ROWS, LABELS), 4, shuffle=True)
+    with pytest.raises(TypeError, match="shuffles gives its rows in another order"):
+        read_all(loader)
+    assert torch.equal(read_all(loader, ordered=False)[0], ROWS)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae.programs.readers import RowReader
+from pyro_vae.programs.batch import RowReader
 from pyro_vae.training.data_source import DataSource, source_of
 from tests.models import NormalModel
 
