@@ -26,8 +26,8 @@ from pyro_vae.evaluation.gaps import gap_dataset, reduce_block
 from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.base import FamilyGuide, of_family
+from pyro_vae.guides.coordinates import normal_moments
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.guides.moments import normal_moments
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.particles.prepare import by_block

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.families.base import FactorizedFamily, Family
-from pyro_vae.guides.base import Conditionals, FamilyGuide, refuse_globals
+from pyro_vae.guides.base import Added, FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import name_apart
@@ -99,13 +99,10 @@ class AmortizedGuide(FamilyGuide):
         features = self._example_features(model, batch)
         self.head = self._prior_head(features)
         self.parents = self._parents(model, batch) if top_down else {}
-        self.conditioners = nn.ModuleDict(
-            {
-                str(number): self._conditioner(features, coordinates)
-                for number, coordinates in enumerate(self.coordinates)
-                if self.parents.get(coordinates.name)
-            }
-        )
+        self.conditioners = nn.ModuleDict()  # by the number of their site
+        for number, coordinates in enumerate(self.coordinates):
+            if self.parents.get(coordinates.name):
+                self.conditioners[str(number)] = self._conditioner(features, coordinates)
         if global_guide is not None:
             # Pyro's autoguides make their parameters at the first call.
             rng = preserved_rng(features.device)
@@ -147,18 +144,14 @@ class AmortizedGuide(FamilyGuide):
         size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
         width = features.shape[1]
         inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
-        per_coordinate = self.family.params_shape(1)[1]
-        last = _linear(width, size_of[coordinates.name] * per_coordinate, features)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        outputs = size_of[coordinates.name] * self.family.params_shape(1)[1]
+        last = _linear(width, outputs, features)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         return nn.Sequential(_linear(inputs, width, features), nn.Tanh(), last)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site; the Pyro guide.
-
-        Returns:
-            Site name to value.
-        """
+        """Sample every latent site, and return values by site name; the Pyro guide."""
         shared = self._run_global_guide(Batch(args, kwargs))
         return {**shared, **super().forward(*args, **kwargs)}
 
@@ -187,37 +180,33 @@ class AmortizedGuide(FamilyGuide):
         """Whether a site's proposal may depend on the draws of sites before it."""
         return super().is_dependent or len(self.conditioners) > 0
 
-    def _conditionals(self, batch: Batch) -> tuple[int, Conditionals]:
+    def _proposed(self, batch: Batch) -> tuple[Tensor, Added | None]:
         if not self.conditioners:
-            return super()._conditionals(batch)
+            return super()._proposed(batch)
         features = self._features(batch)
-        params = self._params(features)
-        number_of = {c.name: str(number) for number, c in enumerate(self.coordinates)}
 
-        def params_of(coordinates: Coordinates, before: Values) -> Tensor:
-            mine = params[:, coordinates.columns]
-            own = coordinates.spread(mine.flatten(1))
-            if parents := self.parents[coordinates.name]:
-                seen = [coordinates.spread(features), *(before[name] for name in parents)]
-                shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in seen))
-                rows = torch.cat([rows.expand(*shape, rows.shape[-1]) for rows in seen], -1)
-                own = own + self.conditioners[number_of[coordinates.name]](rows)
-            return own.unflatten(-1, mine.shape[1:])
+        def added(coordinates: Coordinates, before: Values) -> Tensor | None:
+            if not (parents := self.parents[coordinates.name]):
+                return None
+            seen = [coordinates.spread(features), *(before[name] for name in parents)]
+            shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in seen))
+            rows = torch.cat([rows.expand(*shape, -1) for rows in seen], -1)
+            return self.conditioners[str(self.site_names.index(coordinates.name))](rows)
 
-        return params.shape[0], params_of
+        return self._params(features), added
 
     def _features(self, batch: Batch) -> Tensor:
         features = call_network(self.encoder, batch.args, batch.kwargs)
-        size = batch.size
-        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != size:
-            found = (
+        is_tensor, size = isinstance(features, Tensor), batch.size
+        if not is_tensor or features.ndim != 2 or features.shape[0] != size:
+            what = (
                 f"a tensor of shape {tuple(features.shape)}"
-                if isinstance(features, Tensor)
+                if is_tensor
                 else type(features).__name__
             )
             raise ValueError(
-                f"the encoder returned {found}; features of shape [{size}, F] are needed, a row "
-                "for each datum of the batch"
+                f"the encoder returned {what}; features of shape [{size}, F] are needed, a row for "
+                "each datum of the batch"
             )
         return features
 
@@ -230,8 +219,7 @@ def _refuse_hidden_parameters(
     model: Program, encoder: Callable[..., Any], features: Tensor
 ) -> None:
     """Raise ValueError for an encoder whose parameters are neither its own nor the model's."""
-    own = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
-    if own or features.grad_fn is None:
+    if isinstance(encoder, nn.Module) and any(True for _ in encoder.parameters()):
         return
     module = module_of(model)
     known = set() if module is None else set(map(id, module.parameters()))

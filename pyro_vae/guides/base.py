@@ -1,43 +1,47 @@
-"""What the guides of a family have in common: from parameters of a datum to sample statements."""
+"""What guides of a family have in common: from parameters to proposals and sample statements."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeGuard
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.families.gaussian import Normal
-from pyro_vae.guides.coordinates import Coordinates, coordinates_of
-from pyro_vae.guides.moments import prior_moments
-from pyro_vae.guides.proposals import proposal
+from pyro_vae.guides.coordinates import Coordinates, coordinates_of, prior_moments
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.preimages import KeepDraws
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.structure import ModelLooks
-from pyro_vae.programs.types import Values
+from pyro_vae.programs.types import Distribution, Values
 
 _STABILITY_RUNS = 5  # of the model
-
-# From a site, and spread rows of the draws of sites before it, to its proposal's parameters, spread
-# likewise: see :func:`pyro_vae.guides.proposals.proposal`.
-Conditionals = Callable[[Coordinates, Values], Tensor]
+_NO_SHAPE = torch.Size()
+_GAUSSIAN = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
+# From a site, and spread rows of the draws of sites before it, to what its parameters gain by them.
+Added = Callable[[Coordinates, Values], Tensor | None]
 
 
 class FamilyGuide(Registered, DeclaredGuide):
     """A guide whose proposals are of a variational family.
 
     A subclass gives :meth:`family_params`, the family's parameters for each datum of a batch; one
-    whose proposals are of no family overrides :meth:`_conditionals`.
+    whose proposals are of no family overrides :meth:`_proposed`.
 
     Args:
         looks: what runs of the model have shown.
@@ -91,67 +95,50 @@ class FamilyGuide(Registered, DeclaredGuide):
             Site name to value.
         """
         register(self)
-        batch = Batch(args, kwargs)
-        if self._data_plate is None:
-            return self._sample(self._conditionals(batch)[1])
-        if self._data_plate.drawn:
-            return self._sample_minibatch(self._data_plate, batch)
-        num_data, params_of = self._conditionals(batch)
-        scale = self._data_plate.full_size / num_data if self._is_subsampled else 1.0
-        with poutine.block(hide=[self._data_plate.name]):
-            # Hidden: a replayed model would take its indices for its own.
-            plate = pyro.plate(self._data_plate.name, num_data, dim=self._data_plate.dim)
-        with plate, poutine.scale(scale=scale):
-            return self._sample(params_of)
+        batch, plate = Batch(args, kwargs), self._data_plate
+        if plate is None:
+            return self._sample(*self._proposed(batch))
+        if plate.drawn:  # under its name, the minibatch that the replayed model takes
+            size = plate.size
+            with pyro.plate(plate.name, plate.full_size, size, dim=plate.dim) as index:
+                drawn = torch.as_tensor(index)
+                with self._chosen_rows(drawn):
+                    proposed = self._proposed(batch.rows(drawn))
+                return self._sample(*proposed)
+        params, added = self._proposed(batch)
+        scale = plate.full_size / len(params) if self._is_subsampled else 1.0
+        (made,) = hidden_plates([replace(plate, size=len(params))]).values()
+        with made, poutine.scale(scale=scale):
+            return self._sample(params, added)
 
-    def _sample_minibatch(self, plate: Plate, batch: Batch) -> dict[str, Tensor]:
-        """Draw, under the plate's name, the minibatch that the replayed model takes; sample it."""
-        minibatch = pyro.plate(
-            plate.name, plate.full_size, subsample_size=plate.size, dim=plate.dim
-        )
-        with minibatch as index:
-            drawn = torch.as_tensor(index)
-            with self._chosen_rows(drawn):
-                params_of = self._conditionals(batch.rows(drawn))[1]
-            return self._sample(params_of)
+    def _proposed(self, batch: Batch) -> tuple[Tensor, Added | None]:
+        """Return the family's parameters, and what a site's gain by the draws before it."""
+        return self.family_params(*batch.args, **batch.kwargs), None
 
-    def _conditionals(self, batch: Batch) -> tuple[int, Conditionals]:
-        """Return N, and the parameters of each site given the draws of sites before it."""
-        params = self.family_params(*batch.args, **batch.kwargs)
-
-        def params_of(coordinates: Coordinates, before: Values) -> Tensor:
-            mine = params
-            if isinstance(self.family, FactorizedFamily):
-                mine = params[:, coordinates.columns]
-            return coordinates.spread(mine.flatten(1)).unflatten(-1, mine.shape[1:])
-
-        return params.shape[0], params_of
-
-    def _sample(self, params_of: Conditionals) -> dict[str, Tensor]:
-        plates = {p.name: p for coordinates in self.coordinates for p in coordinates.inner}
-        with poutine.block(hide=list(plates)):
-            # Hidden: a guide of global latents may have plates of the same names.
-            made = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in plates.values()}
+    def _sample(self, params: Tensor, added: Added | None) -> dict[str, Tensor]:
+        plates = hidden_plates(plate for one in self.coordinates for plate in one.inner)
         values: dict[str, Tensor] = {}
         before: dict[str, Tensor] = {}
         for coordinates in self.coordinates:
-            fn = proposal(
-                self.family,
-                params_of(coordinates, before),
-                self.num_coordinates,
-                coordinates,
-                list(before.values()),
-            )
+            name, own = coordinates.name, params
+            if isinstance(self.family, FactorizedFamily):
+                own = params[:, coordinates.columns]
+            rows = coordinates.spread(own.flatten(1))
+            if added is not None and (more := added(coordinates, before)) is not None:
+                rows = rows + more
+            rows = rows.unflatten(-1, own.shape[1:])
+            known = list(before.values())
+            fn = proposal(self.family, rows, self.num_coordinates, coordinates, known)
             with contextlib.ExitStack() as stack:
                 for plate in coordinates.inner:
-                    stack.enter_context(made[plate.name])
+                    stack.enter_context(plates[plate.name])
                 kept = stack.enter_context(KeepDraws())
-                value = values[coordinates.name] = pyro.sample(coordinates.name, fn)
+                value = values[name] = pyro.sample(name, fn)
             if self.is_dependent:
-                z = kept.draws.get(coordinates.name, value)
+                z = kept.draws.get(name, value)
                 if z is value and not coordinates.is_identity:
                     z = coordinates.transform.inv(value)
-                before[coordinates.name] = coordinates.flatten(z)
+                before[name] = coordinates.flatten(z)
         return values
 
     def local_part(self) -> FamilyGuide:
@@ -191,6 +178,13 @@ class FamilyGuide(Registered, DeclaredGuide):
         return values
 
 
+def hidden_plates(plates: Iterable[Plate]) -> dict[str, pyro.plate]:
+    """Return Pyro's plates by name, hidden: others may have their names, or take their indices."""
+    by_name = {plate.name: plate for plate in plates}
+    with poutine.block(hide=list(by_name)):
+        return {n: pyro.plate(n, plate.size, dim=plate.dim) for n, plate in by_name.items()}
+
+
 def of_family(guide: object) -> TypeGuard[FamilyGuide]:
     """Return whether a guide's proposals are all that its family and its parameters say."""
     return isinstance(guide, FamilyGuide) and not getattr(guide, "parents", None)
@@ -204,3 +198,103 @@ def refuse_globals(structure: Structure, advice: str) -> None:
             f"the latent sites {names} lie outside the data plate {structure.data_plate.name!r}: "
             f"they are global. {advice}, or condition the model on a value"
         )
+
+
+def proposal(
+    family: Family, params: Tensor, size: int, coordinates: Coordinates, before: Sequence[Tensor]
+) -> Distribution:
+    """Return the distribution of a site, given the unconstrained values of the sites before it.
+
+    On real support it is the family's own, elsewhere mapped to the support. Parameters and values
+    are spread rows; the parameters of a factorized family are the site's own.
+    """
+    transform = coordinates.transform
+    if coordinates.preimage_key is not None:
+        # Remembered, so that losses of Pyro's, too, score a draw by what it was made of.
+        transform = transform.with_cache(1)
+    if isinstance(family, FactorizedFamily):
+        arranged = coordinates.arrange(params.movedim(-1, 0)).movedim(0, -1)
+        if not coordinates.is_identity:
+            return family.mapped(arranged, transform)
+        return family.marginal(arranged).to_event(transform.domain.event_dim)
+    shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in before))
+    while len(shape) > len(coordinates.batch) and shape[0] == 1:
+        shape = shape[1:]  # a dimension of a site before this one
+    known = params[..., :0]
+    if before:
+        rows = [r.reshape(r.shape[max(0, r.ndim - 1 - len(shape)) :]) for r in before]
+        known = torch.cat([row.expand(*shape, -1) for row in rows], -1)
+    joint = family.conditional(params, size, known, coordinates.columns)
+    base = _of_site(joint, coordinates)
+    return base if coordinates.is_identity else dist.TransformedDistribution(base, [transform])
+
+
+def _of_site(joint: Any, coordinates: Coordinates) -> Distribution:
+    """Return a distribution over a site's coordinates [..., d] in the site's own shape."""
+    if coordinates.is_plain and len(coordinates.event) == 1:
+        return joint
+    if coordinates.is_plain and not coordinates.event and isinstance(joint, _GAUSSIAN):
+        return dist.Normal(joint.loc[..., 0], joint.variance[..., 0].sqrt())
+    single = coordinates.columns.stop - coordinates.columns.start == 1
+    if not (single or isinstance(joint, _GAUSSIAN) or hasattr(joint, "coordinate_log_prob")):
+        raise ValueError(
+            f"latent site {coordinates.name!r} has batch dimensions inside a datum, or an event "
+            f"that is no vector: {type(joint).__name__} needs a method coordinate_log_prob"
+        )
+    return _Arranged(joint, coordinates)
+
+
+class _Arranged(TorchDistribution):
+    """A joint distribution over a site's coordinates, where the site is a batch inside a datum.
+
+    Its draws in the batch depend on one another. The log density of each is that given those
+    before it: their sum is the joint's, and where a mask leaves some of them out, those
+    left out are auxiliary draws, which no bound minds.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(self, joint: Any, coordinates: Coordinates) -> None:
+        self._joint, self._coordinates = joint, coordinates
+        batch_shape = torch.broadcast_shapes(joint.batch_shape, coordinates.batch)
+        super().__init__(batch_shape, torch.Size(coordinates.event), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The reals."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Arranged:
+        """Return the distribution of another batch shape."""
+        sizes = list(batch_shape)
+        for axis in self._coordinates.inside:
+            sizes[axis] = 1  # the joint has its coordinates instead
+        return _Arranged(self._joint.expand(torch.Size(sizes)), self._coordinates)
+
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        """Return draws, differentiable by the parameters."""
+        return self._coordinates.arrange(self._joint.rsample(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of each entry of the batch, given those before it."""
+        spread = self._coordinates.flatten(value)
+        if spread.shape[-1] == 1:
+            log_prob = self._joint.log_prob(spread).unsqueeze(-1)
+        elif isinstance(self._joint, _GAUSSIAN):
+            log_prob = _gaussian_log_prob(self._joint, spread)
+        else:
+            log_prob = self._joint.coordinate_log_prob(spread)
+        return sum_rightmost(self._coordinates.arrange(log_prob), len(self.event_shape))
+
+
+def _gaussian_log_prob(joint: Any, value: Tensor) -> Tensor:
+    """Return the log density of each coordinate given those before it, of the value's shape."""
+    difference = (value - joint.loc).unsqueeze(-1)
+    if isinstance(joint, torch.distributions.MultivariateNormal):
+        factor = joint.scale_tril
+    else:
+        factor = torch.linalg.cholesky(joint.covariance_matrix)
+    noise = torch.linalg.solve_triangular(factor, difference, upper=False).squeeze(-1)
+    scale = factor.diagonal(dim1=-2, dim2=-1)
+    return -0.5 * (noise.square() + math.log(2 * math.pi)) - scale.log()

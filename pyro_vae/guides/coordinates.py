@@ -1,24 +1,23 @@
-"""Where a latent site's unconstrained coordinates lie among those of a datum."""
+"""Where a latent site's coordinates lie among those of a datum, and moments to start from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.distributions import (
-    ComposeTransform,
-    IndependentTransform,
-    Transform,
-    biject_to,
-    constraints,
-)
+from torch.distributions import Independent, Normal, Transform, biject_to, constraints
 
 from pyro_vae.programs.nodes import is_circular
 from pyro_vae.programs.preimages import Preimage, preimage_key
 from pyro_vae.programs.sites import Plate, Site, Structure
+from pyro_vae.programs.state import Look, preserved_rng
+from pyro_vae.programs.structure import ModelLooks, run_model
 from pyro_vae.programs.supports import flat_transforms, support_of
+from pyro_vae.programs.types import Node
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Coordinates:
     @classmethod
     def of(cls, site: Site, data_plate: Plate | None, start: int) -> Coordinates:
         """Return the coordinates of a latent site that begin at column ``start``."""
+        inner = _inner_plates(site, data_plate)
         if support_of(site.fn) is None:
             raise ValueError(
                 f"latent site {site.name!r}: {site.distribution} declares no support, so nothing "
@@ -62,36 +62,25 @@ class Coordinates:
             transform = biject_to(_support(site))
         except NotImplementedError as error:
             raise ValueError(
-                f"latent site {site.name!r} ({site.distribution}) has the support "
-                f"{site.support}, which no bijection maps to the reals; a continuous guide "
-                "cannot propose it. Sum it out in the model, or write the guide by hand"
+                f"latent site {site.name!r} ({site.distribution}) has the support {site.support}, "
+                "which no bijection maps to the reals; a continuous guide cannot propose it. Sum "
+                "it out in the model, or write the guide by hand"
             ) from error
         event = tuple(transform.inverse_shape(site.event_shape))
         data_dim = None if data_plate is None else data_plate.dim
-        first = -len(site.batch_shape)
-        batch = tuple(
-            1 if first + axis == data_dim else size for axis, size in enumerate(site.batch_shape)
-        )
-        return cls(
-            name=site.name,
-            transform=transform,
-            support=site.support_text,
-            inner=tuple(plate for plate in site.plates if plate != data_plate),
-            batch=batch,
-            event=event,
-            data_dim=data_dim,
-            columns=slice(start, start + math.prod(batch) * math.prod(event)),
-        )
+        sizes = enumerate(site.batch_shape, -len(site.batch_shape))
+        batch = tuple(1 if axis == data_dim else size for axis, size in sizes)
+        columns = slice(start, start + math.prod(batch) * math.prod(event))
+        return cls(site.name, transform, site.support_text, inner, batch, event, data_dim, columns)
+
+    @property
+    def _transforms(self) -> list[Any]:
+        return flat_transforms([self.transform])
 
     @property
     def preimage_key(self) -> str | None:
         """The name that preimages of the site's draws go by; None where none are kept."""
-        return preimage_key(self.name, flat_transforms([self.transform]))
-
-    @property
-    def cached_transform(self) -> Transform:
-        """The transform, anew, remembering its last argument where it can."""
-        return self.transform if self.preimage_key is None else self.transform.with_cache(1)
+        return preimage_key(self.name, self._transforms)
 
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return what draws are made of; NaN or infinite where they lie outside of the support.
@@ -99,14 +88,13 @@ class Coordinates:
         Args:
             values: of sites, and their preimages where a guide keeps them.
         """
-        key = self.preimage_key
-        if key is not None and key in values:
+        if (key := self.preimage_key) in values and key is not None:
             return values[key]
         return self.transform.inv(values[self.name])
 
     def value(self, z: Tensor) -> Tensor:
         """Return the value of unconstrained coordinates, inside the support."""
-        return Preimage(z, tuple(flat_transforms([self.transform]))).value
+        return Preimage(z, tuple(self._transforms)).value
 
     @property
     def is_plain(self) -> bool:
@@ -115,32 +103,24 @@ class Coordinates:
 
     def spread(self, rows: Tensor) -> Tensor:
         """Align rows [..., N, d] with the plates: ``[..., 1, N, 1, d]``."""
-        dims = len(self.batch)
-        if self.data_dim is None:
-            rows = rows.squeeze(-2)
-            return rows.reshape(*rows.shape[:-1], *[1] * dims, rows.shape[-1])
         *lead, num_data, width = rows.shape
-        right = -self.data_dim - 1
-        return rows.reshape(*lead, *[1] * (dims - 1 - right), num_data, *[1] * right, width)
+        batch = [1] * len(self.batch)
+        if self.data_dim is not None:
+            batch[self.data_dim] = num_data
+        return rows.reshape(*lead, *batch, width)
 
     def arrange(self, spread: Tensor) -> Tensor:
         """Bring spread rows to the site's shape, ``[..., *batch, *event]``."""
         dims = spread.ndim - 1
-        inside = self._inside(dims)
-        lead = [axis for axis in range(dims) if axis not in inside]
-        value = spread.reshape(
-            (
-                *(spread.shape[axis] for axis in lead),
-                *(self.batch[axis - dims] for axis in inside),
-                *self.event,
-            )
-        )
+        inside = [dims + axis for axis in self.inside]
+        lead = [size for axis, size in enumerate(spread.shape[:-1]) if axis not in inside]
+        value = spread.reshape(*lead, *(self.batch[axis] for axis in self.inside), *self.event)
         return value.movedim(tuple(range(len(lead), dims)), tuple(inside))
 
     def flatten(self, value: Tensor) -> Tensor:
         """Undo :meth:`arrange`: spread rows of an unconstrained value of the site."""
         dims = value.ndim - len(self.event)
-        inside = self._inside(dims)
+        inside = [dims + axis for axis in self.inside]
         moved = value.movedim(tuple(inside), tuple(range(dims - len(inside), dims)))
         rows = moved.reshape(*moved.shape[: dims - len(inside)], -1)
         for axis in inside:
@@ -153,23 +133,14 @@ class Coordinates:
         return spread.reshape(spread.shape[0], -1, spread.shape[-1])
 
     @property
-    def inside(self) -> tuple[bool, ...]:
-        """Which of its batch dimensions lie inside a datum."""
-        dims = len(self.batch)
-        return tuple(axis - dims != self.data_dim for axis in range(dims))
-
-    def _inside(self, dims: int) -> list[int]:
-        """The site's batch axes inside a datum, where it has ``dims`` batch dimensions in all."""
-        first = dims - len(self.batch)
-        return [first + axis for axis, inside in enumerate(self.inside) if inside]
+    def inside(self) -> list[int]:
+        """Its batch dimensions that lie inside a datum, negative."""
+        return [axis for axis in range(-len(self.batch), 0) if axis != self.data_dim]
 
     @property
     def is_identity(self) -> bool:
         """Whether the site lives on the reals as it is."""
-        transform = self.transform
-        while isinstance(transform, IndependentTransform):
-            transform = transform.base_transform
-        return isinstance(transform, ComposeTransform) and not transform.parts
+        return not self._transforms
 
 
 def coordinates_of(structure: Structure, proposer: str) -> tuple[Coordinates, ...]:
@@ -190,35 +161,30 @@ def coordinates_of(structure: Structure, proposer: str) -> tuple[Coordinates, ..
     found: list[Coordinates] = []
     for site in latents:
         if not site.enumerable:
-            _check_inner_plates(site, plate)
             found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
     if not found:
         discrete = ", ".join(f"latent site {site.name!r} ({site.distribution})" for site in latents)
         raise ValueError(
             f"no latent site is continuous, only {discrete}: {proposer} proposes continuous sites, "
-            "and leaves discrete ones of finite support to be summed out. Use "
-            "pyro_vae.ExactGuide(model, example=batch)"
+            "leaves discrete ones to be summed out. Use pyro_vae.ExactGuide(model, example=batch)"
         )
     return tuple(found)
 
 
-def _check_inner_plates(site: Site, data_plate: Plate | None) -> None:
-    for plate in site.plates:
-        if plate != data_plate and plate.size != plate.full_size:
+def _inner_plates(site: Site, data_plate: Plate | None) -> tuple[Plate, ...]:
+    inner = tuple(plate for plate in site.plates if plate != data_plate)
+    for plate in inner:
+        if plate.size != plate.full_size:
             raise ValueError(
                 f"latent site {site.name!r} is in plate {plate.name!r}, of which a run sees "
                 f"{plate.size} of {plate.full_size} entries: a guide with parameters for each "
-                "entry cannot know which. Subsample the data plate alone, or write the guide by "
-                "hand"
+                "cannot know which. Subsample the data plate alone, or write the guide by hand"
             )
+    return inner
 
 
 def _support(site: Site) -> constraints.Constraint:
-    """Return the support of a site, the same for every datum.
-
-    Raises:
-        ValueError: where it differs within the batch.
-    """
+    """Return the support of a site; ValueError where it differs within the batch."""
     if is_circular(site.fn):
         if site.distribution != "VonMises":
             raise ValueError(
@@ -232,27 +198,115 @@ def _support(site: Site) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):  # independent, or of a mixture
         events += getattr(support, "reinterpreted_batch_ndims", 0)
         support = support.base_constraint
-    bounds = {}
-    for name in ("lower_bound", "upper_bound"):
-        bound = getattr(support, name, None)
-        if bound is None:
-            continue
-        bounds[name] = _common_bound(site, bound, events) if isinstance(bound, Tensor) else bound
+    ends = {name: getattr(support, name, None) for name in ("lower_bound", "upper_bound")}
+    bounds = {n: _common_bound(site, end, events) for n, end in ends.items() if end is not None}
     if bounds and not support.is_discrete:
         support = type(support)(**bounds)
     return constraints.independent(support, events) if events else support
 
 
-def _common_bound(site: Site, bound: Tensor, events: int) -> Tensor | float:
+def _common_bound(site: Site, bound: Tensor | float, events: int) -> Tensor | float:
     """Return the bound of all data; a plain number where it is one, which is known to be alike."""
+    if not isinstance(bound, Tensor):
+        return bound
     if bound.ndim > events:
         # Uniform(0, 1) in a plate has a bound for each datum, all alike.
         rows = bound.reshape(-1, *bound.shape[bound.ndim - events :])
         if not bool((rows == rows[0]).all()):
             raise ValueError(
-                f"latent site {site.name!r} ({site.distribution}): its support differs from "
-                "datum to datum, or with another latent. Give it a fixed support, and scale "
-                "the value: low + (high - low) * u with u in the unit interval"
+                f"latent site {site.name!r} ({site.distribution}): its support differs from datum "
+                "to datum, or with another latent. Give it a fixed support, and scale the value: "
+                "low + (high - low) * u with u in the unit interval"
             )
         bound = rows[0]
     return bound.item() if bound.numel() == 1 else bound
+
+
+_PRIOR_DRAWS = 1000
+_PARENT_RUNS = 50  # of the model, where the draws of one do not vary
+_WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
+
+
+def prior_moments(
+    looks: ModelLooks, structure: Structure, coordinates: Sequence[Coordinates]
+) -> tuple[Tensor, Tensor]:
+    """Return mean and width of the prior in unconstrained coordinates, over draws and data, [D].
+
+    Raises:
+        ValueError: for a site whose prior is a point.
+    """
+    means, stds = [], []
+    with torch.no_grad(), preserved_rng(next(iter(structure.sites.values())).value.device):
+        torch.manual_seed(0)  # the start of a guide is part of its definition
+        for mine in coordinates:
+            draws = structure.sites[mine.name].fn.sample((_PRIOR_DRAWS,))
+            mean, std = _of_site(mine, draws)
+            if not bool((std > 0).all()):  # given these parents, which have a prior too
+                draws = _of_other_parents(looks, mine.name, draws)
+                mean, std = _of_site(mine, draws)
+                if bool((draws == draws[:1]).all()):
+                    raise ValueError(
+                        f"latent site {mine.name!r}: its prior does not vary (a point), so there "
+                        "is nothing to infer. Use pyro.deterministic, or condition on it"
+                    )
+                # It varies between a few values, or between the ends of its support.
+                mean = torch.where(mean.isfinite(), mean, 0.0)
+                std = torch.where(std > 0, std, _WIDEST)
+            means.append(mean)
+            # Wide on the reals may be beyond all numbers once mapped to the support.
+            stds.append(std if mine.is_identity else std.clamp(max=_WIDEST))
+    return torch.cat(means), torch.cat(stds)
+
+
+def _of_site(mine: Coordinates, draws: Tensor) -> tuple[Tensor, Tensor]:
+    return middle_moments(mine.rows(mine.transform.inv(draws)).flatten(0, 1))
+
+
+def _of_other_parents(looks: ModelLooks, name: str, draws: Tensor) -> Tensor:
+    """Return draws of a latent from its prior, its parents drawn anew for some of them."""
+    found = []
+    for seed in range(1, _PARENT_RUNS + 1):
+        with Look() as look:
+            sites = run_model(looks.model, looks.batch, seed=seed).sites
+        if look.error is None:  # a draw that the model cannot take says nothing
+            found.append(sites[name].fn.sample((_PRIOR_DRAWS // _PARENT_RUNS,)))
+    return torch.cat(found) if found else draws
+
+
+def middle_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of draws [K, ...], over the first dimension.
+
+    Of heavy tails, which have no moments, median and half the distance of the 16 % and 84 %
+    quantiles of those that are finite.
+    """
+    if rows.dtype in (torch.float16, torch.bfloat16):  # which PyTorch has no quantiles of
+        mean, std = middle_moments(rows.float())
+        return mean.to(rows.dtype), std.to(rows.dtype)
+    some = rows[:: -(-len(rows) // 10_000)]
+    # Sorted, NaN last: torch.nanquantile takes 2**24 numbers at most.
+    some = torch.where(some.isfinite(), some, math.nan).sort(dim=0).values
+    last = (some.isfinite().sum(0, keepdim=True) - 1).clamp_min(0)
+    low, median, high = (
+        some.gather(0, (level * last).round().long())[0] for level in (0.16, 0.5, 0.84)
+    )
+    mean, std, middle = rows.mean(0), rows.std(0), (high - low) / 2
+    light = (std < 2 * middle) | (std == 0)
+    return torch.where(light, mean, median), torch.where(light, std, middle)
+
+
+def normal_moments(nodes: Sequence[Node]) -> tuple[Tensor, Tensor] | None:
+    """Return mean and standard deviation of a site of independent Normals, given several runs.
+
+    None where it is no Normal, or is not alike in all runs: it depends on another draw.
+    """
+    found = []
+    for node in nodes:
+        fn = node["fn"]
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        if not isinstance(fn, Normal):
+            return None
+        found.append((fn.loc, fn.scale))
+    loc, scale = found[0]
+    alike = all(torch.equal(loc, a) and torch.equal(scale, b) for a, b in found)
+    return (loc, scale) if alike else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.guides.base import hidden_plates
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.enumeration import Conditional, conditionals, enumerated, marginals
 from pyro_vae.programs.handlers import Registered
@@ -24,6 +25,9 @@ from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import DataPlate, Distribution, Program, Trace
 
 __all__ = ["ExactGuide"]
+
+_FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
+_T = TypeVar("_T")
 
 
 class ExactGuide(Registered):
@@ -76,25 +80,15 @@ class ExactGuide(Registered):
         structure = inspect(model, batch, data_plate=data_plate, strict=True)
         _check(structure)
         self._nesting = structure.nesting
-        self._names = tuple(
-            site.name for site in (*structure.local_latents, *structure.global_latents)
-        )
+        latents = (*structure.local_latents, *structure.global_latents)
+        self._names = tuple(site.name for site in latents)
         self._frozen: tuple[Batch, tuple[Conditional, ...]] | None = None
-        self._conditionals(batch)
+        self._enumerated(batch, conditionals)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site from its posterior; the Pyro guide.
-
-        Returns:
-            Site name to value.
-        """
+        """Sample each latent site from its posterior; return values by name. The Pyro guide."""
         chain = self._current(Batch(args, kwargs))
-        frames = {frame.name: frame for conditional in chain for frame in conditional.frames}
-        with poutine.block(hide=list(frames)):
-            # Hidden: a replayed model would take their indices for its own.
-            plates = {
-                name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()
-            }
+        plates = hidden_plates(frame for conditional in chain for frame in conditional.frames)
         values: dict[str, Tensor] = {}
         indices: dict[str, Tensor] = {}
         for conditional in chain:
@@ -122,9 +116,7 @@ class ExactGuide(Registered):
         Returns:
             Site name to probabilities, ``[*batch shape, values]``: each site's own marginals.
         """
-        with self._isolated():
-            trace, log_probs = self._run(as_batch(*batch))
-            return marginals(trace, log_probs, self._nesting)
+        return self._enumerated(as_batch(*batch), marginals)
 
     @contextlib.contextmanager
     def frozen(self, *batch: Any) -> Iterator[None]:
@@ -136,7 +128,7 @@ class ExactGuide(Registered):
             *batch: the model's arguments; inside the context the guide takes no others.
         """
         arguments = as_batch(*batch)
-        before, self._frozen = self._frozen, (arguments, self._conditionals(arguments))
+        before, self._frozen = self._frozen, (arguments, self._enumerated(arguments, conditionals))
         try:
             yield
         finally:
@@ -144,7 +136,7 @@ class ExactGuide(Registered):
 
     def _current(self, batch: Batch) -> tuple[Conditional, ...]:
         if self._frozen is None:
-            return self._conditionals(batch)
+            return self._enumerated(batch, conditionals)
         frozen, chain = self._frozen
         if not _same(frozen, batch):
             raise ValueError(
@@ -153,22 +145,15 @@ class ExactGuide(Registered):
             )
         return chain
 
-    def _conditionals(self, batch: Batch) -> tuple[Conditional, ...]:
-        with self._isolated():
-            trace, log_probs = self._run(batch)
-            return conditionals(trace, log_probs, self._nesting)
-
-    def _run(self, batch: Batch) -> tuple[Trace, dict[str, Tensor]]:
+    def _enumerated(
+        self, batch: Batch, reduce: Callable[[Trace, dict[str, Tensor], int], _T]
+    ) -> _T:
+        """Return what is made of the model's trace, all values of its latents at once."""
         model = enumerated(self._model[0], self._names, -1 - self._nesting)
-        trace = trace_of(model, batch)
-        return trace, {
-            name: site_log_prob(name, node, scaled=False) for name, node in sample_nodes(trace)
-        }
-
-    @contextlib.contextmanager
-    def _isolated(self) -> Iterator[None]:
         with torch.no_grad(), evaluation(self._model[0]), poutine.block():
-            yield
+            trace = trace_of(model, batch)
+            terms = {n: site_log_prob(n, node, scaled=False) for n, node in sample_nodes(trace)}
+            return reduce(trace, terms, self._nesting)
 
 
 def _check(structure: Structure) -> None:
@@ -186,19 +171,14 @@ def _check(structure: Structure) -> None:
             raise ValueError(
                 f"latent site {site.name!r} is {site.distribution}: an ExactGuide proposes "
                 f"{', '.join(family.__name__ for family in _FAMILIES)} sites. Write it as a "
-                "Categorical of its values, or leave it out of a guide of your own: it is then "
-                "summed out"
+                "Categorical, or leave it out of a guide of your own: it is then summed out"
             )
-        for plate in site.plates:
-            if plate.drawn:
-                raise ValueError(
-                    f"the model draws its own minibatch in plate {plate.name!r} "
-                    "(subsample_size=...), which the guide cannot know. Pass the minibatch as the "
-                    "batch, with pyro.plate(name, num_data, subsample=x)"
-                )
-
-
-_FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
+        if drawn := [plate.name for plate in site.plates if plate.drawn]:
+            raise ValueError(
+                f"the model draws its own minibatch in plate {drawn[0]!r} (subsample_size=...), "
+                "which the guide cannot know. Pass the minibatch as the batch, with "
+                "pyro.plate(name, num_data, subsample=x)"
+            )
 
 
 def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribution:
@@ -215,6 +195,7 @@ def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribut
 def _same(one: Batch, other: Batch) -> bool:
     first, second = ({**dict(enumerate(b.args)), **b.kwargs} for b in (one, other))
     return first.keys() == second.keys() and all(
-        a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
-        for a, b in ((first[key], second[key]) for key in first)
+        a is (b := second[key])
+        or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+        for key, a in first.items()
     )

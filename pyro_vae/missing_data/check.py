@@ -68,10 +68,9 @@ def check_decisions(run: Run, arguments: Arguments) -> None:
             raise ValueError(
                 f"{kind} site {name!r}: its log density of what was seen changes by "
                 f"{max(gaps):.3g} nats with the numbers that stand where values are missing: the "
-                "model decides by a missing value (NaN > 0 is False), or fills it in. Let what "
-                "is made of it be missing too, torch.where(x.isnan(), x, (x > 0).to(x)) for one; "
-                "mask the site there (poutine.mask); or give the value a distribution as a latent "
-                "site"
+                "model decides by a missing value (NaN > 0 is False), or fills it in. Let what is "
+                "made of it be missing too, torch.where(x.isnan(), x, (x > 0).to(x)) for one; mask "
+                "the site there (poutine.mask); or give the value a distribution as a latent site"
             )
 
 

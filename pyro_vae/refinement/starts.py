@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.guides.base import of_family
+from pyro_vae.guides.coordinates import middle_moments, normal_moments
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.guides.moments import middle_moments, normal_moments
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.types import Node, Program, Values
