@@ -15,9 +15,8 @@ in a file of this folder, in the names below, and in ``FAMILIES`` of ``tests/law
 """
 
 from pyro_vae.families.base import FactorizedFamily, Family
-from pyro_vae.families.delta import Delta
 from pyro_vae.families.flow import Flow
-from pyro_vae.families.gaussian import FullRankNormal, LowRankNormal, Normal
+from pyro_vae.families.gaussian import Delta, FullRankNormal, LowRankNormal, Normal
 
 __all__ = [
     "Delta",

@@ -78,9 +78,7 @@ class Family(ABC):
         Returns:
             [..., P].
         """
-        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
-        return self.initial(mean, inverse.square().sum(-2).rsqrt())
+        return self.initial(mean, precisions(scale_tril).rsqrt())
 
     @abstractmethod
     def conditional(
@@ -139,6 +137,12 @@ class Family(ABC):
             shift: [..., P]; zero leaves the parameters as they are.
         """
         return params + self.units(params, size) * shift
+
+
+def precisions(scale_tril: Tensor) -> Tensor:
+    """Return a Gaussian's precision of each coordinate given all others, [..., D]."""
+    eye = torch.eye(scale_tril.shape[-1], dtype=scale_tril.dtype, device=scale_tril.device)
+    return torch.linalg.solve_triangular(scale_tril, eye, upper=False).square().sum(-2)
 
 
 class FactorizedFamily(Family):
@@ -204,10 +208,7 @@ class FactorizedFamily(Family):
 
         Args:
             params: [..., params_per_coordinate].
-            transform: a bijection from the reals.
-
-        Returns:
-            A distribution over the transform's codomain.
+            transform: a bijection from the reals to that support.
         """
         base = self.marginal(params).to_event(transform.domain.event_dim)
         return dist.TransformedDistribution(base, [transform])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.families.base import Family
+from pyro_vae.families.gaussian import LocatedFamily
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
@@ -23,7 +24,7 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
-class Flow(Family):
+class Flow(LocatedFamily):
     r"""An autoregressive flow of rational-quadratic splines (Durkan et al. 2019).
 
     .. math:: z_d = m_d + s_d\, \bigl(a_d + e^{b_d}\, \mathrm{spline}_d(\epsilon_d)\bigr),
@@ -72,33 +73,28 @@ class Flow(Family):
 
     def initial(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return independent Gaussians: of the weights, only those into the tanh units differ."""
-        size = mean.shape[-1]
-        sizes = self._sizes(size)
+        sizes = self._sizes(mean.shape[-1])
         rest = mean.new_zeros(*mean.shape[:-1], sum(sizes[2:]))
-        if size > 1:
-            # Units that all start alike would stay alike.
-            start, count = sum(sizes[2:4]), sizes[4]
-            steps = torch.arange(count, device=mean.device, dtype=mean.dtype)
-            rest[..., start : start + count] = torch.sin(1.0 + 2.4 * steps)
+        # Units that all start alike would stay alike.
+        start, count = sum(sizes[2:4]), sizes[4]
+        steps = torch.arange(count, device=mean.device, dtype=mean.dtype)
+        rest[..., start : start + count] = torch.sin(1.0 + 2.4 * steps)
         return torch.cat([mean, std.log(), rest], -1)
 
     def conditional(
         self, params: Tensor, size: int, before: Tensor, columns: slice
     ) -> Distribution:
         """Return the flow's conditional, a distribution over real vectors."""
-        return _Conditional(_Weights.of(self, params, size), before, columns)
+        return _Conditional(self, params, size, before, columns)
 
     def from_noise(self, params: Tensor, size: int, noise: Tensor) -> Tensor:
         """Return draws made of noise, [K, ..., D]."""
-        weights = _Weights.of(self, params, size)
-        return weights.draw(noise.new_zeros(*noise.shape[:-1], 0), noise)
+        return _Conditional(self, params, size, noise.new_zeros(0), slice(0, size)).draw(noise)
 
     def units(self, params: Tensor, size: int) -> Tensor:
         """Return the scales for the locations, and 1 or less for all else."""
-        units = torch.ones_like(params)
-        # Knots and weights act together: longer steps overshoot.
-        units[..., 2 * size :] = 0.3
-        units[..., :size] = params[..., size : 2 * size].exp()
+        units = super().units(params, size)
+        units[..., 2 * size :] = 0.3  # knots and weights act together: longer steps overshoot
         return units
 
     def _sizes(self, size: int) -> tuple[int, ...]:
@@ -114,44 +110,51 @@ class Flow(Family):
         )
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A datum's parameters of a flow, each with the batch dimensions in front."""
+class _Conditional(TorchDistribution):
+    """Coordinates of a flow given those before them, with all weights of their datum."""
 
-    bins: int
-    loc: Tensor  # [..., D]
-    scale: Tensor  # [..., D]
-    own: Tensor  # [..., D, shape]
-    linear: Tensor  # [..., D, D], strictly lower triangular
-    inward: Tensor  # [..., H, D], zero beyond a unit's degree
-    bias: Tensor  # [..., H]
-    outward: Tensor  # [..., D, shape, H], zero for units that see the coordinate
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+    has_rsample = True
 
-    @classmethod
-    def of(cls, family: Flow, params: Tensor, size: int) -> _Weights:
-        loc, log_scale, own, linear, inward, bias, outward = params.split(
-            list(family._sizes(size)), -1
-        )
-        hidden, shape = bias.shape[-1], family._shape
-        row, column = torch.tril_indices(size, size, -1, device=params.device)
-        lower = params.new_zeros(*params.shape[:-1], size, size)
-        lower[..., row, column] = linear
+    def __init__(
+        self, family: Flow, params: Tensor, size: int, before: Tensor, columns: slice
+    ) -> None:
+        sizes, shape = family._sizes(size), family._shape
+        loc, log_scale, own, linear, inward, bias, outward = params.split(list(sizes), -1)
+        hidden = bias.shape[-1]
         # A unit of degree g sees coordinates 0 to g, and speaks to those after g.
         degree = torch.arange(hidden, device=params.device) % max(1, size - 1)
         coordinate = torch.arange(size, device=params.device)
         sees = (coordinate <= degree.unsqueeze(-1)).to(params)  # [H, D]
-        return cls(
-            bins=family.bins,
-            loc=loc,
-            scale=log_scale.exp(),
-            own=own.unflatten(-1, (size, shape)),
-            linear=lower,
-            inward=inward.unflatten(-1, (hidden, size)) * sees,
-            bias=bias,
-            outward=outward.unflatten(-1, (size, shape, hidden)) * (1 - sees.mT).unsqueeze(1),
-        )
+        row, column = torch.tril_indices(size, size, -1, device=params.device)
+        self._linear = params.new_zeros(*params.shape[:-1], size, size)
+        self._linear[..., row, column] = linear
+        self._loc, self._scale, self._bias = loc, log_scale.exp(), bias
+        self._own = own.unflatten(-1, (size, shape))
+        self._inward = inward.unflatten(-1, (hidden, size)) * sees
+        self._outward = outward.unflatten(-1, (size, shape, hidden)) * (1 - sees.mT).unsqueeze(1)
+        self._bins, self._before, self._columns = family.bins, before, columns
+        batch_shape = torch.broadcast_shapes(params.shape[:-1], before.shape[:-1])
+        events = torch.Size([columns.stop - columns.start])
+        super().__init__(batch_shape, events, validate_args=False)
 
-    def splines(self, known: Tensor, columns: slice) -> tuple[Tensor, Tensor, Any]:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Conditional:
+        """Return the distribution of another batch shape."""
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        """Return draws, differentiable by the parameters."""
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        return self.draw(torch.randn(shape, dtype=self._loc.dtype, device=self._loc.device))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density, of the batch shape."""
+        return self.coordinate_log_prob(value).sum(-1)
+
+    def _splines(self, known: Tensor, columns: slice) -> tuple[Tensor, Tensor, Any]:
         """Return shift, log scale and spline of some coordinates.
 
         Args:
@@ -160,90 +163,48 @@ class _Weights:
             columns: which.
         """
         count = known.shape[-1]
-        own, linear = self.own[..., columns, :], self.linear[..., columns, :count]
-        raw = own
+        raw = self._own[..., columns, :]
         if count:
             # einsum: @ would copy the weights for each particle.
-            seen = torch.einsum("...hc,...c->...h", self.inward[..., :count], known)
-            units = torch.tanh(seen + self.bias)
-            raw = own + torch.einsum("...dsh,...h->...ds", self.outward[..., columns, :, :], units)
-            shift = raw[..., 0] + torch.einsum("...dc,...c->...d", linear, known)
-        else:
-            shift = raw[..., 0]
-        widths, heights, slopes = raw[..., 2:].split([self.bins, self.bins, self.bins - 1], -1)
+            seen = torch.einsum("...hc,...c->...h", self._inward[..., :count], known)
+            units = torch.tanh(seen + self._bias)
+            raw = raw + torch.einsum("...dsh,...h->...ds", self._outward[..., columns, :, :], units)
+        shift = raw[..., 0]
+        if count:
+            linear = self._linear[..., columns, :count]
+            shift = shift + torch.einsum("...dc,...c->...d", linear, known)
+        widths, heights, slopes = raw[..., 2:].split([self._bins, self._bins, self._bins - 1], -1)
         spline = _spline_type()(widths, heights, slopes, bound=_BOUND)
         # Bounded, so that no product of weights overflows.
         return shift, 3 * torch.tanh(raw[..., 1] / 3), spline
 
-    def standardized(self, value: Tensor, columns: slice) -> Tensor:
-        return (value - self.loc[..., columns]) / self.scale[..., columns]
+    def _standardized(self, value: Tensor) -> Tensor:
+        """Return coordinates from the first on in units of their scales."""
+        count = value.shape[-1]
+        return (value - self._loc[..., :count]) / self._scale[..., :count]
 
-    def draw(self, before: Tensor, noise: Tensor) -> Tensor:
-        """Return the coordinates after ``before``, made of noise, one after the other."""
-        first = before.shape[-1]
-        known = self.standardized(before, slice(0, first))
+    def draw(self, noise: Tensor) -> Tensor:
+        """Return the coordinates, made of noise, one after the other."""
+        known, first = self._standardized(self._before), self._columns.start
         found = [known.expand(*torch.broadcast_shapes(known.shape[:-1], noise.shape[:-1]), first)]
         for step in range(noise.shape[-1]):
-            columns = slice(first + step, first + step + 1)
-            shift, log_scale, spline = self.splines(torch.cat(found, -1), columns)
+            column = slice(first + step, first + step + 1)
+            shift, log_scale, spline = self._splines(torch.cat(found, -1), column)
             found.append(shift + log_scale.exp() * spline(noise[..., step : step + 1]))
-        drawn = slice(first, first + noise.shape[-1])
-        standardized = torch.cat(found, -1)[..., first:]
-        return self.loc[..., drawn] + self.scale[..., drawn] * standardized
-
-    def coordinate_log_prob(self, before: Tensor, value: Tensor) -> Tensor:
-        """Return the log density of each coordinate after ``before``, given those before it."""
-        first = before.shape[-1]
-        columns = slice(first, first + value.shape[-1])
-        batch = torch.broadcast_shapes(before.shape[:-1], value.shape[:-1])
-        whole = torch.cat([before.expand(*batch, -1), value.expand(*batch, -1)], -1)
-        known = self.standardized(whole, slice(0, columns.stop))
-        shift, log_scale, spline = self.splines(known, columns)
-        bent = (known[..., columns] - shift) * torch.exp(-log_scale)
-        noise = spline.inv(bent)
-        slope = spline.log_abs_det_jacobian(noise, bent)
-        normal = -0.5 * (noise.square() + _LOG_2PI)
-        return normal - slope - log_scale - self.scale[..., columns].log()
-
-
-class _Conditional(TorchDistribution):
-    """Coordinates of a flow given those before them."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(
-        self,
-        weights: _Weights,
-        before: Tensor,
-        columns: slice,
-        batch_shape: torch.Size | None = None,
-    ) -> None:
-        self._weights, self._before, self._columns = weights, before, columns
-        if batch_shape is None:
-            batch_shape = torch.broadcast_shapes(weights.bias.shape[:-1], before.shape[:-1])
-        super().__init__(
-            torch.Size(batch_shape), torch.Size([columns.stop - columns.start]), validate_args=False
-        )
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Conditional:
-        """Return the distribution of another batch shape."""
-        return _Conditional(self._weights, self._before, self._columns, torch.Size(batch_shape))
-
-    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
-        """Return draws, differentiable by the parameters."""
-        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        noise = torch.randn(shape, dtype=self._weights.loc.dtype, device=self._weights.loc.device)
-        return self._weights.draw(self._before, noise)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density, of the batch shape."""
-        return self.coordinate_log_prob(value).sum(-1)
+        drawn = torch.cat(found, -1)[..., first:]
+        return self._loc[..., self._columns] + self._scale[..., self._columns] * drawn
 
     def coordinate_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of each coordinate given those before it."""
-        return self._weights.coordinate_log_prob(self._before, value)
+        batch = torch.broadcast_shapes(self._before.shape[:-1], value.shape[:-1])
+        parts = [part.expand(*batch, -1) for part in (self._before, value)]
+        known = self._standardized(torch.cat(parts, -1))
+        shift, log_scale, spline = self._splines(known, self._columns)
+        bent = (known[..., self._columns] - shift) * torch.exp(-log_scale)
+        noise = spline.inv(bent)
+        slope = spline.log_abs_det_jacobian(noise, bent)
+        normal = -0.5 * (noise.square() + _LOG_2PI)
+        return normal - slope - log_scale - self._scale[..., self._columns].log()
 
 
 def _spline_type() -> Any:

@@ -1,4 +1,4 @@
-"""Gaussian families: independent coordinates, any covariance, a covariance of low rank."""
+"""Gaussian families (independent coordinates, any covariance, low rank), and points."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
-from pyro_vae.families.base import FactorizedFamily, Family
+from pyro_vae.families.base import FactorizedFamily, Family, precisions
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
-__all__ = ["FullRankNormal", "LowRankNormal", "Normal"]
+__all__ = ["Delta", "FullRankNormal", "LowRankNormal", "Normal"]
 
 _FACTORINGS = 20  # iterations of a start
 
@@ -48,8 +49,18 @@ class Normal(FactorizedFamily):
         return torch.stack([params[..., 1].exp(), torch.ones_like(params[..., 1])], -1)
 
 
+class LocatedFamily(Family):
+    """A family whose parameters begin with D locations and D log scales."""
+
+    def units(self, params: Tensor, size: int) -> Tensor:
+        """Return the scales for the locations, and 1 for all else."""
+        units = torch.ones_like(params)
+        units[..., :size] = params[..., size : 2 * size].exp()
+        return units
+
+
 @dataclass(frozen=True)
-class FullRankNormal(Family):
+class FullRankNormal(LocatedFamily):
     r"""A Gaussian with any covariance, over all latents of a datum jointly.
 
     .. math:: z = m + \mathrm{diag}(s)\, (I + B)\, \epsilon
@@ -72,8 +83,7 @@ class FullRankNormal(Family):
 
     def initial(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return location, log scale, and no correlation."""
-        size = mean.shape[-1]
-        below = mean.new_zeros(*mean.shape[:-1], size * (size - 1) // 2)
+        below = mean.new_zeros(*mean.shape[:-1], mean.shape[-1] * (mean.shape[-1] - 1) // 2)
         return torch.cat([mean, std.log(), below], -1)
 
     def conditional(
@@ -81,12 +91,10 @@ class FullRankNormal(Family):
     ) -> Distribution:
         """Return a MultivariateNormal."""
         loc, factor = self._loc_and_factor(params, size)
-        first = columns.start
-        shift = loc[..., columns]
+        first, shift = columns.start, loc[..., columns]
         if first:
-            known = torch.linalg.solve_triangular(
-                factor[..., :first, :first], (before - loc[..., :first]).unsqueeze(-1), upper=False
-            )
+            away = (before - loc[..., :first]).unsqueeze(-1)
+            known = torch.linalg.solve_triangular(factor[..., :first, :first], away, upper=False)
             shift = shift + (factor[..., columns, :first] @ known).squeeze(-1)
         return dist.MultivariateNormal(shift, scale_tril=factor[..., columns, columns])
 
@@ -97,11 +105,10 @@ class FullRankNormal(Family):
 
     def from_gaussian(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
         """Return that Gaussian."""
-        return self._params(mean, scale_tril)
-
-    def units(self, params: Tensor, size: int) -> Tensor:
-        """Return the scales for the locations, and 1 for all else."""
-        return _location_units(params, size)
+        size, scale = mean.shape[-1], scale_tril.diagonal(dim1=-2, dim2=-1)
+        row, column = torch.tril_indices(size, size, -1, device=mean.device)
+        below = (scale_tril / scale.unsqueeze(-1))[..., row, column]
+        return torch.cat([mean, scale.log(), below], -1)
 
     def shifted(self, params: Tensor, size: int, shift: Tensor) -> Tensor:
         r"""Return the Gaussian moved in its own whitened coordinates.
@@ -114,15 +121,7 @@ class FullRankNormal(Family):
         loc, factor = self._loc_and_factor(params, size)
         shift, turn = self._loc_and_factor(shift, size)
         moved = loc + (factor @ shift.unsqueeze(-1)).squeeze(-1)
-        return self._params(moved, factor @ turn)
-
-    def _params(self, loc: Tensor, factor: Tensor) -> Tensor:
-        """Return the parameters of a location and a Cholesky factor."""
-        size = loc.shape[-1]
-        scale = factor.diagonal(dim1=-2, dim2=-1)
-        row, column = torch.tril_indices(size, size, -1, device=loc.device)
-        below = (factor / scale.unsqueeze(-1))[..., row, column]
-        return torch.cat([loc, scale.log(), below], -1)
+        return self.from_gaussian(moved, factor @ turn)
 
     def _loc_and_factor(self, params: Tensor, size: int) -> tuple[Tensor, Tensor]:
         loc, log_scale, below = params.split([size, size, params.shape[-1] - 2 * size], -1)
@@ -133,7 +132,7 @@ class FullRankNormal(Family):
 
 
 @dataclass(frozen=True)
-class LowRankNormal(Family):
+class LowRankNormal(LocatedFamily):
     r"""A Gaussian whose covariance is diagonal but for a few directions.
 
     .. math:: z = m + \mathrm{diag}(s)\, (\epsilon + F u), \quad
@@ -167,11 +166,10 @@ class LowRankNormal(Family):
 
         At F = 0 the ELBO has no slope along F: from there no direction would be found.
         """
-        grid = torch.arange(mean.shape[-1], device=mean.device).unsqueeze(-1) + 0.5
-        waves = torch.cos(
-            math.pi * grid * torch.arange(1, self.rank + 1, device=mean.device) / (mean.shape[-1])
-        )
-        factor = (0.1 * waves).to(mean)
+        size = mean.shape[-1]
+        grid = torch.arange(size, device=mean.device).unsqueeze(-1) + 0.5
+        waves = torch.arange(1, self.rank + 1, device=mean.device)
+        factor = (0.1 * torch.cos(math.pi * grid * waves / size)).to(mean)
         log_scale = std.log() - 0.5 * factor.square().sum(-1).log1p()
         flat = factor.flatten().expand(*mean.shape[:-1], -1)
         return torch.cat([mean, log_scale, flat], -1)
@@ -206,33 +204,61 @@ class LowRankNormal(Family):
         """Return the R directions in which that Gaussian is widest for its conditional scales."""
         rank = min(self.rank, mean.shape[-1])
         root = scale_tril.double()
-        eye = torch.eye(mean.shape[-1], dtype=root.dtype, device=root.device)
-        inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-        variance, total = 1 / inverse.square().sum(-2), root.square().sum(-1)
+        variance, total = 1 / precisions(root), root.square().sum(-1)
         floor = 0.01 * variance
         # Principal axis factoring: directions for these scales, scales for these directions.
         for _ in range(_FACTORINGS):
-            left, values, _ = torch.linalg.svd(root / variance.sqrt().unsqueeze(-1))
+            scale = variance.sqrt()
+            left, values, _ = torch.linalg.svd(root / scale.unsqueeze(-1))
             over = (values[..., :rank].square() - 1).clamp_min(0.01).sqrt()
             factor = left[..., :rank] * over.unsqueeze(-2)
-            scale = variance.sqrt()
             shared = (scale.unsqueeze(-1) * factor).square().sum(-1)
             variance = torch.maximum(total - shared, floor)
         factor = torch.nn.functional.pad(factor, (0, self.rank - rank)).to(mean)
-        scale = scale.to(mean)
-        return torch.cat([mean, scale.log(), factor.flatten(-2)], -1)
-
-    def units(self, params: Tensor, size: int) -> Tensor:
-        """Return the scales for the locations, and 1 for all else."""
-        return _location_units(params, size)
+        return torch.cat([mean, scale.to(mean).log(), factor.flatten(-2)], -1)
 
     def _parts(self, params: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         loc, log_scale, factor = params.split([size, size, self.rank * size], -1)
         return loc, log_scale.exp(), factor.unflatten(-1, (size, self.rank))
 
 
-def _location_units(params: Tensor, size: int) -> Tensor:
-    """Units where parameters begin with D locations and D log scales, and the rest has none."""
-    units = torch.ones_like(params)
-    units[..., :size] = params[..., size : 2 * size].exp()
-    return units
+@dataclass(frozen=True)
+class Delta(FactorizedFamily):
+    r"""A single point (maximum a posteriori): a location per coordinate.
+
+    .. math:: \hat z = \arg\max_z \log p(x, z)
+
+    The density that is maximised is that of z as the model writes it: on a constrained
+    support the point is transform(location), and the log determinant of the transform is
+    left out, as in Pyro's AutoDelta. So the answer is the mode in the user's
+    parametrization; in another one (log s for s) it is another point.
+
+    A point has no entropy. What stands in the place of the ELBO is
+    :math:`\log p(x, \hat z)`, the height of a density: it is **not** a bound on log p(x), lies
+    above it wherever the posterior is narrow, depends on the units of z, and is the same
+    for every number of particles. Compare it with other values of its own kind only.
+
+    Example:
+        >>> import torch
+        >>> Delta().marginal(torch.tensor([[0.5], [2.0]])).sample()
+        tensor([0.5000, 2.0000])
+    """
+
+    params_per_coordinate = 1
+    has_density = False
+
+    def marginal(self, params: Tensor) -> Distribution:
+        """Return Delta(params[..., 0])."""
+        return dist.Delta(params[..., 0])
+
+    def mapped(self, params: Tensor, transform: Transform) -> Distribution:
+        """Return Delta(transform(params[..., 0])), its log density zero."""
+        return dist.Delta(transform(params[..., 0]), event_dim=transform.codomain.event_dim)
+
+    def from_moments(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Return the mean as the location, [..., 1]; a point has no width."""
+        return mean.unsqueeze(-1)
+
+    def quantile(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return the location, whatever the noise, [K, ...]."""
+        return params[..., 0] + torch.zeros_like(noise)

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -178,7 +179,7 @@ class FamilyGuide(Registered, DeclaredGuide):
         return values
 
 
-def hidden_plates(plates: Iterable[Plate]) -> dict[str, pyro.plate]:
+def hidden_plates(plates: Iterable[Plate | CondIndepStackFrame]) -> dict[str, pyro.plate]:
     """Return Pyro's plates by name, hidden: others may have their names, or take their indices."""
     by_name = {plate.name: plate for plate in plates}
     with poutine.block(hide=list(by_name)):
