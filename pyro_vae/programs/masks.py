@@ -17,13 +17,14 @@ from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.provenance import Descendants
 from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.types import Node, Trace
+from pyro_vae.programs.supports import both
+from pyro_vae.programs.types import Mask, Node, Trace
 from pyro_vae.recording import is_recording
 
 
-def mask_of(node: Node) -> Tensor | bool | None:
+def mask_of(node: Node) -> Mask:
     """Return the mask of whole events on a site, that inside its distribution included."""
-    return _both(node["mask"], _without_mask(node["fn"])[1])
+    return both(node["mask"], _without_mask(node["fn"])[1])
 
 
 def lift_masks(trace: Trace, summed: Container[str] = ()) -> Any:
@@ -37,22 +38,18 @@ def lift_masks(trace: Trace, summed: Container[str] = ()) -> Any:
             scored by its prior for all: it has one proposal, and a prior that integrates to one
             where the latent is not there leaves the evidence what it is.
     """
-    dims = {
-        dim
-        for name, node in latent_nodes(trace)
-        if name in summed and (dim := enumerate_dim(node)) is not None
-    }
+    enumerated = (enumerate_dim(node) for name, node in latent_nodes(trace) if name in summed)
+    dims = {dim for dim in enumerated if dim is not None}
     for name, node in latent_nodes(trace):
         fn, mask = _without_mask(node["fn"])
         if mask is not None:
-            node["fn"] = fn
-            node["mask"] = _both(node["mask"], mask)
+            node.update(fn=fn, mask=both(node["mask"], mask))
         if name not in summed:
             node["mask"] = _for_any_value(node["mask"], dims)
     return trace
 
 
-def _for_any_value(mask: Any, dims: set[int]) -> Any:
+def _for_any_value(mask: Mask, dims: set[int]) -> Mask:
     """Return where a latent is there for some of the values that lie in these dimensions."""
     if not isinstance(mask, Tensor) or not dims:
         return mask
@@ -65,17 +62,11 @@ def _for_any_value(mask: Any, dims: set[int]) -> Any:
     return mask
 
 
-def _both(one: Any, other: Any) -> Any:
-    if one is None or other is None:
-        return one if other is None else other
-    return one & other
-
-
 def _without_mask(fn: Any) -> tuple[Any, Any]:
     """Return a distribution without a mask of whole events, and that mask; None for no mask."""
     if isinstance(fn, dist.MaskedDistribution):
         inner, mask = _without_mask(fn.base_dist)
-        return inner, _both(mask, mask_inside(fn))
+        return inner, both(mask, mask_inside(fn))
     if isinstance(fn, dist.Independent):
         inner, mask = _without_mask(fn.base_dist)
         events = fn.reinterpreted_batch_ndims
@@ -97,7 +88,7 @@ def mask_proposals(model_trace: Trace, guide_trace: Trace) -> None:
     for name, latent in masked_proposals(model_trace, guide_trace).items():
         node, mask = guide_trace.nodes[name], model_trace.nodes[latent]["mask"]
         # A mask of the guide's own leaves out no more than the model's: one tensor for both.
-        node["mask"] = mask if name == latent else _both(node["mask"], mask)
+        node["mask"] = mask if name == latent else both(node["mask"], mask)
 
 
 def masked_proposals(model_trace: Trace, guide_trace: Trace) -> dict[str, str]:
@@ -133,10 +124,9 @@ def masked_proposals(model_trace: Trace, guide_trace: Trace) -> dict[str, str]:
 
 def _check_inner_masks(name: str, model_node: Node, guide_node: Node) -> None:
     """Raise ValueError for masks inside an event, which cannot be carried over, unless equal."""
-    inner = [_inner_mask(node["fn"]) for node in (guide_node, model_node)]
-    if (inner[0] is None) != (inner[1] is None) or (
-        inner[0] is not None and not torch.equal(*torch.broadcast_tensors(*inner))
-    ):
+    inner = [mask_inside(node["fn"]) for node in (guide_node, model_node)]
+    known = [torch.as_tensor(mask) for mask in inner if mask is not None]
+    if len(known) == 1 or (known and not torch.equal(*torch.broadcast_tensors(*known))):
         one, other = ("model", "guide") if inner[0] is None else ("guide", "model")
         raise ValueError(
             f"the {one} masks parts of an event of the latent site {name!r}, and the {other} does "
@@ -145,7 +135,7 @@ def _check_inner_masks(name: str, model_node: Node, guide_node: Node) -> None:
         )
 
 
-def check_proposal_mask(name: str, mine: Any, theirs: Any) -> None:
+def check_proposal_mask(name: str, mine: Mask, theirs: Mask) -> None:
     """Raise ValueError where a guide masks what the model does not: the prior of a free draw.
 
     Args:
@@ -155,23 +145,14 @@ def check_proposal_mask(name: str, mine: Any, theirs: Any) -> None:
     """
     if mine is None or mine is True or is_recording():
         return
-    mine = torch.as_tensor(mine)
-    there = torch.as_tensor(True if theirs is None else theirs, device=mine.device)
-    if bool((there & ~mine).any()):
+    left_out = ~torch.as_tensor(mine)
+    there = torch.as_tensor(True if theirs is None else theirs, device=left_out.device)
+    if bool((there & left_out).any()):
         raise ValueError(
             f"the guide masks the latent site {name!r} where the model does not: its draws would "
             "be scored by the prior and not by the guide, which is no bound. Mask it in the "
             "model, and the guide follows"
         )
-
-
-def _inner_mask(fn: Any) -> Tensor | None:
-    """Return the mask inside a distribution; None where there is none."""
-    while not isinstance(fn, dist.MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return None
-        fn = fn.base_dist
-    return torch.as_tensor(mask_inside(fn))
 
 
 def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -> bool:
@@ -184,16 +165,11 @@ def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -
     Returns:
         True also where operations cannot be followed: that is right for all masks, and slower.
     """
-    traces: list[Any] = []
     with Look() as look, Descendants(draws.values()) as found:
         traces = run()
     if look.error is not None:
         return True
-    masks = [
-        mask
-        for trace in traces
-        for name, node in latent_nodes(trace)
-        if name in draws
-        for mask in (node["mask"], _inner_mask(node["fn"]))
-    ]
-    return found.read or any(map(found.includes, masks))
+    nodes = (node for trace in traces for name, node in latent_nodes(trace) if name in draws)
+    return found.read or any(
+        found.includes(mask) for node in nodes for mask in (node["mask"], mask_inside(node["fn"]))
+    )

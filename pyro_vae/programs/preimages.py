@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid, pad, softplus
 
 from pyro_vae.programs.nodes import is_subsample
 from pyro_vae.programs.pyro_internals import mask_inside
-from pyro_vae.programs.supports import flat_transforms, inside, supported_log_prob
+from pyro_vae.programs.supports import flat_transforms, inside, plain_affine, supported_log_prob
 from pyro_vae.programs.types import Node
 
 _KEY = "_preimage"  # in a site's infer, which a replay hands from the guide to the model
@@ -37,8 +37,7 @@ _SATURATING = (
 )
 # Of these the log determinant is known from what goes in.
 _KNOWN = (*_SATURATING, td.AffineTransform, td.TanhTransform, OrderedTransform)
-# Priors of positive numbers that are as high at the smallest one as at the next.
-_FLAT_AT_ZERO = (td.Exponential, td.HalfNormal)
+_Logs = dict[type, Callable[[Tensor], Tensor]]
 _UNRESOLVED = 1e-3  # nats, or of a logarithm, that rounding may change
 
 
@@ -52,26 +51,15 @@ class Preimage:
     """
 
     draw: Tensor
-    transforms: tuple[Any, ...]
+    transforms: tuple[td.Transform, ...]
 
     @property
     def value(self) -> Tensor:
         """The value, strictly inside of the support where it would round to its edge."""
-        value = self.draw
-        for transform in self.transforms:
-            value = transform(value)
-        low, high = _ends(self.transforms)
+        value, (low, high) = self.raw(), _ends(self.transforms)
         if low is None and high is None:
             return value
-        return value.clamp(*_within(low, high, value.dtype))
-
-    def double(self) -> Preimage:
-        """Return it in double precision."""
-        return Preimage(self.draw.double(), self.transforms)
-
-    def last(self) -> tuple[Any, Preimage]:
-        """Return the last transform, and the preimage of what went into it."""
-        return self.transforms[-1], Preimage(self.draw, self.transforms[:-1])
+        return value.clamp(_beside(low, math.inf, value), _beside(high, -math.inf, value))
 
     def raw(self) -> Tensor:
         """Return the value as the transforms give it."""
@@ -80,8 +68,22 @@ class Preimage:
             value = transform(value)
         return value
 
+    def double(self) -> Preimage:
+        """Return it in double precision."""
+        return Preimage(self.draw.double(), self.transforms)
 
-def _ends(transforms: Sequence[Any]) -> tuple[float | None, float | None]:
+    @property
+    def before(self) -> Preimage:
+        """The preimage of what went into the last transform."""
+        return Preimage(self.draw, self.transforms[:-1])
+
+    def log(self, rules: _Logs) -> Tensor | None:
+        """Return a logarithm of the value; None where no rule is for the last transform."""
+        rule = rules.get(type(self.transforms[-1]))
+        return None if rule is None else rule(self.before.raw())
+
+
+def _ends(transforms: Sequence[td.Transform]) -> tuple[float | None, float | None]:
     """Return the ends of what transforms lead to, where these are plain numbers."""
     low: float | None = None
     high: float | None = None
@@ -90,34 +92,28 @@ def _ends(transforms: Sequence[Any]) -> tuple[float | None, float | None]:
             low, high = 0.0, None
         elif type(t) is td.SigmoidTransform:
             low, high = 0.0, 1.0
+        elif numbers := plain_affine(t):
+            loc, scale = numbers
+            low, high = (None if end is None else loc + scale * end for end in (low, high))
+            low, high = (low, high) if scale > 0 else (high, low)
         elif type(t) is td.AffineTransform:
-            if isinstance(t.loc, Tensor) or isinstance(t.scale, Tensor):
-                return None, None
-            ends = (None if end is None else t.loc + t.scale * end for end in (low, high))
-            low, high = ends if t.scale > 0 else reversed(tuple(ends))
+            return None, None
         else:
             low = high = None
     return low, high
 
 
-def _within(
-    low: float | None, high: float | None, dtype: torch.dtype
-) -> tuple[float | None, float | None]:
-    """Return the outermost numbers between two ends."""
-    tiny = torch.finfo(dtype).tiny  # smaller ones have fewer digits
-
-    def beside(end: float | None, way: float) -> float | None:
-        if end is None:
-            return None
-        if end == 0:
-            return math.copysign(tiny, way)
-        number = torch.tensor(end, dtype=dtype)
-        return torch.nextafter(number, torch.tensor(way, dtype=dtype)).item()
-
-    return beside(low, math.inf), beside(high, -math.inf)
+def _beside(end: float | None, way: float, value: Tensor) -> float | None:
+    """Return the number of a value's dtype next to an end, in the direction of ``way``."""
+    if end is None:
+        return None
+    if end == 0:  # smaller ones have fewer digits
+        return math.copysign(torch.finfo(value.dtype).tiny, way)
+    number = torch.tensor(end, dtype=value.dtype)
+    return torch.nextafter(number, torch.tensor(way, dtype=value.dtype)).item()
 
 
-def preimage_key(name: str, transforms: Sequence[Any]) -> str | None:
+def preimage_key(name: str, transforms: Sequence[td.Transform]) -> str | None:
     """Return a name for the preimages of a site's draws, which says the transforms.
 
     None where there are none to keep, or where a transform may be another for another datum.
@@ -126,14 +122,12 @@ def preimage_key(name: str, transforms: Sequence[Any]) -> str | None:
         return None
     parts = []
     for t in transforms:
-        if type(t) is td.AffineTransform:
-            if isinstance(t.loc, Tensor) or isinstance(t.scale, Tensor):
-                return None
-            parts.append(f"{t.loc} + {t.scale} *")
-        elif type(t) in _KNOWN:
-            parts.append(type(t).__name__)
-        else:
+        if numbers := plain_affine(t):
+            parts.append(f"{numbers[0]} + {numbers[1]} *")
+        elif type(t) is td.AffineTransform or type(t) not in _KNOWN:
             return None
+        else:
+            parts.append(type(t).__name__)
     return f"{name} ({', '.join(parts)})"
 
 
@@ -166,9 +160,8 @@ class DrawByPreimage(Messenger):
     """Draws mapped latents in two steps, coordinates first, and keeps these with the site."""
 
     def _pyro_sample(self, msg: Node) -> None:
-        if msg["done"] or msg["is_observed"] or msg["value"] is not None or msg["args"]:
-            return
-        if is_subsample(msg):
+        given = msg["done"] or msg["is_observed"] or msg["value"] is not None or msg["args"]
+        if given or is_subsample(msg):
             return
         leaf = msg["fn"]
         while type(leaf) in (dist.Independent, td.Independent, dist.MaskedDistribution):
@@ -182,12 +175,9 @@ class DrawByPreimage(Messenger):
         if not any(type(part) in _SATURATING for part in parts[first:]):
             return
         base = _without(leaf, parts[:first])
-        drawn = Preimage(
-            base.rsample() if base.has_rsample else base.sample(), tuple(parts[first:])
-        )
-        msg["infer"] = keep_preimage(msg["infer"], drawn)
-        msg["value"] = drawn.value
-        msg["done"] = True
+        draw = base.rsample() if base.has_rsample else base.sample()
+        drawn = Preimage(draw, tuple(parts[first:]))
+        msg.update(infer=keep_preimage(msg["infer"], drawn), value=drawn.value, done=True)
 
 
 class KeepDraws(Messenger):
@@ -245,17 +235,20 @@ def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
         return supported_log_prob(fn, value)
     if _is_mapped(fn):
         parts = flat_transforms(fn.transforms)
-        last, before = preimage.last()
+        last, before = preimage.transforms[-1], preimage.before
         if parts and _same(parts[-1], last):
             x = before.raw()
             events = len(fn.event_shape) + last.domain.event_dim - last.codomain.event_dim
             inner = _without(fn, parts[:-1])
             log_prob = sum_rightmost(density(inner, x, before), events - len(inner.event_shape))
             return log_prob - sum_rightmost(_log_slope(last, x), events - last.domain.event_dim)
-    for kinds, rule in _RULES:
-        if isinstance(fn, kinds) and (found := rule(fn, value, preimage)) is not None:
-            within = inside(fn, value)
-            return found if within is None else torch.where(within, found, -math.inf)
+    for kinds, needed, formula in _RULES:
+        if isinstance(fn, kinds):
+            logs = [log for rules in needed if (log := preimage.log(rules)) is not None]
+            found = formula(fn, value, *logs) if len(logs) == len(needed) else None
+            if found is not None:
+                within = inside(fn, value)
+                return found if within is None else torch.where(within, found, -math.inf)
     return _resolved(fn, value, preimage)
 
 
@@ -266,14 +259,11 @@ def _resolved(fn: Any, value: Tensor, preimage: Preimage) -> Tensor:
     times the distance it is another.
     """
     log_prob = supported_log_prob(fn, value)
-    lost: Tensor | None = None
-    log = _log_value(preimage)
-    if log is not None and type(preimage.transforms[-1]) is td.StickBreakingTransform:
-        lost = ((log - value.log()).abs() > _UNRESOLVED).any(-1)
-    elif (log := _log_diagonal(preimage)) is not None:
-        diagonal = value.diagonal(dim1=-2, dim2=-1)[..., 1:]
-        lost = ((log - diagonal.log()).abs() > _UNRESOLVED).any(-1)
-    if lost is not None:
+    shares = type(preimage.transforms[-1]) is td.StickBreakingTransform
+    log = preimage.log(_LOG_VALUE if shares else _LOG_DIAGONAL)
+    if log is not None:
+        parts = value if shares else value.diagonal(dim1=-2, dim2=-1)[..., 1:]
+        lost = ((log - parts.log()).abs() > _UNRESOLVED).any(-1)
         return torch.where(lost, math.nan, log_prob)
     finest, moved = torch.finfo(value.dtype), value
     for end in _ends(preimage.transforms):
@@ -293,9 +283,10 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if type(a) is td.AffineTransform:
+        pairs = ((a.loc, b.loc), (a.scale, b.scale))
         return all(
             p is q or (not isinstance(p, Tensor) and not isinstance(q, Tensor) and p == q)
-            for p, q in ((a.loc, b.loc), (a.scale, b.scale))
+            for p, q in pairs
         )
     return type(a) in _KNOWN
 
@@ -345,76 +336,56 @@ def _log_one_less_square(x: Tensor) -> Tensor:
     return 2 * (math.log(2) - x - softplus(-2 * x))
 
 
-# --- the logarithms of a value and of its distance to one
+# --- logarithms of a value, by the last transform, from what went into that
 
 
-def _log_value(preimage: Preimage) -> Tensor | None:
-    """Return log t; of shares, the logarithm of each."""
-    last, before = preimage.last()
-    x, kind = before.raw(), type(last)
-    if kind is td.ExpTransform:
-        return x
-    if kind is td.SigmoidTransform:
-        return logsigmoid(x)
-    if kind is td.SoftplusTransform:
-        # Softplus is the exponential where that is small.
-        small = x < -15
-        return torch.where(small, x, softplus(torch.where(small, 0.0, x)).log())
-    if kind is td.StickBreakingTransform:
-        log_stick, log_left = _log_sticks(x)
-        return pad(log_stick, (0, 1)) + log_left
-    return None
+def _log_softplus(x: Tensor) -> Tensor:
+    small = x < -15  # softplus is the exponential there
+    return torch.where(small, x, softplus(torch.where(small, 0.0, x)).log())
 
 
-def _log_complement(preimage: Preimage) -> Tensor | None:
-    """Return log(1 - t)."""
-    last, before = preimage.last()
-    return logsigmoid(-before.raw()) if type(last) is td.SigmoidTransform else None
+def _log_shares(x: Tensor) -> Tensor:
+    log_stick, log_left = _log_sticks(x)
+    return pad(log_stick, (0, 1)) + log_left
 
 
-def _log_diagonal(preimage: Preimage) -> Tensor | None:
-    """Return the log diagonal of a correlation's Cholesky factor, without its first entry."""
-    last, before = preimage.last()
-    if type(last) is not td.CorrCholeskyTransform:
-        return None
-    x = before.raw()
+def _log_diagonal(x: Tensor) -> Tensor:
     return 0.5 * _as_rows(_log_one_less_square(x), _order(x)).sum(-1)[..., 1:]
+
+
+# log t; of shares, the logarithm of each.
+_LOG_VALUE: _Logs = {
+    td.ExpTransform: lambda x: x,
+    td.SigmoidTransform: logsigmoid,
+    td.SoftplusTransform: _log_softplus,
+    td.StickBreakingTransform: _log_shares,
+}
+# log(1 - t).
+_LOG_COMPLEMENT: _Logs = {td.SigmoidTransform: lambda x: logsigmoid(-x)}
+# Of the diagonal of a correlation's Cholesky factor, without its first entry.
+_LOG_DIAGONAL: _Logs = {td.CorrCholeskyTransform: _log_diagonal}
 
 
 # --- priors by these logarithms
 
-Rule = Callable[[Any, Tensor, Preimage], Tensor | None]
 
-
-def _gamma(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None:
-        return None
+def _gamma(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     shape, rate = fn.concentration, fn.rate
     return shape * rate.log() + (shape - 1) * log - rate * value - torch.lgamma(shape)
 
 
-def _inverse_gamma(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None:
-        return None
+def _inverse_gamma(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     shape, rate = fn.concentration, fn.rate
     return shape * rate.log() - (shape + 1) * log - rate * (-log).exp() - torch.lgamma(shape)
 
 
-def _beta(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log, complement = _log_value(preimage), _log_complement(preimage)
-    if log is None or complement is None:
-        return None
+def _beta(fn: Any, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
     a, b = fn.concentration1, fn.concentration0
     norm = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
     return (a - 1) * log + (b - 1) * complement - norm
 
 
-def _kumaraswamy(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log, complement = _log_value(preimage), _log_complement(preimage)
-    if log is None or complement is None:
-        return None
+def _kumaraswamy(fn: Any, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
     a, b = fn.concentration1, fn.concentration0
     # log(1 - t^a), which is log a + log(1 - t) where t is near one.
     near = complement < -15
@@ -423,19 +394,13 @@ def _kumaraswamy(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
     return a.log() + b.log() + (a - 1) * log + (b - 1) * rest
 
 
-def _dirichlet(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None:
-        return None
+def _dirichlet(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     alpha = fn.concentration
     norm = torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha.sum(-1))
     return ((alpha - 1) * log).sum(-1) - norm
 
 
-def _lkj(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_diagonal(preimage)
-    if log is None:
-        return None
+def _lkj(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     # The rest of the density is that of the identity, whose logarithms are zero.
     rows = torch.arange(2, fn.dim + 1, device=log.device)
     order = 2 * (fn.concentration - 1).unsqueeze(-1) + fn.dim - rows
@@ -443,54 +408,44 @@ def _lkj(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
     return (order * log).sum(-1) + fn.log_prob(identity)
 
 
-def _weibull(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None:
-        return None
-    shape = fn.concentration
-    log = log - fn.scale.log()
-    return shape.log() - fn.scale.log() + (shape - 1) * log - (shape * log).exp()
+def _weibull(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+    shape, log_scale = fn.concentration, fn.scale.log()
+    log = log - log_scale
+    return shape.log() - log_scale + (shape - 1) * log - (shape * log).exp()
 
 
-def _half_cauchy(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    log = _log_value(preimage)
-    if log is None:
-        return None
+def _half_cauchy(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     log_scale = fn.scale.log()
     return math.log(2 / math.pi) - log_scale - softplus(2 * (log - log_scale))
 
 
-def _uniform(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
+def _uniform(fn: Any, value: Tensor) -> Tensor:
     # Torch's density of the upper end is zero, to which draws round.
     return -(fn.high - fn.low).log().expand(torch.broadcast_shapes(value.shape, fn.low.shape))
 
 
-def _flat(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
-    return supported_log_prob(fn, value)
-
-
-def _mapped_exponential(fn: Any, value: Tensor, preimage: Preimage) -> Tensor | None:
+def _mapped_exponential(fn: Any, value: Tensor, log: Tensor) -> Tensor | None:
     """What is an exponential of something else, by the logarithm of the value."""
     parts = flat_transforms(fn.transforms)
-    log = _log_value(preimage)
-    if log is None or not _is_mapped(fn) or type(parts[-1]) is not td.ExpTransform:
+    if not _is_mapped(fn) or type(parts[-1]) is not td.ExpTransform:
         return None
-    inner = _without(fn, parts[:-1])
-    events = len(fn.event_shape)
+    inner, events = _without(fn, parts[:-1]), len(fn.event_shape)
     log_prob = sum_rightmost(inner.log_prob(log), events - len(inner.event_shape))
     return log_prob - sum_rightmost(log, events)
 
 
-_RULES: list[tuple[Any, Rule]] = [
-    (td.Gamma, _gamma),
-    (td.InverseGamma, _inverse_gamma),
-    (td.Beta, _beta),
-    (td.Kumaraswamy, _kumaraswamy),
-    (td.Dirichlet, _dirichlet),
-    (td.LKJCholesky, _lkj),
-    (td.Uniform, _uniform),
-    (td.Weibull, _weibull),
-    (td.HalfCauchy, _half_cauchy),
-    (_FLAT_AT_ZERO, _flat),
-    (td.TransformedDistribution, _mapped_exponential),
+# The logarithms that a formula takes beside the distribution and the value.
+_RULES: list[tuple[Any, tuple[_Logs, ...], Callable[..., Tensor | None]]] = [
+    (td.Gamma, (_LOG_VALUE,), _gamma),
+    (td.InverseGamma, (_LOG_VALUE,), _inverse_gamma),
+    (td.Beta, (_LOG_VALUE, _LOG_COMPLEMENT), _beta),
+    (td.Kumaraswamy, (_LOG_VALUE, _LOG_COMPLEMENT), _kumaraswamy),
+    (td.Dirichlet, (_LOG_VALUE,), _dirichlet),
+    (td.LKJCholesky, (_LOG_DIAGONAL,), _lkj),
+    (td.Uniform, (), _uniform),
+    (td.Weibull, (_LOG_VALUE,), _weibull),
+    (td.HalfCauchy, (_LOG_VALUE,), _half_cauchy),
+    # As high at the smallest positive number as at the next.
+    ((td.Exponential, td.HalfNormal), (), supported_log_prob),
+    (td.TransformedDistribution, (_LOG_VALUE,), _mapped_exponential),
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _ENUM_ALLOCATOR
@@ -60,8 +61,12 @@ def enumeration_apart() -> Iterator[None]:
 # --- distributions
 
 
-def mask_inside(fn: Any) -> Tensor | bool:
-    """Return the mask of a MaskedDistribution (``_mask``)."""
+def mask_inside(fn: Any) -> Any:
+    """Return the mask of the first MaskedDistribution in a distribution (``_mask``), or None."""
+    while not isinstance(fn, MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
     return fn._mask
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution, plain_support
-from pyro_vae.programs.types import Node, Trace
+from pyro_vae.programs.types import Mask, Node, Trace
 
 # Sums of float32 shares, or their norms, are off by more than the 1e-6 that torch allows.
 _SUM_TOLERANCE = 1e-3
@@ -61,15 +61,6 @@ def is_fixed(fn: Any) -> bool:
     return support is None or not any(isinstance(b, Tensor) for b in vars(support).values())
 
 
-def has_mask(fn: Any) -> bool:
-    """Return whether there is a mask inside a distribution."""
-    while not isinstance(fn, dist.MaskedDistribution):
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
-    return True
-
-
 def inside(fn: Any, value: Tensor) -> Tensor | None:
     """Return which values lie in a distribution's support; None where all do, or it is not known.
 
@@ -83,11 +74,9 @@ def inside(fn: Any, value: Tensor) -> Tensor | None:
         Of the value's shape without the event.
     """
     found = _inside(fn, value)
-    return (
-        None
-        if found is None
-        else found | _over_events(value.isnan(), len(fn.event_shape), any_=True)
-    )
+    if found is None:
+        return None
+    return found | _over_events(value.isnan(), len(fn.event_shape), torch.any)
 
 
 def _inside(fn: Any, value: Tensor) -> Tensor | None:
@@ -102,13 +91,13 @@ def _inside(fn: Any, value: Tensor) -> Tensor | None:
     found = None
     while parts and not (ends and all(isinstance(t.codomain, _ANYWHERE) for t in parts)):
         last = parts.pop()
-        found = _both(found, _satisfied(last.codomain, value, events))
+        found = both(found, _satisfied(last.codomain, value, events))
         value = last.inv(value)
         events += last.domain.event_dim - last.codomain.event_dim
     inner = None if ends else _inside(base, value)
-    return _both(
-        found, None if inner is None else _over_events(inner, events - len(base.event_shape))
-    )
+    if inner is None:
+        return found
+    return both(found, _over_events(inner, events - len(base.event_shape)))
 
 
 def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
@@ -130,7 +119,8 @@ def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
     return _over_events(found, events - support.event_dim)
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def both(first: Mask, second: Mask) -> Any:
+    """Return where two conditions hold, of which None holds everywhere."""
     if first is None or second is None:
         return second if first is None else first
     return first & second
@@ -153,23 +143,23 @@ def flat_transforms(transforms: Sequence[Any]) -> list[Any]:
             parts.extend(flat_transforms(transform.parts))
         elif isinstance(transform, td.IndependentTransform):
             parts.extend(flat_transforms([transform.base_transform]))
-        elif not _is_identity(transform):
+        elif plain_affine(transform) != (0, 1):
             parts.append(transform)
     return parts
 
 
-def _is_identity(transform: Any) -> bool:
+def plain_affine(transform: td.Transform) -> tuple[float, float] | None:
+    """Return location and scale of an affine transform by plain numbers; None for any other."""
     if type(transform) is not td.AffineTransform:
-        return False
-    pair = (transform.loc, transform.scale)
-    return not any(isinstance(p, Tensor) for p in pair) and pair == (0, 1)
+        return None
+    loc, scale = transform.loc, transform.scale
+    return None if isinstance(loc, Tensor) or isinstance(scale, Tensor) else (loc, scale)
 
 
-def _over_events(found: Tensor, events: int, *, any_: bool = False) -> Tensor:
-    if events <= 0:
-        return found
-    flat = found.flatten(-events)
-    return flat.any(-1) if any_ else flat.all(-1)
+def _over_events(
+    found: Tensor, events: int, by: Callable[[Tensor, int], Tensor] = torch.all
+) -> Tensor:
+    return by(found.flatten(-events), -1) if events > 0 else found
 
 
 def supported_log_prob(fn: Any, value: Tensor) -> Tensor:

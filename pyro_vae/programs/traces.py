@@ -37,9 +37,9 @@ from pyro_vae.programs.preimages import (
     preimage_of,
     with_draw,
 )
-from pyro_vae.programs.pyro_internals import enumerate_dim
+from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import looking
-from pyro_vae.programs.supports import SameMeasure, has_mask, inside, is_fixed
+from pyro_vae.programs.supports import SameMeasure, inside, is_fixed
 from pyro_vae.programs.types import Node, Program, Trace
 
 OUTSIDE = ", outside its support"  # ends what is said of a site
@@ -303,7 +303,8 @@ def _log_prob(node: Node) -> Tensor:
     fn, value = node["fn"], node["value"]
     if enumerate_dim(node) is not None or not isinstance(value, Tensor):
         return fn.log_prob(value)
-    if node["is_observed"] and node["mask"] is None and is_fixed(fn) and not has_mask(fn):
+    unmasked = node["mask"] is None and mask_inside(fn) is None
+    if node["is_observed"] and unmasked and is_fixed(fn):
         return fn.log_prob(value)
     return density(fn, value, preimage_of(node))
 

@@ -17,6 +17,8 @@ Values: TypeAlias = Mapping[str, Tensor]
 # A sample statement of a trace: its distribution, value, scale, mask and plates, by Pyro's words.
 Node: TypeAlias = dict[str, Any]
 
+# A mask on a sample statement, or inside a distribution; None where there is none.
+Mask: TypeAlias = Tensor | bool | None
 # A distribution of Pyro: one of torch's, with plates, masks and to_event.
 Distribution: TypeAlias = TorchDistributionMixin
 
