@@ -322,11 +322,11 @@ def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) ->
     wanted, factor = scale_parts(nodes[chosen])
     for name, node in nodes.items():
         scale, own_factor = scale_parts(node)
-        equal = own_factor is factor and same_scale(scale, wanted)
-        if name in summed and not equal:
-            before = node["infer"].get("_unscaled", node["scale"])
-            equal = factor is None and same_scale(before, wanted)
-        if not equal:
+        before = node["infer"].get("_unscaled", node["scale"])
+        if not (
+            (own_factor is factor and same_scale(scale, wanted))
+            or (name in summed and factor is None and same_scale(before, wanted))
+        ):
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
                 f"but their scales differ ({chosen!r}: {nodes[chosen]['scale']}, {name!r}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -41,16 +42,6 @@ _SAME_SCALE = 1e-6  # relative
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
-# What a look at a first value may raise.
-_LOOKED_AT = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 # PyroModules whose names the store has for others that live no more, and what it has.
 _unowned: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
@@ -95,9 +86,8 @@ def name_apart(module: PyroModule) -> None:
         module: its parameters keep their values. One that has a name of ours keeps it; a copy
             has none yet.
     """
-    if module in _names:
-        return
-    rename(module, _name_of(module))
+    if module not in _names:
+        rename(module, _name_of(module))
 
 
 def keep_apart(module: nn.Module) -> None:
@@ -193,7 +183,7 @@ class ParamStatements(Messenger):
         self._before = frozenset(pyro.get_param_store().keys()) if checked else frozenset()
         # Model and guide may each have a module of one name; the last of a name that is stored
         # counts, for a PyroModule puts an nn.Parameter in the place of a first tensor.
-        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, Any]] = {}
+        self._found: dict[tuple[str, int], tuple[str, Tensor, Tensor | None, object]] = {}
 
     def _pyro_post_param(self, msg: Node) -> None:
         value, name = msg["value"], msg["name"]
@@ -229,21 +219,20 @@ class ParamStatements(Messenger):
         return any(own is not None for _, _, own, _ in self._found.values())
 
 
-def _mark(gradient: Tensor | None) -> Any:
+def _mark(gradient: Tensor | None) -> object:
     """Return what tells whether a gradient was added to."""
-    if gradient is None or gradient.is_inference():
-        return None if gradient is None else id(gradient)
-    return id(gradient), version_of(gradient)
+    if gradient is None:
+        return None
+    return id(gradient), None if gradient.is_inference() else version_of(gradient)
 
 
-def _check_shape(name: str, first: Any, stored: Tensor) -> None:
+def _check_shape(name: str, first: object, stored: Tensor) -> None:
     """Raise ValueError where a stored value has another shape than a statement's first one."""
     if callable(first):
-        with torch.random.fork_rng(devices=[stored.device] if stored.is_cuda else []):
-            try:
-                first = first()
-            except _LOOKED_AT:  # what it is made of may be there at the very first run alone
-                return
+        make, devices = first, [stored.device] if stored.is_cuda else []
+        # What it is made of may be there at the very first run alone.
+        with torch.random.fork_rng(devices=devices), contextlib.suppress(Exception):
+            first = make()
     if isinstance(first, Tensor) and stored.shape != first.shape:
         raise ValueError(
             f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
@@ -259,10 +248,8 @@ class _Unobserve(Messenger):
     def _pyro_sample(self, msg: Node) -> None:
         fixed = is_deterministic(msg) or isinstance(msg["fn"], dist.Unit)
         if msg["is_observed"] and not fixed:
-            msg["fn"] = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
-            msg["is_observed"] = False
-            msg["value"] = None
-            msg["done"] = False
+            fn = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
+            msg.update(fn=fn, is_observed=False, value=None, done=False)
 
 
 def _of_all_data(fn: Any, msg: Node) -> Any:
@@ -320,8 +307,7 @@ class LatentScale(Messenger):
             # Told, for a discrete latent that is summed out has no KL to scale, and scales are
             # told apart by what made them: the number in a tensor stays unread.
             noted = {"_latent_scale": self.factor, "_unscaled": msg["scale"]}
-            msg["infer"] = {**msg["infer"], **noted}
-            msg["scale"] = msg["scale"] * self.factor
+            msg.update(infer={**msg["infer"], **noted}, scale=msg["scale"] * self.factor)
 
 
 class FullSize(Messenger):
@@ -390,7 +376,7 @@ def _length(msg: Node, dim: int) -> int:
     return max(shape[dim] for shape in shapes if len(shape) >= -dim)
 
 
-def scale_parts(node: Node) -> tuple[Any, Tensor | None]:
+def scale_parts(node: Node) -> tuple[float | Tensor, Tensor | None]:
     """Return a node's scale without the factor of a :class:`LatentScale`, and that factor.
 
     The factor is None where there is none, or where it is a plain number: part of the scale.

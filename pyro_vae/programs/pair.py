@@ -68,7 +68,7 @@ class Single:
     drawn: set[str]
     in_guide: Collection[nn.Module]
     in_model: Collection[nn.Module]
-    mode_read_of: list[nn.Module]
+    mode_read_of: Collection[nn.Module]
     statements: ParamStatements
 
     @property
@@ -189,7 +189,7 @@ class Pair:
                 for _, node in sample_nodes(model_trace):
                     measures.check(node)
         drawn, called = (by_guide, by_guide | by_model), (in_guide.values(), in_model.values())
-        return Single(guide_trace, model_trace, *drawn, *called, mode_read_of, statements)
+        return Single(guide_trace, model_trace, *drawn, *called, mode_read_of.values(), statements)
 
     def part_agrees(self, plate: Plate | None) -> bool:
         """Return whether the data, fewer of them and in another order, are what they are among all.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 import pyro
@@ -17,13 +17,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_vae.programs.batch import Batch, dtype_errors
 from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.pyro_internals import StoreContents, pyro_parameters
+from pyro_vae.programs.types import Program
 from pyro_vae.torch_internals import BatchNorm, Dropout, buffers_of, parameters_of, version_of
 
 _SMALL = 2**20  # numbers
 _lock = threading.RLock()
 
 
-def module_of(fn: Any) -> nn.Module | None:
+def module_of(fn: object) -> nn.Module | None:
     """Return the nn.Module that a model or guide is, or is a method of; None for others."""
     owner = getattr(fn, "__self__", fn)
     return owner if isinstance(owner, nn.Module) else None
@@ -91,22 +92,17 @@ class _Held:
         if id(module) in self._modules:
             return
         self._modules[id(module)] = module
-        for name, buffer in buffers_of(module).items():
+        held = buffers_of(module)
+        for name, buffer in held.items():
             # What a module keeps count of is small; what is large are data.
             if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_inference():
-                found = (
-                    buffers_of(module),
-                    name,
-                    buffer,
-                    version_of(buffer),
-                    buffer.detach().clone(),
-                )
-                self._buffers.append(found)
+                value = buffer.detach().clone()
+                self._buffers.append((held, name, buffer, version_of(buffer), value))
         if pyro_parameters(module):
             # Those of the store take their place, by name.
             self._parameters.append((parameters_of(module), dict(parameters_of(module))))
 
-    def put_back(self, *, unseen: bool = False) -> None:
+    def put_back(self, *, unseen: bool) -> None:
         """Undo what has changed; with ``unseen``, also as BatchNorm does, which marks no change."""
         for holder, name, buffer, version, value in self._buffers:
             if holder.get(name) is not buffer:
@@ -142,7 +138,7 @@ class one_thread:  # noqa: N801 - a context manager, without the time that a gen
 
 
 @contextlib.contextmanager
-def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
+def evaluation(*fns: Program | None, first: FirstValues | None = None) -> Iterator[None]:
     """Run models and guides in eval mode, and leave everything as it was found.
 
     The mode of each submodule, buffers, and Pyro's parameter store. Plain functions close over
@@ -152,13 +148,19 @@ def evaluation(*fns: Any, first: FirstValues | None = None) -> Iterator[None]:
         *fns: models and guides.
         first: first values of parameters that runs inside share with others; by default none.
     """
-    with one_thread(), _evaluation(fns, FirstValues() if first is None else first):
-        yield
+    roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
+    modules = [module for root in roots for module in root.modules()]
+    with one_thread():
+        training = [module for module in modules if module.training]
+        for root in roots:
+            keep_apart(root)
+        with _as_found(modules, training, first, every=True):
+            yield
 
 
 @contextlib.contextmanager
 def looking(
-    *fns: Any, device: torch.device, gradients: bool = False, first: FirstValues | None = None
+    *fns: Program, device: torch.device, gradients: bool = False, first: FirstValues | None = None
 ) -> Iterator[None]:
     """Run models and guides to find something out: unseen from outside, as in :func:`evaluation`.
 
@@ -174,51 +176,55 @@ def looking(
 
 
 @contextlib.contextmanager
-def _evaluation(fns: tuple[Any, ...], first: FirstValues) -> Iterator[None]:
+def _as_found(
+    modules: Iterable[nn.Module],
+    training: list[nn.Module],
+    first: FirstValues | None,
+    *,
+    every: bool,
+) -> Iterator[None]:
+    """Put back modes, buffers and Pyro's store at the end.
+
+    Args:
+        modules: some of those that may change; others are noted as they are called.
+        training: modules in train mode, to be in eval mode inside.
+        first: as in :func:`evaluation`.
+        every: whether each other module is in eval mode too, as it is called.
+    """
     held = _Held()
-    roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
-    modules = [module for root in roots for module in root.modules()]
-    training = [module for module in modules if module.training]
-    for root in roots:
-        keep_apart(root)
     for module in modules:
         held.add(module)
     for module in training:
         module.training = False
 
-    def switch(module: nn.Module, inputs: Any) -> None:
+    def note(module: nn.Module, inputs: Any) -> None:
         held.add(module)
-        if is_training(module):
+        if every and is_training(module):
             module.training = False
             training.append(module)
 
-    hook = register_module_forward_pre_hook(switch)
+    hook = register_module_forward_pre_hook(note)
     try:
-        with first.installed():
+        with (FirstValues() if first is None else first).installed():
             yield
     finally:
         hook.remove()
         for module in training:
             module.training = True
-        held.put_back()
+        held.put_back(unseen=not every)
 
 
 @contextlib.contextmanager
 def called_modules() -> Iterator[dict[int, nn.Module]]:
     """Collect the nn.Modules that are called inside the context, by identity."""
     found: dict[int, nn.Module] = {}
-    hook = register_module_forward_pre_hook(
-        lambda module, inputs: found.__setitem__(id(module), module)
-    )
-    try:
+    with register_module_forward_pre_hook(lambda module, _: found.update({id(module): module})):
         yield found
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
-def mode_reads() -> Iterator[list[nn.Module]]:
-    """Collect the modules whose mode, training or not, is read inside the context.
+def mode_reads() -> Iterator[dict[int, nn.Module]]:
+    """Collect the modules whose mode, training or not, is read inside the context, by identity.
 
     Those of TorchScript, whose compiled code cannot be seen to, are collected as they are called.
     """
@@ -235,16 +241,13 @@ def mode_reads() -> Iterator[list[nn.Module]]:
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             read[id(module)] = module
 
-    found: list[nn.Module] = []
-    hook = register_module_forward_pre_hook(note)
     cls: Any = nn.Module  # of whose attribute there is but an annotation
-    cls.training = property(get, put)
-    try:
-        yield found
-    finally:
-        del cls.training
-        hook.remove()
-        found.extend(read.values())
+    with register_module_forward_pre_hook(note):
+        cls.training = property(get, put)
+        try:
+            yield read
+        finally:
+            del cls.training
 
 
 def is_training(module: nn.Module) -> bool:
@@ -268,7 +271,7 @@ class Look:
     def __enter__(self) -> Look:
         return self
 
-    def __exit__(self, kind: Any, value: BaseException | None, traceback: Any) -> bool:
+    def __exit__(self, kind: object, value: BaseException | None, traceback: object) -> bool:
         if isinstance(value, Exception):
             self.error = value
         return self.error is not None
@@ -285,11 +288,8 @@ def batch_norms() -> Iterator[dict[str, int]]:
             seen[module] = min(values, seen.get(module, values))
 
     found: dict[str, int] = {}
-    hook = register_module_forward_pre_hook(note)
-    try:
+    with register_module_forward_pre_hook(note):
         yield found
-    finally:
-        hook.remove()
     # Outside of evaluation, so that modes are the user's again.
     for module, values in seen.items():
         if module.training:
@@ -306,20 +306,10 @@ def as_in_training(
         modules: those that are not to drop out.
         first: as in :func:`evaluation`.
     """
-    held = _Held()
-    dropouts = [m for m in modules if isinstance(m, Dropout) and m.training]
-    for module in dropouts:
-        module.training = False
-    # A guide's BatchNorms too, which are not among those that are compared.
-    hook = register_module_forward_pre_hook(lambda module, inputs: held.add(module))
-    try:
-        with (FirstValues() if first is None else first).installed():
-            yield
-    finally:
-        hook.remove()
-        for module in dropouts:
-            module.training = True
-        held.put_back(unseen=True)
+    dropouts: list[nn.Module] = [m for m in modules if isinstance(m, Dropout) and m.training]
+    # A guide's BatchNorms too, which are not among those that are compared, are put back.
+    with _as_found((), dropouts, first, every=False):
+        yield
 
 
 @contextlib.contextmanager
@@ -341,13 +331,13 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
         yield
 
 
-def call_network(network: Any, args: Any, kwargs: Any) -> Any:
+def call_network(network: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a network on a batch; an nn.Sequential, which has no keywords, on its one tensor."""
     # Of a class: TorchScript's modules have a descriptor there, and functions nothing.
     plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
     if plain and not args and len(kwargs) == 1:
         args, kwargs = tuple(kwargs.values()), {}
-    with dtype_errors(Batch(tuple(args), kwargs, has_rows=False)):
+    with dtype_errors(Batch(args, kwargs, has_rows=False)):
         return network(*args, **kwargs)
 
 
