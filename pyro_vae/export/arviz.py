@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyro
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -107,41 +108,7 @@ def to_arviz(
     log_weight = groups["sample_stats"]["log_weight"]
     smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
     doubt = doubts(smoothed.pareto_k, smoothed.ess, num_draws)
-    if resample is None:
-        _warn_of_outside(evaluator, log_weight)
-    else:
-        index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING])
-        _resample(groups, index, [site.name for site in deterministic if not site.per_datum])
-        if doubt:
-            logger.warning("to_arviz: resampled draws, %s", doubt)
-    groups["constant_data"] = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
-    groups["observed_data"] = {
-        site.name: observed_values(site, structure) for site in structure.observed
-    }
-    _hide_absent(groups, structure)
-    names, labels = _names(structure, groups, deterministic, coords, dims)
-    return container(
-        {
-            group: variables
-            if group in _WITHOUT_DRAWS
-            else {name: value[np.newaxis] for name, value in variables.items()}
-            for group, variables in groups.items()
-        },
-        coords=labels,
-        dims=names,
-        attrs={
-            "inference_library": "pyro",
-            "inference_library_version": pyro.__version__,
-            "resampled": resample or "no",
-            "doubt": doubt,
-            "given": given_text(fixed),
-        },
-    )
-
-
-def _warn_of_outside(evaluator: Evaluator, log_weight: np.ndarray) -> None:
-    """Log how many draws have no density under the model, where some have none."""
-    if evaluator.outside:
+    if resample is None and evaluator.outside:
         logger.warning(
             "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
             "model, through %s: they are no draws of a posterior. Take resample='psis'",
@@ -149,6 +116,26 @@ def _warn_of_outside(evaluator: Evaluator, log_weight: np.ndarray) -> None:
             log_weight.size,
             ", ".join(evaluator.outside),
         )
+    elif resample is not None:
+        index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING])
+        _resample(groups, index, [site.name for site in deterministic if not site.per_datum])
+        if doubt:
+            logger.warning("to_arviz: resampled draws, %s", doubt)
+    groups["constant_data"] = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
+    groups["observed_data"] = {s.name: observed_values(s, structure) for s in structure.observed}
+    _hide_absent(groups, structure)
+    names, labels = _names(structure, groups, deterministic, coords, dims)
+    for group, variables in groups.items():
+        if group not in _WITHOUT_DRAWS:
+            groups[group] = {name: value[np.newaxis] for name, value in variables.items()}
+    attrs = {
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "resampled": resample or "no",
+        "doubt": doubt,
+        "given": given_text(fixed),
+    }
+    return container(groups, coords=labels, dims=names, attrs=attrs)
 
 
 def _draw_groups(
@@ -185,8 +172,8 @@ def _groups_of(
     key, size = (rows.start, chunk.particles.start), weights.num_particles
 
     def of_kind(drawn: Values, observed: bool) -> dict[str, Tensor]:
-        names = [n for n in drawn if (structure.sites[n].kind == "observed") == observed]
-        return {name: drawn[name] for name in names}
+        seen = {site.name for site in structure.observed}
+        return {name: value for name, value in drawn.items() if (name in seen) == observed}
 
     prior = evaluator.predict(rows, size, None, (_PRIOR, *key), observed=predictive)
     stats = {"log_p": weights.log_joint, "log_q": weights.log_guide, "log_weight": weights.total}
@@ -212,17 +199,15 @@ def _joined(
 
     Variables that are shared are the same in each block.
     """
-    groups: Groups = {}
-    for group, variables in blocks[0][0].items():
-        groups[group] = {}
-        for name in variables:
-            parts = [
-                np.concatenate([chunk[group][name].detach().cpu().numpy() for chunk in block])
-                for block in blocks
-            ]
-            one = len(parts) == 1 or name in shared
-            groups[group][name] = parts[0] if one else np.concatenate(parts, axis=1)
-    return groups
+
+    def joined(group: str, name: str) -> np.ndarray:
+        parts = [
+            torch.cat([chunk[group][name].detach().cpu() for chunk in block]) for block in blocks
+        ]
+        return (parts[0] if name in shared or len(parts) == 1 else torch.cat(parts, 1)).numpy()
+
+    variables = blocks[0][0].items()
+    return {group: {name: joined(group, name) for name in names} for group, names in variables}
 
 
 def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> None:
@@ -251,17 +236,14 @@ def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> Non
 
 def _hide_absent(groups: Groups, structure: Structure) -> None:
     """Write NaN, in place, where masks say that a site has no value: padding, for example."""
+    drawn = ("posterior", "posterior_predictive", "prior", "prior_predictive")
     for name, site in structure.sites.items():
-        if (nowhere := absent(site, structure)) is None:
-            continue
-        drawn = ("posterior", "posterior_predictive", "prior", "prior_predictive")
+        nowhere = absent(site, structure)
         for group in (*drawn, "observed_data"):
-            if name in groups.get(group, {}):
-                value = groups[group][name]
+            if nowhere is not None and (value := groups.get(group, {}).get(name)) is not None:
                 hidden = np.where(nowhere, np.nan, value)
-                if group in drawn:
-                    hidden = hidden.astype(np.result_type(value.dtype, np.float32))
-                groups[group][name] = hidden
+                dtype = np.result_type(value.dtype, np.float32) if group in drawn else hidden.dtype
+                groups[group][name] = hidden.astype(dtype)
 
 
 def _names(
@@ -276,7 +258,7 @@ def _names(
     lead = [] if structure.data_plate is None else [_DATUM]
     if lead:
         labels.setdefault(_DATUM, np.arange(structure.num_data))
-    given = dict(dims or {})
+    given = dims or {}
     tails = {name: (lead, inner_dims(site, structure)) for name, site in structure.sites.items()}
     for site in deterministic:
         tails[site.name] = (lead if site.per_datum else [], list(site.dims))

@@ -22,12 +22,8 @@ from numpy.typing import ArrayLike
 Container = Any
 
 _SAMPLE_GROUPS = (
-    "posterior",
-    "posterior_predictive",
-    "prior",
-    "prior_predictive",
-    "log_likelihood",
-    "sample_stats",
+    *("posterior", "posterior_predictive", "prior", "prior_predictive"),
+    *("log_likelihood", "sample_stats"),
 )
 _DATA_GROUPS = ("observed_data", "constant_data")
 
@@ -72,18 +68,22 @@ def container(
     """
     import arviz as az
 
-    arrays: dict[str, Any] = {
-        group: {name: np.asarray(values) for name, values in variables.items()}
-        for group, variables in groups.items()
-    }
+    def as_arrays(values: Mapping[str, ArrayLike] | None) -> dict[str, np.ndarray]:
+        return {name: np.asarray(value) for name, value in (values or {}).items()}
+
+    arrays: dict[str, Any] = {group: as_arrays(variables) for group, variables in groups.items()}
     names: dict[str, Any] = {
-        "coords": {dim: np.asarray(values) for dim, values in (coords or {}).items()},
+        "coords": as_arrays(coords),
         "dims": {name: list(of_one) for name, of_one in (dims or {}).items()},
     }
     attrs = dict(attrs or {})
     _check(arrays, **names)
-    _check_attrs(attrs)
-    if _is_before_1():
+    for name, value in attrs.items():
+        if np.asarray(value).dtype.kind not in "iufU":
+            raise TypeError(
+                f"attribute {name!r}: wanted a string, a number or a list of them, found {value!r}"
+            )
+    if int(az.__version__.split(".")[0]) < 1:
         return az.from_dict(**arrays, **names, attrs=attrs)
     return az.from_dict(arrays, **names, attrs={"/": attrs})
 
@@ -117,23 +117,12 @@ def write(tree: Container, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _is_before_1() -> bool:
-    import arviz as az
-
-    return int(az.__version__.split(".")[0]) < 1
-
-
 def _netcdf_engine() -> str:
     """Return the name of an installed library that writes netCDF; raise where there is none."""
-
-    def installed(module: str) -> bool:
-        return importlib.util.find_spec(module) is not None
-
     # h5netcdf comes without h5py, but cannot write without it.
-    if installed("h5netcdf") and installed("h5py"):
-        return "h5netcdf"
-    if installed("netCDF4"):
-        return "netcdf4"
+    for engine, needed in {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)}.items():
+        if all(map(importlib.util.find_spec, needed)):
+            return engine
     raise ImportError('writing netCDF needs h5netcdf and h5py: pip install "h5netcdf[h5py]"')
 
 
@@ -146,9 +135,8 @@ def _check(
     lengths = {dim: (len(values), "coords") for dim, values in coords.items()}
     for group, variables in arrays.items():
         if group not in _SAMPLE_GROUPS + _DATA_GROUPS:
-            raise ValueError(
-                f"group {group!r}: wanted one of {', '.join(_SAMPLE_GROUPS + _DATA_GROUPS)}"
-            )
+            groups = ", ".join(_SAMPLE_GROUPS + _DATA_GROUPS)
+            raise ValueError(f"group {group!r}: wanted one of {groups}")
         draws: tuple[str, tuple[int, ...]] | None = None
         for name, array in variables.items():
             where, shape = f"group {group!r}, variable {name!r}", array.shape
@@ -166,9 +154,9 @@ def _check_draws(where: str, shape: tuple[int, ...], first: str, wanted: tuple[i
     if len(shape) < 2:
         raise ValueError(f"{where}: wanted shape [chain, draw, ...], found {list(shape)}")
     if shape[:2] != wanted:
+        found = list(shape[:2])
         raise ValueError(
-            f"{where}: wanted [chain, draw] = {list(wanted)} as in {first!r}, found "
-            f"{list(shape[:2])}"
+            f"{where}: wanted [chain, draw] = {list(wanted)} as in {first!r}, found {found}"
         )
 
 
@@ -177,21 +165,11 @@ def _check_dims(
 ) -> None:
     """Raise ValueError for dimensions of another number or length; note the new ones' lengths."""
     if len(names) != len(shape):
-        raise ValueError(
-            f"{where}: wanted {len(names)} dimensions {list(names)}, found {len(shape)} of shape "
-            f"{list(shape)}"
-        )
+        wanted_dims, found = f"{len(names)} dimensions {list(names)}", f"{len(shape)} of shape"
+        raise ValueError(f"{where}: wanted {wanted_dims}, found {found} {list(shape)}")
     for dim, length in zip(names, shape, strict=True):
         wanted, source = lengths.setdefault(dim, (length, where))
         if length != wanted:
             raise ValueError(
                 f"{where}: wanted length {wanted} along {dim!r} as in {source}, found {length}"
-            )
-
-
-def _check_attrs(attrs: Mapping[str, Any]) -> None:
-    for name, value in attrs.items():
-        if np.asarray(value).dtype.kind not in "iufU":
-            raise TypeError(
-                f"attribute {name!r}: wanted a string, a number or a list of them, found {value!r}"
             )

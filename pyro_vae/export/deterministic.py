@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +56,10 @@ class DeterministicValues:
         self._evaluator = evaluator
         few = {name: value[:2] for name, value in values.items()}
         self.sites: dict[str, DeterministicSite] = self._look(rows, few)
-        self._alone = not self._agrees(rows, few)
+        together, alone = (self._folded(rows, few, each) for each in (False, True))
+        self._alone = not (
+            together and alone and all(agree(together[name], alone[name]) for name in self.sites)
+        )
 
     def __call__(self, rows: slice, values: Values) -> dict[str, Tensor]:
         """Return the sites' values for a block, ``[K, N, ...]``; without N where it has none."""
@@ -96,21 +98,15 @@ class DeterministicValues:
             found[name] = DeterministicSite(name, node["value"].ndim, axis, dims)
         return found
 
-    def _agrees(self, rows: slice, few: Values) -> bool:
-        """Return whether values for particles together are those of particles alone."""
-        together, alone = (self._folded(rows, few, each) for each in (False, True))
-        if together is None or alone is None:
-            return False
-        return all(agree(together[name], alone[name]) for name in self.sites)
-
     def _folded(self, rows: slice, values: Values, alone: bool) -> dict[str, Tensor] | None:
         """Return values as ``[K, *single run]``; None where a shape is not to be understood."""
         num_particles = next(iter(values.values())).shape[0]
         found = self._evaluator.deterministic_nodes(rows, values, alone=alone)
+        mode = "loop" if alone else self._evaluator.modes["model"]
         folded = {}
         for name, site in self.sites.items():
             each = [node["value"] for node in found.get(name, [])]
-            value = _by_particle(each, site, num_particles, self._evaluator.modes["model"], alone)
+            value = _by_particle(each, site, num_particles, mode)
             if value is None:
                 return None
             folded[name] = value
@@ -118,28 +114,20 @@ class DeterministicValues:
 
 
 def _by_particle(
-    each: list[Tensor], site: DeterministicSite, num_particles: int, mode: ModeName, alone: bool
+    each: list[Tensor], site: DeterministicSite, num_particles: int, mode: ModeName
 ) -> Tensor | None:
     """Return a site's value as ``[K, *single run]``; None where a shape is not to be understood."""
-    if alone or mode == "loop":
+    if mode == "loop":
         return torch.stack(each) if len(each) == num_particles else None
-    (value,) = each
+    (value,), axis = each, site.data_axis
     if mode == "repeat":
-        if site.data_axis is None:
-            return None
-        split: Tensor = value.unflatten(site.data_axis, (num_particles, -1))
-        return split.movedim(site.data_axis, 0)
+        return None if axis is None else value.unflatten(axis, (num_particles, -1)).movedim(axis, 0)
     extra = value.ndim - site.ndim
     if extra == 0:  # of no latent: the same for all particles
         return value.expand(num_particles, *value.shape)
     if value.shape[0] != num_particles or any(size != 1 for size in value.shape[1:extra]):
         return None
     return value.reshape(num_particles, *value.shape[extra:])
-
-
-def _plates(node: Node) -> list[Any]:
-    """Return the vectorized plates around a site."""
-    return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
 
 
 def _event_ndim(node: Node) -> int | None:
@@ -154,15 +142,13 @@ def _data_axis(node: Node, less: Node | None, size: int, plate: Plate | None) ->
     if plate is None:
         return None
     events = _event_ndim(node)
-    if events is not None and plate.name in {p.name for p in _plates(node)}:
+    plates = (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+    if events is not None and plate.name in {frame.name for frame in plates}:
         return len(shape) - events + plate.dim
     if less is not None and less["value"].ndim == len(shape):
-        axes = [
-            i for i, (a, b) in enumerate(zip(shape, less["value"].shape, strict=True)) if a != b
-        ]
-    else:
-        axes = [i for i, length in enumerate(shape) if length == size]
-    return axes[0] if axes else None
+        fewer = less["value"].shape
+        return next((i for i, length in enumerate(shape) if length != fewer[i]), None)
+    return next((i for i, length in enumerate(shape) if length == size), None)
 
 
 def _dims(
@@ -172,8 +158,9 @@ def _dims(
     shape = node["value"].shape
     plates: dict[int, str] = {}
     known = _event_ndim(node)
+    frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
     for events in range(len(shape) + 1) if known is None else (known,):
-        found = {len(shape) - events + plate.dim: plate for plate in _plates(node)}
+        found = {len(shape) - events + plate.dim: plate for plate in frames}
         if all(
             axis >= 0
             and shape[axis] == plate.size
