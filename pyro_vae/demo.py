@@ -71,15 +71,8 @@ class Settings:
     @classmethod
     def quick(cls) -> Settings:
         """Return settings of a run of seconds."""
-        return cls(
-            hidden=(64, 64),
-            epochs=15,
-            patience=5,
-            num_data=32,
-            refine_steps=1000,
-            num_particles=500,
-            num_draws=100,
-        )
+        sizes = {"num_data": 32, "refine_steps": 1000, "num_particles": 500, "num_draws": 100}
+        return cls(hidden=(64, 64), epochs=15, patience=5, **sizes)
 
 
 def run(
@@ -109,11 +102,11 @@ def run(
         FileNotFoundError, ValueError: for missing or malformed data.
     """
     output.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
+    seconds: dict[str, float] = {}
     images = datasets.digits() if data is None else datasets.load(data)
     demo = _Demo(images, settings, seed, device)
     print(demo)
-    with clock("train"):
+    with _timed("train", seconds):
         result = demo.train(progress)
     print(
         f"stopped by {result.stopped_by} after {len(result.history['epoch'])} epochs; kept epoch "
@@ -121,11 +114,13 @@ def run(
     )
     comparisons = {}
     for part in demo.data.parts:
-        with clock(f"compare on {part}"):
+        with _timed(f"compare on {part}", seconds):
             comparisons[part] = demo.compare(part)
-    with clock("write"):
+    with _timed("write", seconds):
         demo.write(output, result, comparisons)
     wrote = f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}"
+    times = ", ".join(f"{part} {each:.1f} s" for part, each in seconds.items())
+    clock = f"{sum(seconds.values()):.1f} s: {times}"
     print("", format_table(comparisons), "", _meaning(comparisons), "", wrote, clock, sep="\n")
     return comparisons
 
@@ -143,11 +138,8 @@ class _Data:
 def _prepare(images: datasets.ImageData, settings: Settings, seed: int, device: str) -> _Data:
     """Return the images as counts, or binarized at random, with a part held out to validate."""
     held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
-    raw = {
-        "train": images.train[:-held_out],
-        "validation": images.train[-held_out:],
-        "test": images.test,
-    }
+    raw = {"train": images.train[:-held_out], "validation": images.train[-held_out:]}
+    raw["test"] = images.test
     train: Tensor | datasets.StochasticBinarization
     if images.max_value <= _LARGEST_COUNT:
         fixed = {part: x.float().to(device) for part, x in raw.items()}
@@ -171,24 +163,18 @@ class _Demo:
         num_features, num_trials = self.data.validation.shape[1], self.data.num_trials
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of the networks' first weights
-            self.model = VAE(
-                num_features,
-                settings.num_latents,
-                hidden=settings.hidden[::-1],
-                num_trials=num_trials,
-            ).to(device)
-            encoder = MLP(
-                [num_features, *settings.hidden], activate_last=True, input_scale=num_trials
-            ).to(device)
+            sizes, hidden = [num_features, *settings.hidden], settings.hidden[::-1]
+            model = VAE(num_features, settings.num_latents, hidden=hidden, num_trials=num_trials)
+            encoder = MLP(sizes, activate_last=True, input_scale=num_trials).to(device)
+            self.model = model.to(device)
             self.guide = AmortizedGuide(self.model, encoder, example=self.data.validation)
 
     def __str__(self) -> str:
-        trials = self.data.num_trials
-        likelihood = "Bernoulli" if trials == 1 else f"Binomial({trials})"
+        data, latents = self.data, self.settings.num_latents
+        likelihood = "Bernoulli" if data.num_trials == 1 else f"Binomial({data.num_trials})"
         return (
-            f"{self.images.name}: {len(self.data.train)} images to train on, "
-            f"{len(self.data.validation)} to validate; {likelihood} likelihood, "
-            f"{self.settings.num_latents} latents"
+            f"{self.images.name}: {len(data.train)} images to train on, {len(data.validation)} to "
+            f"validate; {likelihood} likelihood, {latents} latents"
         )
 
     def train(self, progress: bool) -> FitResult:
@@ -219,28 +205,32 @@ class _Demo:
 
     def write(self, output: Path, result: FitResult, comparisons: Mapping[str, Comparison]) -> None:
         """Write the posterior of the test part, the table of gaps, and the figures."""
+        from matplotlib import pyplot
+
         x = self.data.parts["test"]
-        tree = to_arviz(
-            self.model,
-            self.guide,
-            x,
-            num_draws=max(1, min(self.settings.num_draws, _PIXELS_DRAWN // x.numel())),
-            dims={"z": ["latent"], "x": ["pixel"]},
-            seed=self.seed,
-        )
+        num_draws = max(1, min(self.settings.num_draws, _PIXELS_DRAWN // x.numel()))
+        dims = {"z": ["latent"], "x": ["pixel"]}
+        pair = (self.model, self.guide)
+        tree = to_arviz(*pair, x, num_draws=num_draws, dims=dims, seed=self.seed)
         write(tree, output / "posterior.nc")
         found = {part: comparison.dataset for part, comparison in comparisons.items()}
         gaps = pd.concat({n: gap.to_dataframe() for n, gap in found.items()}, names=["part"])
         gaps.to_csv(output / "gaps.csv")
-        _save(plots.plot_history(result), output / "training.png")
-        _save(plots.plot_gaps(found), output / "gaps.png")
-        _save(plots.plot_gap_distribution(found), output / "gap_distribution.png")
-        _save(plots.plot_pareto_k(found), output / "pareto_k.png")
-        _save(self._reconstructions(tree), output / "reconstructions.png")
         means = tree["posterior"]["z"].mean(("chain", "draw")).values
         labels = self.images.test_labels
         shown = None if labels is None else labels[: self.settings.num_data].numpy()
-        _save(plots.plot_latents(means, shown), output / "latents.png")
+        figures: dict[str, Axes | Figure] = {
+            "training": plots.plot_history(result),
+            "gaps": plots.plot_gaps(found),
+            "gap_distribution": plots.plot_gap_distribution(found),
+            "pareto_k": plots.plot_pareto_k(found),
+            "reconstructions": self._reconstructions(tree),
+            "latents": plots.plot_latents(means, shown),
+        }
+        for name, drawn in figures.items():
+            figure = cast("Figure", getattr(drawn, "figure", drawn))
+            figure.savefig(output / f"{name}.png", dpi=150, bbox_inches="tight")
+            pyplot.close(figure)
 
     def _reconstructions(self, tree: Container) -> Figure:
         """Draw the first test images, what the decoder makes of their codes, and prior samples."""
@@ -254,18 +244,10 @@ class _Demo:
         )
 
 
-def _save(drawn: Axes | Figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure = cast("Figure", getattr(drawn, "figure", drawn))
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 def _meaning(comparisons: Mapping[str, Comparison]) -> str:
     """Return in two sentences what the numbers mean for this posterior."""
-    tables = {part: found.summary() for part, found in comparisons.items()}
-    test, train = tables["test"].loc["amortized"], tables["train"].loc["amortized"]
+    table = comparisons["test"].summary()
+    test, train = table.loc["amortized"], comparisons["train"].summary().loc["amortized"]
     family, encoder = test["approximation_gap"], test["amortization_gap"]
     seen = train["amortization_gap"]
     if encoder < family:
@@ -274,30 +256,21 @@ def _meaning(comparisons: Mapping[str, Comparison]) -> str:
         remedy = "the encoder does not generalize, and more training images would help most"
     else:
         remedy = "a larger encoder, or one trained for longer, would help most"
-    bad = {name: 100 * tables["test"].loc[name, "pareto_k_bad"] for name in tables["test"].index}
+    bad = table["pareto_k_bad"]
     return (
         f"On held-out images the amortized posterior falls {family + encoder:.2f} nats short of "
         f"log p(x), {family:.2f} of them because of the mean-field family and {encoder:.2f} "
         f"because of the encoder, which loses {seen:.2f} on the images it was trained on: "
         f"{remedy}. "
         f"Importance weights through it are not to be trusted (k-hat > {PARETO_K_THRESHOLD}) for "
-        f"{bad['amortized']:.0f}% of the held-out images, nor for {bad['mean-field']:.0f}% of them "
+        f"{bad['amortized']:.0%} of the held-out images, nor for {bad['mean-field']:.0%} of them "
         "through the mean field fitted to each image alone."
     )
 
 
-class _Clock:
-    """Wall time of the parts of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[part] = time.perf_counter() - begin
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
-        return f"{sum(self.seconds.values()):.1f} s: {parts}"
+@contextmanager
+def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Write down the wall time of a part of a run."""
+    begin = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -108,20 +109,16 @@ class ConvEncoder(nn.Module):
         for before, after in pairwise([shape[0], *channels]):
             layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
             layers += _after_convolution(after, activation, batch_norm, dropout)
-        self.layers = nn.Sequential(
-            *layers,
-            nn.Flatten(),
-            nn.Linear(channels[-1] * height * width, num_features),
-            activation(),
-        )
+        last = nn.Linear(channels[-1] * height * width, num_features)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), last, activation())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [..., C, H, W] to features [..., F]."""
         if x.shape[-3:] != self.shape:
+            sizes = ", ".join(map(str, self.shape))
             raise ValueError(
-                f"images of shape [..., {', '.join(map(str, self.shape))}] (channels, height, "
-                f"width) are needed, got {list(x.shape)}; x.reshape(-1, {self.shape[0]}, "
-                f"{self.shape[1]}, {self.shape[2]}) makes them of flat ones"
+                f"images of shape [..., {sizes}] (channels, height, width) are needed, got "
+                f"{list(x.shape)}; x.reshape(-1, {sizes}) makes them of flat ones"
             )
         features = self.layers(x.reshape(-1, *self.shape) / self.input_scale)
         return features.reshape(*x.shape[:-3], features.shape[-1])
@@ -167,15 +164,13 @@ class ConvDecoder(nn.Module):
             nn.Linear(num_latents, channels[0] * height * width),
             nn.Unflatten(1, (channels[0], height, width)),
         ]
-        for (before, after), smaller, larger in zip(
-            pairwise([*channels, shape[0]]), sizes, sizes[1:], strict=False
-        ):
+        widths, sides = pairwise([*channels, shape[0]]), pairwise(sizes)
+        for (before, after), (smaller, larger) in zip(widths, sides, strict=True):
             layers += _after_convolution(before, activation, batch_norm, dropout)
             # From n the convolution makes 2 n - 1, or one more where that is asked for.
-            extra = (larger[0] - 2 * smaller[0] + 1, larger[1] - 2 * smaller[1] + 1)
-            layers.append(
-                nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)
-            )
+            extra = [large - 2 * small + 1 for large, small in zip(larger, smaller, strict=True)]
+            options: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": extra}
+            layers.append(nn.ConvTranspose2d(before, after, 3, **options))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -188,23 +183,16 @@ class ConvDecoder(nn.Module):
 def _halvings(shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
     """Return height and width of an image, and after each convolution of stride two."""
     if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(
-            f"shape={tuple(shape)}: channels, height and width are needed, each at least 1"
-        )
+        needed = "channels, height and width are needed, each at least 1"
+        raise ValueError(f"shape={tuple(shape)}: {needed}")
     if not channels:
         raise ValueError("channels is empty: at least one convolution is needed")
-    sizes = [(shape[1], shape[2])]
-    for _ in channels:
-        height, width = sizes[-1]
-        sizes.append(((height + 1) // 2, (width + 1) // 2))
-    return sizes
+    halved = (2**n for n in range(len(channels) + 1))  # rounding up each time
+    return [(-(-shape[1] // by), -(-shape[2] // by)) for by in halved]
 
 
 def _after_convolution(
     channels: int, activation: Callable[[], nn.Module], batch_norm: bool, dropout: float
 ) -> list[nn.Module]:
-    return [
-        *([nn.BatchNorm2d(channels)] if batch_norm else []),
-        activation(),
-        *([nn.Dropout2d(dropout)] if dropout else []),
-    ]
+    norm = [nn.BatchNorm2d(channels)] if batch_norm else []
+    return [*norm, activation(), *([nn.Dropout2d(dropout)] if dropout else [])]

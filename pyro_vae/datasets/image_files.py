@@ -6,11 +6,10 @@ Reading only: images.py checks that the arrays are images.
 from __future__ import annotations
 
 import gzip
-import io
+import itertools
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,16 +49,8 @@ def read(path: Path) -> Arrays:
         )
     if path.is_dir():
         return _read_idx_directory(path)
-    if path.suffix == ".npz":
-        archive = _load(path, "an .npz archive of plain numeric arrays")
-        if isinstance(archive, np.ndarray):
-            raise ValueError(f"{path}: expected an archive, found one array; is it an .npy file?")
-        return _from_npz(archive, path)
-    if path.suffix == ".npy":
-        array = _load(path, "an .npy file with a plain numeric array")
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
-        return Arrays(array)
+    if path.suffix in (".npz", ".npy"):
+        return _read_numpy(path)
     if path.suffix == ".gz" or "idx" in path.name or path.name.endswith("ubyte"):
         return _read_idx_pair(path)
     raise ValueError(
@@ -68,25 +59,29 @@ def read(path: Path) -> Arrays:
     )
 
 
-def _load(path: Path, wanted: str) -> np.ndarray | dict[str, np.ndarray]:
-    """Return what NumPy reads from a file: one array, or an archive of them."""
+def _read_numpy(path: Path) -> Arrays:
+    """Return the images of an .npy file, or images and labels of an .npz file by their names."""
+    one = path.suffix == ".npy"
+    wanted = (
+        "an .npy file with a plain numeric array"
+        if one
+        else "an .npz archive of plain numeric arrays"
+    )
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
+            arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
     except _UNREADABLE as error:
         raise ValueError(f"{path}: expected {wanted}, could not read it ({error})") from error
-
-
-def _from_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Arrays:
-    """Return the images and labels of an archive, by the names of its arrays."""
+    if isinstance(arrays, np.ndarray):
+        if not one:
+            raise ValueError(f"{path}: expected an archive, found one array; is it an .npy file?")
+        return Arrays(arrays)
+    if one:
+        raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
     if "x_train" in arrays:
-        return Arrays(
-            train=arrays["x_train"],
-            train_labels=arrays.get("y_train"),
-            test=arrays.get("x_test"),
-            test_labels=arrays.get("y_test"),
-        )
+        others = (arrays.get(name) for name in ("y_train", "x_test", "y_test"))
+        return Arrays(arrays["x_train"], *others)
     if "x" in arrays:
         return Arrays(arrays["x"], arrays.get("y"))
     raise ValueError(
@@ -104,8 +99,7 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     content = path.read_bytes()
     if content.startswith(_GZIP_MAGIC):
         try:
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read()
+            content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: the gzip data are damaged or cut short ({error})") from error
     what, num_dims = ("labels", 1) if magic == _IDX_LABELS else ("images", 3)
@@ -116,18 +110,16 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
             f"0x{magic:08x}, found 0x{found:08x}"
         )
     header = 4 * (1 + num_dims)
-    if len(content) < header:
-        raise ValueError(
-            f"{path}: cut short, expected an idx header of {header} bytes, "
-            f"found {len(content)} bytes in all"
-        )
-    sizes = [int(size) for size in np.frombuffer(content[4:header], dtype=">u4")]
+    size = len(content)
+    if size < header:
+        wanted = f"an idx header of {header} bytes"
+        raise ValueError(f"{path}: cut short, expected {wanted}, found {size} bytes in all")
+    sizes = np.frombuffer(content[4:header], dtype=">u4").tolist()
     expected = header + math.prod(sizes)
-    if len(content) != expected:
-        problem = "cut short" if len(content) < expected else "too long"
+    if size != expected:
         raise ValueError(
-            f"{path}: {problem}, the header promises {what} of shape {sizes}, {expected} bytes "
-            f"in all, found {len(content)} bytes"
+            f"{path}: {'cut short' if size < expected else 'too long'}, the header promises {what} "
+            f"of shape {sizes}, {expected} bytes in all, found {size} bytes"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
@@ -145,14 +137,17 @@ def _read_idx_pair(path: Path) -> Arrays:
 
 def _read_idx_directory(directory: Path) -> Arrays:
     """Return the images and labels of MNIST's four files."""
-    names = (
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "t10k-images-idx3-ubyte",
-        "t10k-labels-idx1-ubyte",
-    )
-    paths = {name: _standard_file(directory, name) for name in names}
-    missing = [name for name, path in paths.items() if path is None]
+    kinds = {"images-idx3-ubyte": _IDX_IMAGES, "labels-idx1-ubyte": _IDX_LABELS}
+    found, missing = [], []
+    for part, (kind, magic) in itertools.product(("train", "t10k"), kinds.items()):
+        name = f"{part}-{kind}"
+        dotted = name.replace("-idx", ".idx")  # as some copies write it
+        candidates = (directory / each for each in (name, f"{name}.gz", dotted, f"{dotted}.gz"))
+        path = next(filter(Path.is_file, candidates), None)
+        if path is None:
+            missing.append(name)
+        else:
+            found.append((path, magic))
     if missing:
         there = sorted(entry.name for entry in directory.iterdir())
         listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
@@ -160,19 +155,4 @@ def _read_idx_directory(directory: Path) -> Arrays:
             f"{directory}: expected MNIST's four idx files, each with or without .gz; missing "
             f"{', '.join(missing)}; found {listed or 'an empty directory'}"
         )
-    return Arrays(
-        *(
-            _read_idx(path, _IDX_IMAGES if "images" in name else _IDX_LABELS)
-            for name, path in paths.items()
-            if path is not None
-        )
-    )
-
-
-def _standard_file(directory: Path, name: str) -> Path | None:
-    """Return the file of a standard name, gzipped or not; some copies write a dot for the dash."""
-    dotted = name.replace("-idx", ".idx")
-    for candidate in (name, f"{name}.gz", dotted, f"{dotted}.gz"):
-        if (directory / candidate).is_file():
-            return directory / candidate
-    return None
+    return Arrays(*itertools.starmap(_read_idx, found))

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,11 +47,10 @@ class ImageData:
     max_value: int
 
     def __repr__(self) -> str:
-        height, width = self.shape
-        labels = "with" if self.train_labels is not None else "without"
+        labels = "without" if self.train_labels is None else "with"
         return (
             f"ImageData({self.name!r}: {len(self.train)} train, {len(self.test)} test, "
-            f"{height} x {width}, 0 to {self.max_value}, {labels} labels)"
+            f"{_size(self.shape)}, 0 to {self.max_value}, {labels} labels)"
         )
 
 
@@ -178,9 +178,8 @@ class StochasticBinarization:
         return len(self.images)
 
     def __repr__(self) -> str:
-        return (
-            f"StochasticBinarization(images={list(self.images.shape)}, max_value={self.max_value})"
-        )
+        shape = list(self.images.shape)
+        return f"StochasticBinarization(images={shape}, max_value={self.max_value})"
 
     @property
     def source(self) -> Tensor:
@@ -196,7 +195,7 @@ class StochasticBinarization:
         Returns:
             Images of the same shape, float32, each value 0 or 1.
         """
-        return torch.bernoulli(images.to(torch.float32) / self.max_value)
+        return torch.bernoulli(images.float() / self.max_value)
 
     def epoch(self, generator: torch.Generator) -> Tensor:
         """Return a fresh draw of every image.
@@ -208,7 +207,7 @@ class StochasticBinarization:
         Returns:
             Images of the same shape, float32, each value 0 or 1.
         """
-        return torch.bernoulli(self.images.to(torch.float32) / self.max_value, generator=generator)
+        return torch.bernoulli(self.images.float() / self.max_value, generator=generator)
 
     def fixed(self, seed: int) -> Tensor:
         """Return one draw that depends on the seed alone, for held-out data.
@@ -222,17 +221,20 @@ class StochasticBinarization:
         return self.epoch(torch.Generator(device=self.images.device).manual_seed(seed))
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Checked and flattened images [N, H * W], their classes [N], and their shape (H, W)."""
 
-    images: np.ndarray
-    labels: np.ndarray | None
+    images: Tensor
+    labels: Tensor | None
     shape: tuple[int, int]
 
-    def take(self, index: np.ndarray) -> _Part:
+    def take(self, index: Tensor) -> _Part:
         labels = None if self.labels is None else self.labels[index]
         return _Part(self.images[index], labels, self.shape)
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
 
 
 def _image_data(
@@ -246,10 +248,8 @@ def _image_data(
         train = _checked(arrays.train, arrays.train_labels, f"{where} (train)")
         test = _checked(arrays.test, arrays.test_labels, f"{where} (test)")
         if train.shape != test.shape:
-            raise ValueError(
-                f"{where}: training images are {train.shape[0]} x {train.shape[1]}, "
-                f"test images {test.shape[0]} x {test.shape[1]}"
-            )
+            sizes = f"training images are {_size(train.shape)}, test images {_size(test.shape)}"
+            raise ValueError(f"{where}: {sizes}")
     largest = int(max(train.images.max(), test.images.max()))
     if max_value is None:
         max_value = next(top for top in (1, 16, 255) if largest <= top)
@@ -259,15 +259,8 @@ def _image_data(
         raise ValueError(
             f"{where}: expected intensities from 0 to {max_value}, found one of {largest}"
         )
-    return ImageData(
-        name=name,
-        train=torch.from_numpy(train.images),
-        test=torch.from_numpy(test.images),
-        train_labels=None if train.labels is None else torch.from_numpy(train.labels),
-        test_labels=None if test.labels is None else torch.from_numpy(test.labels),
-        shape=train.shape,
-        max_value=max_value,
-    )
+    labels = (train.labels, test.labels)
+    return ImageData(name, train.images, test.images, *labels, train.shape, max_value)
 
 
 def _hold_out(whole: _Part, test_fraction: float, where: str) -> tuple[_Part, _Part]:
@@ -277,70 +270,56 @@ def _hold_out(whole: _Part, test_fraction: float, where: str) -> tuple[_Part, _P
     num_images = len(whole.images)
     num_test = math.ceil(test_fraction * num_images)
     if num_test == num_images:
-        raise ValueError(
-            f"{where}: cannot hold out {test_fraction:.3g} of {num_images} images, "
-            f"none would be left to train on"
-        )
+        held = f"{test_fraction:.3g} of {num_images} images"
+        raise ValueError(f"{where}: cannot hold out {held}, none would be left to train on")
     # RandomState and not default_rng: NumPy promises that its stream never changes, and a held-out
     # split must be the same one in every version.
-    order = np.random.RandomState(_SPLIT_SEED).permutation(num_images)
+    order = torch.from_numpy(np.random.RandomState(_SPLIT_SEED).permutation(num_images))
     return whole.take(order[:-num_test]), whole.take(order[-num_test:])
 
 
 def _checked(images: np.ndarray, labels: np.ndarray | None, where: str) -> _Part:
-    shape = _image_shape(images, where)
+    _, *shape = images.shape or (0,)
+    if len(shape) == 1:  # flat images are squares
+        shape = [math.isqrt(shape[0])] * 2
+    if images.size == 0 or len(shape) != 2 or len(images) * math.prod(shape) != images.size:
+        raise ValueError(
+            f"{where}: expected images of shape [N, height, width], or [N, D] with D a square "
+            f"number, none of them 0, found shape {list(images.shape)}"
+        )
     _check_values(images, where)
-    if labels is not None:
-        _check_labels(labels, len(images), where)
-        labels = labels.astype(np.int64)
-    return _Part(images.reshape(len(images), -1).astype(np.uint8), labels, shape)
-
-
-def _image_shape(images: np.ndarray, where: str) -> tuple[int, int]:
-    """Return the (height, width) of images [N, height, width], or [N, D] of squares."""
-    if images.ndim == 3 and images.size:
-        return images.shape[1], images.shape[2]
-    if images.ndim == 2 and images.size:
-        side = math.isqrt(images.shape[1])
-        if side * side == images.shape[1]:
-            return side, side
-    raise ValueError(
-        f"{where}: expected images of shape [N, height, width], or [N, D] with D a square number, "
-        f"none of them 0, found shape {list(images.shape)}"
-    )
+    pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.uint8))
+    if labels is None:
+        return _Part(pixels, None, (shape[0], shape[1]))
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: expected labels of shape [N] and an integer type, found shape "
+            f"{list(labels.shape)} and dtype {labels.dtype}"
+        )
+    if len(labels) != len(images):
+        raise ValueError(f"{where}: {len(images)} images but {len(labels)} labels")
+    return _Part(pixels, torch.from_numpy(labels.astype(np.int64)), (shape[0], shape[1]))
 
 
 def _check_values(images: np.ndarray, where: str) -> None:
     """Raise ValueError for other than whole numbers from 0 to 255, of any type of real numbers."""
     if images.dtype.kind not in "biuf":
         raise ValueError(f"{where}: expected images of numbers, found dtype {images.dtype}")
-    if images.dtype.kind == "f":
-        bad = ~np.isfinite(images)
-        if bad.any():
-            rows = np.unique(np.nonzero(bad)[0])
-            raise ValueError(
-                f"{where}: {int(bad.sum())} values are NaN or infinite, in {len(rows)} images, "
-                f"the first of them image {rows[0]}"
-            )
-        if not np.array_equal(images, np.round(images)):
-            raise ValueError(
-                f"{where}: expected whole numbers from 0 to 255, found fractions between "
-                f"{images.min():.4g} and {images.max():.4g}; if they are intensities in [0, 1], "
-                f"store np.round(255 * x).astype(np.uint8)"
-            )
-    if images.min() < 0 or images.max() > 255:
+    bad = ~np.isfinite(images)
+    if bad.any():
+        rows = np.unique(np.nonzero(bad)[0])
         raise ValueError(
-            f"{where}: expected intensities from 0 to 255, found values from "
-            f"{images.min()} to {images.max()}"
+            f"{where}: {bad.sum()} values are NaN or infinite, in {len(rows)} images, the first of "
+            f"them image {rows[0]}"
         )
-
-
-def _check_labels(labels: np.ndarray, num_images: int, where: str) -> None:
-    """Raise ValueError for labels that are no whole numbers [N]."""
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+    low, high = images.min(), images.max()
+    if images.dtype.kind == "f" and not np.array_equal(images, np.round(images)):
         raise ValueError(
-            f"{where}: expected labels of shape [N] and an integer type, found shape "
-            f"{list(labels.shape)} and dtype {labels.dtype}"
+            f"{where}: expected whole numbers from 0 to 255, found fractions between {low:.4g} and "
+            f"{high:.4g}; if they are intensities in [0, 1], store "
+            "np.round(255 * x).astype(np.uint8)"
         )
-    if len(labels) != num_images:
-        raise ValueError(f"{where}: {num_images} images but {len(labels)} labels")
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"{where}: expected intensities from 0 to 255, found values from {low} to {high}"
+        )

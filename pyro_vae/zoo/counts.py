@@ -140,9 +140,8 @@ class SingleCellCounts(Registered):
     def likelihood(self, z: Tensor, size: Tensor) -> Distribution:
         """Return the distribution of each count, given latents [..., L] and sizes [...]."""
         log_mean = size.log().unsqueeze(-1) + self.decoder(z).log_softmax(-1)
-        return dist.NegativeBinomial(
-            self.inverse_dispersion, logits=log_mean - self.log_inverse_dispersion
-        )
+        logits = log_mean - self.log_inverse_dispersion
+        return dist.NegativeBinomial(self.inverse_dispersion, logits=logits)
 
     def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
         """Return a new encoder of counts [N, G] (sizes ignored) to features [N, hidden[-1]]."""
@@ -153,8 +152,7 @@ class SingleCellCounts(Registered):
         self, num_data: int, seed: int = 0, *, size: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw counts [num_data, G] from the model; with size factors [num_data], both."""
-        num_genes = len(self.log_inverse_dispersion)
-        blank = self.log_inverse_dispersion.new_zeros(num_data, num_genes)
+        blank = torch.zeros_like(self.log_inverse_dispersion).repeat(num_data, 1)
         counts = draw(self, blank, size, seed=seed)
         return counts if size is None else (counts, size)
 
@@ -188,11 +186,8 @@ class Multinomial(dist.TorchDistribution):
         super().__init__(batch_shape, probs.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Multinomial:
-        return Multinomial(
-            self.total_count.expand(batch_shape),
-            self.probs.expand(*batch_shape, -1),
-            validate_args=False,
-        )
+        total, probs = self.total_count.expand(batch_shape), self.probs.expand(*batch_shape, -1)
+        return Multinomial(total, probs, validate_args=False)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's default
         longest = int(self.total_count.max())

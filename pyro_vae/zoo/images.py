@@ -21,10 +21,9 @@ __all__ = ["VAE", "ConditionalVAE", "ConvVAE", "MixtureVAE", "TwoLayerVAE"]
 
 
 class _DecoderModel(Registered):
-    """What the models share: a decoder network, and a likelihood of each feature.
+    """What the models share: a decoder network, and a likelihood of each feature."""
 
-    A subclass gives :meth:`forward`, the Pyro model, which returns the value of its observed site.
-    """
+    num_latents: Any
 
     def __init__(
         self, data_shape: Sequence[int], decoder: nn.Module, observation: Likelihood
@@ -33,6 +32,16 @@ class _DecoderModel(Registered):
         self.data_shape = tuple(data_shape)
         self.decoder = decoder
         self.observation = observation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model on data, a datum per row; return the value of its observed site."""
+        register(self)
+        with pyro.plate("data", len(x)):
+            return self._observe(self.likelihood(self._latents()), x)
+
+    def _latents(self) -> Tensor:
+        """Sample the latents; return what the decoder takes, [..., L]."""
+        return pyro.sample("z", self._standard_normal(self.num_latents))
 
     def likelihood(self, z: Tensor) -> Distribution:
         """Return the distribution of each feature given what the decoder takes, [..., L]."""
@@ -138,21 +147,13 @@ class VAE(_VectorModel):
         num_trials: int = 1,
         likelihood: Likelihood | None = None,
     ) -> None:
-        if num_trials != 1:
-            if likelihood is not None:
-                raise ValueError(
-                    f"num_trials={num_trials} and likelihood={likelihood}: give one of them"
-                )
-            likelihood = Binomial(num_trials)
+        if num_trials != 1 and likelihood is not None:
+            raise ValueError(
+                f"num_trials={num_trials} and likelihood={likelihood}: give one of them"
+            )
+        likelihood = Binomial(num_trials) if num_trials != 1 else likelihood
         super().__init__(num_features, num_latents, hidden, likelihood)
         self.num_latents = num_latents
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the value of its observed site."""
-        register(self)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._standard_normal(self.num_latents))
-            return self._observe(self.likelihood(z), x)
 
 
 class ConvVAE(_DecoderModel):
@@ -191,22 +192,11 @@ class ConvVAE(_DecoderModel):
         dropout: float = 0.0,
     ) -> None:
         observation = Bernoulli() if likelihood is None else likelihood
-        decoder = ConvDecoder(
-            num_latents,
-            (shape[0] * observation.params_per_feature, *shape[1:]),
-            channels=channels,
-            batch_norm=batch_norm,
-            dropout=dropout,
-        )
+        decoded = (shape[0] * observation.params_per_feature, *shape[1:])
+        layers: dict[str, Any] = {"batch_norm": batch_norm, "dropout": dropout}
+        decoder = ConvDecoder(num_latents, decoded, channels=channels, **layers)
         super().__init__(shape, decoder, observation)
         self.num_latents = num_latents
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the model on images [N, C, H, W]; return the value of its observed site."""
-        register(self)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._standard_normal(self.num_latents))
-            return self._observe(self.likelihood(z), x)
 
     def make_encoder(self, num_features: int = 64, **options: Any) -> nn.Module:
         """Return a new encoder, from images [N, C, H, W] to features [N, num_features].
@@ -257,14 +247,10 @@ class TwoLayerVAE(_VectorModel):
         self.num_latents = (lower, upper)
         self.prior = MLP([upper, *hidden, 2 * lower])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the value of its observed site."""
-        register(self)
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", self._standard_normal(self.num_latents[1]))
-            location, log_scale = self.prior(z2).chunk(2, -1)
-            z1 = pyro.sample("z1", dist.Normal(location, log_scale.exp()).to_event(1))
-            return self._observe(self.likelihood(z1), x)
+    def _latents(self) -> Tensor:
+        z2 = pyro.sample("z2", self._standard_normal(self.num_latents[1]))
+        location, log_scale = self.prior(z2).chunk(2, -1)
+        return pyro.sample("z1", dist.Normal(location, log_scale.exp()).to_event(1))
 
 
 class MixtureVAE(_VectorModel):
@@ -314,14 +300,10 @@ class MixtureVAE(_VectorModel):
         self.means = nn.Parameter(torch.randn(num_components, num_latents))
         self.log_scales = nn.Parameter(torch.zeros(num_components, num_latents))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the model on data [N, D]; return the value of its observed site."""
-        register(self)
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(logits=self.logits))
-            prior = dist.Normal(self.means[c], self.log_scales[c].exp())
-            z = pyro.sample("z", prior.to_event(1))
-            return self._observe(self.likelihood(z), x)
+    def _latents(self) -> Tensor:
+        c = pyro.sample("c", dist.Categorical(logits=self.logits))
+        prior = dist.Normal(self.means[c], self.log_scales[c].exp())
+        return pyro.sample("z", prior.to_event(1))
 
 
 class ConditionalVAE(_VectorModel):
@@ -364,12 +346,11 @@ class ConditionalVAE(_VectorModel):
         self.num_classes = num_classes
         self.one_hot = OneHot(num_classes)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         """Run the model on data [N, D] of classes [N]; return the observed value."""
         register(self)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._standard_normal(self.num_latents))
-            return self._observe(self.likelihood(self.decoder_inputs(z, y)), x)
+            return self._observe(self.likelihood(self.decoder_inputs(self._latents(), y)), x)
 
     def decoder_inputs(self, z: Tensor, y: Tensor) -> Tensor:
         """Return latents [..., N, L] beside the indicators of classes [N]: [..., N, L + C]."""
@@ -384,9 +365,8 @@ class ConditionalVAE(_VectorModel):
         """
         first, *others = self._encoder_sizes(hidden)
         network = MLP([first + self.num_classes, *others], activate_last=True, **options)
-        return _ConditionalEncoder(
-            self.observation.make_input(), OneHot(self.num_classes), network
-        ).to(self._like)
+        make_input, one_hot = self.observation.make_input(), OneHot(self.num_classes)
+        return _ConditionalEncoder(make_input, one_hot, network).to(self._like)
 
     def _draw(self, blank: Tensor, seed: int) -> dict[str, Tensor]:
         # The classes have no distribution in the model: all alike.

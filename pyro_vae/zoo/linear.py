@@ -16,10 +16,38 @@ from pyro_vae.zoo.simulation import draw
 __all__ = ["FactorAnalysis", "ProbabilisticPCA"]
 
 
-class _LinearGaussian(Registered):
-    """What the two have in common; they differ in how many noise scales they learn."""
+class FactorAnalysis(Registered):
+    r"""Factor analysis: a linear map of few latents, and a noise scale for each feature.
 
-    def __init__(self, num_features: int, num_latents: int, num_scales: int) -> None:
+    .. math::
+        z \sim \mathrm{Normal}(0, I_L), \quad
+        x | z \sim \mathrm{Normal}(W z + \mu, \mathrm{diag}(\psi_1^2, \dots, \psi_D^2))
+
+    All of it is Gaussian, so that evidence and posterior are known (Rubin & Thayer 1982):
+
+    .. math::
+        x \sim \mathrm{Normal}(\mu, W W^\top + \Psi), \quad
+        z | x \sim \mathrm{Normal}(P^{-1} W^\top \Psi^{-1} (x - \mu), P^{-1}), \quad
+        P = I + W^\top \Psi^{-1} W
+
+    The posterior is the same for every rotation of the loadings, and diagonal for some only.
+
+    Args:
+        num_features: D, dimensions of a datum.
+        num_latents: L, at most D.
+
+    Raises:
+        ValueError: for num_latents below 1 or above num_features.
+
+    Example:
+        >>> import torch
+        >>> model = FactorAnalysis(6, 2)
+        >>> x = model.simulate(5)
+        >>> model.log_evidence(x).shape, model.posterior(x).event_shape
+        (torch.Size([5]), torch.Size([2]))
+    """
+
+    def __init__(self, num_features: int, num_latents: int) -> None:
         super().__init__()
         if not 1 <= num_latents <= num_features:
             raise ValueError(
@@ -27,7 +55,7 @@ class _LinearGaussian(Registered):
             )
         self.loadings = nn.Parameter(torch.randn(num_features, num_latents))
         self.mean = nn.Parameter(torch.zeros(num_features))
-        self.log_noise = nn.Parameter(torch.zeros(num_scales))
+        self.log_noise = nn.Parameter(torch.zeros(num_features))
 
     @property
     def noise(self) -> Tensor:
@@ -70,42 +98,7 @@ class _LinearGaussian(Registered):
         return draw(self, self.mean.new_zeros(num_data, len(self.mean)), seed=seed)
 
 
-class FactorAnalysis(_LinearGaussian):
-    r"""Factor analysis: a linear map of few latents, and a noise scale for each feature.
-
-    .. math::
-        z \sim \mathrm{Normal}(0, I_L), \quad
-        x | z \sim \mathrm{Normal}(W z + \mu, \mathrm{diag}(\psi_1^2, \dots, \psi_D^2))
-
-    All of it is Gaussian, so that evidence and posterior are known (Rubin & Thayer 1982):
-
-    .. math::
-        x \sim \mathrm{Normal}(\mu, W W^\top + \Psi), \quad
-        z | x \sim \mathrm{Normal}(P^{-1} W^\top \Psi^{-1} (x - \mu), P^{-1}), \quad
-        P = I + W^\top \Psi^{-1} W
-
-    The posterior is the same for every rotation of the loadings, and diagonal for some only.
-
-    Args:
-        num_features: D, dimensions of a datum.
-        num_latents: L, at most D.
-
-    Raises:
-        ValueError: for num_latents below 1 or above num_features.
-
-    Example:
-        >>> import torch
-        >>> model = FactorAnalysis(6, 2)
-        >>> x = model.simulate(5)
-        >>> model.log_evidence(x).shape, model.posterior(x).event_shape
-        (torch.Size([5]), torch.Size([2]))
-    """
-
-    def __init__(self, num_features: int, num_latents: int) -> None:
-        super().__init__(num_features, num_latents, num_scales=num_features)
-
-
-class ProbabilisticPCA(_LinearGaussian):
+class ProbabilisticPCA(FactorAnalysis):
     r"""Probabilistic PCA: factor analysis whose features share one noise scale.
 
     .. math::
@@ -113,14 +106,7 @@ class ProbabilisticPCA(_LinearGaussian):
         x | z \sim \mathrm{Normal}(W z + \mu, \sigma^2 I_D)
 
     The loadings of highest likelihood span the principal subspace (Tipping & Bishop 1999,
-    eq. 7). Evidence and posterior are those of :class:`FactorAnalysis`.
-
-    Args:
-        num_features: D, dimensions of a datum.
-        num_latents: L, at most D.
-
-    Raises:
-        ValueError: for num_latents below 1 or above num_features.
+    eq. 7). Arguments, evidence and posterior are those of :class:`FactorAnalysis`.
 
     Example:
         >>> import torch
@@ -130,4 +116,5 @@ class ProbabilisticPCA(_LinearGaussian):
     """
 
     def __init__(self, num_features: int, num_latents: int) -> None:
-        super().__init__(num_features, num_latents, num_scales=1)
+        super().__init__(num_features, num_latents)
+        self.log_noise = nn.Parameter(torch.zeros(1))
