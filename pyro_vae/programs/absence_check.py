@@ -37,11 +37,9 @@ def check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
         model_trace: of the model under its guide, with masks lifted to sites.
         batch: the model's arguments.
     """
-    changed = {
-        name: value
-        for name, node in latent_nodes(model_trace)
-        if (value := _drawn_anew(node)) is not None
-    }
+    latents = dict(latent_nodes(model_trace))
+    drawn = {name: _drawn_anew(node) for name, node in latents.items()}
+    changed = {name: value for name, value in drawn.items() if value is not None}
     if not changed:
         return
     given = {  # the subsamples of plates among them
@@ -49,23 +47,24 @@ def check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
         for name, node in model_trace.nodes.items()
         if node["type"] == "sample" and not node["is_observed"]
     }
+    kept = {name: found for name, node in latents.items() if (found := preimage_of(node))}
+    left = {name: preimage for name, preimage in kept.items() if name not in changed}
     with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        before, after = (
-            _terms(model, model_trace, {**given, **some}, batch) for some in ({}, changed)
-        )
+        before = _terms(model, GiveValues(given, kept), batch)
+        after = _terms(model, GiveValues({**given, **changed}, left), batch)
     if look.error is not None:
         return
-    for name, term in before.items():
-        if name not in after or (gap := _gap(term, after[name])) == 0:
-            continue
-        raise ValueError(
-            f"the density of site {name!r} depends on draws of {sorted(changed)} that the model "
-            f"masks everywhere (it changes by {gap:.3g} nats). A latent that is masked counts as "
-            "one that is not there, and its proposal is left out too; a mask that stands for a "
-            "flat prior has no evidence to bound. Give the site a proper prior, however wide; mask "
-            "what depends on it as well; or train with pyro.infer.Trace_ELBO, which CompiledSVI "
-            "takes"
-        )
+    for name, one in before.items():
+        other = after.get(name, one)
+        if gap := largest_gap(one, other) if one.shape == other.shape else math.inf:
+            raise ValueError(
+                f"the density of site {name!r} depends on draws of {sorted(changed)} that the "
+                f"model masks everywhere (it changes by {gap:.3g} nats). A latent that is masked "
+                "counts as one that is not there, and its proposal is left out too; a mask that "
+                "stands for a flat prior has no evidence to bound. Give the site a proper prior, "
+                "however wide; mask what depends on it as well; or train with "
+                "pyro.infer.Trace_ELBO, which CompiledSVI takes"
+            )
 
 
 def _drawn_anew(node: Node) -> Tensor | None:
@@ -80,26 +79,12 @@ def _drawn_anew(node: Node) -> Tensor | None:
     return None if look.error is not None or torch.equal(other, value) else other
 
 
-def _terms(
-    model: Program, model_trace: Trace, values: dict[str, Tensor], batch: Batch
-) -> dict[str, Tensor]:
+def _terms(model: Program, give: GiveValues, batch: Batch) -> dict[str, Tensor]:
     """Return the log density of each site, masked, of the model run with these values."""
-    kept = {
-        name: preimage
-        for name, value in values.items()
-        if value is model_trace.nodes[name]["value"]
-        and (preimage := preimage_of(model_trace.nodes[name])) is not None
-    }
-    device = next(iter(values.values())).device
-    with preserved_rng(device):
-        trace = trace_of(GiveValues(values, kept)(model), batch)
+    with preserved_rng(next(iter(give.values.values())).device):
+        trace = trace_of(give(model), batch)
     return {
         name: site_log_prob(name, node, scaled=False)
         for name, node in sample_nodes(trace)
         if not is_deterministic(node)
     }
-
-
-def _gap(before: Tensor, after: Tensor) -> float:
-    """Return by how much a log density changes beyond rounding; 0 where it does not."""
-    return largest_gap(before, after) if before.shape == after.shape else math.inf

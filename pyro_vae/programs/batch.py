@@ -244,19 +244,14 @@ def as_batch(*batch: Any) -> Batch:
 
 def _as_tensor(name: str, value: Any) -> Any:
     """Return the tensor of an array or a column or frame of a table; other values as they are."""
-    if isinstance(value, (Tensor, np.generic)):
-        return value
     what = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} of the batch is a masked array, whose mask would be lost; pass "
             "x.filled(numpy.nan) with pyro_vae.MissingData(model)"
         )
-    if not isinstance(value, np.ndarray):
-        if not hasattr(value, "to_numpy"):
-            return value
-        value = value.to_numpy()
-    if value.ndim == 0:
+    value = value.to_numpy() if hasattr(value, "to_numpy") else value
+    if not isinstance(value, np.ndarray) or value.ndim == 0:
         return value
     if value.dtype.kind not in _NUMBERS:
         raise TypeError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.sites import Site
 from pyro_vae.programs.structure import DataPlateError, ModelLooks
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import DataPlate, Program
 
 __all__ = ["Description", "describe"]
 
@@ -32,29 +31,29 @@ class Description:
     note: str
 
     def __repr__(self) -> str:
-        columns = list(self.rows[0]) if self.rows else []
-        widths = [max(len(c), *(len(row[c]) for row in self.rows)) for c in columns]
-        lines = [columns, *([row[c] for c in columns] for row in self.rows)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
+        lines = [list(self._columns), *(list(row.values()) for row in self.rows)]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        table = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines)
         return "\n".join([*table, self._footer()])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in (self.rows[0] if self.rows else ()))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
-            for row in self.rows
+        lines = [("th", self._columns), *(("td", row.values()) for row in self.rows)]
+        table = "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            for tag, cells in lines
         )
-        return f"<table><tr>{head}</tr>{body}</table><p>{html.escape(self._footer())}</p>"
+        return f"<table>{table}</table><p>{html.escape(self._footer())}</p>"
+
+    @property
+    def _columns(self) -> Iterable[str]:
+        return self.rows[0] if self.rows else ()
 
     def _footer(self) -> str:
         plate = "none" if self.data_plate is None else repr(self.data_plate)
         return f"data plate: {plate}" + (f" ({self.note})" if self.note else "")
 
 
-def describe(model: Program, *batch: Any, data_plate: str | bool | None = None) -> Description:
+def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Description:
     """Return a table of a model's sites.
 
     Args:
@@ -75,13 +74,13 @@ def describe(model: Program, *batch: Any, data_plate: str | bool | None = None) 
     try:
         structure = looks.structure(data_plate)
         looks.check_stable(structure, 5)
-        sites, plate = structure.sites, structure.data_plate
+        plate = structure.data_plate
         local = structure.local_latents if plate else structure.global_latents
         if discrete := [site.name for site in local if site.enumerable]:
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
-        sites = looks.run.sites
-        plate, note = None, str(error)
+        structure, plate, note = looks.run, None, str(error)
+    left_out = {name: int(site.left_out.sum()) for name, site in structure.sites.items()}
     rows = tuple(
         {
             "site": site.name,
@@ -94,17 +93,11 @@ def describe(model: Program, *batch: Any, data_plate: str | bool | None = None) 
                 f"{p.name}[{p.size}{'' if p.size == p.full_size else f' of {p.full_size}'}]"
                 for p in site.plates
             ),
-            "left_out": _left_out(site),
         }
-        for site in sites.values()
+        for site in structure.sites.values()
     )
-    if not any(row["left_out"] for row in rows):
-        for row in rows:
-            del row["left_out"]
+    if any(left_out.values()):
+        for row, site in zip(rows, structure.sites.values(), strict=True):
+            count = left_out[site.name]
+            row["left_out"] = f"{count} of {site.left_out.numel()}" if count else ""
     return Description(rows, None if plate is None else plate.name, note)
-
-
-def _left_out(site: Site) -> str:
-    """Say how many of a site's values masks leave out; "" for none."""
-    count = int(site.left_out.sum())
-    return f"{count} of {site.left_out.numel()}" if count else ""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from pyro_vae.programs.nodes import is_enumerable, is_point, latent_nodes, sample_nodes
 from pyro_vae.programs.types import Trace
 
@@ -15,23 +12,16 @@ def check_guide(model_trace: Trace, guide_trace: Trace) -> None:
     Discrete sites of finite support need no proposal: they are summed out. Sites that the
     guide observes, or marks auxiliary, are no proposals.
     """
-    wanted = {name for name, _ in latent_nodes(model_trace)}
+    wanted = dict(latent_nodes(model_trace))
     observed = {name for name, node in sample_nodes(model_trace) if node["is_observed"]}
-    proposed = {
-        name for name, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")
-    }
-    missing = {
-        name
-        for name, node in latent_nodes(model_trace)
-        if name not in proposed and not is_enumerable(node["fn"])
-    }
-    if missing:
+    proposed = {n for n, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")}
+    if missing := [n for n in wanted.keys() - proposed if not is_enumerable(wanted[n]["fn"])]:
         raise ValueError(
             f"the guide has no sample statement for the model's latent sites {sorted(missing)}; "
             f"it has {sorted(proposed)}. Only discrete sites of finite support need none: they "
             "are summed out"
         )
-    if unknown := proposed - wanted - observed:
+    if unknown := proposed - wanted.keys() - observed:
         raise ValueError(
             f"the guide samples {sorted(unknown)}, which the model does not; the model's latent "
             f"sites are {sorted(wanted)}. Rename them. A global latent is fixed at a value in "
@@ -52,20 +42,21 @@ def _check_helpers(guide_trace: Trace) -> None:
     Pyro's autoguides do; else the loss grows with their entropy past log p(x).
     """
     nodes = dict(latent_nodes(guide_trace))
-    helpers = {
-        name: node
+    points = [name for name, node in nodes.items() if is_point(node["fn"])]
+    helpers = [
+        name
         for name, node in nodes.items()
-        if node["infer"].get("is_auxiliary") and not is_point(node["fn"])
-    }
-    made = [node for name, node in nodes.items() if name not in helpers and is_point(node["fn"])]
-    if not helpers or _numbers(helpers.values()) <= _numbers(made):
+        if node["infer"].get("is_auxiliary") and name not in points
+    ]
+
+    def numbers(names: list[str]) -> int:
+        return sum(nodes[name]["value"].numel() for name in names)
+
+    if not helpers or numbers(helpers) <= numbers(points):
         return
-    free = {  # a density of one everywhere is no matter
-        name: node
-        for name, node in helpers.items()
-        if bool((node["fn"].log_prob(node["value"]) != 0).any())
-    }
-    if _numbers(free.values()) > _numbers(made):
+    densities = {name: nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in helpers}
+    free = [name for name in helpers if densities[name].any()]  # one everywhere is no matter
+    if numbers(free) > numbers(points):
         raise ValueError(
             f"the guide's auxiliary sites {sorted(free)} have a density of which no latent of the "
             "model is made: it counts in log q(z | x), and nothing stands beside it in the model: "
@@ -73,7 +64,3 @@ def _check_helpers(guide_trace: Trace) -> None:
             "(and leave is_auxiliary out); or let latents be points made of them (dist.Delta), "
             "as pyro.infer.autoguide.AutoNormal does"
         )
-
-
-def _numbers(nodes: Iterable[Any]) -> int:
-    return sum(node["value"].numel() for node in nodes)

@@ -154,8 +154,7 @@ class GiveValues(Messenger):
     def _pyro_sample(self, msg: Node) -> None:
         name = msg["name"]
         if not msg["is_observed"] and name in self.values:
-            msg["value"] = self.values[name]
-            msg["done"] = True
+            msg["value"], msg["done"] = self.values[name], True
             if name in self.preimages:
                 msg["infer"] = keep_preimage(msg["infer"], self.preimages[name])
 
@@ -199,29 +198,21 @@ def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str
         batch: its arguments.
         names: of latent sites.
     """
-    direct: dict[str, list[str]] = {}
     with looking(model, device=batch.device):
         trace: Trace = trace_of(model, batch)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
-        order = list(values)
-        for parent in order:
+        order, parents = list(values), {name: set[str]() for name in values}
+        for number, parent in enumerate(order):
             changed = {**values, parent: _another_value(trace.nodes[parent])}
             other = trace_given(model, changed, batch)
-            for name in order[order.index(parent) + 1 :]:
+            for name in order[number + 1 :]:
                 fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
-                before, after = (fn.log_prob(values[name]) for fn in fns)
-                if not torch.equal(before, after):
-                    direct.setdefault(name, []).append(parent)
-    found: dict[str, tuple[str, ...]] = {}
-    through: dict[str, set[str]] = {}
+                if not torch.equal(*(fn.log_prob(values[name]) for fn in fns)):
+                    parents[name].add(parent)
+    seen: dict[str, set[str]] = {}
     for name in order:
-        parents = direct.get(name, [])
-        seen = {p for p in parents if p in names}
-        seen = seen.union(*(through[p] for p in parents if p not in names))
-        through[name] = seen
-        if name in names:
-            found[name] = tuple(n for n in order if n in seen)
-    return found
+        seen[name] = set().union(*({p} if p in names else seen[p] for p in parents[name]))
+    return {name: tuple(n for n in order if n in seen[name]) for name in order if name in names}
 
 
 def _another_value(node: Node) -> Tensor:
@@ -284,10 +275,15 @@ def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) 
     return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
 
 
-def _in_float64(node: Node) -> Any:
+def _is_given(node: Node) -> bool:
+    """Return whether a node has a tensor for a value, and not all values that are listed for it."""
+    return enumerate_dim(node) is None and isinstance(node["value"], Tensor)
+
+
+def _in_float64(node: Node) -> Node:
     """Return a node with its distribution, value and preimage in float64, where there are such."""
     fn, value, preimage = widened(node["fn"]), node["value"], preimage_of(node)
-    if fn is None or enumerate_dim(node) is not None or not isinstance(value, Tensor):
+    if fn is None or not _is_given(node):
         return node
     value = value.double() if value.is_floating_point() else value
     infer = node["infer"] if preimage is None else keep_preimage(node["infer"], preimage.double())
@@ -301,27 +297,21 @@ def _log_prob(node: Node) -> Tensor:
     is the model's to draw. Enumerated ones are the support.
     """
     fn, value = node["fn"], node["value"]
-    if enumerate_dim(node) is not None or not isinstance(value, Tensor):
-        return fn.log_prob(value)
     unmasked = node["mask"] is None and mask_inside(fn) is None
-    if node["is_observed"] and unmasked and is_fixed(fn):
+    if not _is_given(node) or (node["is_observed"] and unmasked and is_fixed(fn)):
         return fn.log_prob(value)
     return density(fn, value, preimage_of(node))
 
 
 def outside_support(name: str, node: Node) -> str:
     """Return which distribution's support a site's value lies outside of; "" where it does not."""
-    value = node["value"]
-    if enumerate_dim(node) is not None or not isinstance(value, Tensor):
-        return ""
-    within = inside(node["fn"], value)
+    fn, value = node["fn"], node["value"]
+    within = inside(fn, value) if _is_given(node) else None
     if within is None:
         return ""
-    out, events = left_out(node["fn"], node["mask"], value.device), node["fn"].event_dim
-    within = within | (out.flatten(-events).all(-1) if events else out)
-    if bool(within.all()):
-        return ""
-    return f"{name!r} ({type(plain_distribution(node['fn'])).__name__})"
+    out = left_out(fn, node["mask"], value.device)
+    within = within | (out.flatten(-fn.event_dim).all(-1) if fn.event_dim else out)
+    return "" if bool(within.all()) else f"{name!r} ({type(plain_distribution(fn)).__name__})"
 
 
 def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
@@ -330,8 +320,8 @@ def outside_sites(nodes: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
     Args:
         nodes: of the model, by site; several where it ran several times.
     """
-    texts = {outside_support(name, node): None for name, some in nodes for node in some}
-    return [text for text in texts if text]
+    texts = dict.fromkeys(outside_support(name, node) for name, some in nodes for node in some)
+    return list(filter(None, texts))
 
 
 def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
@@ -341,8 +331,8 @@ def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
         model_trace, guide_trace = trace_pair(model, guide, batch)
         for owner, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, node in sample_nodes(trace):
-                value, log_prob = node["value"], site_log_prob(name, node, scaled=True)
-                if not bool(torch.isfinite(value).all() & torch.isfinite(log_prob).all()):
+                numbers = node["value"], site_log_prob(name, node, scaled=True)
+                if not all(bool(number.isfinite().all()) for number in numbers):
                     outside = OUTSIDE if outside_support(name, node) else ""
                     found.append(f"{name!r} of the {owner}{outside}")
     return found
