@@ -30,7 +30,7 @@ from pyro_vae.programs.messages import text_of
 from pyro_vae.programs.nodes import is_enumerable, latent_nodes, plain_distribution, sample_nodes
 from pyro_vae.programs.pyro_internals import enumerate_dim, enumeration_apart, enumeration_ids
 from pyro_vae.programs.sites import Plate
-from pyro_vae.programs.types import Node, Program, Trace
+from pyro_vae.programs.types import Distribution, Node, Program, Trace
 
 
 def summed_out(
@@ -453,7 +453,7 @@ def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> di
     return result
 
 
-def support_of(fn: Any) -> Tensor:
+def support_of(fn: Distribution) -> Tensor:
     """Return the values of a discrete distribution, ``[values, *event]``."""
     values = fn.enumerate_support(expand=False)
     return values.reshape(values.shape[0], *fn.event_shape)

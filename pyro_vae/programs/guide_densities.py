@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributions as td
@@ -13,7 +12,7 @@ from pyro_vae.programs.nodes import is_circular, is_point, latent_nodes, plain_d
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import Node, Program, Trace
+from pyro_vae.programs.types import Distribution, Node, Program, Trace
 
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 
@@ -21,34 +20,33 @@ _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 def check_per_datum(structure: Structure, model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError for a guide's site whose density is no bound, or not one per datum."""
     plate = structure.data_plate
-    for name, _ in latent_nodes(guide_trace):
-        model_node = model_trace.nodes.get(name)
-        if model_node is not None and is_circular(model_node["fn"]):
+    nodes = {name: (node, model_trace.nodes.get(name)) for name, node in latent_nodes(guide_trace)}
+    for name, (_, theirs) in nodes.items():
+        if theirs is not None and is_circular(theirs["fn"]):
             _check_circle(name, guide_trace)
     if plate is None:
         return
-    for name, node in latent_nodes(guide_trace):
-        shape = node["fn"].batch_shape
+    for name, (node, theirs) in nodes.items():
+        shape, events = node["fn"].batch_shape, node["fn"].event_dim
+        found = shape[plate.dim] if len(shape) >= -plate.dim else None
         within = plate.name in {frame.name for frame in node["cond_indep_stack"]}
-        if not within and (len(shape) < -plate.dim or shape[plate.dim] != structure.num_data):
+        if not within and found != structure.num_data:
             raise ValueError(
                 f"the guide's site {name!r} has batch shape {list(shape)}: its density is one "
                 f"number for the whole batch, not one for each of the {structure.num_data} data "
                 f"of plate {plate.name!r} (dim {plate.dim}). Sample it in that plate, or pass "
                 "data_plate=False to treat the whole batch as one datum"
             )
-        found = shape[plate.dim] if len(shape) >= -plate.dim else 1
-        if found not in (1, structure.num_data):
+        if found not in (None, 1, structure.num_data):
             raise ValueError(
                 f"the guide proposes {found} values of {name!r} along plate {plate.name!r}, and "
                 f"the batch has {structure.num_data} data: it has parameters for each of the data "
                 "that it was made for. Pass all of these, in their order, or use an AmortizedGuide"
             )
-        model_node = model_trace.nodes.get(name)
-        if model_node is not None and model_node["fn"].event_dim != node["fn"].event_dim:
+        if theirs is not None and theirs["fn"].event_dim != events:
             raise ValueError(
-                f"latent site {name!r} has {model_node['fn'].event_dim} event dimensions in the "
-                f"model and {node['fn'].event_dim} in the guide; mend with .to_event(...)"
+                f"latent site {name!r} has {theirs['fn'].event_dim} event dimensions in the "
+                f"model and {events} in the guide; mend with .to_event(...)"
             )
 
 
@@ -71,22 +69,21 @@ def _check_circle(name: str, guide_trace: Trace) -> None:
         )
 
 
-def _width(fn: Any) -> float:
+def _width(fn: Distribution) -> float:
     """Return how wide the interval is that a distribution of numbers draws from; 0 for no answer.
 
     Of a transformed distribution torch may call the support real, where it is an interval.
     """
-    transforms: list[Any] = []
+    transforms: list[td.Transform] = []
     while isinstance(fn, td.TransformedDistribution):
         transforms = [*flat_transforms(fn.transforms), *transforms]
         fn = plain_distribution(fn.base_dist)
     support = support_of(fn)
     if support is None or support.event_dim or any(t.domain.event_dim for t in transforms):
         return 0.0
-    bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     ends = [
-        torch.full((), infinite) if bound is None else torch.as_tensor(bound)
-        for bound, infinite in zip(bounds, (-math.inf, math.inf), strict=True)
+        torch.as_tensor(getattr(support, name, default))
+        for name, default in (("lower_bound", -math.inf), ("upper_bound", math.inf))
     ]
     for transform in transforms:
         ends = [transform(end) for end in ends]
@@ -101,12 +98,9 @@ def points(guide: Program, batch: Batch, guide_trace: Trace) -> list[str]:
     with them from run to run, and of nothing else.
     """
     nodes = dict(latent_nodes(guide_trace))
-    bare = [
-        n
-        for n, node in nodes.items()
-        if not node["infer"].get("is_auxiliary") and _bare_point(node)
-    ]
-    if not bare or not any(node["infer"].get("is_auxiliary") for node in nodes.values()):
+    auxiliary = {n for n, node in nodes.items() if node["infer"].get("is_auxiliary")}
+    bare = [n for n, node in nodes.items() if n not in auxiliary and _bare_point(node)]
+    if not bare or not auxiliary:
         return bare
     again = trace_guide(guide, batch)
     return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]

@@ -91,14 +91,14 @@ class RowGuide(nn.Module):
     def given(self) -> dict[str, Tensor]:
         """The values of global latent sites that the rows were fitted at."""
         held = self._modules.get("_given")
-        return {} if held is None else {_site_of(n): v for n, v in held.named_buffers()}
+        return {} if held is None else {n.replace("|", "."): v for n, v in held.named_buffers()}
 
     def _hold(self, given: Mapping[str, Tensor]) -> None:
         self._modules.pop("_given", None)
         if given:
             self._given = nn.Module()
-            for site, value in given.items():
-                self._given.register_buffer(_buffer_of(site), value.detach().clone())
+            for site, value in given.items():  # a buffer's name may hold no dot
+                self._given.register_buffer(site.replace(".", "|"), value.detach().clone())
 
     def remember(self, batch: Batch | None, given: Mapping[str, Tensor] | None = None) -> None:
         """Remember what the rows were fitted to.
@@ -108,9 +108,8 @@ class RowGuide(nn.Module):
             given: the values of global latent sites.
         """
         self._hold(given or {})
-        known = batch is not None and (self._is_whole or batch.size == self.num_data)
         self._fitted.fill_(math.inf)
-        if batch is not None and known:
+        if batch is not None and (self._is_whole or batch.size == self.num_data):
             number, _ = batch.fingerprints(whole=self._is_whole)
             self._fingerprints.copy_(number)
             self._fitted.copy_(self._checksum()[0])
@@ -147,22 +146,16 @@ class RowGuide(nn.Module):
         direction = torch.randn(len(table), generator=generator, dtype=torch.float64)
         return table @ direction, table.norm()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of guides that remember nothing: of an earlier version.
         state_dict.setdefault(f"{prefix}_fingerprints", torch.zeros_like(self._fingerprints))
         state_dict.setdefault(f"{prefix}_fitted", torch.full_like(self._fitted, math.inf))
         held = f"{prefix}_given."
-        self._hold(
-            {
-                _site_of(key.removeprefix(held)): value
-                for key, value in state_dict.items()
-                if key.startswith(held)
-            }
-        )
+        found = {key.removeprefix(held): v for key, v in state_dict.items() if key.startswith(held)}
+        self._hold({name.replace("|", "."): value for name, value in found.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @contextlib.contextmanager
-    def rows(self, index: Tensor | slice) -> Iterator[None]:
+    def rows(self, index: Tensor | slice) -> contextlib.AbstractContextManager[None]:
         """Say which rows of the table the batches inside the context hold.
 
         Args:
@@ -184,8 +177,7 @@ class RowGuide(nn.Module):
                 f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
                 f"has rows 0 to {self.num_data - 1}"
             )
-        with self.rows_as_given(index):
-            yield
+        return self.rows_as_given(index)
 
     def rows_as_given(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
         """Use these rows inside the context, unchecked: rows [n] that were checked before."""
@@ -200,15 +192,16 @@ class RowGuide(nn.Module):
 
     def check_size(self, size: int | None) -> None:
         """Raise ValueError if a batch of this size does not match the rows in force."""
-        wanted = self.num_data if self.given_rows is None else self.given_rows.shape[0]
+        rows = self.given_rows
+        wanted = self.num_data if rows is None else len(rows)
         if size is None or size == wanted or self._is_whole:
             return
-        if self.given_rows is None:
-            raise ValueError(
-                f"this LocalGuide has a row for each of {wanted} data but the batch has {size}; "
-                "say which rows a minibatch holds: with guide.rows(index): ..."
-            )
-        raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+        if rows is not None:
+            raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
+        raise ValueError(
+            f"this LocalGuide has a row for each of {wanted} data but the batch has {size}; "
+            "say which rows a minibatch holds: with guide.rows(index): ..."
+        )
 
 
 def row_guide(program: Program) -> RowGuide | None:
@@ -229,12 +222,3 @@ def repeated_rows(program: Program, times: int) -> Program:
             return program(*args, **kwargs)
 
     return run
-
-
-def _buffer_of(site: str) -> str:
-    """Return a name for a buffer, which may hold no dot."""
-    return site.replace(".", "|")
-
-
-def _site_of(buffer: str) -> str:
-    return buffer.replace("|", ".")

@@ -32,7 +32,7 @@ from pyro_vae.programs.pyro_internals import (
     rename,
     store_parameters,
 )
-from pyro_vae.programs.types import Node, Program
+from pyro_vae.programs.types import Distribution, Node, Program
 from pyro_vae.recording import same_expression
 from pyro_vae.torch_internals import parameters_of, version_of
 
@@ -63,7 +63,7 @@ def register(module: nn.Module) -> None:
 class Registered(nn.Module):
     """A module that registers its parameters with Pyro, and can be pickled all the same."""
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> object:
         drop_references(self)
         return getattr(super(), "__getstate__", self.__dict__.copy)()
 
@@ -131,13 +131,13 @@ def keep_apart(module: nn.Module) -> None:
 
 def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the store has in place of a module's constrained parameters, by name."""
-    own = constrained_parameters(module)
+    own: Mapping[str, Tensor | None] = constrained_parameters(module)
     if isinstance(module, AutoGuide) and module.prototype_trace is None:  # it has none yet
         own = dict.fromkeys(name for name in store if name.startswith(f"{name_of(module)}."))
     return {n: store[n] for n, value in own.items() if n in store and store[n] is not value}
 
 
-def constrained_parameters(module: nn.Module) -> dict[str, Any]:
+def constrained_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
     return {
         ".".join(filter(None, (name_of(part), name))): parameters_of(part)[f"{name}_unconstrained"]
@@ -252,7 +252,7 @@ class _Unobserve(Messenger):
             msg.update(fn=fn, is_observed=False, value=None, done=False)
 
 
-def _of_all_data(fn: Any, msg: Node) -> Any:
+def _of_all_data(fn: Distribution, msg: Node) -> Distribution:
     """Return a likelihood that a plate without a size has not expanded, as one of all its data."""
     value = msg["value"]
     unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
@@ -262,7 +262,7 @@ def _of_all_data(fn: Any, msg: Node) -> Any:
     return fn.expand(torch.broadcast_shapes(fn.batch_shape, shape))
 
 
-def as_long_as(fn: Any, value: Any) -> Any:
+def as_long_as(fn: Distribution, value: Tensor) -> Distribution:
     """Return a likelihood of sequences of any length as one of a value's, which can be drawn from.
 
     Pyro's hidden Markov models with the same parameters at all times have no length of their own.

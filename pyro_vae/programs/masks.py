@@ -7,7 +7,7 @@ count for nothing, and the bound grow with the guide's entropy past log p(x).
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -18,8 +18,10 @@ from pyro_vae.programs.provenance import Descendants
 from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.supports import both
-from pyro_vae.programs.types import Mask, Node, Trace
+from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 from pyro_vae.recording import is_recording
+
+_AnyTrace = TypeVar("_AnyTrace", bound=Trace)
 
 
 def mask_of(node: Node) -> Mask:
@@ -27,7 +29,7 @@ def mask_of(node: Node) -> Mask:
     return both(node["mask"], _without_mask(node["fn"])[1])
 
 
-def lift_masks(trace: Trace, summed: Container[str] = ()) -> Any:
+def lift_masks(trace: _AnyTrace, summed: Container[str] = ()) -> _AnyTrace:
     """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
 
     One that differs within an event stays where it is.
@@ -62,7 +64,7 @@ def _for_any_value(mask: Mask, dims: set[int]) -> Mask:
     return mask
 
 
-def _without_mask(fn: Any) -> tuple[Any, Any]:
+def _without_mask(fn: Distribution) -> tuple[Distribution, Mask]:
     """Return a distribution without a mask of whole events, and that mask; None for no mask."""
     if isinstance(fn, dist.MaskedDistribution):
         inner, mask = _without_mask(fn.base_dist)
@@ -155,7 +157,7 @@ def check_proposal_mask(name: str, mine: Mask, theirs: Mask) -> None:
         )
 
 
-def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Any]]) -> bool:
+def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Trace]]) -> bool:
     """Return whether a model masks its latents by what is drawn, not by the data alone.
 
     Args:

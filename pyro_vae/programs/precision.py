@@ -13,12 +13,14 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
+from pyro_vae.programs.types import Distribution
+
 
 class _CannotWidenError(TypeError):
     """A part of a distribution that has no float64 copy."""
 
 
-def widened(fn: Any) -> Any:
+def widened(fn: Distribution) -> Distribution | None:
     """Return a distribution with the same parameters in float64; None where it has others.
 
     That is one made of a network, or of what is no part of a distribution.
@@ -53,7 +55,7 @@ def _widened(part: Any) -> Any:
     return part
 
 
-def rounding_of_parameters(fn: Any, value: Tensor) -> Tensor | None:
+def rounding_of_parameters(fn: Distribution, value: Tensor) -> Tensor | None:
     r"""Return how much the rounding of a distribution's own parameters moves its log density.
 
     .. math:: \Bigl(\sum_i (\epsilon\, \theta_i\, \partial_{\theta_i} \log p)^2\Bigr)^{1/2}
@@ -87,7 +89,7 @@ def rounding_of_parameters(fn: Any, value: Tensor) -> Tensor | None:
     return torch.stack(moved).sum().sqrt() if moved else None
 
 
-def _leaves(wide: Any) -> list[Tensor]:
+def _leaves(wide: td.Distribution) -> list[Tensor]:
     """Make the tensors of a widened distribution leaves of a graph, and return them."""
     found = []
     for name, value in list(vars(wide).items()):

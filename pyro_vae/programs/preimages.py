@@ -8,7 +8,7 @@ prior among them, take log t and log(1 - t) from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid, pad, softplus
 from pyro_vae.programs.nodes import is_subsample
 from pyro_vae.programs.pyro_internals import mask_inside
 from pyro_vae.programs.supports import flat_transforms, inside, plain_affine, supported_log_prob
-from pyro_vae.programs.types import Node
+from pyro_vae.programs.types import Distribution, Node
 
 _KEY = "_preimage"  # in a site's infer, which a replay hands from the guide to the model
 
@@ -136,7 +136,7 @@ def preimage_of(node: Node) -> Preimage | None:
     return node["infer"].get(_KEY)
 
 
-def keep_preimage(infer: Mapping[str, Any], preimage: Preimage) -> dict[str, Any]:
+def keep_preimage(infer: Node, preimage: Preimage) -> Node:
     """Return a site's infer with the preimage of its draw."""
     return {**infer, _KEY: preimage}
 
@@ -147,7 +147,7 @@ def draw_of(node: Node) -> Tensor:
     return node["value"] if preimage is None else preimage.draw
 
 
-def with_draw(node: Node, draw: Tensor) -> dict[str, Any]:
+def with_draw(node: Node, draw: Tensor) -> Node:
     """Return a site with another draw in the place of :func:`draw_of` it."""
     preimage = preimage_of(node)
     if preimage is None:
@@ -196,7 +196,7 @@ class KeepDraws(Messenger):
             self.draws[msg["name"]] = draw_of(msg)
 
 
-def _is_mapped(fn: Any) -> bool:
+def _is_mapped(fn: Distribution) -> bool:
     """Whether a distribution is just another one mapped, with no rules of its own."""
     if not isinstance(fn, td.TransformedDistribution):
         return False
@@ -204,14 +204,14 @@ def _is_mapped(fn: Any) -> bool:
     return all(getattr(type(fn), n) is getattr(td.TransformedDistribution, n) for n in own)
 
 
-def _without(fn: Any, parts: list[Any]) -> Any:
+def _without(fn: Distribution, parts: list[td.Transform]) -> Distribution:
     """Return the distribution that a mapped one's last transforms are applied to."""
     if not parts:
         return fn.base_dist
     return dist.TransformedDistribution(fn.base_dist, parts, validate_args=False)
 
 
-def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
+def density(fn: Distribution, value: Tensor, preimage: Preimage | None) -> Tensor:
     """Return the log density of a value, of the batch shape; -inf outside the support.
 
     NaN where the digits of the value do not say what it is, and the preimage does not help.
@@ -252,7 +252,7 @@ def density(fn: Any, value: Tensor, preimage: Preimage | None) -> Tensor:
     return _resolved(fn, value, preimage)
 
 
-def _resolved(fn: Any, value: Tensor, preimage: Preimage) -> Tensor:
+def _resolved(fn: Distribution, value: Tensor, preimage: Preimage) -> Tensor:
     """Return the log density by the value's own digits; NaN where it needs more of them.
 
     That is near an end where the distance to it has too few digits, and the density minds: at four
@@ -277,13 +277,13 @@ def _resolved(fn: Any, value: Tensor, preimage: Preimage) -> Tensor:
     return torch.where(minds, math.nan, log_prob)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: td.Transform, b: td.Transform) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if type(a) is td.AffineTransform:
-        pairs = ((a.loc, b.loc), (a.scale, b.scale))
+        pairs = [(getattr(a, name), getattr(b, name)) for name in ("loc", "scale")]
         return all(
             p is q or (not isinstance(p, Tensor) and not isinstance(q, Tensor) and p == q)
             for p, q in pairs
@@ -291,7 +291,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) in _KNOWN
 
 
-def _log_slope(transform: Any, x: Tensor) -> Tensor:
+def _log_slope(transform: td.Transform, x: Tensor) -> Tensor:
     """Return log |det| of a transform's derivative, from what goes in alone."""
     if type(transform) is td.StickBreakingTransform:
         log_stick, log_rest = _log_sticks(x)
@@ -369,23 +369,23 @@ _LOG_DIAGONAL: _Logs = {td.CorrCholeskyTransform: _log_diagonal}
 # --- priors by these logarithms
 
 
-def _gamma(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _gamma(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     shape, rate = fn.concentration, fn.rate
     return shape * rate.log() + (shape - 1) * log - rate * value - torch.lgamma(shape)
 
 
-def _inverse_gamma(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _inverse_gamma(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     shape, rate = fn.concentration, fn.rate
     return shape * rate.log() - (shape + 1) * log - rate * (-log).exp() - torch.lgamma(shape)
 
 
-def _beta(fn: Any, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
+def _beta(fn: Distribution, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
     a, b = fn.concentration1, fn.concentration0
     norm = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
     return (a - 1) * log + (b - 1) * complement - norm
 
 
-def _kumaraswamy(fn: Any, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
+def _kumaraswamy(fn: Distribution, value: Tensor, log: Tensor, complement: Tensor) -> Tensor:
     a, b = fn.concentration1, fn.concentration0
     # log(1 - t^a), which is log a + log(1 - t) where t is near one.
     near = complement < -15
@@ -394,13 +394,13 @@ def _kumaraswamy(fn: Any, value: Tensor, log: Tensor, complement: Tensor) -> Ten
     return a.log() + b.log() + (a - 1) * log + (b - 1) * rest
 
 
-def _dirichlet(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _dirichlet(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     alpha = fn.concentration
     norm = torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha.sum(-1))
     return ((alpha - 1) * log).sum(-1) - norm
 
 
-def _lkj(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _lkj(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     # The rest of the density is that of the identity, whose logarithms are zero.
     rows = torch.arange(2, fn.dim + 1, device=log.device)
     order = 2 * (fn.concentration - 1).unsqueeze(-1) + fn.dim - rows
@@ -408,23 +408,23 @@ def _lkj(fn: Any, value: Tensor, log: Tensor) -> Tensor:
     return (order * log).sum(-1) + fn.log_prob(identity)
 
 
-def _weibull(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _weibull(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     shape, log_scale = fn.concentration, fn.scale.log()
     log = log - log_scale
     return shape.log() - log_scale + (shape - 1) * log - (shape * log).exp()
 
 
-def _half_cauchy(fn: Any, value: Tensor, log: Tensor) -> Tensor:
+def _half_cauchy(fn: Distribution, value: Tensor, log: Tensor) -> Tensor:
     log_scale = fn.scale.log()
     return math.log(2 / math.pi) - log_scale - softplus(2 * (log - log_scale))
 
 
-def _uniform(fn: Any, value: Tensor) -> Tensor:
+def _uniform(fn: Distribution, value: Tensor) -> Tensor:
     # Torch's density of the upper end is zero, to which draws round.
     return -(fn.high - fn.low).log().expand(torch.broadcast_shapes(value.shape, fn.low.shape))
 
 
-def _mapped_exponential(fn: Any, value: Tensor, log: Tensor) -> Tensor | None:
+def _mapped_exponential(fn: Distribution, value: Tensor, log: Tensor) -> Tensor | None:
     """What is an exponential of something else, by the logarithm of the value."""
     parts = flat_transforms(fn.transforms)
     if not _is_mapped(fn) or type(parts[-1]) is not td.ExpTransform:

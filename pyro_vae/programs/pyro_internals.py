@@ -19,6 +19,9 @@ from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
+
+from pyro_vae.programs.types import Distribution, Node
 
 
 def handlers_at_work() -> bool:
@@ -29,17 +32,17 @@ def handlers_at_work() -> bool:
 # --- what Pyro notes at a sample statement
 
 
-def is_deterministic(node: Mapping[str, Any]) -> bool:
+def is_deterministic(node: Node) -> bool:
     """Return whether a site is a pyro.deterministic statement (``infer["_deterministic"]``)."""
     return bool(node["infer"].get("_deterministic"))
 
 
-def enumerate_dim(node: Mapping[str, Any]) -> int | None:
+def enumerate_dim(node: Node) -> int | None:
     """Return the dimension that an enumerated site's values lie in, negative; None for others."""
     return node["infer"].get("_enumerate_dim")
 
 
-def enumeration_ids(node: Mapping[str, Any]) -> Mapping[int, int]:
+def enumeration_ids(node: Node) -> Mapping[int, int]:
     """Return, for a site's dimensions left of the plates, which enumerated site each is of."""
     return node["infer"].get("_dim_to_id", {})
 
@@ -61,7 +64,7 @@ def enumeration_apart() -> Iterator[None]:
 # --- distributions
 
 
-def mask_inside(fn: Any) -> Any:
+def mask_inside(fn: Distribution) -> Any:
     """Return the mask of the first MaskedDistribution in a distribution (``_mask``), or None."""
     while not isinstance(fn, MaskedDistribution):
         if not hasattr(fn, "base_dist"):
@@ -70,7 +73,7 @@ def mask_inside(fn: Any) -> Any:
     return fn._mask
 
 
-def of_length(fn: Any, length: int) -> Any:
+def of_length(fn: Distribution, length: int) -> Distribution:
     """Set the length of sequences of a distribution (``_duration``, ``_event_shape``); return it.
 
     Args:
@@ -98,7 +101,7 @@ class StoreContents:
 
     params: dict[str, Tensor]
     names: dict[Tensor, str]
-    constraints: dict[str, Any]
+    constraints: dict[str, Constraint]
 
     @classmethod
     def now(cls) -> StoreContents:
@@ -106,7 +109,7 @@ class StoreContents:
         store = pyro.get_param_store()
         return cls(dict(store._params), dict(store._param_to_name), dict(store._constraints))
 
-    def made_since(self) -> dict[str, tuple[Tensor, Any]]:
+    def made_since(self) -> dict[str, tuple[Tensor, Constraint]]:
         """Return the tensors and constraints of names that are new, or have another tensor."""
         store = pyro.get_param_store()
         return {
@@ -132,7 +135,7 @@ class StoreContents:
             held.update(before)
 
     @staticmethod
-    def add(name: str, value: Tensor, constraint: Any) -> None:
+    def add(name: str, value: Tensor, constraint: Constraint) -> None:
         """Put an unconstrained tensor into the store."""
         store = pyro.get_param_store()
         store._params[name] = value

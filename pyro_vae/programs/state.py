@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.programs.batch import Batch, dtype_errors
@@ -47,7 +48,7 @@ class FirstValues:
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[Tensor, Any]] = {}
+        self._made: dict[str, tuple[Tensor, Constraint]] = {}
         self._installed = False
 
     @contextlib.contextmanager
@@ -197,7 +198,7 @@ def _as_found(
     for module in training:
         module.training = False
 
-    def note(module: nn.Module, inputs: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         held.add(module)
         if every and is_training(module):
             module.training = False
@@ -237,7 +238,7 @@ def mode_reads() -> Iterator[dict[int, nn.Module]]:
     def put(module: nn.Module, mode: bool) -> None:
         vars(module)["training"] = mode
 
-    def note(module: nn.Module, inputs: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             read[id(module)] = module
 
@@ -282,7 +283,7 @@ def batch_norms() -> Iterator[dict[str, int]]:
     """Collect how few values of a channel each BatchNorm saw in a call, of those in train mode."""
     seen: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, inputs: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, BatchNorm) and inputs and inputs[0].ndim > 1:
             values = inputs[0].numel() // inputs[0].shape[1]
             seen[module] = min(values, seen.get(module, values))

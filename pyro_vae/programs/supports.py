@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,9 +13,10 @@ import torch.distributions as td
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import Constraint
 
 from pyro_vae.programs.nodes import is_circular, latent_nodes, plain_distribution, plain_support
-from pyro_vae.programs.types import Mask, Node, Trace
+from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 
 # Sums of float32 shares, or their norms, are off by more than the 1e-6 that torch allows.
 _SUM_TOLERANCE = 1e-3
@@ -39,13 +41,13 @@ _SURFACES = (type(constraints.simplex), type(dist.constraints.sphere))
 _ANYWHERE = (type(constraints.real), *_OF_ROUNDING)
 
 
-def support_of(fn: Any) -> Any:
+def support_of(fn: Distribution) -> Any:
     """Return the support of one number or event of a distribution; None where none is declared."""
     support = plain_support(fn)
     return None if constraints.is_dependent(support) else support
 
 
-def is_discrete(fn: Any) -> bool | None:
+def is_discrete(fn: Distribution) -> bool | None:
     """Return whether a distribution has masses, not densities; None where it does not say."""
     while isinstance(fn, td.TransformedDistribution) or plain_distribution(fn) is not fn:
         fn = fn.base_dist
@@ -55,13 +57,13 @@ def is_discrete(fn: Any) -> bool | None:
     return None if support is None else bool(support.is_discrete)
 
 
-def is_fixed(fn: Any) -> bool:
+def is_fixed(fn: Distribution) -> bool:
     """Return whether a support is one and the same whatever the distribution's parameters are."""
     support = support_of(fn)
     return support is None or not any(isinstance(b, Tensor) for b in vars(support).values())
 
 
-def inside(fn: Any, value: Tensor) -> Tensor | None:
+def inside(fn: Distribution, value: Tensor) -> Tensor | None:
     """Return which values lie in a distribution's support; None where all do, or it is not known.
 
     NaN counts as inside, where its density is NaN too.
@@ -79,7 +81,7 @@ def inside(fn: Any, value: Tensor) -> Tensor | None:
     return found | _over_events(value.isnan(), len(fn.event_shape), torch.any)
 
 
-def _inside(fn: Any, value: Tensor) -> Tensor | None:
+def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
     if is_circular(fn):
         return None  # a period is as good as another
     plain, events = plain_distribution(fn), len(fn.event_shape)
@@ -100,7 +102,7 @@ def _inside(fn: Any, value: Tensor) -> Tensor | None:
     return both(found, _over_events(inner, events - len(base.event_shape)))
 
 
-def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
+def _satisfied(support: Constraint | None, value: Tensor, events: int) -> Tensor | None:
     """Return which events a constraint holds for; None where it is not known, or for all.
 
     Args:
@@ -108,8 +110,8 @@ def _satisfied(support: Any, value: Tensor, events: int) -> Tensor | None:
         value: to be looked at.
         events: dimensions of an event at the right of the value.
     """
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    while inner := getattr(support, "base_constraint", None):
+        support = inner
     if support is None or isinstance(support, _ANYWHERE):
         return None
     if isinstance(support, type(constraints.simplex)):
@@ -126,7 +128,7 @@ def both(first: Mask, second: Mask) -> Any:
     return first & second
 
 
-def _is_mapped(fn: Any) -> bool:
+def _is_mapped(fn: Distribution) -> bool:
     """Return whether a distribution is another one mapped, and says no more of its support."""
     return (
         isinstance(fn, td.TransformedDistribution)
@@ -135,9 +137,9 @@ def _is_mapped(fn: Any) -> bool:
     )
 
 
-def flat_transforms(transforms: Sequence[Any]) -> list[Any]:
+def flat_transforms(transforms: Iterable[td.Transform]) -> list[td.Transform]:
     """Return transforms without Compose and Independent around them, and without identities."""
-    parts: list[Any] = []
+    parts: list[td.Transform] = []
     for transform in transforms:
         if isinstance(transform, td.ComposeTransform):
             parts.extend(flat_transforms(transform.parts))
@@ -162,7 +164,7 @@ def _over_events(
     return by(found.flatten(-events), -1) if events > 0 else found
 
 
-def supported_log_prob(fn: Any, value: Tensor) -> Tensor:
+def supported_log_prob(fn: Distribution, value: Tensor) -> Tensor:
     """Return the log density of values, -inf outside the support, whatever the formula says.
 
     Nothing flows back from there: the formula does not see these values.
@@ -179,7 +181,7 @@ def supported_log_prob(fn: Any, value: Tensor) -> Tensor:
     return torch.where(found, log_prob, -math.inf)
 
 
-def value_of(fn: Any) -> Tensor:
+def value_of(fn: Distribution) -> Tensor:
     """Return a value of the support that broadcasts with those of the distribution.
 
     Raises:
@@ -204,7 +206,9 @@ def value_of(fn: Any) -> Tensor:
     return torch.as_tensor(getattr(support, "lower_bound", 0)).detach()
 
 
-def edge_share(fn: Any, value: Tensor, rows: slice = slice(None), axis: int | None = None) -> float:
+def edge_share(
+    fn: Distribution, value: Tensor, rows: slice = slice(None), axis: int | None = None
+) -> float:
     """Return the share of draws that are within rounding of an edge of a support.
 
     Draws of a Beta, a Gamma or a Dirichlet are cut off there.
@@ -233,7 +237,7 @@ def edge_share(fn: Any, value: Tensor, rows: slice = slice(None), axis: int | No
     return worst
 
 
-def lost_share(fn: Any, value: Tensor, coordinates: Tensor) -> float:
+def lost_share(fn: Distribution, value: Tensor, coordinates: Tensor) -> float:
     """Return the share of draws from which the coordinates that they were made of cannot be told.
 
     Args:
@@ -244,21 +248,6 @@ def lost_share(fn: Any, value: Tensor, coordinates: Tensor) -> float:
     back = biject_to(fn.support).inv(value)
     lost = (back - coordinates).abs() > 1e-3 * (1 + coordinates.abs())
     return float((lost | back.isnan()).double().mean())
-
-
-def _check_dimension(name: str, mine: Any, theirs: Any) -> None:
-    """Raise ValueError for a density over all of space that is proposed for one on a surface."""
-    surface, space = support_of(mine), support_of(theirs)
-    if not isinstance(surface, _SURFACES) or space is None or space.is_discrete:
-        return
-    if space.event_dim or isinstance(plain_distribution(theirs), dist.Delta):
-        return
-    kinds = [type(plain_distribution(fn)).__name__ for fn in (mine, theirs)]
-    raise ValueError(
-        f"latent site {name!r} lies on a surface in the model ({kinds[0]}), and its parts are "
-        f"drawn apart in the guide ({kinds[1]}): none of these draws lies there, and the ratio of "
-        "the densities is no weight. Propose a distribution on the same support"
-    )
 
 
 class SameMeasure(Messenger):
@@ -276,7 +265,12 @@ class SameMeasure(Messenger):
         self._proposals = dict(latent_nodes(guide_trace))
         self._outside: list[str] = []
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         super().__exit__(kind, error, traceback)
         if isinstance(error, ValueError) and self._outside:
             raise ValueError(
@@ -292,20 +286,23 @@ class SameMeasure(Messenger):
             kind = type(plain_distribution(msg["fn"])).__name__
             self._outside.append(f"{msg['name']!r} ({kind})")
 
-    def _pyro_sample(self, msg: Node) -> None:
-        self.check(msg)
-
     def check(self, node: Node) -> None:
         """Raise ValueError where a site of the model and its proposal have no ratio."""
-        name, msg = node["name"], node
-        if msg["is_observed"] or name not in self._proposals:
+        name = node["name"]
+        if node["is_observed"] or name not in self._proposals:
             return
-        mine, theirs = msg["fn"], self._proposals[name]["fn"]
-        _check_dimension(name, mine, theirs)
+        mine, theirs = node["fn"], self._proposals[name]["fn"]
+        kinds = [type(plain_distribution(fn)).__name__ for fn in (mine, theirs)]
+        if _is_apart(mine, theirs):
+            raise ValueError(
+                f"latent site {name!r} lies on a surface in the model ({kinds[0]}), and its parts "
+                f"are drawn apart in the guide ({kinds[1]}): none of these draws lies there, and "
+                "the ratio of the densities is no weight. Propose a distribution on the same "
+                "support"
+            )
         masses, proposed = is_discrete(mine), is_discrete(theirs)
         if masses is None or proposed is None or masses == proposed:
             return
-        kinds = [type(plain_distribution(fn)).__name__ for fn in (mine, theirs)]
         one, other = ("masses", "a density") if masses else ("a density", "masses")
         raise ValueError(
             f"latent site {name!r} has {one} in the model ({kinds[0]}) and {other} in the guide "
@@ -317,3 +314,13 @@ class SameMeasure(Messenger):
                 else "distribution with a density"
             )
         )
+
+    _pyro_sample = check
+
+
+def _is_apart(mine: Distribution, theirs: Distribution) -> bool:
+    """Return whether a density over all of space is proposed for one on a surface."""
+    surface, space = support_of(mine), support_of(theirs)
+    if not isinstance(surface, _SURFACES) or space is None or space.is_discrete:
+        return False
+    return not space.event_dim and not isinstance(plain_distribution(theirs), dist.Delta)
