@@ -19,6 +19,10 @@ from pyro_vae.programs.structure import ModelLooks, run_model
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.types import Node
 
+_PRIOR_DRAWS = 1000
+_PARENT_RUNS = 50  # of the model, where the draws of one do not vary
+_WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -220,11 +224,6 @@ def _common_bound(site: Site, bound: Tensor | float, events: int) -> Tensor | fl
             )
         bound = rows[0]
     return bound.item() if bound.numel() == 1 else bound
-
-
-_PRIOR_DRAWS = 1000
-_PARENT_RUNS = 50  # of the model, where the draws of one do not vary
-_WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
 def prior_moments(

@@ -1,7 +1,7 @@
 """What is the best guide of a family for each datum? All rows of a table optimised at once.
 
-`blocks` score tables; `climbing` runs a cycle; `ascent` runs cycles until rows have converged and
-checks them; `modes` and `starts` give places to begin; `search` takes the best of several.
+`blocks` score tables; `climbing` runs a cycle; `starts` gives places to begin; `search` runs cycles
+from them until rows have converged, checks these, and takes the best.
 
 Two optimizers move rows. The ELBO of a family with a density is a mean over fresh draws: Adam
 climbs it, with a falling rate and an averaged path (`climbing.py`). log p(x, z), of points and in

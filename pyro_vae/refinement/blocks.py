@@ -87,13 +87,11 @@ class Block:
         rows: which they are, by number, [n].
         scored: a guide of the family, scored on them.
         of: the blocks that it is one of.
-        looks: what is known of the model on them.
     """
 
     rows: Tensor
     scored: ScoredGuide
     of: Blocks
-    looks: ModelLooks
 
     @property
     def evaluator(self) -> Evaluator:
@@ -103,7 +101,7 @@ class Block:
     @functools.cached_property
     def flat(self) -> ScoredGuide:
         """Independent Gaussians far wider than the prior: a nearly flat density."""
-        flat = self.of.score(self.looks, len(self.rows), Normal())
+        flat = self.of.score(self.evaluator.pair.looks, len(self.rows), Normal())
         with torch.no_grad():
             flat.guide.table[..., 1] += _FLAT
         return flat
@@ -163,6 +161,8 @@ class Blocks:
         family: the variational family.
         size: D, unconstrained coordinates of a datum.
         num_noise: standard normal numbers that a draw of a datum is made of.
+        seed: of the draws.
+        like: a table; all are of its dtype and on its device.
         recorder: of the functions that are run on blocks.
         current: the blocks that were asked for last.
     """
@@ -177,10 +177,10 @@ class Blocks:
     ) -> None:
         self.family, self.size = guide.family, guide.num_coordinates
         self.num_noise = self.family.num_noise(self.size)
+        self.seed, self.like = whole.seed, guide.table
         self.recorder = Recorder("refining", compile)
         self.current: list[Block] = []
-        self._looks, self._whole, self._like = looks, whole, guide.table
-        self._data_plate = data_plate
+        self._looks, self._whole, self._data_plate = looks, whole, data_plate
         self._kept: dict[bool, list[Block]] = {}
 
     def at(self, rows: Tensor) -> list[Block]:
@@ -200,25 +200,15 @@ class Blocks:
         looks = self._looks
         if rows.numel() < self._whole.num_data:
             looks = looks.on(looks.batch.rows(rows))
-        return Block(rows, self.score(looks, rows.numel(), self.family), self, looks)
+        return Block(rows, self.score(looks, rows.numel(), self.family), self)
 
     def score(self, looks: ModelLooks, num_data: int, family: Family) -> ScoredGuide:
         """Return a guide of a family with a row for each datum of a batch, and its evaluator."""
-        plate = self._data_plate
-        guide = LocalGuide(
-            looks.model, num_data=num_data, example=looks, family=family, data_plate=plate
-        ).to(self._like)
-        evaluator = Evaluator(
-            looks.model,
-            guide,
-            looks.batch,
-            data_plate=plate,
-            seed=self._whole.seed,
-            gradients=True,
-            like=self._whole,
-            looks=looks,
-        )
-        return ScoredGuide(evaluator, guide)
+        model, plate = looks.model, self._data_plate
+        made = LocalGuide(model, num_data=num_data, example=looks, family=family, data_plate=plate)
+        guide = made.to(self.like)
+        make = functools.partial(Evaluator, data_plate=plate, seed=self.seed, gradients=True)
+        return ScoredGuide(make(model, guide, looks.batch, like=self._whole, looks=looks), guide)
 
 
 def per_row(numbers: Tensor, table: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vae.particles.estimators import Estimate
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
@@ -49,30 +51,20 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class Gain:
-    """What rows gained, in nats.
-
-    Attributes:
-        value: [n]; minus infinity for a row that has gone astray.
-        error: its standard error, [n].
-    """
-
-    value: Tensor
-    error: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Cycle:
     """What a cycle did to rows.
 
     Attributes:
         after: the rows, [n, P].
-        gain: of the ELBO; of log p(x, z) for a family of points.
+        gain: in nats of the ELBO, of log p(x, z) for a family of points, [n]; minus infinity for a
+            row that has gone astray.
+        error: its standard error, [n].
         sound: for which rows it could have gained something, [n].
     """
 
     after: Tensor
-    gain: Gain
+    gain: Tensor
+    error: Tensor
     sound: Tensor
 
 
@@ -82,15 +74,22 @@ class Climber:
 
     Attributes:
         blocks: the data, and the family.
+        tolerance: of the ELBO, in nats.
+        bar: of progress, in steps.
         heavy: whether expectations are over draws that reach far into the tails, and are weighted.
     """
 
     blocks: Blocks
+    tolerance: float
+    bar: tqdm[Any]
     heavy: bool = False
 
-    def cycle(
-        self, block: Block, before: Tensor, steps: int, number: int, rate: Tensor, tolerance: float
-    ) -> Cycle:
+    def more(self, steps: int) -> int:
+        """Return the steps of another ascent, which the bar shows on top."""
+        self.bar.total = (self.bar.total or 0) + steps
+        return steps
+
+    def cycle(self, block: Block, before: Tensor, steps: int, number: int, rate: Tensor) -> Cycle:
         """Run one cycle on every row of a block at once.
 
         Args:
@@ -99,36 +98,37 @@ class Climber:
             steps: of the optimizer.
             number: of the cycle: random numbers depend on it, and later ones take more particles.
             rate: factors on the learning rate, [n].
-            tolerance: of the ELBO, in nats.
         """
         if not self.blocks.family.has_density:
-            return self._climb_points(block, before, steps, tolerance)
-        after = self._climb(block, before, steps, number, rate, tolerance)
-        gain = self.gain(block, before, after, tolerance, number)
-        return Cycle(after, gain, (gain.value > -tolerance) & (steps >= _FEWEST_STEPS))
+            return self._climb_points(block, before, steps)
+        after = self._climb(block, before, steps, number, rate)
+        gain, error = self.gain(block, before, after, number)
+        sound = (gain > -self.tolerance) & (steps >= _FEWEST_STEPS)
+        return Cycle(after, gain, error, sound)
 
-    def _climb(
-        self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor, tolerance: float
-    ) -> Tensor:
+    def _particles(self, cycle: int) -> int:
+        """Return how many particles a gradient is made of."""
+        if cycle == 0:
+            return _PARTICLES
+        doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / self.tolerance)))
+        return _PARTICLES << min(doublings, _DOUBLINGS)
+
+    def _climb(self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor) -> Tensor:
         """Run Adam on the ELBO, its learning rate falling to nothing; return the new rows."""
-        num_particles = _particles(cycle, tolerance)
+        num_particles = self._particles(cycle)
         annealed = self.blocks.family.anneals and cycle == 0
         shift = torch.zeros_like(start, requires_grad=True)
         # The average of the second half of the path has less noise than its end.
         average = torch.zeros_like(start)
-        optimizer = torch.optim.Adam(
-            [shift], lr=_LEARNING_RATE, betas=(0.9, _SECOND_MOMENT_DECAY), fused=True
-        )
+        optimizer = torch.optim.Adam([shift], betas=(0.9, _SECOND_MOMENT_DECAY), fused=True)
+        (group,) = optimizer.param_groups
         rate = per_row(rate, start).to(start)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = (
-                _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-            )
-            noise = self.noise(block, num_particles, start, (_STEPS, cycle, step))
+            group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            noise = self.noise(num_particles, (_STEPS, cycle, step))
+            cold = _COLDEST ** max(0.0, 1 - 1.4 * step / steps)
             # A tensor: a number would be a constant of the graph.
-            power = start.new_ones(())
-            if annealed:
-                power.fill_(_COLDEST ** max(0.0, 1 - 1.4 * step / steps))
+            power = start.new_full((), cold if annealed else 1.0)
             inputs = [rate * shift.detach(), start, power, noise.weight, noise.values]
             (shift.grad,) = block.run(slope, block.scored, inputs, steps, check=step == 0)
             optimizer.step()
@@ -137,7 +137,7 @@ class Climber:
         with torch.no_grad():
             return block.scored.shifted(start, rate * average)
 
-    def _climb_points(self, block: Block, start: Tensor, steps: int, tolerance: float) -> Cycle:
+    def _climb_points(self, block: Block, start: Tensor, steps: int) -> Cycle:
         """Run L-BFGS on log p(x, z), for a family of points, which has no noise."""
         noise = start.new_zeros(1, self.blocks.num_noise)
 
@@ -148,27 +148,27 @@ class Climber:
         found = minimize_rows(loss, flat, steps)
         with torch.no_grad():
             gain = torch.nan_to_num((loss(flat) - loss(found.rows)).double(), nan=-math.inf)
-        after = found.rows.reshape(start.shape)
-        return Cycle(after, Gain(gain, torch.zeros_like(gain)), found.promised < tolerance)
+        sound = found.promised < self.tolerance
+        return Cycle(found.rows.reshape(start.shape), gain, torch.zeros_like(gain), sound)
 
     def slopes(self, block: Block, table: Tensor, replicates: int) -> Tensor:
         """Return independent estimates of the ELBO's slope in the family's units, [R, n, P]."""
         shift, power = torch.zeros_like(table), table.new_ones(())
         found = []
         for i in range(replicates):
-            noise = self.noise(block, _CHECK_PARTICLES, table, (_SLOPES, i))
+            noise = self.noise(_CHECK_PARTICLES, (_SLOPES, i))
             inputs = [shift, table, power, noise.weight, noise.values]
             found.append(-block.run(slope, block.scored, inputs, 32, check=i == 0)[0])
         return torch.stack(found).double()
 
     @torch.no_grad()
     def gain(
-        self, block: Block, before: Tensor, after: Tensor, tolerance: float, cycle: int
-    ) -> Gain:
-        """Return the gain in ELBO from rows [n, P] to others, of common random numbers.
+        self, block: Block, before: Tensor, after: Tensor, cycle: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gain in ELBO from rows [n, P] to others, and its error, [n].
 
-        With more and more particles, until nearly every gain is plainly above or below the
-        tolerance.
+        Of common random numbers; with more and more particles, until nearly every gain is plainly
+        above or below the tolerance.
         """
         most = _MOST_REPLICATES << min(cycle, _DOUBLINGS)
         gains = before.new_zeros(0, block.evaluator.num_data, dtype=torch.float64)
@@ -177,11 +177,11 @@ class Climber:
             gains = torch.cat([gains, *self._gains(block, before, after, cycle, replicates)])
             estimate = Estimate.elbo(gains)
             gain, error = estimate.value, estimate.std_error
-            undecided = (gain - tolerance).abs() < 2 * error
+            undecided = (gain - self.tolerance).abs() < 2 * error
             if float(undecided.double().mean()) < _UNDECIDED or len(gains) >= most:
                 break
         # A row gone astray has a gain of nan or -inf: it goes back to where it was.
-        return Gain(torch.nan_to_num(gain, nan=-math.inf, neginf=-math.inf), error)
+        return torch.nan_to_num(gain, nan=-math.inf, neginf=-math.inf), error
 
     def _gains(
         self, block: Block, before: Tensor, after: Tensor, cycle: int, replicates: range
@@ -192,7 +192,7 @@ class Climber:
         at_once = max(1, block.evaluator.chunk_pairs // pairs)
         for begin in range(0, len(replicates), at_once):
             some = replicates[begin : begin + at_once]
-            noises = [self.noise(block, _CHECK_PARTICLES, before, (_GAINS, cycle, i)) for i in some]
+            noises = [self.noise(_CHECK_PARTICLES, (_GAINS, cycle, i)) for i in some]
             noise = torch.cat([one.values for one in noises])
             weight = torch.cat([one.weight for one in noises])
             calls = 2 * _MOST_REPLICATES // len(some)  # of all comparisons, about
@@ -205,37 +205,27 @@ class Climber:
     def log_weights(
         self, block: Block, table: Tensor, noise: Tensor, calls: int, *, check: bool = False
     ) -> Tensor:
-        """Return the log weights of draws made of given noise, [K, n].
+        """Return log weights [K, n] of draws made of noise [K, num_noise] by rows [n, P].
 
-        Args:
-            block: of n data.
-            table: their rows, [n, P].
-            noise: [K, num_noise].
-            calls: how many are to be expected.
-            check: whether this is the block's first call.
+        ``calls`` are to be expected, of which ``check`` says the first.
         """
         scored = ScoredGuide(block.evaluator.without_gradients(), block.scored.guide)
         return block.run(log_weights, scored, [table, noise], calls, check=check)[0]
 
-    def noise(
-        self, block: Block, num_particles: int, like: Tensor, key: tuple[int, ...] = (_STARTS,)
-    ) -> Noise:
+    def noise(self, num_particles: int, key: tuple[int, ...] = (_STARTS,)) -> Noise:
         """Return noise to make draws of.
 
         Args:
-            block: of the data.
             num_particles: K; where draws go into the tails, at least as many.
-            like: a tensor of the noise's dtype and device.
             key: tells the random numbers from others; by default those that compare starts.
         """
-        size = self.blocks.num_noise
-        key = (block.evaluator.seed, *key)
+        size, key = self.blocks.num_noise, (self.blocks.seed, *key)
         if self.heavy:
-            noise = _heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key)
+            values, weight = _heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key)
         else:
             values = _orthogonal_noise(num_particles, size, key)
-            noise = Noise(values, torch.ones(len(values)))
-        return Noise(noise.values.to(like), noise.weight.to(like))
+            weight = torch.ones(len(values))
+        return Noise(values.to(self.blocks.like), weight.to(self.blocks.like))
 
 
 def slope(
@@ -254,14 +244,6 @@ def log_weights(scored: ScoredGuide, table: Tensor, noise: Tensor) -> list[Tenso
     return [scored.log_weights(table, noise)]
 
 
-def _particles(cycle: int, tolerance: float) -> int:
-    """Return how many particles a gradient is made of."""
-    if cycle == 0:
-        return _PARTICLES
-    doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / tolerance)))
-    return _PARTICLES << min(doublings, _DOUBLINGS)
-
-
 def _orthogonal_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Tensor:
     """Return standard normal noise, [K, size]: mirrored pairs, in orthogonal directions.
 
@@ -277,8 +259,8 @@ def _orthogonal_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Te
     return torch.cat([half, -half])[:num_particles]
 
 
-def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Noise:
-    """Return noise that goes far into the tails of the standard normal.
+def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return noise that goes far into the tails of the standard normal, and its weights.
 
     Half of it is normal, and half is so but for one coordinate, which is wider, each in turn. The
     weights are the ratio of the normal density to that of this mixture (the balance heuristic);
@@ -295,7 +277,7 @@ def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Noise:
     reaching[torch.arange(count), axis] = wide.flatten()
     values = torch.cat([plain, reaching])
     ratio = (0.5 * (1 - _WIDER**-2) * values.square()).exp() / _WIDER
-    return Noise(values, 2 / (1 + ratio.mean(1)))
+    return values, 2 / (1 + ratio.mean(1))
 
 
 def _generator(key: tuple[int, ...]) -> torch.Generator:

@@ -52,8 +52,7 @@ def minimize_rows(objective: Objective, start: Tensor, max_steps: int) -> Minimu
     """
     x = start.detach()
     value, slope_at = _value_and_gradient(objective, x)
-    steps: list[Tensor] = []
-    changes: list[Tensor] = []
+    steps, changes = list[Tensor](), list[Tensor]()
     done = torch.zeros_like(value, dtype=torch.bool)
     promised = torch.full_like(value, torch.inf)
     taken = 0
@@ -74,10 +73,8 @@ def minimize_rows(objective: Objective, start: Tensor, max_steps: int) -> Minimu
         better = new_value < value
         new = torch.where(better[:, None], new, x)
         new_slope_at = torch.where(better[:, None], new_slope_at, slope_at)
-        steps, changes = (
-            [*steps, new - x][-_HISTORY:],
-            [*changes, new_slope_at - slope_at][-_HISTORY:],
-        )
+        steps = [*steps, new - x][-_HISTORY:]
+        changes = [*changes, new_slope_at - slope_at][-_HISTORY:]
         x, value, slope_at = new, torch.where(better, new_value, value), new_slope_at
         # A row that no step improves has reached the rounding of its objective.
         done |= ~better
@@ -113,22 +110,18 @@ def _search(
 
 def _direction(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> Tensor:
     """Return minus the inverse Hessian's estimate times the gradient, row by row."""
-    q = gradient.clone()
-    kept = []
+    q, kept, weights = gradient, [], []
+    finfo = torch.finfo(gradient.dtype)
     scale = torch.ones_like(gradient[:, 0])
     for step, change in zip(steps, changes, strict=True):
-        curvature = _dot(step, change)
+        curvature, length = _dot(step, change), _dot(step, step).sqrt().clamp_min(finfo.tiny)
         # A pair without positive curvature says nothing of the inverse Hessian.
-        good = curvature > torch.finfo(gradient.dtype).eps * _dot(change, change).sqrt() * _dot(
-            step, step
-        ).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+        good = curvature > finfo.eps * _dot(change, change).sqrt() * length
         kept.append(torch.where(good, 1 / torch.where(good, curvature, 1.0), 0.0))
         scale = torch.where(good, curvature / _dot(change, change), scale)
-    weights = []
     for step, change, inverse in reversed(list(zip(steps, changes, kept, strict=True))):
-        weight = inverse * _dot(step, q)
-        weights.append(weight)
-        q = q - weight[:, None] * change
+        weights.append(inverse * _dot(step, q))
+        q = q - weights[-1][:, None] * change
     q = scale[:, None] * q
     for step, change, inverse, weight in zip(steps, changes, kept, reversed(weights), strict=True):
         q = q + (weight - inverse * _dot(change, q))[:, None] * step

@@ -19,10 +19,9 @@ from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
-from pyro_vae.refinement.ascent import Ascent, Budget, ascend
 from pyro_vae.refinement.blocks import Blocks
 from pyro_vae.refinement.climbing import Climber
-from pyro_vae.refinement.search import search
+from pyro_vae.refinement.search import Ascent, ascend, search
 from pyro_vae.refinement.starts import answer_of, starts_of
 
 __all__ = ["refine", "refine_scored", "refine_table"]
@@ -145,21 +144,16 @@ def refine_scored(
     )
     own = answer_of(local, guide, evaluator)
     local = local.to(own)
-    climber = Climber(Blocks(looks, evaluator, local, data_plate, compile))
+    blocks = Blocks(looks, evaluator, local, data_plate, compile)
     with tqdm(total=max_steps, desc="refine", unit="step", disable=not progress, delay=1.0) as bar:
-        starts = starts_of(climber, own, local.table.detach())
-        best = search(climber, starts, Budget(max_steps, tolerance, bar))
+        climber = Climber(blocks, tolerance, bar)
+        best = search(climber, starts_of(climber, own, local.table.detach()), max_steps)
     with torch.no_grad():
         local.table.copy_(best.table)
         local.converged.copy_(best.converged)
-    if not bool(best.converged.all()):
-        logger.warning(
-            "refine: %d of %d data have not converged to within %g nats in %d steps",
-            int((~best.converged).sum()),
-            evaluator.num_data,
-            tolerance,
-            max_steps,
-        )
+    if open_rows := int((~best.converged).sum()):
+        told = "refine: %d of %d data have not converged to within %g nats in %d steps"
+        logger.warning(told, open_rows, evaluator.num_data, tolerance, max_steps)
     return local
 
 
@@ -177,7 +171,7 @@ def refine_table(
     """
     # Anew: the prior may have other parameters than when the evaluator was made.
     looks = ModelLooks(model, evaluator.batch)
-    climber = Climber(Blocks(looks, evaluator, guide, data_plate, "auto"))
+    blocks = Blocks(looks, evaluator, guide, data_plate, "auto")
     start = guide.table.detach().clone()
     todo = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
-    return ascend(climber, start, todo, Budget(max_steps, tolerance, tqdm(disable=True)))
+    return ascend(Climber(blocks, tolerance, tqdm(disable=True)), start, todo, max_steps)

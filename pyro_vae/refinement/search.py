@@ -1,4 +1,4 @@
-"""The best of several starts for each row: the likeliest first, then those that may end higher."""
+"""The best of several starts for each row: cycles from each until rows converge, and checks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,118 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_vae.refinement.ascent import CYCLE, Ascent, Budget, ascend
 from pyro_vae.refinement.blocks import Block, per_row
-from pyro_vae.refinement.climbing import Climber, Gain
+from pyro_vae.refinement.climbing import Climber
 from pyro_vae.refinement.starts import best_of
 
+_CYCLE = 200  # steps between two comparisons
+_SHORTER, _SHORTEST = 4.0, 1 / 64  # steps, after a cycle that lost
+_MORE_EFFORT = 4  # for rows of which a first look at the slope cannot tell
+_REPLICATES = 8  # of the slope
+_SLOPE = 4.0  # what a step down the slope may promise, in tolerances
+_REACH = 3.75  # standard deviations: of the draws of a check hardly one lies beyond
+_WIDTH, _BINS = 1.5, 4  # of the tail
 _RIVAL_CYCLES = 2  # of another start, before it is compared
 _MARGIN, _MOST_MARGIN = 3.0, 10.0  # nats by which a start may lie below, and end higher
 _PLAIN_CYCLES = 5  # before draws are sent into the tails
 _MOST_HEAVY = 16  # coordinates of a datum whose tails draws can be sent into
 _APART = 1.5  # starts: so many standard deviations, and twice as many of many coordinates
 _POINT_WIDTH = 1e-3  # of a family of points, in standard deviations of the prior
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent:
+    """Where rows ended.
+
+    Attributes:
+        table: [N, P].
+        converged: which rows have, [N].
+    """
+
+    table: Tensor
+    converged: Tensor
+
+
+def ascend(climber: Climber, start: Tensor, todo: Tensor, max_steps: int) -> Ascent:
+    """Run cycles from a start [N, P] until each row to do, [N], has converged.
+
+    A cycle that loses is undone, and is no attempt that could have gained: the row's next one
+    takes shorter steps.
+    """
+    table, settled = start.clone(), ~todo
+    rate = torch.ones(table.shape[0], dtype=torch.float64, device=table.device)
+    cycle, left, tolerance = 0, max_steps, climber.tolerance
+    while left > 0 and not bool(settled.all()):
+        # Data that have settled leave the batch, where the model takes fewer.
+        steps = min(_CYCLE, left)
+        for block in climber.blocks.at(torch.nonzero(~settled).flatten()):
+            rows = block.rows
+            before, open_rows = table[rows], ~settled[rows]
+            done = climber.cycle(block, before, steps, cycle, rate[rows])
+            better = per_row(open_rows & (done.gain > 0), before)
+            table[rows] = torch.where(better, done.after, before)
+            settled[rows] |= done.sound & (done.gain + 2 * done.error < tolerance)
+            longer = torch.where(done.gain > tolerance, 2 * rate[rows], rate[rows]).clamp(max=1.0)
+            shorter = (rate[rows] / _SHORTER).clamp(min=_SHORTEST)
+            rate[rows] = torch.where(done.sound, longer, shorter)
+        left, cycle = left - steps, cycle + 1
+        climber.bar.update(steps)
+        climber.bar.set_postfix_str(f"{int(settled.sum())} of {len(settled)} data have settled")
+    return Ascent(table, _certified(climber, table, settled & todo))
+
+
+def _certified(climber: Climber, table: Tensor, claimed: Tensor) -> Tensor:
+    """Return which of the rows that claim to have converged pass the checks, [N]."""
+    if not climber.blocks.family.has_density:
+        return claimed
+    passed, undecided = torch.zeros_like(claimed), claimed
+    for effort in (1, _MORE_EFFORT):
+        if not bool(undecided.any()):
+            break
+        still = torch.zeros_like(claimed)
+        for block in climber.blocks.at(torch.nonzero(undecided).flatten()):
+            rows = block.rows
+            promised, error = _promise(climber.slopes(block, table[rows], effort * _REPLICATES))
+            most = _SLOPE * climber.tolerance
+            flat = promised + 2 * error < most
+            still[rows] = ~flat & (promised < most)
+            if effort == 1 and not climber.heavy:
+                seen = _unseen(climber, block, table[rows]) < climber.tolerance
+                flat, still[rows] = flat & seen, still[rows] & seen
+            passed[rows] |= flat
+        undecided = still & undecided
+    return passed & claimed
+
+
+def _promise(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a Newton step gains where the family is near the posterior, and its error, [n].
+
+    In its own units the family's Fisher information is about one, and so is the curvature of
+    the ELBO: the step gains half the square of the slope, of which there are estimates [R, n, ...].
+    """
+    slopes = slopes.flatten(2)
+    mean, variance = slopes.mean(0), slopes.var(0) / slopes.shape[0]
+    promised = 0.5 * (mean.square() - variance).sum(-1)
+    error = (mean.square() * variance + 0.5 * variance.square()).sum(-1).sqrt()
+    return promised, torch.nan_to_num(error, nan=torch.inf)
+
+
+def _unseen(climber: Climber, block: Block, table: Tensor) -> Tensor:
+    """Return how much of the ELBO lies beyond the reach of draws, along each axis, [n].
+
+    An integrand such as exp(z) under a wide Gaussian has all its mean there, and its average over
+    draws is then too good, whatever their spread says.
+    """
+    size = climber.blocks.num_noise
+    steps = torch.arange(_BINS + 1, dtype=torch.float64)
+    middle = _REACH + _WIDTH * (steps[:-1] + 0.5)
+    mass = torch.special.ndtr(-(_REACH + _WIDTH * steps)).diff().neg()
+    points = torch.cat([middle, -middle])
+    noise = torch.einsum("k,ij->kij", points, torch.eye(size, dtype=torch.float64)).flatten(0, 1)
+    weights = climber.log_weights(block, table, noise.to(table), 1).double()
+    centre = climber.log_weights(block, table, torch.zeros_like(noise[:1]).to(table), 1).double()
+    lost = (centre - weights).unflatten(0, (len(points), size)).sum(1)
+    return torch.nan_to_num((torch.cat([mass, mass]).to(lost) @ lost).abs(), nan=torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,78 +132,74 @@ class _Attempt:
     ended: Ascent
 
 
-def search(climber: Climber, starts: Tensor, budget: Budget) -> Ascent:
-    """Return the best table that starts lead to, and which rows have converged.
+def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
+    """Return the best table that starts [C, N, P] lead to, and which rows have converged.
 
-    Args:
-        climber: of the family.
-        starts: [C, N, P].
-        budget: of a row from one start.
+    A row takes ``max_steps`` at most from one start.
     """
     everything = torch.ones(starts.shape[1], dtype=torch.bool, device=starts.device)
     blocks = climber.blocks
     may_reach = blocks.family.has_density and blocks.size <= _MOST_HEAVY
-    plain_steps = _PLAIN_CYCLES * CYCLE if may_reach else budget.max_steps
-    first = replace(budget, max_steps=min(budget.max_steps, plain_steps))
-    plain = _from_best(climber, starts, everything, first)
+    plain_steps = min(max_steps, _PLAIN_CYCLES * _CYCLE) if may_reach else max_steps
+    plain = _from_best(climber, starts, everything, plain_steps)
     table, converged = plain.ended.table, plain.ended.converged
     heavy = ~converged & may_reach
     attempts = [replace(plain, todo=~heavy)]
     if bool(heavy.any()):
         # What plain draws cannot settle may lie in tails that they do not reach.
         more = torch.cat([starts, table.unsqueeze(0)])
-        reaching = Climber(blocks, heavy=True)
-        attempts.append(_from_best(reaching, more, heavy, budget.more(budget.max_steps)))
+        reaching = replace(climber, heavy=True)
+        attempts.append(_from_best(reaching, more, heavy, climber.more(max_steps)))
     for attempt in attempts:
         if bool(attempt.todo.any()):
-            best = _challenge(attempt, budget)
+            best = _challenge(attempt, max_steps)
             table = torch.where(per_row(attempt.todo, table), best.table, table)
             converged = torch.where(attempt.todo, best.converged, converged)
     return Ascent(table, converged)
 
 
-def _from_best(climber: Climber, starts: Tensor, todo: Tensor, budget: Budget) -> _Attempt:
+def _from_best(climber: Climber, starts: Tensor, todo: Tensor, max_steps: int) -> _Attempt:
     """Climb from the start where each row has the highest ELBO."""
     chosen = torch.zeros_like(todo, dtype=torch.long)
     for block in climber.blocks.at(torch.nonzero(todo).flatten()):
         chosen[block.rows] = best_of(climber, block, starts[:, block.rows])[0]
     table = starts[chosen, torch.arange(len(chosen), device=chosen.device)]
-    return _Attempt(climber, todo, starts, chosen, ascend(climber, table, todo, budget))
+    return _Attempt(climber, todo, starts, chosen, ascend(climber, table, todo, max_steps))
 
 
-def _challenge(attempt: _Attempt, budget: Budget) -> Ascent:
+def _challenge(attempt: _Attempt, max_steps: int) -> Ascent:
     """Try the other starts, where a row is in doubt or a start may end higher."""
     climber, todo = attempt.climber, attempt.todo
     table, converged = attempt.ended.table, attempt.ended.converged
-    hopeful = _hopeful(attempt, budget.tolerance)
+    hopeful = _hopeful(attempt)
     for number, start in enumerate(attempt.starts):
         tried = todo & (attempt.chosen != number) & (~converged | hopeful[number])
         if not bool(tried.any()):
             continue
-        steps = min(budget.max_steps, _RIVAL_CYCLES * CYCLE)
-        rival = ascend(climber, start, tried, budget.more(steps))
+        steps = climber.more(min(max_steps, _RIVAL_CYCLES * _CYCLE))
+        rival = ascend(climber, start, tried, steps)
         passed = rival.converged
-        gain = _gain(climber, table, rival.table, tried, budget.tolerance)
-        higher = tried & (gain.value > 2 * gain.error) & (gain.value > 0)
+        gain, error = _gain(climber, table, rival.table, tried)
+        higher = tried & (gain > 2 * error) & (gain > 0)
         if bool((unfinished := higher & ~passed).any()):
-            rival = ascend(climber, rival.table, unfinished, budget.more(budget.max_steps))
+            rival = ascend(climber, rival.table, unfinished, climber.more(max_steps))
             passed = passed | rival.converged
-        better = higher | (tried & passed & ~converged & (gain.value > -budget.tolerance))
+        better = higher | (tried & passed & ~converged & (gain > -climber.tolerance))
         table = torch.where(per_row(better, table), rival.table, table)
         converged = torch.where(better, passed, converged)
     return Ascent(table, converged)
 
 
-def _hopeful(attempt: _Attempt, tolerance: float) -> Tensor:
+def _hopeful(attempt: _Attempt) -> Tensor:
     """Return for which rows a start is elsewhere, and not so low that it cannot win, [C, N]."""
-    table, starts = attempt.ended.table, attempt.starts
+    climber, table, starts = attempt.climber, attempt.ended.table, attempt.starts
     found = torch.zeros(starts.shape[:2], dtype=torch.bool, device=table.device)
-    for block in attempt.climber.blocks.at(torch.nonzero(attempt.todo).flatten()):
+    margin = min(_MARGIN + climber.blocks.size / 4, _MOST_MARGIN)
+    for block in climber.blocks.at(torch.nonzero(attempt.todo).flatten()):
         here, there = table[block.rows], starts[:, block.rows]
-        _, elbos = best_of(attempt.climber, block, torch.cat([here.unsqueeze(0), there]))
-        margin = min(_MARGIN + attempt.climber.blocks.size / 4, _MOST_MARGIN)
-        higher = elbos[1:] > elbos[0] + tolerance
-        apart = _apart(attempt.climber, block, here, there)
+        _, elbos = best_of(climber, block, torch.cat([here.unsqueeze(0), there]))
+        higher = elbos[1:] > elbos[0] + climber.tolerance
+        apart = _apart(climber, block, here, there)
         found[:, block.rows] = higher | (apart & (elbos[1:] > elbos[0] - margin))
     return found
 
@@ -110,7 +207,7 @@ def _hopeful(attempt: _Attempt, tolerance: float) -> Tensor:
 def _apart(climber: Climber, block: Block, here: Tensor, there: Tensor) -> Tensor:
     """Return which tables [C, n, P] lie far from one, in units of the narrower: [C, n]."""
     family, size = climber.blocks.family, climber.blocks.size
-    noise = climber.noise(block, 2 * size + 2, here).spread(len(here))
+    noise = climber.noise(2 * size + 2).spread(len(here))
     draws = family.from_noise(here, size, noise)
     centre = here.new_zeros(1, *noise.shape[1:])
     away = torch.cat([family.from_noise(t, size, centre) for t in there]) - draws.mean(0)
@@ -122,11 +219,11 @@ def _apart(climber: Climber, block: Block, here: Tensor, there: Tensor) -> Tenso
     return (away.abs() > distance * width).any(-1)
 
 
-def _gain(climber: Climber, before: Tensor, after: Tensor, which: Tensor, tolerance: float) -> Gain:
-    """Return what some rows gain from one table to another, [N] each; zero for the others."""
+def _gain(climber: Climber, before: Tensor, after: Tensor, which: Tensor) -> Tensor:
+    """Return what some rows gain from one table to another, and its error, [2, N]; else zero."""
     found = before.new_zeros(2, before.shape[0], dtype=torch.float64)
     for block in climber.blocks.at(torch.nonzero(which).flatten()):
         rows = block.rows
-        gain = climber.gain(block, before[rows], after[rows], tolerance, _RIVAL_CYCLES)
-        found[:, rows] = torch.stack([gain.value, gain.error])
-    return Gain(*found)
+        gain = climber.gain(block, before[rows], after[rows], _RIVAL_CYCLES)
+        found[:, rows] = torch.stack(gain)
+    return found

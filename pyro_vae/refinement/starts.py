@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,10 +14,14 @@ from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.types import Node, Program, Values
-from pyro_vae.refinement.blocks import Block
+from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.refinement.climbing import Climber
-from pyro_vae.refinement.modes import find_modes, gaussian_at
+from pyro_vae.refinement.lbfgs import minimize_rows
 
+_CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
+_MOVED = 0.1  # standard deviations: so far from where the curvature was taken it is taken anew
+_LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter says nothing
+_WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
 _DRAWS = 256  # of a guide whose parameters cannot be read off
 _SCREENED = 32  # draws, of which a few become starts of the search for modes
 _STARTS, _FEW_STARTS, _MANY_COORDINATES = 3, 1, 16  # of draws of the guide, and of the prior
@@ -26,22 +31,120 @@ _APART = 3.0  # modes: so many standard deviations
 _COMPARED = 64  # particles by which starts are compared
 
 
+def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the modes that L-BFGS finds from places, and how high they are.
+
+    Args:
+        block: of n data.
+        places: unconstrained coordinates, [M, n, D].
+        prior: its weight in log p(x, z).
+
+    Returns:
+        [M, n, D]; and log p(x, z) there, up to a constant, [M, n].
+    """
+    shape, checks = places.shape, itertools.chain([True], itertools.repeat(False))
+
+    def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
+        height, slope = _height(block, flat.reshape(shape), _CLIMB, prior, check=next(checks))
+        return -height.flatten(), -slope.flatten(0, 1)
+
+    modes = minimize_rows(objective, places.flatten(0, 1), _CLIMB).rows.reshape(shape)
+    height, _ = _height(block, modes, _CLIMB, prior)
+    return modes, torch.nan_to_num(height, nan=-torch.inf, posinf=-torch.inf)
+
+
+def gaussian_at(block: Block, mode: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the Gaussian of the curvature at a mode, searched for once more in whitened units.
+
+    Args:
+        block: of n data.
+        mode: [n, D], near one.
+
+    Returns:
+        Its mean, [n, D], and scale_tril, [n, D, D]; None where the model cannot be differentiated
+        twice, or has too many coordinates.
+    """
+    if (white := _scale_tril(block, mode)) is None:
+        return None
+
+    def moved(y: Tensor) -> Tensor:
+        return mode + (white @ y.unsqueeze(-1)).squeeze(-1)
+
+    def objective(y: Tensor) -> tuple[Tensor, Tensor]:
+        height, slope = _height(block, moved(y).unsqueeze(0), _POLISH)
+        return -height[0], -(white.mT @ slope[0].unsqueeze(-1)).squeeze(-1)
+
+    y = minimize_rows(objective, torch.zeros_like(mode), _POLISH).rows
+    factor = _scale_tril(block, moved(y)) if float(y.abs().max()) > _MOVED else white
+    return None if factor is None else (moved(y), factor)
+
+
+def _scale_tril(block: Block, mode: Tensor) -> Tensor | None:
+    """Return the Cholesky factor of the inverse of the curvature, [n, D, D]."""
+    if (precision := _curvature(block.flat, mode)) is None:
+        return None
+    scale = block.prior_scale.double()
+    precision = precision.double() * scale * scale.unsqueeze(-1)
+    eye = torch.eye(mode.shape[1], dtype=torch.float64, device=mode.device)
+    usable = precision.isfinite().all(-1).all(-1)
+    precision = torch.where(usable[:, None, None], precision, eye)
+    values, vectors = torch.linalg.eigh(precision)
+    flat = values < _LOWEST
+    mended = (vectors * torch.where(flat, 1.0, values).unsqueeze(-2)) @ vectors.mT
+    precision = torch.where(flat.any(-1)[:, None, None], mended, precision)
+    # The Cholesky factor of an inverse, without the inverse.
+    root, failed = torch.linalg.cholesky_ex(precision.flip(-2, -1))
+    root = torch.where((failed > 0)[:, None, None], eye, root)
+    factor = torch.linalg.solve_triangular(root.flip(-2, -1).mT, eye, upper=False)
+    return (scale.unsqueeze(-1) * factor).to(mode)
+
+
+def _curvature(flat: ScoredGuide, z: Tensor) -> Tensor | None:
+    """Return minus the Hessian of log p(x, z) at z [n, D], [n, D, D]; None where there is none."""
+    num_data, size = z.shape
+    if size > _WIDEST_HESSIAN:
+        return None
+    step = max(1, flat.evaluator.chunk_pairs // num_data)
+    rows = []
+    with torch.enable_grad():
+        for some in torch.eye(size, dtype=z.dtype, device=z.device).split(step):
+            at = z.expand(len(some), num_data, size).clone().requires_grad_()
+            try:
+                (slope,) = torch.autograd.grad(flat.log_joint(at).sum(), [at], create_graph=True)
+                (row,) = torch.autograd.grad((slope * some.unsqueeze(1)).sum(), [at])
+            except RuntimeError:  # an operation that can be differentiated once
+                return None
+            rows.append(-row)
+    found = torch.cat(rows).movedim(0, 1)
+    return (found + found.mT) / 2
+
+
+def _height(
+    block: Block, z: Tensor, calls: int, prior: float = 1.0, *, check: bool = False
+) -> Sequence[Tensor]:
+    """Return :func:`height` of z [K, n, D], by its graph."""
+    # A tensor: a number would be a constant of the graph.
+    return block.run(height, block.flat, [z.new_full((), prior), z], calls, check=check)
+
+
+def height(flat: ScoredGuide, prior: Tensor, z: Tensor) -> list[Tensor]:
+    """Return log p(x, z) with the prior to a power, [K, n], and its gradient, [K, n, D]."""
+    z = z.detach().requires_grad_()
+    height = flat.log_joint(z, prior)
+    return [height.detach(), *torch.autograd.grad(height.sum(), [z])]
+
+
 def answer_of(local: LocalGuide, guide: Program, evaluator: Evaluator) -> Tensor:
     """Return a guide's own answer in the parameters of a local guide, [N, P].
 
-    Args:
-        local: of the family that is refined.
-        guide: of the same family, whose parameters are read off, or of another.
-        evaluator: of the guide.
+    Read off where the guide is of the same family, else matched to its proposals.
     """
     batch = evaluator.batch
     with evaluation(guide), torch.no_grad():
-        if (
-            of_family(guide)
-            and guide.family == local.family
-            and guide.coordinates == local.coordinates
-        ):
-            return guide.family_params(*batch.args, **batch.kwargs).clone()
+        if of_family(guide):
+            same = guide.family == local.family and guide.coordinates == local.coordinates
+            if same:
+                return guide.family_params(*batch.args, **batch.kwargs).clone()
         values, _ = evaluator.draw(slice(0, evaluator.num_data), _DRAWS, (3,))
         start = _matching(local, evaluator.guide_runs(2), evaluator.single_values(values))
         # The draws of a point have no width to match: the prior's stands in.
@@ -70,12 +173,9 @@ def _matching(local: LocalGuide, runs: Sequence[Mapping[str, Node]], values: Val
 
 
 def starts_of(climber: Climber, own: Tensor, prior: Tensor) -> Tensor:
-    """Return where each row may start, [C, N, P]; the first is the guide's own answer.
+    """Return where each row may start, [C, N, P].
 
-    Args:
-        climber: of the family.
-        own: the guide's answer, [N, P].
-        prior: parameters with the prior's moments, [N, P].
+    That is the guide's own answer [N, P], parameters with the prior's moments, and others.
     """
     found = []
     for block in climber.blocks.at(torch.arange(own.shape[0], device=own.device)):
@@ -118,7 +218,7 @@ def _rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
 def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tensor:
     """Return where to look for modes from, [M, n, D]."""
     family, size = climber.blocks.family, climber.blocks.size
-    noise = climber.noise(block, _SCREENED, own)
+    noise = climber.noise(_SCREENED)
     spread = noise.spread(own.shape[0])
     count = _STARTS if size <= _MANY_COORDINATES else _FEW_STARTS
     centre = torch.zeros_like(spread[:1])
@@ -138,24 +238,17 @@ def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
 
 
 def best_of(climber: Climber, block: Block, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which start each datum has the highest ELBO at, the first where in doubt.
+    """Return which of tables [C, n, P] each datum has the highest ELBO at, and all ELBOs [C, n].
 
-    Args:
-        climber: of the family.
-        block: of n data.
-        tables: the starts, [C, n, P].
-
-    Returns:
-        The numbers of the best, [n], and all their ELBOs, [C, n].
+    The first where in doubt.
     """
-    noise = climber.noise(block, _COMPARED, tables[0])
+    noise = climber.noise(_COMPARED)
     weight = noise.weight.double()
-    terms = torch.stack(
-        [
-            climber.log_weights(block, table, noise.values, len(tables), check=i == 0).double()
-            for i, table in enumerate(tables)
-        ]
-    )
+    found = [
+        climber.log_weights(block, table, noise.values, len(tables), check=i == 0).double()
+        for i, table in enumerate(tables)
+    ]
+    terms = torch.stack(found)
     elbos = (weight / weight.sum()) @ terms
     elbos = torch.nan_to_num(elbos, nan=-torch.inf, posinf=-torch.inf)
     best = elbos.argmax(0)
