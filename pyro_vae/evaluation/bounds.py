@@ -22,9 +22,9 @@ from pyro_vae.particles.estimators import (
     calibrated,
     mean_std_error,
 )
-from pyro_vae.particles.global_latents import given_text
+from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.particles.log_weights import LogWeights
-from pyro_vae.particles.prepare import Prepared, by_block, prepare
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
@@ -204,7 +204,7 @@ def log_weights(
     evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
     blocks = [
         LogWeights.concatenate([chunk.weights for chunk in block], 0)
-        for block in by_block(evaluator.chunks(num_particles, chunk_size))
+        for block in evaluator.blocks(num_particles, chunk_size)
     ]
     return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)
 
@@ -297,7 +297,7 @@ def iwae_bound(
 
 def _bound(
     stream: type[StreamingELBO | StreamingIWAE],
-    prepared: Prepared,
+    prepared: tuple[Evaluator, Given],
     num_particles: int,
     chunk_size: int | None,
 ) -> Bound:
@@ -312,7 +312,7 @@ def _bound(
             ", ".join(map(repr, points)),
         )
     blocks = []
-    for chunks in by_block(evaluator.chunks(num_particles, chunk_size)):
+    for chunks in evaluator.blocks(num_particles, chunk_size):
         bound, largest = stream(), LargestWeights(tail_length(num_particles))
         weights = bound if isinstance(bound, StreamingIWAE) else StreamingIWAE()
         for chunk in chunks:

@@ -30,7 +30,6 @@ from pyro_vae.guides.coordinates import normal_moments
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
-from pyro_vae.particles.prepare import by_block
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import inspect
@@ -233,7 +232,7 @@ def _blocks(
     total = num_particles * evaluators[0].num_data
     look: dict[str, Any] = {"unit": "draw", "unit_scale": True, "delay": 1.0}
     with tqdm(total=total, desc="compare", disable=not progress, **look) as bar:
-        streams = (by_block(each.chunks(num_particles, chunk_size)) for each in evaluators)
+        streams = (each.blocks(num_particles, chunk_size) for each in evaluators)
         for blocks in zip(*streams, strict=True):
             scored: list[list[tuple[Tensor, Tensor]]] = [[] for _ in evaluators]
             for chunks in zip(*blocks, strict=True):

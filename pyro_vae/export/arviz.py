@@ -15,9 +15,8 @@ from torch import Tensor
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
 from pyro_vae.export.arviz_versions import Container, container
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
-from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
@@ -148,7 +147,7 @@ def _draw_groups(
     """
     deterministic: DeterministicValues | None = None
     blocks: list[list[dict[str, dict[str, Tensor]]]] = []
-    for chunks in by_block(evaluator.chunks(num_draws)):
+    for chunks in evaluator.blocks(num_draws):
         block = []
         for chunk in chunks:
             key = (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)

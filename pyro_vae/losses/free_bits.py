@@ -78,7 +78,7 @@ def _over_data(run: TrainingRun, terms: list[Tensor], event_ndim: int, local: bo
         local: whether the site is in the data plate.
     """
     mode = run.plan.mode
-    summed = (mode.data_dim if local else None, mode.particle_dim)
+    summed = (mode.data_dim if local else None, -mode.plate_dims if mode.leading else None)
     total: list[Tensor] = []
     for term in terms:
         batch_ndim = term.ndim - event_ndim

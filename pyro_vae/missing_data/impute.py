@@ -22,10 +22,9 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
 from pyro_vae.particles.estimators import calibrated, skewness_of
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.log_weights import LogWeights
-from pyro_vae.particles.prepare import by_block, prepare
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Site, Structure, absent, array_of, inner_dims, names_of
@@ -214,7 +213,7 @@ def impute(
     names = tuple(names_of(sites))
     blocks = [
         _impute_block(evaluator, list(chunks), names, num_draws)
-        for chunks in by_block(evaluator.chunks(num_particles))
+        for chunks in evaluator.blocks(num_particles)
     ]
     dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
     return Imputation(dataset, names, num_particles)

@@ -1,10 +1,10 @@
-"""What is compared and refused before runs count: modes, rounding, independence, edges, NaN."""
+"""What is compared and refused before runs count: modes, values at once, rounding, edges, NaN."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Literal
 
 import pyro
@@ -17,18 +17,23 @@ from pyro_vae.particles.modes import MODES, Loop
 from pyro_vae.particles.run import Run, Runner
 from pyro_vae.programs.agreement import agree, largest_gap
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.enumeration import enumerated
+from pyro_vae.programs.enumeration_check import check_values
+from pyro_vae.programs.masks import lift_masks
 from pyro_vae.programs.messages import text_of, trace_of, warn_once
-from pyro_vae.programs.nodes import latent_nodes, sample_nodes
+from pyro_vae.programs.nodes import is_enumerable, latent_nodes, sample_nodes
+from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.precision import rounding_of_parameters
-from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.sites import Plate, SiteShape, Structure
 from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.supports import edge_share, lost_share
-from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
+from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide, trace_model
 from pyro_vae.programs.types import ModeName, Node, Particles, Program, Trace, Values
 
 logger = logging.getLogger(__name__)
 
+_MINIBATCHES = 8  # looked at, of a model that draws them itself
 _SEED = 0  # of all runs: what is drawn beside the sites is the same in each
 _ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
 # Nats of a datum that float32 parameters of a likelihood may cost before a warning.
@@ -47,16 +52,18 @@ def choose_mode(
     role: Literal["guide", "model"],
     particles: Particles,
     reference: Tensor,
-    score: Callable[[Runner], Tensor],
-) -> Runner:
-    """Return the runner in the first mode that agrees with single particles.
+    run: Callable[[Runner], Run],
+    score: Callable[[Run], Tensor],
+) -> tuple[Runner, Run]:
+    """Return the runner in the first mode that agrees with single particles, and its run.
 
     Args:
         runner: of a guide or a model.
         role: which of them, for messages.
         particles: the mode that is asked for; "auto" tries all.
         reference: log densities of single particles, run one by one, [K, N].
-        score: returns the log densities of the same particles by a runner.
+        run: runs the same particles by a runner.
+        score: returns the log densities of a run.
 
     Raises:
         UnnamedDrawsError: where the same latents have another density in each run.
@@ -66,7 +73,8 @@ def choose_mode(
     for name in candidates(runner, particles):
         chosen = runner.in_mode(name)
         with Look() as look:
-            found = score(chosen)
+            ran = run(chosen)
+            found = score(ran)
         if look.error is not None:
             # A shape that the network cannot take, said in its own way; the loop, which is the
             # reference and has already run, is always left to fall back on.
@@ -75,11 +83,11 @@ def choose_mode(
             if name == "loop" and reasons:
                 slow = "the %s runs particle by particle, which is slow: %s"
                 warn_once(logger, (unwrapped(runner.program),), slow, role, "; ".join(reasons))
-            return chosen
+            return chosen, ran
         else:
             gap = largest_gap(reference, found)
             reasons.append(f"{name}: log densities differ from single particles by {gap:.3g} nats")
-    if not agree(reference, score(runner.in_mode("loop"))):
+    if not agree(reference, score(run(runner.in_mode("loop")))):
         raise UnnamedDrawsError(
             f"the {role} draws random numbers outside of sample statements: its log density of the "
             "same latents is another in each run, and a weight of each draw needs one. Give the "
@@ -132,12 +140,16 @@ def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> 
 class DependentDataError(ValueError):
     """The density of a datum depends on the latents of other data."""
 
-    def __init__(self, plate: Plate, gap: float) -> None:
-        super().__init__(
-            f"the density of a datum depends on the latents of other data, by up to {gap:.3g} "
-            f"nats: the data of plate {plate.name!r} have no weights of their own. Pass "
-            "data_plate=False to treat the whole batch as one datum"
-        )
+    @classmethod
+    def check(cls, plate: Plate, wanted: Tensor, found: Tensor) -> None:
+        """Raise it where densities of data, some of them with other values, are not as wanted."""
+        if not agree(wanted, found):
+            gap = largest_gap(wanted, found)
+            raise cls(
+                f"the density of a datum depends on the latents of other data, by up to {gap:.3g} "
+                f"nats: the data of plate {plate.name!r} have no weights of their own. Pass "
+                "data_plate=False to treat the whole batch as one datum"
+            )
 
 
 def every_other(num_data: int, device: torch.device) -> Tensor:
@@ -158,12 +170,7 @@ def check_independent(
     The model is scored at two draws of the guide, and at a third that takes every other datum's
     values from the second: each datum must have the density that it had before.
     """
-    nodes = {  # the subsamples of plates among them
-        name: node
-        for name, node in model_trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"]
-    }
-    first = {name: node["value"] for name, node in nodes.items()}
+    first, preimages = _held(model_trace)
     axes = {
         name: node["value"].ndim - node["fn"].event_dim + plate.dim
         for name, node in latent_nodes(model_trace)
@@ -174,8 +181,7 @@ def check_independent(
     if size < 2:
         return
     local = {name for name, axis in axes.items() if axis >= 0 and first[name].shape[axis] == size}
-    kept = {name: preimage_of(nodes[name]) for name in nodes.keys() - local}
-    preimages = {name: preimage for name, preimage in kept.items() if preimage is not None}
+    preimages = {name: preimage for name, preimage in preimages.items() if name not in local}
 
     def has_data(node: Node) -> bool:
         shape = node["fn"].batch_shape
@@ -186,24 +192,139 @@ def check_independent(
         trace = trace_of(GiveValues({**first, **values}, preimages)(model), batch)
         return Run([trace], Loop(nesting, plate.dim), 1).log_prob(has_data)[0]
 
-    gap = 0.0
-    with Look(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+    with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         torch.manual_seed(_SEED + 1)
         shared = {name: value for name, value in first.items() if name not in axes}
         drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), batch)))
         second = {name: drawn[name]["value"] for name in local & drawn.keys()}
-        device = model_trace.nodes[next(iter(local))]["value"].device
-        odd = every_other(size, device)
+        odd = every_other(size, first[next(iter(local))].device)
         mixed = {
             name: mix(odd, first[name], value, axes[name] - value.ndim)
             for name, value in second.items()
         }
         wanted = torch.where(odd, score(second), score({}))
-        found = score(mixed)
-        if not agree(wanted, found):
-            gap = largest_gap(wanted, found)
-    if gap:
-        raise DependentDataError(plate, gap)
+        DependentDataError.check(plate, wanted, score(mixed))
+    if isinstance(look.error, DependentDataError):
+        raise look.error
+
+
+def _held(
+    trace: Trace, without: Container[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Preimage]]:
+    """Return the values of latents, and of plates' subsamples, and the preimages that they keep."""
+    nodes = {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and name not in without
+    }
+    kept = {name: p for name, node in nodes.items() if (p := preimage_of(node)) is not None}
+    return {name: node["value"] for name, node in nodes.items()}, kept
+
+
+# --- values of discrete sites at once, in training
+
+
+def asking_enumeration(guide_trace: Trace) -> tuple[str, ...]:
+    """Return the proposals that ask to be enumerated."""
+    return tuple(
+        name
+        for name, node in latent_nodes(guide_trace)
+        if node["infer"].get("enumerate") == "parallel" and is_enumerable(node["fn"])
+    )
+
+
+def check_local_samples(guide_trace: Trace) -> None:
+    """Raise ValueError for proposals that ask for several draws of their own."""
+    for name, node in latent_nodes(guide_trace):
+        count = node["infer"].get("num_samples")
+        if count is not None and not is_enumerable(node["fn"]):
+            raise ValueError(
+                f"the guide's site {name!r} asks for {count} draws of its own "
+                "(infer={'num_samples': ...}), which are for pyro.infer.TraceEnum_ELBO alone. "
+                f"Leave it out, and give the loss num_particles={count}"
+            )
+
+
+def check_hidden(pair: Pair, hidden: tuple[str, ...], nesting: int) -> None:
+    """Raise ValueError where a proposal depends on one that is to be summed out instead."""
+    run = enumerated(pair.guide, hidden, -1 - nesting)
+    with pair.looking():
+        trace = trace_guide(run, pair.batch)
+    for name, node in latent_nodes(trace):
+        if name not in hidden and len(node["fn"].batch_shape) > nesting:
+            raise ValueError(
+                f"the guide's site {name!r} depends on {list(hidden)}, which ask to be "
+                "enumerated; an importance weight sums them out in the model, and has no "
+                "draw of them. Leave infer={'enumerate': ...} out in the guide, and they are drawn"
+            )
+
+
+def check_summed_out(
+    pair: Pair, trace: Trace, names: tuple[str, ...], nesting: int, *, draws_minibatch: bool
+) -> None:
+    """Raise ValueError where the values of summed-out latents do not run together as each alone.
+
+    Args:
+        pair: model, guide and batch.
+        trace: of the model under the guide.
+        names: the latents.
+        nesting: plate dimensions of guide and model.
+        draws_minibatch: whether the model draws its minibatch, other data in each run.
+    """
+    traces = [trace]
+    if draws_minibatch:
+        with pair.looking():
+            traces += [
+                trace_model(pair.model, trace_guide(pair.guide, pair.batch), pair.batch)
+                for _ in range(_MINIBATCHES)
+            ]
+    for each in traces:
+        _check_values(pair, pair.model, each, names, nesting)
+
+
+def check_enumerated(pair: Pair, names: tuple[str, ...], nesting: int) -> None:
+    """Raise ValueError where there is no expectation over a guide's values, entry by entry.
+
+    The values are weighted as those that are summed out are, and must run together as those do.
+    """
+    single = pair.single
+    infer = {name: single.guide_trace.nodes[name]["infer"] for name in names}
+    expand = tuple(name for name in names if infer[name].get("expand"))
+    for program, trace in ((pair.model, single.model_trace), (pair.guide, single.guide_trace)):
+        try:
+            _check_values(pair, program, trace, names, nesting, expand)
+        except ValueError as error:
+            raise ValueError(
+                f"the guide enumerates {list(names)}, over which there is no expectation entry by "
+                "entry. Leave infer={'enumerate': ...} out in the guide and they are drawn, with "
+                f"pv.ELBO(estimator='score'). What was found: {error}"
+            ) from error
+
+
+def _check_values(
+    pair: Pair,
+    program: Program,
+    trace: Trace,
+    names: tuple[str, ...],
+    nesting: int,
+    expand: tuple[str, ...] = (),
+) -> None:
+    """Raise ValueError where the values of some sites do not run together as each alone."""
+    others, preimages = _held(trace, names)
+    ndim = {name: trace.nodes[name]["value"].ndim for name in names}
+
+    def run(fn: Program, values: Values) -> Trace:
+        return trace_of(GiveValues({**others, **values}, preimages)(fn), pair.batch)
+
+    def alone(values: Values) -> Trace:
+        return run(program, {n: v.reshape(v.shape[v.ndim - ndim[n] :]) for n, v in values.items()})
+
+    with pair.evaluating():
+        together = run(enumerated(program, names, -1 - nesting, expand), {})
+        check_values(lift_masks(together, names), alone, nesting)
+
+
+# --- rounding, edges, NaN
 
 
 def coarse_sites(run: Run) -> frozenset[str]:

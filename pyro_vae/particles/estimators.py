@@ -110,11 +110,7 @@ class Estimate:
     @property
     def std_error(self) -> Tensor:
         """Standard error of each value, [N]; nan from a single particle, which tells none."""
-        num_particles = self.influence.shape[0]
-        if num_particles < 2:
-            return torch.full_like(self.influence[0], math.nan)
-        squares = self.influence.square().sum(0)
-        return torch.sqrt(squares / (num_particles * (num_particles - 1)))
+        return _std_error(self.influence.square().sum(0), self.influence.shape[0])
 
     @property
     def skewness(self) -> Tensor:
@@ -185,6 +181,13 @@ def skewness_of(variance: Tensor, third: Tensor) -> Tensor:
     return torch.where(variance > 0, third / variance.clamp_min(_TINY).pow(1.5), 0.0)
 
 
+def _std_error(squares: Tensor, num_particles: int) -> Tensor:
+    """Return the standard error of a mean, [N], from the sum of squares about it."""
+    if num_particles < 2:
+        return torch.full_like(squares, math.nan)
+    return torch.sqrt(squares / (num_particles * (num_particles - 1)))
+
+
 def _widening(squared_skewness: Tensor) -> Tensor:
     return (1 + _PER_SQUARED_SKEWNESS * squared_skewness).clamp_max(_WIDEST)
 
@@ -216,78 +219,48 @@ def mixture_log_guide(log_guides: Tensor) -> Tensor:
     return torch.logsumexp(log_guides, 0) - math.log(log_guides.shape[0])
 
 
-class _Moments:
+class _Stream:
     """Mean and central moments of values, from chunks of them, for each datum.
 
     Chan, Golub & LeVeque (1983), and Pebay (2008, eq. 1.1) for the third: the moments of two
-    sets from those of each.
+    sets from those of each. Memory does not depend on the number of particles.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = self.cubes = torch.zeros(())  # sums of powers about the mean
+        self.num_particles = 0  # K so far
+        # The mean, and sums of powers about it; None before the first chunk.
+        self._moments: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def update(self, values: Tensor) -> None:
-        """Take in a chunk of values, [k, N]."""
+    def _add(self, values: Tensor) -> None:
         size, mean = values.shape[0], values.mean(0)
         about = values - mean
         squared = about.square()
         squares, cubes = squared.sum(0), (squared * about).sum(0)
-        if not self.count:
-            self.count, self.mean, self.squares, self.cubes = size, mean, squares, cubes
-            return
-        before, total = self.count, self.count + size
-        shift = mean - self.mean
-        self.cubes = (
-            self.cubes
-            + cubes
-            + shift.pow(3) * (before * size * (before - size) / total**2)
-            + 3 * shift * (before * squares - size * self.squares) / total
-        )
-        self.squares = self.squares + squares + shift.square() * (before * size / total)
-        # Not mean + shift * share: that is nan where a weight of zero makes one -inf.
-        self.mean = self.mean * (before / total) + mean * (size / total)
-        self.count = total
+        before, total = self.num_particles, self.num_particles + size
+        if self._moments is not None:
+            first, first_squares, first_cubes = self._moments
+            shift = mean - first
+            cubes = (
+                first_cubes
+                + cubes
+                + shift.pow(3) * (before * size * (before - size) / total**2)
+                + 3 * shift * (before * squares - size * first_squares) / total
+            )
+            squares = first_squares + squares + shift.square() * (before * size / total)
+            # Not first + shift * share: that is nan where a weight of zero makes one -inf.
+            mean = first * (before / total) + mean * (size / total)
+        self._moments, self.num_particles = (mean, squares, cubes), total
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiply all values seen by a factor, [N]."""
-        self.mean = self.mean * factor
-        self.squares, self.cubes = self.squares * factor**2, self.cubes * factor**3
-
-    @property
-    def std_error(self) -> Tensor:
-        """Standard error of the mean, [N]; nan from a single value."""
-        if self.count < 2:
-            return torch.full_like(self.squares, math.nan)
-        return torch.sqrt(self.squares / (self.count * (self.count - 1)))
-
-    @property
-    def skewness(self) -> Tensor:
-        """Skewness of the values, [N]."""
-        return skewness_of(self.squares / self.count, self.cubes / self.count)
-
-
-class _Stream:
-    """Moments of what chunks of particles contribute; memory does not depend on their number."""
-
-    def __init__(self) -> None:
-        self._seen = _Moments()
-
-    @property
-    def num_particles(self) -> int:
-        """K so far."""
-        return self._seen.count
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._moments is None:
+            raise ValueError("no log weights yet: call update first")
+        return self._moments
 
     @property
     def skewness(self) -> Tensor:
         """The skewness of the particles' influences, [N]."""
-        return self._moments.skewness
-
-    @property
-    def _moments(self) -> _Moments:
-        if not self._seen.count:
-            raise ValueError("no log weights yet: call update first")
-        return self._seen
+        _, squares, cubes = self._seen()
+        return skewness_of(squares / self.num_particles, cubes / self.num_particles)
 
 
 class StreamingELBO(_Stream):
@@ -304,17 +277,17 @@ class StreamingELBO(_Stream):
 
     def update(self, log_weights: Tensor) -> None:
         """Take in a chunk of log weights, [k, N]."""
-        self._seen.update(log_weights.double())
+        self._add(log_weights.double())
 
     @property
     def value(self) -> Tensor:
         """The ELBO of each datum, [N]."""
-        return self._moments.mean
+        return self._seen()[0]
 
     @property
     def std_error(self) -> Tensor:
         """Its standard error, [N]; nan from a single particle."""
-        return self._moments.std_error
+        return _std_error(self._seen()[1], self.num_particles)
 
 
 class StreamingIWAE(_Stream):
@@ -339,28 +312,31 @@ class StreamingIWAE(_Stream):
         """Take in a chunk of log weights, [k, N]."""
         chunk = log_weights.double()
         largest = chunk.amax(0)
-        if self.num_particles:
+        if self._moments is not None:
             largest = torch.maximum(largest, self._log_largest)
             # 0 of a datum whose weights were all zero: nothing to scale.
-            self._seen.scale(torch.exp(self._log_largest - largest).nan_to_num(0.0))
+            factor = torch.exp(self._log_largest - largest).nan_to_num(0.0)
+            mean, squares, cubes = self._moments
+            self._moments = mean * factor, squares * factor**2, cubes * factor**3
         self._log_largest = largest
-        self._seen.update(torch.exp(chunk - largest.clamp_min(-_HUGE)))
+        self._add(torch.exp(chunk - largest.clamp_min(-_HUGE)))
 
     @property
     def value(self) -> Tensor:
         """The importance-weighted bound of each datum, [N]."""
-        return self._moments.mean.log() + self._log_largest
+        return self._seen()[0].log() + self._log_largest
 
     @property
     def std_error(self) -> Tensor:
         """Its standard error by the delta method, [N]; nan from a single particle."""
-        return self._moments.std_error / self._moments.mean
+        mean, squares, _ = self._seen()
+        return _std_error(squares, self.num_particles) / mean
 
     @property
     def effective_sample_size(self) -> Tensor:
         """Kish's effective sample size of each datum, [N]."""
-        moments = self._moments
-        return moments.count / (1 + moments.squares / (moments.count * moments.mean.square()))
+        mean, squares, _ = self._seen()
+        return self.num_particles / (1 + squares / (self.num_particles * mean.square()))
 
 
 class LargestWeights:
@@ -383,16 +359,13 @@ class LargestWeights:
     def __init__(self, size: int) -> None:
         self.size = size
         self._kept: list[Tensor] = []
-        self._count = 0
 
     def update(self, log_weights: Tensor) -> None:
         """Take in a chunk of log weights, [k, N]."""
         self._kept.append(log_weights)
-        self._count += log_weights.shape[0]
         # Not at every chunk, which may be a few particles of a large K.
-        if self._count > 4 * self.size:
+        if sum(map(len, self._kept)) > 4 * self.size:
             self._kept = [self.value]
-            self._count = self._kept[0].shape[0]
 
     @property
     def value(self) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
-from pyro_vae.particles.blocks import data_blocks, draw_step, equal_step
+from pyro_vae.particles.blocks import draw_step, equal_step
 from pyro_vae.particles.checks import refuse_edges, refuse_nan
+from pyro_vae.particles.global_latents import Given, fix_globals_of_pair
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES
-from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, reseed
-from pyro_vae.particles.run import Runner
-from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import row_guide
+from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner
+from pyro_vae.particles.run import Runner, using_rows
+from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.messages import as_count, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
@@ -37,7 +37,15 @@ from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
-from pyro_vae.programs.types import Compile, DataPlate, ModeName, Node, Particles, Program, Values
+from pyro_vae.programs.types import (
+    Compile,
+    DataPlate,
+    GivenValues,
+    Node,
+    Particles,
+    Program,
+    Values,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +67,7 @@ class Chunk:
     weights: LogWeights
 
 
-class Evaluator:
+class Evaluator(PairRunner):
     """A model, a guide and a batch, made ready to draw and to score.
 
     Args:
@@ -98,51 +106,25 @@ class Evaluator:
         self._recorder = Recorder("scoring", False if gradients else compile)
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {tuple(MODES)} is needed")
-        self.batch = batch
-        self.seed = (
-            int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
-        )
+        drawn = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self.outside: list[str] = []  # sites with draws of no density, once they were seen
         self._looked_outside = False
         pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
-        self.pair: Pair = pair.evaluable(data_plate)
-        self.structure = self.pair.structure
         # Modes are chosen anew for each guide: particles of one that is sure of itself are equal.
-        self.runner = PairRunner(self.pair, self.seed, particles)
+        super().__init__(pair.evaluable(data_plate), drawn, particles)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""
         return self.pair.evaluating(gradients=self.gradients)
 
-    @functools.cached_property
-    def splittable(self) -> bool:
-        """Whether guide and model, given some of the rows, say of them what they say of all."""
-        return self.runner.splittable
-
-    def _reseed(self, *key: int) -> None:
-        reseed(self.batch.device, self.seed, *key)
-
-    @property
-    def num_data(self) -> int:
-        """N: data in the batch, or 1 where it is treated as one datum."""
-        return self.structure.num_data
-
-    @property
-    def modes(self) -> dict[str, ModeName]:
-        """How particles run, for guide and model: "plate", "repeat" or "loop"."""
-        return {"guide": self.runner.guide.mode.name, "model": self.runner.model.mode.name}
-
-    @property
-    def chunk_pairs(self) -> int:
-        """Pairs (particle, datum) that the model scores at once by default."""
-        return self.runner.chunk_pairs
-
     # --- draws and weights
 
-    def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
-        """Draw and score, block of data by block of data, particles inside.
+    def blocks(
+        self, num_particles: int, chunk_size: int | None = None
+    ) -> Iterator[Iterator[Chunk]]:
+        """Draw and score: yield the chunks of each block of data in turn.
 
         Args:
             num_particles: K, for each datum.
@@ -151,37 +133,38 @@ class Evaluator:
         num_particles = as_count("num_particles", num_particles)
         pairs = self.chunk_pairs if chunk_size is None else as_count("chunk_size", chunk_size)
         for block, rows in enumerate(self.data_blocks()):
-            size = rows.stop - rows.start
-            step = draw_step(size)
-            starts = range(0, num_particles, step)
-            together = max(1, pairs // (step * size))
-            for group in range(0, len(starts), together):
-                drawn = [
-                    self.draw(
-                        rows, min(step, num_particles - k), (DRAWS, block, k // step), len(starts)
-                    )
-                    for k in starts[group : group + together]
-                ]
-                values, log_guide = _joined(drawn)
-                yield self._chunk(rows, starts[group], values, log_guide, pairs, num_particles)
+            yield self._chunks(block, rows, num_particles, pairs)
+
+    def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
+        """Yield the chunks of all :meth:`blocks`."""
+        return itertools.chain.from_iterable(self.blocks(num_particles, chunk_size))
+
+    def _chunks(self, block: int, rows: slice, num_particles: int, pairs: int) -> Iterator[Chunk]:
+        size = rows.stop - rows.start
+        starts = range(0, num_particles, draw_step(size))
+        together = max(1, pairs // (starts.step * size))
+        for group in range(0, len(starts), together):
+            yield self._chunk(block, rows, starts[group : group + together], num_particles, pairs)
 
     def _chunk(
-        self,
-        rows: slice,
-        start: int,
-        values: Values,
-        log_guide: Tensor,
-        pairs: int,
-        num_particles: int,
+        self, block: int, rows: slice, starts: range, num_particles: int, pairs: int
     ) -> Chunk:
-        """Return the chunk of some draws, the first of them particle ``start``."""
-        refuse_edges(self.structure, self.runner.guide.shapes, rows, values)
+        """Return the chunk of the draws that begin with these particles."""
+        step, total = starts.step, len(range(0, num_particles, starts.step))
+        drawn = [
+            self.draw(rows, min(step, num_particles - k), (DRAWS, block, k // step), total)
+            for k in starts
+        ]
+        values, log_guide = _joined(drawn)
+        del drawn  # which values are a copy of
+        refuse_edges(self.structure, self.guide.shapes, rows, values)
         expected = num_particles * self.num_data
         log_likelihood, log_prior = self.score_model(rows, values, pairs, expected)
         weights = LogWeights(log_likelihood, log_prior, log_guide)
         refuse_nan(rows, weights)
         self._note_outside(rows, values, weights)
-        return Chunk(rows, slice(start, start + weights.num_particles), values, weights)
+        particles = slice(starts.start, starts.start + weights.num_particles)
+        return Chunk(rows, particles, values, weights)
 
     def _note_outside(self, rows: slice, values: Values, weights: LogWeights) -> None:
         """Keep the names of sites whose values have no density under the model."""
@@ -189,8 +172,7 @@ class Evaluator:
             return
         self._looked_outside = True
         with self.evaluating():
-            run = self.runner.run_model(rows, values)
-            self.outside = outside_sites(run.sites())
+            self.outside = outside_sites(self.run_model(rows, values).sites())
 
     def warn_of_outside(self, what: str, infinite: Tensor) -> None:
         """Log why ELBOs are -inf.
@@ -233,18 +215,18 @@ class Evaluator:
 
         with self.evaluating():
             self._reseed(*key)
-            if self.runner.masks_by_draw:  # eagerly, for a graph has no place for a check
-                *values, log_guide = drawn(self.runner, rows, {})
-            else:
-                guide = self.runner.guide
-                *values, log_guide = self._recorded(guide, drawn, rows, {}, num_particles, calls)
+            *values, log_guide = (
+                drawn(self, rows, {})  # eagerly, for a graph has no place for a check
+                if self.masks_by_draw
+                else self._recorded(self.guide, drawn, rows, {}, num_particles, calls)
+            )
         self._names = names or self._names  # a graph does not give them
         return dict(zip(self._names, values, strict=True)), log_guide
 
     def score_guide(self, rows: slice, values: Values) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""
         with self.evaluating():
-            return self.runner.score_guide(rows, values)
+            return self.guide_given(rows, values)
 
     def score_model(
         self, rows: slice, values: Values, pairs: int | None = None, expected: int = 0
@@ -269,8 +251,8 @@ class Evaluator:
                 some = {name: value[k : k + particle_step] for name, value in values.items()}
                 by_data = [
                     self._recorded(
-                        self.runner.model,
-                        PairRunner.score_model,
+                        self.model,
+                        PairRunner.model_given,
                         slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
                         self.take_data(some, slice(n, n + data_step), size),
                         min(particle_step, num_particles - k),
@@ -284,18 +266,6 @@ class Evaluator:
 
     # --- parts of the data
 
-    def data_blocks(self) -> list[slice]:
-        """Return the data in blocks of rows; all at once where a model takes no fewer."""
-        return self.blocks_of(self.num_data)
-
-    def blocks_of(self, count: int) -> list[slice]:
-        """Return some of the data in blocks, equal ones, so that they share a graph."""
-        return data_blocks(count, lambda: self.splittable)
-
-    def take_data(self, values: Values, rows: slice, size: int) -> dict[str, Tensor]:
-        """Return the values of some data, as :meth:`PairRunner.take_data` does."""
-        return self.runner.take_data(values, rows, size)
-
     def given(self, runner: Runner | None = None, rows: slice | None = None) -> tuple[Any, ...]:
         """Return the tensors that what is scored depends on, in some structure, for :meth:`on`.
 
@@ -304,7 +274,7 @@ class Evaluator:
             rows: of which data; by default all.
         """
         rows = slice(0, self.num_data) if rows is None else rows
-        batch, masks, index = (self.runner.guide if runner is None else runner).block(rows)
+        batch, masks, index = (runner or self.guide).block(rows)
         return batch.args, dict(batch.kwargs), masks, index
 
     @contextlib.contextmanager
@@ -312,14 +282,11 @@ class Evaluator:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Values, index: Tensor | None
     ) -> Iterator[Evaluator]:
         """Yield this evaluator on other tensors of the same kind, as :meth:`given` returns them."""
-        block, guide = copy.copy(self), row_guide(self.runner.guide.program)
-        block.batch = Batch(args, kwargs)
-        block.runner = self.runner.on(block.batch, masks)
-        if guide is None or index is None:
+        block, batch = copy.copy(self), Batch(args, kwargs)
+        block.model = replace(self.model, batch=batch, masks={})
+        block.guide = replace(self.guide, batch=batch, masks=masks if self.guide.masks else {})
+        with using_rows(self.guide.program, index):
             yield block
-        else:
-            with guide.rows_as_given(index):
-                yield block
 
     def _recorded(
         self,
@@ -335,14 +302,14 @@ class Evaluator:
         inputs: list[Tensor] = []
         form = form_of(given, inputs)
         if form is None or runner.mode.num_runs(num_particles) > 1:
-            return function(self.runner, rows, values)
+            return function(self, rows, values)
 
         def on_tensors(*tensors: Tensor) -> Sequence[Tensor]:
             *block, values = rebuilt(given, iter(tensors))
             with self.on(*block) as evaluator:
-                return function(evaluator.runner, slice(0, rows.stop - rows.start), values)
+                return function(evaluator, slice(0, rows.stop - rows.start), values)
 
-        key = (runner is self.runner.model, num_particles, form)
+        key = (runner is self.model, num_particles, form)
         return self._recorder(key, on_tensors, inputs, calls)
 
     # --- runs for containers of draws
@@ -353,8 +320,7 @@ class Evaluator:
         with self.evaluating():
             for run in range(count):
                 self._reseed(RUNS, run)
-                trace = trace_of(self.runner.guide.program, self.batch)
-                runs.append(dict(latent_nodes(trace)))
+                runs.append(dict(latent_nodes(trace_of(self.guide.program, self.batch))))
         return runs
 
     def predict(
@@ -378,9 +344,9 @@ class Evaluator:
         Returns:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
-        model = self.runner.model
-        model = model.of(unobserve(model.program) if observed else model.program)
-        latents = None if values is None else self.runner.latents(values)
+        program = unobserve(self.model.program) if observed else self.model.program
+        model = replace(self.model, program=program, summed_out=())
+        latents = None if values is None else self.latents(values)
         with self.evaluating():
             self._reseed(*key)
             drawn = model.run(rows, num_particles, latents).values()
@@ -396,7 +362,7 @@ class Evaluator:
             values: as :meth:`draw` returns them.
             alone: whether particles run one by one; else as the model's densities do.
         """
-        runner = self.runner.in_mode("loop") if alone else self.runner
+        runner = self.in_mode("loop") if alone else self
         found: dict[str, list[Node]] = {}
         with self.evaluating(), torch.no_grad():
             for trace in runner.run_model(rows, values).traces:
@@ -408,7 +374,7 @@ class Evaluator:
     def site_log_likelihood(self, rows: slice, values: Values) -> dict[str, Tensor]:
         """Return log p(x | z) of each observed site, [K, N]; ``[K, *batch]`` for one datum."""
         with self.evaluating():
-            run = self.runner.run_model(rows, values)
+            run = self.run_model(rows, values)
             of_site = run.pointwise if self.structure.data_dim is None else run.term
             return {site.name: of_site(site.name) for site in self.structure.observed}
 
@@ -424,7 +390,7 @@ class Evaluator:
             return {}
         with self.evaluating():
             self._reseed(*key)
-            return self.runner.run_model(rows, values).draw_summed_out()
+            return self.run_model(rows, values).draw_summed_out()
 
     # --- shapes of values
 
@@ -436,11 +402,8 @@ class Evaluator:
         single, dim = self.single_values(values), self.structure.data_dim
         if dim is None:
             return single
-        shapes = self.runner.guide.shapes
-        return {
-            name: value.movedim(value.ndim - shapes[name].event_ndim + dim, 1)
-            for name, value in single.items()
-        }
+        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in single.items()}
+        return {name: value.movedim(axes[name], 1) for name, value in single.items()}
 
     def single_values(self, values: Values) -> dict[str, Tensor]:
         """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
@@ -458,14 +421,15 @@ class Evaluator:
 
     def _missing_dims(self, name: str) -> int:
         """Return how many plate dimensions of all values a site has not."""
-        return self.pair.nesting - self.runner.guide.shapes[name].batch_ndim
+        return self.pair.nesting - self.guide.shapes[name].batch_ndim
 
     # --- other guides
 
     def share_preimages(self, other: Evaluator) -> None:
         """Take up the preimages of another guide's draws, to score these by."""
-        theirs = {n: s for n, s in other.runner.guide.shapes.items() if s.preimage_of is not None}
-        self.runner = self.runner.sharing({**theirs, **self.runner.guide.shapes})
+        theirs = {n: s for n, s in other.guide.shapes.items() if s.preimage_of is not None}
+        shapes = {**theirs, **self.guide.shapes}
+        self.guide, self.model = (replace(r, shapes=shapes) for r in (self.guide, self.model))
 
     def can_score(self, other: Evaluator) -> bool:
         """Whether this guide's density of the other guide's draws is known."""
@@ -480,6 +444,32 @@ class Evaluator:
         other = copy.copy(self)
         other.gradients = False
         return other
+
+
+def prepare(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    given: GivenValues | None,
+    data_plate: DataPlate,
+    seed: int | None,
+    particles: Particles = "auto",
+    compile: Compile = "auto",
+) -> tuple[Evaluator, Given]:
+    """Return an evaluator of a pair on a batch, and the values that global latents are fixed at.
+
+    The arguments are those of :func:`pyro_vae.log_weights`.
+    """
+    arguments = as_batch(*batch)
+    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
+    evaluator = Evaluator(
+        *(model, guide, arguments),
+        data_plate=data_plate,
+        particles=particles,
+        seed=seed,
+        compile=compile,
+    )
+    return evaluator, fixed
 
 
 def _joined(drawn: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:

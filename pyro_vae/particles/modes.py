@@ -35,6 +35,7 @@ class Mode(abc.ABC):
     nesting: int
     data_dim: int | None
     name: ClassVar[ModeName]
+    leading: ClassVar[int] = 0  # batch dimensions of particles in a run
 
     # --- to run
 
@@ -57,19 +58,14 @@ class Mode(abc.ABC):
     # --- the shapes of a run
 
     @property
-    def particle_dim(self) -> int | None:
-        """The batch dimension of the particles in a run, negative; None where they have none."""
-        return None
+    def plate_dims(self) -> int:
+        """The batch dimensions of a run that plates take up, the particles' among them."""
+        return self.nesting + self.leading
 
     @property
     def first_enum_dim(self) -> int:
         """The first dimension left of all plates, negative."""
         return -1 - self.plate_dims
-
-    @property
-    def plate_dims(self) -> int:
-        """The batch dimensions of a run that plates take up, the particles' among them."""
-        return self.nesting + (self.particle_dim is not None)
 
     @abc.abstractmethod
     def fold(self, value: Tensor, shape: SiteShape, run: int) -> Tensor:
@@ -79,10 +75,10 @@ class Mode(abc.ABC):
         """Return a site's values in each run as ``[K, *plates, *event]``; K is 1 if all agree."""
         ndim = self.plate_dims + event_ndim
         padded = [value.reshape((1,) * (ndim - value.ndim) + value.shape) for value in values]
-        return self._unfold(padded, event_ndim, num_particles)
+        return self._joined(padded, event_ndim, num_particles)
 
     @abc.abstractmethod
-    def _unfold(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
+    def _joined(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
         """Return values of all plate dimensions as :meth:`unfold` does."""
 
     def fold_mask(self, mask: Tensor, num_particles: int, num_data: int) -> list[Tensor]:
@@ -93,7 +89,6 @@ class Mode(abc.ABC):
         of_plates, mask = SiteShape(self.nesting, 0), mask.expand(shape)
         return [self.fold(mask, of_plates, k) for k in range(self.num_runs(num_particles))]
 
-    @abc.abstractmethod
     def by_particle(
         self, terms: Sequence[Tensor], num_particles: int, data_dim: int | None
     ) -> Tensor:
@@ -104,14 +99,19 @@ class Mode(abc.ABC):
             num_particles: K.
             data_dim: that of the mode; None for a site outside the data plate, and N is 1.
         """
+        reduced = [per_datum(term, self.nesting, data_dim, self.leading) for term in terms]
+        return self._stacked(reduced, num_particles)
+
+    @abc.abstractmethod
+    def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
+        """Return sums for each datum of a run as :meth:`by_particle` does."""
 
     def spread(self, by_datum: Tensor, run: int, batch_ndim: int) -> Tensor:
         """Return numbers [K, N] in the batch shape of a site in one of the runs."""
         rows = self._rows_of(by_datum, run)
-        shape = [1] * self.nesting
+        shape = [rows.shape[0], *[1] * self.nesting]
         if self.data_dim is not None:
             shape[self.data_dim] = rows.shape[1]
-        shape = [rows.shape[0], *shape]
         return rows.reshape(shape[len(shape) - batch_ndim :])
 
     @abc.abstractmethod
@@ -123,31 +123,22 @@ class Plate(Mode):
     """All particles in one run, in a plate left of the model's own plates."""
 
     __slots__ = ()
-    name = "plate"
+    name, leading = "plate", 1
 
     def programs(self, num_particles: int, *programs: Program) -> Sequence[Program]:
-        """Return model and guide as one run takes them."""
-        plate = pyro.plate(_PARTICLE_PLATE, num_particles, dim=self.particle_dim)
+        """Return model and guide in the plate of particles."""
+        plate = pyro.plate(_PARTICLE_PLATE, num_particles, dim=-1 - self.nesting)
         return [plate(program) for program in programs]
-
-    @property
-    def particle_dim(self) -> int:
-        """The batch dimension of the particles in a run, negative."""
-        return -1 - self.nesting
 
     def fold(self, value: Tensor, shape: SiteShape, run: int) -> Tensor:
         """Return the value as it is."""
         return value
 
-    def _unfold(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
+    def _joined(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
         return values[0]
 
-    def by_particle(
-        self, terms: Sequence[Tensor], num_particles: int, data_dim: int | None
-    ) -> Tensor:
-        """Return a site's term summed for each datum: [K, N]."""
-        reduced = per_datum(terms[0], self.nesting, data_dim, leading=1)
-        return reduced.expand(num_particles, reduced.shape[1])
+    def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
+        return reduced[0].expand(num_particles, -1)
 
     def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
         return by_datum
@@ -176,10 +167,6 @@ class Repeat(Mode):
         """Return the batch repeated: all its data once, then all again."""
         return batch.repeat(num_particles)
 
-    def _axis(self, value: Tensor, event_ndim: int) -> int:
-        """Return the axis of the data in a value, from the left."""
-        return value.ndim - event_ndim + (self.data_dim or 0)
-
     def fold(self, value: Tensor, shape: SiteShape, run: int) -> Tensor:
         """Return the particles' values one after the other along the data plate."""
         axis = self._axis(value, shape.event_ndim) - 1
@@ -187,18 +174,18 @@ class Repeat(Mode):
         value = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
         return _of_own_dims(value, shape, self.nesting)
 
-    def _unfold(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
+    def _axis(self, value: Tensor, event_ndim: int) -> int:
+        """Return the axis of the data in a value, from the left."""
+        return value.ndim - event_ndim + (self.data_dim or 0)
+
+    def _joined(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
         axis = self._axis(values[0], event_ndim)
         if values[0].shape[axis] == 1:
             return values[0][None]
         return values[0].unflatten(axis, (num_particles, -1)).movedim(axis, 0)
 
-    def by_particle(
-        self, terms: Sequence[Tensor], num_particles: int, data_dim: int | None
-    ) -> Tensor:
-        """Return a site's term summed for each datum: [K, N]."""
-        reduced = per_datum(terms[0], self.nesting, data_dim, leading=0)
-        return reduced.reshape(num_particles, -1)
+    def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
+        return reduced[0].reshape(num_particles, -1)
 
     def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
         return by_datum.reshape(1, -1)
@@ -218,14 +205,11 @@ class Loop(Mode):
         """Return the value of one particle."""
         return _of_own_dims(value[run], shape, self.nesting)
 
-    def _unfold(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
+    def _joined(self, values: Sequence[Tensor], event_ndim: int, num_particles: int) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*values))
 
-    def by_particle(
-        self, terms: Sequence[Tensor], num_particles: int, data_dim: int | None
-    ) -> Tensor:
-        """Return a site's term in each run, summed for each datum: [K, N]."""
-        return torch.stack([per_datum(term, self.nesting, data_dim, leading=0) for term in terms])
+    def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
+        return torch.stack(list(reduced))
 
     def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
         return by_datum[run : run + 1]
@@ -252,8 +236,7 @@ def per_datum(term: Tensor, nesting: int, data_dim: int | None, leading: int) ->
     Returns:
         [N], or [K, N]; N is 1 for a site outside the data plate, or for one datum.
     """
-    missing = nesting + leading - term.ndim
-    if missing > 0:
+    if (missing := nesting + leading - term.ndim) > 0:
         term = term.reshape((1,) * missing + term.shape)
     data_axis = None if data_dim is None else term.ndim + data_dim
     axes = [axis for axis in range(leading, term.ndim) if axis != data_axis]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import pyro
@@ -28,13 +29,12 @@ from pyro_vae.particles.checks import (
     warn_of_coarse_parameters,
 )
 from pyro_vae.particles.modes import Loop
-from pyro_vae.particles.run import Run, Runner, is_any, is_latent, is_observed
-from pyro_vae.programs.agreement import agree, largest_gap
+from pyro_vae.particles.run import Run, Runner, is_latent, is_observed
+from pyro_vae.programs.agreement import agree
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.sites import SiteShape
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
@@ -49,12 +49,13 @@ class PairRunner:
 
     Args:
         pair: model, guide and batch.
-        seed: of the draws by which modes are chosen.
+        seed: of the draws, those by which modes are chosen among them.
         particles: the mode of both; "auto" takes the first that agrees with single particles.
 
     Attributes:
         guide: the Runner of the guide.
         model: the Runner of the model.
+        structure: of the model.
 
     Raises:
         ValueError: where particles together have other densities than each alone, and where a
@@ -62,13 +63,13 @@ class PairRunner:
     """
 
     def __init__(self, pair: Pair, seed: int, particles: Particles = "auto") -> None:
-        self.pair, self._seed = pair, seed
+        self.pair, self.seed, self.structure = pair, seed, pair.structure
         # The reference: single particles, run one by one. It takes any network, and so comes
         # before all else that runs the pair.
         loop = Loop(pair.nesting, pair.structure.data_dim)
         self.guide = Runner(pair.guide, pair.batch, pair.shapes, loop)
+        self.model = Runner(pair.model, pair.batch, pair.shapes, loop, pair.summed_out)
         self.masks_by_draw = False
-        self.model = Runner(pair.model, pair.batch, pair.shapes, self.guide.mode, pair.summed_out)
         self._num_values = 1  # of summed-out sites, those that one density depends on
         with pair.evaluating(), torch.no_grad():
             self._choose_modes(particles)
@@ -77,7 +78,7 @@ class PairRunner:
 
     def latents(self, values: Values) -> dict[str, Tensor]:
         """Return the values of the model's sites, and their preimages."""
-        sites, shapes = self.pair.structure.sites, self.guide.shapes
+        sites, shapes = self.structure.sites, self.guide.shapes
         return {
             name: value
             for name, value in values.items()
@@ -90,23 +91,18 @@ class PairRunner:
 
     def log_guide(self, run: Run, rows: slice, values: Values) -> Tensor:
         """Return log q of draws, [K, N], masked as the model masks its latents given them."""
-        masks: Values = self.guide.masks_of(rows)
-        if self.masks_by_draw:
-            masks = self._masks_of_draws(run, rows, values)
+        by_draw = self.masks_by_draw
+        masks = self._masks_of_draws(run, rows, values) if by_draw else self.guide.masks_of(rows)
         return run.log_prob(is_latent, masks)
 
-    def score_guide(self, rows: slice, values: Values) -> Tensor:
+    def guide_given(self, rows: slice, values: Values) -> Tensor:
         """Return log q of given values, [K, N]."""
         return self.log_guide(self.guide.run(rows, _count(values), values), rows, values)
 
-    def log_joint(self, rows: slice, values: Values) -> Tensor:
-        """Return log p(x, z) of given values, [K, N]."""
-        return self.run_model(rows, values).log_prob(is_any)
-
-    def score_model(self, rows: slice, values: Values) -> tuple[Tensor, Tensor]:
+    def model_given(self, rows: slice, values: Values) -> tuple[Tensor, Tensor]:
         """Return log p(x | z) and log p(z) of given values, [K, N] each."""
         run = self.run_model(rows, values)
-        if all(site.kind == "observed" for site in self.pair.structure.sites.values()):
+        if all(site.kind == "observed" for site in self.structure.sites.values()):
             log_likelihood = run.log_prob(is_observed)
             return log_likelihood, torch.zeros_like(log_likelihood)
         log_prior = run.log_prob(is_latent)
@@ -115,7 +111,7 @@ class PairRunner:
             # Where there is no z, what x would be given it is no number, and matters to nothing.
             return run.log_prob(is_observed).masked_fill(never, 0.0), log_prior
         # The discrete sites tie likelihood and prior: p(x | z) = p(x, z) / p(z).
-        log_joint = run.log_prob(is_any).masked_fill(never, 0.0)
+        log_joint = run.log_prob().masked_fill(never, 0.0)
         return log_joint - log_prior.masked_fill(never, 0.0), log_prior
 
     def _masks_of_draws(self, run: Run, rows: slice, values: Values) -> dict[str, Tensor]:
@@ -133,9 +129,8 @@ class PairRunner:
                 count = min(step, num_particles - k)
                 found = self.model.run(rows, count, some).masks()
                 pieces.append({n: m.expand(count, *m.shape[1:]) for n, m in found.items()})
-            own = run.masks()
         theirs = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        for name, mask in own.items():
+        for name, mask in run.masks().items():
             if name in latents:
                 check_proposal_mask(name, mask, theirs.get(name))
         return {
@@ -147,13 +142,31 @@ class PairRunner:
     @property
     def chunk_pairs(self) -> int:
         """Pairs (particle, datum) that the model scores at once by default."""
-        structure = self.pair.structure
-        observed = sum(site.value.numel() for site in structure.observed)
-        return chunk_pairs(structure.num_data, observed * self._num_values)
+        observed = sum(site.value.numel() for site in self.structure.observed)
+        return chunk_pairs(self.num_data, observed * self._num_values)
+
+    @property
+    def batch(self) -> Batch:
+        """The arguments of model and guide."""
+        return self.guide.batch
+
+    @property
+    def modes(self) -> dict[str, ModeName]:
+        """How particles run, for guide and model: "plate", "repeat" or "loop"."""
+        return {"guide": self.guide.mode.name, "model": self.model.mode.name}
+
+    @property
+    def num_data(self) -> int:
+        """N: data in the batch, or 1 where it is treated as one datum."""
+        return self.structure.num_data
 
     def data_blocks(self) -> list[slice]:
         """Return the data in blocks of rows; all at once where a model takes no fewer."""
-        return data_blocks(self.pair.structure.num_data, lambda: self.splittable)
+        return self.blocks_of(self.num_data)
+
+    def blocks_of(self, count: int) -> list[slice]:
+        """Return some of the data in blocks, equal ones, so that they share a graph."""
+        return data_blocks(count, lambda: self.splittable)
 
     def take_data(self, values: Values, rows: slice, size: int) -> dict[str, Tensor]:
         """Return the values of some data, ``[K, *plates, *event]``.
@@ -166,20 +179,9 @@ class PairRunner:
         dim = self.model.mode.data_dim
         if dim is None or (rows.start == 0 and rows.stop >= size):
             return dict(values)
+        axes = {n: v.ndim - self.model.shapes[n].event_ndim + dim for n, v in values.items()}
         count = min(rows.stop, size) - rows.start
-        return {
-            name: value.narrow(
-                value.ndim - self.model.shapes[name].event_ndim + dim, rows.start, count
-            )
-            for name, value in values.items()
-        }
-
-    def on(self, batch: Batch, masks: Values) -> PairRunner:
-        """Return this runner on a block of the data, with the masks on the guide's sites there."""
-        other = copy.copy(self)
-        other.model = self.model.on(batch, {})
-        other.guide = self.guide.on(batch, masks if self.guide.masks else {})
-        return other
+        return {n: value.narrow(axes[n], rows.start, count) for n, value in values.items()}
 
     @functools.cached_property
     def splittable(self) -> bool:
@@ -187,36 +189,29 @@ class PairRunner:
 
         Not so where a plate has a fixed size, or a function closes over data of its own.
         """
-        num_data, batch = self.pair.structure.num_data, self.pair.batch
-        plate = self.pair.structure.data_plate
-        if plate is None or batch.size is None or num_data < 2:
+        num_data, plate = self.num_data, self.structure.data_plate
+        if plate is None or self.batch.size is None or num_data < 2:
             return False
         if self.pair.part_agrees(plate):
             return True
         whole, half = slice(0, num_data), slice(num_data // 2, num_data)
         with self.pair.evaluating(), torch.no_grad():
-            reseed(batch.device, self._seed, CHECKS, 1)
+            self._reseed(CHECKS, 1)
             run = self.guide.run(whole, 2)
             values = run.values()
             log_guide = self.log_guide(run, whole, values)
-            log_joint = torch.stack(self.score_model(whole, values)).sum(0)
+            log_joint = torch.stack(self.model_given(whole, values)).sum(0)
             some = self.take_data(values, half, num_data)
             with Look():
-                found = self.score_guide(half, some)
-                found_joint = torch.stack(self.score_model(half, some)).sum(0)
+                found = self.guide_given(half, some)
+                found_joint = torch.stack(self.model_given(half, some)).sum(0)
                 same = self._agree(log_guide[:, half], found)
                 return same and self._agree(log_joint[:, half], found_joint)
         return False  # it takes batches of this one size
 
     # --- the modes
 
-    def sharing(self, shapes: Mapping[str, SiteShape]) -> PairRunner:
-        """Return this runner with shapes of another guide's draws as well, to score them."""
-        other = copy.copy(self)
-        other.guide, other.model = self.guide.sharing(shapes), self.model.sharing(shapes)
-        return other
-
-    def in_mode(self, name: ModeName) -> PairRunner:
+    def in_mode(self, name: ModeName) -> Self:
         """Return this runner with guide and model in another mode."""
         other = copy.copy(self)
         other.guide, other.model = self.guide.in_mode(name), self.model.in_mode(name)
@@ -233,17 +228,15 @@ class PairRunner:
         rows, values = self._choose_guide(particles)
         if self.pair.summed_out:
             self._check_summed_out(rows, values)
-        count, latents = _count(values), self.latents(values)
-        runs: list[Run] = []
-
-        def score(model: Runner) -> Tensor:
-            runs.append(model.run(rows, count, latents))
-            return runs[-1].log_prob(is_any)
-
-        reference = score(self.model)
-        self.model = choose_mode(self.model, "model", particles, reference, score)
+        latents = self.latents(values)
+        reference = self.run_model(rows, values).log_prob()
+        self.model, run = choose_mode(
+            *(self.model, "model", particles, reference),
+            lambda model: model.run(rows, _count(values), latents),
+            Run.log_prob,
+        )
         self._check_independent(rows, latents, reference)
-        self._score_in_float64(model=runs[-1])
+        self._score_in_float64(model=run)
 
     def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
         """Take the first mode if particles together say all that single ones would.
@@ -257,73 +250,70 @@ class PairRunner:
         Returns:
             Runs of guide and model on a draw by the seed alone; None where other checks decide.
         """
-        pair, structure, single = self.pair, self.pair.structure, self.pair.single
+        pair, single, size = self.pair, self.pair.single, self.num_data
         if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):
             return None
         if pair.shares_model_trace:  # which is of another guide's draws
             return None
-        rows, plate = self.data_blocks()[0], structure.data_plate
-        alone = [
-            Run([trace], self.guide.mode, 1, structure.num_data, pair.shapes)
+        rows, plate = self.data_blocks()[0], self.structure.data_plate
+        alone, model_alone = (
+            Run([trace], self.guide.mode, 1, size, pair.shapes)
             for trace in (single.guide_trace, single.model_trace)
-        ]
-        known = self.take_data(alone[0].values(), rows, structure.num_data)
-        reseed(pair.batch.device, self._seed, CHECKS)
+        )
+        known = self.take_data(alone.values(), rows, size)
+        self._reseed(CHECKS)
         drawn = self.guide.run(rows, 1)
-        other, size = drawn.values(), rows.stop - rows.start
-        odd = every_other(size, pair.batch.device)
-        copies = 2 if structure.num_data == 3 else 1  # K is not N, so that they are not mistaken
-        values = {}
-        for name, value in known.items():
-            mixed = other[name]
-            if plate is not None:
-                mixed = mix(odd, mixed, value, plate.dim - pair.shapes[name].event_ndim)
-            values[name] = torch.cat([*[other[name]] * copies, value, mixed])
-        others = self.latents({name: value[:1] for name, value in values.items()})
-        run_of_other = self.model.run(rows, 1, others)
-        of_other = run_of_other.log_prob(is_any)
-        of_mixed = None
-        if plate is not None and pair.part is None:  # else that run has told data apart
-            both = self.latents({name: value[-1:] for name, value in values.items()})
-            of_mixed = self.model.run(rows, 1, both).log_prob(is_any)
-        (name, *_) = candidates(self.guide, particles)
-        guide, model = self.guide.in_mode(name), self.model.in_mode(name)
-        count, last = copies + 2, copies + 1
-        run = guide.run(rows, count, values)
-        model_run = model.run(rows, count, self.latents(values))
-        log_guide, log_joint = run.log_prob(is_latent), model_run.log_prob(is_any)
-        of_known = alone[1].log_prob(is_any)[:, rows]
+        values = drawn.values()
+        other = {name: values[name] for name in known}
+        odd = every_other(rows.stop - rows.start, self.batch.device)
+        mixed = other if plate is None else self._mixed(odd, other, known)
+        run_of_other = self.run_model(rows, other)
+        of_known, of_other = model_alone.log_prob()[:, rows], run_of_other.log_prob()
         rest = of_other if plate is None else torch.where(odd, of_known, of_other)
+        # Where a part was run, that run has told data apart.
+        apart = plate is not None and pair.part is None
+        of_mixed = self.run_model(rows, mixed).log_prob() if apart else rest
+        copies = 2 if size == 3 else 1  # K is not N, so that they are not mistaken
+        values = {n: torch.cat([*[other[n]] * copies, known[n], mixed[n]]) for n in known}
+        (name, *_) = candidates(self.guide, particles)
+        together = self.in_mode(name)
+        run = together.guide.run(rows, copies + 2, values)
+        log_guide = run.log_prob(is_latent)
+        log_joint = together.run_model(rows, values).log_prob()
         if not (
             agree(drawn.log_prob(is_latent), log_guide[:1])
-            and agree(alone[0].log_prob(is_latent)[:, rows], log_guide[copies:last])
+            and agree(alone.log_prob(is_latent)[:, rows], log_guide[copies : copies + 1])
             and agree(of_other, log_joint[:1])
-            and agree(of_known, log_joint[copies:last])
-            and agree(rest, log_joint[last:])
-            and (of_mixed is None or agree(rest, of_mixed))
+            and agree(of_known, log_joint[copies : copies + 1])
+            and agree(rest, log_joint[copies + 1 :])
+            and agree(rest, of_mixed)
         ):
             return None
-        self.guide, self.model = guide, model
-        return drawn, run_of_other  # by the seed alone
+        self.guide, self.model = together.guide, together.model
+        return drawn, run_of_other
+
+    def _mixed(self, odd: Tensor, first: Values, second: Values) -> dict[str, Tensor]:
+        """Return the values of ``second`` for odd data, of ``first`` for the rest."""
+        dim, shapes = self.structure.data_dim or 0, self.guide.shapes
+        return {
+            name: mix(odd, value, second[name], dim - shapes[name].event_ndim)
+            for name, value in first.items()
+        }
 
     def _choose_guide(self, particles: Particles) -> tuple[slice, Values]:
         """Choose the mode of the guide; return some of its draws, for some data."""
-        rows, count = self.data_blocks()[0], 3 if self.pair.structure.num_data == 2 else 2
-        reseed(self.pair.batch.device, self._seed, CHECKS)
+        rows, count = self.data_blocks()[0], 3 if self.num_data == 2 else 2
+        self._reseed(CHECKS)
         run = self.guide.run(rows, count)
         values = run.values()
         if self.pair.masked:
             self._find_masks()
-        log_guide = self.log_guide(run, rows, values)
-
-        runs: list[Run] = []
-
-        def score(guide: Runner) -> Tensor:
-            runs.append(guide.run(rows, count, values))
-            return self.log_guide(runs[-1], rows, values)
-
-        self.guide = choose_mode(self.guide, "guide", particles, log_guide, score)
-        self._score_in_float64(runs[-1])
+        self.guide, run = choose_mode(
+            *(self.guide, "guide", particles, self.log_guide(run, rows, values)),
+            lambda guide: guide.run(rows, count, values),
+            lambda run: self.log_guide(run, rows, values),
+        )
+        self._score_in_float64(run)
         return rows, values
 
     def _score_in_float64(self, guide: Run | None = None, model: Run | None = None) -> None:
@@ -336,7 +326,7 @@ class PairRunner:
 
     def _find_masks(self) -> None:
         """Find the model's masks on latents, and whether they are others for other draws."""
-        whole = slice(0, self.pair.structure.num_data)
+        whole = slice(0, self.num_data)
         values = self.latents(self.guide.run(whole, 1).values())
 
         def traces() -> list[Trace]:
@@ -370,18 +360,13 @@ class PairRunner:
         Of two particles, one is made that takes every other datum's values from the second:
         each datum must have the density that it had before.
         """
-        size, plate = rows.stop - rows.start, self.pair.structure.data_plate
+        size, plate = rows.stop - rows.start, self.structure.data_plate
         if plate is None or size < 2:
             return
-        odd = every_other(size, self.pair.batch.device)
-        mixed = {
-            name: mix(odd, value[:1], value[1:2], plate.dim - self.guide.shapes[name].event_ndim)
-            for name, value in values.items()
-        }
-        found = self.model.run(rows, 1, mixed).log_prob(is_any)
-        wanted = torch.where(odd, reference[1:2], reference[:1])
-        if not agree(wanted, found):
-            raise DependentDataError(plate, largest_gap(wanted, found))
+        odd = every_other(size, self.batch.device)
+        first, second = ({n: v[k : k + 1] for n, v in values.items()} for k in range(2))
+        found = self.model.run(rows, 1, self._mixed(odd, first, second)).log_prob()
+        DependentDataError.check(plate, torch.where(odd, reference[1:2], reference[:1]), found)
 
     def agrees_in_training(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether particles together are scored as each alone, with modules as they are.
@@ -392,25 +377,24 @@ class PairRunner:
         Args:
             modules: all that guide and model call; their buffers stay what they are.
         """
-        rows, device = self.data_blocks()[0], self.pair.batch.device
+        rows, single = self.data_blocks()[0], self.in_mode("loop")
+
+        def score(runner: PairRunner) -> tuple[Tensor, Tensor]:
+            return runner.run_model(rows, values).log_prob(), runner.guide_given(rows, values)
+
         with (
             torch.no_grad(),
             as_in_training(modules, self.pair.first),
             pyro.validation_enabled(False),
-            preserved_rng(device),
+            preserved_rng(self.batch.device),
             poutine.block(),
         ):
-            reseed(device, self._seed, CHECKS)
-            single = self.in_mode("loop")
+            self._reseed(CHECKS)
             values = single.guide.run(rows, 2).values()
-            alone, again = (single._log_densities(rows, values) for _ in range(2))
+            alone, again = (score(single) for _ in range(2))
             if not all(map(self._agree, alone, again)):
                 return True
-            return all(map(self._agree, alone, self._log_densities(rows, values)))
-
-    def _log_densities(self, rows: slice, values: Values) -> tuple[Tensor, Tensor]:
-        """Return log p(x, z) and log q(z | x) of given values, [K, N] each."""
-        return self.log_joint(rows, values), self.score_guide(rows, values)
+            return all(map(self._agree, alone, score(self)))
 
     def _agree(self, reference: Tensor, found: Tensor) -> bool:
         """Return whether two log densities are equal to the rounding of what they are made of."""
@@ -418,17 +402,16 @@ class PairRunner:
             reference, found = reference.float(), found.float()
         return agree(reference, found)
 
+    def _reseed(self, *key: int) -> None:
+        """Seed the random numbers of a stream: they depend on the base seed and the key alone."""
+        low, high = np.random.SeedSequence([self.seed, *key]).generate_state(2, np.uint32)
+        number = int(high) << 32 | int(low)
+        # Not torch.manual_seed: it seeds every device, and takes a millisecond to.
+        if self.batch.device.type == "cuda":
+            torch.cuda.manual_seed(number)
+        torch.default_generator.manual_seed(number)
+
 
 def _count(values: Values) -> int:
     """Return K of values ``[K, ...]``."""
     return next(iter(values.values())).shape[0]
-
-
-def reseed(device: torch.device, seed: int, *key: int) -> None:
-    """Seed the random numbers of a stream: they depend on the base seed and the key alone."""
-    low, high = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
-    number = int(high) << 32 | int(low)
-    # Not torch.manual_seed: it seeds every device, and takes a millisecond to.
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-    torch.default_generator.manual_seed(number)

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from types import SimpleNamespace
+from typing import Literal, TypeAlias
 
 from pyro import poutine
 from torch import nn
 
-from pyro_vae.particles.checks import UnnamedDrawsError, check_independent, warn_of_coarse_loss
-from pyro_vae.particles.modes import MODES, Mode
-from pyro_vae.particles.pair_runner import PairRunner
-from pyro_vae.particles.summed_out_checks import (
+from pyro_vae.particles.checks import (
+    UnnamedDrawsError,
     asking_enumeration,
     check_enumerated,
     check_hidden,
+    check_independent,
     check_local_samples,
     check_summed_out,
+    warn_of_coarse_loss,
 )
+from pyro_vae.particles.modes import MODES, Mode
+from pyro_vae.particles.pair_runner import PairRunner
 from pyro_vae.programs.enumeration import summed_out
 from pyro_vae.programs.messages import text_of, warn_once
 from pyro_vae.programs.nodes import batch_nesting, guide_factors, latent_nodes
 from pyro_vae.programs.observed import check_repeated
 from pyro_vae.programs.pair import Pair, Single
-from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.structure import DataPlateError
-from pyro_vae.programs.types import DataPlate, ModeName, Particles
+from pyro_vae.programs.types import DataPlate, ModeName, Particles, Program
 from pyro_vae.torch_internals import BatchNorm
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,8 @@ class Plan:
 
     Attributes:
         mode: how particles run.
-        structure: what :func:`pyro_vae.programs.structure.inspect` found; None where it was not
-            needed.
+        structure: what :func:`pyro_vae.programs.structure.inspect` found; without sites where it
+            was not needed.
         subsampled: whether the data plate keeps its full size as the batch grows.
         summed_out: discrete latents of the model that the guide does not propose.
         enumerated: discrete proposals of which all values are run, weighted by the guide.
@@ -57,7 +60,7 @@ class Plan:
     """
 
     mode: Mode
-    structure: Structure | None
+    structure: Structure
     subsampled: bool
     summed_out: tuple[str, ...]
     enumerated: tuple[str, ...]
@@ -78,8 +81,7 @@ class Plan:
     @property
     def draws_minibatch(self) -> bool:
         """Whether the model draws its own minibatch."""
-        plate = None if self.structure is None else self.structure.data_plate
-        return plate is not None and plate.drawn
+        return self.structure.data_plate is not None and self.structure.data_plate.drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     Raises:
         ValueError: for what the particles, the plates or an enumeration cannot be done with.
     """
-    single = pair.single
+    single, needed = pair.single, needs.data == "needed"
     check_repeated(single.model_trace)
     warn_of_coarse_loss(single.model_trace, (unwrapped(pair.model), unwrapped(pair.guide)))
     nesting = batch_nesting(single.model_trace, single.guide_trace)
@@ -124,7 +126,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     if hidden:
         check_hidden(pair, hidden, nesting)
     factors = tuple(guide_factors(single.guide_trace))
-    if factors and needs.data == "needed":
+    if factors and needed:
         raise ValueError(
             f"the guide has pyro.factor statements {list(factors)}, for which an importance weight "
             "has no place; train with pv.ELBO, or put them in the distribution that the guide "
@@ -132,32 +134,32 @@ def plan(pair: Pair, needs: Needs) -> Plan:
         )
     left_out = (*hidden, *factors)
     proposer = pair.with_guide(hide(pair.guide, left_out)) if left_out else pair
-    structure, subsampled, mode = None, False, _ChosenMode("loop")
+    structure, subsampled = Structure({}, None, nesting), False
+    name: ModeName = "loop"
+    frozen: tuple[nn.Module, ...] = ()
     if needs.num_particles > 1 or needs.data != "no":
         pair.batch.check_kinds()
         structure = _structure(pair, needs).drawing(single.drawn_by_guide)
-        if needs.data == "needed" and not needs.share_globals:
+        if needed and not needs.share_globals:
             structure.require_no_globals()
         plate = structure.data_plate
         subsampled = plate is not None and not plate.drawn and pair.looks.is_subsampled(plate)
         if needs.num_particles > 1 and needs.particles != "loop":
-            mode = _choose_mode(proposer, structure, single, needed=needs.data == "needed")
-            if mode.reason:
-                owners = unwrapped(pair.model), unwrapped(proposer.guide)
-                text = "particles run in a loop, which is slow: %s"
-                warn_once(logger, owners, text, mode.reason)
-    plate = None if structure is None else structure.data_plate
+            name, frozen = _choose_mode(proposer, structure, single, needed=needed)
+    plate = structure.data_plate
+    nodes = {n: node for n, node in single.guide_trace.nodes.items() if n not in hidden}
+    proposed, plate_name = SimpleNamespace(nodes=nodes), plate.name if plate else None
     found = Plan(
-        MODES[mode.name](nesting, None if structure is None else structure.data_dim),
+        MODES[name](nesting, structure.data_dim),
         structure,
         subsampled,
-        _summed_out(single, hidden, plate),
+        summed_out(single.model_trace, proposed, data_plate=plate_name),
         enumerated,
         hidden,
-        needs.share_globals and plate is not None and bool(structure and structure.global_latents),
-        mode.frozen,
+        needs.share_globals and plate is not None and bool(structure.global_latents),
+        frozen,
     )
-    if needs.data == "needed" and needs.num_particles > 1 and mode.name == "loop" and plate:
+    if needed and needs.num_particles > 1 and name == "loop" and plate:
         # Other modes are chosen by a PairRunner, which has looked.
         with pair.looking():
             args = proposer.model, proposer.guide, single.model_trace, plate, nesting
@@ -170,16 +172,7 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     return found
 
 
-def _summed_out(single: Single, hidden: tuple[str, ...], plate: Plate | None) -> tuple[str, ...]:
-    """Return the discrete latents that no proposal but hidden ones is made for."""
-    proposed = poutine.Trace()
-    for name, node in single.guide_trace.nodes.items():
-        if name not in hidden:
-            proposed.add_node(name, **node)
-    return summed_out(single.model_trace, proposed, data_plate=plate.name if plate else None)
-
-
-def hide(guide: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+def hide(guide: Program, names: tuple[str, ...]) -> Program:
     """Return a guide without some of its proposals."""
     return poutine.block(guide, hide=list(names)) if names else guide
 
@@ -211,23 +204,14 @@ def _normalizes_over_batch(module: nn.Module) -> bool:
     return isinstance(module, BatchNorm) and statistics
 
 
-@dataclass(frozen=True, slots=True)
-class _ChosenMode:
-    """The mode of a plan.
-
-    Attributes:
-        name: of the mode.
-        reason: why it is the loop; empty for others.
-        frozen: modules in eval mode, which in training mode may want another one.
-    """
-
-    name: ModeName
-    reason: str = ""
-    frozen: tuple[nn.Module, ...] = ()
+class _LoopError(Exception):
+    """Particles run in a loop, for the reason that the message says."""
 
 
-def _choose_mode(pair: Pair, structure: Structure, single: Single, *, needed: bool) -> _ChosenMode:
-    """Return the first mode that agrees with single particles.
+def _choose_mode(
+    pair: Pair, structure: Structure, single: Single, *, needed: bool
+) -> tuple[ModeName, tuple[nn.Module, ...]]:
+    """Return the first mode that agrees with single particles, and modules in eval mode.
 
     Args:
         pair: model, guide and batch.
@@ -239,40 +223,43 @@ def _choose_mode(pair: Pair, structure: Structure, single: Single, *, needed: bo
     dependent = len(list(latent_nodes(single.guide_trace))) > 1
     called = (*single.in_model, *(single.in_guide if dependent else ()))
     frozen = tuple(module for module in called if not module.training)
-    reason = _why_loop(structure, called)
-    if reason:
-        return _ChosenMode("loop", reason, frozen)
     try:
-        name, runner = _agreeing(pair, structure, called, needed=needed)
+        return _mode_together(pair, structure, single, called, dependent, needed), frozen
     except _LoopError as error:
-        return _ChosenMode("loop", str(error), frozen)
+        owners = unwrapped(pair.model), unwrapped(pair.guide)
+        warn_once(logger, owners, "particles run in a loop, which is slow: %s", str(error))
+        return "loop", frozen
+
+
+def _mode_together(
+    pair: Pair,
+    structure: Structure,
+    single: Single,
+    called: Collection[nn.Module],
+    dependent: bool,
+    needed: bool,
+) -> ModeName:
+    """Return the mode, plate or repeat; raise _LoopError where particles run one by one."""
+    if any(map(_normalizes_over_batch, called)):
+        raise _LoopError("a module normalizes over the batch, each particle's its own")
+    if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
+        raise _LoopError("model or guide draws its own minibatch, another at each run")
+    if structure.sequential:
+        raise _LoopError(
+            f"the model draws a subsample of the sequential plates {structure.sequential}"
+        )
+    name, runner = _agreeing(pair, structure, called, needed=needed)
     # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
     alone = not dependent and name == "plate"  # repeated, the guide sees each datum K times
     aside = set(map(id, single.in_guide if alone else ())) - set(map(id, single.in_model))
     moody = any(module.training for module in single.mode_read_of if id(module) not in aside)
     if moody and not runner.agrees_in_training((*single.in_guide, *single.in_model)):
-        reason = "in training mode, densities of particles together are not those of each"
-        return _ChosenMode("loop", reason, frozen)
-    return _ChosenMode(name, "", frozen)
-
-
-class _LoopError(Exception):
-    """Particles run in a loop, for the reason that the message says."""
-
-
-def _why_loop(structure: Structure, called: Iterable[nn.Module]) -> str:
-    """Return why particles run in a loop whatever comparisons say; empty where they need not."""
-    if any(map(_normalizes_over_batch, called)):
-        return "a module normalizes over the batch, each particle's its own"
-    if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
-        return "model or guide draws its own minibatch, another at each run"
-    if structure.sequential:
-        return f"the model draws a subsample of the sequential plates {structure.sequential}"
-    return ""
+        raise _LoopError("in training mode, densities of particles together are not those of each")
+    return name
 
 
 def _agreeing(
-    pair: Pair, structure: Structure, called: Iterable[nn.Module], *, needed: bool
+    pair: Pair, structure: Structure, called: Collection[nn.Module], *, needed: bool
 ) -> tuple[ModeName, PairRunner]:
     """Return the mode, plate or repeat, in which model and guide agree with single particles.
 
@@ -294,7 +281,7 @@ def _agreeing(
             if needed or name is False:
                 raise
             name, runner = False, PairRunner(pair.evaluable(False), 0)
-        modes = {"guide": runner.guide.mode.name, "model": runner.model.mode.name}
+        modes = runner.modes
         if set(modes.values()) == {"plate"}:
             return "plate", runner
     if name is False or pair.batch.size is None or "loop" in modes.values():

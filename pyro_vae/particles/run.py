@@ -8,9 +8,9 @@ values of latents given.
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -114,22 +114,23 @@ class Run:
         values.
         """
         if not self.summed_out:
-            for name in names:
-                yield (name,), [self._log_prob(name, node) for node in self.nodes(name)]
+            yield from (((name,), self._log_prob(name)) for name in names)
             return
         names, plate_dims = list(names), self.mode.plate_dims + len(self.enumerated)
         groups = [
-            contract(trace, self._log_probs(trace, names), plate_dims, self.enumerated)
-            for trace in self.traces
+            contract(trace, log_probs, plate_dims, self.enumerated)
+            for trace, log_probs in zip(self.traces, self._log_probs(names), strict=True)
         ]
         for group in groups[0]:
             yield group, [found[group] for found in groups]
 
-    def _log_prob(self, name: str, node: Node) -> Tensor:
-        return site_log_prob(name, node, scaled=False, double=name in self.double)
+    def _log_prob(self, name: str) -> list[Tensor]:
+        double = name in self.double
+        return [site_log_prob(name, n, scaled=False, double=double) for n in self.nodes(name)]
 
-    def _log_probs(self, trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._log_prob(name, trace.nodes[name]) for name in names}
+    def _log_probs(self, names: Iterable[str]) -> list[dict[str, Tensor]]:
+        terms = {name: self._log_prob(name) for name in names}
+        return [{n: term[k] for n, term in terms.items()} for k in range(len(self.traces))]
 
     def by_particle(self, terms: list[Tensor]) -> Tensor:
         """Return a term of each trace, of a site's batch shape, as [K, N]."""
@@ -142,45 +143,40 @@ class Run:
             name: the site.
             mask: ``[K, *plates]``, beside the site's own.
         """
-        terms = [self._log_prob(name, node) for node in self.nodes(name)]
+        terms = self._log_prob(name)
         if mask is not None:
             masks = self.mode.fold_mask(mask, self.num_particles, self.num_data)
             terms = [scale_and_mask(t, 1.0, seen) for t, seen in zip(terms, masks, strict=True)]
         return self.by_particle(terms)
 
-    def log_prob(self, keep: Keep, masks: Values | None = None) -> Tensor:
+    def log_prob(self, keep: Keep | None = None, masks: Values | None = None) -> Tensor:
         """Return the summed log density of the kept sites, unscaled, [K, N].
 
         Args:
-            keep: which sites.
+            keep: which sites; by default all.
             masks: on some sites, ``[K, *plates]``.
         """
-        names = [name for name, nodes in self.sites() if keep(nodes[0])]
+        names = [name for name, nodes in self.sites() if keep is None or keep(nodes[0])]
         masks = masks or {}
         terms = (
-            (self.by_particle(terms) for _, terms in self.densities(names))
+            [self.by_particle(terms) for _, terms in self.densities(names)]
             if self.summed_out
-            else (self.term(name, masks.get(name)) for name in names)
+            else [self.term(name, masks.get(name)) for name in names]
         )
-        total = next(terms, None)
-        if total is None:
+        if not terms:
             raise ValueError("no site to score")
-        for term in terms:
-            total = total + term
-        return total
+        return functools.reduce(torch.add, terms)
 
     def pointwise(self, name: str) -> Tensor:
         """Return one site's log density for each particle, not summed: ``[K, *batch]``."""
-        terms = [self._log_prob(name, node) for node in self.nodes(name)]
-        term = self.mode.unfold(terms, 0, self.num_particles)
+        term = self.mode.unfold(self._log_prob(name), 0, self.num_particles)
         missing = self.mode.nesting - self.shapes[name].batch_ndim
         return term.reshape(term.shape[:1] + term.shape[1 + missing :])
 
     def num_values(self) -> int:
         """Return how many values of summed-out sites a density depends on at once, at most."""
-        terms = self._log_probs(self.traces[0], [name for name, _ in self.sites()]).values()
-        plates = self.mode.plate_dims
-        return max(term.shape[: max(0, term.ndim - plates)].numel() for term in terms)
+        terms = self._log_probs(name for name, _ in self.sites())[0].values()
+        return max(t.shape[: max(0, t.ndim - self.mode.plate_dims)].numel() for t in terms)
 
     def draw_summed_out(self) -> dict[str, Tensor]:
         """Draw the sites that are summed out from their exact posterior, given all else.
@@ -188,72 +184,43 @@ class Run:
         Returns:
             Site name to values, ``[K, *plates, *event]``.
         """
-        names = [name for name, _ in self.sites()]
-        found = []
-        for trace in self.traces:
-            chain = conditionals(trace, self._log_probs(trace, names), self.mode.plate_dims)
-            found.append(draw(chain)[0])
+        log_probs = self._log_probs(name for name, _ in self.sites())
+        found = [
+            draw(conditionals(trace, each, self.mode.plate_dims))[0]
+            for trace, each in zip(self.traces, log_probs, strict=True)
+        ]
         return {name: self._unfold(name, [each[name] for each in found]) for name in found[0]}
 
 
+@dataclass(eq=False, slots=True)
 class Runner:
     """Runs a guide or a model on rows of a batch, for several particles at once.
 
     Discrete sites that are summed out are enumerated in every run that does not give their
     values.
 
-    Args:
+    Attributes:
         program: a Pyro model or guide.
         batch: its arguments.
         shapes: of the sites of guide and model, in a single run.
         mode: how particles run.
         summed_out: sites of a model to be summed out.
-
-    Attributes:
         masks: on sites of a guide, the model's, where they are the same for all draws:
             ``[1, *plates]`` of the whole batch.
         double: sites whose log density is computed in float64.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        batch: Batch,
-        shapes: Mapping[str, SiteShape],
-        mode: Mode,
-        summed_out: tuple[str, ...] = (),
-    ) -> None:
-        self.program = program
-        self.batch = batch
-        self.shapes = shapes
-        self.mode = mode
-        self.summed_out = summed_out
-        self.masks: Values = {}
-        self.double: frozenset[str] = frozenset()
+    program: Program
+    batch: Batch
+    shapes: Mapping[str, SiteShape]
+    mode: Mode
+    summed_out: tuple[str, ...] = ()
+    masks: Values = field(default_factory=dict)
+    double: frozenset[str] = frozenset()
 
     def in_mode(self, name: ModeName) -> Runner:
         """Return this runner in another mode."""
-        other = copy.copy(self)
-        other.mode = MODES[name](self.mode.nesting, self.mode.data_dim)
-        return other
-
-    def on(self, batch: Batch, masks: Values) -> Runner:
-        """Return this runner on a block of the data, with the masks there."""
-        other = copy.copy(self)
-        other.batch, other.masks = batch, masks
-        return other
-
-    def sharing(self, shapes: Mapping[str, SiteShape]) -> Runner:
-        """Return this runner with other shapes, those of another guide's draws among them."""
-        other = copy.copy(self)
-        other.shapes = shapes
-        return other
-
-    def of(self, program: Program) -> Runner:
-        """Return this runner for another program with the same sites, none of them summed out."""
-        other = copy.copy(self)
-        other.program, other.summed_out = program, ()
-        return other
+        return replace(self, mode=MODES[name](self.mode.nesting, self.mode.data_dim))
 
     def block(self, rows: slice) -> tuple[Batch, Mapping[str, Tensor], Tensor | None]:
         """Return all that a run on some data depends on: batch, masks, rows of a table."""
@@ -270,26 +237,18 @@ class Runner:
         mode = self.mode
         (program,) = mode.programs(num_particles, self.program)
         batch = mode.batch(self._batch(rows), num_particles)
-        if values is not None:
-            # Preimages of a guide that this one is compared with may be of another kind.
-            values = {name: value for name, value in values.items() if name in self.shapes}
-        with self._on_rows(rows):
-            traces = [
-                self._trace(program, batch, None if values is None else self._fold(values, k))
-                for k in range(mode.num_runs(num_particles))
-            ]
-        return Run(
-            traces,
-            mode,
-            num_particles,
-            rows.stop - rows.start,
-            self.shapes,
-            self.summed_out,
-            double=self.double,
-        )
-
-    def _fold(self, values: Values, run: int) -> dict[str, Tensor]:
-        return {n: self.mode.fold(value, self.shapes[n], run) for n, value in values.items()}
+        traces = []
+        with using_rows(self.program, self._table_rows(rows)):
+            for k in range(mode.num_runs(num_particles)):
+                # Preimages of a guide that this one is compared with may be of another kind.
+                given = values and {
+                    name: mode.fold(value, self.shapes[name], k)
+                    for name, value in values.items()
+                    if name in self.shapes
+                }
+                traces.append(self._trace(program, batch, given))
+        size, double = rows.stop - rows.start, self.double
+        return Run(traces, mode, num_particles, size, self.shapes, self.summed_out, double=double)
 
     def _trace(self, program: Program, batch: Batch, values: Values | None) -> Trace:
         given: Container[str] = values or ()
@@ -321,20 +280,9 @@ class Runner:
 
     def _table_rows(self, rows: slice) -> Tensor | None:
         """Return the rows of a guide's table that some data have; None where it has no table."""
-        if (guide := row_guide(self.program)) is None:
-            return None
-        index = guide.current_rows
-        return index if self._is_whole(rows) else index[rows]
-
-    @contextlib.contextmanager
-    def _on_rows(self, rows: slice) -> Iterator[None]:
-        """Keep a guide with a row per datum aligned with the rows of the batch."""
-        guide, index = row_guide(self.program), self._table_rows(rows)
-        if guide is None or index is None:
-            yield
-            return
-        with guide.rows_as_given(index):
-            yield
+        guide = row_guide(self.program)
+        index = None if guide is None else guide.current_rows
+        return index if index is None or self._is_whole(rows) else index[rows]
 
     def _is_whole(self, rows: slice) -> bool:
         size = self.batch.size
@@ -343,9 +291,11 @@ class Runner:
         return rows.start == 0 and rows.stop >= size
 
 
-def is_any(node: Node) -> bool:
-    """Keep every site of a trace."""
-    return True
+def using_rows(program: Program, index: Tensor | None) -> contextlib.AbstractContextManager[object]:
+    """Keep a guide with a row per datum aligned with the rows of a batch."""
+    if (guide := row_guide(program)) is None or index is None:
+        return contextlib.nullcontext()
+    return guide.rows_as_given(index)
 
 
 def is_observed(node: Node) -> bool:

@@ -71,26 +71,24 @@ class TrainingRun:
         tracer: Tracer = trace_guide,
         one_minibatch: bool = False,
     ) -> None:
-        self.plan = plan
-        self.num_particles = num_particles
-        mode = plan.mode
+        self.plan, self.num_particles, mode = plan, num_particles, plan.mode
+        # How many times a subsampled data plate holds each datum of the batch.
+        self._repeats = mode.repeats(num_particles)
         guide = hide(guide, plan.hidden)
         if plan.shares_globals:
             guide = self._with_globals(guide, batch)
         model, guide = mode.programs(num_particles, model, guide)
-        if self._repeats > 1:
-            batch = mode.batch(batch, num_particles)
-        self.batch = batch
+        self.batch = batch = mode.batch(batch, num_particles) if self._repeats > 1 else batch
         if plan.summed_out:
             model = enumerated(model, plan.summed_out, plan.first_summed_dim)
         if plan.enumerated:
             guide = enumerated(guide, plan.enumerated, mode.first_enum_dim)
         # Of sequential plates, the sites are others for each subsample.
-        shares = one_minibatch or (plan.structure is not None and bool(plan.structure.sequential))
+        shares = one_minibatch or plan.structure.sequential
         guides: list[Trace] = []
         models: list[Trace] = []
-        for _ in range(mode.num_runs(num_particles)):
-            if shares and len(guides) == 1:
+        for run in range(mode.num_runs(num_particles)):
+            if shares and run == 1:
                 guide = poutine.replay(guide, trace=subsamples(guides[0]))
             guides.append(tracer(guide, batch))
             models.append(trace_model(model, guides[-1], batch))
@@ -103,9 +101,9 @@ class TrainingRun:
         own = unwrapped(guide)
         whole = own.global_guide if isinstance(own, DeclaredGuide) else None
         shared = trace_guide(guide if whole is None else whole, batch)
-        local = [name for name, node in latent_nodes(shared) if self.is_local(name, node)]
-        for name in local:
-            shared.remove_node(name)
+        for name, node in list(latent_nodes(shared)):
+            if self.is_local(name, node):
+                shared.remove_node(name)
         return poutine.replay(guide, trace=shared)
 
     @property
@@ -142,20 +140,18 @@ class TrainingRun:
 
     def is_local(self, name: str, node: Node) -> bool:
         """Return whether a site of the model or the guide is in the data plate."""
-        structure = self.plan.structure
-        if structure is None or structure.data_plate is None:
+        sites, plate = self.plan.structure.sites, self.plan.structure.data_plate
+        if plate is None:
             return False
-        plate = structure.data_plate
-        if name in structure.sites:
-            return plate.name in {p.name for p in structure.sites[name].plates}
+        if name in sites:
+            return plate.name in {p.name for p in sites[name].plates}
         # An auxiliary site of the guide, whose plate may have a name of its own.
-        shape = node["fn"].batch_shape
-        frames = node["cond_indep_stack"]
+        shape, frames = node["fn"].batch_shape, node["cond_indep_stack"]
         if plate.name in {frame.name for frame in frames if frame.vectorized}:
             return True
         if len(shape) < -plate.dim or shape[plate.dim] == 1:
             return False
-        others = {p.name for site in structure.sites.values() for p in site.plates}
+        others = {p.name for site in sites.values() for p in site.plates}
         return not any(frame.dim == plate.dim and frame.name in others for frame in frames)
 
     # --- terms
@@ -210,9 +206,7 @@ class TrainingRun:
         for group, terms in self.model.densities(names):
             name = group[0]
             if self.plan.summed_out:
-                name, *_ = (
-                    scaled_by(trace, group, self.model.enumerated) for trace in self.model.traces
-                )
+                name, *_ = [scaled_by(t, group, self.model.enumerated) for t in self.model.traces]
             yield name, self.term(name, self.model.nodes(name), terms, scaled=scaled)
 
     def guide_terms(self) -> dict[str, Tensor]:
@@ -220,11 +214,6 @@ class TrainingRun:
         return {name: self.log_prob(name, n, scaled=False) for name, n in self.guide.latents()}
 
     # --- scales
-
-    @property
-    def _repeats(self) -> int:
-        """How many times a subsampled data plate holds each datum of the batch."""
-        return self.plan.mode.repeats(self.num_particles)
 
     def scale(self, node: Node) -> float | Tensor:
         """Return the scale of a node for a batch that is not repeated."""
@@ -234,14 +223,11 @@ class TrainingRun:
     @property
     def plate_scale(self) -> float:
         """What a datum counts for in a subsampled data plate: its full size over its size."""
-        structure = self.plan.structure
-        if structure is None or structure.data_plate is None:
+        plate = self.plan.structure.data_plate
+        if plate is None or not (self.plan.subsampled or self.plan.draws_minibatch):
             return 1.0
-        if not self.plan.subsampled and not self.plan.draws_minibatch:
-            return 1.0
-        name = structure.data_plate.name
         stacks = (nodes[0]["cond_indep_stack"] for _, nodes in self.observed())
-        frame = next(frame for stack in stacks for frame in stack if frame.name == name)
+        frame = next(frame for stack in stacks for frame in stack if frame.name == plate.name)
         return float(self._repeats * frame.full_size / frame.size)
 
     def datum_scale(self, name: str, node: Node) -> float | Tensor:
@@ -259,9 +245,7 @@ class TrainingRun:
                 f"site {name!r} has a scale of shape {tuple(scale.shape)}, which varies within a "
                 "datum; one number for each datum is needed"
             )
-        if scale.numel() == 1:
-            return scale.reshape(())
-        return scale.reshape(self._repeats, -1)[0]
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(self._repeats, -1)[0]
 
 
 def _enumerated_dims(plan: Plan, guide_trace: Trace) -> dict[str, int]:
@@ -270,10 +254,9 @@ def _enumerated_dims(plan: Plan, guide_trace: Trace) -> dict[str, int]:
     Raises:
         ValueError: for proposals that share a dimension.
     """
-    nodes = (
-        (name, guide_trace.nodes[name]) for name in plan.enumerated if name in guide_trace.nodes
-    )
-    dims = {name: dim for name, node in nodes if (dim := enumerate_dim(node)) is not None}
+    nodes = guide_trace.nodes
+    found = {name: enumerate_dim(nodes[name]) for name in plan.enumerated if name in nodes}
+    dims = {name: dim for name, dim in found.items() if dim is not None}
     if len(set(dims.values())) < len(dims):
         raise ValueError(
             f"the guide enumerates {list(plan.enumerated)} in dimensions that some share "

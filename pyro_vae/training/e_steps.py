@@ -26,7 +26,6 @@ from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.particles.estimators import Estimate, effective_sample_size
 from pyro_vae.particles.evaluator import Chunk, Evaluator
-from pyro_vae.particles.prepare import by_block
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Site, Structure
 from pyro_vae.programs.state import evaluation, seeded
@@ -438,5 +437,7 @@ def _batch_means_error(chain: Tensor) -> float:
 
 def _total(chunks: Iterable[Chunk]) -> Tensor:
     """Return the log weights of chunks, [K, N]."""
-    blocks = (torch.cat([c.weights.total.double() for c in block]) for block in by_block(chunks))
-    return torch.cat(list(blocks), 1)
+    blocks: dict[int, list[Tensor]] = {}
+    for chunk in chunks:
+        blocks.setdefault(chunk.rows.start, []).append(chunk.weights.total.double())
+    return torch.cat([torch.cat(block) for block in blocks.values()], 1)

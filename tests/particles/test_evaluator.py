@@ -14,6 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.particles.evaluator import prepare
 from tests.models import (
     NormalModel,
     encoder,
@@ -22,6 +23,8 @@ from tests.models import (
     log_normal_model,
 )
 from tests.particles.models import ConvModel
+
+X300 = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -45,6 +48,24 @@ def test_chunk_size_changes_no_result(num_data):
         part = pv.log_weights(model, guide, x, num_particles=70, seed=3, chunk_size=chunk_size)
         torch.testing.assert_close(part.total, whole.total, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(part.log_guide, whole.log_guide, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_in_turn_with_all_their_particles():
+    model = NormalModel()
+    evaluator, given = prepare(model, model.posterior, (X300,), None, None, 0)
+    assert given == {}
+    rows, particles = [], []
+    for block in evaluator.blocks(50, 20):
+        chunks = list(block)
+        assert len({(c.rows.start, c.rows.stop) for c in chunks}) == 1
+        rows.append(chunks[0].rows)
+        particles.append(sum(c.weights.num_particles for c in chunks))
+        wanted = model.log_evidence(X300[chunks[0].rows])
+        for chunk in chunks:
+            assert (chunk.weights.total - wanted).abs().max() < 1e-9
+    assert particles == [50] * len(rows)
+    assert [r.start for r in rows] == [0, *(r.stop for r in rows[:-1])]
+    assert rows[-1].stop == 300 and len(rows) > 1
 
 
 # --- how particles are run -------------------------------------------------------------

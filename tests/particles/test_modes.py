@@ -62,8 +62,8 @@ def test_draws_of_each_mode_are_k_for_each_datum():
 
 
 def test_dimensions_of_plates():
-    assert (Plate(2, -1).particle_dim, Plate(2, -1).first_enum_dim) == (-3, -4)
-    assert (Loop(2, -1).particle_dim, Loop(2, -1).first_enum_dim) == (None, -3)
+    assert (Plate(2, -1).plate_dims, Plate(2, -1).first_enum_dim) == (3, -4)
+    assert (Loop(2, -1).plate_dims, Loop(2, -1).first_enum_dim) == (2, -3)
     assert (Loop(2, -1).num_runs(K), Repeat(2, -1).repeats(K), Plate(2, -1).repeats(K)) == (K, K, 1)
 
 

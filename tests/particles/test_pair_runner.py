@@ -167,7 +167,7 @@ def _of_all(scale, loc):
 def test_what_depends_on_all_rows_a_little_is_not_cut_into_blocks(scale, loc, guide, wanted):
     x = torch.randn(1000, 2) + 1
     evaluator = Evaluator(_of_all(scale, loc), guide, as_batch(x), seed=0)
-    assert evaluator.runner.splittable == wanted
+    assert evaluator.splittable == wanted
 
 
 @pytest.mark.parametrize("seed", range(6))

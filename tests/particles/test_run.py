@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_vae.particles.modes import MODES
-from pyro_vae.particles.run import Runner, is_any, is_latent, is_observed
+from pyro_vae.particles.run import Runner, is_latent, is_observed
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.sites import SiteShape
 from tests.models import NormalModel, mixture
@@ -32,7 +32,7 @@ def test_given_values_are_scored(name):
     torch.testing.assert_close(run.term("z"), prior)
     torch.testing.assert_close(run.log_prob(is_observed), likelihood)
     torch.testing.assert_close(run.log_prob(is_latent), prior)
-    torch.testing.assert_close(run.log_prob(is_any), prior + likelihood)
+    torch.testing.assert_close(run.log_prob(), prior + likelihood)
     torch.testing.assert_close(run.pointwise("x"), likelihood)
     torch.testing.assert_close(run.values()["z"], z)
 
@@ -68,7 +68,7 @@ def test_masks_of_the_model_are_found(name):
 @every_mode
 def test_discrete_sites_are_summed_out_and_drawn(name):
     run = runner(mixture, name, ("c",)).run(slice(0, 4), K)
-    torch.testing.assert_close(run.log_prob(is_any), mixture.log_evidence(X).expand(K, 4))
+    torch.testing.assert_close(run.log_prob(), mixture.log_evidence(X).expand(K, 4))
     drawn = runner(mixture, name, ("c",)).run(slice(0, 4), 2000 if name == "plate" else 20)
     values = drawn.draw_summed_out()["c"]
     if name == "plate":  # to four standard errors
