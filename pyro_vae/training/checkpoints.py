@@ -70,9 +70,8 @@ def schedulers_of(callbacks: Iterable[object], optimizer: Optimizer) -> list[LRS
     }
     if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not found:
         raise ValueError(
-            "checkpoint: a learning rate scheduler has the optimizer, and is in no callback, so "
-            "its state would be lost; pass it: callbacks=[scheduler], which takes a step after "
-            "each epoch"
+            "checkpoint: a learning rate scheduler has the optimizer and is in no callback, so its "
+            "state would be lost; pass callbacks=[scheduler], which takes a step after each epoch"
         )
     return list(found.values())
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.programs.batch import Batch, EpochData, RowReader, StepData, as_batch, tensors_of
 from pyro_vae.programs.state import preserved_rng, seeded
-from pyro_vae.torch_internals import version_of
+from pyro_vae.torch_internals import tensors_in, version_of
 
 _CPU = torch.device("cpu")
 
@@ -34,10 +34,13 @@ class DataSource:
     def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
         self._data, self._device = data, device
         self.batch = self._now = self._first(batch_size)  # _now: the present epoch's
-        self.num_data = self.batch.size
+        self.num_data = self._count()
 
     def _first(self, batch_size: int) -> Batch:
         return self.made(self._data)
+
+    def _count(self) -> int | None:
+        return self.batch.size
 
     def made(self, data: Any) -> Batch:
         """Return data as a batch, on the device of training."""
@@ -125,15 +128,13 @@ class _DrawnByStep(DataSource):
     def drawn(self, batch: Batch) -> Batch:
         drawn = as_batch(self._data.draw(*batch.args, **batch.kwargs))
         if drawn.size != batch.size:
-            raise ValueError(
-                f"{type(self._data).__name__}.draw was given {batch.size} data and returned "
-                f"{drawn.size}"
-            )
+            what = f"{type(self._data).__name__}.draw"
+            raise ValueError(f"{what} was given {batch.size} data and returned {drawn.size}")
         return drawn
 
     def example(self, batch: Batch) -> Batch:
         copy = batch.repeat(1)
-        tensors = [t for t in (*copy.args, *copy.kwargs.values()) if isinstance(t, Tensor)]
+        tensors = tensors_in((copy.args, copy.kwargs))
         versions = list(map(version_of, tensors))
         with seeded(batch.device, 0):
             drawn = self.drawn(copy)
@@ -149,12 +150,11 @@ class _ReadByRows(DataSource):
     seen = False
     _data: RowReader
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
-        super().__init__(data, batch_size, device)
-        self.num_data = data.num_data
-
     def _first(self, batch_size: int) -> Batch:
         return self.some(batch_size)
+
+    def _count(self) -> int:
+        return self._data.num_data
 
     def some(self, count: int) -> Batch:
         with preserved_rng(_CPU):  # a dataset may draw
@@ -178,12 +178,13 @@ class _Streamed(DataSource):
     _data: DataLoader[Any]
     _num_batches: int | None
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
-        super().__init__(data, batch_size, device)
+    def _count(self) -> int | None:
+        data: Any = self._data
         try:
-            self._num_batches, self.num_data = len(data), len(data.dataset)
+            self._num_batches, count = len(data), len(data.dataset)
         except TypeError:  # of an IterableDataset without a length
-            self._num_batches = self.num_data = None
+            self._num_batches = count = None
+        return count
 
     def _first(self, batch_size: int) -> Batch:
         with preserved_rng(_CPU):

@@ -7,12 +7,10 @@ of the model's parameters.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import pyro.infer
@@ -33,13 +31,9 @@ from pyro_vae.programs.supports import is_discrete, support_of
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.refinement.refine import refine_table
 
-logger = logging.getLogger(__name__)
-
 _TOLERANCE = 0.02  # in nats per datum: which rows of a table count as converged
 _FEW = 10.0  # effective draws of a datum
 _REFINE_STEPS, _WARMUP_STEPS = 100, 50  # by default
-
-EStepName: TypeAlias = Literal["exact", "variational", "importance", "nuts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +112,9 @@ class EStep(ABC):
     def estimate(self) -> StepELBO:
         """Return the ELBO of q as it is under the model's present parameters."""
 
-    def warn(self) -> None:  # noqa: B027 - an exact one has nothing to say
-        """Warn of an inaccurate last update."""
+    def doubts(self) -> Iterator[str]:
+        """Yield in which respects the last update was inaccurate."""
+        yield from ()
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Release the guide."""
@@ -143,7 +138,7 @@ class ExactStep(EStep):
     def update(self, iteration: int) -> StepELBO:
         """Freeze the posterior under the present parameters."""
         batch = self._problem.batch
-        self._frozen.close()
+        self.close()
         self._frozen.enter_context(self._guide.frozen(*batch.args, **batch.kwargs))
         return self.estimate()
 
@@ -178,40 +173,32 @@ class _Draws:
 class DrawnStep(EStep):
     """q is represented by draws, with equal weights or not."""
 
-    name: EStepName
+    name: str
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self._num_particles = problem.num_particles
+        pair, plate, seed = (problem.model, problem.guide), problem.data_plate, problem.seed
         self._evaluator, self._graded = (
-            Evaluator(
-                problem.model,
-                problem.guide,
-                problem.batch,
-                data_plate=problem.data_plate,
-                seed=problem.seed,
-                gradients=gradients,
-            )
+            Evaluator(*pair, problem.batch, data_plate=plate, seed=seed, gradients=gradients)
             for gradients in (False, True)
         )
         self._draws: list[_Draws] = []
 
     def objective(self) -> Tensor:
         """Return the weighted mean of log p(x, z) over the draws."""
-        total: Tensor | float = 0.0
+        total = torch.zeros(())
         for draws in self._draws:
             log_joint = torch.stack(self._graded.score_model(draws.rows, draws.values)).sum(0)
             # A draw of no weight may have no density either.
             log_joint = torch.where(draws.weight > 0, log_joint, 0.0)
-            total = total + (draws.weight.to(log_joint) * log_joint).sum()
-        return torch.as_tensor(total) / self._evaluator.num_data
+            total = total.to(log_joint) + (draws.weight.to(log_joint) * log_joint).sum()
+        return total / self._evaluator.num_data
 
     def _log_joint(self) -> list[Tensor]:
         """Return log p(x, z) of the draws, [k, n] each."""
-        return [
-            torch.stack(self._evaluator.score_model(draws.rows, draws.values)).sum(0).double()
-            for draws in self._draws
-        ]
+        scored = (self._evaluator.score_model(draws.rows, draws.values) for draws in self._draws)
+        return [torch.stack(parts).sum(0).double() for parts in scored]
 
 
 class VariationalStep(DrawnStep):
@@ -223,8 +210,7 @@ class VariationalStep(DrawnStep):
         if not isinstance(problem.guide, LocalGuide):
             raise ValueError(
                 "e_step='variational' refines the rows of a LocalGuide, found "
-                f"{type(problem.guide).__name__}: make one with "
-                "pyro_vae.refine(model, guide, *batch)"
+                f"{type(problem.guide).__name__}: make one with pyro_vae.refine(model, guide, x)"
             )
         super().__init__(problem)
         self._guide = problem.guide
@@ -233,21 +219,15 @@ class VariationalStep(DrawnStep):
 
     def update(self, iteration: int) -> StepELBO:
         """Refine every row; the random numbers are the same at each update."""
-        guide, steps = self._guide, self._problem.steps
-        self._evaluator.seed = self._problem.seed
-        refined = refine_table(
-            self._problem.model,
-            self._evaluator,
-            guide,
-            self._problem.data_plate,
-            _REFINE_STEPS if steps is None else steps,
-            _TOLERANCE,
-        )
+        guide, problem = self._guide, self._problem
+        self._evaluator.seed = problem.seed
+        limits = problem.steps or _REFINE_STEPS, _TOLERANCE
+        refined = refine_table(problem.model, self._evaluator, guide, problem.data_plate, *limits)
         with torch.no_grad():
             guide.table.copy_(refined.table)
             guide.converged.copy_(refined.converged)
         # Draws other than those that measure the ELBO, which the M-step would overfit.
-        self._evaluator.seed = self._problem.stream(1)
+        self._evaluator.seed = problem.stream(1)
         share = 1 / self._num_particles
         self._draws = [
             _Draws(chunk.rows, chunk.values, torch.full_like(chunk.weights.total, share))
@@ -264,17 +244,11 @@ class VariationalStep(DrawnStep):
         found = Estimate.elbo(total)
         return StepELBO(found.mean, found.mean_std_error, common=found)
 
-    def warn(self) -> None:
-        """Warn of rows that have not converged."""
-        left = int((~self._guide.converged).sum())
-        if left:
-            logger.warning(
-                "em: in the last E-step, %d of %d data had not converged to within %g nats; "
-                "raise e_steps",
-                left,
-                self._guide.num_data,
-                _TOLERANCE,
-            )
+    def doubts(self) -> Iterator[str]:
+        """Yield how many rows have not converged."""
+        if left := int((~self._guide.converged).sum()):
+            data = f"{left} of {self._guide.num_data} data"
+            yield f"{data} had not converged to within {_TOLERANCE:g} nats; raise e_steps"
 
 
 class ImportanceStep(DrawnStep):
@@ -288,6 +262,10 @@ class ImportanceStep(DrawnStep):
 
     def update(self, iteration: int) -> StepELBO:
         """Draw and weight; the ELBO of the posterior is log p(x), by importance sampling."""
+        self._weigh(iteration)
+        return self._evidence()
+
+    def _weigh(self, iteration: int) -> None:
         self._evaluator.seed = self._problem.stream(2, iteration)
         chunks = list(self._evaluator.chunks(self._num_particles))
         if all(bool((value == value[:1]).all()) for value in chunks[0].values.values()):
@@ -297,16 +275,16 @@ class ImportanceStep(DrawnStep):
             )
         self._total = _total(chunks)
         self._share = torch.softmax(self._total, 0)
-        self._draws = [
-            _Draws(chunk.rows, chunk.values, self._share[chunk.particles, chunk.rows])
-            for chunk in chunks
-        ]
         self._places = [(chunk.particles, chunk.rows) for chunk in chunks]
+        both = zip(chunks, self._places, strict=True)
+        self._draws = [_Draws(c.rows, c.values, self._share[place]) for c, place in both]
         self._before = self._log_joint()
-        return self.estimate()
 
     def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
+        return self._evidence()
+
+    def _evidence(self) -> StepELBO:
         gained = torch.zeros_like(self._total)
         for place, new, old in zip(self._places, self._log_joint(), self._before, strict=True):
             # Draws of no density had no weight.
@@ -316,21 +294,17 @@ class ImportanceStep(DrawnStep):
         found = Estimate.iwae(self._total) + since
         return StepELBO(found.mean, found.mean_std_error)
 
-    def warn(self) -> None:
-        """Warn of data for which the guide is no longer near the posterior."""
-        few = int((effective_sample_size(self._total) < _FEW).sum())
-        if few:
-            logger.warning(
-                "em: in the last E-step, %d of %d data had an effective sample size below %g: the "
-                "guide is far from their posterior. Refine it (pyro_vae.refine), or raise "
-                "num_particles",
-                few,
-                self._evaluator.num_data,
-                _FEW,
+    def doubts(self) -> Iterator[str]:
+        """Yield for how many data the guide is no longer near the posterior."""
+        if few := int((effective_sample_size(self._total) < _FEW).sum()):
+            yield (
+                f"{few} of {self._evaluator.num_data} data had an effective sample size below "
+                f"{_FEW:g}: the guide is far from their posterior. Refine it (pyro_vae.refine), or "
+                "raise num_particles"
             )
 
 
-class NUTSStep(DrawnStep):
+class NUTSStep(ImportanceStep):
     """q is the posterior by the No-U-Turn sampler over all latents of all data at once.
 
     NUTS gives no log p(x), so that is measured by importance sampling through the guide, on
@@ -344,7 +318,6 @@ class NUTSStep(DrawnStep):
         latents = (*problem.structure.local_latents, *problem.structure.global_latents)
         _require_continuous(latents)
         super().__init__(problem)
-        self._evidence = ImportanceStep(problem)
         self._transforms = {site.name: biject_to(site.support) for site in latents}
         self._whole = slice(0, self._evaluator.num_data)
         drawn = self._evaluator.single_values(self._evaluator.draw(self._whole, 1, (4,))[0])
@@ -353,15 +326,15 @@ class NUTSStep(DrawnStep):
 
     def update(self, iteration: int) -> StepELBO:
         """Run the chain on from its last state, with the step size adapted anew."""
-        model, batch, steps = self._problem.model, self._problem.batch, self._problem.steps
-        self._log_evidence = self._evidence.update(iteration)
-        start = {name: t.inv(self._last[name]) for name, t in self._transforms.items()}
+        model, batch = self._problem.model, self._problem.batch
+        self._weigh(iteration)
+        self._log_evidence = self._evidence()
         with seeded(batch.device, self._problem.stream(3, iteration)), evaluation(model):
             chain = pyro.infer.MCMC(
                 pyro.infer.NUTS(model),
                 num_samples=self._num_particles,
-                warmup_steps=_WARMUP_STEPS if steps is None else steps,
-                initial_params=start,
+                warmup_steps=self._problem.steps or _WARMUP_STEPS,
+                initial_params={n: t.inv(self._last[n]) for n, t in self._transforms.items()},
                 disable_progbar=True,
             )
             chain.run(*batch.args, **batch.kwargs)
@@ -370,29 +343,24 @@ class NUTSStep(DrawnStep):
         self._divergences = sum(len(found) for found in chain.diagnostics()["divergences"].values())
         weight = torch.full((1, 1), 1 / self._num_particles, device=batch.device)
         self._draws = [_Draws(self._whole, self._evaluator.from_single(values), weight)]
-        (self._before,) = self._log_joint()
+        self._at_update = self._log_joint()[0]
         return self._log_evidence
 
     def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
-        (now,) = self._log_joint()
-        gained = (now - self._before).mean(1)
+        gained = (self._log_joint()[0] - self._at_update).mean(1)
         error = math.hypot(self._log_evidence.std_error, _batch_means_error(gained))
         return StepELBO(self._log_evidence.mean + float(gained.mean()), error)
 
-    def warn(self) -> None:
-        """Warn of transitions of the last run that diverged."""
+    def doubts(self) -> Iterator[str]:
+        """Yield how many transitions of the last run diverged, and what to doubt of log p(x)."""
         if self._divergences:
-            logger.warning(
-                "em: in the last E-step, %d of %d NUTS draws diverged: the posterior is steep "
-                "somewhere, and its draws may miss that part",
-                self._divergences,
-                self._num_particles,
-            )
-        self._evidence.warn()
+            draws = f"{self._divergences} of {self._num_particles} NUTS draws"
+            yield f"{draws} diverged: the posterior is steep somewhere, and they may miss that part"
+        yield from super().doubts()
 
 
-E_STEPS: Mapping[EStepName, Callable[[Problem], EStep]] = {
+E_STEPS: Mapping[str, Callable[[Problem], EStep]] = {
     "exact": ExactStep,
     "variational": VariationalStep,
     "importance": ImportanceStep,
@@ -400,13 +368,13 @@ E_STEPS: Mapping[EStepName, Callable[[Problem], EStep]] = {
 }
 
 
-def _require_density(problem: Problem, name: EStepName) -> None:
+def _require_density(problem: Problem, name: str) -> None:
     """Raise ValueError for a guide, or a number of draws, that log p(x) cannot be measured by."""
     guide = problem.guide
     if isinstance(guide, FamilyGuide) and not guide.family.has_density:
         raise ValueError(
-            f"e_step={name!r} measures log p(x) by the guide's density, and "
-            f"{guide.family!r} is a point, which has none; use another family"
+            f"e_step={name!r} measures log p(x) by the guide's density, and {guide.family!r} is a "
+            "point, which has none; use another family"
         )
     if problem.num_particles < 2:
         raise ValueError(f"num_particles=1: e_step={name!r} needs at least 2")

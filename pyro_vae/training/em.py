@@ -12,11 +12,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.guides.exact import ExactGuide
@@ -27,9 +30,9 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, Program
-from pyro_vae.training.e_steps import E_STEPS, EStep, EStepName, Problem, StepELBO
-from pyro_vae.training.m_step import MStep, NonFiniteHalfStepError, failure
-from pyro_vae.training.parameters import Parameters
+from pyro_vae.training.e_steps import E_STEPS, EStep, Problem, StepELBO
+from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.parameters import Parameters, all_finite
 from pyro_vae.training.result import EMResult, EMStop, HalfStep
 
 __all__ = ["NonFiniteHalfStepError", "em"]
@@ -39,11 +42,27 @@ logger = logging.getLogger(__name__)
 _WINDOW = 5  # iterations over which a gain must show above its error
 
 
+class NonFiniteHalfStepError(ArithmeticError):
+    """EM met an ELBO or a gradient that is not finite, and stopped.
+
+    The model keeps the parameters of the last good half-step.
+
+    Attributes:
+        half_step: "E" or "M".
+        iteration: counted from 1; 0 for the first E-step.
+    """
+
+    def __init__(self, message: str, half_step: HalfStep, iteration: int) -> None:
+        super().__init__(message)
+        self.half_step = half_step
+        self.iteration = iteration
+
+
 def em(
     model: Program,
     guide: Program,
     *batch: Any,
-    e_step: EStepName | Literal["auto"] = "auto",
+    e_step: Literal["auto", "exact", "variational", "importance", "nuts"] = "auto",
     num_iterations: int = 100,
     tolerance: float = 1e-6,
     num_particles: int = 100,
@@ -134,25 +153,24 @@ def em(
     _check_model(structure, kind)
     parameters = _parameters(model, structure, data)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
-    e = E_STEPS[kind](
-        Problem(model, guide, data, structure, data_plate, num_particles, e_steps, seed)
-    )
-    run = _Run(e, MStep(parameters, optim, m_steps))
+    pair = model, guide, data, structure, data_plate
+    e = E_STEPS[kind](Problem(*pair, num_particles, e_steps, seed))
+    run = _Run(e, _MStep(parameters, optim, m_steps))
     with preserved_rng(data.device):
         try:
             stopped_by = run.loop(num_iterations, tolerance, progress)
-            if stopped_by != "interrupted":
-                e.warn()
+            for text in () if stopped_by == "interrupted" else e.doubts():
+                logger.warning("em: in the last E-step, %s", text)
         finally:
             e.close()
-    return run.result(stopped_by)
+    elapsed = time.perf_counter() - run.begin
+    return EMResult(run.history, stopped_by, run.iterations, elapsed)
 
 
-def _kind(e_step: str, guide: Program) -> EStepName:
+def _kind(e_step: str, guide: Program) -> str:
     """Return the kind of E-step; raise ValueError where "auto" has none for this guide."""
-    for kind in E_STEPS:
-        if e_step == kind:
-            return kind
+    if e_step in E_STEPS:
+        return e_step
     if e_step != "auto":
         raise ValueError(f"e_step={e_step!r}: one of {('auto', *E_STEPS)} is needed")
     if isinstance(guide, ExactGuide):
@@ -165,21 +183,18 @@ def _kind(e_step: str, guide: Program) -> EStepName:
     )
 
 
-def _check_model(structure: Structure, kind: EStepName) -> None:
+def _check_model(structure: Structure, kind: str) -> None:
     """Raise ValueError for global latents, minibatches, and scales that an E-step cannot carry."""
     structure.require_no_globals()
+    for plate in (plate for site in structure.sites.values() for plate in site.plates):
+        if plate.drawn or plate.size != plate.full_size:
+            raise ValueError(
+                f"plate {plate.name!r} holds {plate.size} of {plate.full_size} entries: EM takes "
+                "all the data at once; pass them all, without subsampling, or train by minibatches "
+                "with pyro_vae.fit"
+            )
     for site in structure.sites.values():
-        for plate in site.plates:
-            if plate.drawn or plate.size != plate.full_size:
-                raise ValueError(
-                    f"plate {plate.name!r} holds {plate.size} of {plate.full_size} entries: EM "
-                    "takes all the data at once; pass them all, without subsampling, or train "
-                    "by minibatches with pyro_vae.fit"
-                )
-    if kind == "exact":
-        return
-    for site in structure.sites.values():
-        if bool((torch.as_tensor(site.scale) != 1).any()):
+        if kind != "exact" and bool((torch.as_tensor(site.scale) != 1).any()):
             raise ValueError(
                 f"site {site.name!r} has the scale {site.scale} (poutine.scale), which the draws "
                 f"of e_step={kind!r} do not carry; leave it out, or use an ExactGuide"
@@ -192,8 +207,8 @@ def _parameters(model: Program, structure: Structure, batch: Batch) -> Parameter
     def points(*args: Any, **kwargs: Any) -> None:
         for site in structure.sites.values():
             if site.kind != "observed":
-                event_dim = len(site.event_shape)
-                pyro.sample(site.name, dist.Delta(site.value, event_dim=event_dim))
+                point = dist.Delta(site.value, event_dim=len(site.event_shape))
+                pyro.sample(site.name, point)
 
     try:
         parameters = Parameters(model, points, batch)
@@ -207,12 +222,11 @@ def _parameters(model: Program, structure: Structure, batch: Batch) -> Parameter
 class _Run:
     """The alternation, and its record."""
 
-    def __init__(self, e_step: EStep, m_step: MStep) -> None:
+    def __init__(self, e_step: EStep, m_step: _MStep) -> None:
         self.e_step, self.m_step = e_step, m_step
-        self.history: dict[str, list[Any]] = {
-            name: [] for name in ("iteration", "half_step", "elbo", "elbo_std_error")
-        }
-        self.iterations, self._begin = 0, time.perf_counter()
+        names = ("iteration", "half_step", "elbo", "elbo_std_error")
+        self.history: dict[str, list[Any]] = {name: [] for name in names}
+        self.iterations, self.begin = 0, time.perf_counter()
 
     def loop(self, num_iterations: int, tolerance: float, progress: bool) -> EMStop:
         """Alternate half-steps; return the reason for ending."""
@@ -235,23 +249,113 @@ class _Run:
                     if error > 0 and len(estimates) > _WINDOW and gain < 2 * error:
                         return "noise"
         except KeyboardInterrupt:
-            logger.warning(
-                "interrupted in iteration %d; the model keeps the parameters of the last M-step "
-                "that was finished",
-                self.iterations + 1,
-            )
+            text = "interrupted in iteration %d; the model keeps the last whole M-step's parameters"
+            logger.warning(text, self.iterations + 1)
             return "interrupted"
         return "num_iterations"
 
     def _record(self, iteration: int, half_step: HalfStep, estimate: StepELBO) -> StepELBO:
         if not math.isfinite(estimate.mean):
-            raise failure(f"the ELBO ({estimate.mean})", half_step, iteration)
+            raise _failure(f"the ELBO ({estimate.mean})", half_step, iteration)
         row = (iteration, half_step, estimate.mean, estimate.std_error)
         for name, value in zip(self.history, row, strict=True):
             self.history[name].append(value)
         return estimate
 
-    def result(self, stopped_by: EMStop) -> EMResult:
-        """Return the record."""
-        elapsed = time.perf_counter() - self._begin
-        return EMResult(self.history, stopped_by, self.iterations, elapsed)
+
+class _MStep:
+    """Raises an objective in the model's parameters, or leaves them alone."""
+
+    def __init__(self, parameters: Parameters, optim: Any, steps: int) -> None:
+        self.parameters, self.steps = parameters, steps
+        self.optimizer = None if optim is None else make_optimizer(optim, parameters.trained)
+
+    def run(self, objective: Callable[[], Tensor], iteration: int) -> None:
+        """Maximise a deterministic objective; restore the parameters where nothing was gained.
+
+        Raises:
+            NonFiniteHalfStepError: the parameters are those from before.
+            ValueError: where the objective depends on none of them.
+        """
+        with torch.no_grad():
+            before = float(objective().detach())
+        self._state = self.parameters.state()
+        with self.undone_on_error(), pyro.validation_enabled(False):
+            self._climb(objective, before, iteration)
+            if not self.parameters.finite():
+                raise _failure("a parameter", "M", iteration)
+            with torch.no_grad():
+                after = float(objective().detach())
+            if math.isnan(after):
+                raise _failure("the objective", "M", iteration)
+        if not after > before:
+            self.parameters.restore(self._state)
+
+    def _climb(self, objective: Callable[[], Tensor], before: float, iteration: int) -> None:
+        """Move the parameters; ``before`` is the objective where they are."""
+        trained, calls = self.parameters.trained, 0
+
+        def closure() -> float:
+            nonlocal calls
+            calls += 1
+            try:
+                loss, gradients = self._differentiate(objective, iteration)
+            except (NonFiniteHalfStepError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                if calls == 1 or self.optimizer is not None:
+                    raise
+                # A trial of the line search that went too far: a height turns it back, where
+                # nan would be taken for a value.
+                loss, gradients = 1e6 * (1 + abs(before)) - before, [None] * len(trained)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter)
+                parameter.grad = gradient.contiguous()  # torch's L-BFGS takes views of it
+            return loss
+
+        if self.optimizer is None:
+            torch.optim.LBFGS(
+                trained,
+                max_iter=self.steps,
+                tolerance_grad=1e-9,
+                tolerance_change=1e-12,
+                history_size=20,
+                line_search_fn="strong_wolfe",
+            ).step(closure)
+            return
+        for _ in range(self.steps):
+            self.optimizer.step(closure)
+
+    def _differentiate(
+        self, objective: Callable[[], Tensor], iteration: int
+    ) -> tuple[float, list[Tensor | None]]:
+        """Return minus the objective and its gradients, None for unused parameters."""
+        loss = -objective()
+        gradients = torch.autograd.grad(loss, self.parameters.trained, allow_unused=True)
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not bool(torch.isfinite(loss)) or not all_finite(found):
+            raise _failure("the objective or its gradient", "M", iteration)
+        if not found:
+            raise ValueError("the ELBO does not depend on any parameter of the model")
+        return float(loss.detach()), list(gradients)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Go back to the parameters before the last M-step if anything is raised inside."""
+        try:
+            yield
+        except BaseException:  # an interruption by the user too
+            self.parameters.restore(self._state)
+            raise
+        finally:
+            for parameter in self.parameters.trained:
+                parameter.grad = None
+
+
+def _failure(what: str, half_step: HalfStep, iteration: int) -> NonFiniteHalfStepError:
+    """Return the error for a quantity that is not finite in a half-step."""
+    return NonFiniteHalfStepError(
+        f"{what} is not finite in the {half_step}-step of iteration {iteration}. The model keeps "
+        "the parameters of the last good half-step. Try another start, float64, or bound the "
+        "scales there",
+        *(half_step, iteration),
+    )

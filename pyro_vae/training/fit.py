@@ -39,13 +39,8 @@ logger = logging.getLogger(__name__)
 _DEFAULT_EPOCHS = 100
 _SHOWN = 50  # steps that the running ELBO of the bar is the mean of
 _HISTORY = (
-    "epoch",
-    "step",
-    "elbo",
-    "elbo_std_error",
-    "validation_elbo",
-    "validation_elbo_std_error",
-    "beta",
+    *("epoch", "step", "elbo", "elbo_std_error"),
+    *("validation_elbo", "validation_elbo_std_error", "beta"),
 )
 
 # Called after each epoch; one that returns True ends training.
@@ -181,14 +176,14 @@ def fit(
             module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
     as_svi = not isinstance(loss, Objective)
-    training = TrainingData(
-        model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
-    )
+    options = (batch_size, device, data_plate, drop_last)
+    training = TrainingData(model, guide, data, *options, as_svi=as_svi)
     held_out = None if validation_data is None else training.validation(validation_data)
+    total = _total_steps(limits, training.steps_per_epoch)
     with one_thread(), seeded(training.batch.device, seed):
-        steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile)
+        steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile, total)
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        result = _Trainer(steps, validation, callbacks, checkpoint).run(limits, progress)
+        result = _Trainer(steps, validation, limits, callbacks, checkpoint).run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
@@ -210,8 +205,8 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
             )
     elif rows:
         raise ValueError(
-            "validation_data: a LocalGuide has parameters for the training data alone; "
-            "use an AmortizedGuide, or leave validation_data out"
+            "validation_data: a LocalGuide has parameters for the training data alone; use an "
+            "AmortizedGuide, or leave validation_data out"
         )
     elif isinstance(validation_data, (int, float)):
         raise TypeError(
@@ -240,6 +235,12 @@ def _check_loss(loss: Any, schedule: Any) -> None:
         )
 
 
+def _total_steps(limits: _Limits, per_epoch: int | None) -> int | None:
+    """Return how many steps there will be in all at most; None where that is not known."""
+    by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
+    return min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
+
+
 @dataclass
 class _Progress:
     """How far training has come, as a checkpoint holds it beside the parameters."""
@@ -259,10 +260,11 @@ class _Trainer:
         self,
         steps: TrainingSteps,
         validation: Validation | None,
+        limits: _Limits,
         callbacks: Iterable[Callback],
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        self.steps, self.validation = steps, validation
+        self.steps, self.validation, self.limits = steps, validation, limits
         self.callbacks, self.checkpoint = list(callbacks), checkpoint
         self.state = _Progress()
         self.best: State | None = None  # at the end of the epoch that validated best
@@ -270,59 +272,42 @@ class _Trainer:
         if checkpoint is not None and os.path.exists(checkpoint):
             self._resume(checkpoint)
 
-    def run(self, limits: _Limits, progress: bool) -> FitResult:
+    def run(self, progress: bool) -> FitResult:
         """Train until a limit is reached, and leave the best parameters in place."""
-        total = self._expect(limits)
-        with tqdm(total=total, initial=self.state.step, disable=not progress, unit="step") as bar:
+        state, total, schedule = self.state, self.steps.expected, self.steps.schedule
+        if total and total > state.step and (text := shortfall(schedule, total)):
+            logger.warning("training will end by %s", text)
+        with tqdm(total=total, initial=state.step, disable=not progress, unit="step") as bar:
             try:
-                stopped_by = self._loop(limits, bar)
+                stopped_by = self._loop(bar)
             except KeyboardInterrupt:
                 stopped_by = "interrupted"
                 self.steps.read()
-                self.state.step = self.steps.taken
+                state.step = self.steps.taken
                 if self._unsaved:  # in a callback: the epoch is whole
                     self._save()
         self.steps.drop_gradients()
-        kept = f"step {self.state.step}"
+        kept = f"step {state.step}"
         if self.best is not None:
             self.steps.parameters.restore(self.best)
-            kept = f"epoch {self.state.best_epoch}, the best on the validation data"
+            kept = f"epoch {state.best_epoch}, the best on the validation data"
         if stopped_by == "interrupted":
-            logger.warning(
-                "interrupted after step %d; model and guide keep the parameters of %s",
-                self.state.step,
-                kept,
-            )
-        if text := shortfall(self.steps.schedule, self.state.step):
-            logger.warning("training ended (%s) at %s", stopped_by, text)
-        state = self.state
+            text = "interrupted after step %d; model and guide keep the parameters of %s"
+            logger.warning(text, state.step, kept)
+        if short := shortfall(schedule, state.step):
+            logger.warning("training ended (%s) at %s", stopped_by, short)
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
 
-    def _expect(self, limits: _Limits) -> int | None:
-        """Prepare for the steps to come; return how many there are in all, if that is known."""
-        per_epoch = self.steps.data.steps_per_epoch
-        by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else math.inf
-        total = min(limits.get("max_steps", math.inf), by_epochs)
-        if total == math.inf:
-            return None
-        total = int(total)
-        self.steps.expect(total)
-        if self.validation is not None:
-            self.validation.expect(math.ceil(total / (per_epoch or total)))
-        if total > self.state.step and (text := shortfall(self.steps.schedule, total)):
-            logger.warning("training will end by %s", text)
-        return total
-
-    def _ended(self, limits: _Limits) -> FitStop | None:
+    def _ended(self) -> FitStop | None:
         """Return which limit training has come to, if any."""
         state = self.state
         stalled = state.epoch - state.best_epoch
         counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
-        return next((name for name, limit in limits.items() if counts[name] >= limit), None)
+        return next((name for name, limit in self.limits.items() if counts[name] >= limit), None)
 
-    def _loop(self, limits: _Limits, bar: tqdm[NoReturn]) -> FitStop:
-        while (stopped_by := self._ended(limits)) is None:
-            epoch = self._epoch(bar, limits.get("max_steps"))
+    def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
+        while (stopped_by := self._ended()) is None:
+            epoch = self._epoch(bar)
             self._unsaved = self.checkpoint is not None
             ended = self._call_back(epoch)
             # After them: the checkpoint holds what they set, such as a learning rate.
@@ -331,8 +316,9 @@ class _Trainer:
                 return "callback"
         return stopped_by
 
-    def _epoch(self, bar: tqdm[NoReturn], max_steps: int | None) -> Epoch:
+    def _epoch(self, bar: tqdm[NoReturn]) -> Epoch:
         state, begin = self.state, time.perf_counter() - self.state.elapsed
+        max_steps = self.limits.get("max_steps", math.inf)
         elbos: list[MinibatchELBO] = []
 
         def read() -> None:
@@ -347,14 +333,14 @@ class _Trainer:
             self.steps.take(index, batch)
             if self.steps.due:
                 read()
-            if max_steps is not None and self.steps.taken >= max_steps:
+            if self.steps.taken >= max_steps:
                 break
         read()
         beta = self.steps.factor  # before validation, which has none
         elbo, elbo_error = mean_elbo(elbos)
-        validation, error = (
-            (math.nan, math.nan) if self.validation is None else self.validation.score()
-        )
+        validation = error = math.nan
+        if self.validation is not None:
+            validation, error = self.validation.score()
         self.steps.remember()
         state.epoch += 1
         state.elapsed = time.perf_counter() - begin
@@ -395,7 +381,7 @@ class _Trainer:
         """Write the checkpoint, if one is wanted."""
         if self.checkpoint is None:
             return
-        optimizer, loss = self.steps.optimizer, self.steps.loss
+        optimizer, loss = self.steps.optimizer, self.steps.objective
         schedulers = checkpoints.schedulers_of(self.callbacks, optimizer)
         content = {
             "schedulers": [scheduler.state_dict() for scheduler in schedulers],
@@ -403,7 +389,7 @@ class _Trainer:
             "best": self.best,
             "optimizer": optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
-            "loss": loss.state_dict() if isinstance(loss, Objective) else {},
+            "loss": {} if loss is None else loss.state_dict(),
             "progress": dict(vars(self.state)),
             "random_state": random_state(),
         }
@@ -416,30 +402,28 @@ class _Trainer:
         Raises:
             ValueError: where it is not one, or of another pair or optimizer.
         """
-        content = checkpoints.load(checkpoint)
-        self.steps.initialize()
-        here, there = type(self.steps.optimizer).__name__, content["optimizer_type"]
+        content, steps = checkpoints.load(checkpoint), self.steps
+        steps.initialize()
+        here, there = type(steps.optimizer).__name__, content["optimizer_type"]
+        written = f"{os.fspath(checkpoint)} was written with"
         if here != there:
-            raise ValueError(
-                f"{os.fspath(checkpoint)} was written with the optimizer {there}, not {here}"
-            )
-        progress = _Progress(**content["progress"])
-        self.steps.resume(content["last"], progress.step, progress.epoch)
-        schedulers = checkpoints.schedulers_of(self.callbacks, self.steps.optimizer)
+            raise ValueError(f"{written} the optimizer {there}, not {here}")
+        progress = self.state = _Progress(**content["progress"])
+        steps.resume(content["last"], progress.step, progress.epoch)
+        schedulers = checkpoints.schedulers_of(self.callbacks, steps.optimizer)
         saved = content.get("schedulers", [])
         if len(saved) != len(schedulers):
             raise ValueError(
-                f"{os.fspath(checkpoint)} was written with {len(saved)} learning rate schedulers "
-                f"among the callbacks, and here are {len(schedulers)}: they go on from their "
-                "state in it; pass the same callbacks"
+                f"{written} {len(saved)} learning rate schedulers among the callbacks, and here "
+                f"are {len(schedulers)}: they go on from their state in it; pass the same callbacks"
             )
-        self.steps.optimizer.load_state_dict(content["optimizer"])
+        steps.optimizer.load_state_dict(content["optimizer"])
         for scheduler, state in zip(schedulers, saved, strict=True):
             scheduler.load_state_dict(state)
-        if isinstance(self.steps.loss, Objective):
-            self.steps.loss.load_state_dict(content.get("loss", {}))
-        self.state, self.best = progress, content["best"]
+        if steps.objective is not None:
+            steps.objective.load_state_dict(content.get("loss", {}))
+        self.best = content["best"]
         for name in _HISTORY:  # a column that an earlier version did not write is unknown
-            self.state.history.setdefault(name, [math.nan] * self.state.epoch)
+            progress.history.setdefault(name, [math.nan] * progress.epoch)
         set_random_state(content["random_state"])
-        logger.info("resumed from %s at epoch %d", checkpoint, self.state.epoch)
+        logger.info("resumed from %s at epoch %d", checkpoint, progress.epoch)

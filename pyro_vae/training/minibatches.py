@@ -17,19 +17,14 @@ from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.sites import Plate, Structure
+from pyro_vae.programs.sites import Plate, Structure, names_of
 from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import ModelLooks, inspect
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.data_source import source_of
 from pyro_vae.training.plate_scale import minibatch_scale
-from pyro_vae.training.row_order import (
-    NotSetUpError,
-    bound_to_order,
-    divides_by_size,
-    set_up_before,
-)
+from pyro_vae.training.row_order import NotSetUpError, PairOnRows, set_up_before
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +71,10 @@ class TrainingData:
         *,
         as_svi: bool = False,
     ) -> None:
-        self._model, self._guide = model, guide
+        self._model, self._guide, self._plate = model, guide, data_plate
         self._drop_last, self._as_svi = drop_last, as_svi
         self.source = source_of(data, batch_size, device, drop_last)
         self.batch, self.num_data = self.source.batch, self.source.num_data
-        self._plate = data_plate
         self._run: Structure | None = None  # of the model under its prior
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
         # All of them at once: values outside a likelihood's support are refused here.
@@ -118,15 +112,14 @@ class TrainingData:
             self._run = looks.run
             return structure
         except Exception as error:
-            plates: tuple[DataPlate, ...] = (self._plate,) if self._as_svi else ()
-            for plate in (None, False) if plates == (None,) else plates:
+            plates: tuple[DataPlate, ...] = (None, False) if self._plate is None else (self._plate,)
+            for plate in plates if self._as_svi else ():
                 with Look():
                     model = under_guide(self._model, self._guide)
                     found = inspect(model, batch, data_plate=plate)
                     if found.data_plate is None and self._plate is None:
-                        logger.warning(
-                            "each step takes all data, for there is no data plate: %s", error
-                        )
+                        text = "each step takes all data, for there is no data plate: %s"
+                        logger.warning(text, error)
                     return found
             raise
 
@@ -136,6 +129,9 @@ class TrainingData:
 
     def _all(self) -> Batch:
         return self.source.example(self.source.all())
+
+    def _on_rows(self, few: Batch, plate: Plate) -> PairOnRows:
+        return PairOnRows(self._model, self._guide, few, plate, self.rows)
 
     def _find_order(self) -> None:
         """Find out whether each step must take all rows, in their order.
@@ -147,7 +143,10 @@ class TrainingData:
         with Look() as look:
             role, norms = self._bound_role(few)
         if look.error is not None:
-            if self.source.streamed or not self._takes_all():
+            with Look() as whole:  # what it raises is no matter of minibatches
+                if not self.source.streamed:
+                    run_pair(self._model, self._guide, self._all())
+            if self.source.streamed or whole.error is not None:
                 return  # the first step says what is wrong
             text = f"{type(look.error).__name__}: {look.error}".splitlines()[0]
             self.bound = f"they cannot take {few.size} of the data alone ({text})"
@@ -168,8 +167,7 @@ class TrainingData:
 
         def look() -> tuple[str | None, dict[str, int]]:
             with self.rows(torch.arange(few.size or 0)):
-                pair = Pair(self._model, self._guide, few, gradients=True)
-                refused = False
+                pair, refused = Pair(self._model, self._guide, few, gradients=True), False
                 with batch_norms() as norms:
                     try:
                         pair.looks.know_run(pair.single.run, self._run)
@@ -180,7 +178,8 @@ class TrainingData:
                 if not refused and pair.part_agrees(plate):
                     self._pair = pair
                     return None, norms
-                return bound_to_order(self._model, self._guide, few, plate, self.rows), norms
+                role = None if plate is None else self._on_rows(few, plate).bound_to_order()
+                return role, norms
 
         if self.source.streamed:
             return look()
@@ -192,12 +191,6 @@ class TrainingData:
             run_pair(self._model, self._guide, self._all())
             return look()
 
-    def _takes_all(self) -> bool:
-        """Return whether the pair runs on all the data at once."""
-        with Look() as look:
-            run_pair(self._model, self._guide, self._all())
-        return look.error is None  # whatever it is, it is no matter of minibatches
-
     def _find_scale(self) -> None:
         """Find the number of data that a minibatch's loss is scaled to."""
         example, pair = self.example, self._pair
@@ -207,7 +200,7 @@ class TrainingData:
             structure = pair.looks.structure(self._plate, latents_needed=False)
 
         def divides(plate: Plate, names: list[str]) -> bool:
-            return divides_by_size(self._model, self._guide, self._few(), plate, names, self.rows)
+            return self._on_rows(self._few(), plate).divides_by_size(names)
 
         self._full_size, self._scaled = minibatch_scale(
             self._model, example, structure, self.num_data, divides, pair.part if pair else None
@@ -217,12 +210,8 @@ class TrainingData:
                 "the plate %r has the size of a minibatch, and the latent sites %s are shared by "
                 "all data: what is in the plate is scaled by num_data / its size (%d / %d), as "
                 "pyro.plate(%r, %d, subsample=x) in the model says it",
-                self._plate,
-                [site.name for site in structure.global_latents],
-                self._scaled.num_data,
-                structure.num_data,
-                self._plate,
-                self._scaled.num_data,
+                *(self._plate, names_of(structure.global_latents)),
+                *(self._scaled.num_data, structure.num_data, self._plate, self._scaled.num_data),
             )
 
     def _take_whole(self, plate: Plate | None) -> Plate | None:
@@ -241,8 +230,7 @@ class TrainingData:
                 "each step takes all %d data, in their order, and batch_size is not used: %s. "
                 "Minibatches are for models whose plate takes its size from the batch, and guides "
                 "such as pyro_vae.AmortizedGuide, or LocalGuide, which is told which rows it gets",
-                self.num_data,
-                self.bound,
+                *(self.num_data, self.bound),
             )
         self.batch_size = self.num_data or 1
         return plate
@@ -251,16 +239,14 @@ class TrainingData:
         """Raise ValueError for a minibatch of one datum, which these cannot normalize."""
         if self.num_data is None or self.source.streamed or not norms:
             return
-        dropped = self._drop_last and self.batch_size > 1
-        last = self.num_data % self.batch_size or self.batch_size
-        if last > 1 or dropped:
-            return
-        raise ValueError(
-            f"the last minibatch of an epoch has 1 datum ({self.num_data} data, batch_size="
-            f"{self.batch_size}), which {', '.join(norms)} in training mode cannot "
-            f"normalize; pass {'' if self.batch_size == 1 else 'drop_last=True, or '}another "
-            "batch_size"
-        )
+        size = self.batch_size
+        last = self.num_data % size or size
+        if last == 1 and not (self._drop_last and size > 1):
+            raise ValueError(
+                f"the last minibatch of an epoch has 1 datum ({self.num_data} data, batch_size="
+                f"{size}), which {', '.join(norms)} in training mode cannot normalize; pass "
+                f"{'' if size == 1 else 'drop_last=True, or '}another batch_size"
+            )
 
     # --- what a step sees
 
@@ -274,8 +260,8 @@ class TrainingData:
     @property
     def example(self) -> Batch:
         """The first minibatch that was looked at, as model and guide get it."""
-        whole = self.first_rows is None
-        return self.source.example(self.batch if whole else self.source.some(self.batch_size))
+        part = self.batch if self.first_rows is None else self.source.some(self.batch_size)
+        return self.source.example(part)
 
     def looked_at(self) -> Pair | None:
         """Return the pair on the example, with what runs of it have shown, once; None without."""
@@ -337,8 +323,7 @@ class TrainingData:
     def elbo(self, loss: float, size: int | None) -> MinibatchELBO:
         """Return the ELBO per datum of a loss of so many data."""
         counted = 1 if self.whole else size or 1
-        of = counted if self._full_size is None else self._full_size
-        return MinibatchELBO(-loss / of, counted)
+        return MinibatchELBO(-loss / (self._full_size or counted), counted)
 
 
 @dataclass(frozen=True, slots=True)

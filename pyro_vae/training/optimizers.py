@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -15,6 +14,7 @@ from torch import Tensor
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # How a kernel is called: no setting of what it does.
 _KERNELS = frozenset({"fused", "foreach", "capturable", "differentiable"})
+_OF_ITS_OWN = _KERNELS | {"params", "param_names"}  # of a group
 
 
 def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -31,11 +31,10 @@ def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimize
             other parameters.
     """
     if optim is None:
-        return _fused(torch.optim.Adam, parameters, {"lr": 1e-3})
+        adam = torch.optim.Adam
+        return adam(parameters, **_fused_options(adam, parameters, {"lr": 1e-3}))
     if isinstance(optim, pyro.optim.PyroOptim):
-        link = PyroLink(optim, parameters)
-        _links[link.optimizer] = link
-        return link.optimizer
+        return PyroLink(optim, parameters).optimizer
     is_made = isinstance(optim, torch.optim.Optimizer) or not callable(optim)
     made = optim if is_made else optim(parameters)
     if not isinstance(made, torch.optim.Optimizer):
@@ -43,13 +42,23 @@ def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimize
             f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
             "optimizer, or a pyro.optim object is needed"
         )
-    ours = {id(parameter) for parameter in parameters}
-    if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
+    if set(map(id, parameters)).isdisjoint(map(id, parameters_in(made))):
         raise ValueError(
             "optim: none of its parameters is one of the model or the guide; pass a function "
             "from parameters to an optimizer"
         )
     return made
+
+
+def parameters_in(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Do as Optimizer.zero_grad(), which takes as long as some operations of a small step."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class PyroLink:
@@ -76,13 +85,12 @@ class PyroLink:
         self._optim = optim
         self._options = _fused_options(optim.pt_optim_constructor, parameters, optim.pt_optim_args)
         self._parameters = list(parameters)
-        self._rates: list[Any] = []  # of the parameters, and of the groups, when last in step
-        self._of_groups: list[Any] = []
-        self.optimizer: torch.optim.Optimizer = optim.pt_optim_constructor(
-            self._groups(), **self._options
-        )
+        self._of_groups: list[Any] = []  # their learning rates when last in step
+        make: Callable[..., torch.optim.Optimizer] = optim.pt_optim_constructor
+        self.optimizer = make(self._groups(), **self._options)
         self._share_state()
         self.optimizer.register_load_state_dict_post_hook(self._loaded)
+        vars(self.optimizer)["pyro_link"] = self
 
     def add(self, parameters: list[Tensor]) -> None:
         """Take up more parameters."""
@@ -100,11 +108,12 @@ class PyroLink:
     def push(self) -> None:
         """Hand on learning rates that were set in the torch optimizer, or by its step."""
         groups = self.optimizer.param_groups
-        if [group.get("lr") for group in groups] == self._of_groups:
+        rates = [group.get("lr") for group in groups]
+        if rates == self._of_groups:
             return
+        self._of_groups = rates
         found = {id(p): group.get("lr") for group in groups for p in group["params"]}
         self._rates = [found[id(parameter)] for parameter in self._parameters]
-        self._of_groups = [group.get("lr") for group in groups]
         for parameter, rate in zip(self._parameters, self._rates, strict=True):
             self._single(parameter).param_groups[0]["lr"] = rate
 
@@ -117,23 +126,20 @@ class PyroLink:
         self._share_state()
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return groups of the parameters whose settings are the same."""
-        groups: list[dict[str, Any]] = []
+        """Return groups of the parameters whose settings are the same; note the learning rates."""
         alike: list[dict[str, Any]] = []
+        members: list[list[Tensor]] = []
         self._rates = []
         for parameter in self._parameters:
-            settings = {
-                name: value
-                for name, value in self._single(parameter).param_groups[0].items()
-                if name not in _KERNELS and name not in ("params", "param_names")
-            }
+            group = self._single(parameter).param_groups[0]
+            settings = {name: group[name] for name in group if name not in _OF_ITS_OWN}
             self._rates.append(settings.get("lr"))
             if settings not in alike:
                 alike.append(settings)
-                groups.append({"params": [], **settings})
-            groups[alike.index(settings)]["params"].append(parameter)
-        self._of_groups = [group.get("lr") for group in groups]
-        return groups
+                members.append([])
+            members[alike.index(settings)].append(parameter)
+        self._of_groups = [settings.get("lr") for settings in alike]
+        return [{"params": p, **settings} for p, settings in zip(members, alike, strict=True)]
 
     def _single(self, parameter: Tensor) -> torch.optim.Optimizer:
         """Return Pyro's optimizer of one parameter, made as Pyro does."""
@@ -144,8 +150,7 @@ class PyroLink:
             for group in single.param_groups:  # its state is to be that of the same kernel
                 group.update({n: v for n, v in self._options.items() if n in _KERNELS})
             name = pyro.get_param_store().param_name(parameter)
-            state = optim._state_waiting_to_be_consumed.pop(name, None)
-            if state is not None:
+            if (state := optim._state_waiting_to_be_consumed.pop(name, None)) is not None:
                 single.load_state_dict(state)
         found: torch.optim.Optimizer = optim.optim_objs[parameter]
         return found
@@ -168,38 +173,23 @@ class PyroLink:
         self.push()
 
 
-_links: weakref.WeakKeyDictionary[torch.optim.Optimizer, PyroLink] = weakref.WeakKeyDictionary()
-
-
-def link_of(optimizer: torch.optim.Optimizer) -> PyroLink | None:
-    """Return the link of an optimizer to the pyro.optim object that it was made of, if any."""
-    return _links.get(optimizer)
-
-
 def _check_plain(optim: Any) -> None:
     """Raise ValueError for a pyro.optim object that one torch optimizer cannot stand for."""
-    untranslatable = {
-        "a learning rate scheduler": isinstance(optim, pyro.optim.PyroLRScheduler),
-        "arguments that are a function of the parameter": not isinstance(optim.pt_optim_args, dict),
-        "clip_args": bool(optim.pt_clip_args),
-    }
-    for what, present in untranslatable.items():
-        if present:
-            raise ValueError(
-                f"optim: a pyro.optim object with {what} cannot be translated; pass a function "
-                "from parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for "
-                "clipping)"
-            )
+    if isinstance(optim, pyro.optim.PyroLRScheduler):
+        what = "a learning rate scheduler"
+    elif not isinstance(optim.pt_optim_args, dict):
+        what = "arguments that are a function of the parameter"
+    elif optim.pt_clip_args:
+        what = "clip_args"
+    else:
+        return
+    raise ValueError(
+        f"optim: a pyro.optim object with {what} cannot be translated; pass a function from "
+        "parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for clipping)"
+    )
 
 
-def _fused(
-    make: Callable[..., torch.optim.Optimizer], parameters: list[Tensor], options: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """Return an optimizer that updates all parameters by one kernel, where PyTorch has one."""
-    return _with_momentum(make(parameters, **_fused_options(make, parameters, options)))
-
-
-def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _with_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give a fused SGD its momenta, of zero: it fails where some parameters have one and some not.
 
     As where one gets its first gradient in a later step.
@@ -210,7 +200,6 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 state = optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def _fused_options(

@@ -64,10 +64,8 @@ class Parameters:
     def find(self, seen: Pair | None = None) -> None:
         """Find them in a run of the pair; again once a step has initialized the ``late`` ones."""
         self._first = FirstValues() if seen is None else seen.first
-        if seen is None:
-            called, statements = self._run()
-        else:
-            called, statements = seen.single.called, seen.single.statements
+        known = None if seen is None else (seen.single.called, seen.single.statements)
+        called, statements = known or self._run()
         if statements.clash:  # a module may have taken up what the store has by its name
             called, statements = self._run()
         roots = self._modules.values()
@@ -79,8 +77,17 @@ class Parameters:
             if id(tensor) not in held:
                 # A network of the model's and one of the guide's may have one name.
                 self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
-        self.late = self._find_late(modules)
-        self._buffers = self._find_buffers(called)
+        of_modules = {id(p) for module in modules for p in parameters_of(module).values()}
+        self.late = tuple(
+            name
+            for name, tensor in self._stored.items()
+            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
+        )
+        # Running means of modules that plain functions call, in order.
+        kept = {id(buffer) for root in roots for buffer in root.buffers()}
+        buffers = {id(buffer): buffer for module in called for buffer in module.buffers()}
+        others = (buffer for key, buffer in buffers.items() if key not in kept)
+        self._buffers = {str(number): buffer for number, buffer in enumerate(others)}
         ids = {id(tensor) for _, tensor in registered}
         self.unregistered = {
             role: [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in ids]
@@ -104,21 +111,6 @@ class Parameters:
         ):
             trace_pair(*self._pair, self._batch)
         return list(called.values()), statements
-
-    def _find_late(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
-        of_modules = {id(p) for module in modules for p in parameters_of(module).values()}
-        return tuple(
-            name
-            for name, tensor in self._stored.items()
-            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
-        )
-
-    def _find_buffers(self, called: Iterable[nn.Module]) -> dict[str, Tensor]:
-        """Return the buffers (running means) of modules that plain functions call, in order."""
-        held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
-        found = {id(buffer): buffer for module in called for buffer in module.buffers()}
-        others = (buffer for key, buffer in found.items() if key not in held)
-        return {str(number): buffer for number, buffer in enumerate(others)}
 
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""

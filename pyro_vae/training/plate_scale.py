@@ -8,7 +8,7 @@ import torch
 
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
-from pyro_vae.programs.sites import Plate, Site, Structure
+from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import Program
@@ -21,8 +21,8 @@ def minibatch_scale(
     batch: Batch,
     structure: Structure,
     num_data: int | None,
-    divides: Callable[[Plate, list[str]], bool] = lambda plate, names: False,
-    part: Structure | None = None,
+    divides: Callable[[Plate, list[str]], bool],
+    part: Structure | None,
 ) -> tuple[int | None, FullSize | None]:
     """Return how many data a minibatch's loss is scaled to, and what is needed to scale it.
 
@@ -54,37 +54,40 @@ def minibatch_scale(
         return plate.full_size, None
     if num_data == plate.size:
         # Validation data are others, of which the model may say that they are as many.
-        return _size_of_fewer(model, batch, structure, num_data, part), None
-    if num_data is not None and structure.global_latents:
-        observed = [site.name for site in structure.observed]
-        by_hand = observed if divides(plate, observed) else []
-        _check_scaled_alike(structure, plate, num_data, by_hand)
-        if by_hand:
-            return num_data, None
-    if num_data is not None and _scales_itself(model, batch, structure, num_data):
-        return num_data, None
-    if not structure.global_latents:
-        return None, None
-    names = [site.name for site in structure.global_latents]
+        return _size_of_fewer(model, batch, plate, num_data, part), None
+    names = names_of(structure.global_latents)
+    shared = f"the latent sites {names} are shared by all data"
     advice = (
         f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "
         "data"
     )
-    if num_data is None:
+    if names and num_data is None:
         raise ValueError(
-            f"the latent sites {names} are shared by all data, of which nobody says how many there "
-            f"are: what a minibatch counts for is not known; {advice}"
+            f"{shared}, of which nobody says how many there are: what a minibatch counts for is "
+            f"not known; {advice}"
         )
-    scales = _relative_scales(structure)
+    if num_data is None:
+        return None, None
+    if names:
+        observed = names_of(structure.observed)
+        by_hand = observed if divides(plate, observed) else []
+        _check_scaled_alike(structure, plate, num_data, by_hand)
+        if by_hand:
+            return num_data, None
+    if _scales_itself(model, batch, structure, num_data):
+        return num_data, None
+    if not names:
+        return None, None
+    scales = _relative_scales(structure, structure.observed)
     if not any(_is(scale, 1.0) for scale in scales.values()):
         found = ", ".join(f"{name!r} by {float(s.mean()):g}" for name, s in scales.items())
         raise ValueError(
-            f"the latent sites {names} are shared by all data, and a minibatch must count "
-            f"num_data / batch_size = {num_data / plate.size:g} times; the model scales {found} "
-            f"instead. If that is a weight of the likelihood, {advice}, and it is kept beside it"
+            f"{shared}, and a minibatch must count num_data / batch_size = "
+            f"{num_data / plate.size:g} times; the model scales {found} instead. If that is a "
+            f"weight of the likelihood, {advice}, and it is kept beside it"
         )
-    local = [site.name for site in structure.local_latents]
     others = {p.name for site in structure.sites.values() for p in site.plates} - {plate.name}
+    local = names_of(structure.local_latents)
     return num_data, FullSize(plate.name, plate.dim, num_data, local, others)
 
 
@@ -93,13 +96,8 @@ def _check_scaled_alike(
 ) -> None:
     """Raise ValueError where a model scales some sites of a minibatch up to all data, others not.
 
-    Another weight of a site, of a KL warm-up for one, is none of the two.
-
-    Args:
-        structure: of the model on a minibatch.
-        plate: the data plate.
-        num_data: of all data.
-        by_hand: observed sites that are scaled up by other means than a scale.
+    Another weight of a site, of a KL warm-up for one, is none of the two. ``by_hand`` are observed
+    sites that are scaled up by other means than a scale.
     """
     factor = num_data / plate.size
     scales = _relative_scales(structure, (*structure.observed, *structure.local_latents))
@@ -107,20 +105,19 @@ def _check_scaled_alike(
     alone = [name for name, scale in scales.items() if name not in scaled and _is(scale, 1.0)]
     if scaled and alone:
         raise ValueError(
-            f"the latent sites {[site.name for site in structure.global_latents]} are shared by "
-            f"all data, and the model scales {scaled} by num_data / batch_size = {factor:g}, but "
-            f"not {alone}, which a minibatch has of as few data. Scale all that is in plate "
+            f"the latent sites {names_of(structure.global_latents)} are shared by all data, and "
+            f"the model scales {scaled} by num_data / batch_size = {factor:g}, but not {alone}, "
+            "which a minibatch has of as few data. Scale all that is in plate "
             f"{plate.name!r}, in model and guide: pyro.plate({plate.name!r}, num_data, "
             "subsample=x) does"
         )
 
 
 def _size_of_fewer(
-    model: Program, batch: Batch, structure: Structure, num_data: int, part: Structure | None
+    model: Program, batch: Batch, plate: Plate, num_data: int, part: Structure | None
 ) -> int | None:
     """Return how many data a model scales a part of them up to; None where it does not."""
-    plate = structure.data_plate
-    if plate is None or batch.size is None or batch.size < 2:
+    if batch.size is None or batch.size < 2:
         return None
     with Look():
         some = batch.rows(slice(0, batch.size // 2))
@@ -135,8 +132,7 @@ def _size_of_fewer(
 
 def _scales_itself(model: Program, batch: Batch, structure: Structure, num_data: int) -> bool:
     """Return whether a model scales its likelihood up to all data, or by 1 / its batch's size."""
-    plate = structure.data_plate
-    scales = _relative_scales(structure)
+    plate, scales = structure.data_plate, _relative_scales(structure, structure.observed)
     if plate is None or all(_is(scale, 1.0) for scale in scales.values()):
         return False
     if all(_is(scale, num_data / plate.size) for scale in scales.values()):
@@ -146,19 +142,16 @@ def _scales_itself(model: Program, batch: Batch, structure: Structure, num_data:
         return False
     with Look():
         fewer = inspect(model, batch.rows(slice(0, half)), data_plate=plate.name)
-        again = _relative_scales(fewer)
+        again = _relative_scales(fewer, fewer.observed)
         return all(_is(again[name] / scale, plate.size / half) for name, scale in scales.items())
     return False
 
 
-def _relative_scales(
-    structure: Structure, sites: Iterable[Site] | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the scales of sites, the observed ones, relative to that of the global latents."""
+def _relative_scales(structure: Structure, sites: Iterable[Site]) -> dict[str, torch.Tensor]:
+    """Return the scales of sites, relative to that of the global latents."""
     shared = [site.own_scale.mean() for site in structure.global_latents]
     unit = torch.stack(shared).mean() if shared else torch.tensor(1.0)
-    of = structure.observed if sites is None else sites
-    return {site.name: site.own_scale / unit for site in of}
+    return {site.name: site.own_scale / unit for site in sites}
 
 
 def _is(scale: torch.Tensor, number: float) -> bool:

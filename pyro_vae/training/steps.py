@@ -27,7 +27,7 @@ from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile, Program
 from pyro_vae.schedules import factor_at
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
-from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.optimizers import make_optimizer, parameters_in
 from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
@@ -60,19 +60,11 @@ class NonFiniteLossError(ArithmeticError):
 class _Start:
     """What is needed to take a step again; ``batch`` is None where the rows are enough."""
 
+    number: int  # counted from 1
+    size: int | None
     index: Tensor | None
     batch: Batch | None
     random_state: RandomState
-
-
-@dataclass(frozen=True, slots=True)
-class _Unread:
-    """A step whose ``outcome``, [2], is on the device: the loss, and whether a step has failed."""
-
-    number: int
-    size: int | None
-    start: _Start
-    outcome: Tensor
 
 
 class TrainingSteps:
@@ -91,12 +83,14 @@ class TrainingSteps:
         optim: as in :func:`pyro_vae.fit`.
         schedule: from a step, counted from 0, to the factor on the latent terms; or None.
         compile: as in :func:`pyro_vae.fit`.
+        expected: steps in all, which decide whether compiling pays; None where not known.
 
     Attributes:
         taken: steps so far.
         epochs: that were :meth:`remember`-ed.
         parameters: of model and guide.
         last: their state at the end of the last epoch.
+        objective: the loss, if it is one of ours, with a state; else None.
         pair: model and guide, under the schedule's factor.
 
     Raises:
@@ -113,11 +107,18 @@ class TrainingSteps:
         optim: Any,
         schedule: Callable[[int], float] | None,
         compile: Compile,
+        expected: int | None = None,
     ) -> None:
         self.model, self.guide, self.data = model, guide, data
-        self.loss, self.schedule, self.compile = loss, schedule, compile
+        self.loss, self.schedule, self.compile, self.expected = loss, schedule, compile, expected
+        self.objective = loss if isinstance(loss, Objective) else None
         self.taken = self.epochs = 0
-        self._check_rows()
+        size = 0 if data.first_rows is None else data.num_data or 0
+        if isinstance(guide, RowGuide) and size > guide.num_data:
+            raise IndexError(
+                f"the LocalGuide has rows 0 to {guide.num_data - 1}, but there are {size} data: "
+                "make it with their num_data"
+            )
         pair = data.looked_at()
         with data.rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example, pair)
@@ -126,16 +127,15 @@ class TrainingSteps:
                 logger.info(
                     "trained are all parameters of modules, also those that are not registered "
                     "with Pyro. %s: %s",
-                    role,
-                    ", ".join(names),
+                    *(role, ", ".join(names)),
                 )
         self.last = self.parameters.state()
         self._optim = optim
         self._update: Update | None = None
         self._latent_scale = LatentScale()
-        self.pair = (data.full_size(model), data.full_size(guide))
+        self.pair = data.full_size(model), data.full_size(guide)
         if schedule is not None:
-            self.pair = (self._latent_scale(self.pair[0]), self._latent_scale(self.pair[1]))
+            self.pair = self._latent_scale(self.pair[0]), self._latent_scale(self.pair[1])
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
@@ -143,14 +143,15 @@ class TrainingSteps:
             *self.pair,
             self._loss_and_grads,
             compile=compile,
-            state=loss if isinstance(loss, Objective) else None,
+            steps=expected,
+            state=self.objective,
             checked=True,
             owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
         )
-        if pair is not None and self.pair == (model, guide) and isinstance(loss, Objective):
-            loss.take_up(pair)
-        self._unread: list[_Unread] = []
+        if pair is not None and self.pair == (model, guide) and self.objective is not None:
+            self.objective.take_up(pair)
+        self._unread: list[tuple[_Start, Tensor]] = []  # and outcomes, [2], on the device
         self._elbos: list[MinibatchELBO] = []
         if not self.parameters.late:
             self._begin()
@@ -178,14 +179,10 @@ class TrainingSteps:
         """Return the device's own mark of a failure; None where each step's loss is read."""
         devices = {parameter.device for parameter in self.parameters.trained}
         # Only fused optimizers look at the mark: with others, the parameters would be lost.
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        if len(devices) > 1 or next(iter(devices)).type not in _QUEUED or not fused:
+        fused, device = all(g.get("fused") for g in optimizer.param_groups), devices.pop()
+        if devices or device.type not in _QUEUED or not fused:
             return None
-        return torch.zeros((), dtype=torch.float32, device=devices.pop())  # as kernels read it
-
-    def expect(self, steps: int) -> None:
-        """Set the number of steps in all, which decides whether compiling pays."""
-        self._traced.steps = steps
+        return torch.zeros((), dtype=torch.float32, device=device)  # as kernels read it
 
     @property
     def factor(self) -> float:
@@ -243,7 +240,8 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
-            self._take(_Start(index, batch, random_state()), batch)
+            start = _Start(self.taken + 1, batch.size, index, batch, random_state())
+            self._take(start, batch)
         except Exception:
             self._look()  # at steps before, one of which may have failed first
             raise
@@ -259,14 +257,14 @@ class TrainingSteps:
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
             self._check(float(loss), start)
-            self._elbos.append(self.data.elbo(float(loss), batch.size))
+            self._elbos.append(self.data.elbo(float(loss), start.size))
         update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
         if failed is not None:
-            outcome = torch.stack([_double(loss, failed.device), failed.double()])
-            if not self.data.source.streamed:
-                start = replace(start, batch=None)
-            self._unread.append(_Unread(self.taken, batch.size, start, outcome))
+            loss = torch.as_tensor(loss, dtype=torch.float64, device=failed.device)
+            outcome = torch.stack([loss.detach().reshape(()), failed.double()])
+            kept = start if self.data.source.streamed else replace(start, batch=None)
+            self._unread.append((kept, outcome))
 
     def _run(self, start: _Start, batch: Batch) -> Any:
         """Return the loss of a step, with gradients at the parameters; explain a failure."""
@@ -277,13 +275,13 @@ class TrainingSteps:
             self._look()
             # A distribution refuses NaN itself, before there is a loss.
             if sites := self._non_finite_sites(start):
-                raise self._failure("the loss", sites) from error
+                raise self._failure("the loss", start, sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             if "more than 1 value per channel" in str(error):
                 raise ValueError(
-                    f"step {self.taken + 1} has a minibatch of 1 datum, which BatchNorm in "
-                    "training mode cannot normalize; pass drop_last=True (to the DataLoader, where "
-                    "one reads the data), another batch_size, or more data"
+                    f"step {start.number} has a minibatch of 1 datum, which BatchNorm in training "
+                    "mode cannot normalize; pass drop_last=True (to the DataLoader, if there is "
+                    "one), another batch_size, or more data"
                 ) from error
             raise
 
@@ -301,32 +299,29 @@ class TrainingSteps:
         """Wait for the device, and read the outcomes of the steps since."""
         if not self._unread:
             return
-        outcomes = torch.stack([step.outcome for step in self._unread]).tolist()
+        outcomes = torch.stack([outcome for _, outcome in self._unread]).tolist()
         unread, self._unread = self._unread, []  # an interrupted wait has lost nothing
-        for step, (loss, failed) in zip(unread, outcomes, strict=True):
+        for (start, _), (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
-                self.taken = step.number - 1
-                sites = self._non_finite_sites(step.start)
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
-                raise self._failure(what, sites)
-            self._elbos.append(self.data.elbo(loss, step.size))
+                raise self._failure(what, start)
+            self._elbos.append(self.data.elbo(loss, start.size))
 
     def _check(self, loss: float, start: _Start) -> None:
         """Raise an error for a loss or gradients that are not finite, or where there are none."""
         if not math.isfinite(loss):
-            raise self._failure(f"the loss ({loss})", self._non_finite_sites(start))
+            raise self._failure(f"the loss ({loss})", start)
         health = self._traced.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
-        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in moved if p.grad is not None]
+        gradients = [p.grad for p in parameters_in(self.optimizer) if p.grad is not None]
         if not gradients:
             raise ValueError(
                 "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
                 "need modules registered, by pyro.module(name, module) or as a PyroModule"
             )
         if not all_finite(gradients):
-            raise self._failure("the gradient", self._non_finite_sites(start))
+            raise self._failure("the gradient", start)
 
     def _non_finite_sites(self, start: _Start) -> list[str]:
         """Return the sites whose term is not finite, rerunning the step from its random state."""
@@ -339,10 +334,13 @@ class TrainingSteps:
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller's error is about that one
 
-    def _failure(self, what: str, sites: list[str]) -> NonFiniteLossError:
+    def _failure(
+        self, what: str, start: _Start, sites: list[str] | None = None
+    ) -> NonFiniteLossError:
         """Return the error of a step, with finite parameters left in place."""
+        sites = self._non_finite_sites(start) if sites is None else sites
+        self.taken, kept = start.number - 1, "the step before"
         self.drop_gradients()
-        step, kept = self.taken + 1, "the step before"
         if not self.parameters.finite():
             # The update before this step overflowed, or a running mean in this one.
             self.parameters.restore(self.last)
@@ -353,19 +351,10 @@ class TrainingSteps:
             else "though each site's log density is: a derivative, a sum or a KL overflows"
         )
         return NonFiniteLossError(
-            f"{what} of step {step} is not finite, {where}. Model and guide keep the parameters "
-            f"of {kept}. Try a smaller learning rate, or bound the scale or logit there",
-            step,
-            sites,
+            f"{what} of step {start.number} is not finite, {where}. Model and guide keep the "
+            f"parameters of {kept}. Try a smaller learning rate, or bound the scale or logit there",
+            *(start.number, sites),
         )
-
-    def _check_rows(self) -> None:
-        size = 0 if self.data.first_rows is None else self.data.num_data or 0
-        if isinstance(self.guide, RowGuide) and size > self.guide.num_data:
-            raise IndexError(
-                f"the LocalGuide has rows 0 to {self.guide.num_data - 1}, but there are {size} "
-                "data: make it with their num_data"
-            )
 
 
 class Validation:
@@ -384,10 +373,9 @@ class Validation:
         self._traced = TracedLoss(
             *steps.pair, steps.loss.loss, compile=how, modes=False, owners=(steps.loss,)
         )
-
-    def expect(self, epochs: int) -> None:
-        """Prepare for so many epochs: whether a graph pays depends on it."""
-        self._traced.steps = epochs * sum(1 for _ in self._steps.data.parts(self._batch))
+        if total := steps.expected:
+            epochs = math.ceil(total / (steps.data.steps_per_epoch or total))
+            self._traced.steps = epochs * sum(1 for _ in steps.data.parts(batch))
 
     def score(self) -> tuple[float, float]:
         """Return the ELBO and its standard error over minibatches, in nats per datum.
@@ -397,11 +385,8 @@ class Validation:
         """
         data, elbos, start = self._steps.data, [], 0
         self._steps.set_factor(1.0)
-        with (
-            torch.no_grad(),
-            evaluation(self._steps.model, self._steps.guide),
-            seeded(self._batch.device, self._seed),
-        ):
+        running = evaluation(self._steps.model, self._steps.guide)
+        with torch.no_grad(), running, seeded(self._batch.device, self._seed):
             for part in data.parts(self._batch):
                 elbos.append(data.elbo(self._loss(part, start), part.size))
                 start += part.size or 0
@@ -413,18 +398,17 @@ class Validation:
             loss = float(self._traced(*batch.args, **batch.kwargs))
             if math.isfinite(loss):
                 return loss
-        step, sites_of = self._steps.taken, self._sites_by_row(batch)
+        sites_of = self._sites_by_row(batch)
         if look.error is not None and not sites_of:
             look.error.add_note("in validation_data")
             raise look.error
         rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
         sites = sorted(set().union(*sites_of.values()))
         raise NonFiniteLossError(
-            f"validation_data: after step {step} the loss is not finite, in rows {rows} "
-            f"({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. Look at "
-            "these rows: rescale or leave them out, or bound the scale or logit there",
-            step,
-            sites,
+            f"validation_data: after step {self._steps.taken} the loss is not finite, in rows "
+            f"{rows} ({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. "
+            "Rescale or leave out these rows, or bound the scale or logit there",
+            *(self._steps.taken, sites),
         ) from look.error
 
     def _sites_by_row(self, batch: Batch) -> dict[int, list[str]]:
@@ -436,10 +420,3 @@ class Validation:
                 if sites := non_finite_sites(self._steps.model, self._steps.guide, alone):
                     found[row] = sites
         return found
-
-
-def _double(loss: Any, device: torch.device) -> Tensor:
-    """Return a loss, a tensor or a number, in double precision."""
-    if isinstance(loss, Tensor):
-        return loss.detach().reshape(()).to(device, torch.float64)
-    return torch.tensor(loss, dtype=torch.float64, device=device)

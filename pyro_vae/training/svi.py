@@ -19,7 +19,7 @@ from pyro_vae.programs.messages import plain_errors
 from pyro_vae.programs.state import evaluation, module_of, one_thread, preserved_rng, unwrapped
 from pyro_vae.programs.traces import OUTSIDE, non_finite_sites
 from pyro_vae.programs.types import Compile, Program
-from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.optimizers import make_optimizer, parameters_in
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
@@ -112,9 +112,8 @@ class CompiledSVI:
                 keep_apart(module)
         is_elbo = isinstance(loss, pyro.infer.ELBO)
         self.loss = loss.loss if is_elbo else loss
-        self.loss_and_grads = loss_and_grads or (
-            loss.loss_and_grads if is_elbo else self._differentiated
-        )
+        by_loss = loss.loss_and_grads if is_elbo else self._differentiated
+        self.loss_and_grads = loss_and_grads or by_loss
         self._traced = TracedLoss(
             model,
             guide,
@@ -141,8 +140,7 @@ class CompiledSVI:
         return None if self._update is None else self._update.optimizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSVI:
-        other = copy.copy(self)
-        memo[id(self)] = other
+        other = memo[id(self)] = copy.copy(self)
         vars(other).update(copy.deepcopy(vars(self), memo))
         return other
 
@@ -153,35 +151,35 @@ class CompiledSVI:
 
     def __getstate__(self) -> Any:
         raise TypeError(
-            "a CompiledSVI cannot be pickled, because its graphs are of this process. Save what it "
-            "has trained: model.state_dict(), guide.state_dict() or "
-            "pyro.get_param_store().save(path), and svi.optimizer.state_dict(); pyro_vae.fit "
-            "writes checkpoints by itself (checkpoint=path)"
+            "a CompiledSVI cannot be pickled: its graphs are of this process. Save what it has "
+            "trained: model.state_dict(), guide.state_dict() or pyro.get_param_store().save(path), "
+            "and svi.optimizer.state_dict(); pyro_vae.fit writes checkpoints (checkpoint=path)"
         )
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a gradient step; return the loss, a number (or what the loss returns)."""
         with one_thread():
-            return self._step(*args, **kwargs)
+            loss = self._traced(*args, **kwargs)
+            self._warn_of_unregistered()
+            moved = self._move()
+            number = _number(loss)
+            if moved and isinstance(number, float) and not math.isfinite(number):
+                self._refuse_outside(args, kwargs)
+            return number
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a gradient step; return the loss."""
-        loss = self._traced(*args, **kwargs)
-        parameters = self._traced.parameters
-        self._warn_of_unregistered()
-        if self._update is None and (parameters or isinstance(self.optim, torch.optim.Optimizer)):
+    def _move(self) -> bool:
+        """Update the parameters by the gradients that they have; return whether there are any."""
+        parameters, is_made = self._traced.parameters, isinstance(self.optim, torch.optim.Optimizer)
+        if self._update is None:
+            if not (parameters or is_made):
+                return False
             self._update = Update(make_optimizer(self.optim, parameters))
-        if self._update is None:  # nothing to move, yet
-            return _number(loss)
-        if not isinstance(self.optim, torch.optim.Optimizer):  # whose parameters are its maker's
+        if not is_made:  # else its parameters are its maker's
             self._update.add(parameters)
         self._fill_gradients()
         self._update(traced=self._traced.mode != "eager")
         self._update.drop_gradients()
-        number = _number(loss)
-        if isinstance(number, float) and not math.isfinite(number):
-            self._refuse_outside(args, kwargs)
-        return number
+        return True
 
     def _refuse_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError where a loss is infinite for values outside a support."""
@@ -198,9 +196,7 @@ class CompiledSVI:
 
     def _of_optimizer(self) -> list[Tensor]:
         """Return the parameters of an optimizer that the user made: it moves them, no others."""
-        if not isinstance(self.optim, torch.optim.Optimizer):
-            return []
-        return [p for group in self.optim.param_groups for p in group["params"]]
+        return parameters_in(self.optim) if isinstance(self.optim, torch.optim.Optimizer) else []
 
     def _fill_gradients(self) -> None:
         """Give zeros to parameters of this step that have no gradient, but had one.
@@ -223,13 +219,12 @@ class CompiledSVI:
         if self._warned or not self._traced.unregistered:
             return
         self._warned = True
-        shapes = [tuple(p.shape) for p in self._traced.unregistered]
+        shapes = [str(tuple(p.shape)) for p in self._traced.unregistered]
         logger.warning(
             "%d parameters of modules, of shapes %s, have a gradient and are not trained, for Pyro "
             "does not know of them, as in pyro.infer.SVI. Register them by "
             "pyro.module(name, module), or freeze them by requires_grad_(False)",
-            len(shapes),
-            ", ".join(map(str, shapes[:5])) + (", ..." if len(shapes) > 5 else ""),
+            *(len(shapes), ", ".join(shapes[:5] + ["..."] * (len(shapes) > 5))),
         )
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:

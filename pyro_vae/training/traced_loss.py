@@ -21,6 +21,7 @@ from pyro_vae.compiler.replayer import Objection, Replayer
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
+from pyro_vae.losses.base import Objective
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.messages import plain_errors, warn_once
@@ -28,7 +29,8 @@ from pyro_vae.programs.pyro_internals import handlers_at_work
 from pyro_vae.programs.state import called_modules, module_of, unwrapped
 from pyro_vae.programs.types import Program
 from pyro_vae.torch_internals import parameters_of, unchecked_samples
-from pyro_vae.training.step_state import EagerStep, LossState, Step, StepEntry, StepState
+from pyro_vae.training.optimizers import drop_gradients
+from pyro_vae.training.step_state import Step, StepEntry, StepState
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ _EACH_NUMBER = (
 )
 
 
-class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
+class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], Any]):
     """Loss and gradients of a model and a guide, by a graph that is traced once and replayed.
 
     The first call with a signature of arguments (shapes, dtypes, values of what is no tensor) runs
@@ -65,7 +67,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
             loss, gradients added to the parameters'.
         compile: "auto", "replay", True or False, as in :func:`pyro_vae.fit`.
         steps: calls to expect; None where that is not known.
-        state: of the loss, carried from call to call; None where there is none.
+        state: the loss that has a state, carried from call to call; None where there is none.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         checked: whether ``health`` is wanted.
         owners: objects, beside model and guide, whose plain attributes the loss depends on.
@@ -91,7 +93,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         *,
         compile: str | bool = "auto",
         steps: int | None = None,
-        state: LossState | None = None,
+        state: Objective | None = None,
         modes: bool = True,
         checked: bool = False,
         owners: tuple[object, ...] = (),
@@ -99,19 +101,14 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
     ) -> None:
         pair = unwrapped(model), unwrapped(guide)
         super().__init__("training steps", compile, pair, plural=True, captures=True)
-        self.model, self.guide = model, guide
-        self.loss_and_grads = loss_and_grads
-        self.steps = steps
-        self.checked = checked
-        self.mode = "eager"
+        self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
+        self.steps, self.checked, self.mode = steps, checked, "eager"
         self.health: Tensor | None = None
         self.parameters: list[Tensor] = []
         self.current: list[Tensor] = []
         self.unregistered: list[Tensor] = []
-        self._state = state
-        self._modes = modes
+        self._state, self._modes, self._wanted = state, modes, wanted
         self._roots = (model, guide, *owners)
-        self._wanted = wanted
         self._calls = 0
         self._numbers = VaryingNumbers()
         self._failures = Counter[str]()  # of traces, by what stopped them
@@ -133,11 +130,11 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         self.mode = "eager"
         step = self._as_step(args, kwargs) if self._may_record() else None
         if step is None:
-            return self._run_unrecorded(args, kwargs)
+            return self._learn(StepEntry(given_up=True), args, kwargs)
         entry = step.entry
         entry.calls += 1
         entry.last_call = self._calls
-        if entry.given_up or entry.watched is None:
+        if entry.given_up or not entry.known:
             return self._learn(entry, args, kwargs)
         if not entry.backward_once and entry.graph is not None and entry.with_hooks():
             return self._give_up(step, Objection(_BACKWARD_AGAIN))
@@ -148,9 +145,8 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self._warn("torch.autocast is on")
             return False
-        if self.compile == "auto":
-            return (self.steps is None or self.steps >= _FEW_STEPS) and not handlers_at_work()
-        return self.compile is not False and not handlers_at_work()
+        few = self.compile == "auto" and self.steps is not None and self.steps < _FEW_STEPS
+        return self.compile is not False and not few and not handlers_at_work()
 
     # --- signatures of arguments
 
@@ -168,8 +164,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
             return None
         setting = torch.get_default_dtype(), torch.is_grad_enabled()
         numbers: tuple[int | float, ...] = ()
-        key = None
-        entry = self._find((form, *setting))
+        key, entry = None, self._find((form, *setting))
         if entry is None and (key := self._numbers.meet(structure)) is not None:
             structure, numbers = self._numbers.as_tensors(key, structure, inputs)
             inputs = []
@@ -184,8 +179,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         if entry.holds():
             return False
         self._num_wasted += entry.calls < _WORTHWHILE_CALLS
-        changed = None if entry.watched is None else entry.watched.changed()
-        self._last_change = changed or self._last_change
+        self._last_change = entry.watched.changed() or self._last_change
         return True
 
     def _new_entry(self, signature: Hashable) -> StepEntry:
@@ -214,39 +208,31 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         """Say once why steps run eagerly."""
         if reason not in self._warned:
             self._warned.add(reason)
-            message = "training steps run eagerly, which is slower: %s"
-            warn_once(logger, self._owners, message, reason)
+            text = "training steps run eagerly, which is slower: %s"
+            warn_once(logger, self._owners, text, reason)
 
     # --- eager runs
-
-    def _run_unrecorded(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        """Run eagerly, and remember nothing for a graph."""
-        return self._learn(StepEntry(given_up=True), args, kwargs)
 
     def _learn(self, entry: StepEntry, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run eagerly, and note the parameters and modules that the step uses."""
         wanted = list(self._wanted())
-        _drop_gradients([*self.parameters, *wanted])
+        drop_gradients([*self.parameters, *wanted])
         first = ParamStatements(checked=self._calls == 1)
         with called_modules() as called, first as statements:
             loss = self._loss_and_grads(args, kwargs)
-        modules = self._own_modules()
-        modules.update(called)
+        owners = filter(None, (module_of(unwrapped(fn)) for fn in (self.model, self.guide)))
+        modules = {id(m): m for owner in owners for m in owner.modules()} | called
         stated = list(statements.tensors(modules.values()))
         self._note_parameters(entry, [tensor for _, tensor in stated], wanted, modules.values())
         if not entry.given_up and entry.calls >= entry.min_calls:
             names = [name for name, _ in stated]
             entry.watched = Watched(self._roots, modules.values(), names, modes=self._modes)
+            entry.known = True
             if any(p.grad is not None and p.grad.is_sparse for p in entry.parameters):
                 entry.given_up = True
                 self._warn("a gradient is sparse, as of nn.Embedding(sparse=True)")
         self.health = self._health(loss, [parameter.grad for parameter in entry.parameters])
         return loss
-
-    def _own_modules(self) -> dict[int, nn.Module]:
-        """Return the modules of model and guide, by identity."""
-        owners = (module_of(unwrapped(fn)) for fn in (self.model, self.guide))
-        return {id(m): m for owner in owners if owner is not None for m in owner.modules()}
 
     def _note_parameters(
         self,
@@ -255,13 +241,9 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         wanted: list[Tensor],
         modules: Iterable[nn.Module],
     ) -> None:
-        """Note whose gradients a step gives, and which of them are not asked for.
+        """Note whose gradients a step gives, and which of them nobody wants.
 
-        Args:
-            entry: of the step's signature.
-            stated: tensors that Pyro knows of.
-            wanted: tensors that the caller wants.
-            modules: in use.
+        ``stated`` are the tensors that Pyro knows of, ``modules`` those in use.
         """
         own = [p for module in modules for p in parameters_of(module).values() if p is not None]
         held = set(map(id, own))
@@ -295,34 +277,29 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
 
     def _trace(self, step: Step) -> Graph:
         entry = step.entry
-        if entry.watched is not None:
-            entry.watched.expect()
+        entry.watched.expect()
         start = self._save(step)
         parameters = entry.parameters
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             args, kwargs, rows = rebuilt(step.structure, iter(tensors))
             # Gradients that the update does not move, and does not drop, would be added to.
-            _drop_gradients([*parameters, *entry.unregistered])
-            with (
-                self._rows(rows),
-                pyro.validation_enabled(False),
-                _without_checks(),
-                gradient_hooks.aside(parameters),  # each step calls them
-            ):
+            drop_gradients([*parameters, *entry.unregistered])
+            # Hooks aside, which each step calls.
+            with self._rows(rows), _without_checks(), gradient_hooks.aside(parameters):
                 loss = self._loss_and_grads(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
             gradients = [parameter.grad for parameter in parameters]
-            _drop_gradients([*parameters, *entry.unregistered])
+            drop_gradients([*parameters, *entry.unregistered])
             return [loss.detach(), self._health(loss, gradients), *gradients]
 
         try:
             graph = trace(function, step.inputs, writable=start.writable)
-            moved = entry.watched is not None and not entry.watched.holds_tensors()
+            held = entry.watched.holds_tensors()
         finally:
             start.restore(values=True)
-        if moved:
+        if not held:
             raise UntraceableError("a run puts new tensors in the place of buffers or parameters")
         return graph
 
@@ -333,63 +310,58 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         return self._table.rows_as_given(rows)
 
     def _save(self, step: Step) -> StepState:
-        """Return the state that a step starts from."""
         return StepState(step.entry.watched, step.inputs, self._state)
 
-    def _run(self, step: Step) -> EagerStep:
-        """Run a step eagerly, its hooks aside, and note what a graph of it would miss."""
-        entry = step.entry
-        known = entry.parameters
-        _drop_gradients(known)
+    def _run(self, step: Step) -> tuple[Tensor, list[Tensor | None]]:
+        """Run a step eagerly, its hooks aside; return loss and gradients.
+
+        Notes what a graph of it would miss.
+        """
+        entry, known = step.entry, step.entry.parameters
+        drop_gradients(known)
         # The user's hooks run once in a step, on the gradients that are kept.
-        with (
-            gradient_hooks.aside(known),
-            gradient_hooks.counted(known) as counts,
-            ParamStatements() as statements,
-        ):
+        statements = ParamStatements()
+        with gradient_hooks.aside(known), gradient_hooks.counted(known) as counts, statements:
             loss = torch.as_tensor(self._loss_and_grads(step.args, step.kwargs)).detach()
         entry.backward_once = max(counts, default=0) <= 1
-        gradients = [parameter.grad for parameter in known]
-        changed = None if entry.watched is None else entry.watched.changed(plain=True)
-        step.new = entry.not_among(statements)
-        return EagerStep(loss, gradients, changed)
+        ids = set(map(id, known))
+        stated = [tensor for _, tensor in statements.tensors(entry.watched.modules.values())]
+        step.new = [p for p in stated if p.requires_grad and id(p) not in ids]
+        step.changed = entry.watched.changed(plain=True)
+        return loss, [parameter.grad for parameter in known]
 
     def _replay(self, step: Step, graph: Graph) -> Any:
         """Run a step by its graph, and give each parameter its gradient."""
         # What comes out is not differentiated, and operators have less to keep account of.
         with torch.inference_mode():
             loss, self.health, *gradients = graph(*step.inputs)
-        parameters = step.entry.parameters
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        self.current = step.entry.parameters
+        for parameter, gradient in zip(self.current, gradients, strict=True):
             parameter.grad = gradient
-        self.current = parameters
         self.mode = "compiled" if graph.compiled else "replayed"
         return loss
 
     def _objection(
-        self, step: Step, wanted: EagerStep, found: Tensor, *, exact: bool
+        self, step: Step, wanted: tuple[Tensor, list[Tensor | None]], found: Tensor, *, exact: bool
     ) -> Objection | None:
         if step.new:  # as where one was replaced in a module that is registered, but never called
             return Objection("a step has other parameters")
-        if wanted.changed is not None:
+        if step.changed is not None:
             return Objection(
-                f"a step changes a value that it may read at the next one ({wanted.changed}); "
-                "make it a buffer, which is part of a graph, or change it outside of model and "
-                "guide"
+                f"a step changes a value that it may read at the next one ({step.changed}); make "
+                "it a buffer, which is part of a graph, or change it outside of model and guide"
             )
         if step.entry.with_hooks() and not step.entry.backward_once:
             return Objection(_BACKWARD_AGAIN)
         gradients = [parameter.grad for parameter in step.entry.parameters]
-        reason = losses_differ(wanted.loss, found, exact=exact) or gradients_differ(
-            wanted.loss, wanted.gradients, gradients, exact=exact
-        )
+        reason = losses_differ(wanted[0], found, exact=exact)
+        reason = reason or gradients_differ(*wanted, gradients, exact=exact)
         return None if reason is None else Objection(reason, differs=True)
 
     def _finish(self, step: Step, found: Any, *, compared: bool) -> Any:
         entry = step.entry
         if compared:
-            if entry.watched is not None:
-                entry.watched.settle()
+            entry.watched.settle()
             entry.compared.add(step.numbers)
         if hooked := entry.with_hooks():
             gradient_hooks.call(hooked)
@@ -400,7 +372,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         entry = step.entry
         entry.graph = None
         if step.new:
-            _drop_gradients(step.new)
+            drop_gradients(step.new)
             return self._learn(entry, step.args, step.kwargs)
         reason = objection.reason
         if objection.differs:
@@ -408,7 +380,7 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         if step.numbers:  # with a graph for each number, as before
             self._numbers.refuse(step.key)
             warn_once(logger, self._owners, _EACH_NUMBER, reason)
-            return self._run_unrecorded(step.args, step.kwargs)
+            return self._learn(StepEntry(given_up=True), step.args, step.kwargs)
         entry.given_up = True
         self._failures["differs" if objection.differs else reason] += 1
         self._warn(reason)
@@ -420,10 +392,9 @@ class TracedLoss(Replayer[StepEntry, Step, EagerStep, Any]):
         return calls if self.steps is None else self.steps * calls / self._calls
 
     def _is_due(self, step: Step) -> bool:
-        entry = step.entry
-        if entry.calls in _COMPARED:
-            return True
-        return step.numbers not in entry.compared and len(entry.compared) < _MAX_COMPARED_NUMBERS
+        compared = step.entry.compared
+        new = step.numbers not in compared and len(compared) < _MAX_COMPARED_NUMBERS
+        return new or step.entry.calls in _COMPARED
 
 
 @contextlib.contextmanager
@@ -432,18 +403,11 @@ def _without_checks() -> Iterator[None]:
 
     Distributions that were made before, with validation on, look at the values that they score.
     """
-    looks = {name: getattr(pyro.util, name) for name in ("torch_isnan", "torch_isinf")}
-    for name in looks:
-        setattr(pyro.util, name, lambda value: False)
+    util: Any = pyro.util
+    looks = util.torch_isnan, util.torch_isinf
+    util.torch_isnan = util.torch_isinf = lambda value: False
     try:
-        with unchecked_samples():
+        with pyro.validation_enabled(False), unchecked_samples():
             yield
     finally:
-        for name, look in looks.items():
-            setattr(pyro.util, name, look)
-
-
-def _drop_gradients(parameters: Iterable[Tensor]) -> None:
-    """Leave parameters without a gradient."""
-    for parameter in parameters:
-        parameter.grad = None
+        util.torch_isnan, util.torch_isinf = looks

@@ -15,18 +15,15 @@ from pyro_vae.compiler.agreement import same_state
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.places import Place, identity_check
 from pyro_vae.compiler.tracing import UntraceableError, trace
-from pyro_vae.torch_internals import has_step_hooks, largest_magnitudes
-from pyro_vae.training.optimizers import link_of
+from pyro_vae.torch_internals import copy_all, has_step_hooks, largest_magnitudes
+from pyro_vae.training.optimizers import PyroLink, drop_gradients, parameters_in
 
 logger = logging.getLogger(__name__)
 
 _MAX_SETTINGS = 4  # of an optimizer (its learning rate) that are traced
 # Refuse sparse gradients.
 _NO_SPARSE = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
+    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam),
     torch.optim.RMSprop,
 )
 
@@ -56,14 +53,13 @@ class Update:
         closure = inspect.signature(optimizer.step).parameters["closure"]
         if closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"optim: a step of {type(optimizer).__name__} evaluates the loss several times, "
-                "which draws other random numbers each time: it would compare noise. Use an "
-                "optimizer of one evaluation a step (torch.optim.Adam); pyro_vae.em and "
-                "pyro_vae.refine have an L-BFGS of their own"
+                f"optim: a step of {type(optimizer).__name__} evaluates the loss several times, on "
+                "other random numbers each time: it would compare noise. Use an optimizer of one "
+                "evaluation (torch.optim.Adam); pyro_vae.em and pyro_vae.refine have their L-BFGS"
             )
         self.optimizer = optimizer
         self.failed: Tensor | None = None
-        self._link = link_of(optimizer)
+        self._link: PyroLink | None = vars(optimizer).get("pyro_link")
         self._takes_sparse = isinstance(optimizer, torch.optim.SparseAdam)
         self._graphs: dict[Hashable, Graph] = {}
         self._last: _Repeated | None = None
@@ -79,22 +75,18 @@ class Update:
         if len(parameters) == self._num_added:
             return
         self._num_added = len(parameters)
-        known = set(map(id, self._parameters()))
-        new = [p for p in parameters if id(p) not in known]
-        if not new:
-            return
-        if self._link is None:
-            self.optimizer.add_param_group({"params": new})
-        else:
-            self._link.add(new)
-        self._graphs.clear()
-        self._last = None
+        known = set(map(id, parameters_in(self.optimizer)))
+        if new := [p for p in parameters if id(p) not in known]:
+            if self._link is None:
+                self.optimizer.add_param_group({"params": new})
+            else:
+                self._link.add(new)
+            self._graphs.clear()
+            self._last = None
 
     def drop_gradients(self) -> None:
-        """Do as Optimizer.zero_grad(), which takes as long as some operations of a small step."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        """Leave the parameters without a gradient."""
+        drop_gradients(parameters_in(self.optimizer))
 
     def __call__(self, loss: Loss = None, *, traced: bool) -> None:
         """Take a step of the optimizer on the gradients that the parameters have.
@@ -114,18 +106,17 @@ class Update:
 
     def _may_record(self) -> bool:
         """Return whether a step runs no Python that a graph would leave out."""
-        optimizer = self.optimizer
-        if self._refused or has_step_hooks(optimizer):
+        if self._refused or has_step_hooks(self.optimizer):
             return False
-        return "step" not in vars(optimizer)  # where a learning rate scheduler puts its own
+        return "step" not in vars(self.optimizer)  # where a learning rate scheduler puts its own
 
     def _repeats_last(self, loss: Loss) -> bool:
         """Take the same step as the last time, where nothing but numbers changed; say whether."""
         last = self._last
         if last is None or last.graph.capturable or not last.holds():
             return False
-        gradients = last.gradients()
-        if gradients is None:
+        gradients = [parameter.grad for parameter in last.parameters]
+        if any(gradient is None for gradient in gradients):
             return False
         last.graph(*gradients, *self._to_mark(loss))
         return True
@@ -141,8 +132,7 @@ class Update:
             return
         key = self._key(states)
         inputs = [*(parameter.grad for parameter in moved), *self._to_mark(loss)]
-        graph = self._graphs.get(key)
-        if graph is not None:
+        if (graph := self._graphs.get(key)) is not None:
             self._replay(graph, inputs)
         elif len(self._graphs) >= _MAX_SETTINGS:
             self._step(loss)  # as with a learning rate that changes at each step
@@ -154,32 +144,14 @@ class Update:
         if graph.capturable:
             self._capture(graph, inputs)
         graph(*inputs)
-        is_whole = all(parameter.grad is not None for parameter in self._parameters())
+        is_whole = all(parameter.grad is not None for parameter in parameters_in(self.optimizer))
         self._last = _Repeated(self.optimizer, graph) if is_whole else None
 
     # --- what there is to move
 
-    def _parameters(self) -> list[Any]:
-        """Return the optimizer's parameters."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
     def _moved(self) -> list[Any]:
         """Return the parameters that have a gradient."""
-        return [parameter for parameter in self._parameters() if parameter.grad is not None]
-
-    def _settings(self) -> list[Hashable]:
-        """Return the settings of all groups: learning rates and others."""
-        groups = self.optimizer.param_groups
-        return [
-            value
-            for group in groups
-            for name, value in group.items()
-            if name not in ("params", "param_names")
-        ]
-
-    def _marks(self) -> list[Tensor]:
-        """Return the mark of failures, where there is one."""
-        return [] if self.failed is None else [self.failed]
+        return [p for p in parameters_in(self.optimizer) if p.grad is not None]
 
     def _key(self, states: list[Any]) -> Hashable:
         """Return what a graph of the update is for: settings, which parameters move, their state.
@@ -187,13 +159,19 @@ class Update:
         Args:
             states: the optimizer's, of the parameters that move.
         """
+        groups, own = self.optimizer.param_groups, ("params", "param_names")
+        settings = [value for group in groups for name, value in group.items() if name not in own]
         # By identity, because load_state_dict and others put new tensors into the state.
         tensors = [id(next(iter(state.values()))) for state in states]
-        return (*self._settings(), *[p.grad is None for p in self._parameters()], *tensors)
+        return (*settings, *[p.grad is None for p in parameters_in(self.optimizer)], *tensors)
 
     def _to_mark(self, loss: Loss) -> list[Any]:
         """Return the loss, a tensor, where failures are marked."""
         return [] if self.failed is None else [loss]
+
+    def _written(self) -> list[Tensor]:
+        """Return what a step writes to, the optimizer's state aside."""
+        return [*self._moved(), *([] if self.failed is None else [self.failed])]
 
     # --- steps of the optimizer itself
 
@@ -249,10 +227,9 @@ class Update:
 
     def _capture(self, graph: Graph, inputs: list[Tensor]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
-        tensors = [*self._moved(), *self._marks()]
-        for parameter in self._moved():
-            state = self.optimizer.state[parameter].values()
-            tensors += [value for value in state if isinstance(value, Tensor)]
+        state = self.optimizer.state
+        values = [value for parameter in self._moved() for value in state[parameter].values()]
+        tensors = [*self._written(), *(value for value in values if isinstance(value, Tensor))]
         before = _copies(tensors)
 
         def outcome() -> list[Tensor]:
@@ -276,11 +253,8 @@ class Update:
 
     def _recorded(self, inputs: list[Tensor]) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""
-        optimizer = self.optimizer
-        moved = self._moved()
-        state = copy.deepcopy(optimizer.state_dict())
-        tensors = [*moved, *self._marks()]
-        before = _copies(tensors)
+        moved, tensors = self._moved(), self._written()
+        state, before = copy.deepcopy(self.optimizer.state_dict()), _copies(tensors)
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             _set_gradients(moved, tensors)
@@ -294,7 +268,7 @@ class Update:
         self._refused = True
         _put_back(tensors, before)
         _set_gradients(moved, inputs)
-        optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(state)
         self._step(inputs[-1])
         return None
 
@@ -310,14 +284,13 @@ class _Repeated:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, graph: Graph) -> None:
-        self.graph = graph
+        self.graph, self.parameters = graph, parameters_in(optimizer)
         self._groups = optimizer.param_groups
         self._sizes = self._num_parameters()
-        self._parameters = [p for group in self._groups for p in group["params"]]
         places = [Place(optimizer, name, is_item=False) for name in ("param_groups", "state")]
         places += [Place(self._groups, i) for i in range(len(self._groups))]
         places += [Place(group, name) for group in self._groups for name in group]
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             state = optimizer.state[parameter]
             # load_state_dict and others put new tensors into the state.
             places += [Place(optimizer.state, parameter), Place(state, next(iter(state)))]
@@ -332,15 +305,6 @@ class _Repeated:
         """Return whether settings, state and parameters are those of the graph."""
         return self._num_parameters() == self._sizes and self._has(self._expected)
 
-    def gradients(self) -> list[Tensor] | None:
-        """Return the gradients of all parameters; None where one has none."""
-        found = []
-        for parameter in self._parameters:
-            if (gradient := parameter.grad) is None:
-                return None
-            found.append(gradient)
-        return found
-
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of tensors."""
@@ -353,8 +317,7 @@ def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor]) -> Non
         parameter.grad = gradient
 
 
+@torch.no_grad()
 def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
     """Give tensors the values that they had."""
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+    copy_all(tensors, values)
