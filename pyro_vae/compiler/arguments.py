@@ -1,9 +1,10 @@
-"""Arguments of a graph: their signature, and other tensors put in their place."""
+"""Arguments of a graph: their signature, tensors put in their place, and numbers that vary."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ _PLAIN = (
     *(str, bytes, int, float, bool, complex, type(None), enum.Enum),
     *(torch.dtype, torch.device, torch.Size),
 )
+_MAX_CONSTANTS = 3  # values of a number that have graphs of their own
+_MAX_FORMS = 64  # of arguments that are remembered
+
+_Numbers = tuple[int | float, ...]
 
 
 def layout_of(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -27,7 +32,7 @@ def check_compile(compile: object) -> None:
         raise ValueError(f"compile={compile!r}: 'auto', 'replay', True or False is needed")
 
 
-def form_of(value: Any, inputs: list[Tensor]) -> Hashable:
+def form_of(value: Any, inputs: list[Tensor], numbers: list[int | float] | None = None) -> Hashable:
     """Return what two values have in common that one graph serves, and collect their tensors.
 
     The layouts of tensors, and plain values themselves; None where there is something else.
@@ -35,23 +40,31 @@ def form_of(value: Any, inputs: list[Tensor]) -> Hashable:
     Args:
         value: a tensor, a plain value, or nested tuples, lists and dicts of them.
         inputs: to which its tensors are added, in their order.
+        numbers: to which its numbers are added, and then are no part of what is returned.
     """
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return None  # sparse: operations on it are no straight line
         inputs.append(value)
         return layout_of(value)
+    if numbers is not None and _is_number(value):
+        numbers.append(value)
+        return (type(value),)
     if type(value) is dict:
-        parts = [form_of(item, inputs) for item in value.values()]
+        parts = [form_of(item, inputs, numbers) for item in value.values()]
         return None if None in parts else (dict, *value, *parts)
     if type(value) in (tuple, list) or hasattr(value, "_fields"):
-        parts = [form_of(item, inputs) for item in value]
+        parts = [form_of(item, inputs, numbers) for item in value]
         return None if None in parts else (type(value), *parts)
     return (type(value), value) if isinstance(value, _PLAIN) or callable(value) else None
 
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def rebuilt(value: Any, new: Iterator[Any], replaces: Callable[[object], bool] = _is_tensor) -> Any:
@@ -70,3 +83,75 @@ def rebuilt(value: Any, new: Iterator[Any], replaces: Callable[[object], bool] =
         return value
     items = [rebuilt(item, new, replaces) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+@dataclass(slots=True)
+class _Form:
+    """Cached state for arguments that differ in their numbers alone.
+
+    Attributes:
+        first: the numbers when they were met first.
+        varied: positions of numbers that were others later.
+        num_values: how often new numbers were met.
+        refused: whether numbers stay what they are.
+    """
+
+    first: _Numbers
+    varied: set[int] = field(default_factory=set)
+    num_values: int = 1
+    refused: bool = False
+
+
+class VaryingNumbers:
+    """Finds the numbers that vary, and puts tensors in their place.
+
+    A number among the arguments is a constant of a graph, and another one asks for another graph.
+    A KL weight that changes with each epoch would ask for as many as there are epochs; as a
+    tensor it is an input of one.
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[Hashable, _Form] = {}
+
+    def meet(self, value: object) -> Hashable:
+        """Take note of arguments that have no graph yet; return their key, None without numbers."""
+        found: list[int | float] = []
+        key = form_of(value, [], found)
+        if not found:
+            return None
+        if key not in self._forms:
+            while len(self._forms) >= _MAX_FORMS:
+                del self._forms[next(iter(self._forms))]
+            self._forms[key] = _Form(tuple(found))
+        form = self._forms[key]
+        if new := {i for i, (a, b) in enumerate(zip(found, form.first, strict=True)) if a != b}:
+            form.num_values += 1
+            form.varied |= new
+        return key
+
+    def refuse(self, key: Hashable) -> None:
+        """Leave the numbers of these arguments what they are: a function takes no tensors there."""
+        self._forms[key].refused = True
+
+    def as_tensors(self, key: Hashable, value: Any, inputs: list[Tensor]) -> tuple[Any, _Numbers]:
+        """Return arguments with tensors in the place of numbers that vary, and these numbers.
+
+        Args:
+            key: as :meth:`meet` returned it.
+            value: the arguments.
+            inputs: their tensors, by which the numbers' dtype and device are chosen.
+        """
+        form = self._forms.get(key)
+        if form is None or form.refused or form.num_values <= _MAX_CONSTANTS:
+            return value, ()
+        is_double = any(tensor.dtype == torch.float64 for tensor in inputs)
+        dtype = torch.float64 if is_double else torch.get_default_dtype()
+        device = inputs[0].device if inputs else None
+        numbers: list[int | float] = []
+        form_of(value, [], numbers)
+        new: list[int | float | Tensor] = [*numbers]
+        for i in form.varied:
+            kind = None if isinstance(numbers[i], int) else dtype
+            new[i] = torch.tensor(numbers[i], dtype=kind, device=device)
+        varying = tuple(n for i, n in enumerate(numbers) if i in form.varied)
+        return rebuilt(value, iter(new), _is_number), varying

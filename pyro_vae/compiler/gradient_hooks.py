@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -34,14 +35,13 @@ def call(parameters: Sequence[Tensor]) -> None:
 @contextlib.contextmanager
 def aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Have no hooks run inside the context."""
-    kept = [hooks for p in parameters for hooks in gradient_hooks_of(p) if hooks]
-    contents = [dict(hooks) for hooks in kept]
-    for hooks in kept:
+    kept = [(hooks, dict(hooks)) for p in parameters for hooks in gradient_hooks_of(p)]
+    for hooks, _ in kept:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, content in zip(kept, contents, strict=True):
+        for hooks, content in kept:
             hooks.update(content)
 
 
@@ -50,15 +50,10 @@ def counted(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
     """Count how often a hook on each parameter would run inside the context."""
     counts = [0] * len(parameters)
 
-    def counting(index: int) -> Callable[[Tensor], None]:
-        def count(gradient: Tensor) -> None:
-            counts[index] += 1
+    def count(index: int, gradient: Tensor) -> None:
+        counts[index] += 1
 
-        return count
-
-    handles = [p.register_hook(counting(i)) for i, p in enumerate(parameters)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for i, parameter in enumerate(parameters):
+            stack.enter_context(parameter.register_hook(functools.partial(count, i)))
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,7 +6,7 @@ order, those of autograd included; Python that led to them is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -24,10 +24,8 @@ _SECONDS_PER_OPERATION = 4e-6
 _SECONDS_PER_ELEMENT = 3e-10
 _SECONDS_PER_SLOW_ELEMENT = 2e-9
 _SLOW = {
-    _aten.binary_cross_entropy_with_logits.default,
-    _aten.log_sigmoid_forward.default,
-    _aten.softplus.default,
-    _aten.tanh.default,
+    *(_aten.binary_cross_entropy_with_logits.default, _aten.log_sigmoid_forward.default),
+    *(_aten.softplus.default, _aten.tanh.default),
 }
 _SECONDS_TO_COMPILE = 6.0  # to import the compiler, above all
 _SECONDS_TO_COMPILE_OPERATION = 0.03
@@ -57,8 +55,9 @@ class Graph:
         self._live = live
         operations = [node for node in graph.nodes if node.op == "call_function"]
         self.num_operations = len(operations)
-        self.num_elements = _num_elements(operations)
-        self.num_slow_elements = _num_elements(n for n in operations if n.target in _SLOW)
+        values = {n: v for n in operations if (v := nodes.value_of(n)) is not None}
+        self.num_elements = sum(value.numel() for value in values.values())
+        self.num_slow_elements = sum(v.numel() for n, v in values.items() if n.target in _SLOW)
         self.compiled = self.uncompilable = False
         self._run = program(graph)
         self.capturable = not nodes.waits(graph) and is_capturable(_tensors_of(graph))
@@ -127,7 +126,7 @@ class Graph:
         saved += _SECONDS_PER_SLOW_ELEMENT * self.num_slow_elements
         cost = _SECONDS_TO_COMPILE_OPERATION * self.num_operations
         cost += 0.0 if compiled_before else _SECONDS_TO_COMPILE
-        return not (self.compiled or self.uncompilable) and saved * calls > cost
+        return saved * calls > cost
 
     def compile(self, *inputs: Tensor) -> None:
         """Compile the graph by TorchInductor, with PyTorch's own random numbers.
@@ -165,16 +164,12 @@ def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Sequenc
         raise RuntimeError("a tensor that is written to shares its memory with another")
     key = (
         nodes.text_of(graph),
-        *map(layout_of, arguments),
-        *((tensor.is_conj(), tensor.is_neg()) for tensor in arguments),
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
+        *((*layout_of(tensor), tensor.is_conj(), tensor.is_neg()) for tensor in arguments),
+        *(torch.get_default_dtype(), torch.get_num_threads()),
+        *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
     )
     code = _code.pop(key, None)
-    if code is None:
-        code = torch_internals.compiled(replacements.for_compiler(graph), arguments)
+    code = code or torch_internals.compiled(replacements.for_compiler(graph), arguments)
     _code[key] = code  # the last used is the last to go
     while len(_code) > _MAX_CODES:
         del _code[next(iter(_code))]
@@ -188,15 +183,5 @@ def first_line(error: BaseException) -> str:
 
 def _tensors_of(graph: fx.Graph) -> list[Tensor]:
     """Return the graph's tensors, but constants of one number, which kernels get as numbers."""
-    found = [(node, nodes.value_of(node)) for node in graph.nodes]
-    return [
-        value
-        for node, value in found
-        if value is not None and not (node.op == "get_attr" and value.ndim == 0)
-    ]
-
-
-def _num_elements(operations: Iterable[fx.Node]) -> int:
-    """Return how many numbers some operations write."""
-    values = map(nodes.value_of, operations)
-    return sum(value.numel() for value in values if value is not None)
+    found = ((node.op == "get_attr", nodes.value_of(node)) for node in graph.nodes)
+    return [t for is_constant, t in found if t is not None and (t.ndim or not is_constant)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -22,40 +23,15 @@ logger = logging.getLogger(__name__)
 # gives the same to the last bit.
 _SECONDS_TO_RECORD = 1.0
 
-Function = Callable[..., Sequence[Tensor]]
 Results = Sequence[Tensor]
+Function = Callable[..., Results]
 
 
 @dataclass(slots=True)
 class _Timed(Entry):
-    """An entry with the seconds of its fastest eager call; None before the first."""
+    """An entry with the seconds of its fastest eager call; infinite before the first."""
 
-    seconds: float | None = None
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call of a function.
-
-    Attributes:
-        entry: of its signature.
-        inputs: tensors.
-        function: of the inputs, to tensors.
-        name: of the function.
-        expected: calls of this kind to expect.
-        check: whether to compare the graph with this function.
-        wanted: what the function returned; None before it ran eagerly.
-        state: of random numbers after that.
-    """
-
-    entry: _Timed
-    inputs: Sequence[Tensor]
-    function: Function
-    name: Hashable
-    expected: int
-    check: bool
-    wanted: Sequence[Tensor] | None = None
-    state: _Random | None = None
+    seconds: float = math.inf
 
 
 class _Random:
@@ -69,7 +45,38 @@ class _Random:
         set_random_state(self._state)
 
 
-class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
+@dataclass(slots=True)
+class _Call:
+    """A call of a function.
+
+    Attributes:
+        entry: of its signature.
+        inputs: tensors.
+        function: of the inputs, to tensors.
+        name: of the function.
+        expected: calls of this kind to expect.
+        check: whether to compare the graph with this function.
+        wanted: what the function returned, and the random state then; None before it ran eagerly.
+    """
+
+    entry: _Timed
+    inputs: Sequence[Tensor]
+    function: Function
+    name: Hashable
+    expected: int
+    check: bool
+    wanted: tuple[Results, _Random] | None = None
+
+    def as_eager(self) -> Results:
+        """Return what the function returns, with the random state that it leaves; it runs once."""
+        if self.wanted is None:
+            self.wanted = self.function(*self.inputs), _Random()
+        results, state = self.wanted
+        state.restore()
+        return results
+
+
+class Recorder(Replayer[_Timed, _Call, Results, Results]):
     """Runs functions of tensors, each by a graph where it is called often enough.
 
     For functions that do the same whenever they are called: evaluation, not training. A graph is
@@ -109,25 +116,19 @@ class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
             return function(*inputs)
         entry = self._find(key)
         if entry is None:
-            entry = _Timed()
-            self._add(key, entry)
-        if entry.graph is None and not self._is_worthwhile(entry, calls):
+            self._add(key, entry := _Timed())
+        # Not at the first call, which may be the only one: the last chunk has a size of its own.
+        often = self.compile != "auto" or calls * entry.seconds >= _SECONDS_TO_RECORD
+        if entry.graph is None and not (often and entry.seconds < math.inf):
             begin = time.perf_counter()
             result = function(*inputs)
-            seconds = time.perf_counter() - begin
-            entry.seconds = seconds if entry.seconds is None else min(seconds, entry.seconds)
+            entry.seconds = min(time.perf_counter() - begin, entry.seconds)
             return result
         return self._advance(_Call(entry, inputs, function, key[0], calls, check))
 
-    def _is_worthwhile(self, entry: _Timed, calls: int) -> bool:
-        """Return whether to trace a function: not at its first call, which may be the only one."""
-        if entry.seconds is None:  # the last chunk has a size of its own
-            return False
-        return self.compile != "auto" or calls * entry.seconds >= _SECONDS_TO_RECORD
-
     def _trace(self, call: _Call) -> Graph:
-        start = self._save(call)
-        self._run(call)
+        start = _Random()
+        call.as_eager()
         start.restore()
         try:
             return trace(call.function, call.inputs)
@@ -135,15 +136,10 @@ class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
             start.restore()
 
     def _save(self, call: _Call) -> _Random:
-        """Return the random state: an evaluation changes nothing else."""
         return _Random()
 
-    def _run(self, call: _Call) -> Sequence[Tensor]:
-        """Return what the function returns; it runs once for a call."""
-        if call.wanted is None:
-            call.wanted = call.function(*call.inputs)
-            call.state = self._save(call)
-        return call.wanted
+    def _run(self, call: _Call) -> Results:
+        return call.as_eager()
 
     def _replay(self, call: _Call, graph: Graph) -> Results:
         results: Any = graph(*call.inputs)  # none of which is None, as the function's are not
@@ -151,28 +147,21 @@ class Recorder(Replayer[_Timed, _Call, Sequence[Tensor], Results]):
         return found
 
     def _objection(
-        self, call: _Call, wanted: Sequence[Tensor], found: Results, *, exact: bool
+        self, call: _Call, wanted: Results, found: Results, *, exact: bool
     ) -> Objection | None:
         if numbers_agree(wanted, found, call.inputs, exact=exact):
             return None
         return Objection("its graph gives other numbers", differs=True)
 
     def _finish(self, call: _Call, found: Results, *, compared: bool) -> Results:
-        return self._as_eager(call) if compared else found
-
-    def _as_eager(self, call: _Call) -> Sequence[Tensor]:
-        """Return what the function returns, with the random state that it leaves."""
-        wanted = self._run(call)
-        if call.state is not None:
-            call.state.restore()
-        return wanted
+        return call.as_eager() if compared else found
 
     def _give_up(self, call: _Call, objection: Objection) -> Results:
         self._refused.add(call.name)
         # Other numbers, of a function that can be traced, are not to be expected.
         level = logging.WARNING if objection.differs else logging.INFO
         logger.log(level, "%s runs eagerly, which is slower: %s", self._what, objection.reason)
-        return self._as_eager(call)
+        return call.as_eager()
 
     def _expected_calls(self, call: _Call) -> float:
         return call.expected

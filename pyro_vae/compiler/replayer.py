@@ -84,8 +84,8 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
     why. Numbers are to be the same, however calls run.
 
     A subclass finds or makes the entry of a call, runs it eagerly while there is reason to, and
-    hands it to :meth:`_advance` from then on. It implements the methods that raise
-    NotImplementedError here: how to trace, to save state, to run either way, to compare.
+    hands it to :meth:`_advance` from then on. It says how to trace, to save state, to run either
+    way, and to compare.
 
     Args:
         what: the name of what is run, in messages.
@@ -182,9 +182,8 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
                 graph = call.entry.graph = self._trace(call)
             except UntraceableError as error:
                 return self._give_up(call, Objection(str(error)))
-            logger.info(
-                "%s %s a graph of %d operations", self._what, self._is, graph.num_operations
-            )
+            message = "%s %s a graph of %d operations"
+            logger.info(message, self._what, self._is, graph.num_operations)
             return self._compare(call, graph)
         if self._compile_pays(call, graph):
             return self._compile(call, graph)

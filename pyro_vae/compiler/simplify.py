@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from pyro_vae import torch_internals
-from pyro_vae.compiler.nodes import (
-    LIKE,
-    args_of,
-    base_of,
-    calls,
-    constant_of,
-    is_real,
-    is_written,
-    key_of,
-    layout,
-    nodes_in,
-    value_of,
-    viewed_by,
-    written_nodes,
-)
+from pyro_vae.compiler import nodes
+from pyro_vae.compiler.nodes import args_of, calls, constant_of, is_real, is_written, layout
 from pyro_vae.torch_internals import Operator, is_pure
 
 _aten = torch.ops.aten
@@ -33,42 +19,18 @@ _aten = torch.ops.aten
 _MAX_FOLDED_ELEMENTS = 2**20
 # Show the numbers of their input in another shape, all of them where there are as many.
 _RESHAPES = {
-    _aten.view.default,
-    torch_internals.UNSAFE_VIEW,
-    torch_internals.RESHAPE_ALIAS,
-    _aten.detach.default,
-    _aten.alias.default,
-    _aten.expand.default,
-    _aten.permute.default,
-    _aten.t.default,
-    _aten.transpose.int,
-    _aten.unsqueeze.default,
-    _aten.squeeze.default,
-    _aten.squeeze.dim,
-    _aten.squeeze.dims,
-    _aten.slice.Tensor,
-    _aten.select.int,
+    *(_aten.view.default, torch_internals.UNSAFE_VIEW, torch_internals.RESHAPE_ALIAS),
+    *(_aten.detach.default, _aten.alias.default, _aten.expand.default, _aten.permute.default),
+    *(_aten.t.default, _aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.default),
+    *(_aten.squeeze.dim, _aten.squeeze.dims, _aten.slice.Tensor, _aten.select.int),
 }
 # Give their first argument where the second is one.
 _BY_ONE = {_aten.div.Tensor, _aten.mul.Tensor, _aten.pow.Tensor_Scalar}
-_SUMS = {_aten.sum.default, _aten.sum.dim_IntList}
 
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call that gives what a node gives.
-
-    Attributes:
-        target: the operator.
-        args: nodes and plain values.
-    """
-
-    target: Operator
-    args: tuple[Any, ...]
-
-
+# A call that gives what a node gives: the operator, and nodes and plain values.
+_Call: TypeAlias = tuple[Operator, tuple[Any, ...]]
 # From a node to what gives the same: another node, or a call; None where there is nothing.
-_Rule = Callable[[fx.Node], fx.Node | _Call | None]
+_Rule: TypeAlias = Callable[[fx.Node], fx.Node | _Call | None]
 
 
 def simplify(graph: fx.Graph) -> None:
@@ -77,7 +39,7 @@ def simplify(graph: fx.Graph) -> None:
     Results are the same to the last bit, but for the sign of a zero, and random numbers are drawn
     as before.
     """
-    written = written_nodes(graph)
+    written = nodes.written_nodes(graph)
     _fold(graph, written)
     for rule in (_single_row, _neutral, _shorter, _single_row, _neutral):
         _apply(graph, rule, written)
@@ -95,17 +57,21 @@ def _apply(graph: fx.Graph, rule: _Rule, written: set[fx.Node]) -> None:
             continue
         # A view shares its memory either way. A result is memory of its own; and what is read in
         # the place of it is read later, or earlier, than it was.
-        is_view = isinstance(new, fx.Node) and viewed_by(node) is not None
-        read = [new] if isinstance(new, fx.Node) else nodes_in((new.args, node.args))
+        is_view = isinstance(new, fx.Node) and nodes.viewed_by(node) is not None
+        read = [new] if isinstance(new, fx.Node) else nodes.nodes_in((new[1], node.args))
         if not is_view and is_written([node, *read], written):
             continue
-        if isinstance(new, _Call):
-            call = new
+        if not isinstance(new, fx.Node):
             with graph.inserting_before(node):
-                new = graph.call_function(call.target, call.args)
+                new = graph.call_function(*new)
             new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        _replace(graph, node, new)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    """Put one node in the place of another."""
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 # --- constants
@@ -117,35 +83,33 @@ def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
         if not _is_constant(node) or is_written([node], written):
             continue
         target: Any = node.target
-        args: Any = args_of(node)
-        if target in LIKE:
-            args = (_blank(args[0]), *args[1:])
-        args, kwargs = fx.node.map_arg((args, dict(node.kwargs)), lambda n: n.meta["constant"])
+        args = args_of(node)
+        if target in nodes.LIKE:  # of a tensor with any numbers in it
+            like = args[0].meta["val"]
+            blank = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device
+            )
+            args = (blank, *args[1:])
+        found: Any = (args, dict(node.kwargs))
+        args, kwargs = fx.node.map_arg(found, lambda n: n.meta["constant"])
         with torch.no_grad():
             value = target(*args, **kwargs)
         with graph.inserting_before(node):
             folded = graph.create_node("get_attr", f"folded_{node.name}")
         folded.meta.update(constant=value, val=value)
-        node.replace_all_uses_with(folded)
-        graph.erase_node(node)
+        _replace(graph, node, folded)
 
 
 def _is_constant(node: fx.Node) -> bool:
     """Return whether a call depends on no input, and its result is not too large to keep."""
-    value, target = value_of(node), node.target
+    value, target = nodes.value_of(node), node.target
     if not isinstance(target, Operator) or not is_pure(target) or value is None:
         return False
     if value.numel() > _MAX_FOLDED_ELEMENTS:
         return False
     if not node.all_input_nodes:
         return "empty" not in str(target)
-    return target in LIKE or all(constant_of(n) is not None for n in node.all_input_nodes)
-
-
-def _blank(node: fx.Node) -> Tensor:
-    """Return a tensor of a node's shape and kind, with any numbers in it."""
-    val = node.meta["val"]
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+    return target in nodes.LIKE or all(constant_of(n) is not None for n in node.all_input_nodes)
 
 
 def _is_one(value: object) -> bool:
@@ -164,12 +128,20 @@ def _single_row(node: fx.Node) -> _Call | None:
     if node.target is not _aten.select_backward.default:
         return None
     source, sizes, dim, _ = args_of(node)
-    if sizes[dim] != 1:
-        return None
-    view, value = source.meta["val"].unsqueeze(dim), node.meta["val"]
-    if (view.shape, view.stride()) != (value.shape, value.stride()):
-        return None
-    return _Call(_aten.unsqueeze.default, (source, dim))
+    return _as_unsqueezed(node, source, dim) if sizes[dim] == 1 else None
+
+
+def _as_unsqueezed(node: fx.Node, source: fx.Node, dim: int) -> _Call | None:
+    """Return a view with one dimension more, where its numbers lie as those of a node do."""
+    view, value = _val(source).unsqueeze(dim), _val(node)
+    alike = (view.shape, view.stride()) == (value.shape, value.stride())
+    return (_aten.unsqueeze.default, (source, dim)) if alike else None
+
+
+def _val(node: fx.Node) -> Tensor:
+    """Return the tensor that a node stood for, which is one tensor."""
+    value: Tensor = node.meta["val"]
+    return value
 
 
 def _neutral(node: fx.Node) -> fx.Node | None:
@@ -182,9 +154,9 @@ def _same_view(node: fx.Node) -> fx.Node | None:
     mine, source, found = layout(node), node, None
     while mine is not None and source.target in _RESHAPES:
         source = args_of(source)[0]
-        value = value_of(source)
+        value = nodes.value_of(source)
         # One that leaves numbers out may come back with the same shape, at another place.
-        if value is None or value.numel() != node.meta["val"].numel():
+        if value is None or value.numel() != _val(node).numel():
             break
         if layout(source) == mine:
             found = source
@@ -193,7 +165,7 @@ def _same_view(node: fx.Node) -> fx.Node | None:
 
 def _same_number(node: fx.Node) -> fx.Node | None:
     """Return what a node multiplies or divides by one, or takes to the power of one."""
-    value = value_of(node)
+    value = nodes.value_of(node)
     if value is None or value.is_complex() or node.kwargs or node.target not in _BY_ONE:
         return None  # infinities and zeros of two complex parts follow rules of their own
     pairs = [args_of(node)]
@@ -215,32 +187,25 @@ def _shorter(node: fx.Node) -> _Call | None:
 def _sum_of_one(node: fx.Node) -> _Call | None:
     """Return the view that the sum of a single number is."""
     source = args_of(node)[0]
-    if not is_real(node) or source.meta["val"].numel() != 1 or not _same_dtype(source, node):
+    if not is_real(node) or _val(source).numel() != 1 or _val(source).dtype != _val(node).dtype:
         return None
-    return _Call(_aten.view.default, (source, list(node.meta["val"].shape)))
+    return _aten.view.default, (source, list(_val(node).shape))
 
 
 def _sum_of_two(node: fx.Node) -> _Call | None:
     """Return the addition that the sum of a stack of two numbers is."""
-    stack = args_of(node)[0]
+    stack, value = args_of(node)[0], _val(node)
     if stack.target is not _aten.stack.default or len(stack.users) > 1 or not is_real(node):
         return None
     parts = args_of(stack)[0]
-    alike = all(p.meta["val"].shape == () and _same_dtype(p, node) for p in parts)
-    if len(parts) != 2 or not alike or node.meta["val"].shape != ():
-        return None
-    return _Call(_aten.add.Tensor, tuple(parts))
+    alike = all(_val(p).shape == () and _val(p).dtype == value.dtype for p in parts)
+    return (_aten.add.Tensor, (*parts,)) if len(parts) == 2 and alike and not value.ndim else None
 
 
 def _stack_of_one(node: fx.Node) -> _Call | None:
     """Return the view that a stack of one tensor is."""
-    parts, dim = args_of(node)[0], (*args_of(node)[1:], 0)[0]
-    if len(parts) != 1:
-        return None
-    view = parts[0].meta["val"].unsqueeze(dim)
-    if view.stride() != node.meta["val"].stride():
-        return None
-    return _Call(_aten.unsqueeze.default, (parts[0], dim))
+    parts, dim = (*args_of(node), 0)[:2]
+    return _as_unsqueezed(node, parts[0], dim) if len(parts) == 1 else None
 
 
 def _sum_that_keeps(node: fx.Node) -> _Call | None:
@@ -249,13 +214,11 @@ def _sum_that_keeps(node: fx.Node) -> _Call | None:
     if source.target is not _aten.sum.dim_IntList or source.kwargs or len(source.users) > 1:
         return None
     summed, dims, *keepdim = args_of(source)
-    size = summed.meta["val"].shape
+    size = _val(summed).shape
     if keepdim != [True] or not dims:
         return None
     left = [n for i, n in enumerate(size) if not {i, i - len(size)} & set(dims)]
-    if list(node.meta["val"].shape) != left:
-        return None
-    return _Call(_aten.sum.dim_IntList, (summed, dims))
+    return (_aten.sum.dim_IntList, (summed, dims)) if list(_val(node).shape) == left else None
 
 
 def _sum_of_columns(node: fx.Node) -> _Call | None:
@@ -267,22 +230,18 @@ def _sum_of_columns(node: fx.Node) -> _Call | None:
     (first, sizes, dim, i), (second, other_sizes, other_dim, j) = map(args_of, parts)
     if (list(sizes), dim) != (list(other_sizes), other_dim) or sizes[dim] != 2:
         return None
-    if {i % 2, j % 2} != {0, 1} or not _same_dtype(first, second):
+    if {i % 2, j % 2} != {0, 1} or _val(first).dtype != _val(second).dtype:
         return None
-    return _Call(_aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim))
+    return _aten.stack.default, ([first, second] if i % 2 == 0 else [second, first], dim)
 
 
 _SHORTER: dict[object, tuple[Callable[[fx.Node], _Call | None], ...]] = {
-    **dict.fromkeys(_SUMS, (_sum_of_one, _sum_of_two)),
+    _aten.sum.default: (_sum_of_one, _sum_of_two),
+    _aten.sum.dim_IntList: (_sum_of_one, _sum_of_two),
     _aten.stack.default: (_stack_of_one,),
     _aten.view.default: (_sum_that_keeps,),
     _aten.add.Tensor: (_sum_of_columns,),
 }
-
-
-def _same_dtype(left: fx.Node, right: fx.Node) -> bool:
-    """Return whether two nodes have numbers of one dtype."""
-    return bool(left.meta["val"].dtype == right.meta["val"].dtype)
 
 
 # --- the whole graph
@@ -293,13 +252,11 @@ def _merge_equal(graph: fx.Graph, written: set[fx.Node]) -> None:
     seen: dict[Hashable, fx.Node] = {}
     for node in calls(graph):
         target: Any = node.target
-        if not is_pure(target) or is_written([node, *node.all_input_nodes], written):
-            continue
-        key = (target, key_of(node.args), key_of(tuple(sorted(node.kwargs.items()))))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
+        if is_pure(target) and not is_written([node, *node.all_input_nodes], written):
+            arguments = nodes.key_of((node.args, tuple(sorted(node.kwargs.items()))))
+            first = seen.setdefault((target, arguments), node)
+            if first is not node:
+                _replace(graph, node, first)
 
 
 def _drop_unused(graph: fx.Graph) -> None:
@@ -314,10 +271,9 @@ def _has_no_effect(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, Operator):
         return target is operator.getitem
-    if target.namespace == "profiler":
-        return True
     # Random numbers that are not used are drawn all the same: the next ones come after them.
-    return is_pure(target) and not torch_internals.returns_nothing(target)
+    is_needed = not is_pure(target) or torch_internals.returns_nothing(target)
+    return target.namespace == "profiler" or not is_needed
 
 
 def _own_outputs(graph: fx.Graph) -> None:
@@ -326,13 +282,12 @@ def _own_outputs(graph: fx.Graph) -> None:
     given, results = set[fx.Node](), []
     for value in output.args[0]:
         if isinstance(value, fx.Node):
-            base = base_of(value)
+            base = nodes.base_of(value)
             if base in given or base.op != "call_function":
+                meta = {name: of for name, of in value.meta.items() if name != "constant"}
                 with graph.inserting_before(output):
-                    copy = graph.call_function(_aten.clone.default, (value,))
-                copy.meta.update(value.meta)
-                copy.meta.pop("constant", None)
-                value = copy
+                    value = graph.call_function(_aten.clone.default, (value,))
+                value.meta.update(meta)
             given.add(base)
         results.append(value)
     output.args = (tuple(results),)

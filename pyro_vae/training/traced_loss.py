@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from pyro_vae.compiler import gradient_hooks
 from pyro_vae.compiler.agreement import gradients_differ, losses_differ
-from pyro_vae.compiler.arguments import form_of, rebuilt
+from pyro_vae.compiler.arguments import VaryingNumbers, form_of, rebuilt
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.replayer import Objection, Replayer
 from pyro_vae.compiler.tracing import UntraceableError, trace
-from pyro_vae.compiler.varying_numbers import VaryingNumbers
 from pyro_vae.compiler.watched import Watched
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.guide_kinds import RowGuide
