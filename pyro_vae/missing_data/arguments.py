@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from pyro_vae.recording import is_recording
 
-# An argument by its position or its keyword.
+# An argument by its position or its keyword; and all of a call.
 Key: TypeAlias = int | str
+Arguments: TypeAlias = dict[Key, Any]
 
 
 def floating(value: object) -> Tensor | None:
@@ -23,85 +23,68 @@ def floating(value: object) -> Tensor | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """The arguments of one call: ``fn(*args, **kwargs)``."""
+def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Return the arguments of a call by position or keyword."""
+    return dict[Key, Any]([*enumerate(args), *kwargs.items()])
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
-    def items(self) -> Iterator[tuple[Key, Any]]:
-        """Yield each argument, with its position or keyword."""
-        yield from enumerate(self.args)
-        yield from self.kwargs.items()
+def as_called(arguments: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return args and kwargs."""
+    args = tuple(value for key, value in arguments.items() if isinstance(key, int))
+    return args, {key: value for key, value in arguments.items() if isinstance(key, str)}
 
-    def __getitem__(self, key: Key) -> Any:
-        named = dict(self.items())
-        if key not in named:
-            raise ValueError(f"values={key!r}: the batch has the arguments {list(named)}")
-        return named[key]
 
-    def map(self, change: Callable[[Key, Any], Any]) -> Arguments:
-        """Return arguments with each value changed."""
-        return Arguments(
-            tuple(change(i, value) for i, value in enumerate(self.args)),
-            {name: change(name, value) for name, value in self.kwargs.items()},
-        )
+def one_of(arguments: Arguments, key: Key) -> Any:
+    """Return one argument; ValueError where there is none of that position or keyword."""
+    if key not in arguments:
+        raise ValueError(f"values={key!r}: the batch has the arguments {list(arguments)}")
+    return arguments[key]
 
-    def put(self, key: Key, value: Tensor) -> Arguments:
-        """Return arguments with another value of one of them."""
-        return self.map(lambda name, old: value if name == key else old)
 
-    def coded_by_nan(self, mask: str, values: Key | None) -> tuple[Key, Arguments]:
-        """Return which argument a mask speaks of, and arguments with NaN where it is False.
+def coded_by_nan(arguments: Arguments, mask: str, values: Key | None) -> tuple[Key, Arguments]:
+    """Return which argument a mask speaks of, and arguments with NaN where it is False.
 
-        The mask is the keyword argument of this name, or the last positional one, and is dropped.
-        """
-        rest, seen = self._without(mask)
-        key = rest._masked_by(mask, seen) if values is None else values
-        x = rest[key]
-        shape = getattr(x, "shape", None)
-        if shape != seen.shape:
-            raise ValueError(
-                f"mask={mask!r} has shape {list(seen.shape)}, but the argument {key!r} that it "
-                f"speaks of has {'none' if shape is None else list(shape)}; give a mask of the "
-                "data's own shape"
-            )
-        if not x.is_floating_point():
-            exact, x = x, x.to(torch.get_default_dtype())
-            if not is_recording() and bool((x.to(exact.dtype) != exact).any()):
-                raise ValueError(
-                    f"mask={mask!r}: the integers of argument {key!r} have no exact value in "
-                    f"{x.dtype}, in which missing ones are marked; give them as float64"
-                )
-        return key, rest.put(key, x.masked_fill(~seen, math.nan))
-
-    def _without(self, mask: str) -> tuple[Arguments, Tensor]:
-        """Return the other arguments, and the mask."""
-        args, kwargs = self.args, dict(self.kwargs)
-        if mask in kwargs:
-            seen, where = kwargs.pop(mask), "that keyword argument"
-        elif args:
-            *first, seen = args
-            args, where = tuple(first), "the last positional argument"
-        else:
-            raise TypeError(f"mask={mask!r}: there is no such argument among {list(kwargs)}")
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
-            raise TypeError(f"mask={mask!r}: {where} is no boolean tensor but {kind}")
-        return Arguments(args, kwargs), seen
-
-    def _masked_by(self, mask: str, seen: Tensor) -> Key:
-        """Return the one argument of a mask's shape."""
-        alike = [
-            key
-            for key, value in self.items()
-            if isinstance(value, Tensor) and value.shape == seen.shape
-        ]
+    The mask is the keyword argument of this name, or the last positional one, and is dropped.
+    """
+    seen, rest = _split(arguments, mask)
+    if values is None:
+        alike = [k for k, v in rest.items() if isinstance(v, Tensor) and v.shape == seen.shape]
         if len(alike) != 1:
             raise ValueError(
                 f"mask={mask!r} has shape {list(seen.shape)}, as have the arguments {alike} of "
-                f"{[key for key, _ in self.items()]}; say with values= which one it speaks of, and "
-                "give it that shape"
+                f"{list(rest)}; say with values= which one it speaks of, and give it that shape"
             )
-        return alike[0]
+        (values,) = alike
+    x = one_of(rest, values)
+    shape = getattr(x, "shape", None)
+    if shape != seen.shape:
+        raise ValueError(
+            f"mask={mask!r} has shape {list(seen.shape)}, but the argument {values!r} that it "
+            f"speaks of has {'none' if shape is None else list(shape)}; give a mask of the data's "
+            "own shape"
+        )
+    if not x.is_floating_point():
+        exact, x = x, x.to(torch.get_default_dtype())
+        if not is_recording() and bool((x.to(exact.dtype) != exact).any()):
+            raise ValueError(
+                f"mask={mask!r}: the integers of argument {values!r} have no exact value in "
+                f"{x.dtype}, in which missing ones are marked; give them as float64"
+            )
+    return values, {**rest, values: x.masked_fill(~seen, math.nan)}
+
+
+def _split(arguments: Arguments, mask: str) -> tuple[Tensor, Arguments]:
+    """Return the mask, and the other arguments."""
+    key: Key
+    if mask in arguments:
+        key, where = mask, "that keyword argument"
+    elif 0 in arguments:
+        key = max(name for name in arguments if isinstance(name, int))
+        where = "the last positional argument"
+    else:
+        raise TypeError(f"mask={mask!r}: there is no such argument among {list(arguments)}")
+    seen, rest = arguments[key], {k: value for k, value in arguments.items() if k != key}
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
+        raise TypeError(f"mask={mask!r}: {where} is no boolean tensor but {kind}")
+    return seen, rest

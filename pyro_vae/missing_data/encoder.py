@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.missing_data.arguments import Arguments, Key, floating
+from pyro_vae.missing_data.arguments import (
+    Key,
+    arguments_of,
+    as_called,
+    coded_by_nan,
+    floating,
+    one_of,
+)
 from pyro_vae.programs.state import call_network
 
 __all__ = ["MissingEncoder"]
@@ -63,12 +70,18 @@ class MissingEncoder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the encoder on a batch, missing values filled in and their mask appended."""
-        arguments = Arguments(args, kwargs)
+        arguments, key = arguments_of(args, kwargs), self.values
         if self.mask is not None:
-            key, arguments = arguments.coded_by_nan(self.mask, self.values)
-        else:
-            key = self._floating_argument(arguments) if self.values is None else self.values
-        x = arguments[key]
+            key, arguments = coded_by_nan(arguments, self.mask, key)
+        elif key is None:
+            found = [name for name, value in arguments.items() if floating(value) is not None]
+            if len(found) != 1:
+                raise ValueError(
+                    f"MissingEncoder: the arguments {found} are floating-point tensors; say with "
+                    "values= which one may have missing values (integer data need mask=)"
+                )
+            (key,) = found
+        x = one_of(arguments, key)
         if x.ndim == 1:
             x = x.unsqueeze(-1)
         if self.dim % x.ndim == 0:
@@ -79,22 +92,11 @@ class MissingEncoder(nn.Module):
         missing = x.isnan()
         filled = torch.where(missing, self.fill.to(x), x)
         both = torch.cat([filled, (~missing).to(x)], self.dim)
-        arguments = arguments.put(key, both)
         try:
-            return call_network(self.encoder, arguments.args, arguments.kwargs)
+            return call_network(self.encoder, *as_called({**arguments, key: both}))
         except RuntimeError as error:
             error.add_note(
                 f"MissingEncoder gave its encoder data of shape {list(both.shape)}: the mask "
                 f"stands beside them, along dim={self.dim}"
             )
             raise
-
-    def _floating_argument(self, arguments: Arguments) -> Key:
-        """Return the one argument that may have missing values."""
-        found = [key for key, value in arguments.items() if floating(value) is not None]
-        if len(found) != 1:
-            raise ValueError(
-                f"MissingEncoder: the arguments {found} are floating-point tensors; say with "
-                "values= which one may have missing values (integer data need mask=)"
-            )
-        return found[0]

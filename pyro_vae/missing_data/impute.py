@@ -95,17 +95,16 @@ class Imputation:
         name = self.sites[0] if site is None else site
         if name not in self.sites:
             raise ValueError(f"site={site!r}: the imputed sites are {list(self.sites)}")
-        draws = self.dataset[name].values[:num_draws]
-        mean = self.dataset[f"{name}_mean"].values
         if "datum" not in self.dataset.dims:
             raise ValueError("the batch was treated as one datum: there are no rows to draw")
-        if shape is None:
-            shape = _image_shape(mean.shape[1:])
+        draws = self.dataset[name].values[:num_draws]
+        mean, seen = (self.dataset[f"{name}_{what}"].values for what in ("mean", "observed"))
+        shape = _image_shape(mean.shape[1:]) if shape is None else shape
         rows = len(mean)
         return plot_imputation(
             mean.reshape(rows, -1),
             draws.reshape(len(draws), rows, -1),
-            self.dataset[f"{name}_observed"].values.reshape(rows, -1),
+            seen.reshape(rows, -1),
             shape,
             truth=None if truth is None else np.asarray(truth).reshape(rows, -1),
             num_columns=num_columns,
@@ -131,14 +130,11 @@ class Imputation:
                 f"of {len(k_hat)} data; median sd {np.median(sd):.3g}, median standard error of "
                 f"the mean {np.median(error):.2g}"
             )
-        return "\n".join(
-            [
-                *lines,
-                f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median "
-                f"ess {np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}"
-                + (f"; {self.doubt}" if self.doubt else ""),
-            ]
+        lines.append(
+            f"{data.sizes['draw']} draws; weights of {self.num_particles} particles: median ess "
+            f"{np.median(data['ess'].values):.0f}, worst k-hat {k_hat.max():.2f}"
         )
+        return "\n".join(lines) + (f"; {self.doubt}" if self.doubt else "")
 
 
 def impute(
@@ -211,33 +207,26 @@ def impute(
     sites = _with_missing(structure)
     check_drawable(structure, evaluator.batch.device)
     names = tuple(names_of(sites))
-    blocks = [
-        _impute_block(evaluator, list(chunks), names, num_draws)
-        for chunks in evaluator.blocks(num_particles)
-    ]
+    grouped = evaluator.blocks(num_particles)
+    blocks = [_impute_block(evaluator, list(chunks), names, num_draws) for chunks in grouped]
     dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
     return Imputation(dataset, names, num_particles)
 
 
 def _with_missing(structure: Structure) -> list[Site]:
-    """Return the sites to impute.
-
-    Raises:
-        ValueError: where there are none, or no latent site tells of them.
-    """
+    """Return the sites to impute; ValueError where there are none, or no latent tells of them."""
     if not (structure.local_latents or structure.global_latents):
         raise ValueError(
             "impute: the model has no latent site, so what is missing does not depend on what was "
             "seen but through the likelihood: draw from it (pyro.infer.Predictive)"
         )
-    sites = [
-        site for site in structure.observed if site.missing is not None and bool(site.missing.any())
-    ]
+    observed = structure.observed
+    sites = [site for site in observed if site.missing is not None and bool(site.missing.any())]
     if not sites:
         raise ValueError(
             "impute: no observed value is missing. A missing value is NaN in the data, or False "
             "in a mask, of a model in pyro_vae.MissingData; the observed sites are "
-            f"{names_of(structure.observed)}"
+            f"{names_of(observed)}"
         )
     return sites
 
@@ -271,9 +260,8 @@ def _latents(evaluator: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Tensor]
     """Return the latents of a block's particles, summed-out ones drawn from their posterior."""
     parts: dict[str, list[Tensor]] = {}
     for chunk in chunks:
-        key = (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
-        summed = evaluator.draw_summed_out(chunk.rows, chunk.values, key)
-        for name, value in {**chunk.values, **summed}.items():
+        values, key = chunk.values, (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
+        for name, value in {**values, **evaluator.draw_summed_out(chunk.rows, values, key)}.items():
             if name in evaluator.structure.sites:  # not the guide's auxiliary ones
                 parts.setdefault(name, []).append(value)
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -289,19 +277,18 @@ def _predicted(
         some = {name: value[start : start + step] for name, value in latents.items()}
         size = min(step, num_draws - start)
         drawn = evaluator.predict(rows, size, some, (purpose, rows.start, start))
-        one_datum = evaluator.structure.data_dim is None
-        yield {name: v.unsqueeze(1) if one_datum else v for name, v in drawn.items()}
+        is_one = evaluator.structure.data_dim is None
+        yield {name: value.unsqueeze(1) if is_one else value for name, value in drawn.items()}
 
 
 def _choose(latents: Values, index: Tensor, structure: Structure) -> dict[str, Tensor]:
     """Take particles index [S, N] of each datum from ``[K, *plates, *event]``."""
-    if structure.data_dim is None:
-        return {name: value[index[:, 0]] for name, value in latents.items()}
-    data = torch.arange(index.shape[1], device=index.device)
     chosen = {}
     for name, value in latents.items():
-        axis = value.ndim - len(structure.sites[name].event_shape) + structure.data_dim
-        chosen[name] = value.movedim(axis, 1)[index, data].movedim(1, axis)
+        shape = [len(index), *[1] * (value.ndim - 1)]
+        if structure.data_dim is not None:
+            shape[structure.data_dim - len(structure.sites[name].event_shape)] = -1
+        chosen[name] = torch.take_along_dim(value, index.reshape(shape), 0)
     return chosen
 
 
@@ -319,10 +306,9 @@ class WeightedMoments:
     """
 
     def __init__(self, weights: np.ndarray) -> None:
-        self._weights = weights
-        self._seen = 0
+        self._weights, self._seen = weights, 0
         self._first = torch.zeros(())
-        self._sums: list[Tensor] = [torch.zeros(())] * len(_DEGREES)
+        self._sums = [torch.zeros(())] * len(_DEGREES)
 
     def update(self, draws: Tensor) -> None:
         """Take in the draws of the next particles, [k, N, ...]."""
@@ -339,23 +325,18 @@ class WeightedMoments:
     def results(self) -> dict[str, np.ndarray]:
         """Return ``mean``, its standard error ``mean_se``, and ``sd``, [N, ...] each."""
         wx, wxx, vx, vxx, ux, uxx, uxxx = self._sums
-        num_particles = self._weights.shape[1]
-        v, u = (
-            torch.as_tensor((self._weights**power).sum(1)).reshape(-1, *[1] * (wx.ndim - 1))
-            for power in (2, 3)
-        )
+        num_particles, inner = self._weights.shape[1], [1] * (wx.ndim - 1)
+        powers = (torch.as_tensor((self._weights**power).sum(1)) for power in (2, 3))
+        v, u = (total.reshape(-1, *inner) for total in powers)
         variance = (vxx - 2 * wx * vx + wx**2 * v).clamp(min=0)
         third = uxxx - 3 * wx * uxx + 3 * wx**2 * ux - wx**3 * u
         # Each particle moves the mean by K w (x - mean).
         skewed = skewness_of(num_particles * variance, num_particles**2 * third)
         error = calibrated(variance.sqrt(), skewed, num_particles)
-        moments = {
-            "mean": wx + self._first,
-            # Of about one particle there is no spread to tell from.
-            "mean_se": torch.where(v < 0.9, error, math.nan),
-            "sd": (wxx - wx**2).clamp(min=0).sqrt(),
-        }
-        return {name: value.numpy() for name, value in moments.items()}
+        # Of about one particle there is no spread to tell from.
+        error = torch.where(v < 0.9, error, math.nan)
+        sd = (wxx - wx**2).clamp(min=0).sqrt()
+        return {"mean": (wx + self._first).numpy(), "mean_se": error.numpy(), "sd": sd.numpy()}
 
 
 def _dataset(

@@ -1,9 +1,10 @@
-"""Missing data: the observed part of any model, and an encoder that sees what is missing."""
+"""MissingData: the observed part of any model, which must not decide by what is missing."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -14,21 +15,30 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_vae.missing_data.arguments import Arguments, Key
-from pyro_vae.missing_data.check import Pattern, check_decisions, pattern_of
+from pyro_vae.missing_data.arguments import (
+    Arguments,
+    Key,
+    arguments_of,
+    as_called,
+    coded_by_nan,
+    floating,
+)
 from pyro_vae.programs.batch import Batch, rows_text
-from pyro_vae.programs.batch import arguments as as_called
+from pyro_vae.programs.batch import arguments as as_batch_of
 from pyro_vae.programs.messages import text_of, trace_of
-from pyro_vae.programs.nodes import left_out, plain_distribution
-from pyro_vae.programs.pyro_internals import mask_inside
+from pyro_vae.programs.nodes import left_out, plain_distribution, sample_nodes
+from pyro_vae.programs.pyro_internals import is_deterministic, mask_inside
 from pyro_vae.programs.state import evaluation, module_of, preserved_rng
 from pyro_vae.programs.supports import value_of
+from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Program, Trace, Values
 from pyro_vae.recording import is_recording
 
 __all__ = ["MissingData"]
 
 _PATTERNS = 8  # of missing values that a model is looked at with, at most
+# Fills between a column's least and largest number: with so few codes, each has its turn.
+_STEPS = 8
 
 
 class MissingData(nn.Module):
@@ -101,19 +111,18 @@ class MissingData(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the observed part of a batch."""
-        arguments = Arguments(args, kwargs)
+        arguments = arguments_of(args, kwargs)
         if self.mask is not None:
-            _, arguments = arguments.coded_by_nan(self.mask, self.values)
+            _, arguments = coded_by_nan(arguments, self.mask, self.values)
+            args, kwargs = as_called(arguments)
         try:
             with _LeaveMissingOut() as handler:
-                result = self.model(*arguments.args, **arguments.kwargs)
+                result = self.model(*args, **kwargs)
             if not handler.wraps_another:
                 self._check(arguments)
             return result
-        except _RefusedError:
-            raise
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            if not any(_has_nan(value) for _, value in arguments.items()):
+            if isinstance(error, _RefusedError) or not any(map(_has_nan, arguments.values())):
                 raise
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
             raise type(error)(
@@ -129,30 +138,15 @@ class MissingData(nn.Module):
         """
         if is_recording() or len(self._patterns) >= _PATTERNS:
             return
-        pattern = pattern_of(arguments)
+        pattern = _pattern_of(arguments)
         if not pattern or pattern in self._patterns:
             return
         self._patterns.add(pattern)
-        first: list[Any] = []  # traces, as Pyro makes them
-
-        def run(arguments: Arguments, absent: Values | None) -> Trace:
-            # Outside of it, the trace takes what stands in for a missing value.
-            model: Program = _LeaveMissingOut(absent)(self.model)
-            if first:
-                model = poutine.replay(model, trace=first[0])
-            trace: Trace = trace_of(model, as_called(arguments.args, arguments.kwargs))
-            first.append(trace)
-            return trace
-
-        with (
-            torch.no_grad(),
-            preserved_rng(Batch(arguments.args, arguments.kwargs).device),
-            evaluation(self, self.owner),
-            pyro.validation_enabled(False),
-            poutine.block(),
-        ):
+        device = Batch(*as_called(arguments)).device
+        with torch.no_grad(), preserved_rng(device), evaluation(self, self.owner):
             try:
-                check_decisions(run, arguments)
+                with pyro.validation_enabled(False), poutine.block():
+                    _check_decisions(self.model, arguments)
             except ValueError as error:
                 raise _RefusedError(str(error)) from error
 
@@ -178,26 +172,18 @@ class _LeaveMissingOut(Messenger):
 
     def _pyro_sample(self, msg: Node) -> None:
         """Leave missing numbers of an observed value out of its density."""
-        value = msg["value"]
-        self.wraps_another |= "_missing" in msg["infer"]
-        if (
-            not msg["is_observed"]
-            or not isinstance(value, Tensor)
-            or not value.is_floating_point()
-            or msg["infer"].get("_deterministic")
-            or "_missing" in msg["infer"]
-            or isinstance(msg["fn"], Unit)
-        ):
+        value, infer = msg["value"], msg["infer"]
+        self.wraps_another |= "_missing" in infer
+        if not msg["is_observed"] or not isinstance(value, Tensor) or isinstance(msg["fn"], Unit):
             return
-        if self.absent is None:
-            unknown = value.isnan()
-        else:
-            unknown = self.absent.get(msg["name"], value.isnan())
+        if not value.is_floating_point() or infer.get("_deterministic") or "_missing" in infer:
+            return
+        unknown = (self.absent or {}).get(msg["name"], value.isnan())
         # What the model masks is not there, and so not missing: padding, or a value for which
         # another site stands (obs_mask).
         missing = unknown & ~left_out(msg["fn"], msg["mask"], value.device)
         msg["fn"] = _masked(msg["fn"], ~unknown, msg["name"])
-        msg["infer"] = {**msg["infer"], "_unknown": unknown, "_missing": missing, "_given": value}
+        msg["infer"] = {**infer, "_unknown": unknown, "_missing": missing, "_given": value}
         msg["value"] = torch.where(unknown, _stand_in(msg["fn"], msg["name"]).to(value), value)
 
     def _pyro_post_sample(self, msg: Node) -> None:
@@ -214,10 +200,7 @@ class _LeaveMissingOut(Messenger):
 def _masked(fn: Any, seen: Tensor, name: str) -> Any:
     """Return a distribution whose log density is that of the seen numbers of an event.
 
-    Args:
-        fn: the distribution.
-        seen: [*batch, *event], or what broadcasts with it.
-        name: of the site.
+    They are ``[*batch, *event]``, or what broadcasts with it.
     """
     if fn.event_dim == 0:
         return fn.mask(seen)
@@ -255,3 +238,123 @@ def _stand_in(fn: Any, name: str) -> Tensor:
 
 def _has_nan(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
+
+
+# Which columns of which arguments have missing values.
+Pattern: TypeAlias = tuple[tuple[Key | torch.Size | bytes, ...], ...]
+
+
+def _pattern_of(arguments: Arguments) -> Pattern:
+    """Return which columns of which arguments have missing values; () for none."""
+    found = []
+    for name, each in arguments.items():
+        if (value := floating(each)) is not None:
+            columns = value.isnan().reshape(len(value), -1).any(0)
+            if bool(columns.any()):
+                found.append((name, value.shape[1:], columns.cpu().numpy().tobytes()))
+    return tuple(found)
+
+
+def _check_decisions(model: Program, arguments: Arguments) -> None:
+    """Raise ValueError where the density of what was seen varies with what was not.
+
+    A comparison with NaN is False, and an index made of NaN is some number: a model that goes on
+    with them scores a value that was never observed. With numbers in the missing places, small and
+    large ones, what was seen must have the density that it has with NaN there.
+    """
+    # Outside of the handler, a trace takes what stands in for a missing value.
+    coded = trace_of(_LeaveMissingOut()(model), as_batch_of(*as_called(arguments)))
+    nodes = _scored(coded)
+    absent = {n: left_out(v["fn"], v["mask"], v["value"].device) for n, v in nodes.items()}
+    replayed = poutine.replay(_LeaveMissingOut(absent)(model), trace=coded)
+    found: dict[str, list[Tensor]] = {}
+    for filled in _filled(arguments):
+        try:
+            others = _scored(trace_of(replayed, as_batch_of(*as_called(filled))))
+            terms = _terms({name: node for name, node in others.items() if name in coded.nodes})
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            continue  # a number that the model cannot take says nothing
+        for name, term in terms.items():
+            found.setdefault(name, []).append(term)
+    for name, wanted in _terms(nodes).items():
+        node = nodes[name]
+        seen = _seen(absent[name], node["fn"].event_dim)
+        gaps = [_gap(term, wanted, seen) for term in found.get(name, [wanted])]
+        if isinstance(node["fn"], Unit) and min(gaps) > 0:
+            continue  # a factor of a model's own for NaN, like no number's
+        if max(gaps) > 0:
+            kind = "observed" if node["is_observed"] else "latent"
+            raise ValueError(
+                f"{kind} site {name!r}: its log density of what was seen changes by "
+                f"{max(gaps):.3g} nats with the numbers that stand where values are missing: the "
+                "model decides by a missing value (NaN > 0 is False), or fills it in. Let what is "
+                "made of it be missing too, torch.where(x.isnan(), x, (x > 0).to(x)) for one; mask "
+                "the site there (poutine.mask); or give the value a distribution as a latent site"
+            )
+
+
+def _scored(trace: Trace) -> dict[str, Node]:
+    nodes = dict(sample_nodes(trace))
+    tensors = {name: node for name, node in nodes.items() if isinstance(node["value"], Tensor)}
+    return {name: node for name, node in tensors.items() if not is_deterministic(node)}
+
+
+def _terms(nodes: dict[str, Node]) -> dict[str, Tensor]:
+    return {name: site_log_prob(name, node, scaled=False) for name, node in nodes.items()}
+
+
+def _seen(absent: Tensor, events: int) -> Tensor:
+    """Return which entries of a batch have a number that was seen."""
+    if events and absent.flatten(-events).shape[-1] == 0:  # a factor has no value
+        return absent.new_ones(absent.shape[:-events])
+    return ~(absent.flatten(-events).all(-1) if events else absent)
+
+
+def _gap(term: Tensor, wanted: Tensor, seen: Tensor) -> float:
+    """Return by how much a log density differs beyond rounding; 0 where it does not."""
+    term, wanted, seen = torch.broadcast_tensors(term, wanted, seen)
+    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-5
+    close = torch.isclose(term, wanted, rtol=tolerance, atol=tolerance)
+    wrong = seen & ~(close | term.isnan() | wanted.isnan())  # NaN is another error's
+    return float((term - wanted)[wrong].abs().max()) if bool(wrong.any()) else 0.0
+
+
+def _filled(arguments: Arguments) -> Iterator[Arguments]:
+    """Yield arguments with numbers where one is NaN: those of the data, and beyond.
+
+    Numbers between the extremes too: a model may ask for an interval, or for one code of several.
+    """
+    inner = [(step / _STEPS, 0.0) for step in range(1, _STEPS)]
+    for share, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0), *inner):
+        yield {key: _fill(value, share, beyond) for key, value in arguments.items()}
+
+
+def _fill(value: Any, share: float, beyond: float) -> Any:
+    """Return an argument with a number in place of NaN.
+
+    The one that a share of the column's numbers lie below, or one beyond all of them.
+    """
+    x = floating(value)
+    if x is None:
+        return value
+    whole = x[~x.isnan()]
+    if whole.numel() == 0:
+        return x.masked_fill(x.isnan(), share + beyond)
+    column = _seen_value(x, share)
+    extreme = whole.min() if share == 0 else whole.max()
+    column = torch.where(column.isnan(), extreme, column)
+    return torch.where(x.isnan(), column + beyond * (1 + whole.max() - whole.min()), x)
+
+
+def _seen_value(value: Tensor, share: float) -> Tensor:
+    """Return a number of each column, with this share of the column's others below; NaN for none.
+
+    The share of different numbers: each of a few codes has its turn, however rare.
+    """
+    ordered = value.sort(0).values  # NaN come last
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    ranks = (starts & ~ordered.isnan()).cumsum(0)
+    wanted = 1 + (share * (ranks[-1:] - 1)).round()
+    first = (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1)
+    return ordered.gather(0, first)[0]
