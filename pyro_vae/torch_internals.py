@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import (
+    get_proxy_mode,
+    get_proxy_slot,
+    has_proxy_slot,
+    make_fx,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -157,15 +163,10 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
     return module._buffers
 
 
-def children_of(module: nn.Module) -> dict[str, Any]:
-    """Return the mapping in which a module holds its children, by name."""
-    return module._modules
-
-
-def hooks_of(module: nn.Module) -> list[Mapping[int, Callable[..., object]]]:
-    """Return the mappings in which a module holds its hooks, forward and backward."""
+def structure_of(module: nn.Module) -> list[Mapping[Any, object]]:
+    """Return the mappings in which a module holds its children, and its hooks of each kind."""
     forward = [module._forward_pre_hooks, module._forward_hooks]
-    return [*forward, module._backward_pre_hooks, module._backward_hooks]
+    return [module._modules, *forward, module._backward_pre_hooks, module._backward_hooks]
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -197,15 +198,11 @@ def traced(
     function: Callable[..., Sequence[Tensor | None]], inputs: Iterable[Tensor]
 ) -> fx.GraphModule:
     """Run a function once, and return all operators that it called as a module."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     return make_fx(function)(*inputs)
 
 
 def node_of(tensor: Tensor) -> fx.Node | None:
     """Return the node of a tensor in the trace that is under way; None for others."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, has_proxy_slot
-
     mode = get_proxy_mode()
     if mode is None or not has_proxy_slot(tensor, mode.tracer):
         return None
@@ -215,8 +212,6 @@ def node_of(tensor: Tensor) -> fx.Node | None:
 
 def is_tracing() -> bool:
     """Return whether a trace is under way, modes that are disabled aside."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
     return get_proxy_mode() is not None
 
 

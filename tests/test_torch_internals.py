@@ -111,7 +111,7 @@ def test_kernels_for_many_tensors():
 
 def test_what_a_module_holds():
     module = nn.Sequential(nn.BatchNorm1d(2))
-    (norm,) = internals.children_of(module).values()
+    (norm,) = internals.structure_of(module)[0].values()
     assert norm is module[0]
     assert set(internals.parameters_of(norm)) == {"weight", "bias"}
     assert set(internals.buffers_of(norm)) == {"running_mean", "running_var", "num_batches_tracked"}
@@ -130,9 +130,9 @@ def test_what_a_module_holds():
 )
 def test_hooks_of_a_module(register):
     module = nn.Linear(1, 1)
-    assert not any(internals.hooks_of(module))
+    assert not any(internals.structure_of(module))
     getattr(module, register)(lambda *args: None)
-    assert sum(map(len, internals.hooks_of(module))) == 1
+    assert sum(map(len, internals.structure_of(module))) == 1
 
 
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae.compiler.captured import Captured, is_library, is_plain
 from pyro_vae.compiler.places import MISSING, Place, identity_check
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
-from pyro_vae.torch_internals import buffers_of, children_of, hooks_of, parameters_of
+from pyro_vae.torch_internals import buffers_of, parameters_of, structure_of
 
 _OF_ALL_MODULES = frozenset(vars(PyroModule("")))
 _LONG = 20  # items of a list that are looked at
@@ -47,7 +47,7 @@ class Watched:
         for module in self.modules.values():
             self._add_attributes(module, modes)
             self._held += [parameters_of(module), buffers_of(module)]
-            self._structure += [children_of(module), *hooks_of(module)]
+            self._structure += structure_of(module)
         self._captured.follow()
         self._names = names
         self.expect()

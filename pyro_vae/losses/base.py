@@ -18,11 +18,10 @@ from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import evaluation, preserved_rng
 from pyro_vae.programs.traces import trace_guide, trace_pair
-from pyro_vae.programs.types import DataPlate, Node, Program, Trace
+from pyro_vae.programs.types import DataPlate, Node, Particles, Program, Trace
 from pyro_vae.recording import is_recording
 
 __all__ = ["Objective", "explain", "not_reparameterized", "without_value"]
-
 
 _PLANS = 16  # remembered at most
 
@@ -32,7 +31,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
 
     Works in ``pyro.infer.SVI(model, guide, optim, loss=...)``, as an nn.Module through
     ``loss(model, guide)``, and in :func:`pyro_vae.fit`. A subclass gives
-    :meth:`differentiable_loss` and :meth:`_explained`.
+    :meth:`_loss` and :meth:`_explained`.
 
     Args:
         num_particles: draws of the guide for an estimate.
@@ -43,18 +42,19 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
-    # What a plan has to find out for the loss: see pyro_vae.particles.plan.Needs.
     num_particles: int
+    # What a plan has to find out for the loss: see pyro_vae.particles.plan.Needs.
     _data: DataNeed = "no"
     _enumeration: Enumeration = "no"
     _share_globals = False
+    _one_minibatch = False  # whether all particles share the minibatch that the model draws
 
     def __init__(
         self, num_particles: int, *, vectorize_particles: bool, data_plate: DataPlate
     ) -> None:
-        num_particles = as_count("num_particles", num_particles)
         super().__init__(  # type: ignore[no-untyped-call]
-            num_particles=num_particles, vectorize_particles=vectorize_particles
+            num_particles=as_count("num_particles", num_particles),
+            vectorize_particles=vectorize_particles,
         )
         self.data_plate = data_plate
         self._baselines: dict[str, Tensor] = {}  # of score-function gradients, by site
@@ -65,10 +65,14 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         # A plan holds its pair: a copy makes its own.
         return {**vars(self), "_plans": {}, "_known": {}}
 
-    @abc.abstractmethod
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
+        """Return the loss, a scalar to differentiate, in nats."""
+        return self._loss(model, guide, arguments(args, kwargs))
+
+    @abc.abstractmethod
+    def _loss(self, model: Program, guide: Program, batch: Batch) -> Tensor:
         """Return the loss, a scalar to differentiate, in nats."""
 
     def explain(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -143,13 +147,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         return trace_pair(model, guide, arguments(args, kwargs))
 
     def _run(
-        self,
-        model: Program,
-        guide: Program,
-        batch: Batch,
-        *,
-        tracer: Tracer = trace_guide,
-        one_minibatch: bool = False,
+        self, model: Program, guide: Program, batch: Batch, tracer: Tracer = trace_guide
     ) -> TrainingRun:
         """Run a pair by its plan, which is made anew where it does not fit.
 
@@ -158,19 +156,13 @@ class Objective(pyro.infer.ELBO, abc.ABC):
             guide: a Pyro guide.
             batch: their arguments.
             tracer: how the guide is run.
-            one_minibatch: whether all particles share the minibatch that the model draws.
         """
         key = _key(model, guide, batch)
+        shares = self._one_minibatch
         for _ in range(2):
             found = self._plan(key, model, guide, batch)
             run = TrainingRun(
-                found,
-                model,
-                guide,
-                batch,
-                self.num_particles,
-                tracer=tracer,
-                one_minibatch=one_minibatch,
+                found, model, guide, batch, self.num_particles, tracer=tracer, one_minibatch=shares
             )
             if run.as_planned:
                 return run
@@ -185,19 +177,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         Args:
             pair: of the model and guide that steps are taken with, and of a batch like theirs.
         """
-        key = _key(pair.model, pair.user_guide, pair.batch)
-        self._known = {key: pair}
-
-    @property
-    def _needs(self) -> Needs:
-        return Needs(
-            self.num_particles,
-            "auto" if self.vectorize_particles else "loop",
-            self.data_plate,
-            self._data,
-            self._enumeration,
-            self._share_globals,
-        )
+        self._known = {_key(pair.model, pair.user_guide, pair.batch): pair}
 
     def _plan(
         self, key: tuple[Hashable, ...], model: Program, guide: Program, batch: Batch
@@ -209,8 +189,10 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         while len(self._plans) >= _PLANS:
             del self._plans[next(iter(self._plans))]
         pair = self._known.pop(key, None) or Pair(model, guide, batch)
+        particles: Particles = "auto" if self.vectorize_particles else "loop"
+        needs = (self.data_plate, self._data, self._enumeration, self._share_globals)
         with pair.first.installed(), pair.its_rows():
-            made = plan(pair, self._needs)
+            made = plan(pair, Needs(self.num_particles, particles, *needs))
         # With the pair, so that no other object takes its identity.
         self._plans[key] = (made, model, guide)
         return made

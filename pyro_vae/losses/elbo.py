@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -14,7 +14,7 @@ from pyro_vae.losses.free_bits import kl_below_floor
 from pyro_vae.losses.kl import analytic_kl
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
-from pyro_vae.programs.batch import arguments
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import DataPlate, Node, Program
 
@@ -125,20 +125,14 @@ class ELBO(Objective):
             self._data = "wanted"
 
     def __repr__(self) -> str:
-        return (
-            f"ELBO(num_particles={self.num_particles}, kl={self.kl!r}, "
-            f"estimator={self.estimator!r})"
-        )
+        how = f"kl={self.kl!r}, estimator={self.estimator!r}"
+        return f"ELBO(num_particles={self.num_particles}, {how})"
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return the loss, a scalar to differentiate: the negative ELBO in nats."""
-        stopped = None
-        if self.estimator == "stl" and torch.is_grad_enabled():
-            stopped = StoppedGradients()
-        tracer = trace_guide if stopped is None else stopped.trace
-        run = self._run(model, guide, arguments(args, kwargs), tracer=tracer)
+    def _loss(self, model: Program, guide: Program, batch: Batch) -> Tensor:
+        """Return the negative ELBO."""
+        sticks = self.estimator == "stl" and torch.is_grad_enabled()
+        stopped = StoppedGradients() if sticks else None
+        run = self._run(model, guide, batch, stopped.trace if stopped else trace_guide)
         kls = self._analytic(run)
         terms: _Terms = {("model", n): t for n, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
@@ -220,10 +214,8 @@ class ELBO(Objective):
             common = sum(
                 (t for t in earned if t.shape[1] != num_data), torch.zeros_like(local[:, :1])
             )
-            if log_guide.shape[1] == num_data:
-                signal = local + common
-            else:
-                signal = local.sum(1, keepdim=True) + common
+            is_local = log_guide.shape[1] == num_data
+            signal = (local if is_local else local.sum(1, keepdim=True)) + common
             total = total + ((signal - self._baseline(name, signal)) * log_guide).sum()
         return total / self.num_particles
 
@@ -244,11 +236,9 @@ class ELBO(Objective):
 
 def _closed_forms(nodes: list[tuple[Node, Node | None]]) -> tuple[list[Tensor] | None, str]:
     """Return the KL of a latent's (guide, model) nodes in each trace, or None; and why."""
-    kls, reason = [], "auxiliary site of the guide"
-    for guide_node, model_node in nodes:
-        if model_node is None:
-            return None, reason
-        kl, reason = analytic_kl(guide_node, model_node)
+    kls, reason = [], ""
+    for pair in nodes:
+        kl, reason = analytic_kl(*pair)
         if kl is None:
             return None, reason
         kls.append(kl)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_vae.losses.kl import kl_per_dimension
 from pyro_vae.particles.training_run import TrainingRun
-from pyro_vae.programs.types import Node
 
 
 def kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
@@ -37,7 +36,11 @@ def kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
     for name, nodes in run.proposals():
         kls, counts = [], []
         for guide_node, model_node in nodes:
-            kl = _kl(name, guide_node, model_node)
+            kl, reason = kl_per_dimension(guide_node, model_node)
+            if kl is None:
+                raise ValueError(
+                    f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
+                )
             event_ndim = kl.ndim - len(guide_node["fn"].batch_shape)
             scale, mask = run.scale(guide_node), guide_node["mask"]
             kls.append(_weighted(kl, scale, mask, event_ndim))
@@ -48,16 +51,6 @@ def kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
         # A dimension under the floor gets its KL back: no pressure, no gradient.
         given.append(torch.where(kl < free_bits * count, kl, torch.zeros_like(kl)).sum())
     return torch.stack(given).sum() if given else torch.zeros(())
-
-
-def _kl(name: str, guide_node: Node, model_node: Node | None) -> Tensor:
-    """Return the KL of each dimension of a site; raise ValueError where there is none."""
-    reason = "auxiliary site of the guide"
-    if model_node is not None:
-        kl, reason = kl_per_dimension(guide_node, model_node)
-        if kl is not None:
-            return kl
-    raise ValueError(f"free_bits: latent site {name!r} has no KL of each dimension: {reason}")
 
 
 def _weighted(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective
-from pyro_vae.particles.plan import DataNeed, Enumeration
+from pyro_vae.particles.plan import DataNeed
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.types import Node
@@ -19,11 +19,11 @@ from pyro_vae.programs.types import Node
 class ImportanceObjective(Objective):
     """The base of losses with one importance weight for each particle and datum.
 
-    A subclass gives :meth:`differentiable_loss`, as a reduction of :class:`WeightedTerms`.
+    A subclass gives :meth:`_loss`, as a reduction of :class:`WeightedTerms`.
     """
 
     _data: DataNeed = "needed"
-    _enumeration: Enumeration = "no"
+    _one_minibatch = True
 
     def _explained(self, run: TrainingRun) -> dict[str, str]:
         reason = "sampled: an importance weight has no analytic part"
@@ -107,7 +107,7 @@ class WeightedTerms:
     def log_joint(self) -> Tensor:
         """Return log p(x, z) of each datum, [K, N]."""
         terms = self._run.model_terms(scaled=False, skip=self._shared)
-        return _sum(self._ratios[name].times(term) for name, term in terms)
+        return functools.reduce(torch.add, (self._ratios[n].times(term) for n, term in terms))
 
     def log_guide(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return log q(z | x) of each datum, [K, N]; a zero where every latent is summed out.
@@ -115,21 +115,16 @@ class WeightedTerms:
         Args:
             terms: of the proposals, [K, N] each.
         """
-        proposed = [
-            self._ratio(name).times(term)
-            for name, term in terms.items()
-            if name not in self._shared
-        ]
-        return _sum(proposed) if proposed else torch.zeros(())
-
-    def _ratio(self, name: str) -> _Scale:
-        ratio = self._ratios.get(name, self._common)
-        if ratio is None:
-            raise ValueError(
-                f"the guide's auxiliary site {name!r} stands for latent sites of different "
-                "scales; give them one scale"
-            )
-        return ratio
+        proposed = []
+        for name in (name for name in terms if name not in self._shared):
+            ratio = self._ratios.get(name, self._common)
+            if ratio is None:
+                raise ValueError(
+                    f"the guide's auxiliary site {name!r} stands for latent sites of different "
+                    "scales; give them one scale"
+                )
+            proposed.append(ratio.times(terms[name]))
+        return functools.reduce(torch.add, proposed) if proposed else torch.zeros(())
 
 
 def _globals(run: TrainingRun) -> list[str]:
@@ -148,7 +143,3 @@ def kl_of_globals(run: TrainingRun) -> Tensor:
         if name in found
     ]
     return torch.stack(terms).sum()
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)

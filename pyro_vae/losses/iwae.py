@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pyro_vae.losses.importance import ImportanceObjective, WeightedTerms, kl_of
 from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
-from pyro_vae.programs.batch import arguments
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.recording import is_recording
@@ -103,36 +103,32 @@ class IWAE(ImportanceObjective):
     def __repr__(self) -> str:
         return f"IWAE(num_particles={self.num_particles}, estimator={self.estimator!r})"
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return the loss, a scalar to differentiate: the negative bound in nats."""
+    def _loss(self, model: Program, guide: Program, batch: Batch) -> Tensor:
+        """Return the negative bound."""
         through_draws = self.estimator != "pathwise" and torch.is_grad_enabled()
         stopped = StoppedGradients() if through_draws else None
-        tracer = trace_guide if stopped is None else stopped.trace
-        run = self._run(model, guide, arguments(args, kwargs), tracer=tracer, one_minibatch=True)
+        run = self._run(model, guide, batch, stopped.trace if stopped else trace_guide)
         for name, nodes in run.guide.latents():
             if not nodes[0]["fn"].has_rsample:
                 raise not_reparameterized(name, nodes[0])
         weights = WeightedTerms(run)
         ratio = weights.latent_ratio
-        if stopped is None:
-            terms = run.guide_terms()
-        else:
-            terms = stopped.guide_terms(run, scaled=False, apart=ratio is None)
+        terms = (
+            stopped.guide_terms(run, scaled=False, apart=ratio is None)
+            if stopped
+            else run.guide_terms()
+        )
         log_joint = weights.log_joint()
         log_weights = log_joint - weights.log_guide(terms)
         _check_edges(run, log_joint)
         bound = (weights.scale * iwae_bound(log_weights)).sum()
         if run.plan.shares_globals:
             bound = bound - kl_of_globals(run)
-        if self.estimator == "dreg" and stopped is not None:
+        if self.estimator == "dreg" and stopped:
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
-                raise ValueError(
-                    "estimator='dreg' needs one scale for all latent sites of a datum; use "
-                    "'pathwise'"
-                )
+                message = "estimator='dreg' needs one scale for all latent sites of a datum; use"
+                raise ValueError(f"{message} 'pathwise'")
             # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
             # of a path from its share.
             stopped.scale_gradients(run, 1 - ratio + ratio * shares)

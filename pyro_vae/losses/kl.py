@@ -18,15 +18,20 @@ from torch import Tensor
 from pyro_vae.programs.handlers import same_scale, scale_parts
 from pyro_vae.programs.nodes import is_point
 from pyro_vae.programs.pyro_internals import mask_inside
-from pyro_vae.programs.types import Node
+from pyro_vae.programs.supports import flat_transforms
+from pyro_vae.programs.types import Mask, Node
 
 # A rule returns KL(q, p), or None where the pair is not its case. It raises
 # NotImplementedError where no later rule may speak: there is no closed form.
 Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]
 KL_RULES: list[Rule] = []
 
+_AUXILIARY = "auxiliary site of the guide"
 # TransformedDistributions for which torch has formulas of their own.
 _ATOMS = (td.Gumbel, td.HalfCauchy, td.HalfNormal, td.Pareto)
+
+# Of transforms that are one where these are.
+_PARAMETERS = {td.AffineTransform: ("loc", "scale"), td.PowerTransform: ("exponent",)}
 
 # Torch's KL of these is wrong: of two Wisharts it has no gradient by the guide's parameters,
 # and cannot be had under no_grad; of the others it is infinite for Uniform(0, 1).
@@ -37,7 +42,7 @@ _WRONG_IN_TORCH = (
 )
 
 
-def analytic_kl(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]:
+def analytic_kl(guide_node: Node, model_node: Node | None) -> tuple[Tensor | None, str]:
     r"""Return KL(q, p) of one latent site where a closed form applies, and why.
 
     .. math:: \mathrm{KL}(q, p) = \mathbb{E}_{q(z)}[\log q(z) - \log p(z)]
@@ -50,7 +55,7 @@ def analytic_kl(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]
 
     Args:
         guide_node: the site of a guide's trace.
-        model_node: the site of the same name of the replayed model's trace.
+        model_node: the site of the same name of the replayed model's trace; None for none.
 
     Returns:
         The KL in nats, of the guide site's batch shape, unscaled and unmasked, or None; and
@@ -67,6 +72,8 @@ def analytic_kl(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]
         >>> analytic_kl(guide, model)
         (tensor(0.3069), 'closed form between MultivariateNormal and Normal')
     """
+    if model_node is None:
+        return None, _AUXILIARY
     guide, model = guide_node["fn"], model_node["fn"]
     if reason := _refusal(guide_node, model_node):
         return None, reason
@@ -83,7 +90,7 @@ def analytic_kl(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]
     return found, f"closed form between {_name(guide)} and {_name(model)}"
 
 
-def kl_per_dimension(guide_node: Node, model_node: Node) -> tuple[Tensor | None, str]:
+def kl_per_dimension(guide_node: Node, model_node: Node | None) -> tuple[Tensor | None, str]:
     r"""Return KL(q, p) of one latent site for each of its dimensions, and why.
 
     Where both sides factorize over the event's dimensions, so does their KL,
@@ -96,7 +103,7 @@ def kl_per_dimension(guide_node: Node, model_node: Node) -> tuple[Tensor | None,
 
     Args:
         guide_node: the site of a guide's trace.
-        model_node: the site of the same name of the replayed model's trace.
+        model_node: the site of the same name of the replayed model's trace; None for none.
 
     Returns:
         The KL in nats, of the guide site's batch shape + event shape, unscaled and
@@ -113,6 +120,8 @@ def kl_per_dimension(guide_node: Node, model_node: Node) -> tuple[Tensor | None,
         >>> kl_per_dimension(guide, model)
         (tensor([0., 2.]), 'closed form between Normal and Normal')
     """
+    if model_node is None:
+        return None, _AUXILIARY
     guide, model = guide_node["fn"], model_node["fn"]
     if reason := _refusal(guide_node, model_node):
         return None, reason
@@ -280,12 +289,8 @@ def _peeled(d: td.Distribution) -> tuple[td.Distribution, list[td.Transform]]:
 def _flat(transforms: Iterable[td.Transform]) -> list[td.Transform]:
     """Return the transforms without Compose, Independent and identities around them."""
     parts: list[td.Transform] = []
-    for t in transforms:
-        if isinstance(t, td.ComposeTransform):
-            parts.extend(_flat(t.parts))
-        elif isinstance(t, td.IndependentTransform):
-            parts.extend(_flat([t.base_transform]))
-        elif type(t) is not td.AffineTransform:
+    for t in flat_transforms(transforms):
+        if type(t) is not td.AffineTransform:
             parts.append(t)
         elif not (_same_parameter(t.loc, 0.0) and _same_parameter(t.scale, 1.0)):
             parts.append(td.AffineTransform(t.loc, t.scale) if t.event_dim else t)
@@ -293,14 +298,11 @@ def _flat(transforms: Iterable[td.Transform]) -> list[td.Transform]:
 
 
 def _same_transform(a: td.Transform, b: td.Transform) -> bool:
-    if not (a.bijective and b.bijective):
-        return False
-    if a is b or type(a) is not type(b):
-        return a is b
-    if isinstance(a, td.AffineTransform) and isinstance(b, td.AffineTransform):
-        return _same_parameter(a.loc, b.loc) and _same_parameter(a.scale, b.scale)
-    if isinstance(a, td.PowerTransform) and isinstance(b, td.PowerTransform):
-        return _same_parameter(a.exponent, b.exponent)
+    if a is b or type(a) is not type(b) or not (a.bijective and b.bijective):
+        return a is b and a.bijective
+    for kind, names in _PARAMETERS.items():
+        if isinstance(a, kind):
+            return all(_same_parameter(getattr(a, n), getattr(b, n)) for n in names)
     if type(a) is type(td.ExpTransform().inv):
         return _same_transform(a.inv, b.inv)
     return bool(a == b)
@@ -308,10 +310,8 @@ def _same_transform(a: td.Transform, b: td.Transform) -> bool:
 
 def _same_parameter(a: Any, b: Any) -> bool:
     """Whether equal for good: two learned ones that are equal now have a gradient apart."""
-    if a is b:
-        return True
-    if any(isinstance(x, Tensor) and x.requires_grad for x in (a, b)):
-        return False
+    if a is b or any(isinstance(x, Tensor) and x.requires_grad for x in (a, b)):
+        return a is b
     return bool(torch.as_tensor(a == b).all())
 
 
@@ -337,13 +337,9 @@ def _factors(d: td.Distribution) -> td.Distribution | None:
     return dist.TransformedDistribution(base, parts)
 
 
-def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
-    if a is b:
-        return True
-    if a is None or b is None:
-        return False
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return bool(a == b)
+def _same_mask(a: Mask, b: Mask) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     return a.shape == b.shape and bool((a == b).all())
 

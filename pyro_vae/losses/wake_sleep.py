@@ -15,13 +15,13 @@ from pyro_vae.particles.estimators import iwae_bound
 from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
 from pyro_vae.particles.training_run import TrainingRun, trace_detached
-from pyro_vae.programs.batch import Batch, arguments, as_batch
+from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import mask_proposals
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.traces import dream, site_log_prob, trace_given
-from pyro_vae.programs.types import DataPlate, Node, Program, Values
+from pyro_vae.programs.types import DataPlate, Program, Values
 
 __all__ = ["WakeSleep"]
 
@@ -110,12 +110,9 @@ class WakeSleep(ImportanceObjective):
     def __repr__(self) -> str:
         return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return the loss, a scalar to differentiate: the negative bound in nats."""
-        batch = arguments(args, kwargs)
-        run = self._run(model, guide, batch, tracer=trace_detached, one_minibatch=True)
+    def _loss(self, model: Program, guide: Program, batch: Batch) -> Tensor:
+        """Return the negative bound, with the gradients of each phase."""
+        run = self._run(model, guide, batch, trace_detached)
         weights = WeightedTerms(run)
         scale, log_guide = weights.scale, weights.log_guide(run.guide_terms())
         log_weights = weights.log_joint() - log_guide.detach()
@@ -157,7 +154,12 @@ class WakeSleep(ImportanceObjective):
         mask_proposals(dreamt, guide_trace)
         total: Tensor | float = 0.0
         for name, node in latent_nodes(guide_trace):
-            _require_density(name, node)
+            if node["infer"].get("is_auxiliary") or is_point(node["fn"]):
+                raise ValueError(
+                    "the sleep phase needs the guide's density of given latents, which its site "
+                    f"{name!r} hides (an auxiliary site, or a Delta); use insomnia=1, or a guide "
+                    "of pyro_vae"
+                )
             log_prob = site_log_prob(name, node, scaled=False)
             total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
@@ -176,19 +178,16 @@ class WakeSleep(ImportanceObjective):
 def _sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
-    given: dict[int | str, Any] = dict(enumerate(run.batch.args))
-    given.update(run.batch.kwargs.items())
-    arguments = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    given: dict[Any, Any] = {**dict(enumerate(run.batch.args)), **run.batch.kwargs}
+    tensors = [(key, value) for key, value in given.items() if isinstance(value, Tensor)]
     for name, nodes in run.observed():
         if name not in observed:
             continue  # a factor: it is not drawn
         value = nodes[0]["value"]
         # The argument itself, or a view of it; else whatever is equal, if nothing else is.
-        keys = [key for key, argument in arguments.items() if _is_view(value, argument)] or [
-            key
-            for key, argument in arguments.items()
-            if argument.numel() == value.numel()
-            and torch.equal(argument.reshape(value.shape).to(value), value)
+        alike = [(key, tensor) for key, tensor in tensors if tensor.numel() == value.numel()]
+        keys = [key for key, t in alike if t is value or t.data_ptr() == value.data_ptr()] or [
+            key for key, t in alike if torch.equal(t.reshape(value.shape).to(value), value)
         ]
         if len(keys) != 1 or keys[0] in found.values():
             raise ValueError(
@@ -198,17 +197,3 @@ def _sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
             )
         found[name] = keys[0]
     return found
-
-
-def _is_view(value: Tensor, argument: Tensor) -> bool:
-    return value is argument or (
-        value.data_ptr() == argument.data_ptr() and value.numel() == argument.numel()
-    )
-
-
-def _require_density(name: str, node: Node) -> None:
-    if node["infer"].get("is_auxiliary") or is_point(node["fn"]):
-        raise ValueError(
-            f"the sleep phase needs the guide's density of given latents, which its site {name!r} "
-            "hides (an auxiliary site, or a Delta); use insomnia=1, or a guide of pyro_vae"
-        )
