@@ -11,7 +11,7 @@ scaling each by its own maximum, and underflows where their maxima lie apart.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,12 +75,12 @@ class Factor:
 
 
 def eliminate(
-    factors: Sequence[Factor], variables: Mapping[Axis, Variable], *, conditionals: bool = False
+    factors: Iterable[Factor], variables: Mapping[Axis, Variable], *, conditionals: bool = False
 ) -> tuple[list[Factor], list[tuple[Variable, Factor]]]:
     """Sum out every variable, the last first.
 
     Args:
-        factors: the log densities.
+        factors: the log densities; those of no variable are left out.
         variables: by axis; outer plates first, and the order in which they are drawn.
         conditionals: whether to keep the distribution of each variable given those before.
 
@@ -91,8 +91,7 @@ def eliminate(
     Raises:
         ValueError: for variables in plates that are not nested, with a factor in common.
     """
-    rest = list(factors)
-    tables = []
+    rest, tables = [factor for factor in factors if factor.enum_axes], []
     for axis, variable in reversed(list(variables.items())):
         touching = [factor for factor in rest if axis in factor.axes]
         if not touching:

@@ -20,7 +20,7 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.infer_config_messenger import InferConfigMessenger
 from torch import Tensor
 
 from pyro_vae.programs.batch import Batch
@@ -64,7 +64,7 @@ def summed_out(
                 f"({type(plain_distribution(node['fn'])).__name__}); only discrete sites of "
                 "finite support are summed out"
             )
-        plates = {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+        plates = {frame.name for frame in _frames(node).values()}
         if data_plate is not None and data_plate not in plates:
             raise ValueError(
                 f"no guide proposes the latent site {name!r}, and it lies outside the data plate "
@@ -94,10 +94,20 @@ def enumerated(
     """
     wanted = frozenset(names)
 
+    def mark(site: Any) -> Any:
+        chosen = site["name"] in wanted
+        expanded = chosen and (site["name"] in expand or site["infer"].get("expand", False))
+        marks = {"enumerate": "parallel" if chosen else None, "expand": expanded}
+        return {**marks, "num_samples": None, "tmc": None}
+
     @functools.wraps(model, assigned=(), updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with enumeration_apart(), EnumMessenger(first_available_dim), _Mark(wanted, expand):
+            with (
+                enumeration_apart(),
+                EnumMessenger(first_available_dim),
+                InferConfigMessenger(mark),
+            ):
                 return model(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
@@ -135,23 +145,6 @@ def with_placeholder(guide: Program, plate: Plate | None) -> Program:
         return result
 
     return run
-
-
-class _Mark(Messenger):
-    """Marks the named sites, and no other, for parallel enumeration over all their values."""
-
-    def __init__(self, names: frozenset[str], expand: Container[str]) -> None:
-        super().__init__()
-        self.names = names
-        self.expand = expand
-
-    def _pyro_sample(self, msg: Node) -> None:
-        own = ("enumerate", "expand", "num_samples", "tmc")
-        infer = {key: value for key, value in msg["infer"].items() if key not in own}
-        if msg["name"] in self.names:
-            expand = msg["name"] in self.expand or msg["infer"].get("expand", False)
-            infer.update(enumerate="parallel", expand=expand)
-        msg["infer"] = infer
 
 
 class EnumeratedRun:
@@ -201,21 +194,21 @@ class EnumeratedRun:
             node["mask"] is not None or isinstance(node["fn"], dist.MaskedDistribution)
         ):
             log_prob = unmasked_log_prob(node)
-        frames, ids = _frames(node), enumeration_ids(node)
-        side_by_side = {dim: site for site, dim in self.given.items()}
+        frames = _frames(node)
+        axis_at: dict[int, Axis] = {d: ("enum", i) for d, i in enumeration_ids(node).items()}
+        axis_at = {dim: axis for dim, axis in axis_at.items() if axis in self.variables}
+        axis_at |= {dim: ("given", site) for site, dim in self.given.items()}
+        axis_at |= {dim: ("plate", frame.name) for dim, frame in frames.items()}
         depth = max([log_prob.ndim, *(-dim for dim in frames)])
         tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
         axes: list[Axis] = []
         shape, events = list(tensor.shape), []
         for place, size in enumerate(tensor.shape):
             dim = place - depth
-            if dim in frames:
-                axes.append(("plate", frames[dim].name))
-                shape[place] = max(size, frames[dim].size) if size == 1 else size
-            elif dim in side_by_side and size > 1:
-                axes.append(("given", side_by_side[dim]))
-            elif ("enum", ids.get(dim)) in self.variables and (size > 1 or dim == own):
-                axes.append(("enum", ids[dim]))
+            if dim in axis_at and (dim in frames or dim == own or size > 1):
+                axes.append(axis_at[dim])
+                if dim in frames and size == 1:
+                    shape[place] = max(1, frames[dim].size)
             elif size == 1 or (dim >= -self.nesting and own is None):
                 events.append(place)
             else:
@@ -238,17 +231,6 @@ class EnumeratedRun:
     def factors(self, log_probs: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return the factors of several sites."""
         return {name: self.factor(name, log_prob) for name, log_prob in log_probs.items()}
-
-    def eliminate(
-        self, factors: Iterable[Factor], *, conditionals: bool = False
-    ) -> tuple[list[Factor], list[tuple[Variable, Factor]]]:
-        """Sum every variable out of those factors that have one."""
-        touched = [factor for factor in factors if factor.enum_axes]
-        return eliminate(touched, self.variables, conditionals=conditionals)
-
-    def lay_out(self, factor: Factor, trailing: Sequence[Axis] = ()) -> Tensor:
-        """Return a factor's tensor as the plates lie, with some values after them."""
-        return to_plates(factor, self.dims, trailing)
 
 
 def _frames(node: Node) -> dict[int, CondIndepStackFrame]:
@@ -295,8 +277,10 @@ def contract(
         if not factors[name].enum_axes:
             extra = max(0, log_prob.ndim - nesting)
             result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
-    for factor in run.eliminate(factors.values())[0]:
-        result[tuple(name for name in run.nodes if name in factor.sites)] = run.lay_out(factor)
+    for factor in eliminate(factors.values(), run.variables)[0]:
+        result[tuple(name for name in run.nodes if name in factor.sites)] = to_plates(
+            factor, run.dims
+        )
     return result
 
 
@@ -393,13 +377,13 @@ def conditionals(
         ValueError: as :func:`contract`.
     """
     run = EnumeratedRun(trace, nesting)
-    _, tables = run.eliminate(run.factors(log_probs).values(), conditionals=True)
+    _, tables = eliminate(run.factors(log_probs).values(), run.variables, conditionals=True)
     order = list(run.variables)
     chain = []
     for variable, table in reversed(tables):
         parents = sorted(table.enum_axes - {variable.axis}, key=order.index)
         names = tuple(run.variables[axis].name for axis in parents)
-        logits = run.lay_out(table, (*parents, variable.axis))
+        logits = to_plates(table, run.dims, (*parents, variable.axis))
         node = run.nodes[variable.name]
         chain.append(Conditional(variable.name, node, variable.frames, names, logits))
     return tuple(chain)
@@ -441,7 +425,7 @@ def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> di
             # A contiguous leaf: an expanded one would hold several entries in one.
             leaf = factors[name].tensor.detach().clone().requires_grad_()
             factors[name] = replace(factors[name], tensor=leaf)
-        rest, _ = run.eliminate(factors.values())
+        rest, _ = eliminate(factors.values(), run.variables)
         evidence = torch.stack([factor.tensor.sum() for factor in rest]).sum()
         gradients = torch.autograd.grad(evidence, [factors[name].tensor for name in names])
     result = {}
@@ -449,7 +433,7 @@ def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> di
         factor = replace(factors[name], tensor=gradient)
         for axis in factor.enum_axes - {own}:
             factor = factor.reduce(axis)
-        result[name] = run.lay_out(factor, (own,))
+        result[name] = to_plates(factor, run.dims, (own,))
     return result
 
 

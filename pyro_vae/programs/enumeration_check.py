@@ -15,7 +15,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from pyro_vae.programs.agreement import largest_gap
-from pyro_vae.programs.elimination import Factor, Variable
+from pyro_vae.programs.elimination import Factor, Variable, to_plates
 from pyro_vae.programs.enumeration import EnumeratedRun, support_of, unmasked_log_prob
 from pyro_vae.programs.masks import lift_masks
 from pyro_vae.programs.nodes import latent_nodes
@@ -64,11 +64,16 @@ def check_values(
             if name not in single.nodes:
                 continue
             density = single.factor(name, _log_prob(name, single.nodes[name], summed))
-            gap = _gap(run.lay_out(density), _at(run, factor, indices))
+            apart, among = to_plates(density, run.dims), _at(run, factor, indices)
+            unknown = apart.isnan() | among.isnan()  # another error's
+            gap = largest_gap(apart.masked_fill(unknown, 0.0), among.masked_fill(unknown, 0.0))
             if gap > worst:
                 worst, where, found = gap, name, values
+    if worst == 0:
+        return
+    runs = [_log_prob(where, alone(found).nodes[where], summed) for _ in range(2)]
     # Of a model that draws outside of sample statements nothing can be told by comparing.
-    if worst > 0 and _is_density(lambda: _log_prob(where, alone(found).nodes[where], summed)):
+    if torch.equal(*torch.broadcast_tensors(*runs)):
         raise ValueError(
             f"the model's log density with all values of {sorted(summed)} at once differs from "
             f"that of single values by {worst:.3g} nats, at site {where!r}: its broadcasting over "
@@ -82,15 +87,10 @@ def _log_prob(name: str, node: Node, summed: set[str]) -> Tensor:
     return unmasked_log_prob(node) if name in summed else site_log_prob(name, node, scaled=False)
 
 
-def _is_density(run: Callable[[], Tensor]) -> bool:
-    """Return whether a log density is the same in two runs."""
-    return bool(torch.equal(*torch.broadcast_tensors(run(), run())))
-
-
 def _at(run: EnumeratedRun, factor: Factor, indices: Mapping[str, Tensor]) -> Tensor:
     """Return a factor at given values of its discrete sites, laid out as the plates are."""
     axes = sorted(factor.enum_axes)
-    table = run.lay_out(factor, axes)
+    table = to_plates(factor, run.dims, axes)
     if not axes:
         return table
     index = [indices[run.variables[axis].name] for axis in axes]
@@ -98,13 +98,6 @@ def _at(run: EnumeratedRun, factor: Factor, indices: Mapping[str, Tensor]) -> Te
     lead = depth - (table.ndim - len(axes))
     table = table.reshape((1,) * lead + table.shape)
     return Vindex(table)[(Ellipsis, *index)]
-
-
-def _gap(single: Tensor, together: Tensor) -> float:
-    """Return by how much two log densities differ beyond rounding; 0 where they agree."""
-    single, together = torch.broadcast_tensors(single, together)
-    known = ~(single.isnan() | together.isnan())  # NaN is another error's
-    return largest_gap(single[known], together[known])
 
 
 def _assignments(run: EnumeratedRun, factors: Mapping[str, Factor]) -> Iterator[dict[str, Tensor]]:
