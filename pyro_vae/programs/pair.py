@@ -17,8 +17,7 @@ from pyro_vae.programs.answers import Answers, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.guide_check import check_guide
-from pyro_vae.programs.guide_densities import check_per_datum, points
-from pyro_vae.programs.guide_kinds import RowGuide, row_guide
+from pyro_vae.programs.guide_kinds import RowGuide, check_per_datum, points, row_guide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.masks import masked_proposals
 from pyro_vae.programs.nodes import (

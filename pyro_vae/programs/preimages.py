@@ -19,6 +19,7 @@ from pyro.distributions.transforms import OrderedTransform
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn.functional import logsigmoid, pad, softplus
 
 from pyro_vae.programs.nodes import is_subsample
@@ -299,7 +300,7 @@ def _log_slope(transform: td.Transform, x: Tensor) -> Tensor:
     if type(transform) is td.CorrCholeskyTransform:
         # log(1 - tanh(x)^2) for each entry, halved once for each entry right of it in the row.
         squares = _log_one_less_square(x)
-        rows = _as_rows(squares, _order(x))
+        rows = vec_to_tril_matrix(squares, diag=-1)
         before = rows.cumsum(-1) - rows
         below = torch.ones_like(rows).tril(-1)
         return squares.sum(-1) + 0.5 * (before * below).sum((-2, -1))
@@ -317,18 +318,6 @@ def _log_sticks(x: Tensor) -> tuple[Tensor, Tensor]:
     logits = _offset(x)
     left = pad(logsigmoid(-logits).cumsum(-1), (1, 0))
     return logsigmoid(logits), left
-
-
-def _order(x: Tensor) -> int:
-    """Return the size of a triangular matrix from the number of entries below its diagonal."""
-    return round((0.25 + 2 * x.shape[-1]) ** 0.5 + 0.5)
-
-
-def _as_rows(entries: Tensor, size: int) -> Tensor:
-    row, column = torch.tril_indices(size, size, -1, device=entries.device)
-    index = torch.zeros(size, size, dtype=torch.long, device=entries.device)
-    index[row, column] = torch.arange(1, len(row) + 1, device=entries.device)
-    return pad(entries, (1, 0))[..., index]
 
 
 def _log_one_less_square(x: Tensor) -> Tensor:
@@ -350,7 +339,7 @@ def _log_shares(x: Tensor) -> Tensor:
 
 
 def _log_diagonal(x: Tensor) -> Tensor:
-    return 0.5 * _as_rows(_log_one_less_square(x), _order(x)).sum(-1)[..., 1:]
+    return 0.5 * vec_to_tril_matrix(_log_one_less_square(x), diag=-1).sum(-1)[..., 1:]
 
 
 # log t; of shares, the logarithm of each.

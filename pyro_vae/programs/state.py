@@ -45,10 +45,13 @@ class FirstValues:
     pyro.param(name, value) puts a value into the store in the first run, and later ones find it
     there. A run that is only a look, under the prior perhaps, must not decide where training
     starts; but several runs that belong together must have the same values.
+
+    Attributes:
+        made: their (unconstrained) tensors and constraints, by name.
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[Tensor, Constraint]] = {}
+        self.made: dict[str, tuple[Tensor, Constraint]] = {}
         self._installed = False
 
     @contextlib.contextmanager
@@ -64,18 +67,13 @@ class FirstValues:
             yield
         finally:
             self._installed = False
-            self._made = before.made_since()
-            if self._made:
+            self.made = before.made_since()
+            if self.made:
                 before.restore()
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of the parameters."""
-        return frozenset(self._made)
 
     def commit(self) -> None:
         """Put them into the store for good, where it has no others by their names."""
-        for name, (value, constraint) in self._made.items():
+        for name, (value, constraint) in self.made.items():
             if name not in pyro.get_param_store():
                 StoreContents.add(name, value, constraint)
 
@@ -198,7 +196,7 @@ def _as_found(
     for module in training:
         module.training = False
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, inputs: object) -> None:
         held.add(module)
         if every and is_training(module):
             module.training = False
@@ -238,7 +236,7 @@ def mode_reads() -> Iterator[dict[int, nn.Module]]:
     def put(module: nn.Module, mode: bool) -> None:
         vars(module)["training"] = mode
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, inputs: object) -> None:
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             read[id(module)] = module
 
@@ -283,7 +281,7 @@ def batch_norms() -> Iterator[dict[str, int]]:
     """Collect how few values of a channel each BatchNorm saw in a call, of those in train mode."""
     seen: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(module, BatchNorm) and inputs and inputs[0].ndim > 1:
             values = inputs[0].numel() // inputs[0].shape[1]
             seen[module] = min(values, seen.get(module, values))

@@ -22,17 +22,10 @@ from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 _SUM_TOLERANCE = 1e-3
 # Of matrices, whether they lie in it is a matter of rounding: what is drawn there lies there.
 _OF_ROUNDING = tuple(
-    type(constraint)
-    for constraint in (
-        constraints.positive_definite,
-        constraints.positive_semidefinite,
-        constraints.symmetric,
-        constraints.square,
-        constraints.lower_triangular,
-        constraints.lower_cholesky,
-        constraints.corr_cholesky,
-        dist.constraints.corr_matrix,
-        dist.constraints.sphere,
+    type(getattr(dist.constraints, name))
+    for name in (
+        *("positive_definite", "positive_semidefinite", "symmetric", "square", "sphere"),
+        *("lower_triangular", "lower_cholesky", "corr_cholesky", "corr_matrix"),
     )
 )
 # Of fewer dimensions than the numbers that they are made of.

@@ -81,7 +81,7 @@ class Parameters:
         self.late = tuple(
             name
             for name, tensor in self._stored.items()
-            if name in self._first.names and "$$$" not in name and id(tensor) not in of_modules
+            if name in self._first.made and "$$$" not in name and id(tensor) not in of_modules
         )
         # Running means of modules that plain functions call, in order.
         kept = {id(buffer) for root in roots for buffer in root.buffers()}

@@ -1,13 +1,18 @@
-"""Guides with a row per datum: found through handlers, their rows repeated with the batch."""
+"""Guides with a row per datum, repeated with the batch; guides joint over the data are refused."""
 
 from __future__ import annotations
 
 import functools
 
+import pyro
+import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 
+import pyro_vae as pv
 from pyro_vae.programs.guide_kinds import RowGuide, repeated_rows, row_guide
+from tests.models import factor_analysis
 
 
 class Table(RowGuide):
@@ -51,3 +56,23 @@ def test_rows_are_given_back_when_the_context_is_left():
         guide(torch.zeros(1))
     guide(torch.zeros(5))
     assert guide.used == [[4], [0, 1, 2, 3, 4]] and guide.given_rows is None
+
+
+def test_guides_joint_over_the_data_are_refused():
+    """AutoDiagonalNormal's one site is the whole batch's: no bound of a datum is in it."""
+    model = factor_analysis()
+    x = model.data(5)
+    for auto in (
+        pyro.infer.autoguide.AutoDiagonalNormal,
+        pyro.infer.autoguide.AutoMultivariateNormal,
+    ):
+        with pytest.raises(
+            ValueError, match=r"'_AutoD?i?a?.*_latent' has batch shape \[\].* 5 data"
+        ):
+            pv.log_weights(model, auto(model), x, num_particles=2)
+
+    def no_plate(x):
+        pyro.sample("z", dist.Normal(x.new_zeros(5, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=r"'z' has batch shape \[\]"):
+        pv.log_weights(model, no_plate, x, num_particles=2)
