@@ -221,9 +221,9 @@ class ParamStatements(Messenger):
 
 def _mark(gradient: Tensor | None) -> object:
     """Return what tells whether a gradient was added to."""
-    if gradient is None:
-        return None
-    return id(gradient), None if gradient.is_inference() else version_of(gradient)
+    if gradient is None or gradient.is_inference():
+        return id(gradient)
+    return id(gradient), version_of(gradient)
 
 
 def _check_shape(name: str, first: object, stored: Tensor) -> None:
@@ -268,16 +268,12 @@ def as_long_as(fn: Distribution, value: Tensor) -> Distribution:
     Pyro's hidden Markov models with the same parameters at all times have no length of their own.
     """
     base = getattr(fn, "base_dist", None)
-    if base is not None:
-        inner = as_long_as(base, value)
-        if inner is base:
-            return fn
-        fn = copy.copy(fn)
-        fn.base_dist = inner
-    elif isinstance(fn, HiddenMarkovModel) and fn.duration is None:
-        fn = copy.copy(fn)
-    else:
+    inner = None if base is None else as_long_as(base, value)
+    if inner is base and not (isinstance(fn, HiddenMarkovModel) and fn.duration is None):
         return fn
+    fn = copy.copy(fn)
+    if base is not None:
+        fn.base_dist = inner
     return of_length(fn, value.shape[value.ndim - fn.event_dim])
 
 

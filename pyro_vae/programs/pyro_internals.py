@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -89,25 +88,17 @@ def of_length(fn: Distribution, length: int) -> Distribution:
 # --- the parameter store
 
 
-@dataclass(frozen=True, slots=True)
 class StoreContents:
-    """What Pyro's parameter store held at one time (``_params``, ``_param_to_name``, ...).
+    """What Pyro's parameter store held when this was made.
 
-    Attributes:
-        params: name to unconstrained tensor.
-        names: tensor to name.
-        constraints: name to constraint.
+    Name to unconstrained tensor (``_params``), that to its name (``_param_to_name``), and name to
+    constraint (``_constraints``).
     """
 
-    params: dict[str, Tensor]
-    names: dict[Tensor, str]
-    constraints: dict[str, Constraint]
-
-    @classmethod
-    def now(cls) -> StoreContents:
-        """Return a copy of what the store holds."""
+    def __init__(self) -> None:
         store = pyro.get_param_store()
-        return cls(dict(store._params), dict(store._param_to_name), dict(store._constraints))
+        self._params, self._constraints = dict(store._params), dict(store._constraints)
+        self._names = dict(store._param_to_name)
 
     def made_since(self) -> dict[str, tuple[Tensor, Constraint]]:
         """Return the tensors and constraints of names that are new, or have another tensor."""
@@ -115,7 +106,7 @@ class StoreContents:
         return {
             name: (value, store._constraints[name])
             for name, value in store._params.items()
-            if self.params.get(name) is not value
+            if self._params.get(name) is not value
         }
 
     def restore(self) -> None:
@@ -124,15 +115,15 @@ class StoreContents:
         In place: another dictionary is how the store is seen to have been cleared.
         """
         store = pyro.get_param_store()
-        gone = self.params.keys() - store._params.keys()
-        kept: tuple[tuple[Any, Any], ...] = (
-            (store._params, {n: p for n, p in self.params.items() if n not in gone}),
-            (store._param_to_name, {p: n for p, n in self.names.items() if n not in gone}),
-            (store._constraints, {n: c for n, c in self.constraints.items() if n not in gone}),
-        )
-        for held, before in kept:
-            held.clear()
-            held.update(before)
+        gone = self._params.keys() - store._params.keys()
+        for held, before in (
+            (store._params, {n: p for n, p in self._params.items() if n not in gone}),
+            (store._param_to_name, {p: n for p, n in self._names.items() if n not in gone}),
+            (store._constraints, {n: c for n, c in self._constraints.items() if n not in gone}),
+        ):
+            contents: dict[Any, Any] = held
+            contents.clear()
+            contents.update(before)
 
     @staticmethod
     def add(name: str, value: Tensor, constraint: Constraint) -> None:

@@ -60,7 +60,7 @@ class FirstValues:
         if self._installed:
             yield
             return
-        before = StoreContents.now()
+        before = StoreContents()
         self.commit()
         self._installed = True
         try:

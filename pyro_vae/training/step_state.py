@@ -107,7 +107,7 @@ class StepState:
         self._loss, self._of_loss = loss, {} if loss is None else loss.state_dict()
         self._values = watched.snapshot()
         # A loss may put new tensors into Pyro's store: TraceGraph_ELBO's baselines.
-        self._store = StoreContents.now()
+        self._store = StoreContents()
 
     @property
     def writable(self) -> list[Tensor]:

@@ -108,7 +108,7 @@ def test_a_hidden_markov_model_takes_a_length():
 
 def test_the_store_gets_its_contents_back(store):
     kept = pyro.param("kept", torch.ones(2))
-    before = StoreContents.now()
+    before = StoreContents()
     pyro.param("new", torch.tensor(2.0), constraint=dist.constraints.positive)
     made = before.made_since()
     assert set(made) == {"new"}, "ParamStoreDict._params no longer maps names to tensors"
@@ -122,7 +122,7 @@ def test_the_store_gets_its_contents_back(store):
 
 def test_what_has_left_the_store_is_not_put_back(store):
     pyro.param("gone", torch.ones(2))
-    before = StoreContents.now()
+    before = StoreContents()
     del store["gone"]
     before.restore()
     assert not list(store.keys())
