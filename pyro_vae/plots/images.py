@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from pyro_vae.plots.results import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -51,10 +50,8 @@ def plot_reconstructions(
     height, width = shape
     for name, images in rows.items():
         if images.ndim != 2 or images.shape[1] != height * width:
-            raise ValueError(
-                f"{name}: wanted shape [n, {height * width}] for images of {height} x {width}, "
-                f"found {list(images.shape)}"
-            )
+            wanted = f"[n, {height * width}] for images of {height} x {width}"
+            raise ValueError(f"{name}: wanted shape {wanted}, found {list(images.shape)}")
     if len(data) != len(reconstructions):
         raise ValueError(f"{len(data)} data, but {len(reconstructions)} reconstructions")
     shown = {name: images[:num_columns] for name, images in rows.items()}
@@ -97,29 +94,27 @@ def plot_imputation(
     """
     height, width = shape
     num_images, num_pixels = len(mean), height * width
-    given = [("mean", mean), ("observed", observed), *(("draws", draw) for draw in draws)]
-    given += [("truth", truth)] if truth is not None else []
-    for name, images in given:
-        if images.shape != (num_images, num_pixels):
-            raise ValueError(
-                f"{name}: wanted shape [{num_images}, {num_pixels}] for {num_images} images of "
-                f"{height} x {width}, found {list(images.shape)}"
-            )
     rows = {"seen": mean, "mean": mean}
     rows |= {f"draw {number}": draw for number, draw in enumerate(draws, start=1)}
-    if truth is not None:
-        rows["truth"] = truth
+    rows |= {} if truth is None else {"truth": truth}
+    for name, images in {**rows, "observed": observed}.items():
+        if images.shape != (num_images, num_pixels):
+            wanted = f"[{num_images}, {num_pixels}] for {num_images} images of {height} x {width}"
+            name = "mean" if name == "seen" else name
+            raise ValueError(f"{name}: wanted shape {wanted}, found {list(images.shape)}")
     rows = {name: images[:num_columns] for name, images in rows.items()}
+    seen = observed[:num_columns]
     # The scale of the data: that of the draws, which have noise, would flatten all the rest.
-    known = [mean[:num_columns][observed[:num_columns]]]
-    known += [rows["truth"].ravel()] if truth is not None else []
-    scale = np.concatenate(known) if any(part.size for part in known) else rows["mean"]
+    known = np.concatenate([rows["mean"][seen], *(rows["truth"] if truth is not None else [])])
+    scale = known if known.size else rows["mean"]
     low, high = float(scale.min()), float(scale.max())
     cut = _cut(np.stack(list(rows.values())), low, high)
 
     figure, panels, picture = _draw_rows(rows, shape, low, high)
-    unseen = np.where(observed[:num_columns], np.nan, 0.0)
-    panels["seen"].imshow(_strip(unseen, shape, len(unseen)), cmap=_missing())
+    from matplotlib.colors import ListedColormap  # after pyplot has been asked for
+
+    strip = _strip(np.where(seen, np.nan, 0.0), shape, len(seen))
+    panels["seen"].imshow(strip, cmap=ListedColormap([_MISSING]))
     figure.colorbar(picture, ax=list(panels.values()), label=unit, aspect=30, extend=cut)
     figure.suptitle("Missing pixels (blue), imputed from those that are seen")
     return figure
@@ -131,12 +126,6 @@ def _cut(values: np.ndarray, low: float, high: float) -> str:
     return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
-def _missing() -> Colormap:
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap([_MISSING])
-
-
 def _draw_rows(
     rows: Mapping[str, np.ndarray], shape: tuple[int, int], low: float, high: float
 ) -> tuple[Figure, dict[str, Axes], AxesImage]:
@@ -145,13 +134,9 @@ def _draw_rows(
     The panels are by name; the picture is any, for the grey scale.
     """
     num_columns, size = max(map(len, rows.values())), 0.75
-    figure, panels = pyplot().subplots(
-        len(rows),
-        1,
-        figsize=(1.6 + size * num_columns, 0.6 + size * shape[0] / shape[1] * len(rows)),
-        layout="constrained",
-        squeeze=False,
-    )
+    figsize = (1.6 + size * num_columns, 0.6 + size * shape[0] / shape[1] * len(rows))
+    look: dict[str, Any] = {"figsize": figsize, "layout": "constrained", "squeeze": False}
+    figure, panels = pyplot().subplots(len(rows), 1, **look)
     by_name = dict(zip(rows, panels[:, 0], strict=True))
     for name, ax in by_name.items():
         strip = _strip(rows[name], shape, num_columns)

@@ -8,6 +8,7 @@ shows or saves a figure. Where a function takes datasets, that is the ``dataset`
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
     Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
 
 __all__ = [
-    "plot_gap_distribution",
-    "plot_gaps",
-    "plot_history",
-    "plot_latents",
-    "plot_pareto_k",
+    *("plot_gap_distribution", "plot_gaps", "plot_history", "plot_latents", "plot_pareto_k"),
     "pyplot",
 ]
 
@@ -75,16 +72,8 @@ def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
     if np.isfinite(validation).any():
         _draw_curve(ax, history, "validation_elbo", "validation", _VERMILION)
         best = int(np.nanargmax(validation))
-        ax.plot(
-            epoch[best],
-            validation[best],
-            marker="o",
-            markersize=8,
-            markerfacecolor="none",
-            markeredgecolor="black",
-            linestyle="none",
-            label=f"best validation: {_number(validation[best])} nats, epoch {epoch[best]:.0f}",
-        )
+        label = f"best validation: {_number(validation[best])} nats, epoch {epoch[best]:.0f}"
+        ax.plot(epoch[best], validation[best], "o", ms=8, mfc="none", mec="black", label=label)
         title = "ELBO of the training and the held-out data"
     clipped = _limit_history(ax, np.concatenate([history["elbo"], validation]))
     ax.set(xlabel=f"epoch ({clipped})" if clipped else "epoch", ylabel="ELBO [nats per datum]")
@@ -117,8 +106,7 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.axvline(0.0, color="black", linewidth=1.0)
     ax.set_xlabel("nats lost per datum, below log p(x)")
     bars = {_BLUE: "approximation gap (family)", _ORANGE: "amortization gap (encoder)"}
-    if not all(is_split):
-        bars[_GREY] = "gap, not split"
+    bars |= {} if all(is_split) else {_GREY: "gap, not split"}
     handles = [_patch(color, label) for color, label in bars.items()]
     _title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
     return ax
@@ -134,22 +122,22 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax, (6.4, 4.2))
-    named = _named(datasets)
-    guides = list(dict.fromkeys(row.guide for row in _rows(datasets)))
-    colors = {guide: _CYCLE[i % len(_CYCLE)] for i, guide in enumerate(guides)}
-    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(named)}
-    for row in _rows(datasets):
+    rows, ax = _rows(datasets), _axes(ax, (6.4, 4.2))
+    guides, names = (
+        list(dict.fromkeys(each)) for each in zip(*((r.guide, r.name) for r in rows), strict=True)
+    )
+    colors = dict(zip(guides, itertools.cycle(_CYCLE), strict=False))
+    styles = dict(zip(names, itertools.cycle(_STYLES), strict=False))
+    for row in rows:
         gap = np.asarray(row.dataset["log_evidence"] - row.dataset["elbo"].sel(guide=row.guide))
         gap = np.sort(gap[np.isfinite(gap)])
         share = np.arange(1, gap.size + 1) / gap.size
-        color, style = colors[row.guide], styles[row.name]
-        ax.step(gap, share, where="post", color=color, linestyle=style)
+        ax.step(gap, share, where="post", color=colors[row.guide], linestyle=styles[row.name])
     ax.set_ylim(0.0, 1.02)
     ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="share of the data below")
     ax.grid(alpha=0.3)
     handles = [_line(color, "-", guide) for guide, color in colors.items()]
-    if len(named) > 1:
+    if len(names) > 1:
         handles += [_line("black", style, name) for name, style in styles.items()]
     _title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
     return ax
@@ -177,33 +165,28 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     values = [np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), float) for row in rows]
     width, low, high = 0.05, -0.5, 1.5  # 0.7 is an edge
     edges = low + width * np.arange(round((high - low) / width) + 1)
-    shares = [
-        np.histogram(k[~np.isnan(k)].clip(low + width / 2, high - width / 2), edges)[0]
-        / max(1, np.count_nonzero(~np.isnan(k)))
-        for k in values
-    ]
+    known = [k[~np.isnan(k)] for k in values]
+    within = (k.clip(low + width / 2, high - width / 2) for k in known)
+    shares = [np.histogram(k, edges)[0] / max(1, k.size) for k in within]
     tallest = max(float(share.max()) for share in shares) or 1.0
     colors = [_BLUE if edge < _UNRELIABLE_K - width / 2 else _VERMILION for edge in edges[:-1]]
-    for row, k, share in zip(rows, values, shares, strict=True):
+    for row, k, all_k, share in zip(rows, known, values, shares, strict=True):
         bottom = row.position + 0.42
         # The axis of rows points down, the bars up.
         ax.bar(edges[:-1], -0.8 * share / tallest, width, bottom, align="edge", color=colors)
         ax.hlines(bottom, low, high, color="black", linewidth=0.6)
-        known = k[~np.isnan(k)]
-        text = f"{np.mean(known > _UNRELIABLE_K):.1%} above" if known.size else "none known"
-        if known.size < k.size:
-            text += f"\n{k.size - known.size} of {k.size} unknown"
+        text = f"{np.mean(k > _UNRELIABLE_K):.1%} above" if k.size else "none known"
+        if k.size < all_k.size:
+            text += f"\n{all_k.size - k.size} of {all_k.size} unknown"
         ax.text(high + 0.04, row.position + 0.1, text, va="center", fontsize="small")
     _label_rows(ax, rows, lambda dataset: f"{dataset.sizes['datum']} data")
     ax.axvline(_UNRELIABLE_K, color="black", linestyle="--", linewidth=1.0)
     ax.set_xlim(low - width, high + 0.45)
-    ticks = [-0.5, 0.0, 0.5, _UNRELIABLE_K, 1.0, 1.5]
-    ax.set_xticks(ticks, ["≤ −0.5", "0", "0.5", "0.7", "1", "≥ 1.5"])
+    ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", _UNRELIABLE_K: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
+    ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xlabel("Pareto k-hat of a datum's importance weights")
-    handles = [
-        _patch(_BLUE, "up to 0.7"),
-        _patch(_VERMILION, "above 0.7: importance estimates are unreliable"),
-    ]
+    unreliable = _patch(_VERMILION, "above 0.7: importance estimates are unreliable")
+    handles = [_patch(_BLUE, "up to 0.7"), unreliable]
     _title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
     return ax
 
@@ -226,9 +209,8 @@ def plot_latents(
     """
     means = np.asarray(means, dtype=float)
     if means.ndim != 2 or min(means.shape) < 2:
-        raise ValueError(
-            f"means: wanted shape [N, L] with N and L of 2 or more, found {list(means.shape)}"
-        )
+        wanted = "[N, L] with N and L of 2 or more"
+        raise ValueError(f"means: wanted shape {wanted}, found {list(means.shape)}")
     if labels is not None and np.shape(labels) != (len(means),):
         raise ValueError(f"labels: wanted shape [{len(means)}], found {list(np.shape(labels))}")
 
@@ -242,14 +224,9 @@ def plot_latents(
         classes = np.unique(labels)
         for color, label in zip(_class_colors(len(classes)), classes, strict=True):
             ax.scatter(*points[labels == label].T, color=color, label=str(label), **dots)
-        ax.legend(
-            title="label",
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            ncols=1 + (len(classes) - 1) // 20,
-            frameon=False,
-            markerscale=2.0,
-        )
+        columns = 1 + (len(classes) - 1) // 20
+        look: dict[str, Any] = {"ncols": columns, "frameon": False, "markerscale": 2.0}
+        ax.legend(title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), **look)
     # One unit is as long on both axes: distances can be read.
     ax.set_aspect("equal", adjustable="datalim")
     ax.set(xlabel=names[0], ylabel=names[1])
@@ -296,10 +273,8 @@ def _two_dimensions(means: np.ndarray) -> tuple[np.ndarray, list[str]]:
     _, singular, directions = np.linalg.svd(centered, full_matrices=False)
     total = (singular**2).sum()
     share = singular**2 / total if total > 0.0 else np.zeros_like(singular)
-    names = [
-        f"principal component {i + 1} of {means.shape[1]} latents ({share[i]:.0%} of the variance)"
-        for i in range(2)
-    ]
+    of = f"of {means.shape[1]} latents"
+    names = [f"principal component {i + 1} {of} ({share[i]:.0%} of the variance)" for i in (0, 1)]
     return centered @ directions[:2].T, names
 
 
@@ -314,18 +289,13 @@ class _Row(NamedTuple):
     is_first: bool
 
 
-def _named(datasets: Datasets) -> dict[str, xr.Dataset]:
-    # A Dataset is a Mapping too, of its variables.
-    if hasattr(datasets, "data_vars"):
-        return {"": cast("xr.Dataset", datasets)}
-    return dict(datasets)
-
-
 def _rows(datasets: Datasets) -> list[_Row]:
     """Give each guide of each dataset a row, and leave a row for a heading above them."""
     rows = []
     position = 0.0
-    for name, dataset in _named(datasets).items():
+    # A Dataset is a Mapping too, of its variables.
+    named = {"": datasets} if hasattr(datasets, "data_vars") else datasets
+    for name, dataset in cast("Mapping[str, xr.Dataset]", named).items():
         for index, guide in enumerate(map(str, dataset["guide"].values)):
             position += 1.0
             rows.append(_Row(position, name, dataset, guide, index == 0))
@@ -357,15 +327,9 @@ def _title_and_legend(
     ax: Axes, title: str, *, columns: int, handles: Sequence[Artist] | None = None
 ) -> None:
     """Put the legend between the title and the axes, where no data can be."""
-    legend = ax.legend(
-        handles=ax.get_legend_handles_labels()[0] if handles is None else handles,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2,
-        ncols=columns,
-        frameon=False,
-        fontsize="small",
-    )
+    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
+    legend = ax.legend(handles=handles, ncols=columns, fontsize="small", borderaxespad=0.2, **place)
     lines = -(-len(legend.get_texts()) // columns)
     ax.set_title(title, loc="left", pad=8 + 15 * lines)
 
@@ -375,26 +339,17 @@ def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str
     ax.set_yticks([row.position for row in rows], [row.guide for row in rows])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(rows[-1].position + 0.6, -0.1)
+    look: dict[str, Any] = {"va": "center", "fontsize": "small", "fontweight": "bold"}
     for row in rows:
         if row.is_first:
-            heading = describe(row.dataset)
-            ax.text(
-                0.01,
-                row.position - 0.72,
-                f"{row.name}: {heading}" if row.name else heading,
-                transform=ax.get_yaxis_transform(),
-                va="center",
-                fontsize="small",
-                fontweight="bold",
-            )
+            text = f"{row.name}: {describe(row.dataset)}".removeprefix(": ")
+            ax.text(0.01, row.position - 0.72, text, transform=ax.get_yaxis_transform(), **look)
 
 
 def _draw_gap(ax: Axes, row: _Row) -> bool:
     """Draw a guide's bar and its numbers; return whether the gap could be split in two."""
-    parts = {
-        _BLUE: _mean(row.dataset, "approximation_gap", row.guide),
-        _ORANGE: _mean(row.dataset, "amortization_gap", row.guide),
-    }
+    names = {_BLUE: "approximation_gap", _ORANGE: "amortization_gap"}
+    parts = {color: _mean(row.dataset, name, row.guide) for color, name in names.items()}
     is_split = all(np.isfinite(mean.value) for mean in parts.values())
     if not is_split:
         evidence, elbo = _mean(row.dataset, "log_evidence"), _mean(row.dataset, "elbo", row.guide)
@@ -406,14 +361,8 @@ def _draw_gap(ax: Axes, row: _Row) -> bool:
         ax.barh(row.position, mean.value, left=end, xerr=mean.error, color=color, **look)
         end += mean.value
         rightmost = max(rightmost, end + (mean.error or 0.0))
-    ax.annotate(
-        " + ".join(map(str, parts.values())),
-        (rightmost, row.position),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize="small",
-    )
+    text, beside = " + ".join(map(str, parts.values())), (rightmost, row.position)
+    ax.annotate(text, beside, (7, 0), textcoords="offset points", va="center", fontsize="small")
     return is_split
 
 
@@ -425,8 +374,8 @@ def _draw_curve(
     epoch, value = history["epoch"][known], history[name][known]
     # A single epoch makes no line.
     ax.plot(epoch, value, color=color, label=label, marker="." if epoch.size < 30 else None)
-    if f"{name}_std_error" in history:
-        error = history[f"{name}_std_error"][known]
+    if (errors := history.get(f"{name}_std_error")) is not None:
+        error = errors[known]
         ax.fill_between(epoch, value - error, value + error, color=color, alpha=0.2, linewidth=0)
 
 

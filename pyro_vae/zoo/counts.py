@@ -140,8 +140,8 @@ class SingleCellCounts(Registered):
     def likelihood(self, z: Tensor, size: Tensor) -> Distribution:
         """Return the distribution of each count, given latents [..., L] and sizes [...]."""
         log_mean = size.log().unsqueeze(-1) + self.decoder(z).log_softmax(-1)
-        logits = log_mean - self.log_inverse_dispersion
-        return dist.NegativeBinomial(self.inverse_dispersion, logits=logits)
+        r = self.inverse_dispersion
+        return dist.NegativeBinomial(r, logits=log_mean - self.log_inverse_dispersion)
 
     def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
         """Return a new encoder of counts [N, G] (sizes ignored) to features [N, hidden[-1]]."""
