@@ -14,20 +14,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; those of the process by default.
     """
-    arguments = _parser().parse_args(argv)
-    # Here, for `pyro-vae --help` should not wait for PyTorch.
+    arguments = vars(_parser().parse_args(argv))
+    # Here, because `pyro-vae --help` should not wait for PyTorch.
     from pyro_vae.demo import Settings, run
 
-    settings = Settings.quick() if arguments.quick else Settings()
+    quick, _ = arguments.pop("quick"), arguments.pop("command")
+    settings, progress = Settings.quick() if quick else Settings(), sys.stderr.isatty() or not quick
     try:
-        run(
-            settings,
-            data=arguments.data,
-            output=arguments.output,
-            seed=arguments.seed,
-            device=arguments.device,
-            progress=sys.stderr.isatty() or not arguments.quick,
-        )
+        run(settings, progress=progress, **arguments)
     except KeyboardInterrupt:
         print("pyro-vae: interrupted", file=sys.stderr)
         return 130
@@ -46,19 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("pyro-vae"))
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
-        "demo",
-        help="train a VAE on images and say how wrong its posterior is",
-        description=(
-            "Train a VAE, compare its encoder with per-datum guides on training and held-out "
-            "images, and write the posterior for ArviZ, a table of gaps and figures."
-        ),
+        "demo", help="train a VAE on images and say how wrong its posterior is"
     )
-    demo.add_argument(
-        "--data",
-        type=Path,
-        help="images: .npz, .npy, idx, idx.gz or a folder of MNIST's files "
-        "(default: the 8x8 digits that come with the package)",
+    demo.description = (
+        "Train a VAE, compare its encoder with per-datum guides on training and held-out images, "
+        "and write the posterior for ArviZ, a table of gaps and figures."
     )
+    images = (
+        "images: .npz, .npy, idx, idx.gz or a folder of MNIST's files (default: the 8x8 digits)"
+    )
+    demo.add_argument("--data", type=Path, help=images)
     demo.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)"
     )

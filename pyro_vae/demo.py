@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Settings", "run"]
-
 # Images with at most this many grey levels are counts (Binomial); finer ones are
 # binarized at random (Bernoulli), as is the custom for MNIST.
 _LARGEST_COUNT = 16
@@ -125,31 +123,26 @@ def run(
     return comparisons
 
 
-@dataclass(frozen=True)
 class _Data:
-    """Images made ready: floats as the likelihood wants them, [N, D] each."""
+    """Images as counts, or binarized at random, with a part held out to validate, [N, D] each."""
 
-    train: Tensor | datasets.StochasticBinarization
-    validation: Tensor
-    parts: dict[str, Tensor]  # "train" and "test": the images to look at closely
-    num_trials: int
-
-
-def _prepare(images: datasets.ImageData, settings: Settings, seed: int, device: str) -> _Data:
-    """Return the images as counts, or binarized at random, with a part held out to validate."""
-    held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
-    raw = {"train": images.train[:-held_out], "validation": images.train[-held_out:]}
-    raw["test"] = images.test
-    train: Tensor | datasets.StochasticBinarization
-    if images.max_value <= _LARGEST_COUNT:
-        fixed = {part: x.float().to(device) for part, x in raw.items()}
-        train, num_trials = fixed["train"], images.max_value
-    else:
-        grey = {n: datasets.StochasticBinarization(x, images.max_value) for n, x in raw.items()}
-        fixed = {n: x.fixed(seed + i).to(device) for i, (n, x) in enumerate(grey.items())}
-        train, num_trials = grey["train"], 1
-    parts = {part: fixed[part][: settings.num_data] for part in ("train", "test")}
-    return _Data(train, fixed["validation"], parts, num_trials)
+    def __init__(
+        self, images: datasets.ImageData, settings: Settings, seed: int, device: str
+    ) -> None:
+        held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
+        raw = {"train": images.train[:-held_out], "validation": images.train[-held_out:]}
+        raw["test"] = images.test
+        self.train: Tensor | datasets.StochasticBinarization
+        if images.max_value <= _LARGEST_COUNT:
+            fixed = {part: x.float().to(device) for part, x in raw.items()}
+            self.train, self.num_trials = fixed["train"], images.max_value
+        else:
+            grey = {n: datasets.StochasticBinarization(x, images.max_value) for n, x in raw.items()}
+            fixed = {n: x.fixed(seed + i).to(device) for i, (n, x) in enumerate(grey.items())}
+            self.train, self.num_trials = grey["train"], 1
+        self.validation = fixed["validation"]
+        # The images to look at closely.
+        self.parts = {part: fixed[part][: settings.num_data] for part in ("train", "test")}
 
 
 class _Demo:
@@ -159,7 +152,7 @@ class _Demo:
         self, images: datasets.ImageData, settings: Settings, seed: int, device: str
     ) -> None:
         self.images, self.settings, self.seed, self.device = images, settings, seed, device
-        self.data = _prepare(images, settings, seed, device)
+        self.data = _Data(images, settings, seed, device)
         num_features, num_trials = self.data.validation.shape[1], self.data.num_trials
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of the networks' first weights
@@ -179,14 +172,13 @@ class _Demo:
 
     def train(self, progress: bool) -> FitResult:
         """Train model and guide, with a part of the images to stop by."""
+        settings, data = self.settings, self.data
         return fit(
-            self.model,
-            self.guide,
-            self.data.train,
-            epochs=self.settings.epochs,
-            max_steps=self.settings.max_steps,
-            validation_data=self.data.validation,
-            patience=self.settings.patience,
+            *(self.model, self.guide, data.train),
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            validation_data=data.validation,
+            patience=settings.patience,
             seed=self.seed,
             device=self.device,
             progress=progress,

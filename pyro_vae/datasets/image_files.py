@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Arrays", "read"]
-
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX_IMAGES = 0x00000803
 _IDX_LABELS = 0x00000801
@@ -61,23 +59,18 @@ def read(path: Path) -> Arrays:
 
 def _read_numpy(path: Path) -> Arrays:
     """Return the images of an .npy file, or images and labels of an .npz file by their names."""
-    one = path.suffix == ".npy"
-    wanted = (
-        "an .npy file with a plain numeric array"
-        if one
-        else "an .npz archive of plain numeric arrays"
-    )
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
     except _UNREADABLE as error:
+        wanted = f"an {path.suffix} file of plain numeric arrays"
         raise ValueError(f"{path}: expected {wanted}, could not read it ({error})") from error
     if isinstance(arrays, np.ndarray):
-        if not one:
+        if path.suffix == ".npz":
             raise ValueError(f"{path}: expected an archive, found one array; is it an .npy file?")
         return Arrays(arrays)
-    if one:
+    if path.suffix == ".npy":
         raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
     if "x_train" in arrays:
         others = (arrays.get(name) for name in ("y_train", "x_test", "y_test"))

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from pyro_vae.datasets.image_files import Arrays, read
 
-__all__ = ["ImageData", "StochasticBinarization", "digits", "load"]
-
 _SPLIT_SEED = 0
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from pyro_vae.diagnostics.psis import psis
 from pyro_vae.particles.log_weights import LogWeights
 
-__all__ = ["PARETO_K_THRESHOLD", "SmoothedWeights", "doubts", "heavy_tailed", "pareto_k"]
-
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 # Vehtari et al. (2024): above it importance sampling is not to be trusted, its errors included.

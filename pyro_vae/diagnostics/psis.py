@@ -59,7 +59,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     given = np.asarray(log_weights)
     if given.ndim != 2 or given.shape[1] == 0:
         raise ValueError(f"log_weights: wanted shape [N, K] with K > 0, found {list(given.shape)}")
-    return _psis(given, _tail_size(given.shape[1]))
+    return _psis(given, int(_tail_size(given.shape[1])))
 
 
 def tail_length(num_particles: int) -> int:
@@ -69,7 +69,7 @@ def tail_length(num_particles: int) -> int:
     """
     if _tail_size(num_particles) < _SMALLEST_TAIL:
         return num_particles
-    return math.ceil(_exact_tail_size(num_particles)) + 1  # and the largest that is not of it
+    return math.ceil(_tail_size(num_particles)) + 1  # and the largest that is not of it
 
 
 def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
@@ -87,28 +87,22 @@ def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
     """
     size = tail_length(num_particles)
     if largest.ndim != 2 or largest.shape[1] != size:
-        raise ValueError(
-            f"largest: wanted shape [N, {size}] for K = {num_particles}, found "
-            f"{list(largest.shape)}"
-        )
+        wanted = f"[N, {size}] for K = {num_particles}"
+        raise ValueError(f"largest: wanted shape {wanted}, found {list(largest.shape)}")
     if size == num_particles:
         return psis(largest)[1]
-    exact = _exact_tail_size(num_particles)
+    exact = _tail_size(num_particles)
     tail = math.ceil(exact) if _is_version_0() else math.floor(exact)
     top = -np.sort(-largest, axis=1)[:, : tail + 1]
     # Of the rest only the number counts: as many stand-ins, none above the tail, as make the tail
     # a fifth of all, which is the most that ArviZ fits.
     stand_ins = np.repeat(top[:, -1:], 5 * tail - top.shape[1], axis=1)
     weights = np.concatenate([top, stand_ins], axis=1)
-    return _psis(weights, _tail_size(num_particles), efficiency=_FIFTH)[1]
+    return _psis(weights, int(exact), efficiency=_FIFTH)[1]
 
 
-def _exact_tail_size(num_particles: int) -> float:
+def _tail_size(num_particles: int) -> float:
     return float(min(num_particles / 5, 3 * num_particles**0.5))
-
-
-def _tail_size(num_particles: int) -> int:
-    return int(_exact_tail_size(num_particles))
 
 
 def _psis(

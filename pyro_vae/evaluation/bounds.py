@@ -28,8 +28,6 @@ from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
-__all__ = ["Bound", "elbo", "iwae_bound", "log_weights"]
-
 logger = logging.getLogger(__name__)
 
 # The squared skewness of an estimate above which a few particles decide its error.
@@ -124,11 +122,8 @@ class Bound:
         of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
         of_weights = self.mean_of == "weights"
         if untrusted:
-            why = (
-                f", and log p(x) may be far above: {above}"
-                if of_weights
-                else ": a few particles decide it"
-            )
+            tail = f", and log p(x) may be far above: {above}"
+            why = tail if of_weights else ": a few particles decide it"
             yield f"for {untrusted} {of_data} the error is not to be trusted{why}"
         if heavy and not of_weights:
             yield f"for {heavy} {of_data} {above}: the guide misses a part of the posterior"
@@ -321,17 +316,9 @@ def _bound(
         results = (bound.value, bound.skewness, bound.std_error)
         blocks.append((*results, weights.effective_sample_size, largest.value))
     columns = zip(*blocks, strict=True)
-    value, skewness, plain, ess, largest_weights = (torch.cat(column, -1) for column in columns)
+    value, skewness, plain, ess, top = (torch.cat(column, -1) for column in columns)
     name = f"IWAE-{num_particles}" if of_weights else "ELBO"
     evaluator.warn_of_outside(name, value == -math.inf)
-    return Bound(
-        name,
-        value,
-        calibrated(plain, skewness, num_particles),
-        num_particles,
-        given=fixed,
-        skewness=skewness,
-        ess=ess,
-        largest=largest_weights,
-        mean_of="weights" if of_weights else "log weights",
-    )
+    error = calibrated(plain, skewness, num_particles)
+    found = Bound(name, value, error, num_particles, fixed, skewness, ess, top)
+    return dataclasses.replace(found, mean_of="weights") if of_weights else found

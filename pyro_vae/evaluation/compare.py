@@ -36,8 +36,6 @@ from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import refine_scored
 
-__all__ = ["compare"]
-
 
 def compare(
     model: Program,

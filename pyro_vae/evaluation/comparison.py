@@ -21,9 +21,8 @@ from pyro_vae.programs.types import Program
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Comparison", "format_table", "mean_of_errors"]
-
 _ESTIMATES = ("elbo", "log_evidence", "approximation_gap", "amortization_gap")
+_PARTS = ("", "_se", "_skewness")
 _HEADER: tuple[str, ...] = (
     *("guide", "ELBO", "log p(x)", "approximation gap", "amortization gap"),
     *("worst k-hat", "share k-hat > 0.7"),
@@ -57,13 +56,13 @@ class Comparison:
         In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7,
         ``not_converged`` the number of data whose refined guide has not converged.
         """
-        data = self.dataset
-        columns: dict[str, np.ndarray] = {}
+        data, columns = self.dataset, {}
         for name in _ESTIMATES:
-            mean, error = data[name].mean("datum"), _mean_error(data, name)
-            if "guide" not in mean.dims:
-                mean, error = (v.broadcast_like(data["guide"]) for v in (mean, error))
-            columns[name], columns[f"{name}_se"] = mean.values, error.values
+            every = (data[f"{name}{end}"].broadcast_like(data["elbo"]) for end in _PARTS)
+            mean, errors, skews = (each.transpose("guide", "datum").values for each in every)
+            pairs, num_particles = zip(errors, skews, strict=True), data.attrs["num_particles"]
+            columns[name] = mean.mean(1)
+            columns[f"{name}_se"] = np.array([mean_of_errors(*p, num_particles) for p in pairs])
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
         columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
         columns["ess_median"] = data["ess"].median("datum").values
@@ -129,18 +128,6 @@ def _evidence_text(data: xr.Dataset) -> str:
         f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
         f"per datum ± Monte Carlo standard error{doubt if heavy else ''}"
     )
-
-
-def _mean_error(data: xr.Dataset, name: str) -> xr.DataArray:
-    """Return the standard error of the mean over the data of a variable."""
-    errors: xr.DataArray = xr.apply_ufunc(
-        lambda each, skew: mean_of_errors(each, skew, data.attrs["num_particles"]),
-        data[f"{name}_se"],
-        data[f"{name}_skewness"],
-        input_core_dims=[["datum"], ["datum"]],
-        vectorize=True,
-    )
-    return errors
 
 
 def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:

@@ -22,8 +22,6 @@ from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
-__all__ = ["to_arviz"]
-
 logger = logging.getLogger(__name__)
 
 # How draws of the guide are brought closer to the posterior: Pareto-smoothed importance sampling.
@@ -225,12 +223,11 @@ def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> Non
                 "datum by datum: it is left out",
                 name,
             )
+    chosen = (index[:, 0],) if whole else (index, np.arange(index.shape[1]))
     for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
         for name, value in groups.get(group, {}).items():
-            if whole:
-                groups[group][name] = value[index[:, 0]]
-            elif name not in shared:
-                groups[group][name] = value[index, np.arange(index.shape[1])]
+            if whole or name not in shared:
+                groups[group][name] = value[chosen]
 
 
 def _hide_absent(groups: Groups, structure: Structure) -> None:
@@ -253,29 +250,23 @@ def _names(
     dims: Mapping[str, Sequence[str]] | None,
 ) -> tuple[dict[str, list[str]], dict[str, ArrayLike]]:
     """Return the dimension names of every variable, and the labels of the dimensions."""
-    labels = dict(coords or {})
     lead = [] if structure.data_plate is None else [_DATUM]
-    if lead:
-        labels.setdefault(_DATUM, np.arange(structure.num_data))
-    given = dims or {}
-    tails = {name: (lead, inner_dims(site, structure)) for name, site in structure.sites.items()}
-    for site in deterministic:
-        tails[site.name] = (lead if site.per_datum else [], list(site.dims))
-    if unknown := set(given) - set(tails):
+    labels = {**{name: np.arange(structure.num_data) for name in lead}, **(coords or {})}
+    leads = dict.fromkeys(structure.sites, lead)
+    leads |= {site.name: lead if site.per_datum else [] for site in deterministic}
+    tails = {name: inner_dims(site, structure) for name, site in structure.sites.items()}
+    tails |= {site.name: list(site.dims) for site in deterministic}
+    if unknown := set(dims or {}) - set(tails):
         raise ValueError(
             f"dims names {sorted(unknown)}, which are not sites of the model: {sorted(tails)}"
         )
-    names: dict[str, list[str]] = {
-        **{name: list(lead) for name in groups["sample_stats"]},
-        **{name: [_DATUM] for name in groups["constant_data"]},  # one, where there is one
-    }
-    for name, (first, tail) in tails.items():
-        if name in given:
-            if len(given[name]) != len(tail):
-                raise ValueError(
-                    f"dims[{name!r}]={list(given[name])}: {len(tail)} names are needed, for the "
-                    f"dimensions after {', '.join(['chain', 'draw', *first])}"
-                )
-            tail = list(given[name])
-        names[name] = first + tail
-    return names, labels
+    for name, given in (dims or {}).items():
+        if len(given) != len(tails[name]):
+            raise ValueError(
+                f"dims[{name!r}]={list(given)}: {len(tails[name])} names are needed, for the "
+                f"dimensions after {', '.join(['chain', 'draw', *leads[name]])}"
+            )
+        tails[name] = list(given)
+    names = dict.fromkeys(groups["sample_stats"], lead)
+    names |= {name: [_DATUM] for name in groups["constant_data"]}  # one, where there is one
+    return {**names, **{name: leads[name] + tail for name, tail in tails.items()}}, labels

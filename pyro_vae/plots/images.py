@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["plot_imputation", "plot_reconstructions"]
-
 _MISSING = "#56B4E9"  # no grey, so that a missing pixel is not taken for a black or a white one
 
 

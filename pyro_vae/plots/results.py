@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
     Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
 
-__all__ = [
-    *("plot_gap_distribution", "plot_gaps", "plot_history", "plot_latents", "plot_pareto_k"),
-    "pyplot",
-]
-
 # Okabe and Ito (2008): told apart under the common kinds of colour blindness.
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLUE, _VERMILION, _, _, _ORANGE, _ = _CYCLE

@@ -15,9 +15,7 @@ from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.types import Distribution
 from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
-from pyro_vae.zoo.simulation import draw
-
-__all__ = ["VAE", "ConditionalVAE", "ConvVAE", "MixtureVAE", "TwoLayerVAE"]
+from pyro_vae.zoo.simulation import draw, draw_integers
 
 
 class _DecoderModel(Registered):
@@ -370,10 +368,7 @@ class ConditionalVAE(_VectorModel):
 
     def _draw(self, blank: Tensor, seed: int) -> dict[str, Tensor]:
         # The classes have no distribution in the model: all alike.
-        generator = torch.Generator().manual_seed(seed)
-        y = torch.randint(self.num_classes, blank.shape[:1], generator=generator).to(blank.device)
-        # The same seed again would make latents depend on classes.
-        other_seed = int(torch.randint(2**62, (), generator=generator))
+        y, other_seed = draw_integers(0, self.num_classes, blank, seed)
         return {"x": draw(self, blank, y, seed=other_seed), "y": y}
 
 

@@ -13,8 +13,6 @@ from pyro_vae.nets import MLP
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.zoo.simulation import draw
 
-__all__ = ["FactorAnalysis", "ProbabilisticPCA"]
-
 
 class FactorAnalysis(Registered):
     r"""Factor analysis: a linear map of few latents, and a noise scale for each feature.

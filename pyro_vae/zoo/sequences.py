@@ -12,9 +12,7 @@ from torch.nn.functional import softplus
 
 from pyro_vae.nets import MLP
 from pyro_vae.programs.handlers import Registered, register
-from pyro_vae.zoo.simulation import draw
-
-__all__ = ["DeepMarkovModel", "GatedTransition"]
+from pyro_vae.zoo.simulation import draw, draw_integers
 
 # Below this a transition's scale would make its density overflow in float32.
 _MIN_SCALE = 1e-3
@@ -87,12 +85,7 @@ class DeepMarkovModel(Registered):
         Lengths are uniform from half of num_steps to num_steps; the padding is zero.
         """
         blank = self.log_noise.new_zeros(num_data, num_steps, len(self.log_noise))
-        shortest = (num_steps + 1) // 2
-        generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(shortest, num_steps + 1, (num_data,), generator=generator)
-        lengths = lengths.to(blank.device)
-        # The same seed again would make states depend on lengths.
-        other_seed = int(torch.randint(2**62, (), generator=generator))
+        lengths, other_seed = draw_integers((num_steps + 1) // 2, num_steps + 1, blank, seed)
         sequences = draw(self, blank, lengths, seed=other_seed)
         return sequences * _steps_there(sequences, lengths), lengths
 

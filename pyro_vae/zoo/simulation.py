@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from pyro_vae.programs.handlers import unobserve
 from pyro_vae.programs.state import evaluation, preserved_rng
 
-__all__ = ["draw"]
-
 
 def draw(
     model: nn.Module, *blank: Any, seed: int, given: Mapping[str, Tensor] | None = None
@@ -37,3 +35,13 @@ def draw(
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
         return pyro.condition(unobserve(model), data=dict(given or {}))(*blank)
+
+
+def draw_integers(low: int, high: int, blank: Tensor, seed: int) -> tuple[Tensor, int]:
+    """Draw a whole number from low to high - 1 for each row, and a seed for what depends on them.
+
+    With the same seed again, what is drawn given the numbers would depend on them twice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(low, high, blank.shape[:1], generator=generator).to(blank.device)
+    return drawn, int(torch.randint(2**62, (), generator=generator))

@@ -14,8 +14,6 @@ from pyro_vae.nets import MLP
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.zoo.simulation import draw
 
-__all__ = ["EyeColour", "ItemResponse"]
-
 
 class ItemResponse(Registered):
     r"""Item response theory: able persons solve hard items (Rasch 1960, Birnbaum 1968).
