@@ -253,7 +253,7 @@ class PairRunner:
         pair, single, size = self.pair, self.pair.single, self.num_data
         if pair.masked or pair.summed_out or pair.guide_sites - set(single.guide_trace.nodes):
             return None
-        if pair.shares_model_trace:  # which is of another guide's draws
+        if pair.shared_trace is not None:  # which is of another guide's draws
             return None
         rows, plate = self.data_blocks()[0], self.structure.data_plate
         alone, model_alone = (

@@ -11,15 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils import data as torch_data
 
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
@@ -219,7 +211,7 @@ def as_batch(*batch: Any) -> Batch:
         (only,) = batch
         if isinstance(only, Batch):
             return only
-        if isinstance(only, (Dataset, DataLoader)):
+        if isinstance(only, (torch_data.Dataset, torch_data.DataLoader)):
             only = read_all(only)
         args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
         if isinstance(only, Mapping):
@@ -353,14 +345,14 @@ class RowReader:
     def read(self, index: Tensor | None = None) -> Any:
         """Return some rows, all by default, as PyTorch's loaders collate them."""
         numbers = range(self.num_data) if index is None else index.tolist()
-        return default_collate([self._dataset[i] for i in numbers])
+        return torch_data.default_collate([self._dataset[i] for i in numbers])
 
 
 def tensors_of(data: Any) -> tuple[Tensor, ...] | None:
     """Return the tensors of a TensorDataset, or of a subset of one; None for other data."""
-    if isinstance(data, TensorDataset):
+    if isinstance(data, torch_data.TensorDataset):
         return tuple(data.tensors)
-    if isinstance(data, Subset):
+    if isinstance(data, torch_data.Subset):
         whole = tensors_of(data.dataset)
         index = torch.as_tensor(data.indices)
         return None if whole is None else tuple(tensor[index] for tensor in whole)
@@ -379,16 +371,16 @@ def read_all(data: Any, *, ordered: bool = True) -> Any:
     """
     if (tensors := tensors_of(data)) is not None:
         return tensors
-    if isinstance(data, DataLoader):
-        if ordered and not isinstance(data.sampler, SequentialSampler):
+    if isinstance(data, torch_data.DataLoader):
+        if ordered and not isinstance(data.sampler, torch_data.SequentialSampler):
             raise TypeError(
                 "a DataLoader that shuffles gives its rows in another order each time, and a "
                 "result for each datum needs to know which is which; pass its dataset, or a "
                 "DataLoader with shuffle=False"
             )
         return read_all(data.dataset, ordered=ordered)
-    if isinstance(data, IterableDataset):
-        return default_collate(list(data))
-    if isinstance(data, Dataset):
+    if isinstance(data, torch_data.IterableDataset):
+        return torch_data.default_collate(list(data))
+    if isinstance(data, torch_data.Dataset):
         return RowReader(data).read()
     return data

@@ -41,23 +41,18 @@ def batch_nesting(*traces: Any) -> int:
 
     The dimensions left of all of them are free for particles and the values of discrete sites.
     """
-    depth = 0
-    for trace in traces:
-        for _, node in sample_nodes(trace):
-            if not is_deterministic(node):
-                depth = max(depth, len(node["fn"].batch_shape))
-            dims = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
-            depth = max(depth, *dims, 0)
-    return depth
+    depths = [0]
+    for _, node in (found for trace in traces for found in sample_nodes(trace)):
+        depths += [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
+        if not is_deterministic(node):
+            depths.append(len(node["fn"].batch_shape))
+    return max(depths)
 
 
 def guide_factors(guide_trace: Trace) -> list[str]:
     """Return the names of a guide's pyro.factor statements."""
-    return [
-        name
-        for name, node in sample_nodes(guide_trace)
-        if isinstance(node["fn"], dist.Unit) and node["is_observed"]
-    ]
+    observed = [(name, node) for name, node in sample_nodes(guide_trace) if node["is_observed"]]
+    return [name for name, node in observed if isinstance(node["fn"], dist.Unit)]
 
 
 @contextlib.contextmanager
@@ -117,10 +112,9 @@ def is_circular(fn: Any) -> bool:
 
 def is_enumerable(fn: Any) -> bool:
     """Return whether a distribution is discrete and its finitely many values can be listed."""
-    if not getattr(fn, "has_enumerate_support", False):
-        return False
-    if isinstance(plain_distribution(fn), dist.Empirical):
-        return False  # lists its samples, of which several may be one value
+    listed = getattr(fn, "has_enumerate_support", False)
+    if not listed or isinstance(plain_distribution(fn), dist.Empirical):
+        return False  # an Empirical lists its samples, of which several may be one value
     try:
         fn.enumerate_support(expand=False)
     except NotImplementedError:  # total counts of a Binomial that differ, event dimensions
@@ -136,13 +130,12 @@ def left_out(fn: Any, mask: Tensor | bool | None, device: torch.device) -> Tenso
         mask: that on the statement (poutine.mask).
         device: of the result.
     """
-    shape = (*fn.batch_shape, *fn.event_shape)
+    out = torch.zeros((*fn.batch_shape, *fn.event_shape), dtype=torch.bool, device=device)
     masks = [(mask, fn.event_dim)]
     while hasattr(fn, "base_dist"):
         if isinstance(fn, dist.MaskedDistribution):
             masks.append((mask_inside(fn), fn.event_dim))
         fn = fn.base_dist
-    out = torch.zeros(shape, dtype=torch.bool, device=device)
     for seen, events in masks:
         if seen is not None:
             there = torch.as_tensor(seen, device=device)

@@ -44,11 +44,10 @@ def check_repeated(trace: Trace) -> None:
         if not node["is_observed"]:
             continue
         batch, value = node["fn"].batch_shape, node["value"]
+        own = value.shape[: value.ndim - node["fn"].event_dim]
         declared = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
-        own = tuple(value.shape[: value.ndim - node["fn"].event_dim])
-        own = (1,) * (len(batch) - len(own)) + own
-        for dim in range(-len(batch), 0):
-            if batch[dim] > 1 and own[dim] == 1 and dim not in declared:
+        for dim in (dim for dim in range(-len(batch), 0) if dim not in declared):
+            if batch[dim] > 1 and (len(own) < -dim or own[dim] == 1):
                 raise ValueError(
                     f"observed site {name!r}: its value has shape {list(value.shape)}, its "
                     f"likelihood batch shape {list(batch)}, and dim {dim} is in no plate: each "

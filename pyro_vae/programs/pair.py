@@ -108,6 +108,7 @@ class Pair:
         scorable: whether the guide's density of another guide's draws is known.
         part: the model's structure on the part of the data that :meth:`part_agrees` runs; None
             where it was not run, or says something else.
+        shared_trace: of the model under another guide's draws, where the single run takes it.
     """
 
     structure: Structure
@@ -119,6 +120,8 @@ class Pair:
     guide_sites: frozenset[str]
     scorable: bool
     part: Structure | None = None
+    shared_trace: Trace | None = None
+    _agrees: bool | None = None  # once :meth:`part_agrees` has looked
 
     def __init__(
         self,
@@ -135,8 +138,6 @@ class Pair:
         self.looks = ModelLooks(model, batch) if looks is None else looks
         self.first = FirstValues() if first is None else first
         self.gradients = gradients
-        self._model_trace: Trace | None = None  # of another guide's draws
-        self._agrees: bool | None = None  # once it is known
         self._table = row_guide(guide)
         self._rows = None if self._table is None else self._table.given_rows
 
@@ -159,11 +160,6 @@ class Pair:
         with self.looking(gradients=gradients), pyro.validation_enabled(False):
             yield
 
-    @property
-    def shares_model_trace(self) -> bool:
-        """Whether the model's trace of the single run is of another guide's draws."""
-        return self._model_trace is not None
-
     @functools.cached_property
     def single(self) -> Single:
         """One run of the pair; the global random state stays as it was.
@@ -173,7 +169,7 @@ class Pair:
                 density for a mass; where densities depend on a latent that is masked everywhere.
         """
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
-        known, checked = self._model_trace, self.gradients
+        known, checked = self.shared_trace, self.gradients
         with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
             with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
                 with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
@@ -248,7 +244,7 @@ class Pair:
         looks = self.looks if looks is None else looks
         pair = Pair(self.model, guide, looks.batch, looks=looks)
         if isinstance(guide, RowGuide) and not vars(self).get("masked", True):
-            pair._model_trace = self.single.model_trace
+            pair.shared_trace = self.single.model_trace
         return pair
 
     # --- what a weight for each datum needs

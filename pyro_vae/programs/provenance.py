@@ -51,8 +51,7 @@ class Descendants(DispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the operation, and note what came of it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         if any(map(self.includes, tensors_in((args, kwargs)))):
             made = tensors_in(result)
             self.read |= not made
