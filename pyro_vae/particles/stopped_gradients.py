@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.nodes import latent_nodes, point_of
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.state import preserved_rng, unwrapped
-from pyro_vae.programs.traces import ReplaceDraws, redrawn, site_log_prob, trace_guide
+from pyro_vae.programs.traces import ReplaceDraws, site_log_prob, trace_guide
 from pyro_vae.programs.types import Node, Program, Trace
 from pyro_vae.recording import is_recording
 
@@ -54,7 +55,8 @@ class StoppedGradients:
                 return {name: with_draw(node, _leaf(draw_of(node))) for name, node in nodes.items()}
             if is_recording():
                 # The state of the random numbers is no part of a graph: the draws are given.
-                again = redrawn(guide, trace, _leaf, batch)
+                with ReplaceDraws(_leaf):
+                    again = trace_guide(poutine.replay(guide, trace=trace), batch)
             else:
                 with ReplaceDraws(_leaf), _random_state_of(state):
                     again = trace_guide(guide, batch)

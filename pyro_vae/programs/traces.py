@@ -233,18 +233,6 @@ def subsamples(trace: Trace) -> poutine.Trace:
     return found
 
 
-def redrawn(fn: Program, trace: Trace, replace: Callable[[Tensor], Tensor], batch: Batch) -> Any:
-    """Run a guide with the draws of a trace, each replaced by a function of it; return its trace.
-
-    As :class:`ReplaceDraws` does, with no random numbers, and on the minibatches that its plates
-    have drawn.
-    """
-    again = subsamples(trace)
-    for name, node in latent_nodes(trace):
-        again.add_node(name, **with_draw(node, replace(draw_of(node))))
-    return trace_guide(poutine.replay(fn, trace=again), batch)
-
-
 def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) -> Tensor:
     """Return a site's log density, of its batch shape, masked, and scaled if asked.
 
