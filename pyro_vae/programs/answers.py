@@ -170,11 +170,10 @@ def _weighted(terms: dict[str, Tensor]) -> Tensor:
 def _same_gradients(one: Tensor, other: Tensor) -> bool:
     """Return whether two sums have the same gradients by all that they depend on."""
     mine, theirs = _gradients(one), _gradients(other)
-    sizes = {leaf: float(g.abs().max()) for found in (mine, theirs) for leaf, g in found.items()}
-    rounding = _ROUNDING * max(sizes.values(), default=0.0)
+    sizes = {leaf: float(g.abs().max()) for leaf, g in (mine | theirs).items()}
+    rounding, zero = _ROUNDING * max(sizes.values(), default=0.0), torch.zeros(())
     for leaf, size in sizes.items():
-        both = leaf in mine and leaf in theirs
-        gap = float((mine[leaf] - theirs[leaf]).abs().max()) if both else size
+        gap = float((mine.get(leaf, zero) - theirs.get(leaf, zero)).abs().max())
         if gap > _GRADIENT_TOLERANCE * size + rounding:
             return False
     return True

@@ -308,9 +308,8 @@ def _check_kind(name: str, value: Any) -> None:
         dense = "x.to_dense()" if isinstance(value, Tensor) else "torch.as_tensor(x.toarray())"
         raise TypeError(
             f"{name} of the batch is sparse ({what}), and rows are taken of dense tensors alone; "
-            f"pass {dense}. In pyro_vae.fit, where that is too large, pass an object whose source "
-            "is torch.arange(num_data) and whose draw(index) returns these rows, as "
-            "coo.index_select(0, index).to_dense() does"
+            f"pass {dense}. Where that is too large, pass pyro_vae.fit an object whose source is "
+            "torch.arange(num_data) and whose draw(index) is coo.index_select(0, index).to_dense()"
         )
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it")
@@ -374,9 +373,8 @@ def read_all(data: Any, *, ordered: bool = True) -> Any:
     if isinstance(data, torch_data.DataLoader):
         if ordered and not isinstance(data.sampler, torch_data.SequentialSampler):
             raise TypeError(
-                "a DataLoader that shuffles gives its rows in another order each time, and a "
-                "result for each datum needs to know which is which; pass its dataset, or a "
-                "DataLoader with shuffle=False"
+                "a DataLoader that shuffles gives its rows in another order each time, and results "
+                "for each datum need to know which is which; pass its dataset, or shuffle=False"
             )
         return read_all(data.dataset, ordered=ordered)
     if isinstance(data, torch_data.IterableDataset):

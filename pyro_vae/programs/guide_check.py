@@ -59,8 +59,7 @@ def _check_helpers(guide_trace: Trace) -> None:
     if numbers(free) > numbers(points):
         raise ValueError(
             f"the guide's auxiliary sites {sorted(free)} have a density of which no latent of the "
-            "model is made: it counts in log q(z | x), and nothing stands beside it in the model: "
-            "no bound. Sample them in the model as well, from a distribution given the latents "
-            "(and leave is_auxiliary out); or let latents be points made of them (dist.Delta), "
-            "as pyro.infer.autoguide.AutoNormal does"
+            "model is made: it counts in log q(z | x), with nothing beside it in the model: no "
+            "bound. Sample them in the model as well, given the latents (without is_auxiliary); or "
+            "let latents be points made of them (dist.Delta), as AutoNormal does"
         )

@@ -77,8 +77,7 @@ def check_drawable(structure: Structure, device: torch.device) -> None:
                 raise ValueError(
                     f"observed site {site.name!r}: its {site.distribution} likelihood cannot be "
                     f"drawn from ({type(error).__name__}{f': {error}' if str(error) else ''}). "
-                    "Where draws of the latents are enough: pyro_vae.to_arviz(..., "
-                    "predictive=False)"
+                    "Where draws of latents are enough: pyro_vae.to_arviz(..., predictive=False)"
                 ) from error
 
 
@@ -93,9 +92,8 @@ def _check_shape(site: Site) -> None:
     ):
         raise ValueError(
             f"observed site {site.name!r}: its value has shape {list(shape)}, but its "
-            f"{site.distribution} likelihood has shape {[*batch, *event]} (batch {list(batch)}, "
-            f"event {len(event)} dimensions); give data of that shape, or mend the likelihood "
-            "(.to_event(...))"
+            f"{site.distribution} likelihood has shape {[*batch, *event]} (batch {list(batch)}); "
+            "give data of that shape, or mend the likelihood (.to_event(...))"
         )
 
 

@@ -123,9 +123,8 @@ class ModelLooks:
         if self.batch.size is not None and not plate.drawn and plate.size != self.batch.size:
             raise DataPlateError(
                 f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
-                f"{self.batch.size} rows; let the plate take its size from the batch, as in "
-                f"pyro.plate({plate.name!r}, len(x)) or pyro.plate({plate.name!r}, num_data, "
-                "subsample=x), or name another plate with data_plate="
+                f"{self.batch.size} rows; take its size from the batch, pyro.plate(name, len(x)) "
+                "or pyro.plate(name, num_data, subsample=x), or name another with data_plate="
             )
         structure = self.run.with_data_plate(plate)
         for site in structure.local_latents:
@@ -133,9 +132,8 @@ class ModelLooks:
             if plate.size > 1 and (len(shape) < -plate.dim or shape[plate.dim] == 1):
                 raise DataPlateError(
                     f"latent site {site.name!r} has batch shape {list(shape)}, one value for the "
-                    f"{plate.size} data of plate {plate.name!r}; give the plate its size, "
-                    f"pyro.plate({plate.name!r}, len(x)), and the site that shape, or pass "
-                    f"{_ONE_DATUM}"
+                    f"{plate.size} data of plate {plate.name!r}; give the site, and the plate, "
+                    f"that size, pyro.plate({plate.name!r}, len(x)), or pass {_ONE_DATUM}"
                 )
         return structure
 
