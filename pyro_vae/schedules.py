@@ -140,10 +140,8 @@ class Cyclical(Schedule):
     def __post_init__(self) -> None:
         _check_whole("period", self.period, 2)
         if not 0 < self.ramp <= 1:
-            raise ValueError(
-                f"ramp={self.ramp!r}: the fraction of a period in which the factor moves, above 0 "
-                "and at most 1, is needed"
-            )
+            what = "the fraction of a period in which the factor moves, above 0 and at most 1"
+            raise ValueError(f"ramp={self.ramp!r}: {what}, is needed")
         _check_factor("start", self.start)
         _check_factor("end", self.end)
         if self.cycles is not None:
@@ -164,8 +162,7 @@ class Cyclical(Schedule):
         over = self.cycles is not None and since >= self.cycles * self.period
         if over or self.start == self.end:
             return since
-        begin = since - since % int(self.period)
-        return max(since, begin + self._ramp_steps)
+        return max(since, since - since % int(self.period) + self._ramp_steps)
 
 
 def factor_at(schedule: Callable[[int], Any], step: int) -> float:
@@ -180,10 +177,8 @@ def factor_at(schedule: Callable[[int], Any], step: int) -> float:
     """
     found = schedule(step)
     if not (isinstance(found, SupportsFloat) and 0 <= float(found) < math.inf):
-        raise ValueError(
-            f"the schedule's factor at step {step}, counted from 0, is {found!r}; a finite number "
-            "of at least 0 is needed"
-        )
+        what = f"the schedule's factor at step {step}, counted from 0, is {found!r}"
+        raise ValueError(f"{what}; a finite number of at least 0 is needed")
     return float(found)
 
 
@@ -197,11 +192,9 @@ def shortfall(schedule: Callable[[int], Any] | None, steps: int) -> str | None:
     Returns:
         Words that begin with the last of these steps, counted from 1.
     """
-    if not isinstance(schedule, Schedule) or steps < 1:
-        return None
     last = steps - 1
-    full = schedule.full_at(last)
-    if full is None or full == last:
+    full = schedule.full_at(last) if isinstance(schedule, Schedule) and steps > 0 else None
+    if schedule is None or full is None or full == last:
         return None
     return (
         f"step {steps}, with the factor {schedule(last):g} on the latent terms; {schedule!r} comes "
@@ -220,6 +213,5 @@ def _check_whole(name: str, value: float, least: int) -> None:
 
 def _check_factor(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(
-            f"{name}={value!r}: a factor on the latent terms is a finite number of at least 0"
-        )
+        what = "a factor on the latent terms is a finite number of at least 0"
+        raise ValueError(f"{name}={value!r}: {what}")

@@ -131,8 +131,7 @@ class ExactStep(EStep):
                 f"{type(problem.guide).__name__}; continuous latents have no exact E-step here: "
                 "choose 'variational', 'importance' or 'nuts'"
             )
-        self._guide = problem.guide
-        self._loss = ELBO(kl="sample")
+        self._guide, self._loss = problem.guide, ELBO(kl="sample")
         self._frozen = contextlib.ExitStack()
 
     def update(self, iteration: int) -> StepELBO:

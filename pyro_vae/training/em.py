@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.structure import inspect
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.e_steps import E_STEPS, EStep, Problem, StepELBO
-from pyro_vae.training.optimizers import make_optimizer
+from pyro_vae.training.optimizers import drop_gradients, make_optimizer
 from pyro_vae.training.parameters import Parameters, all_finite
 from pyro_vae.training.result import EMResult, EMStop, HalfStep
 
@@ -155,7 +155,7 @@ def em(
     seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
     pair = model, guide, data, structure, data_plate
     e = E_STEPS[kind](Problem(*pair, num_particles, e_steps, seed))
-    run = _Run(e, _MStep(parameters, optim, m_steps))
+    run = _Run(e, parameters, optim, m_steps)
     with preserved_rng(data.device):
         try:
             stopped_by = run.loop(num_iterations, tolerance, progress)
@@ -190,8 +190,7 @@ def _check_model(structure: Structure, kind: str) -> None:
         if plate.drawn or plate.size != plate.full_size:
             raise ValueError(
                 f"plate {plate.name!r} holds {plate.size} of {plate.full_size} entries: EM takes "
-                "all the data at once; pass them all, without subsampling, or train by minibatches "
-                "with pyro_vae.fit"
+                "all data at once; pass them without subsampling, or train with pyro_vae.fit"
             )
     for site in structure.sites.values():
         if kind != "exact" and bool((torch.as_tensor(site.scale) != 1).any()):
@@ -220,10 +219,11 @@ def _parameters(model: Program, structure: Structure, batch: Batch) -> Parameter
 
 
 class _Run:
-    """The alternation, and its record."""
+    """The alternation, and its record; an M-step raises the objective, or leaves all alone."""
 
-    def __init__(self, e_step: EStep, m_step: _MStep) -> None:
-        self.e_step, self.m_step = e_step, m_step
+    def __init__(self, e_step: EStep, parameters: Parameters, optim: Any, m_steps: int) -> None:
+        self.e_step, self.parameters, self.m_steps = e_step, parameters, m_steps
+        self.optimizer = None if optim is None else make_optimizer(optim, parameters.trained)
         names = ("iteration", "half_step", "elbo", "elbo_std_error")
         self.history: dict[str, list[Any]] = {name: [] for name in names}
         self.iterations, self.begin = 0, time.perf_counter()
@@ -234,9 +234,9 @@ class _Run:
             with tqdm(total=num_iterations, disable=not progress, unit="iteration") as bar:
                 estimates = [self._record(0, "E", self.e_step.update(0))]
                 for iteration in range(1, num_iterations + 1):
-                    self.m_step.run(self.e_step.objective, iteration)
+                    self._m_step(iteration)
                     self.iterations = iteration
-                    with self.m_step.undone_on_error():
+                    with self._undone_on_error():
                         self._record(iteration, "M", self.e_step.estimate())
                     found = self._record(iteration, "E", self.e_step.update(iteration))
                     estimates = [*estimates, found][-_WINDOW - 1 :]
@@ -262,26 +262,19 @@ class _Run:
             self.history[name].append(value)
         return estimate
 
-
-class _MStep:
-    """Raises an objective in the model's parameters, or leaves them alone."""
-
-    def __init__(self, parameters: Parameters, optim: Any, steps: int) -> None:
-        self.parameters, self.steps = parameters, steps
-        self.optimizer = None if optim is None else make_optimizer(optim, parameters.trained)
-
-    def run(self, objective: Callable[[], Tensor], iteration: int) -> None:
-        """Maximise a deterministic objective; restore the parameters where nothing was gained.
+    def _m_step(self, iteration: int) -> None:
+        """Maximise the objective; restore the parameters where nothing was gained.
 
         Raises:
             NonFiniteHalfStepError: the parameters are those from before.
             ValueError: where the objective depends on none of them.
         """
+        objective = self.e_step.objective
         with torch.no_grad():
             before = float(objective().detach())
         self._state = self.parameters.state()
-        with self.undone_on_error(), pyro.validation_enabled(False):
-            self._climb(objective, before, iteration)
+        with self._undone_on_error(), pyro.validation_enabled(False):
+            self._climb(before, iteration)
             if not self.parameters.finite():
                 raise _failure("a parameter", "M", iteration)
             with torch.no_grad():
@@ -291,7 +284,7 @@ class _MStep:
         if not after > before:
             self.parameters.restore(self._state)
 
-    def _climb(self, objective: Callable[[], Tensor], before: float, iteration: int) -> None:
+    def _climb(self, before: float, iteration: int) -> None:
         """Move the parameters; ``before`` is the objective where they are."""
         trained, calls = self.parameters.trained, 0
 
@@ -299,7 +292,7 @@ class _MStep:
             nonlocal calls
             calls += 1
             try:
-                loss, gradients = self._differentiate(objective, iteration)
+                loss, gradients = self._differentiate(iteration)
             except (NonFiniteHalfStepError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 if calls == 1 or self.optimizer is not None:
                     raise
@@ -315,21 +308,19 @@ class _MStep:
         if self.optimizer is None:
             torch.optim.LBFGS(
                 trained,
-                max_iter=self.steps,
+                max_iter=self.m_steps,
                 tolerance_grad=1e-9,
                 tolerance_change=1e-12,
                 history_size=20,
                 line_search_fn="strong_wolfe",
             ).step(closure)
             return
-        for _ in range(self.steps):
+        for _ in range(self.m_steps):
             self.optimizer.step(closure)
 
-    def _differentiate(
-        self, objective: Callable[[], Tensor], iteration: int
-    ) -> tuple[float, list[Tensor | None]]:
+    def _differentiate(self, iteration: int) -> tuple[float, list[Tensor | None]]:
         """Return minus the objective and its gradients, None for unused parameters."""
-        loss = -objective()
+        loss = -self.e_step.objective()
         gradients = torch.autograd.grad(loss, self.parameters.trained, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
         if not bool(torch.isfinite(loss)) or not all_finite(found):
@@ -339,7 +330,7 @@ class _MStep:
         return float(loss.detach()), list(gradients)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def _undone_on_error(self) -> Iterator[None]:
         """Go back to the parameters before the last M-step if anything is raised inside."""
         try:
             yield
@@ -347,15 +338,13 @@ class _MStep:
             self.parameters.restore(self._state)
             raise
         finally:
-            for parameter in self.parameters.trained:
-                parameter.grad = None
+            drop_gradients(self.parameters.trained)
 
 
 def _failure(what: str, half_step: HalfStep, iteration: int) -> NonFiniteHalfStepError:
     """Return the error for a quantity that is not finite in a half-step."""
     return NonFiniteHalfStepError(
         f"{what} is not finite in the {half_step}-step of iteration {iteration}. The model keeps "
-        "the parameters of the last good half-step. Try another start, float64, or bound the "
-        "scales there",
+        "the parameters of the last good half-step. Try another start, float64, or bound scales",
         *(half_step, iteration),
     )

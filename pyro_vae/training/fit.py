@@ -171,19 +171,20 @@ def fit(
     check_compile(compile)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
-    for module in filter(None, map(module_of, (model, guide))):
-        if device is not None:
-            module.to(device)
+    for module in filter(None, map(module_of, (model, guide) if device is not None else ())):
+        module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
     as_svi = not isinstance(loss, Objective)
     options = (batch_size, device, data_plate, drop_last)
     training = TrainingData(model, guide, data, *options, as_svi=as_svi)
     held_out = None if validation_data is None else training.validation(validation_data)
-    total = _total_steps(limits, training.steps_per_epoch)
+    per_epoch = training.steps_per_epoch
+    by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
+    total = min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
     with one_thread(), seeded(training.batch.device, seed):
         steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile, total)
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        result = _Trainer(steps, validation, limits, callbacks, checkpoint).run(progress)
+        result = _Trainer(steps, validation, limits, list(callbacks), checkpoint).run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
@@ -225,20 +226,13 @@ def _check_loss(loss: Any, schedule: Any) -> None:
     if not isinstance(loss, pyro.infer.ELBO):
         raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
     if isinstance(loss, pyro.infer.ReweightedWakeSleep):
-        raise TypeError(
-            "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
-        )
+        what = "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
+        raise TypeError(what)
     if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
         raise TypeError(
             f"schedule={schedule!r}: a function from a step to the factor is needed; one "
             "factor for all steps is pyro_vae.schedules.Constant(beta)"
         )
-
-
-def _total_steps(limits: _Limits, per_epoch: int | None) -> int | None:
-    """Return how many steps there will be in all at most; None where that is not known."""
-    by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
-    return min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
 
 
 @dataclass
@@ -253,27 +247,23 @@ class _Progress:
     history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
 
 
+@dataclass
 class _Trainer:
     """The loop over epochs: steps, validation, callbacks, checkpoint."""
 
-    def __init__(
-        self,
-        steps: TrainingSteps,
-        validation: Validation | None,
-        limits: _Limits,
-        callbacks: Iterable[Callback],
-        checkpoint: str | os.PathLike[str] | None,
-    ) -> None:
-        self.steps, self.validation, self.limits = steps, validation, limits
-        self.callbacks, self.checkpoint = list(callbacks), checkpoint
-        self.state = _Progress()
-        self.best: State | None = None  # at the end of the epoch that validated best
-        self._unsaved = False
-        if checkpoint is not None and os.path.exists(checkpoint):
-            self._resume(checkpoint)
+    steps: TrainingSteps
+    validation: Validation | None
+    limits: _Limits
+    callbacks: list[Callback]
+    checkpoint: str | os.PathLike[str] | None
+    state: _Progress = field(default_factory=_Progress)
+    best: State | None = None  # at the end of the epoch that validated best
+    unsaved: bool = False
 
     def run(self, progress: bool) -> FitResult:
         """Train until a limit is reached, and leave the best parameters in place."""
+        if self.checkpoint is not None and os.path.exists(self.checkpoint):
+            self._resume(self.checkpoint)
         state, total, schedule = self.state, self.steps.expected, self.steps.schedule
         if total and total > state.step and (text := shortfall(schedule, total)):
             logger.warning("training will end by %s", text)
@@ -284,7 +274,7 @@ class _Trainer:
                 stopped_by = "interrupted"
                 self.steps.read()
                 state.step = self.steps.taken
-                if self._unsaved:  # in a callback: the epoch is whole
+                if self.unsaved:  # in a callback: the epoch is whole
                     self._save()
         self.steps.drop_gradients()
         kept = f"step {state.step}"
@@ -298,23 +288,19 @@ class _Trainer:
             logger.warning("training ended (%s) at %s", stopped_by, short)
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
 
-    def _ended(self) -> FitStop | None:
-        """Return which limit training has come to, if any."""
-        state = self.state
-        stalled = state.epoch - state.best_epoch
-        counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
-        return next((name for name, limit in self.limits.items() if counts[name] >= limit), None)
-
     def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
-        while (stopped_by := self._ended()) is None:
+        state, ended = self.state, False
+        while not ended:
+            stalled = state.epoch - state.best_epoch
+            counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
+            if reached := [name for name, limit in self.limits.items() if counts[name] >= limit]:
+                return reached[0]
             epoch = self._epoch(bar)
-            self._unsaved = self.checkpoint is not None
+            self.unsaved = self.checkpoint is not None
             ended = self._call_back(epoch)
             # After them: the checkpoint holds what they set, such as a learning rate.
             self._save()
-            if ended:
-                return "callback"
-        return stopped_by
+        return "callback"
 
     def _epoch(self, bar: tqdm[NoReturn]) -> Epoch:
         state, begin = self.state, time.perf_counter() - self.state.elapsed
@@ -327,7 +313,7 @@ class _Trainer:
             state.step = self.steps.taken
             # At each step, because the time of an epoch that is broken off counts too.
             state.elapsed = time.perf_counter() - begin
-            bar.set_postfix(self._postfix(mean_elbo(elbos[-_SHOWN:])[0]), refresh=False)
+            self._show(bar, mean_elbo(elbos[-_SHOWN:])[0], refresh=False)
 
         for index, batch in self.steps.data.epoch():
             self.steps.take(index, batch)
@@ -351,29 +337,28 @@ class _Trainer:
             state.best_epoch = state.epoch
         elif validation > state.best_elbo:
             state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
-        bar.set_postfix(self._postfix(elbo), refresh=True)
+        self._show(bar, elbo, refresh=True)
         return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
 
-    def _postfix(self, elbo: float) -> dict[str, str]:
+    def _show(self, bar: tqdm[NoReturn], elbo: float, *, refresh: bool) -> None:
         shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
         if self.state.epoch and self.validation is not None:
             shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
-        return shown
+        bar.set_postfix(shown, refresh=refresh)
 
     def _call_back(self, epoch: Epoch) -> bool:
         """Call all callbacks; return whether one of them ends training."""
-        answers = []
+        ended = False
         for callback in self.callbacks:
             if isinstance(callback, ReduceLROnPlateau):
-                elbo = epoch.elbo if self.validation is None else epoch.validation_elbo
-                callback.step(-elbo)
+                callback.step(-(epoch.elbo if self.validation is None else epoch.validation_elbo))
             elif isinstance(callback, LRScheduler):
                 callback.step()
             else:
-                answers.append(callback(epoch))
+                ended |= bool(callback(epoch))
         if self.callbacks:
             self.steps.last = self.steps.parameters.state()  # which they may have changed
-        return any(answers)
+        return ended
 
     # --- checkpoints
 
@@ -394,7 +379,7 @@ class _Trainer:
             "random_state": random_state(),
         }
         checkpoints.save(content, self.checkpoint)
-        self._unsaved = False
+        self.unsaved = False
 
     def _resume(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint.

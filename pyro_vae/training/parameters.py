@@ -78,16 +78,9 @@ class Parameters:
                 # A network of the model's and one of the guide's may have one name.
                 self._stored[name if name not in self._stored else f"{name} (guide)"] = tensor
         of_modules = {id(p) for module in modules for p in parameters_of(module).values()}
-        self.late = tuple(
-            name
-            for name, tensor in self._stored.items()
-            if name in self._first.made and "$$$" not in name and id(tensor) not in of_modules
-        )
-        # Running means of modules that plain functions call, in order.
-        kept = {id(buffer) for root in roots for buffer in root.buffers()}
-        buffers = {id(buffer): buffer for module in called for buffer in module.buffers()}
-        others = (buffer for key, buffer in buffers.items() if key not in kept)
-        self._buffers = {str(number): buffer for number, buffer in enumerate(others)}
+        first = {n: p for n, p in self._stored.items() if n in self._first.made and "$$$" not in n}
+        self.late = tuple(name for name, p in first.items() if id(p) not in of_modules)
+        self._buffers = self._find_buffers(called)
         ids = {id(tensor) for _, tensor in registered}
         self.unregistered = {
             role: [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in ids]
@@ -104,13 +97,18 @@ class Parameters:
 
     def _run(self) -> tuple[list[nn.Module], ParamStatements]:
         """Run the pair; return the modules that it calls, and its param statements."""
-        with (
-            looking(*self._pair, device=self._batch.device, first=self._first),
-            called_modules() as called,
-            ParamStatements(checked=True) as statements,
-        ):
+        statements = ParamStatements(checked=True)
+        seen = looking(*self._pair, device=self._batch.device, first=self._first)
+        with seen, called_modules() as called, statements:
             trace_pair(*self._pair, self._batch)
         return list(called.values()), statements
+
+    def _find_buffers(self, called: Iterable[nn.Module]) -> dict[str, Tensor]:
+        """Return the buffers (running means) of modules that plain functions call, in order."""
+        held = {id(buffer) for module in self._modules.values() for buffer in module.buffers()}
+        found = {id(buffer): buffer for module in called for buffer in module.buffers()}
+        others = (buffer for key, buffer in found.items() if key not in held)
+        return {str(number): buffer for number, buffer in enumerate(others)}
 
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""

@@ -124,11 +124,8 @@ class TrainingSteps:
             self.parameters = Parameters(model, guide, data.example, pair)
         for role, names in self.parameters.unregistered.items():
             if names:
-                logger.info(
-                    "trained are all parameters of modules, also those that are not registered "
-                    "with Pyro. %s: %s",
-                    *(role, ", ".join(names)),
-                )
+                text = "parameters that are not registered with Pyro are trained too. %s: %s"
+                logger.info(text, role, ", ".join(names))
         self.last = self.parameters.state()
         self._optim = optim
         self._update: Update | None = None
@@ -163,8 +160,14 @@ class TrainingSteps:
     def _begin(self) -> Update:
         """Make the optimizer, now that all parameters have their first values."""
         self.last = self.parameters.state()
-        update = self._update = Update(make_optimizer(self._optim, self.parameters.trained))
-        update.failed = self._mark_for(update.optimizer)
+        trained = self.parameters.trained
+        update = self._update = Update(make_optimizer(self._optim, trained))
+        devices = {parameter.device for parameter in trained}
+        fused = all(group.get("fused") for group in update.optimizer.param_groups)
+        device = devices.pop()
+        # Only fused optimizers look at the mark: with others, the parameters would be lost.
+        if fused and device.type in _QUEUED and not devices:
+            update.failed = torch.zeros((), dtype=torch.float32, device=device)  # as kernels read
         self._traced.checked = update.failed is None
         return update
 
@@ -174,15 +177,6 @@ class TrainingSteps:
         if self._update is None:
             raise RuntimeError("the optimizer is made in the first step, or by resume()")
         return self._update.optimizer
-
-    def _mark_for(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Return the device's own mark of a failure; None where each step's loss is read."""
-        devices = {parameter.device for parameter in self.parameters.trained}
-        # Only fused optimizers look at the mark: with others, the parameters would be lost.
-        fused, device = all(g.get("fused") for g in optimizer.param_groups), devices.pop()
-        if devices or device.type not in _QUEUED or not fused:
-            return None
-        return torch.zeros((), dtype=torch.float32, device=device)  # as kernels read it
 
     @property
     def factor(self) -> float:
@@ -240,8 +234,7 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
-            start = _Start(self.taken + 1, batch.size, index, batch, random_state())
-            self._take(start, batch)
+            self._take(_Start(self.taken + 1, batch.size, index, batch, random_state()), batch)
         except Exception:
             self._look()  # at steps before, one of which may have failed first
             raise
@@ -345,11 +338,8 @@ class TrainingSteps:
             # The update before this step overflowed, or a running mean in this one.
             self.parameters.restore(self.last)
             kept = f"the end of epoch {self.epochs}" if self.epochs else "the start"
-        where = (
-            "at sites " + ", ".join(sites)
-            if sites
-            else "though each site's log density is: a derivative, a sum or a KL overflows"
-        )
+        where = "though each site's log density is: a derivative, a sum or a KL overflows"
+        where = f"at sites {', '.join(sites)}" if sites else where
         return NonFiniteLossError(
             f"{what} of step {start.number} is not finite, {where}. Model and guide keep the "
             f"parameters of {kept}. Try a smaller learning rate, or bound the scale or logit there",

@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import pyro.util
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.compiler import gradient_hooks
 from pyro_vae.compiler.agreement import gradients_differ, losses_differ
@@ -169,17 +169,12 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
             inputs = []
             form = form_of(structure, inputs)
             entry = self._find((form, *setting))
-        if entry is None or self._is_stale(entry):
-            entry = self._new_entry((form, *setting))
+        if entry is not None and not entry.holds():  # as after train() or eval()
+            self._num_wasted += entry.calls < _WORTHWHILE_CALLS
+            self._last_change = entry.watched.changed() or self._last_change
+            entry = None
+        entry = self._new_entry((form, *setting)) if entry is None else entry
         return Step(entry, inputs, args, kwargs, structure, numbers, key)
-
-    def _is_stale(self, entry: StepEntry) -> bool:
-        """Return whether what an entry was found for has changed, as after train() or eval()."""
-        if entry.holds():
-            return False
-        self._num_wasted += entry.calls < _WORTHWHILE_CALLS
-        self._last_change = entry.watched.changed() or self._last_change
-        return True
 
     def _new_entry(self, signature: Hashable) -> StepEntry:
         """Return an entry for a signature; one that waits where others were not worth a trace."""
@@ -222,7 +217,16 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         owners = filter(None, (module_of(unwrapped(fn)) for fn in (self.model, self.guide)))
         modules = {id(m): m for owner in owners for m in owner.modules()} | called
         stated = list(statements.tensors(modules.values()))
-        self._note_parameters(entry, [tensor for _, tensor in stated], wanted, modules.values())
+        own = [p for m in modules.values() for p in parameters_of(m).values() if p is not None]
+        held = set(map(id, own))
+        found = {id(tensor): tensor for _, tensor in stated}
+        found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
+        entry.parameters = self.current = [p for p in found.values() if p.requires_grad]
+        entry.num_hooks = -1
+        entry.unregistered = [p for p in own if id(p) not in found]
+        self.unregistered = [p for p in entry.unregistered if p.grad is not None]
+        met = set(map(id, self.parameters))
+        self.parameters += [p for p in entry.parameters if id(p) not in met]
         if not entry.given_up and entry.calls >= entry.min_calls:
             names = [name for name, _ in stated]
             entry.watched = Watched(self._roots, modules.values(), names, modes=self._modes)
@@ -232,29 +236,6 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
                 self._warn("a gradient is sparse, as of nn.Embedding(sparse=True)")
         self.health = self._health(loss, [parameter.grad for parameter in entry.parameters])
         return loss
-
-    def _note_parameters(
-        self,
-        entry: StepEntry,
-        stated: list[Tensor],
-        wanted: list[Tensor],
-        modules: Iterable[nn.Module],
-    ) -> None:
-        """Note whose gradients a step gives, and which of them nobody wants.
-
-        ``stated`` are the tensors that Pyro knows of, ``modules`` those in use.
-        """
-        own = [p for module in modules for p in parameters_of(module).values() if p is not None]
-        held = set(map(id, own))
-        found = {id(tensor): tensor for tensor in stated}
-        found.update((id(p), p) for p in wanted if id(p) in held or p.grad is not None)
-        entry.parameters = [p for p in found.values() if p.requires_grad]
-        entry.num_hooks = -1
-        entry.unregistered = [p for p in own if id(p) not in found]
-        self.current = entry.parameters
-        self.unregistered = [p for p in entry.unregistered if p.grad is not None]
-        known = set(map(id, self.parameters))
-        self.parameters += [p for p in entry.parameters if id(p) not in known]
 
     def _loss_and_grads(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run the loss eagerly; errors are raised without Pyro's table."""
