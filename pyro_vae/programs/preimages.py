@@ -29,16 +29,12 @@ from pyro_vae.programs.types import Distribution, Node
 
 _KEY = "_preimage"  # in a site's infer, which a replay hands from the guide to the model
 
-_SATURATING = (
-    td.ExpTransform,
-    td.SigmoidTransform,
-    td.SoftplusTransform,
-    td.StickBreakingTransform,
-    td.CorrCholeskyTransform,
-)
-# Of these the log determinant is known from what goes in.
-_KNOWN = (*_SATURATING, td.AffineTransform, td.TanhTransform, OrderedTransform)
 _Logs = dict[type, Callable[[Tensor], Tensor]]
+# The ends of what a transform leads to from anywhere.
+_ENDS: dict[type, tuple[float, float | None]] = {
+    **dict.fromkeys((td.ExpTransform, td.SoftplusTransform), (0.0, None)),
+    td.SigmoidTransform: (0.0, 1.0),
+}
 _UNRESOLVED = 1e-3  # nats, or of a logarithm, that rounding may change
 
 
@@ -89,18 +85,14 @@ def _ends(transforms: Sequence[td.Transform]) -> tuple[float | None, float | Non
     low: float | None = None
     high: float | None = None
     for t in transforms:
-        if type(t) is td.ExpTransform or type(t) is td.SoftplusTransform:
-            low, high = 0.0, None
-        elif type(t) is td.SigmoidTransform:
-            low, high = 0.0, 1.0
-        elif numbers := plain_affine(t):
+        if numbers := plain_affine(t):
             loc, scale = numbers
             low, high = (None if end is None else loc + scale * end for end in (low, high))
             low, high = (low, high) if scale > 0 else (high, low)
         elif type(t) is td.AffineTransform:
             return None, None
         else:
-            low = high = None
+            low, high = _ENDS.get(type(t), (None, None))
     return low, high
 
 
@@ -353,6 +345,10 @@ _LOG_VALUE: _Logs = {
 _LOG_COMPLEMENT: _Logs = {td.SigmoidTransform: lambda x: logsigmoid(-x)}
 # Of the diagonal of a correlation's Cholesky factor, without its first entry.
 _LOG_DIAGONAL: _Logs = {td.CorrCholeskyTransform: _log_diagonal}
+
+_SATURATING = (*_LOG_VALUE, *_LOG_DIAGONAL)
+# Of these the log determinant is known from what goes in.
+_KNOWN = (*_SATURATING, td.AffineTransform, td.TanhTransform, OrderedTransform)
 
 
 # --- priors by these logarithms

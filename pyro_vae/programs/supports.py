@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import pyro.distributions as dist
@@ -219,8 +218,8 @@ def edge_share(
     if isinstance(support, type(constraints.simplex)):
         ends, value = (0.0,), value.min(-1).values
     else:
-        bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-        ends = tuple(bound for bound in bounds if bound is not None)
+        names = ("lower_bound", "upper_bound")
+        ends = tuple(getattr(support, name) for name in names if hasattr(support, name))
     worst = 0.0
     for end in map(torch.as_tensor, ends):
         if axis is not None and end.ndim >= -axis and end.shape[axis] > 1:
@@ -258,12 +257,7 @@ class SameMeasure(Messenger):
         self._proposals = dict(latent_nodes(guide_trace))
         self._outside: list[str] = []
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
         if isinstance(error, ValueError) and self._outside:
             raise ValueError(
