@@ -19,7 +19,7 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import Distribution, Node, Program, Trace
+from pyro_vae.programs.types import Distribution, Program, Trace
 
 _SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
@@ -312,13 +312,9 @@ def points(guide: Program, batch: Batch, guide_trace: Trace) -> list[str]:
     """
     nodes = dict(latent_nodes(guide_trace))
     auxiliary = {n for n, node in nodes.items() if node["infer"].get("is_auxiliary")}
-    bare = [n for n, node in nodes.items() if n not in auxiliary and _bare_point(node)]
+    fixed = {n: node for n, node in nodes.items() if n not in auxiliary and is_point(node["fn"])}
+    bare = [n for n, at in fixed.items() if bool((at["fn"].log_prob(at["value"]) == 0).all())]
     if not bare or not auxiliary:
         return bare
     again = trace_guide(guide, batch)
     return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]
-
-
-def _bare_point(node: Node) -> bool:
-    """Whether a guide's site is a Delta that carries no density of a distribution."""
-    return is_point(node["fn"]) and bool((node["fn"].log_prob(node["value"]) == 0).all())

@@ -101,9 +101,8 @@ def keep_apart(module: nn.Module) -> None:
     Args:
         module: a model or a guide; anything but a PyroModule is left alone.
     """
-    if not isinstance(module, PyroModule) or module in _names or is_called(module):
-        return
-    if pyro.settings.get("module_local_params"):
+    local = pyro.settings.get("module_local_params")
+    if local or not isinstance(module, PyroModule) or module in _names or is_called(module):
         return
     taken = _taken(module, store_parameters())
     looked_for = frozenset(map(id, taken.values()))
@@ -204,13 +203,12 @@ class ParamStatements(Messenger):
         """
         held = {id(p) for module in modules for p in parameters_of(module).values()}
         for name, stored, own, gradient in self._found.values():
-            if own is None or not ("$$$" in name or id(own) in held):
-                yield name, stored
-                continue
-            yield name, own
+            in_use = own is not None and ("$$$" in name or id(own) in held)
+            if own is not None and in_use:
+                yield name, own
             # Which pyro.module(update_module_params=True) may have put in the place of the other.
             replaced = id(stored) in held and id(own) not in held
-            if replaced or _mark(stored.grad) != gradient:
+            if not in_use or replaced or _mark(stored.grad) != gradient:
                 yield name, stored
 
     @property

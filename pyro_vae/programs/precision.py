@@ -6,6 +6,7 @@ their sum is small, and what it is has been rounded away.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -28,10 +29,9 @@ def widened(fn: Distribution) -> Distribution | None:
     Args:
         fn: a distribution.
     """
-    try:
+    with contextlib.suppress(_CannotWidenError):
         return _widened(fn)
-    except _CannotWidenError:
-        return None
+    return None
 
 
 def _widened(part: Any) -> Any:

@@ -176,11 +176,7 @@ def looking(
 
 @contextlib.contextmanager
 def _as_found(
-    modules: Iterable[nn.Module],
-    training: list[nn.Module],
-    first: FirstValues | None,
-    *,
-    every: bool,
+    modules: list[nn.Module], training: list[nn.Module], first: FirstValues | None, *, every: bool
 ) -> Iterator[None]:
     """Put back modes, buffers and Pyro's store at the end.
 
@@ -307,7 +303,7 @@ def as_in_training(
     """
     dropouts: list[nn.Module] = [m for m in modules if isinstance(m, Dropout) and m.training]
     # A guide's BatchNorms too, which are not among those that are compared, are put back.
-    with _as_found((), dropouts, first, every=False):
+    with _as_found([], dropouts, first, every=False):
         yield
 
 
