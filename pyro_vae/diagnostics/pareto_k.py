@@ -104,10 +104,9 @@ class SmoothedWeights:
         some = ~np.isneginf(log_weights).all(axis=1)
         weights = np.full(log_weights.shape, np.nan)
         pareto_k = np.full(len(log_weights), np.inf)
-        if some.any():
-            smoothed, pareto_k[some] = psis(log_weights[some])
-            found = np.exp(smoothed - smoothed.max(1, keepdims=True))
-            weights[some] = found / found.sum(1, keepdims=True)
+        smoothed, pareto_k[some] = psis(log_weights[some])
+        found = np.exp(smoothed - smoothed.max(1, keepdims=True))
+        weights[some] = found / found.sum(1, keepdims=True)
         return cls(weights, pareto_k, 1 / (weights**2).sum(1))
 
     def draw(self, num_draws: int, key: Sequence[int]) -> np.ndarray:

@@ -254,12 +254,8 @@ def _aligned(evaluators: Sequence[Evaluator]) -> bool:
 
 def _log_guides(evaluators: Sequence[Evaluator], mine: int, chunk: Chunk, crossed: bool) -> Tensor:
     """Return log densities of one guide's draws, [G, k, n]: under all guides, or its own."""
-    return torch.stack(
-        [
-            chunk.weights.log_guide
-            if other == mine
-            else evaluator.score_guide(chunk.rows, chunk.values)
-            for other, evaluator in enumerate(evaluators)
-            if crossed or other == mine
-        ]
-    )
+    own, draws = chunk.weights.log_guide, (chunk.rows, chunk.values)
+    if not crossed:
+        return own[None]
+    guides = enumerate(evaluators)
+    return torch.stack([own if n == mine else one.score_guide(*draws) for n, one in guides])

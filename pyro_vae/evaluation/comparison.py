@@ -91,8 +91,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
     Args:
         comparisons: a label of the data, possibly empty, to a comparison.
     """
-    rows = [_HEADER]
-    notes: list[str] = []
+    rows, notes = [_HEADER], []
     for label, comparison in comparisons.items():
         data = comparison.dataset
         for guide, row in comparison.summary().iterrows():

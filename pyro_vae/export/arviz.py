@@ -115,7 +115,7 @@ def to_arviz(
         )
     elif resample is not None:
         index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING])
-        _resample(groups, index, [site.name for site in deterministic if not site.per_datum])
+        _resample(groups, index, [site.name for site in deterministic if site.data_axis is None])
         if doubt:
             logger.warning("to_arviz: resampled draws, %s", doubt)
     groups["constant_data"] = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
@@ -158,7 +158,7 @@ def _draw_groups(
             block.append(groups)
         blocks.append(block)
     sites = [] if deterministic is None else list(deterministic.sites.values())
-    return _joined(blocks, {site.name for site in sites if not site.per_datum}), sites
+    return _joined(blocks, {site.name for site in sites if site.data_axis is None}), sites
 
 
 def _groups_of(
@@ -253,7 +253,7 @@ def _names(
     lead = [] if structure.data_plate is None else [_DATUM]
     labels = {**{name: np.arange(structure.num_data) for name in lead}, **(coords or {})}
     leads = dict.fromkeys(structure.sites, lead)
-    leads |= {site.name: lead if site.per_datum else [] for site in deterministic}
+    leads |= {site.name: [] if site.data_axis is None else lead for site in deterministic}
     tails = {name: inner_dims(site, structure) for name, site in structure.sites.items()}
     tails |= {site.name: list(site.dims) for site in deterministic}
     if unknown := set(dims or {}) - set(tails):

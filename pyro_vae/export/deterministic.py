@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -33,11 +34,6 @@ class DeterministicSite:
     data_axis: int | None
     dims: tuple[str, ...]
 
-    @property
-    def per_datum(self) -> bool:
-        """Whether it has a value for each datum."""
-        return self.data_axis is not None
-
 
 class DeterministicValues:
     """Computes the sites' values for particles, run by plate, by repeat or in a loop.
@@ -56,7 +52,7 @@ class DeterministicValues:
         self._evaluator = evaluator
         few = {name: value[:2] for name, value in values.items()}
         self.sites: dict[str, DeterministicSite] = self._look(rows, few)
-        together, alone = (self._folded(rows, few, each) for each in (False, True))
+        together, alone = (self.sites and self._folded(rows, few, each) for each in (False, True))
         self._alone = not (
             together and alone and all(agree(together[name], alone[name]) for name in self.sites)
         )
@@ -78,7 +74,7 @@ class DeterministicValues:
         evaluator, size = self._evaluator, rows.stop - rows.start
         alone = evaluator.deterministic_nodes(rows, few, alone=True)
         fewer: Mapping[str, list[Node]] = {}
-        if evaluator.splittable and size > 1:
+        if alone and evaluator.splittable and size > 1:
             half = slice(rows.start, rows.start + (size + 1) // 2)
             some = evaluator.take_data(few, slice(0, (size + 1) // 2), size)
             fewer = evaluator.deterministic_nodes(half, some, alone=True)
@@ -106,11 +102,9 @@ class DeterministicValues:
         folded = {}
         for name, site in self.sites.items():
             each = [node["value"] for node in found.get(name, [])]
-            value = _by_particle(each, site, num_particles, mode)
-            if value is None:
-                return None
-            folded[name] = value
-        return folded
+            folded[name] = _by_particle(each, site, num_particles, mode)
+        known = {name: value for name, value in folded.items() if value is not None}
+        return known if len(known) == len(folded) else None
 
 
 def _by_particle(
@@ -156,18 +150,15 @@ def _dims(
 ) -> tuple[str, ...]:
     """Return the names of the axes but the data's: of plates, where sizes fit."""
     shape = node["value"].shape
-    plates: dict[int, str] = {}
     known = _event_ndim(node)
     frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-    for events in range(len(shape) + 1) if known is None else (known,):
-        found = {len(shape) - events + plate.dim: plate for plate in frames}
-        if all(
-            axis >= 0
-            and shape[axis] == plate.size
-            and (data_plate is None or plate.name != data_plate.name or axis == data_axis)
-            for axis, plate in found.items()
-        ):
-            plates = {axis: plate.name for axis, plate in found.items()}
-            break
+
+    def fits(axis: int, plate: Plate) -> bool:
+        misplaced = data_plate and plate.name == data_plate.name and axis != data_axis
+        return axis >= 0 and shape[axis] == plate.size and not misplaced
+
+    guesses = range(len(shape) + 1) if known is None else (known,)
+    by_axis = ({len(shape) - events + plate.dim: plate for plate in frames} for events in guesses)
+    plates = next((found for found in by_axis if all(starmap(fits, found.items()))), {})
     axes = [axis for axis in range(len(shape)) if axis != data_axis]
-    return tuple(plates.get(axis, f"{name}_dim_{i}") for i, axis in enumerate(axes))
+    return tuple(plates[a].name if a in plates else f"{name}_dim_{i}" for i, a in enumerate(axes))

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     from pyro_vae.training.result import FitResult
 
@@ -35,7 +33,7 @@ _TEN = (
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
 _GREY = "#999999"
-_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
+_STYLES = ("-", "--", ":", "-.")
 
 _UNRELIABLE_K = 0.7  # Vehtari, Simpson, Gelman, Yao and Gabry (2024), section 3.2
 
@@ -102,7 +100,7 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("nats lost per datum, below log p(x)")
     bars = {_BLUE: "approximation gap (family)", _ORANGE: "amortization gap (encoder)"}
     bars |= {} if all(is_split) else {_GREY: "gap, not split"}
-    handles = [_patch(color, label) for color, label in bars.items()]
+    handles = [_handle(color, label) for color, label in bars.items()]
     _title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
     return ax
 
@@ -131,9 +129,9 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0.0, 1.02)
     ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="share of the data below")
     ax.grid(alpha=0.3)
-    handles = [_line(color, "-", guide) for guide, color in colors.items()]
+    handles = [_handle(color, guide, "-") for guide, color in colors.items()]
     if len(names) > 1:
-        handles += [_line("black", style, name) for name, style in styles.items()]
+        handles += [_handle("black", name, style) for name, style in styles.items()]
     _title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
     return ax
 
@@ -180,8 +178,8 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", _UNRELIABLE_K: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xlabel("Pareto k-hat of a datum's importance weights")
-    unreliable = _patch(_VERMILION, "above 0.7: importance estimates are unreliable")
-    handles = [_patch(_BLUE, "up to 0.7"), unreliable]
+    unreliable = _handle(_VERMILION, "above 0.7: importance estimates are unreliable")
+    handles = [_handle(_BLUE, "up to 0.7"), unreliable]
     _title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
     return ax
 
@@ -212,11 +210,10 @@ def plot_latents(
     points, names = _two_dimensions(means)
     ax = _axes(ax, (6.4, 5.4))
     dots: dict[str, Any] = {"s": 14, "alpha": 0.8, "linewidths": 0.0}
+    classes = np.unique([] if labels is None else labels)
     if labels is None:
         ax.scatter(*points.T, color=_BLUE, **dots)
     else:
-        labels = np.asarray(labels)
-        classes = np.unique(labels)
         for color, label in zip(_class_colors(len(classes)), classes, strict=True):
             ax.scatter(*points[labels == label].T, color=color, label=str(label), **dots)
         columns = 1 + (len(classes) - 1) // 20
@@ -395,16 +392,11 @@ def _class_colors(number: int) -> Sequence[str | np.ndarray]:
     return list(pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, number)))
 
 
-def _line(color: str, style: Any, label: str) -> Line2D:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=color, linestyle=style, label=label)
-
-
-def _patch(color: str, label: str) -> Patch:
-    from matplotlib.patches import Patch
-
-    return Patch(color=color, label=label)
+def _handle(color: str, label: str, style: str | None = None) -> Artist:
+    """Return an entry of a legend: a patch, or a line of some style."""
+    if style is None:
+        return pyplot().Rectangle((0, 0), 1, 1, color=color, label=label)
+    return pyplot().Line2D([], [], color=color, linestyle=style, label=label)
 
 
 def _number(value: float, digits: int = 2) -> str:
