@@ -230,8 +230,7 @@ def elbo(
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
-        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
-            again and again, and compiles it where there is enough of it to save time.
+        compile: as in :func:`pyro_vae.log_weights`.
 
     Returns:
         A Bound with value [N] and std_error [N], in nats; pareto_k [N] and ess [N] of the
@@ -274,8 +273,7 @@ def iwae_bound(
         data_plate: as in :func:`pyro_vae.log_weights`.
         particles: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
-        compile: as in :class:`pyro_vae.CompiledSVI`: "auto" records what is drawn and scored
-            again and again, and compiles it where there is enough of it to save time.
+        compile: as in :func:`pyro_vae.log_weights`.
 
     Returns:
         A Bound with value [N] and std_error [N] (delta method), in nats; pareto_k [N] and

@@ -47,15 +47,14 @@ def plot_reconstructions(
     rows = {name: np.asarray(images) for name, images in named.items() if images is not None}
     height, width = shape
     for name, images in rows.items():
-        if images.ndim != 2 or images.shape[1] != height * width:
+        if images.shape[1:] != (height * width,):
             wanted = f"[n, {height * width}] for images of {height} x {width}"
             raise ValueError(f"{name}: wanted shape {wanted}, found {list(images.shape)}")
     if len(data) != len(reconstructions):
         raise ValueError(f"{len(data)} data, but {len(reconstructions)} reconstructions")
     shown = {name: images[:num_columns] for name, images in rows.items()}
-    low = min(float(images.min()) for images in shown.values())
-    high = max(float(images.max()) for images in shown.values())
-    figure, panels, picture = _draw_rows(shown, shape, low, high)
+    every = np.concatenate(list(shown.values()))
+    figure, panels, picture = _draw_rows(shown, shape, float(every.min()), float(every.max()))
     figure.colorbar(picture, ax=list(panels.values()), label=unit, aspect=30)
     figure.suptitle(", ".join(shown).capitalize())
     return figure
@@ -106,8 +105,9 @@ def plot_imputation(
     known = np.concatenate([rows["mean"][seen], *(rows["truth"] if truth is not None else [])])
     scale = known if known.size else rows["mean"]
     low, high = float(scale.min()), float(scale.max())
-    cut = _cut(np.stack(list(rows.values())), low, high)
-
+    every = np.stack(list(rows.values()))
+    below, above = bool((every < low).any()), bool((every > high).any())
+    cut = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
     figure, panels, picture = _draw_rows(rows, shape, low, high)
     from matplotlib.colors import ListedColormap  # after pyplot has been asked for
 
@@ -116,12 +116,6 @@ def plot_imputation(
     figure.colorbar(picture, ax=list(panels.values()), label=unit, aspect=30, extend=cut)
     figure.suptitle("Missing pixels (blue), imputed from those that are seen")
     return figure
-
-
-def _cut(values: np.ndarray, low: float, high: float) -> str:
-    """Return on which sides values exceed a scale, in Matplotlib's words."""
-    below, above = bool((values < low).any()), bool((values > high).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 def _draw_rows(
