@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
+from pyro_vae.programs.masks import Descendants
 
 X = torch.linspace(-1, 3, 8, dtype=torch.float64)
 
@@ -294,3 +295,26 @@ def test_traced_steps_take_the_same_masks(loss, masked):
     assert ((bound.value - evidence).abs() < 5 * bound.std_error + 1e-3).all()
     elbo = pv.elbo(model, guide, x, num_particles=20_000, seed=0)
     assert (elbo.value < evidence + 3 * elbo.std_error).all()
+
+
+# --- what is computed from draws
+
+
+def test_descendants_are_found_through_views_and_writes_to_them():
+    z, data = torch.randn(3), torch.randn(3)
+    with Descendants([z]) as found:
+        written, untouched = torch.zeros(2, 3), torch.zeros(2, 3)
+        written[0] = z.exp()
+        of_data = (data > 0) & (data < 1)
+        both = of_data & (z > 0)
+    assert found.includes(written) and found.includes(both) and found.includes(z[1:])
+    assert not found.includes(untouched) and not found.includes(of_data)
+    assert not found.includes(None) and not found.read
+
+
+def test_a_number_read_out_of_a_descendant_is_noted():
+    z, data = torch.ones(3), torch.ones(3)
+    with Descendants([z]) as found:
+        assert bool((data > 0).all()) and not found.read
+        assert bool((z.exp() > 0).all())
+    assert found.read
