@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ class Batch:
         kwargs = {name: apply(value) for name, value in self.kwargs.items()}
         return Batch(tuple(map(apply, self.args)), kwargs, self.has_rows)
 
-    def _is_rows(self, value: Any) -> bool:
+    def _is_rows(self, value: object) -> bool:
         return self.has_rows and _has_dimensions(value)
 
 
@@ -293,14 +293,14 @@ def dtype_errors(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {list(value.shape)}"
     text = repr(value)
     return text if len(text) < 40 else f"{text[:36]} ..."
 
 
-def _check_kind(name: str, value: Any) -> None:
+def _check_kind(name: str, value: object) -> None:
     """Raise TypeError for what no rows can be taken of as of a tensor."""
     sparse = isinstance(value, Tensor) and value.layout is not torch.strided
     if sparse or (hasattr(value, "tocsr") and hasattr(value, "toarray")):
@@ -320,7 +320,7 @@ def _check_kind(name: str, value: Any) -> None:
         )
 
 
-def _has_dimensions(value: Any) -> bool:
+def _has_dimensions(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim > 0
 
 

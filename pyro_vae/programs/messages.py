@@ -12,7 +12,7 @@ from typing import Any
 from pyro import poutine
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.types import Program
+from pyro_vae.programs.types import Program, Trace
 
 # What was said of each owner; cleared, everything is said once more.
 said: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
@@ -100,7 +100,8 @@ def _original(error: Exception) -> Exception:
     return error
 
 
-def trace_of(program: Program, batch: Batch) -> Any:
+def trace_of(program: Program, batch: Batch) -> Trace:
     """Run a program on a batch under Pyro's trace, and return the trace."""
+    tracer: Any = poutine.trace(program, graph_type="flat")
     with plain_errors():
-        return poutine.trace(program, graph_type="flat").get_trace(*batch.args, **batch.kwargs)
+        return tracer.get_trace(*batch.args, **batch.kwargs)

@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.programs.pyro_internals import is_deterministic, mask_inside
-from pyro_vae.programs.types import Node, Trace
+from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 
 _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")  # torch's and Pyro's
 
@@ -24,19 +24,19 @@ def is_subsample(node: Node) -> bool:
     return site_is_subsample(statement)
 
 
-def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+def sample_nodes(trace: Trace) -> Iterator[tuple[str, Node]]:
     """Yield the (name, node) of a trace's sample statements, plates' subsamples left out."""
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and not is_subsample(node):
             yield name, node
 
 
-def latent_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+def latent_nodes(trace: Trace) -> Iterator[tuple[str, Node]]:
     """Yield the (name, node) of a trace's sample statements that are not observed."""
     return ((name, node) for name, node in sample_nodes(trace) if not node["is_observed"])
 
 
-def batch_nesting(*traces: Any) -> int:
+def batch_nesting(*traces: Trace) -> int:
     """Return how many batch dimensions sites take up: those of vectorized plates, and others.
 
     The dimensions left of all of them are free for particles and the values of discrete sites.
@@ -92,25 +92,25 @@ def plain_support(fn: Any) -> Any:
     return support
 
 
-def is_point(fn: Any) -> bool:
+def is_point(fn: object) -> bool:
     """Return whether a distribution is a Delta, which may hide a density."""
     return point_of(fn) is not None
 
 
-def point_of(fn: Any) -> dist.Delta | None:
+def point_of(fn: object) -> dist.Delta | None:
     """Return the Delta that a distribution is, or wraps; None for another."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn if isinstance(fn, dist.Delta) else None
 
 
-def is_circular(fn: Any) -> bool:
+def is_circular(fn: Distribution) -> bool:
     """Return whether a density is periodic; torch says of its support that it is the reals."""
     kinds = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
     return isinstance(plain_distribution(fn), kinds)
 
 
-def is_enumerable(fn: Any) -> bool:
+def is_enumerable(fn: Distribution) -> bool:
     """Return whether a distribution is discrete and its finitely many values can be listed."""
     listed = getattr(fn, "has_enumerate_support", False)
     if not listed or isinstance(plain_distribution(fn), dist.Empirical):
@@ -122,7 +122,7 @@ def is_enumerable(fn: Any) -> bool:
     return True
 
 
-def left_out(fn: Any, mask: Tensor | bool | None, device: torch.device) -> Tensor:
+def left_out(fn: Distribution, mask: Mask, device: torch.device) -> Tensor:
     """Return which values of a sample statement masks leave out, ``[*batch, *event]``.
 
     Args:

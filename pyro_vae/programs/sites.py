@@ -20,7 +20,7 @@ from pyro_vae.programs.nodes import (
 )
 from pyro_vae.programs.preimages import preimage_key, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
-from pyro_vae.programs.types import Node, Trace
+from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Site:
 
     name: str
     kind: str
-    fn: Any
+    fn: Distribution
     batch_shape: torch.Size
     plates: tuple[Plate, ...]
     value: Tensor
-    mask: Tensor | bool | None
+    mask: Mask
     missing: Tensor | None = None
     scale: Any = 1.0
 
@@ -236,7 +236,7 @@ def names_of(things: Iterable[Site | Plate]) -> list[str]:
     return [thing.name for thing in things]
 
 
-def _bound_text(bound: Any) -> str:
+def _bound_text(bound: Tensor | float) -> str:
     values = torch.as_tensor(bound).unique()
     return f"{values.item():g}" if values.numel() == 1 else "varies"
 

@@ -45,7 +45,7 @@ from pyro_vae.programs.types import Node, Program, Trace
 OUTSIDE = ", outside its support"  # ends what is said of a site
 
 
-def trace_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
+def trace_pair(model: Program, guide: Program, batch: Batch) -> tuple[Trace, Trace]:
     """Run the guide, replay the model with its draws, and return both traces.
 
     Raises:
@@ -55,10 +55,11 @@ def trace_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
     guide_trace = trace_guide(guide, batch)
     with SameMeasure(guide_trace):
         model_trace = trace_model(model, guide_trace, batch)
-    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    pruned: Any = [prune_subsample_sites(trace) for trace in (model_trace, guide_trace)]
+    return pruned[0], pruned[1]
 
 
-def run_pair(model: Program, guide: Program, batch: Batch) -> tuple[Any, Any]:
+def run_pair(model: Program, guide: Program, batch: Batch) -> tuple[Trace, Trace]:
     """Run a pair as :func:`trace_pair` does, to look at it: unseen, in eval mode."""
     with looking(model, guide, device=batch.device):
         return trace_pair(model, guide, batch)
@@ -86,7 +87,7 @@ def under_guide(model: Program, guide: Program) -> Program:
     return replayed
 
 
-def trace_guide(guide: Program, batch: Batch) -> Any:
+def trace_guide(guide: Program, batch: Batch) -> Trace:
     """Run the guide; return its trace, the subsamples of plates included.
 
     Draws on a constrained support keep the coordinates that they were made from.
@@ -96,7 +97,7 @@ def trace_guide(guide: Program, batch: Batch) -> Any:
     return lift_masks(trace)
 
 
-def trace_model(model: Program, guide_trace: Any, batch: Batch) -> Any:
+def trace_model(model: Program, guide_trace: Trace, batch: Batch) -> Trace:
     """Replay the model with the values of a guide's trace; return its trace.
 
     A latent that the model masks is not there, nor is its proposal: the model's mask is
@@ -161,7 +162,7 @@ class GiveValues(Messenger):
 
 def dream(
     model: Program, batch: Batch, *, summed_out: tuple[str, ...] = (), nesting: int = 0
-) -> Any:
+) -> Trace:
     """Run the model with observed sites drawn as well; return its trace, unseen from outside.
 
     Args:
@@ -182,7 +183,7 @@ def dream(
     return trace
 
 
-def trace_given(fn: Program, values: Mapping[str, Tensor], batch: Batch) -> Any:
+def trace_given(fn: Program, values: Mapping[str, Tensor], batch: Batch) -> Trace:
     """Run a model or guide with the values of its latent sites given; return its trace."""
     return trace_guide(GiveValues(values)(fn), batch)
 
@@ -199,7 +200,7 @@ def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str
         names: of latent sites.
     """
     with looking(model, device=batch.device):
-        trace: Trace = trace_of(model, batch)
+        trace = trace_of(model, batch)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
         order, parents = list(values), {name: set[str]() for name in values}
         for number, parent in enumerate(order):
@@ -224,9 +225,9 @@ def _another_value(node: Node) -> Tensor:
     return value
 
 
-def subsamples(trace: Trace) -> poutine.Trace:
+def subsamples(trace: Trace) -> Trace:
     """Return a trace of the subsamples that plates have drawn, to be replayed."""
-    found = poutine.Trace()
+    found = Trace()
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and is_subsample(node):
             found.add_node(name, **node)

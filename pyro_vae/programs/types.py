@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Literal, Protocol, TypeAlias
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from numpy.typing import ArrayLike
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
@@ -36,10 +38,12 @@ DataPlate: TypeAlias = str | bool | None
 GivenValues: TypeAlias = Mapping[str, Tensor | ArrayLike]
 
 
-class Trace(Protocol):
-    """A trace of a Pyro program."""
+if TYPE_CHECKING:
 
-    @property
-    def nodes(self) -> MutableMapping[str, Node]:
-        """Its statements by name, in the order of the program."""
-        ...
+    class Trace(poutine.Trace):
+        """A trace of a Pyro program: its statements by name, in the order of the program."""
+
+        nodes: OrderedDict[str, Node]  # type: ignore[assignment]
+
+else:
+    Trace = poutine.Trace
