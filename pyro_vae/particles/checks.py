@@ -225,24 +225,24 @@ def _held(
 
 
 def asking_enumeration(guide_trace: Trace) -> tuple[str, ...]:
-    """Return the proposals that ask to be enumerated."""
-    return tuple(
-        name
-        for name, node in latent_nodes(guide_trace)
-        if node["infer"].get("enumerate") == "parallel" and is_enumerable(node["fn"])
-    )
+    """Return the proposals that ask to be enumerated.
 
-
-def check_local_samples(guide_trace: Trace) -> None:
-    """Raise ValueError for proposals that ask for several draws of their own."""
+    Raises:
+        ValueError: for proposals that ask for several draws of their own.
+    """
+    asked = []
     for name, node in latent_nodes(guide_trace):
-        count = node["infer"].get("num_samples")
-        if count is not None and not is_enumerable(node["fn"]):
+        count, how = node["infer"].get("num_samples"), node["infer"].get("enumerate")
+        listed = (count is not None or how == "parallel") and is_enumerable(node["fn"])
+        if listed and how == "parallel":
+            asked.append(name)
+        elif count is not None and not listed:
             raise ValueError(
                 f"the guide's site {name!r} asks for {count} draws of its own "
                 "(infer={'num_samples': ...}), which are for pyro.infer.TraceEnum_ELBO alone. "
                 f"Leave it out, and give the loss num_particles={count}"
             )
+    return tuple(asked)
 
 
 def check_hidden(pair: Pair, hidden: tuple[str, ...], nesting: int) -> None:

@@ -35,18 +35,6 @@ _TINY = torch.finfo(torch.float64).tiny
 _HUGE = torch.finfo(torch.float64).max
 
 
-def elbo(log_weights: Tensor) -> Tensor:
-    """Return the evidence lower bound, the mean of the log weights.
-
-    Args:
-        log_weights: [K, N], in nats.
-
-    Returns:
-        [N], in nats.
-    """
-    return log_weights.mean(0)
-
-
 def iwae_bound(log_weights: Tensor) -> Tensor:
     r"""Return the importance-weighted bound, the log of the mean weight.
 
@@ -89,7 +77,7 @@ class Estimate:
     @classmethod
     def elbo(cls, log_weights: Tensor) -> Estimate:
         """Return the ELBO of log weights [K, N]."""
-        value = elbo(log_weights)
+        value = log_weights.mean(0)
         return cls(value, log_weights - value)
 
     @classmethod

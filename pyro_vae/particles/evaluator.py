@@ -22,12 +22,11 @@ from torch import Tensor
 
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
-from pyro_vae.particles.blocks import draw_step, equal_step
 from pyro_vae.particles.checks import refuse_edges, refuse_nan
-from pyro_vae.particles.global_latents import Given, fix_globals_of_pair
+from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES
-from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner
+from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import unobserve
@@ -109,8 +108,7 @@ class Evaluator(PairRunner):
         drawn = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
-        self.outside: list[str] = []  # sites with draws of no density, once they were seen
-        self._looked_outside = False
+        self.outside: list[str] | None = None  # sites with draws of no density; None till then
         pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
         # Modes are chosen anew for each guide: particles of one that is sure of itself are equal.
         super().__init__(pair.evaluable(data_plate), drawn, particles)
@@ -168,11 +166,9 @@ class Evaluator(PairRunner):
 
     def _note_outside(self, rows: slice, values: Values, weights: LogWeights) -> None:
         """Keep the names of sites whose values have no density under the model."""
-        if self._looked_outside or not bool((weights.log_joint == -math.inf).any()):
-            return
-        self._looked_outside = True
-        with self.evaluating():
-            self.outside = outside_sites(self.run_model(rows, values).sites())
+        if self.outside is None and bool((weights.log_joint == -math.inf).any()):
+            with self.evaluating():
+                self.outside = outside_sites(self.run_model(rows, values).sites())
 
     def warn_of_outside(self, what: str, infinite: Tensor) -> None:
         """Log why ELBOs are -inf.
@@ -461,9 +457,9 @@ def prepare(
     The arguments are those of :func:`pyro_vae.log_weights`.
     """
     arguments = as_batch(*batch)
-    model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
+    model, guides, fixed = fix_globals(model, {"guide": guide}, arguments, data_plate, given)
     evaluator = Evaluator(
-        *(model, guide, arguments),
+        *(model, guides["guide"], arguments),
         data_plate=data_plate,
         particles=particles,
         seed=seed,

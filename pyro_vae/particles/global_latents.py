@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,18 +15,19 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_point, latent_nodes
-from pyro_vae.programs.sites import Site, Structure
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, inspect, run_model
+from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 
 def fix_globals(
-    model: Callable[..., Any],
+    model: Program,
     guides: Mapping[str, Any],
     batch: Batch,
-    data_plate: str | bool | None,
-    given: Mapping[str, Any] | None = None,
-) -> tuple[Callable[..., Any], dict[str, Any], Given]:
+    data_plate: DataPlate,
+    given: GivenValues | None = None,
+) -> tuple[Program, dict[str, Any], Given]:
     """Return a model and guides without global latents, and the values they were fixed at.
 
     Values are those passed, else those that a LocalGuide was fitted at, else the median of the
@@ -51,9 +52,9 @@ def fix_globals(
         raise TypeError(
             f"given={given!r}: a mapping from the names of global latent sites to values is needed"
         )
+    given = dict(given or {})
     if not given and data_plate is not False:
         # Before the median of another guide, which may have been trained since.
-        given = {}
         for guide in guides.values():
             given = {**_fitted_at(guide), **given}
     shared = {
@@ -63,10 +64,9 @@ def fix_globals(
     }
     if not given and (not shared or data_plate is False):
         return model, dict(guides), Given({})
-    structure = _structure(model, batch, data_plate, given or {})
+    structure = _structure(model, batch, data_plate, given)
     wanted = [site.name for site in structure.global_latents]
-    chosen = _values(given or {}, structure)
-    values: dict[str, Tensor] = dict(chosen)
+    values = chosen = {name: _value(name, value, structure) for name, value in given.items()}
     if shared and data_plate is not False and set(wanted) - set(chosen):
         name, first = next(iter(shared.items()))
         values = {**_median(first.global_guide, batch), **chosen}
@@ -79,17 +79,17 @@ def fix_globals(
     fixed = Given({site: values[site].detach() for site in wanted if site in values}, chosen)
     for name, guide in guides.items():
         _check_fitted(name, guide, fixed)
-    all_fixed = data_plate is not False and len(fixed) == len(wanted)
-    return (
-        poutine.block(pyro.condition(model, data=fixed), hide=list(fixed)),
-        {
-            name: guide.local_part()
-            if name in shared and all_fixed
-            else _without(name, guide, fixed, batch)
-            for name, guide in guides.items()
-        },
-        fixed,
-    )
+    local = set(shared) if data_plate is not False and len(fixed) == len(wanted) else set()
+    guides = {
+        name: guide.local_part() if name in local else _without(name, guide, fixed, batch)
+        for name, guide in guides.items()
+    }
+    return _held_at(model, fixed), guides, fixed
+
+
+def _held_at(program: Program, values: dict[str, Tensor], helpers: Iterable[str] = ()) -> Program:
+    """Return a model or guide without these sites, held at values, and without their helpers."""
+    return poutine.block(pyro.condition(program, data=values), hide=[*values, *helpers])
 
 
 def _fitted_at(guide: Any) -> Mapping[str, Tensor]:
@@ -116,20 +116,8 @@ def _short(value: Tensor) -> str:
     return f"[{shown}, ...]" if value.numel() > 3 else f"[{shown}]"
 
 
-def fix_globals_of_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Batch,
-    data_plate: str | bool | None,
-    given: Mapping[str, Any] | None = None,
-) -> tuple[Callable[..., Any], Callable[..., Any], Given]:
-    """Return :func:`fix_globals` of a single guide."""
-    model, guides, fixed = fix_globals(model, {"guide": guide}, batch, data_plate, given)
-    return model, guides["guide"], fixed
-
-
 def _structure(
-    model: Callable[..., Any], batch: Batch, data_plate: str | bool | None, given: Mapping[str, Any]
+    model: Program, batch: Batch, data_plate: DataPlate, given: GivenValues
 ) -> Structure:
     """Return the model's structure; where all its latents are given, that of what they leave."""
     try:
@@ -139,34 +127,24 @@ def _structure(
         latents = {name: site for name, site in run.sites.items() if site.kind == "latent"}
         if not latents or latents.keys() - given.keys():
             raise
-    fixed = {name: site.value for name, site in latents.items()}
-    hidden = poutine.block(pyro.condition(model, data=fixed), hide=list(fixed))
+    hidden = _held_at(model, {name: site.value for name, site in latents.items()})
     rest = inspect(hidden, batch, data_plate=data_plate, latents_needed=False)
     plate = rest.data_plate
-    kinds = {
-        name: "global latent" if plate not in site.plates else "local latent"
-        for name, site in latents.items()
-    }
-    shared = {name: replace(site, kind=kinds[name]) for name, site in latents.items()}
-    return Structure({**shared, **rest.sites}, plate, run.nesting)
+    for name, site in latents.items():
+        kind = "local latent" if plate in site.plates else "global latent"
+        latents[name] = replace(site, kind=kind)
+    return Structure({**latents, **rest.sites}, plate, run.nesting)
 
 
-def _values(given: Mapping[str, Any], structure: Structure) -> dict[str, Tensor]:
-    """Return the values passed, checked, in the dtype and on the device of their sites."""
-    found = {}
-    for name, value in given.items():
-        site = structure.sites.get(name)
-        if site is None or site.kind != "global latent":
-            what = "no site of the model" if site is None else f"a site of kind {site.kind!r}"
-            raise ValueError(
-                f"given names {name!r}, {what}; its global latents are "
-                f"{[site.name for site in structure.global_latents]}"
-            )
-        found[name] = _value(value, site)
-    return found
-
-
-def _value(value: Any, site: Site) -> Tensor:
+def _value(name: str, value: Any, structure: Structure) -> Tensor:
+    """Return a value passed, checked, in the dtype and on the device of its site."""
+    site = structure.sites.get(name)
+    if site is None or site.kind != "global latent":
+        what = "no site of the model" if site is None else f"a site of kind {site.kind!r}"
+        raise ValueError(
+            f"given names {name!r}, {what}; its global latents are "
+            f"{[site.name for site in structure.global_latents]}"
+        )
     tensor = torch.as_tensor(value, dtype=site.value.dtype, device=site.value.device)
     wanted = (*site.batch_shape, *site.event_shape)
     if tuple(tensor.shape) != wanted:
@@ -194,7 +172,8 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
         and not fixed.keys() & set(guide.site_names)
     ):
         return guide  # as it is: what it is, is asked for
-    first, second = _latents(guide, batch, 2)
+    with looking(guide, device=batch.device):
+        first, second = (dict(latent_nodes(trace_of(guide, batch))) for _ in range(2))
     # Of Pyro's autoguides, which sample a site's unconstrained value beside it.
     helpers = {site: f"{site}_unconstrained" for site in fixed}
     joint = [
@@ -202,10 +181,9 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
         for helper, node in first.items()
         if node["infer"].get("is_auxiliary") and not helper.endswith("_unconstrained")
     ]
-    for site in fixed:
-        if not joint or site not in first or not is_point(first[site]["fn"]):
-            continue
-        if helpers[site] not in first and not _same_value(first, second, site):
+    for site in [site for site in fixed if joint and site in first]:
+        same = site in second and torch.equal(first[site]["value"], second[site]["value"])
+        if is_point(first[site]["fn"]) and helpers[site] not in first and not same:
             raise ValueError(
                 f"given names {site!r}, which guide {name!r} computes from {joint[0]!r}, together "
                 "with other sites: of those it has no density given this one. Take a guide with a "
@@ -213,21 +191,7 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
             )
     if not first.keys() & {*fixed, *helpers.values()}:
         return guide
-    return poutine.block(pyro.condition(guide, data=fixed), hide=[*fixed, *helpers.values()])
-
-
-def _same_value(first: Mapping[str, Any], second: Mapping[str, Any], site: str) -> bool:
-    return site in second and torch.equal(first[site]["value"], second[site]["value"])
-
-
-def _latents(guide: Callable[..., Any], batch: Batch, runs: int) -> list[dict[str, Any]]:
-    """Return a guide's latent nodes by name, in each of some runs."""
-    found = []
-    with looking(guide, device=batch.device):
-        for _ in range(runs):
-            trace = trace_of(guide, batch)
-            found.append(dict(latent_nodes(trace)))
-    return found
+    return _held_at(guide, fixed, helpers.values())
 
 
 def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class LogWeights:
     @property
     def total(self) -> Tensor:
         """log w = log p(x, z) - log q(z | x), [K, N]."""
-        return self.log_likelihood + self.log_prior - self.log_guide
+        return self.log_joint - self.log_guide
 
     @property
     def num_particles(self) -> int:
@@ -58,11 +58,9 @@ class LogWeights:
     @staticmethod
     def concatenate(chunks: Sequence[LogWeights], dim: int) -> LogWeights:
         """Join chunks along particles (dim 0) or data (dim 1)."""
-        return LogWeights(
-            torch.cat([chunk.log_likelihood for chunk in chunks], dim),
-            torch.cat([chunk.log_prior for chunk in chunks], dim),
-            torch.cat([chunk.log_guide for chunk in chunks], dim),
-        )
+        parts = zip(*((c.log_likelihood, c.log_prior, c.log_guide) for c in chunks), strict=True)
+        log_likelihood, log_prior, log_guide = (torch.cat(part, dim) for part in parts)
+        return LogWeights(log_likelihood, log_prior, log_guide)
 
     def __repr__(self) -> str:
         return f"LogWeights(num_particles={self.num_particles}, num_data={self.num_data})"

@@ -18,7 +18,6 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.particles.blocks import chunk_pairs, data_blocks
 from pyro_vae.particles.checks import (
     DependentDataError,
     candidates,
@@ -40,6 +39,15 @@ from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
 # First in the key of every random stream: what it is for.
 DRAWS, CHECKS, RUNS = 0, 1, 2
+
+# Pairs (particle, datum) drawn at once, and data in a block. They decide which
+# random numbers a datum gets, so they are constants and not options.
+_DRAW_PAIRS = 16384
+_DRAW_DATA = 256
+# Pairs, and observed numbers, scored at once by default. Larger tensors than these
+# leave the processor's cache, and go back to the system after each use.
+_CHUNK_PAIRS = 8192
+_CHUNK_ELEMENTS = 2**22
 
 
 class PairRunner:
@@ -142,8 +150,8 @@ class PairRunner:
     @property
     def chunk_pairs(self) -> int:
         """Pairs (particle, datum) that the model scores at once by default."""
-        observed = sum(site.value.numel() for site in self.structure.observed)
-        return chunk_pairs(self.num_data, observed * self._num_values)
+        observed = sum(site.value.numel() for site in self.structure.observed) * self._num_values
+        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // max(1, observed)))
 
     @property
     def batch(self) -> Batch:
@@ -166,7 +174,10 @@ class PairRunner:
 
     def blocks_of(self, count: int) -> list[slice]:
         """Return some of the data in blocks, equal ones, so that they share a graph."""
-        return data_blocks(count, lambda: self.splittable)
+        if count <= _DRAW_DATA or not self.splittable:
+            return [slice(0, count)]
+        size = equal_step(count, _DRAW_DATA)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def take_data(self, values: Values, rows: slice, size: int) -> dict[str, Tensor]:
         """Return the values of some data, ``[K, *plates, *event]``.
@@ -415,3 +426,27 @@ class PairRunner:
 def _count(values: Values) -> int:
     """Return K of values ``[K, ...]``."""
     return next(iter(values.values())).shape[0]
+
+
+def draw_step(num_data: int) -> int:
+    """Return how many particles of a block of data are drawn at once."""
+    return round_down(max(1, _DRAW_PAIRS // num_data))
+
+
+def equal_step(count: int, most: int) -> int:
+    """Return the size of pieces that a count is cut into, at most ``most``.
+
+    Equal ones where there are: another size is another graph, and costs as much as a full one.
+    """
+    fewest = -(-count // most)
+    pieces = next((n for n in range(fewest, 2 * fewest) if count % n == 0), fewest)
+    return -(-count // pieces)
+
+
+def round_down(number: int) -> int:
+    """Return the largest number of the form 1, 2 or 5 times a power of ten up to a number.
+
+    Numbers of particles are round, and pieces of round sizes leave no remainder.
+    """
+    power = 10 ** (len(str(number)) - 1)
+    return max(n for n in (1, 2, 5) if n * power <= number) * power

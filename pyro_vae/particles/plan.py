@@ -17,7 +17,6 @@ from pyro_vae.particles.checks import (
     check_enumerated,
     check_hidden,
     check_independent,
-    check_local_samples,
     check_summed_out,
     warn_of_coarse_loss,
 )
@@ -74,11 +73,6 @@ class Plan:
         return any(module.training for module in self.frozen)
 
     @property
-    def first_summed_dim(self) -> int:
-        """The first dimension left of those of the guide's enumerated proposals, negative."""
-        return self.mode.first_enum_dim - len(self.enumerated)
-
-    @property
     def draws_minibatch(self) -> bool:
         """Whether the model draws its own minibatch."""
         return self.structure.data_plate is not None and self.structure.data_plate.drawn
@@ -120,8 +114,8 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     check_repeated(single.model_trace)
     warn_of_coarse_loss(single.model_trace, (unwrapped(pair.model), unwrapped(pair.guide)))
     nesting = batch_nesting(single.model_trace, single.guide_trace)
-    check_local_samples(single.guide_trace)
-    asked = () if needs.enumeration == "no" else asking_enumeration(single.guide_trace)
+    asked = asking_enumeration(single.guide_trace)
+    asked = () if needs.enumeration == "no" else asked
     hidden, enumerated = ((), asked) if needs.enumeration == "expectation" else (asked, ())
     if hidden:
         check_hidden(pair, hidden, nesting)

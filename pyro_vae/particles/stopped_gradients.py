@@ -10,9 +10,8 @@ The second term, the score, is zero on average; leaving it out is sticking the l
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from pyro import poutine
@@ -43,7 +42,9 @@ class StoppedGradients:
 
     def trace(self, guide: Program, batch: Batch) -> Trace:
         """Run a guide; the model sees its draws as tensors of their own, to be gated."""
-        state = _random_state(batch.device)
+        device = batch.device
+        state = torch.get_rng_state()
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         trace = trace_guide(guide, batch)
         nodes = dict(latent_nodes(trace))
         own = unwrapped(guide)
@@ -58,7 +59,10 @@ class StoppedGradients:
                 with ReplaceDraws(_leaf):
                     again = trace_guide(poutine.replay(guide, trace=trace), batch)
             else:
-                with ReplaceDraws(_leaf), _random_state_of(state):
+                with ReplaceDraws(_leaf), preserved_rng(device):
+                    torch.set_rng_state(state)
+                    if on_gpu is not None:
+                        torch.cuda.set_rng_state(on_gpu, device)
                     again = trace_guide(guide, batch)
             return {n: {**node, "mask": nodes[n]["mask"]} for n, node in latent_nodes(again)}
 
@@ -97,16 +101,20 @@ class StoppedGradients:
         """Return terms by the proposal whose density they are of, and the draw they vary with."""
         copies = self._copies[id(guide_trace)]()
         leaves = {name: draw_of(c) for name, c in copies.items() if draw_of(c).requires_grad}
-        self._check_points(copies, list(leaves.values()))
+        self._check_points(copies, set(map(id, leaves.values())))
+        enumerated = run.plan.enumerated  # each an expectation of its own
         densities = {
-            name: scale_and_mask(
-                site_log_prob(name, copy, scaled=False), run.scale(copy) if scaled else 1.0
-            )
-            for name, copy in copies.items()
-            if name not in run.plan.enumerated  # an expectation of its own
+            n: scale_and_mask(site_log_prob(n, c, scaled=False), run.scale(c) if scaled else 1.0)
+            for n, c in copies.items()
+            if n not in enumerated
         }
-        if len(leaves) > 1:
-            _check_enumerated(run, densities)
+        for name, density in densities.items():
+            if len(leaves) > 1 and enumerated and density.ndim > run.plan.mode.plate_dims:
+                raise ValueError(
+                    f"the guide's site {name!r} depends on {list(enumerated)}, which are "
+                    "enumerated, next to other draws: its density cannot be held at fixed "
+                    "parameters. Use pathwise gradients"
+                )
         if not densities:
             return {}
         sums = {name: density.sum() for name, density in densities.items()}
@@ -123,22 +131,20 @@ class StoppedGradients:
             terms[key] = terms[key] + change if key in terms else change
         return terms
 
-    def _check_points(self, copies: Mapping[str, Node], leaves: list[Tensor]) -> None:
+    def _check_points(self, copies: Mapping[str, Node], drawn: set[int]) -> None:
         """Sort the Deltas: those that are parameters, and those that are functions of draws.
 
         Raises:
             ValueError: for one that is both, or whose log density depends on parameters: what
                 flows to them is no score, and cannot be left out or weighted as one.
         """
-        drawn = {id(leaf) for leaf in leaves}
         for name, copy in copies.items():
-            point = point_of(copy["fn"])
-            if point is None:
+            if (point := point_of(copy["fn"])) is None:
                 continue
             sources = _sources(point.v)
             if sources - drawn:
                 self._points.add(name)
-            mixed = bool(sources - drawn) and bool(sources & drawn)
+            mixed = sources - drawn and sources & drawn
             if mixed or _sources(point.log_density) - drawn:
                 raise ValueError(
                     f"the guide's site {name!r} is a point made of other draws and of parameters; "
@@ -161,27 +167,14 @@ class StoppedGradients:
                     draw.register_hook(functools.partial(torch.mul, spread))
 
 
-def _check_enumerated(run: TrainingRun, densities: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a density that depends on enumerated proposals, and on other draws."""
-    for name, density in densities.items():
-        if run.plan.enumerated and density.ndim > run.plan.mode.plate_dims:
-            raise ValueError(
-                f"the guide's site {name!r} depends on {list(run.plan.enumerated)}, which "
-                "are enumerated, next to other draws: its density cannot be held at fixed "
-                "parameters. Use pathwise gradients"
-            )
-
-
 def _slopes(
     sums: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], Tensor]:
     """Return the derivative of each sum by each leaf that it depends on."""
-    found = {}
+    found, inputs, several = {}, list(leaves.values()), len(sums) > 1
     for name, total in sums.items():
         if total.requires_grad and leaves:
-            slopes = torch.autograd.grad(
-                total, list(leaves.values()), allow_unused=True, retain_graph=len(sums) > 1
-            )
+            slopes = torch.autograd.grad(total, inputs, retain_graph=several, allow_unused=True)
             pairs = zip(leaves, slopes, strict=True)
             found.update({(name, draw): s for draw, s in pairs if s is not None})
     return found
@@ -193,16 +186,15 @@ def _sources(value: object) -> set[int]:
         return set()
     if value.grad_fn is None:
         return {id(value)}
-    found, seen = set(), set()
+    found, seen = set(), {value.grad_fn}
     stack: list[torch.autograd.graph.Node] = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
         if hasattr(node, "variable"):
             found.add(id(node.variable))
-        stack.extend(function for function, _ in node.next_functions if function is not None)
+        following = {function for function, _ in node.next_functions if function is not None} - seen
+        seen |= following
+        stack.extend(following)
     return found
 
 
@@ -215,19 +207,3 @@ def _leaf(value: Tensor) -> Tensor:
     """Return a tensor of its own with the same numbers, to differentiate by."""
     value = value.detach()
     return value.requires_grad_() if value.is_floating_point() else value
-
-
-def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return device, torch.get_rng_state(), cuda
-
-
-@contextlib.contextmanager
-def _random_state_of(state: tuple[torch.device, Tensor, Tensor | None]) -> Iterator[None]:
-    """Go back to a random state, and leave the present one as it was."""
-    device, cpu, cuda = state
-    with preserved_rng(device):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-        yield

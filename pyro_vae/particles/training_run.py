@@ -80,7 +80,8 @@ class TrainingRun:
         model, guide = mode.programs(num_particles, model, guide)
         self.batch = batch = mode.batch(batch, num_particles) if self._repeats > 1 else batch
         if plan.summed_out:
-            model = enumerated(model, plan.summed_out, plan.first_summed_dim)
+            first = mode.first_enum_dim - len(plan.enumerated)
+            model = enumerated(model, plan.summed_out, first)
         if plan.enumerated:
             guide = enumerated(guide, plan.enumerated, mode.first_enum_dim)
         # Of sequential plates, the sites are others for each subsample.

@@ -13,9 +13,7 @@ from tqdm.auto import tqdm
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.global_latents import fix_globals_of_pair
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
@@ -102,16 +100,14 @@ def refine(
             tolerance that is not positive.
     """
     max_steps = _checked_steps(max_steps, tolerance)
-    arguments = as_batch(*batch)
     with contextlib.ExitStack() as stack:
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
             stack.enter_context(guide.for_any_data())
             given = {**guide.given, **(given or {})}
-        model, guide, fixed = fix_globals_of_pair(model, guide, arguments, data_plate, given)
-        evaluator = Evaluator(model, guide, arguments, data_plate=data_plate, seed=seed)
+        evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
     limits = max_steps, tolerance
     local = refine_scored(evaluator, family, data_plate, *limits, compile, progress=progress)
-    local.remember(arguments, fixed)
+    local.remember(evaluator.batch, fixed)
     return local
 
 

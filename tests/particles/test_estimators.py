@@ -28,7 +28,7 @@ def test_streaming_equals_direct(sizes):
     weights = log_weights(12)
     elbo, iwae = (streamed(kind(), weights, sizes) for kind in (StreamingELBO, StreamingIWAE))
     close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(elbo.value, estimators.elbo(weights), **close)
+    torch.testing.assert_close(elbo.value, Estimate.elbo(weights).value, **close)
     torch.testing.assert_close(iwae.value, estimators.iwae_bound(weights), **close)
     assert elbo.num_particles == iwae.num_particles == 12
     for stream, direct in ((elbo, Estimate.elbo(weights)), (iwae, Estimate.iwae(weights))):
@@ -43,7 +43,7 @@ def test_by_hand():
     """Weights 1 and 3: mean 2, so the bound is log 2; ESS = 16 / 10."""
     weights = torch.tensor([[1.0], [3.0]], dtype=torch.float64).log()
     half_log_3 = math.log(3) / 2
-    assert estimators.elbo(weights).item() == pytest.approx(half_log_3)
+    assert Estimate.elbo(weights).value.item() == pytest.approx(half_log_3)
     assert estimators.iwae_bound(weights).item() == pytest.approx(math.log(2))
     assert estimators.effective_sample_size(weights).item() == pytest.approx(1.6)
     assert Estimate.iwae(weights).influence.flatten().tolist() == pytest.approx([-0.5, 0.5])
@@ -148,7 +148,7 @@ def test_a_weight_of_zero_does_not_poison(sizes, where):
     clean = streamed(StreamingELBO(), weights, sizes)
     weights[where, 0] = -math.inf
     elbo, iwae = (streamed(kind(), weights, sizes) for kind in (StreamingELBO, StreamingIWAE))
-    assert elbo.value[0] == -math.inf == estimators.elbo(weights)[0]
+    assert elbo.value[0] == -math.inf == weights.mean(0)[0]
     torch.testing.assert_close(elbo.value[1], clean.value[1])
     torch.testing.assert_close(elbo.std_error[1], clean.std_error[1])
     kept = [k for k in range(4) if k not in where]
@@ -183,7 +183,7 @@ def test_sums_and_differences_of_estimates_have_paired_errors():
     weights = torch.randn(200, 3, dtype=torch.float64)
     one, other = Estimate.elbo(weights + 2.0), Estimate.iwae(weights)
     gap, total = one - other, one + other
-    torch.testing.assert_close(gap.value, estimators.elbo(weights) + 2.0 - other.value)
+    torch.testing.assert_close(gap.value, Estimate.elbo(weights).value + 2.0 - other.value)
     influence = one.influence - other.influence
     error = (influence.square().sum(0) / (200 * 199)).sqrt()
     torch.testing.assert_close(gap.std_error, error)

@@ -11,10 +11,10 @@ from pyro import poutine
 import pyro_vae as pv
 from pyro_vae.particles.checks import DependentDataError
 from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.pair_runner import PairRunner
+from pyro_vae.particles.pair_runner import PairRunner, equal_step, round_down
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.pair import Pair
-from tests.models import factor_analysis
+from tests.models import encoder, factor_analysis
 
 
 @pytest.fixture
@@ -254,3 +254,34 @@ def test_a_table_of_densities_is_no_second_guide_of_a_model_of_masses():
     table = pv.LocalGuide(continuous, num_data=6, example=x)
     with pytest.raises(ValueError, match="has masses in the model"):
         pv.compare(model, {"counts": counts, "table": table}, x, reference="counts", seed=0)
+
+
+# --- sizes of pieces: equal where they can be, and round
+
+
+@pytest.mark.parametrize(
+    ("num_data", "sizes"), [(256, {256}), (500, {250}), (10_000, {250}), (771, {193, 192})]
+)
+def test_blocks_of_data_are_equal(num_data, sizes):
+    """So that they share a graph; the last may be a little smaller."""
+    model = factor_analysis()
+    x = model.data(num_data)
+    guide = pv.AmortizedGuide(model, encoder(6), example=x)
+    blocks = Evaluator(model, guide, as_batch(x)).data_blocks()
+    assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, num_data)
+    assert {b.stop - b.start for b in blocks} == sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "step"), [(50, 21, 10), (50, 50, 50), (50, 80, 50), (13, 5, 5), (7, 1, 1)]
+)
+def test_pieces_are_equal_where_they_can_be(count, most, step):
+    assert equal_step(count, most) == step
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(1, 1), (4, 2), (9, 5), (65, 50), (128, 100), (16384, 10000)]
+)
+def test_draws_come_in_round_numbers(number, rounded):
+    assert round_down(number) == rounded
