@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.guides.base import Added, FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import Coordinates
+from pyro_vae.programs.answers import leaves_of
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import name_apart
 from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
@@ -84,9 +85,8 @@ class AmortizedGuide(FamilyGuide):
         structure = looks.structure(data_plate)
         if structure.data_plate is None:
             raise ValueError(
-                "AmortizedGuide is for latents of each datum; with data_plate=False there are "
-                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
-                "guide of Pyro's (pyro.infer.autoguide)"
+                "AmortizedGuide is for latents of a datum; with data_plate=False there are none: "
+                "LocalGuide(model, num_data=1, example=batch, data_plate=False) takes them jointly"
             )
         if global_guide is None:
             refuse_globals(structure, "Give a guide for them (global_guide=...)")
@@ -199,14 +199,11 @@ class AmortizedGuide(FamilyGuide):
         features = call_network(self.encoder, batch.args, batch.kwargs)
         is_tensor, size = isinstance(features, Tensor), batch.size
         if not is_tensor or features.ndim != 2 or features.shape[0] != size:
-            what = (
-                f"a tensor of shape {tuple(features.shape)}"
-                if is_tensor
-                else type(features).__name__
-            )
+            what = type(features).__name__
+            if is_tensor:
+                what = f"a tensor of shape {tuple(features.shape)}"
             raise ValueError(
-                f"the encoder returned {what}; features of shape [{size}, F] are needed, a row for "
-                "each datum of the batch"
+                f"the encoder returned {what}; features [{size}, F] are needed, a row per datum"
             )
         return features
 
@@ -223,25 +220,10 @@ def _refuse_hidden_parameters(
         return
     module = module_of(model)
     known = set() if module is None else set(map(id, module.parameters()))
-    hidden = [leaf for leaf in _leaves(features) if id(leaf) not in known]
+    hidden = [leaf for key, leaf in leaves_of(features).items() if key not in known]
     if hidden:
         shapes = ", ".join(str(list(leaf.shape)) for leaf in hidden[:5])
         raise ValueError(
             f"the encoder, {type(encoder).__name__!r}, uses parameters that are not its own (of "
-            f"shapes {shapes}), so that no optimizer would find them; pass the network itself, or "
-            "an nn.Module that has it as an attribute"
+            f"{shapes}): no optimizer would find them; pass the network, or a module that has it"
         )
-
-
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors without history that a tensor was made of, those with gradients."""
-    found, seen, todo = list[Tensor](), set[Any](), [tensor.grad_fn]
-    while todo:
-        function: Any = todo.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        if hasattr(function, "variable"):
-            found.append(function.variable)
-        todo += [source for source, _ in function.next_functions]
-    return found

@@ -162,10 +162,9 @@ def _check(structure: Structure) -> None:
     for site in (*structure.local_latents, *structure.global_latents):
         if not site.enumerable:
             raise ValueError(
-                f"latent site {site.name!r} ({site.distribution}) has no finitely many values: an "
-                "ExactGuide proposes discrete sites of finite support. Let a guide propose "
-                f"{site.name!r} alone (pyro_vae.AmortizedGuide, pyro_vae.LocalGuide): the "
-                "discrete sites are then summed out by themselves"
+                f"latent site {site.name!r} ({site.distribution}) has no finitely many values, as "
+                f"sites of an ExactGuide have. Let a guide propose {site.name!r} alone "
+                "(pyro_vae.AmortizedGuide, pyro_vae.LocalGuide): discrete sites are then summed out"
             )
         if not isinstance(plain_distribution(site.fn), _FAMILIES):
             raise ValueError(
@@ -175,9 +174,8 @@ def _check(structure: Structure) -> None:
             )
         if drawn := [plate.name for plate in site.plates if plate.drawn]:
             raise ValueError(
-                f"the model draws its own minibatch in plate {drawn[0]!r} (subsample_size=...), "
-                "which the guide cannot know. Pass the minibatch as the batch, with "
-                "pyro.plate(name, num_data, subsample=x)"
+                f"the model draws its own minibatch in plate {drawn[0]!r}, which the guide cannot "
+                "know. Pass it as the batch, with pyro.plate(name, num_data, subsample=x)"
             )
 
 

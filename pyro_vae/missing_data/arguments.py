@@ -60,8 +60,7 @@ def coded_by_nan(arguments: Arguments, mask: str, values: Key | None) -> tuple[K
     if shape != seen.shape:
         raise ValueError(
             f"mask={mask!r} has shape {list(seen.shape)}, but the argument {values!r} that it "
-            f"speaks of has {'none' if shape is None else list(shape)}; give a mask of the data's "
-            "own shape"
+            f"speaks of has {'none' if shape is None else list(shape)}; give it the data's shape"
         )
     if not x.is_floating_point():
         exact, x = x, x.to(torch.get_default_dtype())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import pyro
 import torch
@@ -107,7 +107,7 @@ class MissingData(nn.Module):
         self.owner = None if owner is model else owner
         self.mask = mask
         self.values = values
-        self._patterns: set[Pattern] = set()  # of missing values, for which the model was looked at
+        self._patterns = set[Hashable]()  # of missing values, for which the model was looked at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the observed part of a batch."""
@@ -217,9 +217,8 @@ def _masked(fn: Any, seen: Tensor, name: str) -> Any:
         where = rows_text(partly.reshape(len(partly), -1).any(1)) if partly.ndim else "the event"
         raise _RefusedError(
             f"observed site {name!r}: a part of an event is missing in {where}, but the density of "
-            f"a {type(fn).__name__} is not a product over its event, so no part can be left out. "
-            "Mark the whole event as missing, or write the likelihood as a product "
-            "(Normal(...).to_event(1))"
+            f"a {type(fn).__name__} is not a product over its event: no part can be left out. Mark "
+            "the event as missing, or write the likelihood as a product (Normal(...).to_event(1))"
         )
     return fn.mask(whole)
 
@@ -240,11 +239,7 @@ def _has_nan(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
 
 
-# Which columns of which arguments have missing values.
-Pattern: TypeAlias = tuple[tuple[Key | torch.Size | bytes, ...], ...]
-
-
-def _pattern_of(arguments: Arguments) -> Pattern:
+def _pattern_of(arguments: Arguments) -> tuple[Hashable, ...]:
     """Return which columns of which arguments have missing values; () for none."""
     found = []
     for name, each in arguments.items():

@@ -19,6 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.particles.training_run import TrainingRun
+from pyro_vae.programs.answers import leaves_of
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
 from pyro_vae.programs.nodes import latent_nodes, point_of
@@ -184,18 +185,7 @@ def _sources(value: object) -> set[int]:
     """Return the leaves of a tensor's autograd graph, by identity."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return set()
-    if value.grad_fn is None:
-        return {id(value)}
-    found, seen = set(), {value.grad_fn}
-    stack: list[torch.autograd.graph.Node] = [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        following = {function for function, _ in node.next_functions if function is not None} - seen
-        seen |= following
-        stack.extend(following)
-    return found
+    return {id(value)} if value.grad_fn is None else set(leaves_of(value))
 
 
 def _event_ndim(node: Node) -> int:

@@ -179,10 +179,10 @@ def _same_gradients(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _gradients(total: Tensor) -> dict[int, Tensor]:
-    """Return the gradient of a sum by each leaf of its graph, those that are zero left out."""
+def leaves_of(tensor: Tensor) -> dict[int, Tensor]:
+    """Return the leaves of a tensor's autograd graph, by identity."""
     leaves: dict[int, Tensor] = {}
-    seen, stack = set(), [total.grad_fn]
+    seen, stack = set(), [tensor.grad_fn]
     while stack:
         function = stack.pop()
         if function is None or function in seen:
@@ -191,6 +191,12 @@ def _gradients(total: Tensor) -> dict[int, Tensor]:
         if (leaf := getattr(function, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
         stack.extend(before for before, _ in function.next_functions)
+    return leaves
+
+
+def _gradients(total: Tensor) -> dict[int, Tensor]:
+    """Return the gradient of a sum by each leaf of its graph, those that are zero left out."""
+    leaves = leaves_of(total)
     if not leaves:
         return {}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)

@@ -34,23 +34,6 @@ _STEPS, _GAINS, _STARTS, _SLOPES = 1, 2, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
-    """Numbers whose weighted mean stands for a mean over standard normal noise.
-
-    Attributes:
-        values: [K, num_noise].
-        weight: [K].
-    """
-
-    values: Tensor
-    weight: Tensor
-
-    def spread(self, num_data: int) -> Tensor:
-        """Return the values, the same for every datum, [K, N, num_noise]."""
-        return self.values.unsqueeze(1).expand(-1, num_data, -1)
-
-
-@dataclass(frozen=True, slots=True)
 class Cycle:
     """What a cycle did to rows.
 
@@ -125,11 +108,11 @@ class Climber:
         rate = per_row(rate, start).to(start)
         for step in range(steps):
             group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-            noise = self.noise(num_particles, (_STEPS, cycle, step))
             cold = _COLDEST ** max(0.0, 1 - 1.4 * step / steps)
             # A tensor: a number would be a constant of the graph.
             power = start.new_full((), cold if annealed else 1.0)
-            inputs = [rate * shift.detach(), start, power, noise.weight, noise.values]
+            noise = self.noise(num_particles, (_STEPS, cycle, step))
+            inputs = [rate * shift.detach(), start, power, *noise]
             (shift.grad,) = block.run(slope, block.scored, inputs, steps, check=step == 0)
             optimizer.step()
             if step >= steps // 2:
@@ -156,8 +139,7 @@ class Climber:
         shift, power = torch.zeros_like(table), table.new_ones(())
         found = []
         for i in range(replicates):
-            noise = self.noise(_CHECK_PARTICLES, (_SLOPES, i))
-            inputs = [shift, table, power, noise.weight, noise.values]
+            inputs = [shift, table, power, *self.noise(_CHECK_PARTICLES, (_SLOPES, i))]
             found.append(-block.run(slope, block.scored, inputs, 32, check=i == 0)[0])
         return torch.stack(found).double()
 
@@ -193,8 +175,7 @@ class Climber:
         for begin in range(0, len(replicates), at_once):
             some = replicates[begin : begin + at_once]
             noises = [self.noise(_CHECK_PARTICLES, (_GAINS, cycle, i)) for i in some]
-            noise = torch.cat([one.values for one in noises])
-            weight = torch.cat([one.weight for one in noises])
+            weight, noise = (torch.cat(parts) for parts in zip(*noises, strict=True))
             calls = 2 * _MOST_REPLICATES // len(some)  # of all comparisons, about
             high = self.log_weights(block, after, noise, calls, check=begin == 0)
             low = self.log_weights(block, before, noise, calls)
@@ -212,8 +193,8 @@ class Climber:
         scored = ScoredGuide(block.evaluator.without_gradients(), block.scored.guide)
         return block.run(log_weights, scored, [table, noise], calls, check=check)[0]
 
-    def noise(self, num_particles: int, key: tuple[int, ...] = (_STARTS,)) -> Noise:
-        """Return noise to make draws of.
+    def noise(self, num_particles: int, key: tuple[int, ...] = (_STARTS,)) -> tuple[Tensor, Tensor]:
+        """Return weights [K], and noise [K, num_noise]: their mean is that over normal noise.
 
         Args:
             num_particles: K; where draws go into the tails, at least as many.
@@ -221,11 +202,11 @@ class Climber:
         """
         size, key = self.blocks.num_noise, (self.blocks.seed, *key)
         if self.heavy:
-            values, weight = _heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key)
+            noise, weight = _heavy_noise(max(num_particles, _HEAVY * (size + 3)), size, key)
         else:
-            values = _orthogonal_noise(num_particles, size, key)
-            weight = torch.ones(len(values))
-        return Noise(values.to(self.blocks.like), weight.to(self.blocks.like))
+            noise = _orthogonal_noise(num_particles, size, key)
+            weight = torch.ones(len(noise))
+        return weight.to(self.blocks.like), noise.to(self.blocks.like)
 
 
 def slope(

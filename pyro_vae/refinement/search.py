@@ -138,8 +138,7 @@ def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
     A row takes ``max_steps`` at most from one start.
     """
     everything = torch.ones(starts.shape[1], dtype=torch.bool, device=starts.device)
-    blocks = climber.blocks
-    may_reach = blocks.family.has_density and blocks.size <= _MOST_HEAVY
+    may_reach = climber.blocks.family.has_density and climber.blocks.size <= _MOST_HEAVY
     plain_steps = min(max_steps, _PLAIN_CYCLES * _CYCLE) if may_reach else max_steps
     plain = _from_best(climber, starts, everything, plain_steps)
     table, converged = plain.ended.table, plain.ended.converged
@@ -207,7 +206,7 @@ def _hopeful(attempt: _Attempt) -> Tensor:
 def _apart(climber: Climber, block: Block, here: Tensor, there: Tensor) -> Tensor:
     """Return which tables [C, n, P] lie far from one, in units of the narrower: [C, n]."""
     family, size = climber.blocks.family, climber.blocks.size
-    noise = climber.noise(2 * size + 2).spread(len(here))
+    noise = climber.noise(2 * size + 2)[1].unsqueeze(1).expand(-1, len(here), -1)
     draws = family.from_noise(here, size, noise)
     centre = here.new_zeros(1, *noise.shape[1:])
     away = torch.cat([family.from_noise(t, size, centre) for t in there]) - draws.mean(0)

@@ -141,10 +141,9 @@ def answer_of(local: LocalGuide, guide: Program, evaluator: Evaluator) -> Tensor
     """
     batch = evaluator.batch
     with evaluation(guide), torch.no_grad():
-        if of_family(guide):
-            same = guide.family == local.family and guide.coordinates == local.coordinates
-            if same:
-                return guide.family_params(*batch.args, **batch.kwargs).clone()
+        like = local.family, local.coordinates
+        if of_family(guide) and (guide.family, guide.coordinates) == like:
+            return guide.family_params(*batch.args, **batch.kwargs).clone()
         values, _ = evaluator.draw(slice(0, evaluator.num_data), _DRAWS, (3,))
         start = _matching(local, evaluator.guide_runs(2), evaluator.single_values(values))
         # The draws of a point have no width to match: the prior's stands in.
@@ -157,19 +156,17 @@ def _matching(local: LocalGuide, runs: Sequence[Mapping[str, Node]], values: Val
     Moments are read off a proposal on a real support that is Normal and alike in two runs of that
     guide; of others they are those of its draws.
     """
-    means, stds = [], []
+    found = []
     for coordinates in local.coordinates:
-        moments = None
-        if coordinates.is_identity:
-            moments = normal_moments([nodes[coordinates.name] for nodes in runs])
+        nodes = [run[coordinates.name] for run in runs]
+        moments = normal_moments(nodes) if coordinates.is_identity else None
         if moments is None:
             # Draws outside of the support have no coordinates, which are not finite.
-            mean, std = middle_moments(coordinates.rows(coordinates.unconstrained(values)))
+            found.append(middle_moments(coordinates.rows(coordinates.unconstrained(values))))
         else:
             mean, std = (coordinates.rows(m.unsqueeze(0))[0] for m in moments)
-        means.append(mean)
-        stds.append(std)
-    return local.family.initial(torch.cat(means, -1), torch.cat(stds, -1))
+            found.append((mean, std))
+    return local.family.initial(*(torch.cat(parts, -1) for parts in zip(*found, strict=True)))
 
 
 def starts_of(climber: Climber, own: Tensor, prior: Tensor) -> Tensor:
@@ -204,28 +201,28 @@ def _rivals(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
         heights = heights.masked_fill(near, -torch.inf)
         if not bool((heights > -torch.inf).any()):
             break
-        gaussian = gaussian_at(block, modes[heights.argmax(0), columns])
-        if gaussian is None:
+        highest = heights.argmax(0)
+        if (gaussian := gaussian_at(block, modes[highest, columns])) is None:
             break
         mean, factor = gaussian
         found.append(climber.blocks.family.from_gaussian(mean, factor))
         away = torch.linalg.solve_triangular(factor, (modes - mean).movedim(0, -1), upper=False)
         near |= away.square().sum(1).T < _APART**2
-        near[heights.argmax(0), columns] = True
+        near[highest, columns] = True
     return torch.stack(found)
 
 
 def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tensor:
     """Return where to look for modes from, [M, n, D]."""
     family, size = climber.blocks.family, climber.blocks.size
-    noise = climber.noise(_SCREENED)
-    spread = noise.spread(own.shape[0])
+    _, noise = climber.noise(_SCREENED)
+    spread = noise.unsqueeze(1).expand(-1, own.shape[0], -1)  # the same for every datum
     count = _STARTS if size <= _MANY_COORDINATES else _FEW_STARTS
     centre = torch.zeros_like(spread[:1])
     places = [family.from_noise(table, size, centre) for table in (own, prior)]
     generator = torch.Generator().manual_seed(block.evaluator.seed % 2**63)
     for table in (own, prior):
-        weights = climber.log_weights(block, table, noise.values, 2).double()
+        weights = climber.log_weights(block, table, noise, 2).double()
         uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
         # The largest of log weight plus Gumbel noise: a draw without replacement.
         score = weights - (-uniform.to(weights).log()).log()
@@ -242,13 +239,13 @@ def best_of(climber: Climber, block: Block, tables: Tensor) -> tuple[Tensor, Ten
 
     The first where in doubt.
     """
-    noise = climber.noise(_COMPARED)
-    weight = noise.weight.double()
+    weight, noise = climber.noise(_COMPARED)
+    weight = weight.double()
     found = [
-        climber.log_weights(block, table, noise.values, len(tables), check=i == 0).double()
+        climber.log_weights(block, table, noise, len(tables), check=i == 0)
         for i, table in enumerate(tables)
     ]
-    terms = torch.stack(found)
+    terms = torch.stack(found).double()
     elbos = (weight / weight.sum()) @ terms
     elbos = torch.nan_to_num(elbos, nan=-torch.inf, posinf=-torch.inf)
     best = elbos.argmax(0)

@@ -33,20 +33,19 @@ def off():
 
 def test_log_weights_by_hand():
     climber, block = climber_and_block()
-    noise = climber.noise(8)
-    (found,) = log_weights(block.scored, off(), noise.values)
-    z = X + noise.values
+    _, noise = climber.noise(8)
+    (found,) = log_weights(block.scored, off(), noise)
+    z = X + noise
     normal = torch.distributions.Normal
     wanted = normal(0.0, 1.0).log_prob(z) + normal(z, 0.5).log_prob(X) - normal(X, 1.0).log_prob(z)
     torch.testing.assert_close(found, wanted)
-    (evidence,) = log_weights(block.scored, exact(), noise.values)
+    (evidence,) = log_weights(block.scored, exact(), noise)
     torch.testing.assert_close(evidence, MODEL.log_evidence(X).expand(8, 3))
 
 
 def test_the_slope_has_no_noise_at_the_optimum():
     climber, block = climber_and_block()
-    noise, one = climber.noise(8), torch.ones((), dtype=torch.float64)
-    arguments = (one, noise.weight, noise.values)
+    arguments = (torch.ones((), dtype=torch.float64), *climber.noise(8))
     (at_optimum,) = slope(block.scored, torch.zeros_like(exact()), exact(), *arguments)
     assert at_optimum.abs().max() < 1e-9
     (elsewhere,) = slope(block.scored, torch.zeros_like(off()), off(), *arguments)
@@ -65,8 +64,8 @@ def test_noise_is_standard_normal_under_its_weights():
     for heavy in (False, True):
         climber, _ = climber_and_block(heavy=heavy)
         many = [climber.noise(512, (7, i)) for i in range(40)]
-        values = torch.cat([n.values[:, 0] for n in many])
-        weight = torch.cat([n.weight for n in many])
+        values = torch.cat([noise[:, 0] for _, noise in many])
+        weight = torch.cat([weight for weight, _ in many])
         assert abs(weight.mean() - 1) < 0.02
         for power, moment in ((1, 0.0), (2, 1.0), (4, 3.0)):
             terms = weight * values**power
