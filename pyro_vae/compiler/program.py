@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,19 @@ def _is_free(args: tuple[Any, ...], node: fx.Node) -> bool:
     return layout(first) == layout(node) and all(base_of(other) is not first for other in used)
 
 
+def _text(names: dict[fx.Node, str], bound: dict[str, Any], value: object) -> str:
+    """Return the source of an argument; an object that has none is bound to a name."""
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        inner = "".join(f"{_text(names, bound, item)}, " for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if value is None or type(value) in (bool, int):
+        return repr(value)
+    bound[name := f"c{len(bound)}"] = value
+    return name
+
+
 def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
     """Return a Python function of a graph's operations, one a line.
 
@@ -66,20 +80,9 @@ def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
     names = {node: f"v{i}" for i, node in enumerate(graph.nodes)}
     last_use = {used: node for node in graph.nodes for used in node.all_input_nodes}
     over = in_place(graph)
-    bound: dict[str, Any] = {}  # objects that have no text
+    bound: dict[str, Any] = {}
     parameters, lines = list[str](), list[str]()
-
-    def text(value: object) -> str:
-        if isinstance(value, fx.Node):
-            return names[value]
-        if isinstance(value, (list, tuple)):
-            inner = "".join(f"{text(item)}, " for item in value)
-            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
-        if value is None or type(value) in (bool, int):
-            return repr(value)
-        bound[name := f"c{len(bound)}"] = value
-        return name
-
+    text = functools.partial(_text, names, bound)
     for node in graph.nodes:
         name = names[node]
         if node.op == "placeholder":

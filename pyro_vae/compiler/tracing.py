@@ -6,7 +6,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,9 @@ from pyro_vae.torch_internals import DispatchMode, Operator, storage_key, tensor
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 _MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+_Function: TypeAlias = Callable[..., Any]
+_Args: TypeAlias = tuple[Any, ...]
+_Kwargs: TypeAlias = Mapping[str, Any]
 _READ = "Python reads a number out of a tensor, which may decide what it does next"
 
 
@@ -88,11 +91,7 @@ class _Watch(DispatchMode):
         return isinstance(value, Tensor) and storage_key(value) in self._storages
 
     def __torch_dispatch__(
-        self,
-        func: Operator,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Operator, types: Iterable[type], args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch_internals.READ_NUMBER and self.is_constant(args[0]):
@@ -141,9 +140,7 @@ class _Watch(DispatchMode):
         self._add(sizes)
         return data, sizes
 
-    def _check_writes(
-        self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> None:
+    def _check_writes(self, func: Operator, args: _Args, kwargs: _Kwargs) -> None:
         """Raise UntraceableError for a write that cannot be undone."""
         if self._writable is None or not torch_internals.is_mutable(func):
             return
@@ -168,10 +165,10 @@ class _Answers(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: _Function,
         types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: _Args = (),
+        kwargs: _Kwargs | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.item or func in _READS or func in _NUMBERS:
@@ -185,7 +182,7 @@ class _Answers(TorchFunctionMode):
             )
         return func(*args, **kwargs)
 
-    def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _read(self, func: _Function, args: _Args) -> Any:
         if self._watch.is_constant(args[0]):
             return _untraced(func, *args)
         if func is Tensor.item:
@@ -205,7 +202,7 @@ class _Answers(TorchFunctionMode):
         )
 
 
-def _untraced(func: Callable[..., Any], *args: Any) -> Any:
+def _untraced(func: _Function, *args: Any) -> Any:
     """Call a function that reads numbers out of a constant, untraced."""
     with torch_internals.untraced():
         return func(*args)

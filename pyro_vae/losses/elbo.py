@@ -10,13 +10,12 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective, not_reparameterized, without_value
-from pyro_vae.losses.free_bits import kl_below_floor
-from pyro_vae.losses.kl import analytic_kl
+from pyro_vae.losses.kl import analytic_kl, kl_per_dimension
 from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import DataPlate, Node, Program
+from pyro_vae.programs.types import DataPlate, Mask, Node, Program
 
 __all__ = ["ELBO"]
 
@@ -148,7 +147,7 @@ class ELBO(Objective):
             if self.estimator == "score":
                 elbo = elbo + without_value(self._score(run, terms))
             if self.free_bits:
-                elbo = elbo + without_value(kl_below_floor(run, self.free_bits))
+                elbo = elbo + without_value(_kl_below_floor(run, self.free_bits))
         return self._checked(run, -elbo, kls)
 
     def _explained(self, run: TrainingRun) -> dict[str, str]:
@@ -243,3 +242,67 @@ def _closed_forms(nodes: list[tuple[Node, Node | None]]) -> tuple[list[Tensor] |
             return None, reason
         kls.append(kl)
     return kls, reason
+
+
+# --- free bits: a floor under the KL of each latent dimension, on average over the batch
+
+
+def _kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
+    r"""Return the KL of the dimensions below the floor, which are not pressed further: a scalar.
+
+    .. math:: \sum_d \max(\lambda, \mathrm{KL}_d), \quad
+              \mathrm{KL}_d = \sum_n \mathrm{KL}(q(z_{nd} | x_n), p(z_d))
+
+    (Kingma et al. 2016, arXiv:1606.04934, eq. 15), with :math:`\lambda` nats for each datum.
+    Raises ValueError for a site whose KL has no closed form per dimension.
+    """
+    if run.plan.enumerated:
+        raise ValueError(
+            f"free_bits: the guide enumerates {list(run.plan.enumerated)}, of which a "
+            "dimension's KL is no plain mean over data. Leave them out of the guide, and they "
+            "are summed out"
+        )
+    given = []
+    for name, nodes in run.proposals():
+        kls, counts = [], []
+        for guide_node, model_node in nodes:
+            kl, reason = kl_per_dimension(guide_node, model_node)
+            if kl is None:
+                raise ValueError(
+                    f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
+                )
+            event_ndim = kl.ndim - len(guide_node["fn"].batch_shape)
+            scale, mask = run.scale(guide_node), guide_node["mask"]
+            kls.append(_weighted(kl, scale, mask, event_ndim))
+            counts.append(_weighted(torch.ones_like(kl), scale, mask, event_ndim))
+        node = nodes[0][0]
+        event_ndim, local = node["fn"].event_dim, run.is_local(name, node)
+        kl, count = (_over_data(run, terms, event_ndim, local) for terms in (kls, counts))
+        # A dimension under the floor gets its KL back: no pressure, no gradient.
+        given.append(torch.where(kl < free_bits * count, kl, torch.zeros_like(kl)).sum())
+    return torch.stack(given).sum() if given else torch.zeros(())
+
+
+def _weighted(term: Tensor, scale: float | Tensor, mask: Mask, event_ndim: int) -> Tensor:
+    """Return a term of batch and event dimensions, scaled and masked along its batch."""
+    last, first = tuple(range(term.ndim - event_ndim, term.ndim)), tuple(range(event_ndim))
+    return scale_and_mask(term.movedim(last, first), scale, mask).movedim(first, last)
+
+
+def _over_data(run: TrainingRun, terms: list[Tensor], event_ndim: int, local: bool) -> Tensor:
+    """Return a site's term summed over the data, the mean of the particles.
+
+    Args:
+        run: of a pair.
+        terms: of the site's batch and event shape, one for each trace.
+        event_ndim: dimensions of an event.
+        local: whether the site is in the data plate.
+    """
+    mode = run.plan.mode
+    summed = (mode.data_dim if local else None, -mode.plate_dims if mode.leading else None)
+    total: list[Tensor] = []
+    for term in terms:
+        batch_ndim = term.ndim - event_ndim
+        axes = [batch_ndim + dim for dim in summed if dim is not None and batch_ndim + dim >= 0]
+        total.append(term.sum(axes, keepdim=True) if axes else term)
+    return torch.stack(total).sum(0) / run.num_particles
