@@ -296,10 +296,10 @@ class ImportanceStep(DrawnStep):
     def doubts(self) -> Iterator[str]:
         """Yield for how many data the guide is no longer near the posterior."""
         if few := int((effective_sample_size(self._total) < _FEW).sum()):
+            data = f"{few} of {self._evaluator.num_data} data"
             yield (
-                f"{few} of {self._evaluator.num_data} data had an effective sample size below "
-                f"{_FEW:g}: the guide is far from their posterior. Refine it (pyro_vae.refine), or "
-                "raise num_particles"
+                f"{data} had an effective sample size below {_FEW:g}: the guide is far from their "
+                "posterior. Refine it (pyro_vae.refine), or raise num_particles"
             )
 
 

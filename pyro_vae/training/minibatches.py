@@ -141,7 +141,13 @@ class TrainingData:
         """
         few = self._few()
         with Look() as look:
-            role, norms = self._bound_role(few)
+            try:
+                with contextlib.nullcontext() if self.source.streamed else set_up_before():
+                    role, norms = self._bound_role(few)
+            except NotSetUpError:
+                # Pyro's autoguides make their parameters for the first batch that they see.
+                run_pair(self._model, self._guide, self._all())
+                role, norms = self._bound_role(few)
         if look.error is not None:
             with Look() as whole:  # what it raises is no matter of minibatches
                 if not self.source.streamed:
@@ -164,32 +170,20 @@ class TrainingData:
 
     def _bound_role(self, few: Batch) -> tuple[str | None, dict[str, int]]:
         """Return which of the pair is bound to the order of rows, and what BatchNorms saw."""
-
-        def look() -> tuple[str | None, dict[str, int]]:
-            with self.rows(torch.arange(few.size or 0)):
-                pair, refused = Pair(self._model, self._guide, few, gradients=True), False
-                with batch_norms() as norms:
-                    try:
-                        pair.looks.know_run(pair.single.run, self._run)
-                    except ValueError:  # what a loss refuses, its first step says
-                        run_pair(self._model, self._guide, few)
-                        refused = True
-                plate = pair.looks.structure(self._plate, latents_needed=False).data_plate
-                if not refused and pair.part_agrees(plate):
-                    self._pair = pair
-                    return None, norms
-                role = None if plate is None else self._on_rows(few, plate).bound_to_order()
-                return role, norms
-
-        if self.source.streamed:
-            return look()
-        try:
-            with set_up_before():
-                return look()
-        except NotSetUpError:
-            # Pyro's autoguides make their parameters for the first batch that they see.
-            run_pair(self._model, self._guide, self._all())
-            return look()
+        with self.rows(torch.arange(few.size or 0)):
+            pair, refused = Pair(self._model, self._guide, few, gradients=True), False
+            with batch_norms() as norms:
+                try:
+                    pair.looks.know_run(pair.single.run, self._run)
+                except ValueError:  # what a loss refuses, its first step says
+                    run_pair(self._model, self._guide, few)
+                    refused = True
+            plate = pair.looks.structure(self._plate, latents_needed=False).data_plate
+            if not refused and pair.part_agrees(plate):
+                self._pair = pair
+                return None, norms
+            role = None if plate is None else self._on_rows(few, plate).bound_to_order()
+            return role, norms
 
     def _find_scale(self) -> None:
         """Find the number of data that a minibatch's loss is scaled to."""

@@ -57,10 +57,7 @@ def minibatch_scale(
         return _size_of_fewer(model, batch, plate, num_data, part), None
     names = names_of(structure.global_latents)
     shared = f"the latent sites {names} are shared by all data"
-    advice = (
-        f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data the number of all "
-        "data"
-    )
+    advice = f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data of all data"
     if names and num_data is None:
         raise ValueError(
             f"{shared}, of which nobody says how many there are: what a minibatch counts for is "

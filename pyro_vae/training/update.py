@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
 from pyro_vae.compiler.agreement import same_state
 from pyro_vae.compiler.graph import Graph
@@ -22,10 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_SETTINGS = 4  # of an optimizer (its learning rate) that are traced
 # Refuse sparse gradients.
-_NO_SPARSE = (
-    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam),
-    torch.optim.RMSprop,
-)
+_NO_SPARSE = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.RMSprop)
 
 Loss = Tensor | float | None
 
@@ -49,7 +46,7 @@ class Update:
         ValueError: for an optimizer that evaluates the loss itself.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: optim.Optimizer) -> None:
         closure = inspect.signature(optimizer.step).parameters["closure"]
         if closure.default is inspect.Parameter.empty:
             raise ValueError(
@@ -60,7 +57,7 @@ class Update:
         self.optimizer = optimizer
         self.failed: Tensor | None = None
         self._link: PyroLink | None = vars(optimizer).get("pyro_link")
-        self._takes_sparse = isinstance(optimizer, torch.optim.SparseAdam)
+        self._takes_sparse = isinstance(optimizer, optim.SparseAdam)
         self._graphs: dict[Hashable, Graph] = {}
         self._last: _Repeated | None = None
         self._num_added = -1  # parameters that add() was given last
@@ -283,7 +280,7 @@ class _Repeated:
         graph: of the update.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, graph: Graph) -> None:
+    def __init__(self, optimizer: optim.Optimizer, graph: Graph) -> None:
         self.graph, self.parameters = graph, parameters_in(optimizer)
         self._groups = optimizer.param_groups
         self._sizes = self._num_parameters()
