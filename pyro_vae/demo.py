@@ -111,7 +111,7 @@ def run(
         f"{result.best_epoch} (validation ELBO {max(result.history['validation_elbo']):.2f})"
     )
     comparisons = {}
-    for part in demo.data.parts:
+    for part in demo.parts:
         with _timed(f"compare on {part}", seconds):
             comparisons[part] = demo.compare(part)
     with _timed("write", seconds):
@@ -123,61 +123,51 @@ def run(
     return comparisons
 
 
-class _Data:
-    """Images as counts, or binarized at random, with a part held out to validate, [N, D] each."""
-
-    def __init__(
-        self, images: datasets.ImageData, settings: Settings, seed: int, device: str
-    ) -> None:
-        held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
-        raw = {"train": images.train[:-held_out], "validation": images.train[-held_out:]}
-        raw["test"] = images.test
-        self.train: Tensor | datasets.StochasticBinarization
-        if images.max_value <= _LARGEST_COUNT:
-            fixed = {part: x.float().to(device) for part, x in raw.items()}
-            self.train, self.num_trials = fixed["train"], images.max_value
-        else:
-            grey = {n: datasets.StochasticBinarization(x, images.max_value) for n, x in raw.items()}
-            fixed = {n: x.fixed(seed + i).to(device) for i, (n, x) in enumerate(grey.items())}
-            self.train, self.num_trials = grey["train"], 1
-        self.validation = fixed["validation"]
-        # The images to look at closely.
-        self.parts = {part: fixed[part][: settings.num_data] for part in ("train", "test")}
-
-
 class _Demo:
-    """A VAE of some images and its guide."""
+    """Images as counts or binarized at random, [N, D], a VAE of them and its guide."""
 
     def __init__(
         self, images: datasets.ImageData, settings: Settings, seed: int, device: str
     ) -> None:
         self.images, self.settings, self.seed, self.device = images, settings, seed, device
-        self.data = _Data(images, settings, seed, device)
-        num_features, num_trials = self.data.validation.shape[1], self.data.num_trials
+        held_out = max(1, int(len(images.train) * _VALIDATION_FRACTION))
+        raw = {"train": images.train[:-held_out], "validation": images.train[-held_out:]}
+        raw["test"] = images.test
+        self.data: Tensor | datasets.StochasticBinarization
+        if images.max_value <= _LARGEST_COUNT:
+            fixed = {part: x.float().to(device) for part, x in raw.items()}
+            self.data, self.num_trials = fixed["train"], images.max_value
+        else:
+            grey = {n: datasets.StochasticBinarization(x, images.max_value) for n, x in raw.items()}
+            fixed = {n: x.fixed(seed + i).to(device) for i, (n, x) in enumerate(grey.items())}
+            self.data, self.num_trials = grey["train"], 1
+        self.validation = fixed["validation"]
+        # The images to look at closely.
+        self.parts = {part: fixed[part][: settings.num_data] for part in ("train", "test")}
+        num_features, trials = self.validation.shape[1], self.num_trials
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of the networks' first weights
             sizes, hidden = [num_features, *settings.hidden], settings.hidden[::-1]
-            model = VAE(num_features, settings.num_latents, hidden=hidden, num_trials=num_trials)
-            encoder = MLP(sizes, activate_last=True, input_scale=num_trials).to(device)
+            model = VAE(num_features, settings.num_latents, hidden=hidden, num_trials=trials)
+            encoder = MLP(sizes, activate_last=True, input_scale=trials).to(device)
             self.model = model.to(device)
-            self.guide = AmortizedGuide(self.model, encoder, example=self.data.validation)
+            self.guide = AmortizedGuide(self.model, encoder, example=self.validation)
 
     def __str__(self) -> str:
-        data, latents = self.data, self.settings.num_latents
-        likelihood = "Bernoulli" if data.num_trials == 1 else f"Binomial({data.num_trials})"
+        likelihood = "Bernoulli" if self.num_trials == 1 else f"Binomial({self.num_trials})"
         return (
-            f"{self.images.name}: {len(data.train)} images to train on, {len(data.validation)} to "
-            f"validate; {likelihood} likelihood, {latents} latents"
+            f"{self.images.name}: {len(self.data)} images to train on, {len(self.validation)} to "
+            f"validate; {likelihood} likelihood, {self.settings.num_latents} latents"
         )
 
     def train(self, progress: bool) -> FitResult:
         """Train model and guide, with a part of the images to stop by."""
-        settings, data = self.settings, self.data
+        settings = self.settings
         return fit(
-            *(self.model, self.guide, data.train),
+            *(self.model, self.guide, self.data),
             epochs=settings.epochs,
             max_steps=settings.max_steps,
-            validation_data=data.validation,
+            validation_data=self.validation,
             patience=settings.patience,
             seed=self.seed,
             device=self.device,
@@ -189,7 +179,7 @@ class _Demo:
         return compare(
             self.model,
             {"amortized": self.guide, "mean-field": Normal()},
-            self.data.parts[part],
+            self.parts[part],
             num_particles=self.settings.num_particles,
             max_steps=self.settings.refine_steps,
             seed=self.seed,
@@ -199,7 +189,7 @@ class _Demo:
         """Write the posterior of the test part, the table of gaps, and the figures."""
         from matplotlib import pyplot
 
-        x = self.data.parts["test"]
+        x = self.parts["test"]
         num_draws = max(1, min(self.settings.num_draws, _PIXELS_DRAWN // x.numel()))
         dims = {"z": ["latent"], "x": ["pixel"]}
         pair = (self.model, self.guide)
@@ -226,7 +216,7 @@ class _Demo:
 
     def _reconstructions(self, tree: Container) -> Figure:
         """Draw the first test images, what the decoder makes of their codes, and prior samples."""
-        x = self.data.parts["test"][:_IMAGES_SHOWN]
+        x = self.parts["test"][:_IMAGES_SHOWN]
         with torch.no_grad():
             location = self.guide.family_params(x)[..., 0]
             reconstructions = self.model.likelihood(location).mean.cpu().numpy()

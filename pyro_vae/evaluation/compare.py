@@ -184,12 +184,12 @@ def _with_references(
     Families become guides refined on the batch; a guide whose family has none gets one.
     """
     start = next((guide for guide in guides.values() if not isinstance(guide, Family)), None)
-    found: dict[str, Program] = {}
-    by_family: dict[Family, str] = {}
-    for name, guide in guides.items():
-        found[name] = work.refined(start, guide) if isinstance(guide, Family) else guide
-        if isinstance(guide, Family):
-            by_family.setdefault(guide, name)
+    found = {
+        name: work.refined(start, guide) if isinstance(guide, Family) else guide
+        for name, guide in guides.items()
+    }
+    first = reversed(list(guides.items()))  # the first name of a family is the last to be written
+    by_family = {guide: name for name, guide in first if isinstance(guide, Family)}
     if reference is not None:
         return found, dict.fromkeys(guides, reference)
     references: dict[str, str] = {}

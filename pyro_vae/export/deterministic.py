@@ -24,13 +24,11 @@ class DeterministicSite:
 
     Attributes:
         name: its name.
-        ndim: dimensions of its value.
         data_axis: that of the data, from the left; None where it has none.
         dims: names of the others: plates, then ``<name>_dim_i``.
     """
 
     name: str
-    ndim: int
     data_axis: int | None
     dims: tuple[str, ...]
 
@@ -91,7 +89,7 @@ class DeterministicValues:
                 )
                 continue
             dims = _dims(name, node, axis, evaluator.structure.data_plate)
-            found[name] = DeterministicSite(name, node["value"].ndim, axis, dims)
+            found[name] = DeterministicSite(name, axis, dims)
         return found
 
     def _folded(self, rows: slice, values: Values, alone: bool) -> dict[str, Tensor] | None:
@@ -116,7 +114,7 @@ def _by_particle(
     (value,), axis = each, site.data_axis
     if mode == "repeat":
         return None if axis is None else value.unflatten(axis, (num_particles, -1)).movedim(axis, 0)
-    extra = value.ndim - site.ndim
+    extra = value.ndim - len(site.dims) - (axis is not None)
     if extra == 0:  # of no latent: the same for all particles
         return value.expand(num_particles, *value.shape)
     if value.shape[0] != num_particles or any(size != 1 for size in value.shape[1:extra]):
