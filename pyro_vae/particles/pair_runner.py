@@ -229,25 +229,13 @@ class PairRunner:
         return other
 
     def _choose_modes(self, particles: Particles) -> None:
-        """Choose the modes of guide and model, and find out what decides how they are scored."""
-        agreed: tuple[Run, Run] | None = None
+        """Choose the modes of guide and model; note the sites that float32 is too coarse for."""
+        runs: tuple[Run, Run] | None = None
         with Look():
-            agreed = self._agree_at_once(particles)
-        if agreed is not None:
-            self._score_in_float64(*agreed)
-            return
-        rows, values = self._choose_guide(particles)
-        if self.pair.summed_out:
-            self._check_summed_out(rows, values)
-        latents = self.latents(values)
-        reference = self.run_model(rows, values).log_prob()
-        self.model, run = choose_mode(
-            *(self.model, "model", particles, reference),
-            lambda model: model.run(rows, _count(values), latents),
-            Run.log_prob,
-        )
-        self._check_independent(rows, latents, reference)
-        self._score_in_float64(model=run)
+            runs = self._agree_at_once(particles)
+        guide_run, run = runs or self._choose_apart(particles)
+        self.guide.double, self.model.double = coarse_sites(guide_run), coarse_sites(run)
+        warn_of_coarse_parameters(self.model, run)
 
     def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
         """Take the first mode if particles together say all that single ones would.
@@ -311,48 +299,47 @@ class PairRunner:
             for name, value in first.items()
         }
 
-    def _choose_guide(self, particles: Particles) -> tuple[slice, Values]:
-        """Choose the mode of the guide; return some of its draws, for some data."""
+    def _choose_apart(self, particles: Particles) -> tuple[Run, Run]:
+        """Choose the mode of the guide, then of the model; return a run of each."""
         rows, count = self.data_blocks()[0], 3 if self.num_data == 2 else 2
         self._reseed(CHECKS)
         run = self.guide.run(rows, count)
         values = run.values()
         if self.pair.masked:
             self._find_masks()
-        self.guide, run = choose_mode(
+        self.guide, guide_run = choose_mode(
             *(self.guide, "guide", particles, self.log_guide(run, rows, values)),
             lambda guide: guide.run(rows, count, values),
             lambda run: self.log_guide(run, rows, values),
         )
-        self._score_in_float64(run)
-        return rows, values
-
-    def _score_in_float64(self, guide: Run | None = None, model: Run | None = None) -> None:
-        """Note the sites that float32 is too coarse for, as runs in the chosen modes show them."""
-        if guide is not None:
-            self.guide.double = coarse_sites(guide)
-        if model is not None:
-            self.model.double = coarse_sites(model)
-            warn_of_coarse_parameters(self.model, model)
+        latents = self.latents(values)
+        if self.pair.summed_out:
+            self._check_summed_out(rows, latents)
+        reference = self.model.run(rows, count, latents).log_prob()
+        self.model, run = choose_mode(
+            *(self.model, "model", particles, reference),
+            lambda model: model.run(rows, count, latents),
+            Run.log_prob,
+        )
+        self._check_independent(rows, latents, reference)
+        return guide_run, run
 
     def _find_masks(self) -> None:
         """Find the model's masks on latents, and whether they are others for other draws."""
         whole = slice(0, self.num_data)
         values = self.latents(self.guide.run(whole, 1).values())
-
-        def traces() -> list[Trace]:
-            return self.model.run(whole, 1, values).traces
-
-        self.masks_by_draw = depend_on_draws(values, traces)
+        self.masks_by_draw = depend_on_draws(
+            values, lambda: self.model.run(whole, 1, values).traces
+        )
         if not self.masks_by_draw:
             masks = self.model.run(whole, 1, values).masks()
             self.guide.masks = {
                 name: masks[latent] for name, latent in self.pair.masked.items() if latent in masks
             }
 
-    def _check_summed_out(self, rows: slice, values: Values) -> None:
+    def _check_summed_out(self, rows: slice, latents: Values) -> None:
         """Raise ValueError where the values of a site do not run together as each alone."""
-        first = {name: value[:1] for name, value in self.latents(values).items()}
+        first = {name: value[:1] for name, value in latents.items()}
         run = self.model.run(rows, 1, first)
         self._num_values = run.num_values()
 

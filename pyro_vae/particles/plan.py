@@ -193,11 +193,6 @@ def _structure(pair: Pair, needs: Needs) -> Structure:
     return structure
 
 
-def _normalizes_over_batch(module: nn.Module) -> bool:
-    statistics = module.training or getattr(module, "running_mean", None) is None
-    return isinstance(module, BatchNorm) and statistics
-
-
 class _LoopError(Exception):
     """Particles run in a loop, for the reason that the message says."""
 
@@ -234,7 +229,8 @@ def _mode_together(
     needed: bool,
 ) -> ModeName:
     """Return the mode, plate or repeat; raise _LoopError where particles run one by one."""
-    if any(map(_normalizes_over_batch, called)):
+    norms = [module for module in called if isinstance(module, BatchNorm)]
+    if any(module.training or getattr(module, "running_mean", None) is None for module in norms):
         raise _LoopError("a module normalizes over the batch, each particle's its own")
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
         raise _LoopError("model or guide draws its own minibatch, another at each run")

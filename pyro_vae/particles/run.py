@@ -267,12 +267,10 @@ class Runner:
 
     def masks_of(self, rows: slice) -> dict[str, Tensor]:
         """Return the masks that are the same for all draws, of some data."""
-        dim = self.mode.data_dim
+        dim, size = self.mode.data_dim, rows.stop - rows.start
         return {
-            name: mask
-            if dim is None or mask.shape[dim] == 1
-            else mask.narrow(dim, rows.start, rows.stop - rows.start)
-            for name, mask in self.masks.items()
+            n: m if dim is None or m.shape[dim] == 1 else m.narrow(dim, rows.start, size)
+            for n, m in self.masks.items()
         }
 
     def _batch(self, rows: slice) -> Batch:
