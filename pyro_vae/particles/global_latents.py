@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -129,11 +128,8 @@ def _structure(
             raise
     hidden = _held_at(model, {name: site.value for name, site in latents.items()})
     rest = inspect(hidden, batch, data_plate=data_plate, latents_needed=False)
-    plate = rest.data_plate
-    for name, site in latents.items():
-        kind = "local latent" if plate in site.plates else "global latent"
-        latents[name] = replace(site, kind=kind)
-    return Structure({**latents, **rest.sites}, plate, run.nesting)
+    sites = {**latents, **rest.sites}
+    return Structure(sites, None, run.nesting).with_data_plate(rest.data_plate)
 
 
 def _value(name: str, value: Any, structure: Structure) -> Tensor:
