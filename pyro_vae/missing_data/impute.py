@@ -224,9 +224,8 @@ def _with_missing(structure: Structure) -> list[Site]:
     sites = [site for site in observed if site.missing is not None and bool(site.missing.any())]
     if not sites:
         raise ValueError(
-            "impute: no observed value is missing. A missing value is NaN in the data, or False "
-            "in a mask, of a model in pyro_vae.MissingData; the observed sites are "
-            f"{names_of(observed)}"
+            "impute: no observed value is missing. A missing value is NaN in the data, or False in "
+            f"a mask, of a model in pyro_vae.MissingData; observed sites are {names_of(observed)}"
         )
     return sites
 
