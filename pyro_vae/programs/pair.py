@@ -18,7 +18,6 @@ from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.answers import Answers, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
-from pyro_vae.programs.guide_check import check_guide
 from pyro_vae.programs.guide_kinds import RowGuide, check_per_datum, points, row_guide
 from pyro_vae.programs.handlers import ParamStatements
 from pyro_vae.programs.masks import mask_of, masked_proposals
@@ -48,6 +47,7 @@ from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import (
     GiveValues,
     ReplaceDraws,
+    check_guide,
     site_log_prob,
     trace_guide,
     trace_model,
