@@ -314,9 +314,8 @@ def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) ->
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
                 f"but their scales differ ({chosen!r}: {nodes[chosen]['scale']}, {name!r}: "
-                f"{node['scale']}): a scale cannot stand inside the sum. Give them one "
-                "poutine.scale, subsample only plates that hold them all, and warm up without "
-                "such latents"
+                f"{node['scale']}). Give them one poutine.scale, subsample only plates that hold "
+                "them all, and warm up without such latents"
             )
     return chosen
 

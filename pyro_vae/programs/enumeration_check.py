@@ -76,10 +76,9 @@ def check_values(
     if torch.equal(*torch.broadcast_tensors(*runs)):
         raise ValueError(
             f"the model's log density with all values of {sorted(summed)} at once differs from "
-            f"that of single values by {worst:.3g} nats, at site {where!r}: its broadcasting over "
-            "dimensions left of the plates, where the values lie, is wrong; or an entry of a plate "
-            "depends on the values of others (as on their mean), which cannot be summed out entry "
-            "by entry. Mend it, or propose the sites in the guide"
+            f"that of single values by {worst:.3g} nats, at site {where!r}: it broadcasts wrongly "
+            "over dimensions left of the plates, where the values lie; or an entry of a plate "
+            "depends on the values of others (their mean). Mend it, or propose them in the guide"
         )
 
 

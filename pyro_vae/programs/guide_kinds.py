@@ -140,9 +140,8 @@ class RowGuide(nn.Module):
         if bool(other.any()):
             raise ValueError(
                 f"{rows_text(other)} of the batch are not the data that this LocalGuide's rows "
-                "were fitted to. Where the batch holds some of those data, say which: with "
-                "guide.rows(index): ...; for other data, refine it on them: "
-                "pyro_vae.refine(model, guide, *batch)"
+                "were fitted to. Where it holds some of those, say which: with guide.rows(index): "
+                "...; for other data, refine it: pyro_vae.refine(model, guide, *batch)"
             )
 
     def _checksum(self) -> tuple[Tensor, Tensor]:

@@ -234,9 +234,8 @@ def _check_shape(name: str, first: object, stored: Tensor) -> None:
     if isinstance(first, Tensor) and stored.shape != first.shape:
         raise ValueError(
             f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
-            f"{tuple(stored.shape)} by this name, and the statement's first value has shape "
-            f"{tuple(first.shape)}. Where it is left from another model or guide, call "
-            "pyro.clear_param_store() first; else give it another name"
+            f"{tuple(stored.shape)} by this name, the statement's first value has shape "
+            f"{tuple(first.shape)}. Call pyro.clear_param_store() first, or give it another name"
         )
 
 

@@ -126,10 +126,9 @@ class one_thread:  # noqa: N801 - a context manager, without the time that a gen
     def __enter__(self) -> None:
         if not _lock.acquire(blocking=False):
             raise RuntimeError(
-                "pyro_vae is at work in another thread. Pyro's handlers and parameters, and "
-                "PyTorch's random numbers, are one for all threads of a process, so results would "
-                "mix: run one after the other, or in processes of their own (multiprocessing, "
-                "joblib's 'loky')"
+                "pyro_vae is at work in another thread, with Pyro's handlers and parameters and "
+                "PyTorch's random numbers, one for all threads of a process: run one after the "
+                "other, or in processes of their own (multiprocessing, joblib's 'loky')"
             )
 
     def __exit__(self, *raised: object) -> None:

@@ -283,9 +283,8 @@ class SameMeasure(Messenger):
         if _is_apart(mine, theirs):
             raise ValueError(
                 f"latent site {name!r} lies on a surface in the model ({kinds[0]}), and its parts "
-                f"are drawn apart in the guide ({kinds[1]}): none of these draws lies there, and "
-                "the ratio of the densities is no weight. Propose a distribution on the same "
-                "support"
+                f"are drawn apart in the guide ({kinds[1]}), where the ratio of the densities is "
+                "no weight. Propose a distribution on the same support"
             )
         masses, proposed = is_discrete(mine), is_discrete(theirs)
         if masses is None or proposed is None or masses == proposed:
