@@ -85,8 +85,9 @@ class AmortizedGuide(FamilyGuide):
         structure = looks.structure(data_plate)
         if structure.data_plate is None:
             raise ValueError(
-                "AmortizedGuide is for latents of a datum; with data_plate=False there are none: "
-                "LocalGuide(model, num_data=1, example=batch, data_plate=False) takes them jointly"
+                "AmortizedGuide is for latents of each datum; with data_plate=False there are "
+                "none: use LocalGuide(model, num_data=1, example=batch, data_plate=False), or a "
+                "guide of Pyro's (pyro.infer.autoguide)"
             )
         if global_guide is None:
             refuse_globals(structure, "Give a guide for them (global_guide=...)")

@@ -185,9 +185,8 @@ def _proposal(conditional: Conditional, indices: dict[str, Tensor]) -> Distribut
     if isinstance(family, dist.Bernoulli):
         # Finite where one value is impossible: so is the density of the other then.
         return dist.Bernoulli(logits=torch.nan_to_num(logits[..., 1] - logits[..., 0]))
-    if isinstance(family, dist.OneHotCategorical):
-        return dist.OneHotCategorical(logits=logits)
-    return dist.Categorical(logits=logits)
+    one_hot = isinstance(family, dist.OneHotCategorical)
+    return (dist.OneHotCategorical if one_hot else dist.Categorical)(logits=logits)
 
 
 def _same(one: Batch, other: Batch) -> bool:

@@ -64,9 +64,7 @@ class MissingEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.register_buffer("fill", torch.as_tensor(fill))
-        self.dim = dim
-        self.mask = mask
-        self.values = values
+        self.dim, self.mask, self.values = dim, mask, values
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the encoder on a batch, missing values filled in and their mask appended."""

@@ -105,8 +105,7 @@ class MissingData(nn.Module):
         self.model = model
         owner = module_of(model)  # of a method: its parameters are the model's
         self.owner = None if owner is model else owner
-        self.mask = mask
-        self.values = values
+        self.mask, self.values = mask, values
         self._patterns = set[Hashable]()  # of missing values, for which the model was looked at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
