@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,8 @@ class EStep(ABC):
         ValueError: for a model or guide that this E-step cannot use.
     """
 
+    name: str
+
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
@@ -122,6 +124,8 @@ class EStep(ABC):
 
 class ExactStep(EStep):
     """q is the exact posterior of enumerable latents: the ELBO after an update is log p(x)."""
+
+    name = "exact"
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -171,8 +175,6 @@ class _Draws:
 
 class DrawnStep(EStep):
     """q is represented by draws, with equal weights or not."""
-
-    name: str
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -359,12 +361,7 @@ class NUTSStep(ImportanceStep):
         yield from super().doubts()
 
 
-E_STEPS: Mapping[str, Callable[[Problem], EStep]] = {
-    "exact": ExactStep,
-    "variational": VariationalStep,
-    "importance": ImportanceStep,
-    "nuts": NUTSStep,
-}
+E_STEPS = {kind.name: kind for kind in (ExactStep, VariationalStep, ImportanceStep, NUTSStep)}
 
 
 def _require_density(problem: Problem, name: str) -> None:

@@ -83,7 +83,8 @@ class Update:
 
     def drop_gradients(self) -> None:
         """Leave the parameters without a gradient."""
-        drop_gradients(parameters_in(self.optimizer))
+        for group in self.optimizer.param_groups:
+            drop_gradients(group["params"])
 
     def __call__(self, loss: Loss = None, *, traced: bool) -> None:
         """Take a step of the optimizer on the gradients that the parameters have.
@@ -112,9 +113,11 @@ class Update:
         last = self._last
         if last is None or last.graph.capturable or not last.holds():
             return False
-        gradients = [parameter.grad for parameter in last.parameters]
-        if any(gradient is None for gradient in gradients):
-            return False
+        gradients: list[Tensor] = []
+        for parameter in last.parameters:
+            if (gradient := parameter.grad) is None:
+                return False
+            gradients.append(gradient)
         last.graph(*gradients, *self._to_mark(loss))
         return True
 
