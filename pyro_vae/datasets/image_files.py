@@ -41,10 +41,8 @@ def read(path: Path) -> Arrays:
         ValueError: The file is not what its name says, is cut short or lacks a key.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"no file or directory at {path} (expected an .npz, .npy or idx file, "
-            f"or a directory with MNIST's four idx files)"
-        )
+        wanted = "an .npz, .npy or idx file, or a directory with MNIST's four idx files"
+        raise FileNotFoundError(f"no file or directory at {path} (expected {wanted})")
     if path.is_dir():
         return _read_idx_directory(path)
     if path.suffix in (".npz", ".npy"):
@@ -98,22 +96,18 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     what, num_dims = ("labels", 1) if magic == _IDX_LABELS else ("images", 3)
     found = int.from_bytes(content[:4], "big")
     if len(content) >= 4 and found != magic:
-        raise ValueError(
-            f"{path}: expected an idx file of {what}, which begins with the magic number "
-            f"0x{magic:08x}, found 0x{found:08x}"
-        )
-    header = 4 * (1 + num_dims)
-    size = len(content)
+        numbers = f"the magic number 0x{magic:08x}, found 0x{found:08x}"
+        raise ValueError(f"{path}: expected an idx file of {what}, which begins with {numbers}")
+    header, size = 4 * (1 + num_dims), len(content)
     if size < header:
         wanted = f"an idx header of {header} bytes"
         raise ValueError(f"{path}: cut short, expected {wanted}, found {size} bytes in all")
     sizes = np.frombuffer(content[4:header], dtype=">u4").tolist()
     expected = header + math.prod(sizes)
     if size != expected:
-        raise ValueError(
-            f"{path}: {'cut short' if size < expected else 'too long'}, the header promises {what} "
-            f"of shape {sizes}, {expected} bytes in all, found {size} bytes"
-        )
+        problem = "cut short" if size < expected else "too long"
+        promised = f"{what} of shape {sizes}, {expected} bytes in all"
+        raise ValueError(f"{path}: {problem}, the header promises {promised}, found {size} bytes")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
 

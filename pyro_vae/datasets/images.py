@@ -163,15 +163,12 @@ class StochasticBinarization:
         if max_value < 1:
             raise ValueError(f"max_value must be at least 1, got {max_value}")
         if images.numel() == 0 or images.ndim < 2:
-            raise ValueError(
-                f"expected images of shape [N, ...] with N at least 1, got {list(images.shape)}"
-            )
+            wanted = "images of shape [N, ...] with N at least 1"
+            raise ValueError(f"expected {wanted}, got {list(images.shape)}")
         # Written so that NaN fails as well.
         if not bool(((images >= 0) & (images <= max_value)).all()):
-            raise ValueError(
-                f"expected intensities from 0 to max_value={max_value}, found values from "
-                f"{images.min().item()} to {images.max().item()}"
-            )
+            found = f"values from {images.min().item()} to {images.max().item()}"
+            raise ValueError(f"expected intensities from 0 to max_value={max_value}, found {found}")
         self.images = self.source = images
         self.max_value = max_value
 
@@ -183,7 +180,7 @@ class StochasticBinarization:
         return f"StochasticBinarization(images={shape}, max_value={self.max_value})"
 
     def draw(self, images: Tensor) -> Tensor:
-        """Return a draw of some of the images, by PyTorch's global random numbers.
+        """Return a draw of some rows of `source`, by PyTorch's global random numbers.
 
         Args:
             images: Rows of `source`.
@@ -226,7 +223,7 @@ class _Part(NamedTuple):
 
     def take(self, index: Tensor) -> _Part:
         labels = None if self.labels is None else self.labels[index]
-        return _Part(self.images[index], labels, self.shape)
+        return self._replace(images=self.images[index], labels=labels)
 
 
 def _size(shape: tuple[int, int]) -> str:
@@ -252,9 +249,8 @@ def _image_data(
     if not 1 <= max_value <= 255:
         raise ValueError(f"max_value must lie between 1 and 255, got {max_value}")
     if largest > max_value:
-        raise ValueError(
-            f"{where}: expected intensities from 0 to {max_value}, found one of {largest}"
-        )
+        found = f"from 0 to {max_value}, found one of {largest}"
+        raise ValueError(f"{where}: expected intensities {found}")
     labels = (train.labels, test.labels)
     return ImageData(name, train.images, test.images, *labels, train.shape, max_value)
 
@@ -288,9 +284,9 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, where: str) -> _Part
     if labels is None:
         return _Part(pixels, None, (shape[0], shape[1]))
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        found = f"shape {list(labels.shape)} and dtype {labels.dtype}"
         raise ValueError(
-            f"{where}: expected labels of shape [N] and an integer type, found shape "
-            f"{list(labels.shape)} and dtype {labels.dtype}"
+            f"{where}: expected labels of shape [N] and an integer type, found {found}"
         )
     if len(labels) != len(images):
         raise ValueError(f"{where}: {len(images)} images but {len(labels)} labels")
@@ -304,18 +300,14 @@ def _check_values(images: np.ndarray, where: str) -> None:
     bad = ~np.isfinite(images)
     if bad.any():
         rows = np.unique(np.nonzero(bad)[0])
-        raise ValueError(
-            f"{where}: {bad.sum()} values are NaN or infinite, in {len(rows)} images, the first of "
-            f"them image {rows[0]}"
-        )
+        found = f"in {len(rows)} images, the first of them image {rows[0]}"
+        raise ValueError(f"{where}: {bad.sum()} values are NaN or infinite, {found}")
     low, high = images.min(), images.max()
     if images.dtype.kind == "f" and not np.array_equal(images, np.round(images)):
         raise ValueError(
             f"{where}: expected whole numbers from 0 to 255, found fractions between {low:.4g} and "
-            f"{high:.4g}; if they are intensities in [0, 1], store "
-            "np.round(255 * x).astype(np.uint8)"
+            f"{high:.4g}; store intensities in [0, 1] as np.round(255 * x).astype(np.uint8)"
         )
     if low < 0 or high > 255:
-        raise ValueError(
-            f"{where}: expected intensities from 0 to 255, found values from {low} to {high}"
-        )
+        found = f"values from {low} to {high}"
+        raise ValueError(f"{where}: expected intensities from 0 to 255, found {found}")

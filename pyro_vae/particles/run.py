@@ -186,7 +186,7 @@ class Run:
         """
         log_probs = self._log_probs(name for name, _ in self.sites())
         found = [
-            draw(conditionals(trace, each, self.mode.plate_dims))[0]
+            draw(conditionals(trace, each, self.mode.plate_dims))
             for trace, each in zip(self.traces, log_probs, strict=True)
         ]
         return {name: self._unfold(name, [each[name] for each in found]) for name in found[0]}

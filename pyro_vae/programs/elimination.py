@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -93,20 +93,18 @@ def eliminate(
     """
     rest, tables = [factor for factor in factors if factor.enum_axes], []
     for axis, variable in reversed(list(variables.items())):
-        touching = [factor for factor in rest if axis in factor.axes]
+        touching = [_within(f, variable, variables) for f in rest if axis in f.axes]
         if not touching:
             continue
         rest = [factor for factor in rest if axis not in factor.axes]
-        joint = _product([_within(factor, variable, variables) for factor in touching])
+        joint = _product(touching)
         total = joint.reduce(axis, _logsumexp)
         rest.append(total)
         if conditionals:
-            place = joint.axes.index(axis)
-            # Impossible whatever the value: any conditional will do.
-            dead = (total.tensor == -torch.inf).unsqueeze(place)
-            norm = total.tensor.unsqueeze(place).masked_fill(dead, 0.0)
-            table = (joint.tensor - norm).masked_fill(dead, 0.0)
-            tables.append((variable, Factor(joint.axes, table, joint.sites)))
+            norm = total.tensor.unsqueeze(joint.axes.index(axis))
+            dead = norm == -torch.inf  # impossible whatever the value: any conditional will do
+            table = (joint.tensor - norm.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+            tables.append((variable, replace(joint, tensor=table)))
     return rest, tables
 
 
@@ -133,9 +131,8 @@ def _product(factors: Sequence[Factor]) -> Factor:
 def _aligned(factor: Factor, axes: Sequence[Axis]) -> Tensor:
     """Return a factor's tensor with its axes in this order, of size 1 where it has none."""
     order = [factor.axes.index(axis) for axis in axes if axis in factor.axes]
-    return factor.tensor.permute(order)[
-        tuple(slice(None) if axis in factor.axes else None for axis in axes)
-    ]
+    index = tuple(slice(None) if axis in factor.axes else None for axis in axes)
+    return factor.tensor.permute(order)[index]
 
 
 def _logsumexp(tensor: Tensor, axis: int) -> Tensor:

@@ -49,15 +49,10 @@ def summed_out(
         ValueError: for other sites that the guide does not propose, and for sites outside
             the data plate, which all data share.
     """
-    proposed = {
-        name
-        for name, node in (latent_nodes(guide_trace) if guide_trace is not None else ())
-        if not node["infer"].get("is_auxiliary")
-    }
-    names = []
-    for name, node in latent_nodes(model_trace):
-        if name in proposed:
-            continue
+    sites = dict(latent_nodes(guide_trace)) if guide_trace is not None else {}
+    proposed = {name for name, node in sites.items() if not node["infer"].get("is_auxiliary")}
+    rest = {name: node for name, node in latent_nodes(model_trace) if name not in proposed}
+    for name, node in rest.items():
         if not is_enumerable(node["fn"]):
             raise ValueError(
                 f"no guide proposes the latent site {name!r} "
@@ -71,8 +66,7 @@ def summed_out(
                 f"{data_plate!r}: summed out, it would couple all data. Condition the model on a "
                 "value, propose it, or pass data_plate=False to treat the batch as one datum"
             )
-        names.append(name)
-    return tuple(names)
+    return tuple(rest)
 
 
 def enumerated(
@@ -87,8 +81,7 @@ def enumerated(
     Args:
         model: a Pyro model.
         names: the sites to enumerate.
-        first_available_dim: the first dimension left of all plates, the particles' too:
-            -1 - nesting.
+        first_available_dim: the first one left of all plates, the particles' too: -1 - nesting.
         expand: those whose values have the full shape of their plates, as those of which the
             program itself says so.
     """
@@ -97,17 +90,14 @@ def enumerated(
     def mark(site: Any) -> Any:
         chosen = site["name"] in wanted
         expanded = chosen and (site["name"] in expand or site["infer"].get("expand", False))
-        marks = {"enumerate": "parallel" if chosen else None, "expand": expanded}
-        return {**marks, "num_samples": None, "tmc": None}
+        how = "parallel" if chosen else None
+        return {"enumerate": how, "expand": expanded, "num_samples": None, "tmc": None}
 
     @functools.wraps(model, assigned=(), updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
+        enumerate_values = EnumMessenger(first_available_dim)
         try:
-            with (
-                enumeration_apart(),
-                EnumMessenger(first_available_dim),
-                InferConfigMessenger(mark),
-            ):
+            with enumeration_apart(), enumerate_values, InferConfigMessenger(mark):
                 return model(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Not a note: Pyro's trace makes an exception of its own, of this type and text.
@@ -123,24 +113,20 @@ def enumerated(
 def with_placeholder(guide: Program, plate: Plate | None) -> Program:
     """Return a guide that proposes nothing, with an auxiliary site that is always zero.
 
-    It gives each particle and datum a draw, of density one, to be counted by.
-
-    Args:
-        guide: a guide without latent sites.
-        plate: the data plate; None for one datum.
+    It gives each particle and datum (of the data plate, if any) a draw of density one.
     """
 
     @functools.wraps(guide, assigned=(), updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
         result = guide(*args, **kwargs)
         batch = Batch(args, kwargs)
-        nothing = dist.Delta(torch.zeros((), device=batch.device))
-        with contextlib.ExitStack() as stack:
-            if plate is not None:
-                size = plate.size if batch.size is None else batch.size
-                with poutine.block(hide=[plate.name]):
-                    data = pyro.plate(plate.name, size, dim=plate.dim)
-                stack.enter_context(data)
+        data: Any = contextlib.nullcontext()
+        if plate is not None:
+            size = plate.size if batch.size is None else batch.size
+            with poutine.block(hide=[plate.name]):
+                data = pyro.plate(plate.name, size, dim=plate.dim)
+        with data:
+            nothing = dist.Delta(torch.zeros((), device=batch.device))
             pyro.sample("_no_proposal", nothing, infer={"is_auxiliary": True})
         return result
 
@@ -189,17 +175,15 @@ class EnumeratedRun:
             ValueError: for dimensions of no plate, and for a site outside of the plates of those
                 that it depends on.
         """
-        node, own = self.nodes[name], self._own_dim(name)
-        if own is not None and (
-            node["mask"] is not None or isinstance(node["fn"], dist.MaskedDistribution)
-        ):
+        node, own, frames = self.nodes[name], self._own_dim(name), _frames(self.nodes[name])
+        masked = node["mask"] is not None or isinstance(node["fn"], dist.MaskedDistribution)
+        if own is not None and masked:
             log_prob = unmasked_log_prob(node)
-        frames = _frames(node)
-        axis_at: dict[int, Axis] = {d: ("enum", i) for d, i in enumeration_ids(node).items()}
-        axis_at = {dim: axis for dim, axis in axis_at.items() if axis in self.variables}
+        enum_axes: dict[int, Axis] = {d: ("enum", i) for d, i in enumeration_ids(node).items()}
+        axis_at = {dim: axis for dim, axis in enum_axes.items() if axis in self.variables}
         axis_at |= {dim: ("given", site) for site, dim in self.given.items()}
         axis_at |= {dim: ("plate", frame.name) for dim, frame in frames.items()}
-        depth = max([log_prob.ndim, *(-dim for dim in frames)])
+        depth = max(log_prob.ndim, -min(frames, default=0))
         tensor = log_prob.reshape((1,) * (depth - log_prob.ndim) + log_prob.shape)
         axes: list[Axis] = []
         shape, events = list(tensor.shape), []
@@ -278,23 +262,17 @@ def contract(
             extra = max(0, log_prob.ndim - nesting)
             result[(name,)] = log_prob.reshape(log_prob.shape[extra:]) if extra else log_prob
     for factor in eliminate(factors.values(), run.variables)[0]:
-        result[tuple(name for name in run.nodes if name in factor.sites)] = to_plates(
-            factor, run.dims
-        )
+        names = tuple(name for name in run.nodes if name in factor.sites)
+        result[names] = to_plates(factor, run.dims)
     return result
 
 
 def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) -> str:
     """Return the site of a group whose scale (subsampling, poutine.scale) the group has.
 
-    A discrete site that is summed out has no term of its own to weigh, so KL warm-up
-    (:class:`pyro_vae.programs.handlers.LatentScale`) may have left it with another scale than the
-    rest.
-
-    Args:
-        trace: of the model.
-        group: of its sites.
-        given: as in :func:`contract`.
+    A discrete site that is summed out, and is not given as in :func:`contract`, has no term of its
+    own to weigh, so KL warm-up (:class:`pyro_vae.programs.handlers.LatentScale`) may have left it
+    with another scale than the rest.
 
     Raises:
         ValueError: where the scales differ else: the scale stands outside the sum over the
@@ -307,10 +285,8 @@ def scaled_by(trace: Trace, group: Sequence[str], given: Container[str] = ()) ->
     for name, node in nodes.items():
         scale, own_factor = scale_parts(node)
         before = node["infer"].get("_unscaled", node["scale"])
-        if not (
-            (own_factor is factor and same_scale(scale, wanted))
-            or (name in summed and factor is None and same_scale(before, wanted))
-        ):
+        same = own_factor is factor and same_scale(scale, wanted)
+        if not same and not (name in summed and factor is None and same_scale(before, wanted)):
             raise ValueError(
                 f"the sites {list(group)} are connected by discrete latents that are summed out, "
                 f"but their scales differ ({chosen!r}: {nodes[chosen]['scale']}, {name!r}: "
@@ -347,12 +323,7 @@ class Conditional:
     logits: Tensor
 
     def given(self, indices: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits for values of its parents.
-
-        Args:
-            indices: site to the indices of its values, of any shape that broadcasts
-                with the plates.
-        """
+        """Return the logits for indices of its parents' values, which broadcast with the plates."""
         if not self.parents:
             return self.logits
         index = tuple(indices[parent].long() for parent in self.parents)
@@ -367,13 +338,7 @@ def conditionals(
     Sites of outer plates come first, then the model's order; their product is the joint
     posterior.
 
-    Args:
-        trace: of the model, run by :func:`enumerated`.
-        log_probs: as in :func:`contract`, of all sites.
-        nesting: as in :func:`contract`.
-
-    Raises:
-        ValueError: as :func:`contract`.
+    The arguments, and what is raised, as in :func:`contract`, of all sites.
     """
     run = EnumeratedRun(trace, nesting)
     _, tables = eliminate(run.factors(log_probs).values(), run.variables, conditionals=True)
@@ -388,33 +353,23 @@ def conditionals(
     return tuple(chain)
 
 
-def draw(chain: Sequence[Conditional]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draw the sites of a chain of conditionals jointly.
-
-    Returns:
-        Site to value, ``[*plates, *event]``, and to the log probability of that value,
-        ``[*plates]``.
-    """
+def draw(chain: Sequence[Conditional]) -> dict[str, Tensor]:
+    """Draw the sites of a chain of conditionals jointly: by name, ``[*plates, *event]``."""
     indices: dict[str, Tensor] = {}
-    values, log_probs = {}, {}
+    values = {}
     for conditional in chain:
         logits = conditional.given(indices)
         index = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
         indices[conditional.name] = index
         values[conditional.name] = support_of(conditional.node["fn"])[index]
-        log_probs[conditional.name] = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    return values, log_probs
+    return values
 
 
 def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
     """Return the posterior probabilities of each enumerated site, ``[*plates, values]``.
 
-    They are the derivatives of the log evidence by the log prior of each value.
-
-    Args:
-        trace: of the model, run by :func:`enumerated`.
-        log_probs: as in :func:`contract`, of all sites.
-        nesting: as in :func:`contract`.
+    They are the derivatives of the log evidence by the log prior of each value. The arguments, and
+    what is raised, as in :func:`contract`, of all sites.
     """
     run = EnumeratedRun(trace, nesting)
     names = {variable.name: axis for axis, variable in run.variables.items()}

@@ -8,7 +8,7 @@ which there is no sum entry by entry.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from pyro.ops.indexing import Vindex
@@ -48,9 +48,11 @@ def check_values(
     factors = run.factors(
         {n: _log_prob(n, node, summed) for n, node in nodes.items() if not is_deterministic(node)}
     )
-    worst, where = 0.0, ""
-    found: dict[str, Tensor] = {}
-    for indices in _assignments(run, factors):
+    worst, where, found = 0.0, "", dict[str, Tensor]()
+    sites = [_Entries(run, factors[v.name], v) for v in run.variables.values()]
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(min(_MOST_RUNS, max(site.runs for site in sites))):
+        indices = {site.name: site.indices(turn, generator, site is sites[0]) for site in sites}
         values = {name: support_of(nodes[name]["fn"])[index] for name, index in indices.items()}
         try:
             trace = lift_masks(alone(values))
@@ -93,18 +95,8 @@ def _at(run: EnumeratedRun, factor: Factor, indices: Mapping[str, Tensor]) -> Te
     if not axes:
         return table
     index = [indices[run.variables[axis].name] for axis in axes]
-    depth = max(table.ndim - len(axes), *(i.ndim for i in index))
-    lead = depth - (table.ndim - len(axes))
-    table = table.reshape((1,) * lead + table.shape)
-    return Vindex(table)[(Ellipsis, *index)]
-
-
-def _assignments(run: EnumeratedRun, factors: Mapping[str, Factor]) -> Iterator[dict[str, Tensor]]:
-    """Yield indices of values of each site, ``[*plates]``."""
-    sites = [_Entries(run, factors[v.name], v) for v in run.variables.values()]
-    generator = torch.Generator().manual_seed(0)
-    for turn in range(min(_MOST_RUNS, max(site.runs for site in sites))):
-        yield {site.name: site.indices(turn, generator, first=site is sites[0]) for site in sites}
+    lead = max(0, *(i.ndim - (table.ndim - len(axes)) for i in index))
+    return Vindex(table.reshape((1,) * lead + table.shape))[(Ellipsis, *index)]
 
 
 class _Entries:
@@ -125,19 +117,16 @@ class _Entries:
         largest = max(range(run.nesting), key=shape.__getitem__, default=None)
         self.bits, self.group, groups = [], torch.zeros(shape, dtype=torch.long), 1
         for place, size in enumerate(shape):
-            number = torch.arange(size).reshape(
-                [-1 if i == place else 1 for i in range(len(shape))]
-            )
+            number = torch.arange(size).reshape(-1, *[1] * (len(shape) - 1 - place)).expand(shape)
             bits = (size - 1).bit_length()
             if place == largest:
-                self.group = (number >> _GROUP_BITS).expand(shape)
-                groups = max(1, size >> _GROUP_BITS)
+                self.group, groups = number >> _GROUP_BITS, max(1, size >> _GROUP_BITS)
                 bits = min(bits, _GROUP_BITS)
-            self.bits += [((number >> bit) & 1).expand(shape) for bit in range(bits)]
+            self.bits += [(number >> bit) & 1 for bit in range(bits)]
         self.bits = self.bits or [torch.zeros(shape, dtype=torch.long)]
         self.runs = len(self.bits) * max(2, -(-len(self.pairs) // groups))
 
-    def indices(self, run: int, generator: torch.Generator, *, first: bool) -> Tensor:
+    def indices(self, run: int, generator: torch.Generator, first: bool) -> Tensor:
         """Return the index of a value for each entry.
 
         The first site has each pair of values in turn, in its first group of entries.
@@ -146,6 +135,5 @@ class _Entries:
         turns = torch.randint(len(self.pairs), (groups,), generator=generator)
         if first:
             turns[0] = run // len(self.bits) % len(self.pairs)
-        pair = self.pairs[turns[self.group]]
-        bit = self.bits[run % len(self.bits)]
+        pair, bit = self.pairs[turns[self.group]], self.bits[run % len(self.bits)]
         return torch.where(bit == 1, pair[..., 1], pair[..., 0]).to(self.device)

@@ -81,12 +81,11 @@ class RowGuide(nn.Module):
     @contextlib.contextmanager
     def _holding(self, name: str, value: object) -> Iterator[None]:
         """Give an attribute another value inside the context."""
-        attributes = vars(self)
-        before, attributes[name] = attributes[name], value
+        before, vars(self)[name] = vars(self)[name], value
         try:
             yield
         finally:
-            attributes[name] = before
+            vars(self)[name] = before
 
     @property
     def num_data(self) -> int:
@@ -173,15 +172,12 @@ class RowGuide(nn.Module):
         if isinstance(index, slice):
             index = torch.arange(self.num_data)[index]
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise IndexError(
-                f"rows: a 1-dimensional tensor of integers is needed, found {index.dtype} of "
-                f"shape {tuple(index.shape)}"
-            )
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_data:
-            raise IndexError(
-                f"rows: indices run from {int(index.min())} to {int(index.max())}, but the guide "
-                f"has rows 0 to {self.num_data - 1}"
-            )
+            found = f"{index.dtype} of shape {tuple(index.shape)}"
+            raise IndexError(f"rows: a 1-dimensional tensor of integers is needed, found {found}")
+        first, last = map(int, index.aminmax()) if index.numel() else (0, 0)
+        if not 0 <= first <= last < self.num_data:
+            there = f"the guide has rows 0 to {self.num_data - 1}"
+            raise IndexError(f"rows: indices run from {first} to {last}, but {there}")
         return self.rows_as_given(index)
 
     def rows_as_given(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -199,7 +195,7 @@ class RowGuide(nn.Module):
         """Raise ValueError if a batch of this size does not match the rows in force."""
         rows = self.given_rows
         wanted = self.num_data if rows is None else len(rows)
-        if size is None or size == wanted or self._is_whole:
+        if size in (None, wanted) or self._is_whole:
             return
         if rows is not None:
             raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")
@@ -232,13 +228,12 @@ def repeated_rows(program: Program, times: int) -> Program:
 def check_per_datum(structure: Structure, model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError for a guide's site whose density is no bound, or not one per datum."""
     plate = structure.data_plate
-    nodes = {name: (node, model_trace.nodes.get(name)) for name, node in latent_nodes(guide_trace)}
-    for name, (_, theirs) in nodes.items():
+    for name, node in latent_nodes(guide_trace):
+        theirs = model_trace.nodes.get(name)
         if theirs is not None and is_circular(theirs["fn"]):
             _check_circle(name, guide_trace)
-    if plate is None:
-        return
-    for name, (node, theirs) in nodes.items():
+        if plate is None:
+            continue
         shape, events = node["fn"].batch_shape, node["fn"].event_dim
         found = shape[plate.dim] if len(shape) >= -plate.dim else None
         within = plate.name in {frame.name for frame in node["cond_indep_stack"]}
@@ -293,13 +288,11 @@ def _width(fn: Distribution) -> float:
     support = support_of(fn)
     if support is None or support.event_dim or any(t.domain.event_dim for t in transforms):
         return 0.0
-    ends = [
-        torch.as_tensor(getattr(support, name, default))
-        for name, default in (("lower_bound", -math.inf), ("upper_bound", math.inf))
-    ]
+    low = torch.as_tensor(getattr(support, "lower_bound", -math.inf))
+    high = torch.as_tensor(getattr(support, "upper_bound", math.inf))
     for transform in transforms:
-        ends = [transform(end) for end in ends]
-    width = (ends[1] - ends[0]).abs().max()
+        low, high = transform(low), transform(high)
+    width = (high - low).abs().max()
     return 0.0 if bool(width.isnan()) else float(width)
 
 
@@ -310,10 +303,10 @@ def points(guide: Program, batch: Batch, guide_trace: Trace) -> list[str]:
     with them from run to run, and of nothing else.
     """
     nodes = dict(latent_nodes(guide_trace))
-    auxiliary = {n for n, node in nodes.items() if node["infer"].get("is_auxiliary")}
-    fixed = {n: node for n, node in nodes.items() if n not in auxiliary and is_point(node["fn"])}
+    own = {n: node for n, node in nodes.items() if not node["infer"].get("is_auxiliary")}
+    fixed = {n: node for n, node in own.items() if is_point(node["fn"])}
     bare = [n for n, at in fixed.items() if bool((at["fn"].log_prob(at["value"]) == 0).all())]
-    if not bare or not auxiliary:
+    if not bare or len(own) == len(nodes):
         return bare
     again = trace_guide(guide, batch)
     return [n for n in bare if torch.equal(nodes[n]["value"], again.nodes[n]["value"])]

@@ -49,10 +49,8 @@ _unowned: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKey
 def register(module: nn.Module) -> None:
     """Register a module's parameters with Pyro, as pyro.module does, under a name of its own.
 
-    Pyro keeps parameters by name in one store, where two modules of one name share
-    them. Each object gets a name that no other ever has, copies included.
-
-    The names leave the store with the object, for nothing else could find them.
+    Pyro keeps parameters by name in one store, where two modules of one name share them. Each
+    object gets a name that no other ever has, copies included; it leaves the store with the object.
 
     Args:
         module: called from within a model or guide; its parameters become param sites.
@@ -69,9 +67,9 @@ class Registered(nn.Module):
 
 
 def drop_references(module: nn.Module) -> None:
-    """Take off a module's parameters what Pyro leaves on them, and pickle cannot take.
+    """Take off the weak reference of each parameter to itself, which pickle cannot take.
 
-    A weak reference of a parameter to itself, which the next param statement leaves anew.
+    The next param statement leaves it anew.
     """
     for parameter in module.parameters():
         vars(parameter).pop("unconstrained", None)
@@ -116,15 +114,14 @@ def keep_apart(module: nn.Module) -> None:
         return
     before = name_of(module)
     name_apart(module)
+    renamed = f"{name_of(module)}.* from now on instead of {before + '.' if before else ''}*"
     logger.warning(
         "the names %s in Pyro's parameter store are those of another %s that lives: this one is "
-        "kept apart, its parameters are named %s from now on instead of %s. To avoid this, call "
-        "pyro.clear_param_store() when the other has served, or set "
-        "pyro.settings.set(module_local_params=True) before they are made",
+        "kept apart, its parameters are named %s. Instead call pyro.clear_param_store() when the "
+        "other has served, or pyro.settings.set(module_local_params=True) before they are made",
         sorted(taken)[:5],
         type(module).__name__,
-        f"{name_of(module)}.*",
-        f"{before}.*" if before else "*",
+        renamed,
     )
 
 
@@ -147,11 +144,10 @@ def constrained_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _name_of(module: nn.Module) -> str:
-    name = _names.get(module)
-    if name is None:
-        name = _names[module] = f"{type(module).__name__}-{next(_counter)}"
-        weakref.finalize(module, _forget, name).atexit = False
-    return name
+    if module not in _names:
+        _names[module] = f"{type(module).__name__}-{next(_counter)}"
+        weakref.finalize(module, _forget, _names[module]).atexit = False
+    return _names[module]
 
 
 def _forget(name: str) -> None:
@@ -227,10 +223,10 @@ def _mark(gradient: Tensor | None) -> object:
 def _check_shape(name: str, first: object, stored: Tensor) -> None:
     """Raise ValueError where a stored value has another shape than a statement's first one."""
     if callable(first):
-        make, devices = first, [stored.device] if stored.is_cuda else []
+        devices = [stored.device] if stored.is_cuda else []
         # What it is made of may be there at the very first run alone.
         with torch.random.fork_rng(devices=devices), contextlib.suppress(Exception):
-            first = make()
+            first = first()
     if isinstance(first, Tensor) and stored.shape != first.shape:
         raise ValueError(
             f"pyro.param({name!r}): Pyro's parameter store has a value of shape "
@@ -243,20 +239,19 @@ class _Unobserve(Messenger):
     """Draws observed sites anew; deterministic sites and factors stay what they are."""
 
     def _pyro_sample(self, msg: Node) -> None:
-        fixed = is_deterministic(msg) or isinstance(msg["fn"], dist.Unit)
-        if msg["is_observed"] and not fixed:
-            fn = _of_all_data(as_long_as(msg["fn"], msg["value"]), msg)
-            msg.update(fn=fn, is_observed=False, value=None, done=False)
+        if not msg["is_observed"] or is_deterministic(msg) or isinstance(msg["fn"], dist.Unit):
+            return
+        value = msg["value"]
+        fn = as_long_as(msg["fn"], value)
+        # A plate without a size has not expanded its likelihood to all its data.
+        unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
+        if unsized and isinstance(value, Tensor):
+            fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, _batch_of(fn, value)))
+        msg.update(fn=fn, is_observed=False, value=None, done=False)
 
 
-def _of_all_data(fn: Distribution, msg: Node) -> Distribution:
-    """Return a likelihood that a plate without a size has not expanded, as one of all its data."""
-    value = msg["value"]
-    unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
-    if not unsized or not isinstance(value, Tensor):
-        return fn
-    shape = value.shape[: value.ndim - fn.event_dim]
-    return fn.expand(torch.broadcast_shapes(fn.batch_shape, shape))
+def _batch_of(fn: Distribution, value: Tensor) -> torch.Size:
+    return value.shape[: value.ndim - fn.event_dim]
 
 
 def as_long_as(fn: Distribution, value: Tensor) -> Distribution:
@@ -329,20 +324,22 @@ class FullSize(Messenger):
     def _pyro_sample(self, msg: Node) -> None:
         if is_subsample(msg):
             return
-        stack = msg["cond_indep_stack"]
-        frames = [f for f in stack if f.dim == self.dim and f.name not in self.others]
-        if frames:
-            (frame,) = frames
-            if frame.full_size == frame.size:
-                # A plate without a size has that of what is in it.
-                size = _length(msg, self.dim) if frame.size == -1 else frame.size
-                full = frame._replace(size=size, full_size=self.num_data)
-                msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)
-                msg["scale"] = msg["scale"] * (self.num_data / size)
-        elif msg["name"] in self.local:
-            shape = msg["fn"].batch_shape
-            if len(shape) >= -self.dim:
-                msg["scale"] = msg["scale"] * (self.num_data / shape[self.dim])
+        stack, fn, value = msg["cond_indep_stack"], msg["fn"], msg["value"]
+        found = [f for f in stack if f.dim == self.dim and f.name not in self.others]
+        frame = found[0] if found else None
+        if frame is None and msg["name"] in self.local and len(fn.batch_shape) >= -self.dim:
+            msg["scale"] = msg["scale"] * (self.num_data / fn.batch_shape[self.dim])
+        elif frame is not None and frame.full_size == frame.size:
+            size = frame.size
+            if size == -1:  # a plate without a size has that of what is in it
+                shapes = [
+                    fn.batch_shape,
+                    *([_batch_of(fn, value)] if torch.is_tensor(value) else []),
+                ]
+                size = max(shape[self.dim] for shape in shapes if len(shape) >= -self.dim)
+            full = frame._replace(size=size, full_size=self.num_data)
+            msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)
+            msg["scale"] = msg["scale"] * (self.num_data / size)
 
 
 def same_scale(a: Any, b: Any) -> bool:
@@ -351,22 +348,12 @@ def same_scale(a: Any, b: Any) -> bool:
     A plate multiplies by its full size and divides by its size, so that two sites under one scale
     and different plates may differ in the last bit.
     """
-    if a is b:
+    tensors = [isinstance(scale, Tensor) for scale in (a, b)]
+    if a is b or (all(tensors) and same_expression(a, b)):
         return True
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+    if not any(tensors):
         return math.isclose(a, b, rel_tol=_SAME_SCALE)
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and same_expression(a, b):
-        return True
     return bool(torch.as_tensor(abs(a - b) <= _SAME_SCALE * abs(a)).all())
-
-
-def _length(msg: Node, dim: int) -> int:
-    """Return how many entries a site has in a batch dimension: its distribution, or its data."""
-    fn, value = msg["fn"], msg["value"]
-    shapes = [fn.batch_shape]
-    if isinstance(value, Tensor):
-        shapes.append(value.shape[: value.ndim - fn.event_dim])
-    return max(shape[dim] for shape in shapes if len(shape) >= -dim)
 
 
 def scale_parts(node: Node) -> tuple[float | Tensor, Tensor | None]:

@@ -103,24 +103,23 @@ def masked_proposals(model_trace: Trace, guide_trace: Trace) -> dict[str, str]:
     auxiliary = {n for n, node in latent_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
     found = {}
     for name, node in latent_nodes(model_trace):
-        if name not in guide_trace.nodes:
+        guide_node = guide_trace.nodes.get(name)
+        if guide_node is None:
             continue  # a discrete latent that is summed out has no proposal
-        guide_node = guide_trace.nodes[name]
         _check_inner_masks(name, node, guide_node)
         check_proposal_mask(name, guide_node["mask"], node["mask"])
         if node["mask"] is None or node["mask"] is True:
             continue
         found[name] = name
-        if not auxiliary or not is_point(guide_node["fn"]):
-            continue
-        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
-        if holder not in auxiliary:
-            raise ValueError(
-                f"the model masks the latent site {name!r}, but the guide holds its density in "
-                f"{sorted(auxiliary)}, of which no part can be masked. Use a guide that samples "
-                f"{name!r} itself, such as pyro_vae's, or pyro.infer.autoguide.AutoNormal"
-            )
-        found[holder] = name
+        if auxiliary and is_point(guide_node["fn"]):
+            holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
+            if holder not in auxiliary:
+                raise ValueError(
+                    f"the model masks the latent site {name!r}, but the guide holds its density in "
+                    f"{sorted(auxiliary)}, of which no part can be masked. Use a guide that "
+                    "samples it itself, such as pyro_vae's, or pyro.infer.autoguide.AutoNormal"
+                )
+            found[holder] = name
     return found
 
 
@@ -138,13 +137,7 @@ def _check_inner_masks(name: str, model_node: Node, guide_node: Node) -> None:
 
 
 def check_proposal_mask(name: str, mine: Mask, theirs: Mask) -> None:
-    """Raise ValueError where a guide masks what the model does not: the prior of a free draw.
-
-    Args:
-        name: of a latent site.
-        mine: the guide's mask.
-        theirs: the model's, of the same draws.
-    """
+    """Raise ValueError where a guide masks (mine) what the model does not (theirs), at a site."""
     if mine is None or mine is True or is_recording():
         return
     left_out = ~torch.as_tensor(mine)
@@ -160,12 +153,11 @@ def check_proposal_mask(name: str, mine: Mask, theirs: Mask) -> None:
 def depend_on_draws(draws: Mapping[str, Tensor], run: Callable[[], list[Trace]]) -> bool:
     """Return whether a model masks its latents by what is drawn, not by the data alone.
 
+    True also where operations cannot be followed: that is right for all masks, and slower.
+
     Args:
         draws: the values of the latents.
         run: of no arguments, runs the model with these values; returns its traces.
-
-    Returns:
-        True also where operations cannot be followed: that is right for all masks, and slower.
     """
     with Look() as look, Descendants(draws.values()) as found:
         traces = run()
@@ -204,18 +196,12 @@ class Descendants(DispatchMode):
     def __init__(self, sources: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read = False
-        self._kept: list[Tensor] = []  # for memory that is freed may be another tensor's next
-        self._memory: set[int] = set()
-        for tensor in sources:
-            self._add(tensor)
+        # By memory; the tensors are kept, for memory that is freed may be another one's next.
+        self._found = {storage_key(tensor): tensor for tensor in sources}
 
     def includes(self, value: Any) -> bool:
         """Return whether a value is a tensor that was computed from the sources."""
-        return isinstance(value, Tensor) and storage_key(value) in self._memory
-
-    def _add(self, tensor: Tensor) -> None:
-        self._kept.append(tensor)
-        self._memory.add(storage_key(tensor))
+        return isinstance(value, Tensor) and storage_key(value) in self._found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -226,5 +212,5 @@ class Descendants(DispatchMode):
             made = tensors_in(result)
             self.read |= not made
             for tensor in made:
-                self._add(tensor)
+                self._found.setdefault(storage_key(tensor), tensor)
         return result

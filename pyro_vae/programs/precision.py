@@ -22,13 +22,7 @@ class _CannotWidenError(TypeError):
 
 
 def widened(fn: Distribution) -> Distribution | None:
-    """Return a distribution with the same parameters in float64; None where it has others.
-
-    That is one made of a network, or of what is no part of a distribution.
-
-    Args:
-        fn: a distribution.
-    """
+    """Return a distribution with the same parameters in float64; None for one made of a network."""
     with contextlib.suppress(_CannotWidenError):
         return _widened(fn)
     return None
@@ -42,15 +36,10 @@ def _widened(part: Any) -> Any:
     if isinstance(part, list | tuple):
         return type(part)(map(_widened, part))
     if isinstance(part, td.Distribution | td.Transform):
-        wide = copy.copy(part)
-        # A transform's last argument and value are of no use to the copy.
-        vars(wide).update(
-            {
-                name: (None, None) if name == "_cached_x_y" else _widened(value)
-                for name, value in vars(part).items()
-                if name != "_inv"
-            }
-        )
+        wide, unused = copy.copy(part), ("_inv", "_cached_x_y")
+        vars(wide).update({n: _widened(v) for n, v in vars(part).items() if n not in unused})
+        if isinstance(part, td.Transform):  # whose last argument and value are of no use to it
+            vars(wide)["_cached_x_y"] = None, None
         return wide
     return part
 
@@ -76,16 +65,13 @@ def rounding_of_parameters(fn: Distribution, value: Tensor) -> Tensor | None:
     with torch.enable_grad():
         leaves = _leaves(wide)
         try:
-            total = wide.log_prob(value.double() if value.is_floating_point() else value).sum()
-            slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+            slopes = torch.autograd.grad(
+                wide.log_prob(_widened(value)).sum(), leaves, allow_unused=True
+            )
         except RuntimeError:
             return None
-    eps = torch.finfo(torch.float32).eps / 2
-    moved = [
-        (eps * leaf.detach() * slope).square().sum()
-        for leaf, slope in zip(leaves, slopes, strict=True)
-        if slope is not None
-    ]
+    eps, pairs = torch.finfo(torch.float32).eps / 2, zip(leaves, slopes, strict=True)
+    moved = [(eps * x.detach() * slope).square().sum() for x, slope in pairs if slope is not None]
     return torch.stack(moved).sum().sqrt() if moved else None
 
 

@@ -35,6 +35,7 @@ _ENDS: dict[type, tuple[float, float | None]] = {
     **dict.fromkeys((td.ExpTransform, td.SoftplusTransform), (0.0, None)),
     td.SigmoidTransform: (0.0, 1.0),
 }
+_INDEPENDENT = (dist.Independent, td.Independent)
 _UNRESOLVED = 1e-3  # nats, or of a logarithm, that rounding may change
 
 
@@ -157,7 +158,7 @@ class DrawByPreimage(Messenger):
         if given or is_subsample(msg):
             return
         leaf = msg["fn"]
-        while type(leaf) in (dist.Independent, td.Independent, dist.MaskedDistribution):
+        while type(leaf) in (*_INDEPENDENT, dist.MaskedDistribution):
             leaf = leaf.base_dist
         if not _is_mapped(leaf):
             return
@@ -199,9 +200,8 @@ def _is_mapped(fn: Distribution) -> bool:
 
 def _without(fn: Distribution, parts: list[td.Transform]) -> Distribution:
     """Return the distribution that a mapped one's last transforms are applied to."""
-    if not parts:
-        return fn.base_dist
-    return dist.TransformedDistribution(fn.base_dist, parts, validate_args=False)
+    base = fn.base_dist
+    return dist.TransformedDistribution(base, parts, validate_args=False) if parts else base
 
 
 def density(fn: Distribution, value: Tensor, preimage: Preimage | None) -> Tensor:
@@ -215,14 +215,12 @@ def density(fn: Distribution, value: Tensor, preimage: Preimage | None) -> Tenso
         preimage: of the value, where there is one.
     """
     kind = type(fn)
-    if kind in (dist.Independent, td.Independent):
-        events = fn.reinterpreted_batch_ndims
-        return sum_rightmost(density(fn.base_dist, value, preimage), events)
-    if kind is dist.MaskedDistribution:
+    if kind in (*_INDEPENDENT, dist.MaskedDistribution, dist.ExpandedDistribution):
         log_prob = density(fn.base_dist, value, preimage)
-        return scale_and_mask(log_prob, mask=mask_inside(fn))
-    if kind is dist.ExpandedDistribution:
-        log_prob = density(fn.base_dist, value, preimage)
+        if kind in _INDEPENDENT:
+            return sum_rightmost(log_prob, fn.reinterpreted_batch_ndims)
+        if kind is dist.MaskedDistribution:
+            return scale_and_mask(log_prob, mask=mask_inside(fn))
         return log_prob.broadcast_to(torch.broadcast_shapes(fn.batch_shape, log_prob.shape))
     if preimage is None or not preimage.transforms:
         return supported_log_prob(fn, value)
@@ -256,8 +254,7 @@ def _resolved(fn: Distribution, value: Tensor, preimage: Preimage) -> Tensor:
     log = preimage.log(_LOG_VALUE if shares else _LOG_DIAGONAL)
     if log is not None:
         parts = value if shares else value.diagonal(dim1=-2, dim2=-1)[..., 1:]
-        lost = ((log - parts.log()).abs() > _UNRESOLVED).any(-1)
-        return torch.where(lost, math.nan, log_prob)
+        return torch.where(((log - parts.log()).abs() > _UNRESOLVED).any(-1), math.nan, log_prob)
     finest, moved = torch.finfo(value.dtype), value
     for end in _ends(preimage.transforms):
         if end is not None:
@@ -275,13 +272,10 @@ def _same(a: td.Transform, b: td.Transform) -> bool:
         return True
     if type(a) is not type(b):
         return False
-    if type(a) is td.AffineTransform:
-        pairs = [(getattr(a, name), getattr(b, name)) for name in ("loc", "scale")]
-        return all(
-            p is q or (not isinstance(p, Tensor) and not isinstance(q, Tensor) and p == q)
-            for p, q in pairs
-        )
-    return type(a) in _KNOWN
+    if type(a) is not td.AffineTransform:
+        return type(a) in _KNOWN
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("loc", "scale")]
+    return all(p is q or not (torch.is_tensor(p) or torch.is_tensor(q) or p != q) for p, q in pairs)
 
 
 def _log_slope(transform: td.Transform, x: Tensor) -> Tensor:

@@ -75,9 +75,7 @@ def mask_inside(fn: Distribution) -> Any:
 def of_length(fn: Distribution, length: int) -> Distribution:
     """Set the length of sequences of a distribution (``_duration``, ``_event_shape``); return it.
 
-    Args:
-        fn: a copy of a HiddenMarkovModel, or of a distribution around one.
-        length: of its sequences.
+    Of a copy of a HiddenMarkovModel, or of a distribution around one.
     """
     if isinstance(fn, HiddenMarkovModel):
         fn._duration = length
@@ -103,11 +101,8 @@ class StoreContents:
     def made_since(self) -> dict[str, tuple[Tensor, Constraint]]:
         """Return the tensors and constraints of names that are new, or have another tensor."""
         store = pyro.get_param_store()
-        return {
-            name: (value, store._constraints[name])
-            for name, value in store._params.items()
-            if self._params.get(name) is not value
-        }
+        new = {n: p for n, p in store._params.items() if self._params.get(n) is not p}
+        return {name: (value, store._constraints[name]) for name, value in new.items()}
 
     def restore(self) -> None:
         """Give the store these contents back, but what has left it since, with its module.
@@ -129,8 +124,7 @@ class StoreContents:
     def add(name: str, value: Tensor, constraint: Constraint) -> None:
         """Put an unconstrained tensor into the store."""
         store = pyro.get_param_store()
-        store._params[name] = value
-        store._param_to_name[value] = name
+        store._params[name], store._param_to_name[value] = value, name
         store._constraints[name] = constraint
 
 

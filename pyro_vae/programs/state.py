@@ -179,11 +179,8 @@ def _as_found(
 ) -> Iterator[None]:
     """Put back modes, buffers and Pyro's store at the end.
 
-    Args:
-        modules: some of those that may change; others are noted as they are called.
-        training: modules in train mode, to be in eval mode inside.
-        first: as in :func:`evaluation`.
-        every: whether each other module is in eval mode too, as it is called.
+    Modules beside the given ones are noted as they are called. Those of ``training`` are in eval
+    mode inside; with ``every``, so is each other one.
     """
     held = _Held()
     for module in modules:
@@ -290,28 +287,18 @@ def batch_norms() -> Iterator[dict[str, int]]:
             found[f"{type(module).__name__}({getattr(module, 'num_features', '')})"] = values
 
 
-@contextlib.contextmanager
 def as_in_training(
     modules: Iterable[nn.Module], first: FirstValues | None = None
-) -> Iterator[None]:
-    """Leave modules in their modes, but let none drop out, and all else as it was found.
-
-    Args:
-        modules: those that are not to drop out.
-        first: as in :func:`evaluation`.
-    """
+) -> contextlib.AbstractContextManager[None]:
+    """Leave modules in their modes, but let none drop out, and all else as it was found."""
     dropouts: list[nn.Module] = [m for m in modules if isinstance(m, Dropout) and m.training]
     # A guide's BatchNorms too, which are not among those that are compared, are put back.
-    with _as_found([], dropouts, first, every=False):
-        yield
+    return _as_found([], dropouts, first, every=False)
 
 
-@contextlib.contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
+def preserved_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Leave the random state as it was found: looking must not change what is drawn next."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextlib.contextmanager

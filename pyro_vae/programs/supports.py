@@ -67,8 +67,7 @@ def inside(fn: Distribution, value: Tensor) -> Tensor | None:
     Returns:
         Of the value's shape without the event.
     """
-    found = _inside(fn, value)
-    if found is None:
+    if (found := _inside(fn, value)) is None:
         return None
     return found | _over_events(value.isnan(), len(fn.event_shape), torch.any)
 
@@ -89,19 +88,12 @@ def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
         value = last.inv(value)
         events += last.domain.event_dim - last.codomain.event_dim
     inner = None if ends else _inside(base, value)
-    if inner is None:
-        return found
-    return both(found, _over_events(inner, events - len(base.event_shape)))
+    inner = None if inner is None else _over_events(inner, events - len(base.event_shape))
+    return both(found, inner)
 
 
 def _satisfied(support: Constraint | None, value: Tensor, events: int) -> Tensor | None:
-    """Return which events a constraint holds for; None where it is not known, or for all.
-
-    Args:
-        support: on a number or an event.
-        value: to be looked at.
-        events: dimensions of an event at the right of the value.
-    """
+    """Return which events (dimensions at the right) a constraint holds for; None for all."""
     while inner := getattr(support, "base_constraint", None):
         support = inner
     if support is None or isinstance(support, _ANYWHERE):
@@ -215,11 +207,9 @@ def edge_share(
     if support is None or support.is_discrete or is_circular(fn) or not value.is_floating_point():
         return 0.0
     finest = torch.finfo(value.dtype)
+    ends = [getattr(support, n) for n in ("lower_bound", "upper_bound") if hasattr(support, n)]
     if isinstance(support, type(constraints.simplex)):
-        ends, value = (0.0,), value.min(-1).values
-    else:
-        names = ("lower_bound", "upper_bound")
-        ends = tuple(getattr(support, name) for name in names if hasattr(support, name))
+        ends, value = [0.0], value.min(-1).values
     worst = 0.0
     for end in map(torch.as_tensor, ends):
         if axis is not None and end.ndim >= -axis and end.shape[axis] > 1:
@@ -232,10 +222,7 @@ def edge_share(
 def lost_share(fn: Distribution, value: Tensor, coordinates: Tensor) -> float:
     """Return the share of draws from which the coordinates that they were made of cannot be told.
 
-    Args:
-        fn: a distribution on a support that torch maps the reals to.
-        value: draws.
-        coordinates: of each.
+    The distribution is on a support that torch maps the reals to.
     """
     back = biject_to(fn.support).inv(value)
     lost = (back - coordinates).abs() > 1e-3 * (1 + coordinates.abs())
@@ -289,16 +276,16 @@ class SameMeasure(Messenger):
         masses, proposed = is_discrete(mine), is_discrete(theirs)
         if masses is None or proposed is None or masses == proposed:
             return
-        one, other = ("masses", "a density") if masses else ("a density", "masses")
-        raise ValueError(
-            f"latent site {name!r} has {one} in the model ({kinds[0]}) and {other} in the guide "
-            f"({kinds[1]}), whose ratio is no weight: no bound comes of it. Propose a "
-            + (
+        one, other, wanted = "a density", "masses", "distribution with a density"
+        if masses:
+            one, other = other, one
+            wanted = (
                 "discrete distribution; or leave the site out of the guide, and it is summed out "
                 "where its values are few; or give model and guide the same relaxation"
-                if masses
-                else "distribution with a density"
             )
+        raise ValueError(
+            f"latent site {name!r} has {one} in the model ({kinds[0]}) and {other} in the guide "
+            f"({kinds[1]}), whose ratio is no weight: no bound comes of it. Propose a {wanted}"
         )
 
     _pyro_sample = check

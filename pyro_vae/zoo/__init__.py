@@ -6,11 +6,10 @@ the model itself.
 """
 
 from pyro_vae.zoo import likelihoods
-from pyro_vae.zoo.counts import SingleCellCounts, TopicModel
 from pyro_vae.zoo.images import VAE, ConditionalVAE, ConvVAE, MixtureVAE, TwoLayerVAE
 from pyro_vae.zoo.linear import FactorAnalysis, ProbabilisticPCA
 from pyro_vae.zoo.sequences import DeepMarkovModel
-from pyro_vae.zoo.tables import EyeColour, ItemResponse
+from pyro_vae.zoo.tables import EyeColour, ItemResponse, SingleCellCounts, TopicModel
 
 __all__ = [
     "VAE",

@@ -28,8 +28,7 @@ class _DecoderModel(Registered):
     ) -> None:
         super().__init__()
         self.data_shape = tuple(data_shape)
-        self.decoder = decoder
-        self.observation = observation
+        self.decoder, self.observation = decoder, observation
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the model on data, a datum per row; return the value of its observed site."""
@@ -146,9 +145,8 @@ class VAE(_VectorModel):
         likelihood: Likelihood | None = None,
     ) -> None:
         if num_trials != 1 and likelihood is not None:
-            raise ValueError(
-                f"num_trials={num_trials} and likelihood={likelihood}: give one of them"
-            )
+            both = f"num_trials={num_trials} and likelihood={likelihood}"
+            raise ValueError(f"{both}: give one of them")
         likelihood = Binomial(num_trials) if num_trials != 1 else likelihood
         super().__init__(num_features, num_latents, hidden, likelihood)
         self.num_latents = num_latents
@@ -340,8 +338,7 @@ class ConditionalVAE(_VectorModel):
         likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__(num_features, num_latents + num_classes, hidden, likelihood)
-        self.num_latents = num_latents
-        self.num_classes = num_classes
+        self.num_latents, self.num_classes = num_latents, num_classes
         self.one_hot = OneHot(num_classes)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
@@ -357,9 +354,7 @@ class ConditionalVAE(_VectorModel):
     def make_encoder(self, hidden: Sequence[int] = (64,), **options: Any) -> nn.Module:
         """Return a new encoder, from data [N, D] and classes [N] to features [N, hidden[-1]].
 
-        Args:
-            hidden: widths of its layers.
-            **options: of :class:`pyro_vae.nets.MLP`.
+        Arguments as in :meth:`VAE.make_encoder`.
         """
         first, *others = self._encoder_sizes(hidden)
         network = MLP([first + self.num_classes, *others], activate_last=True, **options)
@@ -377,9 +372,7 @@ class _ConditionalEncoder(nn.Module):
 
     def __init__(self, make_input: nn.Module, one_hot: OneHot, network: nn.Module) -> None:
         super().__init__()
-        self.make_input = make_input
-        self.one_hot = one_hot
-        self.network = network
+        self.make_input, self.one_hot, self.network = make_input, one_hot, network
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.network(torch.cat([self.make_input(x), self.one_hot(y)], -1))
