@@ -19,6 +19,8 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.structure import ModelLooks
 
 D = 3
 
@@ -46,6 +48,11 @@ class Model(nn.Module):
                 z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
             noise = self.noise.exp() if self.uses_noise else 1.0
             pyro.sample("x", dist.Normal(self.net(z), noise).to_event(1), obs=x)
+
+
+def structure_of(model, *batch, **options):
+    """The structure of a model, as a run on a batch shows it."""
+    return ModelLooks(model, as_batch(*batch)).structure(**options)
 
 
 def vae(*layers: nn.Module):

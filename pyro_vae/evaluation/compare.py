@@ -32,7 +32,7 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import refine_scored
 
@@ -162,7 +162,7 @@ class _Work:
 
     def _prior_table(self, family: Family) -> LocalGuide:
         model, batch, plate = self.model, self.batch, self.data_plate
-        num_data = inspect(model, batch, data_plate=plate).num_data
+        num_data = ModelLooks(model, batch).structure(plate).num_data
         return LocalGuide(model, num_data=num_data, example=batch, family=family, data_plate=plate)
 
     def family_of(self, guide: Program | Family) -> Family | None:

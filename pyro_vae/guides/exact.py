@@ -20,7 +20,7 @@ from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import plain_distribution, sample_nodes
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import DataPlate, Distribution, Program, Trace
 
@@ -77,7 +77,7 @@ class ExactGuide(Registered):
         # In a tuple: a module of its own would make the model's parameters the guide's.
         self._model = (model,)
         batch = as_batch(example)
-        structure = inspect(model, batch, data_plate=data_plate, strict=True)
+        structure = ModelLooks(model, batch).structure(data_plate, strict=True)
         _check(structure)
         self._nesting = structure.nesting
         latents = (*structure.local_latents, *structure.global_latents)
@@ -152,7 +152,7 @@ class ExactGuide(Registered):
         model = enumerated(self._model[0], self._names, -1 - self._nesting)
         with torch.no_grad(), evaluation(self._model[0]), poutine.block():
             trace = trace_of(model, batch)
-            terms = {n: site_log_prob(n, node, scaled=False) for n, node in sample_nodes(trace)}
+            terms = {n: site_log_prob(n, node) for n, node in sample_nodes(trace)}
             return reduce(trace, terms, self._nesting)
 
 

@@ -160,7 +160,7 @@ class WakeSleep(ImportanceObjective):
                     f"{name!r} hides (an auxiliary site, or a Delta); use insomnia=1, or a guide "
                     "of pyro_vae"
                 )
-            log_prob = site_log_prob(name, node, scaled=False)
+            log_prob = site_log_prob(name, node)
             total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
 

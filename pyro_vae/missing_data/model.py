@@ -294,7 +294,7 @@ def _scored(trace: Trace) -> dict[str, Node]:
 
 
 def _terms(nodes: dict[str, Node]) -> dict[str, Tensor]:
-    return {name: site_log_prob(name, node, scaled=False) for name, node in nodes.items()}
+    return {name: site_log_prob(name, node) for name, node in nodes.items()}
 
 
 def _seen(absent: Tensor, events: int) -> Tensor:

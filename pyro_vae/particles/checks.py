@@ -120,9 +120,7 @@ def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> 
         gap = 0.0
         # A distribution that cannot be had in float64 is passed over.
         with Look(), torch.no_grad(), pyro.validation_enabled(False):
-            narrow, wide = (
-                site_log_prob(name, node, scaled=False, double=double) for double in (False, True)
-            )
+            narrow, wide = (site_log_prob(name, node, double=double) for double in (False, True))
             gap = float((narrow.sum() - wide.sum()).abs()) / max((1, *narrow.shape[:1]))
         if gap > _COARSE_LOSS:
             warn_once(
@@ -340,8 +338,7 @@ def coarse_sites(run: Run) -> frozenset[str]:
 def _rounding(run: Run, name: str, nodes: list[Node]) -> float:
     """Return how far a site's log density of a datum is from that in float64, at most."""
     narrow, wide = (
-        [site_log_prob(name, node, scaled=False, double=double) for node in nodes]
-        for double in (False, True)
+        [site_log_prob(name, node, double=double) for node in nodes] for double in (False, True)
     )
     if narrow[0].dtype == wide[0].dtype:
         return 0.0

@@ -73,7 +73,7 @@ class Evaluator(PairRunner):
         model: a Pyro model.
         guide: a Pyro guide.
         batch: the batch.
-        data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
+        data_plate: as in :meth:`ModelLooks.structure`.
         particles: "plate", "repeat", "loop", or "auto" to take the first of them that
             agrees with a loop.
         seed: the base seed of the draws; None takes one from the global random state.

@@ -16,7 +16,7 @@ from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking
-from pyro_vae.programs.structure import DataPlateError, inspect, run_model
+from pyro_vae.programs.structure import DataPlateError, ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 
@@ -119,17 +119,17 @@ def _structure(
     model: Program, batch: Batch, data_plate: DataPlate, given: GivenValues
 ) -> Structure:
     """Return the model's structure; where all its latents are given, that of what they leave."""
+    looks = ModelLooks(model, batch)
     try:
-        return inspect(model, batch, data_plate=data_plate)
+        return looks.structure(data_plate)
     except DataPlateError:
-        run = run_model(model, batch)
-        latents = {name: site for name, site in run.sites.items() if site.kind == "latent"}
+        latents = {name: site for name, site in looks.run.sites.items() if site.kind == "latent"}
         if not latents or latents.keys() - given.keys():
             raise
     hidden = _held_at(model, {name: site.value for name, site in latents.items()})
-    rest = inspect(hidden, batch, data_plate=data_plate, latents_needed=False)
+    rest = ModelLooks(hidden, batch).structure(data_plate, latents_needed=False)
     sites = {**latents, **rest.sites}
-    return Structure(sites, None, run.nesting).with_data_plate(rest.data_plate)
+    return Structure(sites, None, looks.run.nesting).with_data_plate(rest.data_plate)
 
 
 def _value(name: str, value: Any, structure: Structure) -> Tensor:

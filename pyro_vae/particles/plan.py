@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
         mode: how particles run.
-        structure: what :func:`pyro_vae.programs.structure.inspect` found; without sites where it
+        structure: what :meth:`ModelLooks.structure` found; without sites where it
             was not needed.
         subsampled: whether the data plate keeps its full size as the batch grows.
         summed_out: discrete latents of the model that the guide does not propose.
@@ -85,7 +85,7 @@ class Needs:
     Attributes:
         num_particles: K.
         particles: "auto", or "loop" where they may not run together.
-        data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
+        data_plate: as in :meth:`ModelLooks.structure`.
         data: "needed" where each datum has a weight of its own: the data plate must be found,
             and global latents are refused; "wanted" where the pair is one datum if there is
             no such plate; "no" if nothing depends on it.

@@ -126,7 +126,7 @@ class Run:
 
     def _log_prob(self, name: str) -> list[Tensor]:
         double = name in self.double
-        return [site_log_prob(name, n, scaled=False, double=double) for n in self.nodes(name)]
+        return [site_log_prob(name, n, double=double) for n in self.nodes(name)]
 
     def _log_probs(self, names: Iterable[str]) -> list[dict[str, Tensor]]:
         terms = {name: self._log_prob(name) for name in names}

@@ -105,7 +105,7 @@ class StoppedGradients:
         self._check_points(copies, set(map(id, leaves.values())))
         enumerated = run.plan.enumerated  # each an expectation of its own
         densities = {
-            n: scale_and_mask(site_log_prob(n, c, scaled=False), run.scale(c) if scaled else 1.0)
+            n: scale_and_mask(site_log_prob(n, c), run.scale(c) if scaled else 1.0)
             for n, c in copies.items()
             if n not in enumerated
         }

@@ -159,7 +159,7 @@ class TrainingRun:
 
     def log_prob(self, name: str, nodes: list[Node], *, scaled: bool) -> Tensor:
         """Return a site's log density, masked, [K, N]; [K, 1] outside the data plate."""
-        terms = [site_log_prob(name, node, scaled=False) for node in nodes]
+        terms = [site_log_prob(name, node) for node in nodes]
         return self.term(name, nodes, terms, scaled=scaled)
 
     def term(self, name: str, nodes: list[Node], terms: list[Tensor], *, scaled: bool) -> Tensor:

@@ -12,7 +12,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.nodes import is_point, sample_nodes
 from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.sites import Plate, Structure
-from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide
+from pyro_vae.programs.traces import site_log_prob, trace_given
 from pyro_vae.programs.types import Node, Program, Trace
 
 # Relative to a parameter's largest gradient: that of another row differs as much as it is large.
@@ -23,36 +23,6 @@ SLACK = 10.0  # in a comparison of terms of rows in another order: their sums ar
 
 
 @dataclass(frozen=True, slots=True)
-class _Draw:
-    """A draw of a run, to be given to another one.
-
-    Attributes:
-        value: detached.
-        axis: of the data in value and preimage, negative; None where they have none.
-        preimage: what it was made of, where that was kept.
-    """
-
-    value: Tensor
-    axis: int | None
-    preimage: Preimage | None
-
-    @classmethod
-    def of(cls, node: Node, data_dim: int | None) -> _Draw:
-        preimage = preimage_of(node)
-        kept = preimage and Preimage(preimage.draw.detach(), preimage.transforms)
-        axis = None if data_dim is None else data_dim - node["fn"].event_dim
-        return cls(node["value"].detach(), axis, kept)
-
-    def rows(self, index: Tensor) -> _Draw:
-        """Return the draw of these data."""
-        if self.axis is None:
-            return self
-        index, kept = index.to(self.value.device), self.preimage
-        part = kept and Preimage(kept.draw.index_select(self.axis, index), kept.transforms)
-        return _Draw(self.value.index_select(self.axis, index), self.axis, part)
-
-
-@dataclass(frozen=True, slots=True)
 class Answers:
     """What a pair says of a batch.
 
@@ -60,7 +30,8 @@ class Answers:
         plate: the data plate.
         size: data in the batch.
         sizes: of the data dimension of local proposals.
-        draws: by latent site of model or guide.
+        draws: by latent site of model or guide, its statement and the axis of the data in value and
+            preimage, negative; None where they have none.
         terms: by role ("model", "guide") and term, [size], or [1] where it is of all data.
         run: of the model.
     """
@@ -68,7 +39,7 @@ class Answers:
     plate: Plate
     size: int
     sizes: set[int]
-    draws: dict[str, _Draw]
+    draws: dict[str, tuple[Node, int | None]]
     terms: dict[str, dict[str, Tensor]]
     run: Structure
 
@@ -92,8 +63,8 @@ class Answers:
                     self.sizes.add(of_data)
                 data_dim = dim if of_data == size else None
                 if not node["is_observed"]:
-                    self.draws[name] = _Draw.of(node, data_dim)
-                density = site_log_prob(name, node, scaled=False)
+                    self.draws[name] = node, None if data_dim is None else dim - fn.event_dim
+                density = site_log_prob(name, node)
                 terms[f"log density of {name}"] = _by_row(density, data_dim)
                 if is_point(fn) and value.is_floating_point():
                     events = tuple(range(value.ndim - fn.event_dim, value.ndim))
@@ -110,10 +81,18 @@ class Answers:
             batch: the rows of ``index``.
             index: of data that were answered for, in any order.
         """
-        rows = {name: draw.rows(index) for name, draw in self.draws.items()}
-        preimages = {name: kept for name, draw in rows.items() if (kept := draw.preimage)}
-        give = GiveValues({name: draw.value for name, draw in rows.items()}, preimages)
-        model_trace, guide_trace = (trace_guide(give(fn), batch) for fn in (model, guide))
+
+        def rows(value: Tensor, axis: int | None) -> Tensor:
+            value = value.detach()
+            return value if axis is None else value.index_select(axis, index.to(value.device))
+
+        values, preimages = {}, {}
+        for name, (node, axis) in self.draws.items():
+            values[name] = rows(node["value"], axis)
+            if kept := preimage_of(node):
+                preimages[name] = Preimage(rows(kept.draw, axis), kept.transforms)
+        given = (trace_given(fn, values, batch, preimages) for fn in (model, guide))
+        model_trace, guide_trace = given
         return Answers.of(model_trace, guide_trace, self.plate, len(index))
 
     def differs(

@@ -135,7 +135,7 @@ class Batch:
         for _, value in self._named():
             if not (_has_dimensions(value) if whole else self._is_rows(value)):
                 continue
-            plain = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+            plain = value.detach().to_dense()
             plain = torch.view_as_real(plain) if plain.is_complex() else plain
             rows = plain.reshape(size, plain.numel() // size).to("cpu", torch.float64)
             direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
@@ -211,8 +211,7 @@ def as_batch(*batch: Any) -> Batch:
         (only,) = batch
         if isinstance(only, Batch):
             return only
-        if isinstance(only, (torch_data.Dataset, torch_data.DataLoader)):
-            only = read_all(only)
+        only = read_all(only)
         args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
         if isinstance(only, Mapping):
             args, kwargs = (), {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
@@ -368,17 +367,15 @@ def read_all(data: Any, *, ordered: bool = True) -> Any:
     Raises:
         TypeError: for a loader that shuffles, or does not end.
     """
-    if (tensors := tensors_of(data)) is not None:
-        return tensors
     if isinstance(data, torch_data.DataLoader):
         if ordered and not isinstance(data.sampler, torch_data.SequentialSampler):
             raise TypeError(
                 "a DataLoader that shuffles gives its rows in another order each time, and results "
                 "for each datum need to know which is which; pass its dataset, or shuffle=False"
             )
-        return read_all(data.dataset, ordered=ordered)
+        data = data.dataset
+    if (tensors := tensors_of(data)) is not None:
+        return tensors
     if isinstance(data, torch_data.IterableDataset):
         return torch_data.default_collate(list(data))
-    if isinstance(data, torch_data.Dataset):
-        return RowReader(data).read()
-    return data
+    return RowReader(data).read() if isinstance(data, torch_data.Dataset) else data

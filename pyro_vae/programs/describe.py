@@ -59,7 +59,7 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
     Args:
         model: a Pyro model.
         *batch: its arguments; a minibatch is enough.
-        data_plate: as in :func:`inspect`.
+        data_plate: as in :meth:`ModelLooks.structure`.
 
     Returns:
         A Description. Where the data plate cannot be told the table says why, and
@@ -80,7 +80,7 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
         structure, plate, note = looks.run, None, str(error)
-    left_out = {name: int(site.left_out.sum()) for name, site in structure.sites.items()}
+    sites = structure.sites.values()
     rows = tuple(
         {
             "site": site.name,
@@ -94,10 +94,10 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
                 for p in site.plates
             ),
         }
-        for site in structure.sites.values()
+        for site in sites
     )
-    if any(left_out.values()):
-        for row, site in zip(rows, structure.sites.values(), strict=True):
-            count = left_out[site.name]
-            row["left_out"] = f"{count} of {site.left_out.numel()}" if count else ""
+    masks = [site.left_out for site in sites]
+    if any(mask.any() for mask in masks):
+        for row, mask in zip(rows, masks, strict=True):
+            row["left_out"] = f"{int(mask.sum())} of {mask.numel()}" if mask.any() else ""
     return Description(rows, None if plate is None else plate.name, note)

@@ -85,7 +85,7 @@ def check_values(
 
 
 def _log_prob(name: str, node: Node, summed: set[str]) -> Tensor:
-    return unmasked_log_prob(node) if name in summed else site_log_prob(name, node, scaled=False)
+    return unmasked_log_prob(node) if name in summed else site_log_prob(name, node)
 
 
 def _at(run: EnumeratedRun, factor: Factor, indices: Mapping[str, Tensor]) -> Tensor:

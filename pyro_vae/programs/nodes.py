@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -20,8 +20,7 @@ _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")  # tor
 
 def is_subsample(node: Node) -> bool:
     """Return whether a statement is a plate's draw of a subsample."""
-    statement: Any = node
-    return site_is_subsample(statement)
+    return site_is_subsample(cast("Any", node))
 
 
 def sample_nodes(trace: Trace) -> Iterator[tuple[str, Node]]:
@@ -65,10 +64,9 @@ def drawn_subsamples() -> Iterator[set[str]]:
 
     class Watch(Messenger):
         def _pyro_sample(self, msg: Node) -> None:
-            if is_subsample(msg) and msg["value"] is None:
-                plate = msg["fn"]
-                if plate.subsample_size not in (None, -1, plate.size):
-                    drawn.add(msg["name"])
+            drawn_here = is_subsample(msg) and msg["value"] is None
+            if drawn_here and msg["fn"].subsample_size not in (None, -1, msg["fn"].size):
+                drawn.add(msg["name"])
 
     with Watch():
         yield drawn

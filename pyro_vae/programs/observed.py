@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -25,7 +24,7 @@ def check_observed(run: Structure, again: Callable[[], Structure], *, strict: bo
     for site in (site for site in run.observed if isinstance(site.value, Tensor)):
         _check_shape(site)
         where = _outside_support(site) if site.validated or strict else None
-        if where is not None and _bounds(site) == _bounds(again().sites[site.name]):
+        if where is not None and site.bounds == again().sites[site.name].bounds:
             hint = ". Its validate_args=False lets training take them, but they have no density"
             raise ValueError(
                 f"observed site {site.name!r}: values outside the support of its "
@@ -95,13 +94,6 @@ def _check_shape(site: Site) -> None:
             f"{site.distribution} likelihood has shape {[*batch, *event]} (batch {list(batch)}); "
             "give data of that shape, or mend the likelihood (.to_event(...))"
         )
-
-
-def _bounds(site: Site) -> list[Any]:
-    """Return the bounds of a support as plain numbers, to be compared."""
-    support = plain_support(site.fn)
-    bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    return [b.tolist() if isinstance(b, Tensor) else b for b in bounds]
 
 
 def _outside_support(site: Site) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyro
@@ -29,7 +29,7 @@ from pyro_vae.programs.nodes import (
     latent_nodes,
     sample_nodes,
 )
-from pyro_vae.programs.preimages import preimage_of
+from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Plate, SiteShape, Structure, site_shapes
 from pyro_vae.programs.state import (
@@ -45,14 +45,14 @@ from pyro_vae.programs.state import (
 from pyro_vae.programs.structure import ModelLooks, default_validation_told_apart
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import (
-    GiveValues,
     ReplaceDraws,
     check_guide,
     site_log_prob,
+    trace_given,
     trace_guide,
     trace_model,
 )
-from pyro_vae.programs.types import DataPlate, Node, Program, Trace
+from pyro_vae.programs.types import DataPlate, Node, Program, Trace, Values
 
 _SEED = 8128517
 # Of other draws than those of the guide, which may be the same function of the random state.
@@ -148,8 +148,7 @@ class Pair:
     ) -> None:
         self.model, self.guide, self.batch = model, guide, batch
         self.user_guide = guide
-        self.looks = ModelLooks(model, batch) if looks is None else looks
-        self.first = FirstValues() if first is None else first
+        self.looks, self.first = looks or ModelLooks(model, batch), first or FirstValues()
         self.gradients = gradients
         self._table = row_guide(guide)
         self._rows = None if self._table is None else self._table.given_rows
@@ -217,30 +216,28 @@ class Pair:
         if plate is None or plate.drawn or size is None or size < 3:  # a row alone has no order
             return False
         if self._agrees is None:
-            self._agrees = self._compare_part(plate, size)
+            single, self._agrees = self.single, False
+            with Look(), self.looking(gradients=self.gradients):
+                answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
+                self._agrees = self._compare_part(answers, shuffled(size)[: (size + 1) // 2])
         return self._agrees
 
-    def _compare_part(self, plate: Plate, size: int) -> bool:
-        index = shuffled(size)[: (size + 1) // 2]
-        single, table = self.single, self._table
+    def _compare_part(self, answers: Answers, index: Tensor) -> bool:
+        if answers.sizes - {1, answers.size}:
+            return False  # the guide answers for another number of data than it was given
+        batch, plate, table = self.batch.rows(index), answers.plate, self._table
         rows: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        with Look(), self.looking(gradients=self.gradients):
-            answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
-            if answers.sizes - {1, size}:
-                return False  # the guide answers for another number of data than it was given
-            batch = self.batch.rows(index)
-            if table is not None:
-                rows = table.rows_as_given(table.current_rows.cpu()[index])
-            with rows:
-                part = answers.given(self.model, self.guide, batch, index)
-                if answers.differs(part, index, gradients=self.gradients, slack=1.0):
-                    return False
-                of_part = ModelLooks(self.model, batch)
-                of_part.know_run(part.run, None)
-                self.part = of_part.structure(plate.name, latents_needed=False)
-            self.looks.note_subsampled(plate, self.part)
-            return True
-        return False
+        if table is not None:
+            rows = table.rows_as_given(table.current_rows.cpu()[index])
+        with rows:
+            part = answers.given(self.model, self.guide, batch, index)
+            if answers.differs(part, index, gradients=self.gradients, slack=1.0):
+                return False
+            of_part = ModelLooks(self.model, batch)
+            of_part.run = part.run
+            self.part = of_part.structure(plate.name, latents_needed=False)
+        self.looks.note_subsampled(plate, self.part)
+        return True
 
     # --- other pairs
 
@@ -254,7 +251,7 @@ class Pair:
             guide: a Pyro guide.
             looks: of the model on the batch of that pair; this one's by default.
         """
-        looks = self.looks if looks is None else looks
+        looks = looks or self.looks
         pair = Pair(self.model, guide, looks.batch, looks=looks)
         if isinstance(guide, RowGuide) and not vars(self).get("masked", True):
             pair.shared_trace = self.single.model_trace
@@ -266,7 +263,7 @@ class Pair:
         """Return this pair with what is needed to weigh each datum.
 
         Args:
-            data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
+            data_plate: as in :meth:`ModelLooks.structure`.
 
         Raises:
             ValueError: for what :func:`pyro_vae.log_weights` refuses of model and guide.
@@ -337,15 +334,10 @@ def _check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
     well. That is right where nothing depends on the draw. A mask of all of a site on which
     something depends stands for an improper flat prior: the entropy of the proposal would be
     missing from the bound, and a guide that is trained by it would shrink to a point.
-
-    Args:
-        model: a Pyro model.
-        model_trace: of the model under its guide, with masks lifted to sites.
-        batch: the model's arguments.
     """
     latents = dict(latent_nodes(model_trace))
-    drawn = {name: _drawn_anew(node) for name, node in latents.items()}
-    changed = {name: value for name, value in drawn.items() if value is not None}
+    drawn = ((name, _drawn_anew(node)) for name, node in latents.items())
+    changed = {name: value for name, value in drawn if value is not None}
     if not changed:
         return
     given = {  # the subsamples of plates among them
@@ -355,9 +347,15 @@ def _check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
     }
     kept = {name: found for name, node in latents.items() if (found := preimage_of(node))}
     left = {name: preimage for name, preimage in kept.items() if name not in changed}
+
+    def terms(values: Values, preimages: Mapping[str, Preimage]) -> dict[str, Tensor]:
+        with preserved_rng(next(iter(given.values())).device):
+            nodes = dict(sample_nodes(trace_given(model, values, batch, preimages)))
+        shown = {name: node for name, node in nodes.items() if not is_deterministic(node)}
+        return {n: site_log_prob(n, node) for n, node in shown.items()}
+
     with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        before = _terms(model, GiveValues(given, kept), batch)
-        after = _terms(model, GiveValues({**given, **changed}, left), batch)
+        before, after = terms(given, kept), terms({**given, **changed}, left)
     if look.error is not None:
         return
     for name, one in before.items():
@@ -382,14 +380,3 @@ def _drawn_anew(node: Node) -> Tensor | None:
         torch.manual_seed(_ANEW_SEED)
         other = node["fn"].sample().expand_as(value)
     return None if look.error is not None or torch.equal(other, value) else other
-
-
-def _terms(model: Program, give: GiveValues, batch: Batch) -> dict[str, Tensor]:
-    """Return the log density of each site, masked, of the model run with these values."""
-    with preserved_rng(next(iter(give.values.values())).device):
-        trace = trace_guide(give(model), batch)
-    return {
-        name: site_log_prob(name, node, scaled=False)
-        for name, node in sample_nodes(trace)
-        if not is_deterministic(node)
-    }

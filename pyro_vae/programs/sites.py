@@ -92,9 +92,16 @@ class Site:
         support = plain_support(self.fn)
         if support is None:
             return "not declared"
-        ends = (getattr(support, end, None) for end in ("lower_bound", "upper_bound"))
-        bounds = ", ".join(_bound_text(bound) for bound in ends if bound is not None)
+        values = (np.unique(bound) for bound in self.bounds if bound is not None)
+        bounds = ", ".join(f"{v.item():g}" if v.size == 1 else "varies" for v in values)
         return type(support).__name__.removeprefix("_") + (f"({bounds})" if bounds else "")
+
+    @property
+    def bounds(self) -> list[Any]:
+        """Lower and upper bound of the support, as plain numbers; None where there is none."""
+        ends = ("lower_bound", "upper_bound")
+        bounds = (getattr(plain_support(self.fn), end, None) for end in ends)
+        return [bound.tolist() if isinstance(bound, Tensor) else bound for bound in bounds]
 
     @property
     def distribution(self) -> str:
@@ -196,8 +203,6 @@ class Structure:
 
     def drawing(self, names: Collection[str]) -> Structure:
         """Return this structure with plates of which a subsample is drawn: by the guide, say."""
-        if not names:
-            return self
 
         def drawing(plate: Plate) -> Plate:
             return replace(plate, drawn=plate.drawn or plate.name in names)
@@ -206,8 +211,7 @@ class Structure:
             name: replace(site, plates=tuple(map(drawing, site.plates)))
             for name, site in self.sites.items()
         }
-        plate = self.data_plate and drawing(self.data_plate)
-        return replace(self, sites=sites, data_plate=plate)
+        return replace(self, sites=sites, data_plate=self.data_plate and drawing(self.data_plate))
 
     def require_no_sequential(self) -> None:
         """Raise ValueError for a model that draws a subsample of a plate that is iterated over."""
@@ -236,21 +240,15 @@ def names_of(things: Iterable[Site | Plate]) -> list[str]:
     return [thing.name for thing in things]
 
 
-def _bound_text(bound: Tensor | float) -> str:
-    values = torch.as_tensor(bound).unique()
-    return f"{values.item():g}" if values.numel() == 1 else "varies"
-
-
 # --- from a trace
 
 
 def _site(name: str, node: Node, sizes: Mapping[str, int], drawn: Collection[str]) -> Site:
-    frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-    counts = [(sizes.get(f.name, f.size), sizes.get(f.name, f.full_size)) for f in frames]
-    plates = tuple(
-        Plate(f.name, f.dim, *count, f.name in drawn)
-        for f, count in zip(frames, counts, strict=True)
-    )
+    def plate_of(frame: Any) -> Plate:
+        size, full_size = (sizes.get(frame.name, n) for n in (frame.size, frame.full_size))
+        return Plate(frame.name, frame.dim, size, full_size, frame.name in drawn)
+
+    plates = tuple(plate_of(frame) for frame in node["cond_indep_stack"] if frame.vectorized)
     shape = node["fn"].batch_shape
     own = dict(zip(range(-len(shape), 0), shape, strict=True))
     if node["is_observed"]:  # in a plate without a size its data may be more than the parameters

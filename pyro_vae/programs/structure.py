@@ -19,47 +19,11 @@ from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look, called_modules, looking
 from pyro_vae.programs.types import DataPlate, Node, Program
 
-__all__ = ["DataPlateError", "ModelLooks", "inspect"]
-
 _ONE_DATUM = "data_plate=False to treat the whole batch as one datum"
 
 
 class DataPlateError(ValueError):
     """It is not plain which plate holds the data."""
-
-
-def inspect(
-    model: Program,
-    *batch: Any,
-    data_plate: DataPlate = None,
-    strict: bool = False,
-    latents_needed: bool = True,
-) -> Structure:
-    """Run the model once on a batch and return its structure.
-
-    The random state is left as it was found, and modules run in eval mode.
-
-    Args:
-        model: a Pyro model.
-        *batch: its arguments (see :func:`pyro_vae.programs.batch.as_batch`).
-        data_plate: the name of the plate of the data, where it is not plain; False to
-            treat the whole batch as one datum.
-        strict: whether to refuse values outside the support of a likelihood that does not
-            validate them (validate_args=False): training may take them, a bound on log p(x) not.
-        latents_needed: whether a model without latents is an error; else its data plate is the
-            one that holds all that is observed.
-
-    Returns:
-        A Structure.
-
-    Raises:
-        DataPlateError: where no plate holds all observed sites and a latent one, or
-            several do, or its size is not the batch's.
-        ValueError: for NaN in the batch (but see :class:`pyro_vae.MissingData`), and for observed
-            values of another shape than their likelihood's, or outside its support.
-    """
-    looks = ModelLooks(model, as_batch(*batch))
-    return looks.structure(data_plate, strict=strict, latents_needed=latents_needed)
 
 
 class ModelLooks:
@@ -112,14 +76,29 @@ class ModelLooks:
     def structure(
         self, data_plate: DataPlate = None, *, strict: bool = False, latents_needed: bool = True
     ) -> Structure:
-        """Return the structure of the model; arguments and errors as :func:`inspect`."""
+        """Return the structure of the model; takes a run of it, where none was made before.
+
+        Args:
+            data_plate: the name of the plate of the data, where it is not plain; False to
+                treat the whole batch as one datum.
+            strict: whether to refuse values outside the support of a likelihood that does not
+                validate them (validate_args=False): training may take them, a bound on log p(x)
+                not.
+            latents_needed: whether a model without latents is an error; else its data plate is
+                the one that holds all that is observed.
+
+        Raises:
+            DataPlateError: where no plate holds all observed sites and a latent one, or
+                several do, or its size is not the batch's.
+            ValueError: as :attr:`run`, and for observed values of another shape than their
+                likelihood's, or outside its support.
+        """
         again = functools.partial(run_model, self.model, self.batch, seed=1)
         check_observed(self.run, again, strict=strict)
         if data_plate is False:
             return self.run.with_data_plate(None)
-        plate = _find_data_plate(
-            self.run, None if data_plate is True else data_plate, latents_needed
-        )
+        name = None if data_plate is True else data_plate
+        plate = _find_data_plate(self.run, name, latents_needed)
         if self.batch.size is not None and not plate.drawn and plate.size != self.batch.size:
             raise DataPlateError(
                 f"the data plate {plate.name!r} has {plate.size} entries but the batch has "
@@ -270,16 +249,13 @@ def _find_data_plate(run: Structure, name: str | None, latents_needed: bool) -> 
             f"{names_of(latents)}"
         )
     if not latents and latents_needed:
-        raise DataPlateError(
-            f"the model has no latent site, only observed ones: {names_of(observed)}"
-        )
+        names = names_of(observed)
+        raise DataPlateError(f"the model has no latent site, only observed ones: {names}")
     if name is not None:
         return _named_data_plate(run, latents, name)
     shared = set.intersection(*(set(names_of(site.plates)) for site in observed))
     if not shared:
-        plates = "; ".join(
-            f"{site.name!r} is in {names_of(site.plates) or 'no plate'}" for site in observed
-        )
+        plates = "; ".join(f"{s.name!r} is in {names_of(s.plates) or 'no plate'}" for s in observed)
         raise DataPlateError(
             f"no data plate: no vectorized plate holds every observed site ({plates}). Put the "
             f"data in one plate (with pyro.plate('data', len(x)): ...), or pass {_ONE_DATUM}"

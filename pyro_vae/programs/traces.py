@@ -41,7 +41,7 @@ from pyro_vae.programs.preimages import (
 from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.supports import SameMeasure, inside, is_fixed
-from pyro_vae.programs.types import Node, Program, Trace
+from pyro_vae.programs.types import Node, Program, Trace, Values
 
 OUTSIDE = ", outside its support"  # ends what is said of a site
 
@@ -146,12 +146,9 @@ class GiveValues(Messenger):
         preimages: of some of them.
     """
 
-    def __init__(
-        self, values: Mapping[str, Tensor], preimages: Mapping[str, Preimage] | None = None
-    ) -> None:
+    def __init__(self, values: Values, preimages: Mapping[str, Preimage] | None = None) -> None:
         super().__init__()
-        self.values = values
-        self.preimages = preimages or {}
+        self.values, self.preimages = values, preimages or {}
 
     def _pyro_sample(self, msg: Node) -> None:
         name = msg["name"]
@@ -184,9 +181,11 @@ def dream(
     return trace
 
 
-def trace_given(fn: Program, values: Mapping[str, Tensor], batch: Batch) -> Trace:
-    """Run a model or guide with the values of its latent sites given; return its trace."""
-    return trace_guide(GiveValues(values)(fn), batch)
+def trace_given(
+    fn: Program, values: Values, batch: Batch, preimages: Mapping[str, Preimage] | None = None
+) -> Trace:
+    """Run a model or guide with latents given, as by :class:`GiveValues`; return its trace."""
+    return trace_guide(GiveValues(values, preimages)(fn), batch)
 
 
 def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -235,15 +234,14 @@ def subsamples(trace: Trace) -> Trace:
     return found
 
 
-def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) -> Tensor:
-    """Return a site's log density, of its batch shape, masked, and scaled if asked.
+def site_log_prob(name: str, node: Node, *, double: bool = False) -> Tensor:
+    """Return a site's log density, of its batch shape, masked, and without its scale.
 
     Outside the support of a latent site it is -inf.
 
     Args:
         name: the site.
         node: of a trace.
-        scaled: whether by its scale.
         double: whether in float64, where its distribution can be had in float64.
 
     Raises:
@@ -262,7 +260,7 @@ def site_log_prob(name: str, node: Node, *, scaled: bool, double: bool = False) 
         raise ValueError(
             f"{role} site {name!r}: no log density of its value under {fn}: {error}"
         ) from error
-    return scale_and_mask(log_prob, node["scale"] if scaled else 1.0, node["mask"])
+    return scale_and_mask(log_prob, mask=node["mask"])
 
 
 def _is_given(node: Node) -> bool:
@@ -321,8 +319,9 @@ def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
         model_trace, guide_trace = trace_pair(model, guide, batch)
         for owner, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, node in sample_nodes(trace):
-                numbers = node["value"], site_log_prob(name, node, scaled=True)
-                if not all(bool(number.isfinite().all()) for number in numbers):
+                density = site_log_prob(name, node)
+                scaled = scale_and_mask(density, node["scale"], node["mask"])
+                if not (node["value"].isfinite().all() and scaled.isfinite().all()):
                     outside = OUTSIDE if outside_support(name, node) else ""
                     found.append(f"{name!r} of the {owner}{outside}")
     return found
@@ -366,22 +365,19 @@ def _check_helpers(guide_trace: Trace) -> None:
     Their density counts in log q(z | x). That is right where points are made of them, as
     Pyro's autoguides do; else the loss grows with their entropy past log p(x).
     """
-    nodes = dict(latent_nodes(guide_trace))
-    points = [name for name, node in nodes.items() if is_point(node["fn"])]
-    helpers = [
-        name
-        for name, node in nodes.items()
-        if node["infer"].get("is_auxiliary") and name not in points
-    ]
 
-    def numbers(names: list[str]) -> int:
-        return sum(nodes[name]["value"].numel() for name in names)
+    def numbers(nodes: Iterable[Node]) -> int:
+        return sum(node["value"].numel() for node in nodes)
 
-    if not helpers or numbers(helpers) <= numbers(points):
+    latents = dict(latent_nodes(guide_trace))
+    points = numbers(node for node in latents.values() if is_point(node["fn"]))
+    helpers = {n: node for n, node in latents.items() if node["infer"].get("is_auxiliary")}
+    free = {n: node for n, node in helpers.items() if not is_point(node["fn"])}
+    if numbers(free.values()) <= points:
         return
-    densities = {name: nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in helpers}
-    free = [name for name in helpers if densities[name].any()]  # one everywhere is no matter
-    if numbers(free) > numbers(points):
+    # A density of one everywhere is no matter.
+    free = {n: node for n, node in free.items() if node["fn"].log_prob(node["value"]).any()}
+    if numbers(free.values()) > points:
         raise ValueError(
             f"the guide's auxiliary sites {sorted(free)} have a density of which no latent of the "
             "model is made: it counts in log q(z | x), with nothing beside it in the model: no "

@@ -28,7 +28,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import preserved_rng
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.e_steps import E_STEPS, EStep, Problem, StepELBO
 from pyro_vae.training.optimizers import drop_gradients, make_optimizer
@@ -149,7 +149,7 @@ def em(
         raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
     kind = _kind(e_step, guide)
     data = as_batch(*batch)
-    structure = inspect(model, data, data_plate=data_plate)
+    structure = ModelLooks(model, data).structure(data_plate)
     _check_model(structure, kind)
     parameters = _parameters(model, structure, data)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)

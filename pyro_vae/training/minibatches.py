@@ -19,7 +19,7 @@ from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.sites import Plate, Structure, names_of
 from pyro_vae.programs.state import Look, batch_norms
-from pyro_vae.programs.structure import ModelLooks, inspect
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.data_source import source_of
@@ -38,7 +38,7 @@ class TrainingData:
         data: as in :func:`pyro_vae.fit`.
         batch_size: data in a minibatch.
         device: where batches go; None leaves them.
-        data_plate: as in :func:`pyro_vae.programs.structure.inspect`.
+        data_plate: as in :meth:`ModelLooks.structure`.
         drop_last: whether an epoch leaves out a last minibatch that is smaller.
         as_svi: whether the loss asks for no more than pyro.infer.SVI does: the model may then be
             one that runs under the guide's draws alone, and have no data plate.
@@ -116,7 +116,7 @@ class TrainingData:
             for plate in plates if self._as_svi else ():
                 with Look():
                     model = under_guide(self._model, self._guide)
-                    found = inspect(model, batch, data_plate=plate)
+                    found = ModelLooks(model, batch).structure(plate)
                     if found.data_plate is None and self._plate is None:
                         text = "each step takes all data, for there is no data plate: %s"
                         logger.warning(text, error)

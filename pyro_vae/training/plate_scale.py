@@ -10,7 +10,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look
-from pyro_vae.programs.structure import inspect
+from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Program
 
 _MANY = 1000  # data: a scale for all but one of them is hardly another one
@@ -119,7 +119,7 @@ def _size_of_fewer(
     with Look():
         some = batch.rows(slice(0, batch.size // 2))
         if part is None or num_data > _MANY:
-            part = inspect(model, some, data_plate=plate.name)
+            part = ModelLooks(model, some).structure(plate.name)
         found = part.data_plate
         if found is not None and found.size != found.full_size:
             return found.full_size
@@ -138,7 +138,7 @@ def _scales_itself(model: Program, batch: Batch, structure: Structure, num_data:
     if half < 1 or batch.size is None:
         return False
     with Look():
-        fewer = inspect(model, batch.rows(slice(0, half)), data_plate=plate.name)
+        fewer = ModelLooks(model, batch.rows(slice(0, half))).structure(plate.name)
         again = _relative_scales(fewer, fewer.observed)
         return all(_is(again[name] / scale, plate.size / half) for name, scale in scales.items())
     return False

@@ -16,8 +16,9 @@ from pyro_vae.guides.coordinates import (
     prior_moments,
 )
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.structure import ModelLooks, inspect
+from pyro_vae.programs.structure import ModelLooks
 from tests.models import NormalModel, log_normal_model
+from tests.runs import structure_of
 
 X = torch.zeros(4, 3, dtype=torch.float64)
 
@@ -34,7 +35,7 @@ def model(x):
 
 @pytest.fixture
 def found():
-    structure = inspect(model, X, data_plate="data")
+    structure = structure_of(model, X, data_plate="data")
     return {one.name: one for one in coordinates_of(structure, "LocalGuide")}
 
 
@@ -94,7 +95,7 @@ def discrete(x):
 )
 def test_refusals(program, message):
     with pytest.raises(ValueError, match=message):
-        coordinates_of(inspect(program, X), "AGuide")
+        coordinates_of(structure_of(program, X), "AGuide")
 
 
 def test_light_tails_have_their_moments():

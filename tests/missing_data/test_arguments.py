@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.programs.structure import inspect
 from tests.missing_data.models import NAN, PRODUCTS, data, mixture, of, proposal
 from tests.models import encoder, factor_analysis
+from tests.runs import structure_of
 
 
 def integers() -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_minibatches_take_the_rows_of_the_mask():
 def test_masks_that_cannot_be_told_are_refused(options, batch, error, message):
     model = pv.MissingData(of(PRODUCTS["Normal"][0]), **options)
     with pytest.raises(error) as caught:
-        inspect(model, batch)
+        structure_of(model, batch)
     assert message in str(caught.value)
 
 

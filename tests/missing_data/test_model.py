@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.programs.handlers import register
 from pyro_vae.programs.state import module_of
-from pyro_vae.programs.structure import inspect
 from tests.missing_data.models import (
     NAN,
     PRODUCTS,
@@ -31,6 +30,7 @@ from tests.missing_data.models import (
     without,
 )
 from tests.models import encoder, factor_analysis
+from tests.runs import structure_of
 
 
 class Guide(nn.Module):
@@ -219,14 +219,14 @@ def test_a_support_of_which_no_value_is_known_is_refused():
     model = of(lambda z, x: dist.ProjectedNormal(wide(z, 2)))
     x = torch.tensor([[1.0, 0.0], [NAN, NAN]])
     with pytest.raises(ValueError, match="'x': no value is known inside the support of Projected"):
-        inspect(pv.MissingData(model), x)
+        structure_of(pv.MissingData(model), x)
 
 
 def test_a_value_outside_the_support_is_refused_beside_missing_ones():
     make, _ = PRODUCTS["Poisson"]
     x = torch.tensor([[1.0, NAN, 2.0], [NAN, -1.0, 0.0]])
     with pytest.raises(ValueError, match="'x': values outside the support .* rows 1 "):
-        inspect(pv.MissingData(of(make)), x)
+        structure_of(pv.MissingData(of(make)), x)
 
 
 # --- models
@@ -361,7 +361,7 @@ def test_wrapped_twice_is_wrapped_once():
     x = scattered(data())
     once = pv.MissingData(factor_analysis())
     twice = pv.MissingData(once)
-    assert torch.equal(inspect(twice, x).sites["x"].missing, x.isnan())
+    assert torch.equal(structure_of(twice, x).sites["x"].missing, x.isnan())
     weights = [pv.log_weights(m, Guide(), x, num_particles=3, seed=0).total for m in (once, twice)]
     assert torch.equal(*weights)
 
@@ -458,9 +458,9 @@ def chain(x, y):
 def test_a_missing_value_that_something_depends_on_is_refused(model):
     batch = torch.ones(3), torch.tensor([0.0, NAN, 1.0])
     with pytest.raises(ValueError, match="may only be values of observed sites"):
-        inspect(pv.MissingData(model), *batch)
+        structure_of(pv.MissingData(model), *batch)
     with pytest.raises(ValueError, match="argument 1 of the batch holds NaN"):
-        inspect(model, *batch)
+        structure_of(model, *batch)
 
 
 X = torch.tensor([0.0, 2.0, NAN], dtype=torch.float64)

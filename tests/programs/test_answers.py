@@ -39,8 +39,9 @@ def test_terms_are_the_log_densities_of_each_datum():
     model, guide = NormalModel(), encoded(torch.tensor(0.4, requires_grad=True))
     role, whole = compared(model, guide)
     assert role is None
-    z = whole.draws["z"].value
-    assert not z.requires_grad
+    z = whole.draws["z"][0]["value"].detach()
+    again = whole.given(model, guide, as_batch(X), torch.arange(4))
+    assert not again.draws["z"][0]["value"].requires_grad
     found = whole.terms["guide"]["log density of z"]
     torch.testing.assert_close(found, dist.Normal(0.4 * X, 0.7).log_prob(z))
     torch.testing.assert_close(

@@ -47,7 +47,7 @@ def run(model, names, nesting, *args, values=None):
             )
         fn = poutine.replay(fn, trace=trace)
     trace = poutine.trace(fn).get_trace(*args)
-    log_probs = {n: site_log_prob(n, node, scaled=False) for n, node in sample_nodes(trace)}
+    log_probs = {n: site_log_prob(n, node) for n, node in sample_nodes(trace)}
     return trace, log_probs
 
 

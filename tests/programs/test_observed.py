@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.programs.structure import inspect
+from tests.runs import structure_of
 
 
 def bernoulli(x, validate_args=None):
@@ -29,7 +29,7 @@ def test_data_outside_the_support_are_refused_with_their_rows():
     x = torch.zeros(6, 2)
     x[1, 0], x[4, 1] = 17, 0.5
     with pytest.raises(ValueError, match=r"'x'.*Binomial.*\(0, 16\).*rows 1, 4 \(2 of 6\)"):
-        inspect(model, x)
+        structure_of(model, x)
 
 
 def test_masked_values_may_lie_outside_the_support():
@@ -40,9 +40,9 @@ def test_masked_values_may_lie_outside_the_support():
                 pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
 
     x = torch.tensor([0.0, 1.0, 9.0])
-    inspect(model, x, torch.tensor([True, True, False]))
+    structure_of(model, x, torch.tensor([True, True, False]))
     with pytest.raises(ValueError, match="rows 2"):
-        inspect(model, x, torch.tensor([True, True, True]))
+        structure_of(model, x, torch.tensor([True, True, True]))
 
 
 def test_deterministic_sites_are_no_observations():
@@ -52,7 +52,7 @@ def test_deterministic_sites_are_no_observations():
             pyro.deterministic("twice", 2 * z)
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    assert list(inspect(model, torch.zeros(2)).sites) == ["z", "x"]
+    assert list(structure_of(model, torch.zeros(2)).sites) == ["z", "x"]
 
 
 @pytest.mark.parametrize("columns", [1, 4])
@@ -64,10 +64,10 @@ def test_observed_values_of_another_shape_are_refused(columns):
             z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    inspect(model, torch.zeros(5, 3))
+    structure_of(model, torch.zeros(5, 3))
     message = rf"'x': its value has shape \[5, {columns}\], but its Normal likelihood .* \[5, 3\]"
     with pytest.raises(ValueError, match=message):
-        inspect(model, torch.zeros(5, columns))
+        structure_of(model, torch.zeros(5, columns))
 
 
 def test_values_are_looked_at_where_a_library_switched_validation_off():
@@ -77,13 +77,13 @@ def test_values_are_looked_at_where_a_library_switched_validation_off():
     try:
         torch.distributions.Distribution.set_default_validate_args(False)
         with pytest.raises(ValueError, match="rows 1"):
-            inspect(bernoulli, x)
-        inspect(functools.partial(bernoulli, validate_args=False), x)
+            structure_of(bernoulli, x)
+        structure_of(functools.partial(bernoulli, validate_args=False), x)
     finally:
         torch.distributions.Distribution.set_default_validate_args(before)
     with pytest.raises(ValueError, match="rows 1"):
-        inspect(bernoulli, x)
-    inspect(functools.partial(bernoulli, validate_args=False), x)
+        structure_of(bernoulli, x)
+    structure_of(functools.partial(bernoulli, validate_args=False), x)
 
 
 @pytest.mark.parametrize("of", ["latent", "likelihood"])

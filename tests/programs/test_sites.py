@@ -76,7 +76,7 @@ def test_a_plate_that_the_guide_draws():
     assert after.data_plate.drawn
     assert after.sites["z"].plates[0].drawn
     assert not before.data_plate.drawn
-    assert before.drawing(()) is before
+    assert before.drawing(()) == before
 
 
 # --- shapes, of sites and of what their draws are made from

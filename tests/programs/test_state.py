@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.programs.state import as_in_training, random_state, set_random_state
-from pyro_vae.programs.structure import inspect
+from tests.runs import structure_of
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100.0
 
@@ -65,7 +65,7 @@ def steps(make, model, guide, loss, seed=3):
 
 LOOKS = {
     "describe": lambda model, guide: pv.describe(model, X),
-    "inspect": lambda model, guide: inspect(model, X),
+    "inspect": lambda model, guide: structure_of(model, X),
     "explain": lambda model, guide: pv.explain(pv.ELBO(), model, guide, X),
     "elbo": lambda model, guide: pv.elbo(model, guide, X, num_particles=3, seed=0),
     "log_weights": lambda model, guide: pv.log_weights(model, guide, X, num_particles=2, seed=0),

@@ -11,8 +11,9 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.structure import DataPlateError, ModelLooks, inspect
+from pyro_vae.programs.structure import DataPlateError, ModelLooks
 from tests.models import NormalModel, factor_analysis
+from tests.runs import structure_of
 
 
 def plain(x):
@@ -76,11 +77,11 @@ def ambiguous(x):
 def test_a_data_plate_that_is_not_plain_is_refused(model, options, message):
     batch = torch.zeros(3, 3) if model is ambiguous else torch.zeros(3)
     with pytest.raises(pv.DataPlateError, match=re.escape(message)):
-        inspect(model, batch, **options)
+        structure_of(model, batch, **options)
 
 
 def test_an_ambiguous_data_plate_can_be_named():
-    structure = inspect(ambiguous, torch.zeros(3, 3), data_plate="rows")
+    structure = structure_of(ambiguous, torch.zeros(3, 3), data_plate="rows")
     assert [site.name for site in structure.local_latents] == ["a"]
     assert [site.name for site in structure.global_latents] == ["b"]
 
@@ -97,7 +98,7 @@ def test_a_plate_without_a_size_has_that_of_its_data():
         with pyro.plate("data"):
             pyro.sample("x", dist.Bernoulli(f), obs=x)
 
-    structure = inspect(model, torch.tensor([1.0, 1.0, 0.0]), data_plate=False)
+    structure = structure_of(model, torch.tensor([1.0, 1.0, 0.0]), data_plate=False)
     assert structure.sites["x"].batch_shape == (3,)
     assert structure.sites["x"].plates[0].size == 3
 
@@ -109,7 +110,7 @@ def test_one_latent_in_a_plate_without_a_size_is_not_one_for_each_datum():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     with pytest.raises(DataPlateError, match=r"'z' has batch shape \[\], one value for the 4 data"):
-        inspect(model, torch.zeros(4))
+        structure_of(model, torch.zeros(4))
 
 
 def test_a_subsample_that_is_given_is_not_drawn():
@@ -120,7 +121,7 @@ def test_a_subsample_that_is_given_is_not_drawn():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=data[rows])
 
-    plate = inspect(model, torch.tensor([2, 0])).data_plate
+    plate = structure_of(model, torch.tensor([2, 0])).data_plate
     assert (plate.size, plate.full_size, plate.drawn) == (2, 4, False)
 
 
@@ -136,7 +137,7 @@ def test_sequential_plates_that_draw_are_refused_by_name():
     x = torch.zeros(4)
     for seed in range(5):
         torch.manual_seed(seed)
-        structure = inspect(model, x, data_plate=False)
+        structure = structure_of(model, x, data_plate=False)
         with pytest.raises(ValueError, match=r"subsample of the sequential plate 'rows'"):
             structure.require_no_sequential()
 
@@ -205,21 +206,21 @@ def test_inspection_leaves_the_random_state_and_the_modules_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    inspect(model, torch.zeros(4, 6, dtype=torch.float64))
+    structure_of(model, torch.zeros(4, 6, dtype=torch.float64))
     assert torch.equal(torch.rand(2), expected)
 
 
 def test_an_error_in_the_model_says_what_it_was_run_on():
     model = factor_analysis()
     with pytest.raises(ValueError, match="shape") as caught:
-        inspect(model, torch.zeros(5, 4, dtype=torch.float64))
+        structure_of(model, torch.zeros(5, 4, dtype=torch.float64))
     assert "its value has shape [5, 4]" in str(caught.value)
 
     def broken(x):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError) as other:
-        inspect(broken, torch.zeros(5, 4))
+        structure_of(broken, torch.zeros(5, 4))
     assert other.value.__notes__ == [
         "while running the model on a batch of argument 0: torch.float32 of shape [5, 4]"
     ]
