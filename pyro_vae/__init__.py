@@ -22,9 +22,8 @@ from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.describe import describe
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine
-from pyro_vae.training.em import NonFiniteHalfStepError, em
-from pyro_vae.training.fit import fit
-from pyro_vae.training.result import EMResult, Epoch, FitResult
+from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
+from pyro_vae.training.fit import Epoch, FitResult, fit
 from pyro_vae.training.steps import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 

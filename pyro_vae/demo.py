@@ -23,8 +23,7 @@ from pyro_vae.export.arviz_versions import Container, write
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
-from pyro_vae.training.fit import fit
-from pyro_vae.training.result import FitResult
+from pyro_vae.training.fit import FitResult, fit
 from pyro_vae.zoo.images import VAE
 
 if TYPE_CHECKING:

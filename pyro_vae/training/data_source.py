@@ -31,8 +31,10 @@ class DataSource:
     streamed = False
     owners: tuple[Any, ...] = ()
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
-        self._data, self._device = data, device
+    def __init__(
+        self, data: Any, batch_size: int, device: torch.device | str | None, drop_last: bool
+    ) -> None:
+        self._data, self._device, self._drop_last = data, device, drop_last
         self.batch = self._now = self._first(batch_size)  # _now: the present epoch's
         self.num_data = self._count()
 
@@ -67,21 +69,18 @@ class DataSource:
         """Return the same, drawn by random numbers of its own."""
         return batch
 
-    def num_batches(self, batch_size: int, drop_last: bool) -> int | None:
+    def num_batches(self, batch_size: int) -> int | None:
         """Return how many minibatches an epoch has; None where a loader does not know."""
         if self.num_data is None:
             return 1
         count, last = divmod(self.num_data, batch_size)
-        return count + (last > 0 and not drop_last)
+        return count + (last > 0 and not self._drop_last)
 
-    def epoch(
-        self, batch_size: int | None, drop_last: bool
-    ) -> Iterator[tuple[Tensor | None, Batch]]:
+    def epoch(self, batch_size: int | None) -> Iterator[tuple[Tensor | None, Batch]]:
         """Yield the minibatches of an epoch, shuffled, each with its rows.
 
         Args:
             batch_size: None for all data at once, in their order: their rows are None then.
-            drop_last: whether to leave out a last minibatch that is smaller.
 
         Raises:
             ValueError: where a loader gives none.
@@ -93,7 +92,7 @@ class DataSource:
         # Sent to the device at once: to send each part would be to wait for the step before.
         order = torch.randperm(size).to(self._now.device)
         for index in order.split(batch_size):
-            if drop_last and index.shape[0] < batch_size:
+            if self._drop_last and index.shape[0] < batch_size:
                 break
             yield index, self.minibatch(index)
 
@@ -118,11 +117,8 @@ class _DrawnByEpoch(DataSource):
 
 
 class _DrawnByStep(DataSource):
-    def __init__(self, data: Any, batch_size: int, device: torch.device | str | None) -> None:
-        super().__init__(data, batch_size, device)
-        self.owners = (data, data.draw)
-
     def _first(self, batch_size: int) -> Batch:
+        self.owners = (self._data, self._data.draw)
         return self.made(self._data.source)
 
     def drawn(self, batch: Batch) -> Batch:
@@ -196,10 +192,10 @@ class _Streamed(DataSource):
     def some(self, count: int) -> Batch:
         return self.batch
 
-    def num_batches(self, batch_size: int, drop_last: bool) -> int | None:
+    def num_batches(self, batch_size: int) -> int | None:
         return self._num_batches
 
-    def epoch(self, batch_size: int | None, drop_last: bool) -> Iterator[tuple[None, Batch]]:
+    def epoch(self, batch_size: int | None) -> Iterator[tuple[None, Batch]]:
         empty = True
         for read in self._data:
             empty = False
@@ -220,7 +216,7 @@ def source_of(
         data: as in :func:`pyro_vae.fit`.
         batch_size: data in a minibatch.
         device: where batches go; None leaves them.
-        drop_last: whether an IterableDataset's last minibatch is left out if it is smaller.
+        drop_last: whether a last minibatch that is smaller is left out; a loader has its own.
 
     Raises:
         ValueError: for data that are empty.
@@ -237,4 +233,4 @@ def source_of(
             data = DataLoader(data, batch_size=batch_size, drop_last=drop_last)
     elif isinstance(data, Dataset) and tensors_of(data) is None:
         kind, data = _ReadByRows, RowReader(data)
-    return kind(data, batch_size, device)
+    return kind(data, batch_size, device, drop_last)

@@ -263,10 +263,6 @@ class ImportanceStep(DrawnStep):
 
     def update(self, iteration: int) -> StepELBO:
         """Draw and weight; the ELBO of the posterior is log p(x), by importance sampling."""
-        self._weigh(iteration)
-        return self._evidence()
-
-    def _weigh(self, iteration: int) -> None:
         self._evaluator.seed = self._problem.stream(2, iteration)
         chunks = list(self._evaluator.chunks(self._num_particles))
         if all(bool((value == value[:1]).all()) for value in chunks[0].values.values()):
@@ -279,30 +275,26 @@ class ImportanceStep(DrawnStep):
         self._places = [(chunk.particles, chunk.rows) for chunk in chunks]
         both = zip(chunks, self._places, strict=True)
         self._draws = [_Draws(c.rows, c.values, self._share[place]) for c, place in both]
-        self._before = self._log_joint()
+        self._evidence, self._before = Estimate.iwae(self._total), self._log_joint()
+        return StepELBO(self._evidence.mean, self._evidence.mean_std_error)
 
     def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
-        return self._evidence()
-
-    def _evidence(self) -> StepELBO:
         gained = torch.zeros_like(self._total)
         for place, new, old in zip(self._places, self._log_joint(), self._before, strict=True):
             # Draws of no density had no weight.
             gained[place] = torch.where(torch.isfinite(old), new - old, 0.0)
         mean = (self._share * gained).sum(0)
         since = Estimate(mean, self._share * self._num_particles * (gained - mean))
-        found = Estimate.iwae(self._total) + since
+        found = self._evidence + since
         return StepELBO(found.mean, found.mean_std_error)
 
     def doubts(self) -> Iterator[str]:
         """Yield for how many data the guide is no longer near the posterior."""
         if few := int((effective_sample_size(self._total) < _FEW).sum()):
-            data = f"{few} of {self._evaluator.num_data} data"
-            yield (
-                f"{data} had an effective sample size below {_FEW:g}: the guide is far from their "
-                "posterior. Refine it (pyro_vae.refine), or raise num_particles"
-            )
+            data = f"{few} of {self._evaluator.num_data} data had an effective sample size below"
+            what = "the guide is far from their posterior. Refine it (pyro_vae.refine)"
+            yield f"{data} {_FEW:g}: {what}, or raise num_particles"
 
 
 class NUTSStep(ImportanceStep):
@@ -328,8 +320,7 @@ class NUTSStep(ImportanceStep):
     def update(self, iteration: int) -> StepELBO:
         """Run the chain on from its last state, with the step size adapted anew."""
         model, batch = self._problem.model, self._problem.batch
-        self._weigh(iteration)
-        self._log_evidence = self._evidence()
+        self._at_update = super().update(iteration)
         with seeded(batch.device, self._problem.stream(3, iteration)), evaluation(model):
             chain = pyro.infer.MCMC(
                 pyro.infer.NUTS(model),
@@ -344,14 +335,14 @@ class NUTSStep(ImportanceStep):
         self._divergences = sum(len(found) for found in chain.diagnostics()["divergences"].values())
         weight = torch.full((1, 1), 1 / self._num_particles, device=batch.device)
         self._draws = [_Draws(self._whole, self._evaluator.from_single(values), weight)]
-        self._at_update = self._log_joint()[0]
-        return self._log_evidence
+        self._before = self._log_joint()
+        return self._at_update
 
     def estimate(self) -> StepELBO:
         """Return log p(x) at the update, plus what E_q[log p(x, z)] has gained since."""
-        gained = (self._log_joint()[0] - self._at_update).mean(1)
-        error = math.hypot(self._log_evidence.std_error, _batch_means_error(gained))
-        return StepELBO(self._log_evidence.mean + float(gained.mean()), error)
+        gained = (self._log_joint()[0] - self._before[0]).mean(1)
+        error = math.hypot(self._at_update.std_error, _batch_means_error(gained))
+        return StepELBO(self._at_update.mean + float(gained.mean()), error)
 
     def doubts(self) -> Iterator[str]:
         """Yield how many transitions of the last run diverged, and what to doubt of log p(x)."""

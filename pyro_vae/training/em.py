@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import pyro
 import pyro.distributions as dist
@@ -33,13 +34,55 @@ from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.training.e_steps import E_STEPS, EStep, Problem, StepELBO
 from pyro_vae.training.optimizers import drop_gradients, make_optimizer
 from pyro_vae.training.parameters import Parameters, all_finite
-from pyro_vae.training.result import EMResult, EMStop, HalfStep
 
-__all__ = ["NonFiniteHalfStepError", "em"]
+__all__ = ["EMResult", "NonFiniteHalfStepError", "em"]
 
 logger = logging.getLogger(__name__)
 
+EMStop: TypeAlias = Literal["tolerance", "noise", "num_iterations", "interrupted"]
+HalfStep: TypeAlias = Literal["E", "M"]
+
 _WINDOW = 5  # iterations over which a gain must show above its error
+
+
+@dataclass(frozen=True)
+class EMResult:
+    """The result of :func:`pyro_vae.em`.
+
+    Attributes:
+        history: equally long lists, one entry per half-step: iteration (0 is the start),
+            half_step ("E" or "M"), elbo and elbo_std_error (in nats per datum; Monte
+            Carlo standard error, 0 where nothing was drawn).
+        stopped_by: "tolerance", "noise", "num_iterations" or "interrupted".
+        iterations: M-steps taken.
+        elapsed: seconds.
+    """
+
+    history: Mapping[str, list[Any]]
+    stopped_by: EMStop
+    iterations: int
+    elapsed: float
+
+    @property
+    def converged(self) -> bool:
+        """Whether an iteration gained less than the tolerance, its error included."""
+        return self.stopped_by == "tolerance"
+
+    @property
+    def elbo(self) -> float:
+        """The ELBO after the last half-step, in nats per datum; nan where there was none."""
+        return float(self.history["elbo"][-1]) if self.history["elbo"] else math.nan
+
+    @property
+    def elbo_std_error(self) -> float:
+        """Its Monte Carlo standard error."""
+        return float(self.history["elbo_std_error"][-1]) if self.history["elbo"] else math.nan
+
+    def __repr__(self) -> str:
+        return (
+            f"EMResult(stopped_by={self.stopped_by!r}, iterations={self.iterations}, "
+            f"elapsed={self.elapsed:.1f}s, elbo={self.elbo:.4f})"
+        )
 
 
 class NonFiniteHalfStepError(ArithmeticError):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import pyro.infer
 import torch
@@ -29,10 +29,9 @@ from pyro_vae.schedules import shortfall
 from pyro_vae.training import checkpoints
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.parameters import State
-from pyro_vae.training.result import Epoch, FitResult, FitStop
 from pyro_vae.training.steps import TrainingSteps, Validation
 
-__all__ = ["fit"]
+__all__ = ["Epoch", "FitResult", "fit"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +42,61 @@ _HISTORY = (
     *("validation_elbo", "validation_elbo_std_error", "beta"),
 )
 
+FitStop: TypeAlias = Literal["epochs", "max_steps", "patience", "callback", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The argument of a callback of :func:`pyro_vae.fit`, at the end of an epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps so far.
+        elbo: mean over the epoch, in nats per datum.
+        validation_elbo: in nats per datum; nan without validation data.
+        elapsed: seconds of training and validation so far.
+    """
+
+    epoch: int
+    step: int
+    elbo: float
+    validation_elbo: float
+    elapsed: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The result of :func:`pyro_vae.fit`.
+
+    Attributes:
+        history: equally long lists, one entry per epoch: epoch, step, elbo,
+            elbo_std_error, validation_elbo, validation_elbo_std_error (ELBOs in nats
+            per datum; standard errors over minibatches; nan where there is nothing to
+            estimate from), beta (the factor on the latent terms at the epoch's last step).
+        stopped_by: "epochs", "max_steps", "patience", "callback" or "interrupted".
+        steps: optimizer steps taken, those of resumed runs included.
+        elapsed: seconds spent in training and validation, likewise.
+        best_epoch: the epoch whose parameters the model and guide now hold, when
+            validation data were given; otherwise the last.
+    """
+
+    history: Mapping[str, list[float]]
+    stopped_by: FitStop
+    steps: int
+    elapsed: float
+    best_epoch: int
+
+    def __repr__(self) -> str:
+        epochs = len(self.history["epoch"])
+        last = f", elbo={self.history['elbo'][-1]:.4f}" if epochs else ""
+        return (
+            f"FitResult(stopped_by={self.stopped_by!r}, epochs={epochs}, steps={self.steps}, "
+            f"elapsed={self.elapsed:.1f}s{last})"
+        )
+
+
 # Called after each epoch; one that returns True ends training.
 Callback: TypeAlias = Callable[[Epoch], bool | None] | LRScheduler
-
-# How far training goes at most: steps, epochs, epochs without a gain; those that a user gave.
-_Limits: TypeAlias = Mapping[FitStop, int]
 
 
 def fit(
@@ -201,19 +250,16 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
         )
     if validation_data is None:
         if patience is not None:
-            raise ValueError(
-                "patience counts epochs without a better validation ELBO: give validation_data"
-            )
+            what = "patience counts epochs without a better validation ELBO: give validation_data"
+            raise ValueError(what)
     elif rows:
         raise ValueError(
             "validation_data: a LocalGuide has parameters for the training data alone; use an "
             "AmortizedGuide, or leave validation_data out"
         )
     elif isinstance(validation_data, (int, float)):
-        raise TypeError(
-            f"validation_data={validation_data!r}: data are needed, like those to train on; split "
-            "them before, as in x[:800], x[800:]"
-        )
+        what = "data are needed, like those to train on; split them before, as in x[:800], x[800:]"
+        raise TypeError(f"validation_data={validation_data!r}: {what}")
     elif isinstance(validation_data, (EpochData, StepData)):
         raise ValueError(
             "validation_data is drawn anew each time, so that epochs could not be compared; pass "
@@ -226,13 +272,10 @@ def _check_loss(loss: Any, schedule: Any) -> None:
     if not isinstance(loss, pyro.infer.ELBO):
         raise TypeError(f"loss={loss!r}: an instance of a pyro.infer.ELBO is needed")
     if isinstance(loss, pyro.infer.ReweightedWakeSleep):
-        what = "loss: ReweightedWakeSleep has two losses, of model and guide; one is needed"
-        raise TypeError(what)
+        raise TypeError("loss: ReweightedWakeSleep has two losses, of model and guide")
     if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
-        raise TypeError(
-            f"schedule={schedule!r}: a function from a step to the factor is needed; one "
-            "factor for all steps is pyro_vae.schedules.Constant(beta)"
-        )
+        what = "a function from a step to the factor is needed, such as schedules.Constant(beta)"
+        raise TypeError(f"schedule={schedule!r}: {what}")
 
 
 @dataclass
@@ -253,7 +296,7 @@ class _Trainer:
 
     steps: TrainingSteps
     validation: Validation | None
-    limits: _Limits
+    limits: Mapping[FitStop, int]  # of steps, epochs, epochs without a gain: those that a user gave
     callbacks: list[Callback]
     checkpoint: str | os.PathLike[str] | None
     state: _Progress = field(default_factory=_Progress)

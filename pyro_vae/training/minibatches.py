@@ -295,12 +295,12 @@ class TrainingData:
     @property
     def steps_per_epoch(self) -> int | None:
         """Minibatches of an epoch; None where a loader does not know."""
-        return 1 if self.whole else self.source.num_batches(self.batch_size, self._drop_last)
+        return 1 if self.whole else self.source.num_batches(self.batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
         """Yield each minibatch of an epoch and its rows; None for all, or where not known."""
         size = None if self.whole else self.batch_size
-        for index, batch in self.source.epoch(size, self._drop_last):
+        for index, batch in self.source.epoch(size):
             if not self._looked:
                 self._inspect(batch)
             yield index, batch

@@ -142,7 +142,6 @@ class TrainingSteps:
             compile=compile,
             steps=expected,
             state=self.objective,
-            checked=True,
             owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
         )

@@ -208,10 +208,9 @@ class CompiledSVI:
             return  # a graph gives gradients to the same parameters each time
         missing = [parameter for parameter in current if parameter.grad is None]
         self._filled = None if missing else current
-        for parameter in current:
-            if parameter.grad is not None:
-                self._moved.add(id(parameter))
-            elif id(parameter) in self._moved:
+        self._moved |= set(map(id, current)) - set(map(id, missing))
+        for parameter in missing:
+            if id(parameter) in self._moved:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _warn_of_unregistered(self) -> None:

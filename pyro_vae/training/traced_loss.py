@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -68,7 +68,6 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         steps: calls to expect; None where that is not known.
         state: the loss that has a state, carried from call to call; None where there is none.
         modes: whether train() and eval() make a difference; not where each call is in one mode.
-        checked: whether ``health`` is wanted.
         owners: objects, beside model and guide, whose plain attributes the loss depends on.
         wanted: returns parameters whose gradients are wanted, whether Pyro knows of them or not.
 
@@ -81,7 +80,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
             that Pyro does not know of.
         health: a number of the last call that is finite only if the loss and all gradients are
             (a sum of them all, which may also overflow), 0-dimensional; None where not wanted.
-        checked: whether it is wanted; not to be changed after the first call.
+        checked: whether it is wanted, False at first; not to be changed once there is a graph.
     """
 
     def __init__(
@@ -94,14 +93,13 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         steps: int | None = None,
         state: Objective | None = None,
         modes: bool = True,
-        checked: bool = False,
         owners: tuple[object, ...] = (),
         wanted: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         pair = unwrapped(model), unwrapped(guide)
         super().__init__("training steps", compile, pair, plural=True, captures=True)
         self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
-        self.steps, self.checked, self.mode = steps, checked, "eager"
+        self.steps, self.checked, self.mode = steps, False, "eager"
         self.health: Tensor | None = None
         self.parameters: list[Tensor] = []
         self.current: list[Tensor] = []
@@ -214,7 +212,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         first = ParamStatements(checked=self._calls == 1)
         with called_modules() as called, first as statements:
             loss = self._loss_and_grads(args, kwargs)
-        owners = filter(None, (module_of(unwrapped(fn)) for fn in (self.model, self.guide)))
+        owners = filter(None, map(module_of, self._owners))
         modules = {id(m): m for owner in owners for m in owner.modules()} | called
         stated = list(statements.tensors(modules.values()))
         own = [p for m in modules.values() for p in parameters_of(m).values() if p is not None]
@@ -228,9 +226,8 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         met = set(map(id, self.parameters))
         self.parameters += [p for p in entry.parameters if id(p) not in met]
         if not entry.given_up and entry.calls >= entry.min_calls:
-            names = [name for name, _ in stated]
+            names, entry.known = [name for name, _ in stated], True
             entry.watched = Watched(self._roots, modules.values(), names, modes=self._modes)
-            entry.known = True
             if any(p.grad is not None and p.grad.is_sparse for p in entry.parameters):
                 entry.given_up = True
                 self._warn("a gradient is sparse, as of nn.Embedding(sparse=True)")
@@ -259,14 +256,15 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         entry = step.entry
         entry.watched.expect()
         start = self._save(step)
-        parameters = entry.parameters
+        parameters, table = entry.parameters, self._table
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             args, kwargs, rows = rebuilt(step.structure, iter(tensors))
             # Gradients that the update does not move, and does not drop, would be added to.
             drop_gradients([*parameters, *entry.unregistered])
             # Hooks aside, which each step calls.
-            with self._rows(rows), _without_checks(), gradient_hooks.aside(parameters):
+            given = nullcontext() if table is None or rows is None else table.rows_as_given(rows)
+            with given, _without_checks(), gradient_hooks.aside(parameters):
                 loss = self._loss_and_grads(args, kwargs)
             if not isinstance(loss, Tensor):
                 raise UntraceableError(f"the loss is {type(loss).__name__}, no tensor")
@@ -282,12 +280,6 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         if not held:
             raise UntraceableError("a run puts new tensors in the place of buffers or parameters")
         return graph
-
-    def _rows(self, rows: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the guide's table uses some rows."""
-        if self._table is None or rows is None:
-            return contextlib.nullcontext()
-        return self._table.rows_as_given(rows)
 
     def _save(self, step: Step) -> StepState:
         return StepState(step.entry.watched, step.inputs, self._state)
@@ -336,7 +328,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         gradients = [parameter.grad for parameter in step.entry.parameters]
         reason = losses_differ(wanted[0], found, exact=exact)
         reason = reason or gradients_differ(*wanted, gradients, exact=exact)
-        return None if reason is None else Objection(reason, differs=True)
+        return Objection(reason, differs=True) if reason else None
 
     def _finish(self, step: Step, found: Any, *, compared: bool) -> Any:
         entry = step.entry
@@ -377,7 +369,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         return new or step.entry.calls in _COMPARED
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_checks() -> Iterator[None]:
     """Keep Pyro's losses from looking for NaN, of which they only warn, and distributions likewise.
 

@@ -113,12 +113,14 @@ class Update:
         last = self._last
         if last is None or last.graph.capturable or not last.holds():
             return False
-        gradients: list[Tensor] = []
+        inputs: list[Any] = []
         for parameter in last.parameters:
             if (gradient := parameter.grad) is None:
                 return False
-            gradients.append(gradient)
-        last.graph(*gradients, *self._to_mark(loss))
+            inputs.append(gradient)
+        if self.failed is not None:
+            inputs.append(loss)
+        last.graph(*inputs)
         return True
 
     def _record_or_replay(self, loss: Loss) -> None:
@@ -131,7 +133,8 @@ class Update:
             self._step(loss)
             return
         key = self._key(states)
-        inputs = [*(parameter.grad for parameter in moved), *self._to_mark(loss)]
+        marked = [] if self.failed is None else [loss]
+        inputs = [*(parameter.grad for parameter in moved), *marked]
         if (graph := self._graphs.get(key)) is not None:
             self._replay(graph, inputs)
         elif len(self._graphs) >= _MAX_SETTINGS:
@@ -164,10 +167,6 @@ class Update:
         # By identity, because load_state_dict and others put new tensors into the state.
         tensors = [id(next(iter(state.values()))) for state in states]
         return (*settings, *[p.grad is None for p in parameters_in(self.optimizer)], *tensors)
-
-    def _to_mark(self, loss: Loss) -> list[Any]:
-        """Return the loss, a tensor, where failures are marked."""
-        return [] if self.failed is None else [loss]
 
     def _written(self) -> list[Tensor]:
         """Return what a step writes to, the optimizer's state aside."""

@@ -91,7 +91,7 @@ def test_the_batches_of_a_loader_are_the_minibatches(data, steps, per_epoch):
     assert result.steps == steps
     source = source_of(data, 20, None, False)
     assert source.streamed
-    assert source.num_batches(20, False) == per_epoch
+    assert source.num_batches(20) == per_epoch
 
 
 def test_a_loader_s_elbo_is_of_each_datum():

@@ -860,3 +860,13 @@ def test_sparse_minibatches_made_dense_in_the_step():
     wanted, _ = run(x, make_guide(x), compile=False)
     found, _ = run(Dense(), make_guide(x), compile=False)
     assert found.history["elbo"] == pytest.approx(wanted.history["elbo"], rel=1e-9)
+
+
+def test_a_result_says_how_training_ended():
+    history = {"epoch": [1, 2], "elbo": [-3.0, -2.0]}
+    result = pv.FitResult(history, "epochs", 20, 1.26, 2)
+    assert repr(result) == (
+        "FitResult(stopped_by='epochs', epochs=2, steps=20, elapsed=1.3s, elbo=-2.0000)"
+    )
+    empty = pv.FitResult({"epoch": [], "elbo": []}, "interrupted", 3, math.pi, 0)
+    assert repr(empty) == ("FitResult(stopped_by='interrupted', epochs=0, steps=3, elapsed=3.1s)")
