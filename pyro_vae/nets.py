@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -133,13 +132,7 @@ class ConvDecoder(nn.Module):
         num_latents: L, width of the input.
         shape: of an image: channels, height, width.
         channels: before each transposed convolution, first to last.
-        activation: makes the activation module.
-        batch_norm: whether to normalize over all images of a batch (Ioffe & Szegedy 2015).
-        dropout: probability of a channel to be left out in training.
-
-    Raises:
-        ValueError: for a shape that is not three sizes, no channels, or a dropout outside
-            of [0, 1].
+        activation, batch_norm, dropout: as in :class:`ConvEncoder`, and the errors too.
 
     Example:
         >>> import torch
@@ -168,9 +161,10 @@ class ConvDecoder(nn.Module):
         for (before, after), (smaller, larger) in zip(widths, sides, strict=True):
             layers += _after_convolution(before, activation, batch_norm, dropout)
             # From n the convolution makes 2 n - 1, or one more where that is asked for.
-            extra = [large - 2 * small + 1 for large, small in zip(larger, smaller, strict=True)]
-            options: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": extra}
-            layers.append(nn.ConvTranspose2d(before, after, 3, **options))
+            tall, wide = (
+                large - 2 * small + 1 for large, small in zip(larger, smaller, strict=True)
+            )
+            layers.append(nn.ConvTranspose2d(before, after, 3, 2, 1, (tall, wide)))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def read(path: Path) -> Arrays:
     if path.suffix == ".gz" or "idx" in path.name or path.name.endswith("ubyte"):
         return _read_idx_pair(path)
     raise ValueError(
-        f"cannot tell the format of {path} by its name: expected .npz, .npy, or an idx file "
-        f"such as train-images-idx3-ubyte or train-images-idx3-ubyte.gz"
+        f"cannot tell the format of {path} by its name: expected .npz, .npy, or an idx file such "
+        "as train-images-idx3-ubyte or train-images-idx3-ubyte.gz"
     )
 
 

@@ -191,14 +191,11 @@ class StochasticBinarization:
         return torch.bernoulli(images.float() / self.max_value)
 
     def epoch(self, generator: torch.Generator) -> Tensor:
-        """Return a fresh draw of every image.
+        """Return a fresh draw of every image, as :meth:`draw` of some.
 
         Args:
             generator: Source of randomness, on the device of the images. It moves on, so the next
                 call gives another draw.
-
-        Returns:
-            Images of the same shape, float32, each value 0 or 1.
         """
         return torch.bernoulli(self.images.float() / self.max_value, generator=generator)
 
@@ -207,9 +204,6 @@ class StochasticBinarization:
 
         Args:
             seed: Seed of a generator of its own; the global state is left alone.
-
-        Returns:
-            Images of the same shape, float32, each value 0 or 1.
         """
         return self.epoch(torch.Generator(device=self.images.device).manual_seed(seed))
 

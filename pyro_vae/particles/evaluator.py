@@ -29,7 +29,7 @@ from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.messages import as_count, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
@@ -340,7 +340,7 @@ class Evaluator(PairRunner):
         Returns:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
-        program = unobserve(self.model.program) if observed else self.model.program
+        program = Unobserve()(self.model.program) if observed else self.model.program
         model = replace(self.model, program=program, summed_out=())
         latents = None if values is None else self.latents(values)
         with self.evaluating():

@@ -373,15 +373,15 @@ def marginals(trace: Trace, log_probs: Mapping[str, Tensor], nesting: int) -> di
     """
     run = EnumeratedRun(trace, nesting)
     names = {variable.name: axis for axis, variable in run.variables.items()}
+    factors = run.factors({name: log_prob.detach() for name, log_prob in log_probs.items()})
     with torch.enable_grad():
-        factors = run.factors({name: log_prob.detach() for name, log_prob in log_probs.items()})
-        for name in names:
-            # A contiguous leaf: an expanded one would hold several entries in one.
-            leaf = factors[name].tensor.detach().clone().requires_grad_()
+        # Contiguous leaves: an expanded one would hold several entries in one.
+        leaves = [factors[name].tensor.detach().clone().requires_grad_() for name in names]
+        for name, leaf in zip(names, leaves, strict=True):
             factors[name] = replace(factors[name], tensor=leaf)
         rest, _ = eliminate(factors.values(), run.variables)
         evidence = torch.stack([factor.tensor.sum() for factor in rest]).sum()
-        gradients = torch.autograd.grad(evidence, [factors[name].tensor for name in names])
+        gradients = torch.autograd.grad(evidence, leaves)
     result = {}
     for (name, own), gradient in zip(names.items(), gradients, strict=True):
         factor = replace(factors[name], tensor=gradient)

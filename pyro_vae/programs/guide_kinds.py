@@ -106,12 +106,7 @@ class RowGuide(nn.Module):
                 self._given.register_buffer(site.replace(".", "|"), value.detach().clone())
 
     def remember(self, batch: Batch | None, given: Mapping[str, Tensor] | None = None) -> None:
-        """Remember what the rows were fitted to.
-
-        Args:
-            batch: a datum for each row; None forgets.
-            given: the values of global latent sites.
-        """
+        """Remember what the rows were fitted to: a datum for each, None to forget, and globals."""
         self._hold(given or {})
         self._fitted.fill_(math.inf)
         if batch is not None and (self._is_whole or batch.size == self.num_data):

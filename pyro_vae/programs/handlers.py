@@ -32,7 +32,7 @@ from pyro_vae.programs.pyro_internals import (
     rename,
     store_parameters,
 )
-from pyro_vae.programs.types import Distribution, Node, Program
+from pyro_vae.programs.types import Distribution, Node
 from pyro_vae.recording import same_expression
 from pyro_vae.torch_internals import parameters_of, version_of
 
@@ -78,11 +78,8 @@ def drop_references(module: nn.Module) -> None:
 def name_apart(module: PyroModule) -> None:
     """Give a PyroModule, a guide of Pyro's for one, a name in Pyro's store that no other has.
 
-    By itself every AutoNormal is named "AutoNormal", and two of one model share parameters.
-
-    Args:
-        module: its parameters keep their values. One that has a name of ours keeps it; a copy
-            has none yet.
+    By itself every AutoNormal is named "AutoNormal", and two of one model share parameters. These
+    keep their values. A module that has a name of ours keeps it; a copy has none yet.
     """
     if module not in _names:
         rename(module, _name_of(module))
@@ -109,7 +106,7 @@ def keep_apart(module: nn.Module) -> None:
     gc.collect()  # what is in a circle, and unreachable, does not live
     mine = set(map(id, module.modules()))
     others = (o for o in gc.get_objects() if issubclass(type(o), PyroModule) and id(o) not in mine)
-    if not any(id(p) in looked_for for other in others for p in parameters_of(other).values()):
+    if looked_for.isdisjoint(id(p) for other in others for p in parameters_of(other).values()):
         _unowned[module] = looked_for
         return
     before = name_of(module)
@@ -151,8 +148,7 @@ def _name_of(module: nn.Module) -> str:
 
 
 def _forget(name: str) -> None:
-    store = pyro.get_param_store()
-    for param_name, value in list(store.named_parameters()):
+    for param_name, value in list(pyro.get_param_store().named_parameters()):
         if param_name.startswith((f"{name}$$$", f"{name}.")):
             forget_parameter(param_name, value)
 
@@ -166,11 +162,8 @@ class ParamStatements(Messenger):
     the module's where they are. The ones in use are the module's.
 
     Args:
-        checked: whether to compare the first value of each statement with what the store had by
-            its name before.
-
-    Raises:
-        ValueError: where that has another shape.
+        checked: whether to raise ValueError where the first value of a statement has another shape
+            than what the store had by its name before.
     """
 
     def __init__(self, *, checked: bool = False) -> None:
@@ -193,9 +186,8 @@ class ParamStatements(Messenger):
     def tensors(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the (unconstrained) tensor of each statement.
 
-        Args:
-            modules: those in use; a parameter of theirs is not the first value of a statement of
-                the user's own, but what the statement is about.
+        A parameter of the modules in use is not the first value of a statement of the user's own,
+        but what the statement is about.
         """
         held = {id(p) for module in modules for p in parameters_of(module).values()}
         for name, stored, own, gradient in self._found.values():
@@ -235,8 +227,12 @@ def _check_shape(name: str, first: object, stored: Tensor) -> None:
         )
 
 
-class _Unobserve(Messenger):
-    """Draws observed sites anew; deterministic sites and factors stay what they are."""
+class Unobserve(Messenger):
+    """Draws observed sites anew; deterministic sites and factors stay what they are.
+
+    pyro.poutine.uncondition would draw the Deltas of pyro.deterministic anew as well, expanded to
+    the plates.
+    """
 
     def _pyro_sample(self, msg: Node) -> None:
         if not msg["is_observed"] or is_deterministic(msg) or isinstance(msg["fn"], dist.Unit):
@@ -269,15 +265,6 @@ def as_long_as(fn: Distribution, value: Tensor) -> Distribution:
     return of_length(fn, value.shape[value.ndim - fn.event_dim])
 
 
-def unobserve(fn: Program) -> Program:
-    """Return a model that draws what it would observe.
-
-    pyro.poutine.uncondition would draw the Deltas of pyro.deterministic anew as well,
-    expanded to the plates.
-    """
-    return _Unobserve()(fn)
-
-
 class LatentScale(Messenger):
     """Scales the log density of every latent site; of model and guide alike, it scales the KL.
 
@@ -306,8 +293,7 @@ class FullSize(Messenger):
     that has another full size is left alone.
 
     Args:
-        name: the plate's.
-        dim: its batch dimension, negative.
+        dim: the plate's batch dimension, negative.
         num_data: all the data.
         local: latent sites of the plate, for a guide that samples them outside of it.
         others: the model's other plates; a plate of another name in this one's dimension is
@@ -315,11 +301,10 @@ class FullSize(Messenger):
     """
 
     def __init__(
-        self, name: str, dim: int, num_data: int, local: Collection[str], others: Collection[str]
+        self, dim: int, num_data: int, local: Collection[str], others: Collection[str]
     ) -> None:
         super().__init__()
-        self.name, self.dim, self.num_data = name, dim, num_data
-        self.local, self.others = frozenset(local), frozenset(others)
+        self.dim, self.num_data, self.local, self.others = dim, num_data, local, others
 
     def _pyro_sample(self, msg: Node) -> None:
         if is_subsample(msg):

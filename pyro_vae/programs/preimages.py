@@ -160,18 +160,15 @@ class DrawByPreimage(Messenger):
         leaf = msg["fn"]
         while type(leaf) in (*_INDEPENDENT, dist.MaskedDistribution):
             leaf = leaf.base_dist
-        if not _is_mapped(leaf):
-            return
-        parts = flat_transforms(leaf.transforms)
+        parts = flat_transforms(leaf.transforms) if _is_mapped(leaf) else []
         first = len(parts)
         while first and type(parts[first - 1]) in _KNOWN:
             first -= 1
-        if not any(type(part) in _SATURATING for part in parts[first:]):
-            return
-        base = _without(leaf, parts[:first])
-        draw = base.rsample() if base.has_rsample else base.sample()
-        drawn = Preimage(draw, tuple(parts[first:]))
-        msg.update(infer=keep_preimage(msg["infer"], drawn), value=drawn.value, done=True)
+        if any(type(part) in _SATURATING for part in parts[first:]):
+            base = _without(leaf, parts[:first])
+            draw = base.rsample() if base.has_rsample else base.sample()
+            drawn = Preimage(draw, tuple(parts[first:]))
+            msg.update(infer=keep_preimage(msg["infer"], drawn), value=drawn.value, done=True)
 
 
 class KeepDraws(Messenger):

@@ -104,8 +104,7 @@ class _Held:
     def put_back(self, *, unseen: bool) -> None:
         """Undo what has changed; with ``unseen``, also as BatchNorm does, which marks no change."""
         for holder, name, buffer, version, value in self._buffers:
-            if holder.get(name) is not buffer:
-                holder[name] = buffer
+            holder[name] = buffer
             if unseen or version_of(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(value)
@@ -142,9 +141,7 @@ def evaluation(*fns: Program | None, first: FirstValues | None = None) -> Iterat
     The mode of each submodule, buffers, and Pyro's parameter store. Plain functions close over
     modules that cannot be seen: each is put in eval mode as it is called, and restored likewise.
 
-    Args:
-        *fns: models and guides.
-        first: first values of parameters that runs inside share with others; by default none.
+    Runs inside share the first values of parameters, ``first``, with others; by default none.
     """
     roots = [module for module in map(module_of, map(unwrapped, fns)) if module is not None]
     modules = [module for root in roots for module in root.modules()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,13 +21,11 @@ from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 # Sums of float32 shares, or their norms, are off by more than the 1e-6 that torch allows.
 _SUM_TOLERANCE = 1e-3
 # Of matrices, whether they lie in it is a matter of rounding: what is drawn there lies there.
-_OF_ROUNDING = tuple(
-    type(getattr(dist.constraints, name))
-    for name in (
-        *("positive_definite", "positive_semidefinite", "symmetric", "square", "sphere"),
-        *("lower_triangular", "lower_cholesky", "corr_cholesky", "corr_matrix"),
-    )
+_MATRICES = (
+    "positive_definite positive_semidefinite symmetric square sphere lower_triangular "
+    "lower_cholesky corr_cholesky corr_matrix"
 )
+_OF_ROUNDING = tuple(type(getattr(dist.constraints, name)) for name in _MATRICES.split())
 # Of fewer dimensions than the numbers that they are made of.
 _SURFACES = (type(constraints.simplex), type(dist.constraints.sphere))
 # On these nothing is to be looked at. (An independent one is unwrapped before.)
@@ -60,12 +59,7 @@ def inside(fn: Distribution, value: Tensor) -> Tensor | None:
 
     NaN counts as inside, where its density is NaN too.
 
-    Args:
-        fn: the distribution.
-        value: ``[..., *event]``.
-
-    Returns:
-        Of the value's shape without the event.
+    Of the shape of the value, ``[..., *event]``, without the event.
     """
     if (found := _inside(fn, value)) is None:
         return None
@@ -156,11 +150,9 @@ def supported_log_prob(fn: Distribution, value: Tensor) -> Tensor:
     found = inside(fn, value)
     if found is None:
         return fn.log_prob(value)
-    events = found.reshape((*found.shape, *[1] * len(fn.event_shape)))
-    try:
+    events, other = found.reshape((*found.shape, *[1] * len(fn.event_shape))), value
+    with contextlib.suppress(NotImplementedError):
         other = value_of(fn).to(value)
-    except NotImplementedError:
-        other = value
     log_prob = fn.log_prob(torch.where(events, value, other))
     return torch.where(found, log_prob, -math.inf)
 
@@ -257,8 +249,9 @@ class SameMeasure(Messenger):
             return
         within = inside(msg["fn"], msg["value"])
         if within is not None and not bool(within.all()):
-            kind = type(plain_distribution(msg["fn"])).__name__
-            self._outside.append(f"{msg['name']!r} ({kind})")
+            self._outside.append(
+                f"{msg['name']!r} ({type(plain_distribution(msg['fn'])).__name__})"
+            )
 
     def check(self, node: Node) -> None:
         """Raise ValueError where a site of the model and its proposal have no ratio."""

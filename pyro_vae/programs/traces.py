@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.programs.batch import Batch, arguments, dtype_errors
 from pyro_vae.programs.enumeration import enumerated
-from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.masks import lift_masks, mask_proposals
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import (
@@ -170,12 +170,13 @@ def dream(
         nesting: batch dimensions of the model's sites.
     """
     with poutine.block():
-        trace = lift_masks(trace_of(unobserve(model), batch))
+        trace = lift_masks(trace_of(Unobserve()(model), batch))
         proposed = {n: node for n, node in latent_nodes(trace) if n not in summed_out}
         if summed_out and any(isinstance(node["mask"], Tensor) for node in proposed.values()):
             values = {name: node["value"] for name, node in proposed.items()}
-            together = GiveValues(values)(enumerated(unobserve(model), summed_out, -1 - nesting))
-            masks = dict(latent_nodes(lift_masks(trace_of(together, batch), summed_out)))
+            together = enumerated(Unobserve()(model), summed_out, -1 - nesting)
+            found = trace_of(GiveValues(values)(together), batch)
+            masks = dict(latent_nodes(lift_masks(found, summed_out)))
             for name, node in proposed.items():
                 node["mask"] = masks[name]["mask"]
     return trace

@@ -85,7 +85,7 @@ def minibatch_scale(
         )
     others = {p.name for site in structure.sites.values() for p in site.plates} - {plate.name}
     local = names_of(structure.local_latents)
-    return num_data, FullSize(plate.name, plate.dim, num_data, local, others)
+    return num_data, FullSize(plate.dim, num_data, local, others)
 
 
 def _check_scaled_alike(

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.programs.handlers import unobserve
+from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.state import evaluation, preserved_rng
 
 
@@ -34,7 +34,7 @@ def draw(
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        return pyro.condition(unobserve(model), data=dict(given or {}))(*blank)
+        return pyro.condition(Unobserve()(model), data=dict(given or {}))(*blank)
 
 
 def draw_integers(low: int, high: int, blank: Tensor, seed: int) -> tuple[Tensor, int]:
