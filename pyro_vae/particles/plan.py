@@ -210,7 +210,7 @@ def _choose_mode(
     """
     # The guide sees each datum once in a plate, unless its sites see particles' draws.
     dependent = len(list(latent_nodes(single.guide_trace))) > 1
-    called = (*single.in_model, *(single.in_guide if dependent else ()))
+    called = [*single.in_model.values(), *(single.in_guide.values() if dependent else ())]
     frozen = tuple(module for module in called if not module.training)
     try:
         return _mode_together(pair, structure, single, called, dependent, needed), frozen
@@ -241,9 +241,9 @@ def _mode_together(
     name, runner = _agreeing(pair, structure, called, needed=needed)
     # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
     alone = not dependent and name == "plate"  # repeated, the guide sees each datum K times
-    aside = set(map(id, single.in_guide if alone else ())) - set(map(id, single.in_model))
-    moody = any(module.training for module in single.mode_read_of if id(module) not in aside)
-    if moody and not runner.agrees_in_training((*single.in_guide, *single.in_model)):
+    aside = single.in_guide.keys() - single.in_model.keys() if alone else ()
+    moody = any(m.training for key, m in single.mode_read_of.items() if key not in aside)
+    if moody and not runner.agrees_in_training(single.called):
         raise _LoopError("in training mode, densities of particles together are not those of each")
     return name
 

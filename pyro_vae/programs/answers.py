@@ -67,8 +67,7 @@ class Answers:
                 density = site_log_prob(name, node)
                 terms[f"log density of {name}"] = _by_row(density, data_dim)
                 if is_point(fn) and value.is_floating_point():
-                    events = tuple(range(value.ndim - fn.event_dim, value.ndim))
-                    point = value.sum(events) if events else value
+                    point = value.reshape(*value.shape[: value.ndim - fn.event_dim], -1).sum(-1)
                     terms[f"value of {name}"] = _by_row(point, data_dim)
         return self
 

@@ -74,13 +74,12 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
     try:
         structure = looks.structure(data_plate)
         looks.check_stable(structure, 5)
-        plate = structure.data_plate
-        local = structure.local_latents if plate else structure.global_latents
+        local = structure.local_latents if structure.data_plate else structure.global_latents
         if discrete := [site.name for site in local if site.enumerable]:
             note = f"discrete {discrete}: summed out where no guide proposes them"
     except DataPlateError as error:
-        structure, plate, note = looks.run, None, str(error)
-    sites = structure.sites.values()
+        structure, note = looks.run, str(error)
+    sites, plate = structure.sites.values(), structure.data_plate
     rows = tuple(
         {
             "site": site.name,

@@ -57,11 +57,8 @@ def check_repeated(trace: Trace) -> None:
 
 def unvalidated(structure: Structure) -> list[str]:
     """Return the observed sites with values outside the support, which nothing validates."""
-    return [
-        site.name
-        for site in structure.observed
-        if not site.validated and isinstance(site.value, Tensor) and _outside_support(site)
-    ]
+    loose = (s for s in structure.observed if not s.validated and isinstance(s.value, Tensor))
+    return [site.name for site in loose if _outside_support(site)]
 
 
 def check_drawable(structure: Structure, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pyro
@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.programs import state
 from pyro_vae.programs.agreement import largest_gap
 from pyro_vae.programs.answers import Answers, shuffled
 from pyro_vae.programs.batch import Batch
@@ -32,16 +33,6 @@ from pyro_vae.programs.nodes import (
 from pyro_vae.programs.preimages import Preimage, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Plate, SiteShape, Structure, site_shapes
-from pyro_vae.programs.state import (
-    FirstValues,
-    Look,
-    called_modules,
-    evaluation,
-    looking,
-    mode_reads,
-    preserved_rng,
-    unwrapped,
-)
 from pyro_vae.programs.structure import ModelLooks, default_validation_told_apart
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import (
@@ -68,7 +59,7 @@ class Single:
         model_trace: of the model, replayed with the guide's draws.
         drawn_by_guide: plates of which the guide drew a subsample.
         drawn: plates of which either did.
-        in_guide: the modules that the guide called.
+        in_guide: the modules that the guide called, by identity.
         in_model: the modules that the model called.
         mode_read_of: the modules whose mode, training or not, was read.
         statements: of parameters, in both.
@@ -78,15 +69,15 @@ class Single:
     model_trace: Trace
     drawn_by_guide: set[str]
     drawn: set[str]
-    in_guide: Collection[nn.Module]
-    in_model: Collection[nn.Module]
-    mode_read_of: Collection[nn.Module]
+    in_guide: dict[int, nn.Module]
+    in_model: dict[int, nn.Module]
+    mode_read_of: dict[int, nn.Module]
     statements: ParamStatements
 
     @property
     def called(self) -> list[nn.Module]:
         """The modules that either called, each once."""
-        return list({id(m): m for m in (*self.in_guide, *self.in_model)}.values())
+        return list((self.in_guide | self.in_model).values())
 
     @property
     def run(self) -> Structure:
@@ -143,12 +134,12 @@ class Pair:
         batch: Batch,
         *,
         looks: ModelLooks | None = None,
-        first: FirstValues | None = None,
+        first: state.FirstValues | None = None,
         gradients: bool = False,
     ) -> None:
         self.model, self.guide, self.batch = model, guide, batch
         self.user_guide = guide
-        self.looks, self.first = looks or ModelLooks(model, batch), first or FirstValues()
+        self.looks, self.first = looks or ModelLooks(model, batch), first or state.FirstValues()
         self.gradients = gradients
         self._table = row_guide(guide)
         self._rows = None if self._table is None else self._table.given_rows
@@ -164,7 +155,7 @@ class Pair:
     def looking(self, *, gradients: bool = False) -> contextlib.AbstractContextManager[None]:
         """Run model and guide in eval mode, unseen from outside; all is left as it was found."""
         fns, device = (self.model, self.user_guide), self.batch.device
-        return looking(*fns, device=device, gradients=gradients, first=self.first)
+        return state.looking(*fns, device=device, gradients=gradients, first=self.first)
 
     @contextlib.contextmanager
     def evaluating(self, *, gradients: bool = False) -> Iterator[None]:
@@ -182,12 +173,12 @@ class Pair:
         """
         detached = ReplaceDraws(Tensor.detach) if self.gradients else contextlib.nullcontext()
         known, checked = self.shared_trace, self.gradients
-        with self.looking(gradients=self.gradients), mode_reads() as mode_read_of:
+        with self.looking(gradients=self.gradients), state.mode_reads() as read:
             with default_validation_told_apart(), ParamStatements(checked=checked) as statements:
-                with called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
+                with state.called_modules() as in_guide, drawn_subsamples() as by_guide, detached:
                     guide_trace = trace_guide(self.guide, self.batch)
                 measures = SameMeasure(guide_trace)
-                with called_modules() as in_model, drawn_subsamples() as by_model, measures:
+                with state.called_modules() as in_model, drawn_subsamples() as by_model, measures:
                     model_trace = known or trace_model(self.model, guide_trace, self.batch)
             if known is None:
                 _check_absent(self.model, model_trace, self.batch)
@@ -195,8 +186,10 @@ class Pair:
                 check_guide(model_trace, guide_trace)
                 for _, node in sample_nodes(model_trace):
                     measures.check(node)
-        drawn, called = (by_guide, by_guide | by_model), (in_guide.values(), in_model.values())
-        return Single(guide_trace, model_trace, *drawn, *called, mode_read_of.values(), statements)
+        drawn = by_guide | by_model
+        return Single(
+            guide_trace, model_trace, by_guide, drawn, in_guide, in_model, read, statements
+        )
 
     def part_agrees(self, plate: Plate | None) -> bool:
         """Return whether the data, fewer of them and in another order, are what they are among all.
@@ -217,7 +210,7 @@ class Pair:
             return False
         if self._agrees is None:
             single, self._agrees = self.single, False
-            with Look(), self.looking(gradients=self.gradients):
+            with state.Look(), self.looking(gradients=self.gradients):
                 answers = Answers.of(single.model_trace, single.guide_trace, plate, size)
                 self._agrees = self._compare_part(answers, shuffled(size)[: (size + 1) // 2])
         return self._agrees
@@ -269,9 +262,9 @@ class Pair:
             ValueError: for what :func:`pyro_vae.log_weights` refuses of model and guide.
         """
         pair = copy.copy(self)
-        with evaluation(self.model, self.user_guide, first=self.first):
+        with state.evaluation(self.model, self.user_guide, first=self.first):
             structure = self.looks.structure(data_plate, strict=True, latents_needed=False)
-            if check := getattr(unwrapped(self.user_guide), "check_data", None):
+            if check := getattr(state.unwrapped(self.user_guide), "check_data", None):
                 check(self.batch)
             structure.require_no_globals()
             self.looks.check_stable(structure, 1)
@@ -340,21 +333,18 @@ def _check_absent(model: Program, model_trace: Trace, batch: Batch) -> None:
     changed = {name: value for name, value in drawn if value is not None}
     if not changed:
         return
-    given = {  # the subsamples of plates among them
-        name: node["value"]
-        for name, node in model_trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"]
-    }
+    drawn_sites = model_trace.stochastic_nodes  # the subsamples of plates among them
+    given = {name: model_trace.nodes[name]["value"] for name in drawn_sites}
     kept = {name: found for name, node in latents.items() if (found := preimage_of(node))}
     left = {name: preimage for name, preimage in kept.items() if name not in changed}
 
     def terms(values: Values, preimages: Mapping[str, Preimage]) -> dict[str, Tensor]:
-        with preserved_rng(next(iter(given.values())).device):
+        with state.preserved_rng(next(iter(given.values())).device):
             nodes = dict(sample_nodes(trace_given(model, values, batch, preimages)))
         shown = {name: node for name, node in nodes.items() if not is_deterministic(node)}
         return {n: site_log_prob(n, node) for n, node in shown.items()}
 
-    with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+    with state.Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         before, after = terms(given, kept), terms({**given, **changed}, left)
     if look.error is not None:
         return
@@ -376,7 +366,7 @@ def _drawn_anew(node: Node) -> Tensor | None:
     if mask is None or bool(torch.as_tensor(mask).any()):
         return None
     value = node["value"]
-    with Look() as look, torch.no_grad(), preserved_rng(value.device):
+    with state.Look() as look, torch.no_grad(), state.preserved_rng(value.device):
         torch.manual_seed(_ANEW_SEED)
         other = node["fn"].sample().expand_as(value)
     return None if look.error is not None or torch.equal(other, value) else other

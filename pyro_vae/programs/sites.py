@@ -166,11 +166,8 @@ class Structure:
             drawn: plates of which the run drew a subsample.
         """
         sizes = _sizes_of_unsized(trace)
-        sites = {
-            name: _site(name, node, sizes, drawn)
-            for name, node in sample_nodes(trace)
-            if not is_deterministic(node)
-        }
+        nodes = ((n, node) for n, node in sample_nodes(trace) if not is_deterministic(node))
+        sites = {name: _site(name, node, sizes, drawn) for name, node in nodes}
         vectorized = {plate.name for site in sites.values() for plate in site.plates}
         return cls(sites, None, batch_nesting(trace), tuple(sorted(set(drawn) - vectorized)))
 
@@ -249,23 +246,15 @@ def _site(name: str, node: Node, sizes: Mapping[str, int], drawn: Collection[str
         return Plate(frame.name, frame.dim, size, full_size, frame.name in drawn)
 
     plates = tuple(plate_of(frame) for frame in node["cond_indep_stack"] if frame.vectorized)
-    shape = node["fn"].batch_shape
-    own = dict(zip(range(-len(shape), 0), shape, strict=True))
+    fn, missing = node["fn"], node["infer"].get("_missing")
+    own = dict(zip(range(-len(fn.batch_shape), 0), fn.batch_shape, strict=True))
     if node["is_observed"]:  # in a plate without a size its data may be more than the parameters
         for plate in plates:
             if plate.name in sizes and own.get(plate.dim, 1) == 1:
                 own[plate.dim] = plate.size
-    return Site(
-        name,
-        "observed" if node["is_observed"] else "latent",
-        node["fn"],
-        torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0)),
-        plates,
-        node["value"],
-        node["mask"],
-        node["infer"].get("_missing"),
-        node["scale"],
-    )
+    kind = "observed" if node["is_observed"] else "latent"
+    batch = torch.Size(own.get(dim, 1) for dim in range(min(own, default=0), 0))
+    return Site(name, kind, fn, batch, plates, node["value"], node["mask"], missing, node["scale"])
 
 
 def _sizes_of_unsized(trace: Trace) -> dict[str, int]:

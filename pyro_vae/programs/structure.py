@@ -244,9 +244,9 @@ def _find_data_plate(run: Structure, name: str | None, latents_needed: bool) -> 
     observed = run.observed
     latents = [site for site in run.sites.values() if site.kind == "latent"]
     if not observed:
+        names = names_of(latents)
         raise DataPlateError(
-            "the model observes nothing: no sample statement has obs=...; its latent sites are "
-            f"{names_of(latents)}"
+            f"the model observes nothing: no sample statement has obs=...; latent sites: {names}"
         )
     if not latents and latents_needed:
         names = names_of(observed)
@@ -286,10 +286,9 @@ def _named_data_plate(run: Structure, latents: list[Site], name: str) -> Plate:
             f"data_plate={name!r}: the model has no vectorized plate of that name; it has "
             f"{sorted(found)}"
         )
-    if outside := [site for site in run.observed if not site.is_in(name)]:
+    if outside := [site.name for site in run.observed if not site.is_in(name)]:
         raise DataPlateError(
-            f"the observed sites {names_of(outside)} lie outside the data plate {name!r}; move "
-            "them inside it"
+            f"the observed sites {outside} lie outside the data plate {name!r}; move them inside it"
         )
     if latents and not any(site.is_in(name) for site in latents):
         raise DataPlateError(

@@ -203,34 +203,28 @@ def dependencies(model: Program, batch: Batch, names: Sequence[str]) -> dict[str
     with looking(model, device=batch.device):
         trace = trace_of(model, batch)
         values = {name: node["value"] for name, node in latent_nodes(trace)}
-        order, parents = list(values), {name: set[str]() for name in values}
+        order, seen = list(values), {name: set[str]() for name in values}
         for number, parent in enumerate(order):
             changed = {**values, parent: _another_value(trace.nodes[parent])}
             other = trace_given(model, changed, batch)
             for name in order[number + 1 :]:
                 fns = trace.nodes[name]["fn"], other.nodes[name]["fn"]
                 if not torch.equal(*(fn.log_prob(values[name]) for fn in fns)):
-                    parents[name].add(parent)
-    seen: dict[str, set[str]] = {}
-    for name in order:
-        seen[name] = set().union(*({p} if p in names else seen[p] for p in parents[name]))
+                    seen[name] |= {parent} if parent in names else seen[parent]
     return {name: tuple(n for n in order if n in seen[name]) for name in order if name in names}
 
 
 def _another_value(node: Node) -> Tensor:
     """Draw a site anew, until it is another value (a discrete one may be the same)."""
-    for _ in range(20):
-        value = node["fn"].sample()
-        if not torch.equal(value, node["value"]):
-            break
-    return value
+    old, draws = node["value"], (node["fn"].sample() for _ in range(20))
+    return next((value for value in draws if not torch.equal(value, old)), old)
 
 
 def subsamples(trace: Trace) -> Trace:
     """Return a trace of the subsamples that plates have drawn, to be replayed."""
     found = Trace()
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and is_subsample(node):
+        if is_subsample(node):
             found.add_node(name, **node)
     return found
 
@@ -258,9 +252,8 @@ def site_log_prob(name: str, node: Node, *, double: bool = False) -> Tensor:
         ) from error
     except ValueError as error:
         role = "observed" if node["is_observed"] else "latent"
-        raise ValueError(
-            f"{role} site {name!r}: no log density of its value under {fn}: {error}"
-        ) from error
+        text = f"{role} site {name!r}: no log density of its value under {fn}: {error}"
+        raise ValueError(text) from error
     return scale_and_mask(log_prob, mask=node["mask"])
 
 
