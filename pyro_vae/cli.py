@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train a VAE, compare its encoder with per-datum guides on training and held-out images, "
         "and write the posterior for ArviZ, a table of gaps and figures."
     )
-    images = (
-        "images: .npz, .npy, idx, idx.gz or a folder of MNIST's files (default: the 8x8 digits)"
-    )
+    images = ".npz, .npy, idx, idx.gz or a folder of MNIST's files (default: the 8x8 digits)"
     demo.add_argument("--data", type=Path, help=images)
     demo.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)"

@@ -161,13 +161,14 @@ class _Demo:
 
     def train(self, progress: bool) -> FitResult:
         """Train model and guide, with a part of the images to stop by."""
-        settings = self.settings
         return fit(
-            *(self.model, self.guide, self.data),
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
+            self.model,
+            self.guide,
+            self.data,
+            epochs=self.settings.epochs,
+            max_steps=self.settings.max_steps,
             validation_data=self.validation,
-            patience=settings.patience,
+            patience=self.settings.patience,
             seed=self.seed,
             device=self.device,
             progress=progress,
@@ -220,9 +221,8 @@ class _Demo:
             location = self.guide.family_params(x)[..., 0]
             reconstructions = self.model.likelihood(location).mean.cpu().numpy()
         prior = tree["prior_predictive"]["x"].values[0, :_IMAGES_SHOWN, 0]
-        return plots.plot_reconstructions(
-            x.cpu().numpy(), reconstructions, prior, self.images.shape
-        )
+        data, shape = x.cpu().numpy(), self.images.shape
+        return plots.plot_reconstructions(data, reconstructions, prior, shape)
 
 
 def _meaning(comparisons: Mapping[str, Comparison]) -> str:

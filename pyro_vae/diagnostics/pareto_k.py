@@ -36,12 +36,9 @@ def heavy_tailed(pareto_k: Numbers, ess: Numbers, num_particles: int) -> Numbers
 
 
 def doubts(pareto_k: np.ndarray, ess: np.ndarray, num_particles: int) -> str:
-    """Return for how many data importance weights are not to be trusted, in words; "" for none.
+    """Return for how many data weights are not to be trusted, in words; "" for none.
 
-    Args:
-        pareto_k: [N], or a number where the batch is one datum.
-        ess: effective sample size, likewise.
-        num_particles: K.
+    By k-hat and effective sample size of K particles, [N], or numbers of a batch that is one datum.
     """
     heavy = np.atleast_1d(heavy_tailed(pareto_k, ess, num_particles))
     parts = []
@@ -112,12 +109,7 @@ class SmoothedWeights:
     def draw(self, num_draws: int, key: Sequence[int]) -> np.ndarray:
         """Choose particles by their weights, with replacement: their numbers, [S, N].
 
-        Args:
-            num_draws: S.
-            key: the seed of the choice.
-
-        Raises:
-            ValueError: for data of which every weight is zero.
+        The key is the seed of the choice. ValueError for data of which every weight is zero.
         """
         zero = np.flatnonzero(np.isnan(self.weights).any(axis=1))
         if zero.size:

@@ -10,8 +10,6 @@ from numpy.typing import ArrayLike
 # Weights in the smallest tail that both versions fit: ArviZ 0.x wants five, and ArviZ 1.x wants
 # the lower quartile above the minimum, which in its reckoning takes six.
 _SMALLEST_TAIL = 6
-
-
 # An efficiency of draws for which ArviZ takes a fifth of the weights as tail, however many there
 # are: it takes 3 sqrt(K / efficiency) where those are fewer.
 _FIFTH = 1e-12
@@ -96,8 +94,7 @@ def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
     top = -np.sort(-largest, axis=1)[:, : tail + 1]
     # Of the rest only the number counts: as many stand-ins, none above the tail, as make the tail
     # a fifth of all, which is the most that ArviZ fits.
-    stand_ins = np.repeat(top[:, -1:], 5 * tail - top.shape[1], axis=1)
-    weights = np.concatenate([top, stand_ins], axis=1)
+    weights = np.concatenate([top, np.repeat(top[:, -1:], 5 * tail - top.shape[1], axis=1)], axis=1)
     return _psis(weights, int(exact), efficiency=_FIFTH)[1]
 
 
@@ -108,18 +105,11 @@ def _tail_size(num_particles: int) -> float:
 def _psis(
     given: np.ndarray, tail_size: int, efficiency: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth weights, a row each.
-
-    Args:
-        given: [N, K], log weights.
-        tail_size: of the largest, which must be worth a fit.
-        efficiency: of the draws, as ArviZ takes it.
-    """
+    """Smooth log weights [N, K]; the efficiency is that of the draws, as ArviZ takes it."""
     weights = given.astype(np.float64)
     _refuse_rows(np.isnan(weights).any(axis=1), "nan")
     _refuse_rows(np.isposinf(weights).any(axis=1), "inf")
     _refuse_rows(np.isneginf(weights).all(axis=1), "only -inf: every weight is zero")
-
     smoothed = weights - np.logaddexp.reduce(weights, axis=1, keepdims=True)
     if tail_size < _SMALLEST_TAIL:
         flat = _top_is_flat(weights, weights.shape[1], given.dtype)
@@ -165,9 +155,8 @@ def _top_is_flat(weights: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
     largest = top.max(axis=1)
     # A log weight is a sum of many terms: its rounding error is some tens of units in the last
     # place. In float64 anything below 1e-8 is as good as equal.
-    eps = np.finfo(dtype).eps if np.issubdtype(dtype, np.floating) else 0.0
-    tolerance = max(1e-8, 64 * float(eps)) * np.maximum(1.0, np.abs(largest))
-    return np.asarray(largest - top.min(axis=1) <= tolerance)
+    eps = float(np.finfo(dtype).eps) if np.issubdtype(dtype, np.floating) else 0.0
+    return np.ptp(top, axis=1) <= max(1e-8, 64 * eps) * np.maximum(1.0, np.abs(largest))
 
 
 def _tail_can_be_fitted(weights: np.ndarray, size: int) -> np.ndarray:

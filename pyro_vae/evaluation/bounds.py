@@ -69,11 +69,7 @@ class Bound:
 
     @property
     def mean_std_error(self) -> float:
-        """Monte Carlo standard error of the mean for these data.
-
-        Draws of different data are independent. The spread over other data that
-        might have been drawn is not in it.
-        """
+        """Monte Carlo standard error of the mean for these data, not of others that might be."""
         return float(mean_std_error(self.std_error, self.skewness, self.num_particles))
 
     @functools.cached_property
@@ -120,10 +116,9 @@ class Bound:
         """Yield why value or error is not to be trusted."""
         heavy, untrusted = self._heavy_tailed.sum(), self.untrusted.sum()
         of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
-        of_weights = self.mean_of == "weights"
+        of_weights, few = self.mean_of == "weights", ": a few particles decide it"
         if untrusted:
-            tail = f", and log p(x) may be far above: {above}"
-            why = tail if of_weights else ": a few particles decide it"
+            why = f", and log p(x) may be far above: {above}" if of_weights else few
             yield f"for {untrusted} {of_data} the error is not to be trusted{why}"
         if heavy and not of_weights:
             yield f"for {heavy} {of_data} {above}: the guide misses a part of the posterior"
@@ -197,10 +192,8 @@ def log_weights(
     """
     num_particles = as_count("num_particles", num_particles)
     evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
-    blocks = [
-        LogWeights.concatenate([chunk.weights for chunk in block], 0)
-        for block in evaluator.blocks(num_particles, chunk_size)
-    ]
+    found = evaluator.blocks(num_particles, chunk_size)
+    blocks = [LogWeights.concatenate([chunk.weights for chunk in block], 0) for block in found]
     return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)
 
 

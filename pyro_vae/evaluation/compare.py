@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.evaluation.comparison import Comparison
-from pyro_vae.evaluation.gaps import gap_dataset, reduce_block
+from pyro_vae.evaluation.comparison import Comparison, gap_dataset, reduce_block
 from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.base import FamilyGuide, of_family
@@ -154,16 +153,16 @@ class _Work:
 
     def refined(self, start: Program | None, family: Family) -> LocalGuide:
         """Return a guide of a family refined from another's answer, or from the prior."""
-        evaluator = self.evaluator(self._prior_table(family) if start is None else start)
-        limits = (self.data_plate, self.max_steps, self.tolerance)
-        local = refine_scored(evaluator, family, *limits, progress=self.progress)
-        local.remember(self.batch)
-        return local
-
-    def _prior_table(self, family: Family) -> LocalGuide:
         model, batch, plate = self.model, self.batch, self.data_plate
-        num_data = ModelLooks(model, batch).structure(plate).num_data
-        return LocalGuide(model, num_data=num_data, example=batch, family=family, data_plate=plate)
+        if start is None:
+            num_data = ModelLooks(model, batch).structure(plate).num_data
+            start = LocalGuide(
+                model, num_data=num_data, example=batch, family=family, data_plate=plate
+            )
+        limits, progress = (self.max_steps, self.tolerance), self.progress
+        local = refine_scored(self.evaluator(start), family, plate, *limits, progress=progress)
+        local.remember(batch)
+        return local
 
     def family_of(self, guide: Program | Family) -> Family | None:
         """Return a guide's family: its own, or Normal for independent Normals written by hand."""

@@ -1,9 +1,9 @@
-"""The result of compare: gaps per datum with paired errors, a table, a figure."""
+"""The result of compare, from log weights of draws: gaps with paired errors, a table, a figure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,18 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
-from pyro_vae.particles.estimators import mean_std_error
+from pyro_vae.diagnostics.psis import psis
+from pyro_vae.particles.estimators import (
+    Estimate,
+    calibrated,
+    effective_sample_size,
+    iwae_bound,
+    mean_std_error,
+    mixture_log_guide,
+)
 from pyro_vae.programs.handlers import drop_references
 from pyro_vae.programs.state import module_of, unwrapped
 from pyro_vae.programs.types import Program
@@ -27,6 +36,9 @@ _HEADER: tuple[str, ...] = (
     *("guide", "ELBO", "log p(x)", "approximation gap", "amortization gap"),
     *("worst k-hat", "share k-hat > 0.7"),
 )
+# Variables of the chosen estimate of log p(x), and their names as those of the guide it is through.
+_EVIDENCE = {f"log_evidence{part}": f"iwae_bound{part}" for part in _PARTS}
+_EVIDENCE |= {"log_evidence_pareto_k": "pareto_k", "log_evidence_ess": "ess"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,9 @@ class Comparison:
         data, columns = self.dataset, {}
         for name in _ESTIMATES:
             every = (data[f"{name}{end}"].broadcast_like(data["elbo"]) for end in _PARTS)
-            mean, errors, skews = (each.transpose("guide", "datum").values for each in every)
-            pairs, num_particles = zip(errors, skews, strict=True), data.attrs["num_particles"]
-            columns[name] = mean.mean(1)
-            columns[f"{name}_se"] = np.array([mean_of_errors(*p, num_particles) for p in pairs])
+            value, errors, skews = (each.transpose("guide", "datum").values for each in every)
+            columns[name] = value.mean(1)
+            columns[f"{name}_se"] = _errors_of_means(errors, skews, data.attrs["num_particles"])
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
         columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
         columns["ess_median"] = data["ess"].median("datum").values
@@ -86,11 +97,7 @@ class Comparison:
 
 
 def format_table(comparisons: Mapping[str, Comparison]) -> str:
-    """Return the gap table of several comparisons (train, test) as text, with notes below.
-
-    Args:
-        comparisons: a label of the data, possibly empty, to a comparison.
-    """
+    """Return the gap table of comparisons as text, by a label (train, test) or "", with notes."""
     rows, notes = [_HEADER], []
     for label, comparison in comparisons.items():
         data = comparison.dataset
@@ -129,6 +136,121 @@ def _evidence_text(data: xr.Dataset) -> str:
     )
 
 
-def mean_of_errors(errors: np.ndarray, skew: np.ndarray, num_particles: int) -> float:
-    """Return the standard error of a mean over data, from calibrated errors and skewnesses [N]."""
-    return float(mean_std_error(torch.tensor(errors), torch.tensor(skew), num_particles))
+def _errors_of_means(errors: np.ndarray, skews: np.ndarray, num_particles: int) -> np.ndarray:
+    """Return errors of means over data, [G], from calibrated errors and skewnesses [G, N]."""
+    pairs = zip(torch.tensor(errors), torch.tensor(skews), strict=True)
+    return np.array([float(mean_std_error(*pair, num_particles)) for pair in pairs])
+
+
+def reduce_block(
+    drawn: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], references: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Return the estimates of a block of data, with standard errors and skewnesses.
+
+    Args:
+        drawn: log p(x, z) of each guide's draws, [K, n], and log q of them under all guides,
+            [G, K, n]; [1, K, n] under the one that drew them where others cannot score them.
+        names: of the guides.
+        references: name to the name of the refined guide that gaps are measured against.
+
+    Returns:
+        By name: of each guide, [G, n], elbo and amortization_gap; of each of E estimates of
+        log p(x), [E, n], iwae_bound with its pareto_k and ess; of both, [G * E, n],
+        approximation_gap. E is G, or G + 1 where the last is that of the mixture of all
+        guides. Estimates have ``<name>_se`` and ``<name>_skewness`` beside them.
+    """
+    crossed = len(drawn[0][1]) > 1
+    raw = [joint - own[i if crossed else 0] for i, (joint, own) in enumerate(drawn)]
+    weights = [weight.double() for weight in raw]
+    elbos = [Estimate.elbo(weight) for weight in weights]
+    evidences = [Estimate.iwae(weight) for weight in weights]
+    if crossed:
+        mixed = torch.stack([j.double() - mixture_log_guide(q.double()) for j, q in drawn])
+        # One particle of the mixture is one draw of every guide: common random numbers make those
+        # draws dependent, and the particles not.
+        together = mixed.flatten(0, 1)
+        value = iwae_bound(together)
+        evidences.append(Estimate(value, torch.exp(mixed - value).mean(0) - 1.0))
+        weights.append(together)
+        raw.append(together.to(raw[0].dtype))
+    of_name = dict(zip(names, elbos, strict=True))
+    unknown = Estimate(*(torch.full_like(elbos[0].value, math.nan),) * 2)
+    bests = [of_name.get(references.get(name, ""), unknown) for name in names]
+    gaps = (best - own for best, own in zip(bests, elbos, strict=True))
+    return {
+        **_columns("elbo", elbos),
+        **_columns("amortization_gap", gaps),
+        **_columns("approximation_gap", (each - best for best in bests for each in evidences)),
+        **_columns("iwae_bound", evidences),
+        "pareto_k": np.stack([psis(each.T.cpu().numpy())[1] for each in raw]),
+        "ess": np.stack([effective_sample_size(w).cpu().numpy() for w in weights]),
+    }
+
+
+def _columns(name: str, estimates: Iterable[Estimate]) -> dict[str, np.ndarray]:
+    """Return values, calibrated standard errors and skewnesses of some estimates, [*, n] each."""
+    rows = []
+    for each in estimates:
+        error = calibrated(each.std_error, each.skewness, len(each.influence))
+        rows.append((each.value, error, each.skewness))
+    columns = (torch.stack(column).cpu().numpy() for column in zip(*rows, strict=True))
+    return dict(zip((f"{name}{part}" for part in _PARTS), columns, strict=True))
+
+
+def gap_dataset(
+    blocks: Sequence[Mapping[str, np.ndarray]],
+    names: Sequence[str],
+    references: Mapping[str, str],
+    num_particles: int,
+) -> xr.Dataset:
+    """Return the dataset of a comparison, in nats, with the tightest bound as log p(x).
+
+    The blocks are what :func:`reduce_block` returns of each block of data, for the same names and
+    references; num_particles is K of each guide.
+    """
+    arrays = {name: np.concatenate([block[name] for block in blocks], -1) for name in blocks[0]}
+    of_bounds = arrays["iwae_bound_se"], arrays["iwae_bound_skewness"]
+    errors = _errors_of_means(*of_bounds, num_particles)
+    mixture = len(names) if len(errors) > len(names) else None
+    chosen = tightest(arrays["iwae_bound"].mean(1), errors, mixture)
+    for gap in (f"approximation_gap{part}" for part in _PARTS):
+        arrays[gap] = arrays[gap][chosen :: len(errors)]
+    if chosen == mixture:  # its particles are draws of every guide
+        evidence_particles = num_particles * len(names)
+        source = f"the mixture of {' and '.join(map(repr, names))}"
+    else:
+        evidence_particles, source = num_particles, repr(names[chosen])
+    return xr.Dataset(
+        {
+            **{name: (("guide", "datum"), arrays[name][: len(names)]) for name in sorted(arrays)},
+            **{name: ("datum", arrays[own][chosen]) for name, own in _EVIDENCE.items()},
+        },
+        coords={
+            "guide": list(names),
+            "datum": np.arange(arrays["elbo"].shape[1]),
+            "reference": ("guide", [references.get(name, "") for name in names]),
+        },
+        attrs={
+            "log_evidence_from": f"IWAE-{evidence_particles} through {source}",
+            "log_evidence_num_particles": evidence_particles,
+            "num_particles": num_particles,
+            "units": "nats",
+        },
+    )
+
+
+def tightest(means: np.ndarray, errors: np.ndarray, mixture: int | None) -> int:
+    """Return which of several lower bounds is the tightest, by their means over the data.
+
+    Of those not clearly below the best, at two standard errors, the one with the smallest
+    standard error: to first order a bound of this kind is low by half its variance. Choosing
+    by the value alone would choose a heavy tail that happened to give a large weight; and by the
+    error alone, one that happened to miss it. The mixture has the lightest tail: it is taken
+    where its error is not more than twice the smallest.
+    """
+    errors = np.nan_to_num(errors)
+    plausible = means + 2 * errors >= (means - 2 * errors).max()
+    least = int(np.argmin(np.where(plausible, errors, np.inf)))
+    if mixture is not None and plausible[mixture] and errors[mixture] <= 2 * errors[least]:
+        return mixture
+    return least

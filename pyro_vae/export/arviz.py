@@ -149,8 +149,7 @@ def _draw_groups(
         block = []
         for chunk in chunks:
             key = (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
-            summed_out = evaluator.draw_summed_out(chunk.rows, chunk.values, key)
-            values = {**chunk.values, **summed_out}
+            values = {**chunk.values, **evaluator.draw_summed_out(chunk.rows, chunk.values, key)}
             if deterministic is None:
                 deterministic = DeterministicValues(evaluator, chunk.rows, values)
             groups = _groups_of(evaluator, chunk, values, predictive)
@@ -198,9 +197,8 @@ def _joined(
     """
 
     def joined(group: str, name: str) -> np.ndarray:
-        parts = [
-            torch.cat([chunk[group][name].detach().cpu() for chunk in block]) for block in blocks
-        ]
+        pieces = ([chunk[group][name].detach().cpu() for chunk in block] for block in blocks)
+        parts = [torch.cat(piece) for piece in pieces]
         return (parts[0] if name in shared or len(parts) == 1 else torch.cat(parts, 1)).numpy()
 
     variables = blocks[0][0].items()

@@ -37,19 +37,14 @@ class DeterministicValues:
     """Computes the sites' values for particles, run by plate, by repeat or in a loop.
 
     Pyro knows no batch dimensions of such a site, and the model's densities do not tell whether
-    its value is right for particles together. So it is compared with particles run alone; a value
-    that differs, or has another shape, is run in a loop.
-
-    Args:
-        evaluator: of the model.
-        rows: a block of data.
-        values: latent site to ``[K, *plates, *event]``, for that block.
+    its value is right for particles together. So it is compared with particles run alone, on a
+    block of data; a value that differs, or has another shape, is run in a loop.
     """
 
     def __init__(self, evaluator: Evaluator, rows: slice, values: Values) -> None:
         self._evaluator = evaluator
         few = {name: value[:2] for name, value in values.items()}
-        self.sites: dict[str, DeterministicSite] = self._look(rows, few)
+        self.sites = self._look(rows, few)
         together, alone = (self.sites and self._folded(rows, few, each) for each in (False, True))
         self._alone = not (
             together and alone and all(agree(together[name], alone[name]) for name in self.sites)
@@ -59,8 +54,7 @@ class DeterministicValues:
         """Return the sites' values for a block, ``[K, N, ...]``; without N where it has none."""
         if not self.sites:
             return {}
-        folded = self._folded(rows, values, self._alone)
-        if folded is None:
+        if (folded := self._folded(rows, values, self._alone)) is None:
             raise RuntimeError("deterministic sites have other shapes than in the first run")
         for name, site in self.sites.items():
             if site.data_axis is not None:  # after the particles comes the datum
@@ -100,9 +94,10 @@ class DeterministicValues:
         folded = {}
         for name, site in self.sites.items():
             each = [node["value"] for node in found.get(name, [])]
-            folded[name] = _by_particle(each, site, num_particles, mode)
-        known = {name: value for name, value in folded.items() if value is not None}
-        return known if len(known) == len(folded) else None
+            if (value := _by_particle(each, site, num_particles, mode)) is None:
+                return None
+            folded[name] = value
+        return folded
 
 
 def _by_particle(
@@ -138,8 +133,7 @@ def _data_axis(node: Node, less: Node | None, size: int, plate: Plate | None) ->
     if events is not None and plate.name in {frame.name for frame in plates}:
         return len(shape) - events + plate.dim
     if less is not None and less["value"].ndim == len(shape):
-        fewer = less["value"].shape
-        return next((i for i, length in enumerate(shape) if length != fewer[i]), None)
+        return next((i for i, length in enumerate(shape) if length != less["value"].shape[i]), None)
     return next((i for i, length in enumerate(shape) if length == size), None)
 
 

@@ -17,8 +17,6 @@ from torch.distributions import Transform
 
 from pyro_vae.programs.types import Distribution
 
-__all__ = ["FactorizedFamily", "Family"]
-
 
 class Family(ABC):
     r"""Distributions over the D unconstrained coordinates of a datum, jointly.

@@ -16,8 +16,6 @@ from pyro_vae.families.gaussian import LocatedFamily
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
-__all__ = ["Flow"]
-
 _BOUND = 4.0  # the spline bends noise within this many standard deviations
 _NO_SHAPE = torch.Size()
 _LOG_2PI = math.log(2 * math.pi)

@@ -14,8 +14,6 @@ from pyro_vae.families.base import FactorizedFamily, Family, precisions
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Distribution
 
-__all__ = ["Delta", "FullRankNormal", "LowRankNormal", "Normal"]
-
 _FACTORINGS = 20  # iterations of a start
 
 
@@ -120,8 +118,7 @@ class FullRankNormal(LocatedFamily):
         """
         loc, factor = self._loc_and_factor(params, size)
         shift, turn = self._loc_and_factor(shift, size)
-        moved = loc + (factor @ shift.unsqueeze(-1)).squeeze(-1)
-        return self.from_gaussian(moved, factor @ turn)
+        return self.from_gaussian(loc + (factor @ shift.unsqueeze(-1)).squeeze(-1), factor @ turn)
 
     def _loc_and_factor(self, params: Tensor, size: int) -> tuple[Tensor, Tensor]:
         loc, log_scale, below = params.split([size, size, params.shape[-1] - 2 * size], -1)
@@ -171,8 +168,7 @@ class LowRankNormal(LocatedFamily):
         waves = torch.arange(1, self.rank + 1, device=mean.device)
         factor = (0.1 * torch.cos(math.pi * grid * waves / size)).to(mean)
         log_scale = std.log() - 0.5 * factor.square().sum(-1).log1p()
-        flat = factor.flatten().expand(*mean.shape[:-1], -1)
-        return torch.cat([mean, log_scale, flat], -1)
+        return torch.cat([mean, log_scale, factor.flatten().expand(*mean.shape[:-1], -1)], -1)
 
     def conditional(
         self, params: Tensor, size: int, before: Tensor, columns: slice
@@ -212,8 +208,7 @@ class LowRankNormal(LocatedFamily):
             left, values, _ = torch.linalg.svd(root / scale.unsqueeze(-1))
             over = (values[..., :rank].square() - 1).clamp_min(0.01).sqrt()
             factor = left[..., :rank] * over.unsqueeze(-2)
-            shared = (scale.unsqueeze(-1) * factor).square().sum(-1)
-            variance = torch.maximum(total - shared, floor)
+            variance = torch.maximum(total - (scale.unsqueeze(-1) * factor).square().sum(-1), floor)
         factor = torch.nn.functional.pad(factor, (0, self.rank - rank)).to(mean)
         return torch.cat([mean, scale.to(mean).log(), factor.flatten(-2)], -1)
 

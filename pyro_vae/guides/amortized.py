@@ -21,8 +21,6 @@ from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import dependencies
 from pyro_vae.programs.types import DataPlate, Program, Values
 
-__all__ = ["AmortizedGuide"]
-
 _HEAD_SCALE = 0.1  # of the head's first weights: every datum's proposal is then close to the prior
 
 
@@ -99,11 +97,16 @@ class AmortizedGuide(FamilyGuide):
             batch = batch.rows(slice(0, structure.data_plate.size))
         features = self._example_features(model, batch)
         self.head = self._prior_head(features)
-        self.parents = self._parents(model, batch) if top_down else {}
+        if top_down and not isinstance(self.family, FactorizedFamily):
+            raise ValueError(
+                f"top_down with {self.family}: that family is joint over the sites already; "
+                "leave top_down out, or take families.Normal()"
+            )
+        self.parents = dependencies(model, batch, self.site_names) if top_down else {}
         self.conditioners = nn.ModuleDict()  # by the number of their site
-        for number, coordinates in enumerate(self.coordinates):
-            if self.parents.get(coordinates.name):
-                self.conditioners[str(number)] = self._conditioner(features, coordinates)
+        for number, name in enumerate(self.site_names):
+            if self.parents.get(name):
+                self.conditioners[str(number)] = self._conditioner(features, name)
         if global_guide is not None:
             # Pyro's autoguides make their parameters at the first call.
             rng = preserved_rng(features.device)
@@ -131,30 +134,19 @@ class AmortizedGuide(FamilyGuide):
             head.bias.copy_(prior.flatten())
         return head
 
-    def _parents(self, model: Program, batch: Batch) -> dict[str, tuple[str, ...]]:
-        """Return the sites that each site's prior depends on; ValueError for a joint family."""
-        if not isinstance(self.family, FactorizedFamily):
-            raise ValueError(
-                f"top_down with {self.family}: that family is joint over the sites already; "
-                "leave top_down out, or take families.Normal()"
-            )
-        return dependencies(model, batch, self.site_names)
-
-    def _conditioner(self, features: Tensor, coordinates: Coordinates) -> nn.Module:
+    def _conditioner(self, features: Tensor, name: str) -> nn.Module:
         """Return the network from features and parents to what is added to a site's parameters."""
         size_of = {c.name: c.columns.stop - c.columns.start for c in self.coordinates}
         width = features.shape[1]
-        inputs = width + sum(size_of[name] for name in self.parents[coordinates.name])
-        outputs = size_of[coordinates.name] * self.family.params_shape(1)[1]
-        last = _linear(width, outputs, features)
+        inputs = width + sum(size_of[parent] for parent in self.parents[name])
+        last = _linear(width, size_of[name] * self.family.params_shape(1)[1], features)
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         return nn.Sequential(_linear(inputs, width, features), nn.Tanh(), last)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site, and return values by site name; the Pyro guide."""
-        shared = self._run_global_guide(Batch(args, kwargs))
-        return {**shared, **super().forward(*args, **kwargs)}
+        return {**self._run_global_guide(Batch(args, kwargs)), **super().forward(*args, **kwargs)}
 
     def _run_global_guide(self, batch: Batch) -> Values:
         """Sample the global latents; return the values that their guide returns, if any."""
@@ -162,8 +154,8 @@ class AmortizedGuide(FamilyGuide):
             return {}
         if isinstance(self.global_guide, PyroModule):
             name_apart(self.global_guide)
-        returned = self.global_guide(*batch.args, **batch.kwargs)
-        return returned if isinstance(returned, Mapping) else {}
+        found = self.global_guide(*batch.args, **batch.kwargs)
+        return found if isinstance(found, Mapping) else {}
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).
@@ -198,15 +190,13 @@ class AmortizedGuide(FamilyGuide):
 
     def _features(self, batch: Batch) -> Tensor:
         features = call_network(self.encoder, batch.args, batch.kwargs)
-        is_tensor, size = isinstance(features, Tensor), batch.size
-        if not is_tensor or features.ndim != 2 or features.shape[0] != size:
-            what = type(features).__name__
-            if is_tensor:
-                what = f"a tensor of shape {tuple(features.shape)}"
-            raise ValueError(
-                f"the encoder returned {what}; features [{size}, F] are needed, a row per datum"
-            )
-        return features
+        what = type(features).__name__
+        if isinstance(features, Tensor):
+            if features.ndim == 2 and len(features) == batch.size:
+                return features
+            what = f"a tensor of shape {tuple(features.shape)}"
+        needed = f"features [{batch.size}, F] are needed, a row per datum"
+        raise ValueError(f"the encoder returned {what}; {needed}")
 
 
 def _linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
@@ -217,12 +207,11 @@ def _refuse_hidden_parameters(
     model: Program, encoder: Callable[..., Any], features: Tensor
 ) -> None:
     """Raise ValueError for an encoder whose parameters are neither its own nor the model's."""
-    if isinstance(encoder, nn.Module) and any(True for _ in encoder.parameters()):
+    if isinstance(encoder, nn.Module) and next(encoder.parameters(), None) is not None:
         return
     module = module_of(model)
     known = set() if module is None else set(map(id, module.parameters()))
-    hidden = [leaf for key, leaf in leaves_of(features).items() if key not in known]
-    if hidden:
+    if hidden := [leaf for key, leaf in leaves_of(features).items() if key not in known]:
         shapes = ", ".join(str(list(leaf.shape)) for leaf in hidden[:5])
         raise ValueError(
             f"the encoder, {type(encoder).__name__!r}, uses parameters that are not its own (of "

@@ -24,7 +24,7 @@ from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.coordinates import Coordinates, coordinates_of, prior_moments
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import DeclaredGuide
+from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.preimages import KeepDraws
 from pyro_vae.programs.sites import Plate, Structure
@@ -69,8 +69,7 @@ class FamilyGuide(Registered, DeclaredGuide):
         self.family = Normal() if family is None else family
         if not isinstance(self.family, Family):
             raise TypeError(
-                f"family={family!r}: an instance of a family is needed, such as "
-                "pyro_vae.families.Normal()"
+                f"family={family!r}: an instance of a family is needed, such as Normal()"
             )
         self.global_guide = None
         plate = self._data_plate = structure.data_plate
@@ -85,10 +84,6 @@ class FamilyGuide(Registered, DeclaredGuide):
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D)."""
 
-    def _chosen_rows(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Say which data a batch holds, where the guide minds."""
-        return contextlib.nullcontext()
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every continuous latent site of a datum; the Pyro guide.
 
@@ -100,10 +95,9 @@ class FamilyGuide(Registered, DeclaredGuide):
         if plate is None:
             return self._sample(*self._proposed(batch))
         if plate.drawn:  # under its name, the minibatch that the replayed model takes
-            size = plate.size
-            with pyro.plate(plate.name, plate.full_size, size, dim=plate.dim) as index:
+            with pyro.plate(plate.name, plate.full_size, plate.size, dim=plate.dim) as index:
                 drawn = torch.as_tensor(index)
-                with self._chosen_rows(drawn):
+                with self.rows(drawn) if isinstance(self, RowGuide) else contextlib.nullcontext():
                     proposed = self._proposed(batch.rows(drawn))
                 return self._sample(*proposed)
         params, added = self._proposed(batch)
@@ -136,9 +130,7 @@ class FamilyGuide(Registered, DeclaredGuide):
                 kept = stack.enter_context(KeepDraws())
                 value = values[name] = pyro.sample(name, fn)
             if self.is_dependent:
-                z = kept.draws.get(name, value)
-                if z is value and not coordinates.is_identity:
-                    z = coordinates.transform.inv(value)
+                z = kept.draws[name] if name in kept.draws else coordinates.transform.inv(value)
                 before[name] = coordinates.flatten(z)
         return values
 
@@ -157,13 +149,9 @@ class FamilyGuide(Registered, DeclaredGuide):
     def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Return draws made of standard normal noise, differentiable by the parameters.
 
-        Args:
-            params: [N, P].
-            noise: [K, num_noise], the same for every datum.
-
-        Returns:
-            Site name to values, [K, batch..., event...]; and beside them what those on a
-            constrained support are made of, under the names of :mod:`pyro_vae.programs.preimages`.
+        Of parameters [N, P] and noise [K, num_noise], the same for every datum: site name to values
+        [K, batch..., event...]; and beside them what those on a constrained support are made of,
+        under the names of :mod:`pyro_vae.programs.preimages`.
         """
         spread = noise.unsqueeze(1).expand(-1, params.shape[0], -1)
         return self.values_of(self.family.from_noise(params, self.num_coordinates, spread))
@@ -221,23 +209,23 @@ def proposal(
     shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in before))
     while len(shape) > len(coordinates.batch) and shape[0] == 1:
         shape = shape[1:]  # a dimension of a site before this one
-    known = params[..., :0]
-    if before:
-        rows = [r.reshape(r.shape[max(0, r.ndim - 1 - len(shape)) :]) for r in before]
-        known = torch.cat([row.expand(*shape, -1) for row in rows], -1)
-    joint = family.conditional(params, size, known, coordinates.columns)
-    base = _of_site(joint, coordinates)
+    known = [
+        r.reshape(r.shape[max(0, r.ndim - 1 - len(shape)) :]).expand(*shape, -1) for r in before
+    ]
+    seen = torch.cat(known, -1) if before else params[..., :0]
+    base = _of_site(family.conditional(params, size, seen, coordinates.columns), coordinates)
     return base if coordinates.is_identity else dist.TransformedDistribution(base, [transform])
 
 
 def _of_site(joint: Any, coordinates: Coordinates) -> Distribution:
     """Return a distribution over a site's coordinates [..., d] in the site's own shape."""
+    is_gaussian = isinstance(joint, _GAUSSIAN)
     if coordinates.is_plain and len(coordinates.event) == 1:
         return joint
-    if coordinates.is_plain and not coordinates.event and isinstance(joint, _GAUSSIAN):
+    if coordinates.is_plain and not coordinates.event and is_gaussian:
         return dist.Normal(joint.loc[..., 0], joint.variance[..., 0].sqrt())
     single = coordinates.columns.stop - coordinates.columns.start == 1
-    if not (single or isinstance(joint, _GAUSSIAN) or hasattr(joint, "coordinate_log_prob")):
+    if not (single or is_gaussian or hasattr(joint, "coordinate_log_prob")):
         raise ValueError(
             f"latent site {coordinates.name!r} has batch dimensions inside a datum, or an event "
             f"that is no vector: {type(joint).__name__} needs a method coordinate_log_prob"
@@ -292,10 +280,8 @@ class _Arranged(TorchDistribution):
 def _gaussian_log_prob(joint: Any, value: Tensor) -> Tensor:
     """Return the log density of each coordinate given those before it, of the value's shape."""
     difference = (value - joint.loc).unsqueeze(-1)
-    if isinstance(joint, torch.distributions.MultivariateNormal):
-        factor = joint.scale_tril
-    else:
-        factor = torch.linalg.cholesky(joint.covariance_matrix)
+    is_full = isinstance(joint, torch.distributions.MultivariateNormal)
+    factor = joint.scale_tril if is_full else torch.linalg.cholesky(joint.covariance_matrix)
     noise = torch.linalg.solve_triangular(factor, difference, upper=False).squeeze(-1)
     scale = factor.diagonal(dim1=-2, dim2=-1)
     return -0.5 * (noise.square() + math.log(2 * math.pi)) - scale.log()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +57,8 @@ class Coordinates:
         inner = _inner_plates(site, data_plate)
         if support_of(site.fn) is None:
             raise ValueError(
-                f"latent site {site.name!r}: {site.distribution} declares no support, so nothing "
-                "says what maps the reals to its values. Give the class one (support = "
-                "constraints.real_vector, for example), or write the guide by hand"
+                f"latent site {site.name!r}: {site.distribution} declares no support. Give the "
+                "class one (support = constraints.real_vector), or write the guide by hand"
             )
         try:
             transform = biject_to(_support(site))
@@ -78,27 +76,21 @@ class Coordinates:
         return cls(site.name, transform, site.support_text, inner, batch, event, data_dim, columns)
 
     @property
-    def _transforms(self) -> list[Any]:
-        return flat_transforms([self.transform])
-
-    @property
     def preimage_key(self) -> str | None:
         """The name that preimages of the site's draws go by; None where none are kept."""
-        return preimage_key(self.name, self._transforms)
+        return preimage_key(self.name, flat_transforms([self.transform]))
 
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return what draws are made of; NaN or infinite where they lie outside of the support.
+        """Return what draws of sites are made of, by their preimages where a guide keeps them.
 
-        Args:
-            values: of sites, and their preimages where a guide keeps them.
+        NaN or infinite where a draw lies outside of the support.
         """
-        if (key := self.preimage_key) in values and key is not None:
-            return values[key]
-        return self.transform.inv(values[self.name])
+        kept = values.get(self.preimage_key or "")
+        return self.transform.inv(values[self.name]) if kept is None else kept
 
     def value(self, z: Tensor) -> Tensor:
         """Return the value of unconstrained coordinates, inside the support."""
-        return Preimage(z, tuple(self._transforms)).value
+        return Preimage(z, tuple(flat_transforms([self.transform]))).value
 
     @property
     def is_plain(self) -> bool:
@@ -125,8 +117,9 @@ class Coordinates:
         """Undo :meth:`arrange`: spread rows of an unconstrained value of the site."""
         dims = value.ndim - len(self.event)
         inside = [dims + axis for axis in self.inside]
-        moved = value.movedim(tuple(inside), tuple(range(dims - len(inside), dims)))
-        rows = moved.reshape(*moved.shape[: dims - len(inside)], -1)
+        lead = dims - len(inside)
+        moved = value.movedim(tuple(inside), tuple(range(lead, dims)))
+        rows = moved.reshape(*moved.shape[:lead], -1)
         for axis in inside:
             rows = rows.unsqueeze(axis)
         return rows
@@ -144,28 +137,21 @@ class Coordinates:
     @property
     def is_identity(self) -> bool:
         """Whether the site lives on the reals as it is."""
-        return not self._transforms
+        return not flat_transforms([self.transform])
 
 
 def coordinates_of(structure: Structure, proposer: str) -> tuple[Coordinates, ...]:
     """Return the coordinates of all sites that a guide of a datum's latents proposes, in order.
 
     These are the continuous latents of the data plate; of the model where all is one datum.
-    Discrete ones of finite support are left to be summed out.
-
-    Args:
-        structure: the model's.
-        proposer: the guide's class, for a message.
-
-    Raises:
-        ValueError: where no latent is continuous, and for a site that has no coordinates.
+    Discrete ones of finite support are left to be summed out. ValueError where no latent is
+    continuous, with the name of the guide's class, and for a site that has no coordinates.
     """
     plate = structure.data_plate
     latents = structure.global_latents if plate is None else structure.local_latents
     found: list[Coordinates] = []
-    for site in latents:
-        if not site.enumerable:
-            found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
+    for site in (site for site in latents if not site.enumerable):
+        found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
     if not found:
         discrete = ", ".join(f"latent site {site.name!r} ({site.distribution})" for site in latents)
         raise ValueError(
@@ -202,8 +188,8 @@ def _support(site: Site) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):  # independent, or of a mixture
         events += getattr(support, "reinterpreted_batch_ndims", 0)
         support = support.base_constraint
-    ends = {name: getattr(support, name, None) for name in ("lower_bound", "upper_bound")}
-    bounds = {n: _common_bound(site, end, events) for n, end in ends.items() if end is not None}
+    ends = (name for name in ("lower_bound", "upper_bound") if hasattr(support, name))
+    bounds = {name: _common_bound(site, getattr(support, name), events) for name in ends}
     if bounds and not support.is_discrete:
         support = type(support)(**bounds)
     return constraints.independent(support, events) if events else support
@@ -234,7 +220,7 @@ def prior_moments(
     Raises:
         ValueError: for a site whose prior is a point.
     """
-    means, stds = [], []
+    found = []
     with torch.no_grad(), preserved_rng(next(iter(structure.sites.values())).value.device):
         torch.manual_seed(0)  # the start of a guide is part of its definition
         for mine in coordinates:
@@ -251,9 +237,9 @@ def prior_moments(
                 # It varies between a few values, or between the ends of its support.
                 mean = torch.where(mean.isfinite(), mean, 0.0)
                 std = torch.where(std > 0, std, _WIDEST)
-            means.append(mean)
             # Wide on the reals may be beyond all numbers once mapped to the support.
-            stds.append(std if mine.is_identity else std.clamp(max=_WIDEST))
+            found.append((mean, std if mine.is_identity else std.clamp(max=_WIDEST)))
+    means, stds = zip(*found, strict=True)
     return torch.cat(means), torch.cat(stds)
 
 
@@ -285,9 +271,8 @@ def middle_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     # Sorted, NaN last: torch.nanquantile takes 2**24 numbers at most.
     some = torch.where(some.isfinite(), some, math.nan).sort(dim=0).values
     last = (some.isfinite().sum(0, keepdim=True) - 1).clamp_min(0)
-    low, median, high = (
-        some.gather(0, (level * last).round().long())[0] for level in (0.16, 0.5, 0.84)
-    )
+    places = ((level * last).round().long() for level in (0.16, 0.5, 0.84))
+    low, median, high = (some.gather(0, place)[0] for place in places)
     mean, std, middle = rows.mean(0), rows.std(0), (high - low) / 2
     light = (std < 2 * middle) | (std == 0)
     return torch.where(light, mean, median), torch.where(light, std, middle)

@@ -24,8 +24,6 @@ from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import DataPlate, Distribution, Program, Trace
 
-__all__ = ["ExactGuide"]
-
 _FAMILIES = (dist.Categorical, dist.Bernoulli, dist.OneHotCategorical)
 _T = TypeVar("_T")
 
@@ -97,8 +95,7 @@ class ExactGuide(Registered):
                 for frame in conditional.frames:
                     stack.enter_context(plates[frame.name])
                 stack.enter_context(poutine.scale(scale=conditional.node["scale"]))
-                mask: Any = conditional.node["mask"]
-                if mask is not None:
+                if (mask := conditional.node["mask"]) is not None:
                     stack.enter_context(poutine.mask(mask=mask))
                 value = pyro.sample(conditional.name, proposal, infer={"enumerate": "parallel"})
             values[conditional.name] = value
@@ -119,16 +116,17 @@ class ExactGuide(Registered):
         return self._enumerated(as_batch(*batch), marginals)
 
     @contextlib.contextmanager
-    def frozen(self, *batch: Any) -> Iterator[None]:
+    def frozen(self, *batch: Any, **keywords: Any) -> Iterator[None]:
         """Keep the posterior of a batch as it is now, while the model's parameters change.
 
         The E-step: inside the context, losses on this batch are the M-step's.
 
         Args:
             *batch: the model's arguments; inside the context the guide takes no others.
+            **keywords: those by keyword.
         """
-        arguments = as_batch(*batch)
-        before, self._frozen = self._frozen, (arguments, self._enumerated(arguments, conditionals))
+        before, arguments = self._frozen, as_batch(*batch) if batch else as_batch(keywords)
+        self._frozen = arguments, self._enumerated(arguments, conditionals)
         try:
             yield
         finally:

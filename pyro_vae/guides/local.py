@@ -15,8 +15,6 @@ from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, Program
 
-__all__ = ["LocalGuide"]
-
 
 class LocalGuide(FamilyGuide, RowGuide):
     """A guide with a row of parameters for each datum: no encoder, no amortization.
@@ -77,17 +75,12 @@ class LocalGuide(FamilyGuide, RowGuide):
                 f"num_data={num_data}: with data_plate=False the whole batch is one datum"
             )
         super().__init__(looks, structure, family)
-        prior = self._prior_params
-        table = prior.repeat(num_data, *[1] * prior.ndim)
+        table = self._prior_params.repeat(num_data, *[1] * self._prior_params.ndim)
         self._make_rows(table, is_whole=structure.data_plate is None)
         self._trial: Tensor | None = None
 
     def using(self, table: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Take another table in place of the guide's own, to differentiate by it.
-
-        Args:
-            table: of the shape of the guide's own.
-        """
+        """Take another table in place of the guide's own inside the context."""
         return self._holding("_trial", table)
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,6 +88,3 @@ class LocalGuide(FamilyGuide, RowGuide):
         self.check_size(Batch(args, kwargs).size)
         table = self.table if self._trial is None else self._trial
         return table if self.given_rows is None else table[self.given_rows]
-
-    def _chosen_rows(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
-        return self.rows(index)

@@ -33,8 +33,6 @@ from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Imputation", "WeightedMoments", "impute"]
-
 # First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_vae.missing_data.arguments import (
+from pyro_vae.missing_data.encoder import (
     Arguments,
     Key,
     arguments_of,
@@ -33,8 +33,6 @@ from pyro_vae.programs.supports import value_of
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Program, Trace, Values
 from pyro_vae.recording import is_recording
-
-__all__ = ["MissingData"]
 
 _PATTERNS = 8  # of missing values that a model is looked at with, at most
 # Fills between a column's least and largest number: with so few codes, each has its turn.
@@ -137,8 +135,7 @@ class MissingData(nn.Module):
         """
         if is_recording() or len(self._patterns) >= _PATTERNS:
             return
-        pattern = _pattern_of(arguments)
-        if not pattern or pattern in self._patterns:
+        if not (pattern := _pattern_of(arguments)) or pattern in self._patterns:
             return
         self._patterns.add(pattern)
         device = Batch(*as_called(arguments)).device
@@ -288,9 +285,8 @@ def _check_decisions(model: Program, arguments: Arguments) -> None:
 
 
 def _scored(trace: Trace) -> dict[str, Node]:
-    nodes = dict(sample_nodes(trace))
-    tensors = {name: node for name, node in nodes.items() if isinstance(node["value"], Tensor)}
-    return {name: node for name, node in tensors.items() if not is_deterministic(node)}
+    tensors = ((n, node) for n, node in sample_nodes(trace) if isinstance(node["value"], Tensor))
+    return {name: node for name, node in tensors if not is_deterministic(node)}
 
 
 def _terms(nodes: dict[str, Node]) -> dict[str, Tensor]:
@@ -318,7 +314,7 @@ def _filled(arguments: Arguments) -> Iterator[Arguments]:
 
     Numbers between the extremes too: a model may ask for an interval, or for one code of several.
     """
-    inner = [(step / _STEPS, 0.0) for step in range(1, _STEPS)]
+    inner = ((step / _STEPS, 0.0) for step in range(1, _STEPS))
     for share, beyond in ((0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (1.0, 1.0), *inner):
         yield {key: _fill(value, share, beyond) for key, value in arguments.items()}
 
@@ -334,8 +330,7 @@ def _fill(value: Any, share: float, beyond: float) -> Any:
     whole = x[~x.isnan()]
     if whole.numel() == 0:
         return x.masked_fill(x.isnan(), share + beyond)
-    column = _seen_value(x, share)
-    extreme = whole.min() if share == 0 else whole.max()
+    column, extreme = _seen_value(x, share), whole.min() if share == 0 else whole.max()
     column = torch.where(column.isnan(), extreme, column)
     return torch.where(x.isnan(), column + beyond * (1 + whole.max() - whole.min()), x)
 
@@ -350,5 +345,4 @@ def _seen_value(value: Tensor, share: float) -> Tensor:
     starts[1:] = ordered[1:] != ordered[:-1]
     ranks = (starts & ~ordered.isnan()).cumsum(0)
     wanted = 1 + (share * (ranks[-1:] - 1)).round()
-    first = (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1)
-    return ordered.gather(0, first)[0]
+    return ordered.gather(0, (ranks < wanted).sum(0, keepdim=True).clamp(max=len(value) - 1))[0]

@@ -116,11 +116,8 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
         The axes.
     """
     rows, ax = _rows(datasets), _axes(ax, (6.4, 4.2))
-    guides, names = (
-        list(dict.fromkeys(each)) for each in zip(*((r.guide, r.name) for r in rows), strict=True)
-    )
-    colors = dict(zip(guides, itertools.cycle(_CYCLE), strict=False))
-    styles = dict(zip(names, itertools.cycle(_STYLES), strict=False))
+    colors = dict(zip(dict.fromkeys(r.guide for r in rows), itertools.cycle(_CYCLE), strict=False))
+    styles = dict(zip(dict.fromkeys(r.name for r in rows), itertools.cycle(_STYLES), strict=False))
     for row in rows:
         gap = np.asarray(row.dataset["log_evidence"] - row.dataset["elbo"].sel(guide=row.guide))
         gap = np.sort(gap[np.isfinite(gap)])
@@ -130,7 +127,7 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="share of the data below")
     ax.grid(alpha=0.3)
     handles = [_handle(color, guide, "-") for guide, color in colors.items()]
-    if len(names) > 1:
+    if len(styles) > 1:
         handles += [_handle("black", name, style) for name, style in styles.items()]
     _title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
     return ax
@@ -206,15 +203,17 @@ def plot_latents(
         raise ValueError(f"means: wanted shape {wanted}, found {list(means.shape)}")
     if labels is not None and np.shape(labels) != (len(means),):
         raise ValueError(f"labels: wanted shape [{len(means)}], found {list(np.shape(labels))}")
-
     points, names = _two_dimensions(means)
     ax = _axes(ax, (6.4, 5.4))
     dots: dict[str, Any] = {"s": 14, "alpha": 0.8, "linewidths": 0.0}
-    classes = np.unique([] if labels is None else labels)
     if labels is None:
         ax.scatter(*points.T, color=_BLUE, **dots)
     else:
-        for color, label in zip(_class_colors(len(classes)), classes, strict=True):
+        classes = np.unique(labels)
+        colors: Sequence[Any] = _TEN
+        if len(classes) > len(_TEN):  # so many are ordered, not told apart
+            colors = pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, len(classes)))
+        for color, label in zip(colors, classes, strict=False):
             ax.scatter(*points[labels == label].T, color=color, label=str(label), **dots)
         columns = 1 + (len(classes) - 1) // 20
         look: dict[str, Any] = {"ncols": columns, "frameon": False, "markerscale": 2.0}
@@ -225,9 +224,6 @@ def plot_latents(
     ax.grid(alpha=0.3)
     ax.set_title("Posterior means of the latents", loc="left")
     return ax
-
-
-# Means over the data, with standard errors
 
 
 class _Mean(NamedTuple):
@@ -250,11 +246,11 @@ class _Mean(NamedTuple):
 def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Mean:
     """Average over the data; draws of different data are independent."""
     select = {} if guide is None else {"guide": guide}
-    values = np.asarray(dataset[name].sel(select), dtype=float)
-    if f"{name}_se" not in dataset:
-        return _Mean(float(values.mean()), np.nan)
-    errors = np.asarray(dataset[f"{name}_se"].sel(select), dtype=float)
-    return _Mean(float(values.mean()), float(np.sqrt((errors**2).sum()) / errors.size))
+    value, error = float(dataset[name].sel(select).mean(skipna=False)), np.nan
+    if f"{name}_se" in dataset:
+        errors = np.asarray(dataset[f"{name}_se"].sel(select), dtype=float)
+        error = float(np.sqrt((errors**2).sum()) / errors.size)
+    return _Mean(value, error)
 
 
 def _two_dimensions(means: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -270,9 +266,6 @@ def _two_dimensions(means: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return centered @ directions[:2].T, names
 
 
-# Several datasets, several guides: a row each
-
-
 class _Row(NamedTuple):
     position: float
     name: str
@@ -283,8 +276,7 @@ class _Row(NamedTuple):
 
 def _rows(datasets: Datasets) -> list[_Row]:
     """Give each guide of each dataset a row, and leave a row for a heading above them."""
-    rows = []
-    position = 0.0
+    rows, position = [], 0.0
     # A Dataset is a Mapping too, of its variables.
     named = {"": datasets} if hasattr(datasets, "data_vars") else datasets
     for name, dataset in cast("Mapping[str, xr.Dataset]", named).items():
@@ -295,9 +287,6 @@ def _rows(datasets: Datasets) -> list[_Row]:
     if not rows:
         raise ValueError("nothing to plot: no dataset, or none with a guide")
     return rows
-
-
-# Matplotlib
 
 
 def pyplot() -> ModuleType:
@@ -322,8 +311,7 @@ def _title_and_legend(
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
     legend = ax.legend(handles=handles, ncols=columns, fontsize="small", borderaxespad=0.2, **place)
-    lines = -(-len(legend.get_texts()) // columns)
-    ax.set_title(title, loc="left", pad=8 + 15 * lines)
+    ax.set_title(title, loc="left", pad=8 + 15 * (-(-len(legend.get_texts()) // columns)))
 
 
 def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str]) -> None:
@@ -363,7 +351,7 @@ def _draw_curve(
 ) -> None:
     """Draw a quantity of the history, with a band of one standard error where it has one."""
     known = np.isfinite(history[name])
-    epoch, value = history["epoch"][known], history[name][known]
+    epoch, value = (history[each][known] for each in ("epoch", name))
     # A single epoch makes no line.
     ax.plot(epoch, value, color=color, label=label, marker="." if epoch.size < 30 else None)
     if (errors := history.get(f"{name}_std_error")) is not None:
@@ -383,13 +371,6 @@ def _limit_history(ax: Axes, elbo: np.ndarray) -> str:
         return ""
     ax.set_ylim(bottom, highest + 0.06 * (highest - bottom))
     return f"the ELBO axis is cut; its lowest value is {_number(lowest)} nats"
-
-
-def _class_colors(number: int) -> Sequence[str | np.ndarray]:
-    """Return a colour for each class; so many that they are ordered, not told apart, from a map."""
-    if number <= len(_TEN):
-        return _TEN[:number]
-    return list(pyplot().get_cmap("viridis")(np.linspace(0.0, 1.0, number)))
 
 
 def _handle(color: str, label: str, style: str | None = None) -> Artist:

@@ -39,16 +39,11 @@ class ScoredGuide:
         return self.guide.family.shifted(table, self.guide.num_coordinates, shift)
 
     def log_weights(self, table: Tensor, noise: Tensor, power: Tensor | float = 1.0) -> Tensor:
-        """Return log w of draws made of given noise, [K, n], of p(x, z) to a power.
+        """Return log w, [K, n], of draws that rows [n, P] make of noise [K, num_noise].
 
-        The gradient sticks the landing (Roeder, Wu & Duvenaud 2017): the score of log q has
-        expectation zero, so the density's own dependence on the parameters is left out, and only
-        the path counts.
-
-        Args:
-            table: [n, P].
-            noise: [K, num_noise].
-            power: of p(x, z).
+        With p(x, z) to a power. The gradient sticks the landing (Roeder, Wu & Duvenaud 2017): the
+        score of log q has expectation zero, so the density's own dependence on the parameters is
+        left out, and only the path counts.
         """
         rows = slice(0, self.evaluator.num_data)
         values = self.evaluator.from_single(self.guide.from_noise(table, noise))
@@ -60,17 +55,11 @@ class ScoredGuide:
         return power * (log_likelihood + log_prior) - log_guide
 
     def log_joint(self, z: Tensor, prior: Tensor | float = 1.0) -> Tensor:
-        """Return ``log p(x | z) + w (log p(z) + log |det dz/du|)``, up to a constant.
+        """Return ``log p(x | z) + w (log p(z) + log |det dz/du|)``, up to a constant, [K, n].
 
-        Of a nearly flat guide, whose log density is minus the log determinant of the map to the
-        supports, with the model's masks on it.
-
-        Args:
-            z: unconstrained coordinates, [K, n, D].
-            prior: w, the weight of the prior.
-
-        Returns:
-            [K, n].
+        Of unconstrained coordinates [K, n, D], with w the weight of the prior. By a nearly flat
+        guide, whose log density is minus the log determinant of the map to the supports, with the
+        model's masks on it.
         """
         rows = slice(0, self.evaluator.num_data)
         values = self.evaluator.from_single(self.guide.values_of(z))
@@ -120,14 +109,10 @@ class Block:
         *,
         check: bool,
     ) -> Sequence[Tensor]:
-        """Return what a function returns, by a graph that blocks of one size share.
+        """Return a function of a scored guide and tensors, by a graph that blocks of a size share.
 
-        Args:
-            function: of a scored guide and of tensors, to tensors.
-            scored: of this block.
-            inputs: the tensors, that which has particles the last.
-            calls: to be expected for this block.
-            check: whether this is the block's first call.
+        The last of the inputs is the one with particles; ``calls`` are to be expected for this
+        block, of which ``check`` says the first.
         """
         evaluator = scored.evaluator
         given = (evaluator.given(), list(inputs))

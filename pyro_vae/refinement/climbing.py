@@ -73,32 +73,21 @@ class Climber:
         return steps
 
     def cycle(self, block: Block, before: Tensor, steps: int, number: int, rate: Tensor) -> Cycle:
-        """Run one cycle on every row of a block at once.
+        """Run one cycle of some steps on all rows [n, P] of a block at once.
 
-        Args:
-            block: of n data.
-            before: their rows, [n, P].
-            steps: of the optimizer.
-            number: of the cycle: random numbers depend on it, and later ones take more particles.
-            rate: factors on the learning rate, [n].
+        The rate [n] is a factor on the learning rate. Random numbers depend on the number of the
+        cycle, and later ones take more particles.
         """
         if not self.blocks.family.has_density:
             return self._climb_points(block, before, steps)
         after = self._climb(block, before, steps, number, rate)
         gain, error = self.gain(block, before, after, number)
-        sound = (gain > -self.tolerance) & (steps >= _FEWEST_STEPS)
-        return Cycle(after, gain, error, sound)
-
-    def _particles(self, cycle: int) -> int:
-        """Return how many particles a gradient is made of."""
-        if cycle == 0:
-            return _PARTICLES
-        doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / self.tolerance)))
-        return _PARTICLES << min(doublings, _DOUBLINGS)
+        return Cycle(after, gain, error, (gain > -self.tolerance) & (steps >= _FEWEST_STEPS))
 
     def _climb(self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor) -> Tensor:
         """Run Adam on the ELBO, its learning rate falling to nothing; return the new rows."""
-        num_particles = self._particles(cycle)
+        doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / self.tolerance)))
+        num_particles = _PARTICLES << (min(doublings, _DOUBLINGS) if cycle else 0)
         annealed = self.blocks.family.anneals and cycle == 0
         shift = torch.zeros_like(start, requires_grad=True)
         # The average of the second half of the path has less noise than its end.
@@ -196,9 +185,8 @@ class Climber:
     def noise(self, num_particles: int, key: tuple[int, ...] = (_STARTS,)) -> tuple[Tensor, Tensor]:
         """Return weights [K], and noise [K, num_noise]: their mean is that over normal noise.
 
-        Args:
-            num_particles: K; where draws go into the tails, at least as many.
-            key: tells the random numbers from others; by default those that compare starts.
+        K may be more where draws go into the tails. The key tells the random numbers from others;
+        by default they are those that compare starts.
         """
         size, key = self.blocks.num_noise, (self.blocks.seed, *key)
         if self.heavy:
@@ -254,8 +242,7 @@ def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> tuple[T
     strata = torch.arange(per_axis, dtype=torch.float64).unsqueeze(1)
     uniform = torch.rand(per_axis, size, generator=_generator((*key, 2)), dtype=torch.float64)
     wide = _WIDER * torch.special.ndtri((strata + uniform) / per_axis)
-    axis = torch.arange(size).repeat(per_axis)
-    reaching[torch.arange(count), axis] = wide.flatten()
+    reaching[torch.arange(count), torch.arange(size).repeat(per_axis)] = wide.flatten()
     values = torch.cat([plain, reaching])
     ratio = (0.5 * (1 - _WIDER**-2) * values.square()).exp() / _WIDER
     return values, 2 / (1 + ratio.mean(1))

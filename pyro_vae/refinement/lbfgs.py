@@ -57,9 +57,8 @@ def minimize_rows(objective: Objective, start: Tensor, max_steps: int) -> Minimu
     promised = torch.full_like(value, torch.inf)
     taken = 0
     while taken < max_steps and not bool(done.all()):
-        direction = _direction(slope_at, steps, changes)
+        direction, before = _direction(slope_at, steps, changes), done
         slope = _dot(slope_at, direction)
-        before = done
         if steps:  # a fall below the rounding of the objective cannot be seen
             done |= -slope < torch.finfo(x.dtype).eps * value.abs()
         uphill = ~(slope < 0)

@@ -22,8 +22,6 @@ from pyro_vae.refinement.climbing import Climber
 from pyro_vae.refinement.search import Ascent, ascend, search
 from pyro_vae.refinement.starts import answer_of, starts_of
 
-__all__ = ["refine", "refine_scored", "refine_table"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -99,22 +97,16 @@ def refine(
         ValueError: for what :func:`pyro_vae.log_weights` refuses; max_steps < 1; a
             tolerance that is not positive.
     """
-    max_steps = _checked_steps(max_steps, tolerance)
     with contextlib.ExitStack() as stack:
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
             stack.enter_context(guide.for_any_data())
             given = {**guide.given, **(given or {})}
         evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
-    limits = max_steps, tolerance
-    local = refine_scored(evaluator, family, data_plate, *limits, compile, progress=progress)
+    local = refine_scored(
+        evaluator, family, data_plate, max_steps, tolerance, compile, progress=progress
+    )
     local.remember(evaluator.batch, fixed)
     return local
-
-
-def _checked_steps(max_steps: int, tolerance: float) -> int:
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
-    return as_count("max_steps", max_steps)
 
 
 def refine_scored(
@@ -128,8 +120,9 @@ def refine_scored(
     progress: bool,
 ) -> LocalGuide:
     """Do what :func:`refine` does from the guide of an evaluator, on its batch."""
-    max_steps = _checked_steps(max_steps, tolerance)
-    guide = evaluator.pair.user_guide
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    max_steps, guide = as_count("max_steps", max_steps), evaluator.pair.user_guide
     if family is None and of_family(guide):
         family = guide.family
     # Before the looks are used: this shows, too, whether the model's plate is subsampled.
@@ -166,8 +159,7 @@ def refine_table(
     The evaluator is of the model on the batch, with any guide; its seed is that of the draws.
     """
     # Anew: the prior may have other parameters than when the evaluator was made.
-    looks = ModelLooks(model, evaluator.batch)
-    blocks = Blocks(looks, evaluator, guide, data_plate, "auto")
+    blocks = Blocks(ModelLooks(model, evaluator.batch), evaluator, guide, data_plate, "auto")
     start = guide.table.detach().clone()
     todo = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     return ascend(Climber(blocks, tolerance, tqdm(disable=True)), start, todo, max_steps)

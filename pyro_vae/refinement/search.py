@@ -121,17 +121,6 @@ def _unseen(climber: Climber, block: Block, table: Tensor) -> Tensor:
     return torch.nan_to_num((torch.cat([mass, mass]).to(lost) @ lost).abs(), nan=torch.inf)
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """The ascent from each row's best start."""
-
-    climber: Climber
-    todo: Tensor  # which rows, [N]
-    starts: Tensor  # [C, N, P]
-    chosen: Tensor  # the number of the best, [N]
-    ended: Ascent
-
-
 def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
     """Return the best table that starts [C, N, P] lead to, and which rows have converged.
 
@@ -140,43 +129,41 @@ def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
     everything = torch.ones(starts.shape[1], dtype=torch.bool, device=starts.device)
     may_reach = climber.blocks.family.has_density and climber.blocks.size <= _MOST_HEAVY
     plain_steps = min(max_steps, _PLAIN_CYCLES * _CYCLE) if may_reach else max_steps
-    plain = _from_best(climber, starts, everything, plain_steps)
-    table, converged = plain.ended.table, plain.ended.converged
-    heavy = ~converged & may_reach
-    attempts = [replace(plain, todo=~heavy)]
-    if bool(heavy.any()):
-        # What plain draws cannot settle may lie in tails that they do not reach.
-        more = torch.cat([starts, table.unsqueeze(0)])
-        reaching = replace(climber, heavy=True)
-        attempts.append(_from_best(reaching, more, heavy, climber.more(max_steps)))
-    for attempt in attempts:
-        if bool(attempt.todo.any()):
-            best = _challenge(attempt, max_steps)
-            table = torch.where(per_row(attempt.todo, table), best.table, table)
-            converged = torch.where(attempt.todo, best.converged, converged)
-    return Ascent(table, converged)
+    chosen, ended = _from_best(climber, starts, everything, plain_steps)
+    heavy = ~ended.converged & may_reach
+    best = _challenge(climber, ~heavy, starts, chosen, ended, max_steps)
+    if not bool(heavy.any()):
+        return best
+    # What plain draws cannot settle may lie in tails that they do not reach.
+    climber, starts = replace(climber, heavy=True), torch.cat([starts, ended.table.unsqueeze(0)])
+    chosen, ended = _from_best(climber, starts, heavy, climber.more(max_steps))
+    reached = _challenge(climber, heavy, starts, chosen, ended, max_steps)
+    table = torch.where(per_row(heavy, best.table), reached.table, best.table)
+    return Ascent(table, torch.where(heavy, reached.converged, best.converged))
 
 
-def _from_best(climber: Climber, starts: Tensor, todo: Tensor, max_steps: int) -> _Attempt:
-    """Climb from the start where each row has the highest ELBO."""
+def _from_best(
+    climber: Climber, starts: Tensor, todo: Tensor, max_steps: int
+) -> tuple[Tensor, Ascent]:
+    """Climb from the start where each row has the highest ELBO; return their numbers too, [N]."""
     chosen = torch.zeros_like(todo, dtype=torch.long)
     for block in climber.blocks.at(torch.nonzero(todo).flatten()):
         chosen[block.rows] = best_of(climber, block, starts[:, block.rows])[0]
     table = starts[chosen, torch.arange(len(chosen), device=chosen.device)]
-    return _Attempt(climber, todo, starts, chosen, ascend(climber, table, todo, max_steps))
+    return chosen, ascend(climber, table, todo, max_steps)
 
 
-def _challenge(attempt: _Attempt, max_steps: int) -> Ascent:
-    """Try the other starts, where a row is in doubt or a start may end higher."""
-    climber, todo = attempt.climber, attempt.todo
-    table, converged = attempt.ended.table, attempt.ended.converged
-    hopeful = _hopeful(attempt)
-    for number, start in enumerate(attempt.starts):
-        tried = todo & (attempt.chosen != number) & (~converged | hopeful[number])
+def _challenge(
+    climber: Climber, todo: Tensor, starts: Tensor, chosen: Tensor, ended: Ascent, max_steps: int
+) -> Ascent:
+    """Try the starts not chosen, where a row to do is in doubt or a start may end higher."""
+    table, converged = ended.table, ended.converged
+    hopeful = _hopeful(climber, todo, starts, table)
+    for number, start in enumerate(starts):
+        tried = todo & (chosen != number) & (~converged | hopeful[number])
         if not bool(tried.any()):
             continue
-        steps = climber.more(min(max_steps, _RIVAL_CYCLES * _CYCLE))
-        rival = ascend(climber, start, tried, steps)
+        rival = ascend(climber, start, tried, climber.more(min(max_steps, _RIVAL_CYCLES * _CYCLE)))
         passed = rival.converged
         gain, error = _gain(climber, table, rival.table, tried)
         higher = tried & (gain > 2 * error) & (gain > 0)
@@ -189,12 +176,11 @@ def _challenge(attempt: _Attempt, max_steps: int) -> Ascent:
     return Ascent(table, converged)
 
 
-def _hopeful(attempt: _Attempt) -> Tensor:
+def _hopeful(climber: Climber, todo: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Return for which rows a start is elsewhere, and not so low that it cannot win, [C, N]."""
-    climber, table, starts = attempt.climber, attempt.ended.table, attempt.starts
     found = torch.zeros(starts.shape[:2], dtype=torch.bool, device=table.device)
     margin = min(_MARGIN + climber.blocks.size / 4, _MOST_MARGIN)
-    for block in climber.blocks.at(torch.nonzero(attempt.todo).flatten()):
+    for block in climber.blocks.at(torch.nonzero(todo).flatten()) if bool(todo.any()) else ():
         here, there = table[block.rows], starts[:, block.rows]
         _, elbos = best_of(climber, block, torch.cat([here.unsqueeze(0), there]))
         higher = elbos[1:] > elbos[0] + climber.tolerance
@@ -223,6 +209,5 @@ def _gain(climber: Climber, before: Tensor, after: Tensor, which: Tensor) -> Ten
     found = before.new_zeros(2, before.shape[0], dtype=torch.float64)
     for block in climber.blocks.at(torch.nonzero(which).flatten()):
         rows = block.rows
-        gain = climber.gain(block, before[rows], after[rows], _RIVAL_CYCLES)
-        found[:, rows] = torch.stack(gain)
+        found[:, rows] = torch.stack(climber.gain(block, before[rows], after[rows], _RIVAL_CYCLES))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,20 +31,14 @@ _COMPARED = 64  # particles by which starts are compared
 
 
 def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the modes that L-BFGS finds from places, and how high they are.
+    """Return the modes [M, n, D] that L-BFGS finds from places [M, n, D], and how high they are.
 
-    Args:
-        block: of n data.
-        places: unconstrained coordinates, [M, n, D].
-        prior: its weight in log p(x, z).
-
-    Returns:
-        [M, n, D]; and log p(x, z) there, up to a constant, [M, n].
+    That is log p(x, z), up to a constant, [M, n], with the prior to a power.
     """
-    shape, checks = places.shape, itertools.chain([True], itertools.repeat(False))
+    shape, first = places.shape, iter([True])
 
     def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
-        height, slope = _height(block, flat.reshape(shape), _CLIMB, prior, check=next(checks))
+        height, slope = _height(block, flat.reshape(shape), _CLIMB, prior, check=next(first, False))
         return -height.flatten(), -slope.flatten(0, 1)
 
     modes = minimize_rows(objective, places.flatten(0, 1), _CLIMB).rows.reshape(shape)
@@ -54,15 +47,10 @@ def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor
 
 
 def gaussian_at(block: Block, mode: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the Gaussian of the curvature at a mode, searched for once more in whitened units.
+    """Return mean [n, D] and scale_tril [n, D, D] of the Gaussian of the curvature at a mode.
 
-    Args:
-        block: of n data.
-        mode: [n, D], near one.
-
-    Returns:
-        Its mean, [n, D], and scale_tril, [n, D, D]; None where the model cannot be differentiated
-        twice, or has too many coordinates.
+    The mode is searched for once more, in whitened units. None where the model cannot be
+    differentiated twice, or has too many coordinates.
     """
     if (white := _scale_tril(block, mode)) is None:
         return None

@@ -192,6 +192,15 @@ def test_frozen_refuses_other_data():
     guide(x + 1)
 
 
+def test_frozen_takes_arguments_by_keyword():
+    x = data(7)
+    guide = ExactGuide(Mixture(), example={"x": x})
+    with guide.frozen(x=x), guide.frozen({"x": x}):
+        guide(x=x)
+        with pytest.raises(ValueError, match="posterior is frozen for"):
+            guide(x=x + 1)
+
+
 def test_masked_data_count_for_nothing():
     keep = torch.tensor([True, False, True, True, False, True, True])
 
