@@ -18,7 +18,7 @@ from pyro_vae.losses.wake_sleep import WakeSleep
 from pyro_vae.missing_data.encoder import MissingEncoder
 from pyro_vae.missing_data.impute import Imputation, impute
 from pyro_vae.missing_data.model import MissingData
-from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.programs.describe import describe
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine

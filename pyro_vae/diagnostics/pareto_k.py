@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.diagnostics.psis import psis
-from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.particles.estimators import LogWeights
 
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 

@@ -17,6 +17,7 @@ from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
 from pyro_vae.diagnostics.psis import pareto_k_of_largest, tail_length
 from pyro_vae.particles.estimators import (
     LargestWeights,
+    LogWeights,
     StreamingELBO,
     StreamingIWAE,
     calibrated,
@@ -24,7 +25,6 @@ from pyro_vae.particles.estimators import (
 )
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
-from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 

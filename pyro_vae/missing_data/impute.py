@@ -21,10 +21,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
-from pyro_vae.particles.estimators import calibrated, skewness_of
+from pyro_vae.particles.estimators import LogWeights, calibrated, skewness_of
 from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
-from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Site, Structure, absent, array_of, inner_dims, names_of

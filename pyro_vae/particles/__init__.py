@@ -1,5 +1,5 @@
 """How do draws become log weights? Modes of running particles, plans, runs, estimators."""
 
-from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.particles.estimators import LogWeights
 
 __all__ = ["LogWeights"]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Container, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.particles.log_weights import LogWeights
+from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.modes import MODES, Loop
 from pyro_vae.particles.run import Run, Runner
 from pyro_vae.programs.agreement import agree, largest_gap
-from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import lift_masks
@@ -32,6 +31,7 @@ from pyro_vae.programs.traces import GiveValues, site_log_prob, trace_guide, tra
 from pyro_vae.programs.types import ModeName, Node, Particles, Program, Trace, Values
 
 logger = logging.getLogger(__name__)
+Names: TypeAlias = tuple[str, ...]
 
 _MINIBATCHES = 8  # looked at, of a model that draws them itself
 _SEED = 0  # of all runs: what is drawn beside the sites is the same in each
@@ -51,8 +51,9 @@ def choose_mode(
     runner: Runner,
     role: Literal["guide", "model"],
     particles: Particles,
+    rows: slice,
+    values: Values,
     reference: Tensor,
-    run: Callable[[Runner], Run],
     score: Callable[[Run], Tensor],
 ) -> tuple[Runner, Run]:
     """Return the runner in the first mode that agrees with single particles, and its run.
@@ -61,19 +62,20 @@ def choose_mode(
         runner: of a guide or a model.
         role: which of them, for messages.
         particles: the mode that is asked for; "auto" tries all.
-        reference: log densities of single particles, run one by one, [K, N].
-        run: runs the same particles by a runner.
+        rows: of which data.
+        values: of the particles.
+        reference: log densities of these, run one by one, [K, N].
         score: returns the log densities of a run.
 
     Raises:
         UnnamedDrawsError: where the same latents have another density in each run.
         ValueError: where no mode agrees.
     """
-    reasons: list[str] = []
+    reasons, count = list[str](), len(reference)
     for name in candidates(runner, particles):
         chosen = runner.in_mode(name)
         with Look() as look:
-            ran = run(chosen)
+            ran = chosen.run(rows, count, values)
             found = score(ran)
         if look.error is not None:
             # A shape that the network cannot take, said in its own way; the loop, which is the
@@ -87,18 +89,16 @@ def choose_mode(
         else:
             gap = largest_gap(reference, found)
             reasons.append(f"{name}: log densities differ from single particles by {gap:.3g} nats")
-    if not agree(reference, score(run(runner.in_mode("loop")))):
+    if not agree(reference, score(runner.in_mode("loop").run(rows, count, values))):
         raise UnnamedDrawsError(
             f"the {role} draws random numbers outside of sample statements: its log density of the "
-            "same latents is another in each run, and a weight of each draw needs one. Give the "
-            "draw a name with pyro.sample, as a latent of its own; or, if it is dropout in "
-            f"training mode, call .eval() on the {role}'s modules. A mean over particles (pv.ELBO) "
-            "is well defined, and trains it"
+            "same latents is another in each run, but a weight needs one. Draw by pyro.sample, as "
+            f"a latent; or, for dropout in training mode, call .eval() on the {role}'s modules; or "
+            "train with a mean over particles (pv.ELBO), which is well defined"
         )
     raise ValueError(
-        f"the {role}'s log density of several particles does not agree with that of each alone "
-        f"({'; '.join(reasons)}): its broadcasting over the particle dimension, the leftmost, is "
-        "wrong"
+        f"the {role}'s log density of several particles is not that of each alone "
+        f"({'; '.join(reasons)}): it broadcasts wrongly over the particle dimension, the leftmost"
     )
 
 
@@ -114,25 +114,20 @@ def candidates(runner: Runner, particles: Particles) -> list[ModeName]:
 
 def warn_of_coarse_loss(model_trace: Trace, owners: tuple[Program, Program]) -> None:
     """Warn where float32 gives another loss; training goes on, because gradients mind less."""
-    for name, node in sample_nodes(model_trace):
-        if not node["is_observed"]:
-            continue
+    told = (
+        "the loss is off by about %.2g nats for a datum: terms of the observed site %r are too "
+        "large for the digits of float32. Gradients are little hurt by it, and bounds (pv.elbo, "
+        "pv.iwae_bound) score such sites in float64; for a loss to trust, use float64 throughout"
+    )
+    observed = ((name, n) for name, n in sample_nodes(model_trace) if n["is_observed"])
+    for name, node in observed:
         gap = 0.0
         # A distribution that cannot be had in float64 is passed over.
         with Look(), torch.no_grad(), pyro.validation_enabled(False):
             narrow, wide = (site_log_prob(name, node, double=double) for double in (False, True))
             gap = float((narrow.sum() - wide.sum()).abs()) / max((1, *narrow.shape[:1]))
         if gap > _COARSE_LOSS:
-            warn_once(
-                logger,
-                owners,
-                "the loss is off by about %.2g nats for a datum: terms of the observed site %r are "
-                "so large that float32 keeps too few of their digits. Its gradients are little "
-                "hurt by it, and bounds (pv.elbo, pv.iwae_bound) score such sites in float64; for "
-                "a loss to trust, give data, parameters and networks in float64",
-                gap,
-                name,
-            )
+            warn_once(logger, owners, told, gap, name)
 
 
 class DependentDataError(ValueError):
@@ -145,7 +140,7 @@ class DependentDataError(ValueError):
             gap = largest_gap(wanted, found)
             raise cls(
                 f"the density of a datum depends on the latents of other data, by up to {gap:.3g} "
-                f"nats: the data of plate {plate.name!r} have no weights of their own. Pass "
+                f"nats: data of plate {plate.name!r} have no weights of their own. Pass "
                 "data_plate=False to treat the whole batch as one datum"
             )
 
@@ -160,9 +155,7 @@ def mix(odd: Tensor, first: Tensor, second: Tensor, axis: int) -> Tensor:
     return torch.where(odd.reshape(-1, *[1] * (-axis - 1)), second, first)
 
 
-def check_independent(
-    model: Program, guide: Program, model_trace: Trace, plate: Plate, nesting: int, batch: Batch
-) -> None:
+def check_independent(pair: Pair, model_trace: Trace, plate: Plate, nesting: int) -> None:
     """Raise DependentDataError where a datum's density depends on the latents of other data.
 
     The model is scored at two draws of the guide, and at a third that takes every other datum's
@@ -187,19 +180,16 @@ def check_independent(
 
     def score(values: Values) -> Tensor:
         torch.manual_seed(_SEED)
-        trace = trace_of(GiveValues({**first, **values}, preimages)(model), batch)
+        trace = trace_of(GiveValues({**first, **values}, preimages)(pair.model), pair.batch)
         return Run([trace], Loop(nesting, plate.dim), 1).log_prob(has_data)[0]
 
     with Look() as look, torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         torch.manual_seed(_SEED + 1)
         shared = {name: value for name, value in first.items() if name not in axes}
-        drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(guide), batch)))
+        drawn = dict(latent_nodes(trace_guide(GiveValues(shared)(pair.guide), pair.batch)))
         second = {name: drawn[name]["value"] for name in local & drawn.keys()}
         odd = every_other(size, first[next(iter(local))].device)
-        mixed = {
-            name: mix(odd, first[name], value, axes[name] - value.ndim)
-            for name, value in second.items()
-        }
+        mixed = {n: mix(odd, first[n], v, axes[n] - v.ndim) for n, v in second.items()}
         wanted = torch.where(odd, score(second), score({}))
         DependentDataError.check(plate, wanted, score(mixed))
     if isinstance(look.error, DependentDataError):
@@ -219,15 +209,8 @@ def _held(
     return {name: node["value"] for name, node in nodes.items()}, kept
 
 
-# --- values of discrete sites at once, in training
-
-
-def asking_enumeration(guide_trace: Trace) -> tuple[str, ...]:
-    """Return the proposals that ask to be enumerated.
-
-    Raises:
-        ValueError: for proposals that ask for several draws of their own.
-    """
+def asking_enumeration(guide_trace: Trace) -> Names:
+    """Return the proposals that ask to be enumerated; refuse several draws of a proposal."""
     asked = []
     for name, node in latent_nodes(guide_trace):
         count, how = node["infer"].get("num_samples"), node["infer"].get("enumerate")
@@ -236,14 +219,13 @@ def asking_enumeration(guide_trace: Trace) -> tuple[str, ...]:
             asked.append(name)
         elif count is not None and not listed:
             raise ValueError(
-                f"the guide's site {name!r} asks for {count} draws of its own "
-                "(infer={'num_samples': ...}), which are for pyro.infer.TraceEnum_ELBO alone. "
-                f"Leave it out, and give the loss num_particles={count}"
+                f"the guide's site {name!r} asks for {count} draws of its own ('num_samples'), for "
+                f"pyro.infer.TraceEnum_ELBO alone. Give the loss num_particles={count} instead"
             )
     return tuple(asked)
 
 
-def check_hidden(pair: Pair, hidden: tuple[str, ...], nesting: int) -> None:
+def check_hidden(pair: Pair, hidden: Names, nesting: int) -> None:
     """Raise ValueError where a proposal depends on one that is to be summed out instead."""
     run = enumerated(pair.guide, hidden, -1 - nesting)
     with pair.looking():
@@ -251,78 +233,63 @@ def check_hidden(pair: Pair, hidden: tuple[str, ...], nesting: int) -> None:
     for name, node in latent_nodes(trace):
         if name not in hidden and len(node["fn"].batch_shape) > nesting:
             raise ValueError(
-                f"the guide's site {name!r} depends on {list(hidden)}, which ask to be "
-                "enumerated; an importance weight sums them out in the model, and has no "
-                "draw of them. Leave infer={'enumerate': ...} out in the guide, and they are drawn"
+                f"the guide's site {name!r} depends on {list(hidden)}, which ask to be enumerated: "
+                "an importance weight sums them out in the model, and has no draw of them. Without "
+                "infer={'enumerate': ...} in the guide they are drawn"
             )
 
 
 def check_summed_out(
-    pair: Pair, trace: Trace, names: tuple[str, ...], nesting: int, *, draws_minibatch: bool
+    pair: Pair, trace: Trace, names: Names, nesting: int, *, redrawn: bool
 ) -> None:
     """Raise ValueError where the values of summed-out latents do not run together as each alone.
 
-    Args:
-        pair: model, guide and batch.
-        trace: of the model under the guide.
-        names: the latents.
-        nesting: plate dimensions of guide and model.
-        draws_minibatch: whether the model draws its minibatch, other data in each run.
+    They are looked at in a trace of the model; where it draws its minibatch, other data in each
+    run (``redrawn``), in some more.
     """
     traces = [trace]
-    if draws_minibatch:
+    if redrawn:
         with pair.looking():
-            traces += [
-                trace_model(pair.model, trace_guide(pair.guide, pair.batch), pair.batch)
-                for _ in range(_MINIBATCHES)
-            ]
+            for _ in range(_MINIBATCHES):
+                drawn = trace_guide(pair.guide, pair.batch)
+                traces.append(trace_model(pair.model, drawn, pair.batch))
     for each in traces:
         _check_values(pair, pair.model, each, names, nesting)
 
 
-def check_enumerated(pair: Pair, names: tuple[str, ...], nesting: int) -> None:
+def check_enumerated(pair: Pair, names: Names, nesting: int) -> None:
     """Raise ValueError where there is no expectation over a guide's values, entry by entry.
 
     The values are weighted as those that are summed out are, and must run together as those do.
     """
-    single = pair.single
-    infer = {name: single.guide_trace.nodes[name]["infer"] for name in names}
-    expand = tuple(name for name in names if infer[name].get("expand"))
-    for program, trace in ((pair.model, single.model_trace), (pair.guide, single.guide_trace)):
+    model_trace, guide_trace = pair.single.model_trace, pair.single.guide_trace
+    expand = tuple(n for n in names if guide_trace.nodes[n]["infer"].get("expand"))
+    for program, trace in ((pair.model, model_trace), (pair.guide, guide_trace)):
         try:
             _check_values(pair, program, trace, names, nesting, expand)
         except ValueError as error:
             raise ValueError(
                 f"the guide enumerates {list(names)}, over which there is no expectation entry by "
-                "entry. Leave infer={'enumerate': ...} out in the guide and they are drawn, with "
+                "entry. Without infer={'enumerate': ...} they are drawn, for "
                 f"pv.ELBO(estimator='score'). What was found: {error}"
             ) from error
 
 
 def _check_values(
-    pair: Pair,
-    program: Program,
-    trace: Trace,
-    names: tuple[str, ...],
-    nesting: int,
-    expand: tuple[str, ...] = (),
+    pair: Pair, program: Program, trace: Trace, names: Names, nesting: int, expand: Names = ()
 ) -> None:
     """Raise ValueError where the values of some sites do not run together as each alone."""
     others, preimages = _held(trace, names)
     ndim = {name: trace.nodes[name]["value"].ndim for name in names}
 
-    def run(fn: Program, values: Values) -> Trace:
-        return trace_of(GiveValues({**others, **values}, preimages)(fn), pair.batch)
-
     def alone(values: Values) -> Trace:
-        return run(program, {n: v.reshape(v.shape[v.ndim - ndim[n] :]) for n, v in values.items()})
+        own = {n: v.reshape(v.shape[v.ndim - ndim[n] :]) for n, v in values.items()}
+        return trace_of(GiveValues({**others, **own}, preimages)(program), pair.batch)
 
     with pair.evaluating():
-        together = run(enumerated(program, names, -1 - nesting, expand), {})
+        at_once = enumerated(program, names, -1 - nesting, expand)
+        together = trace_of(GiveValues(others, preimages)(at_once), pair.batch)
         check_values(lift_masks(together, names), alone, nesting)
-
-
-# --- rounding, edges, NaN
 
 
 def coarse_sites(run: Run) -> frozenset[str]:
@@ -337,9 +304,7 @@ def coarse_sites(run: Run) -> frozenset[str]:
 
 def _rounding(run: Run, name: str, nodes: list[Node]) -> float:
     """Return how far a site's log density of a datum is from that in float64, at most."""
-    narrow, wide = (
-        [site_log_prob(name, node, double=double) for node in nodes] for double in (False, True)
-    )
+    narrow, wide = ([site_log_prob(name, n, double=d) for n in nodes] for d in (False, True))
     if narrow[0].dtype == wide[0].dtype:
         return 0.0
     if run.summed_out:  # with dimensions of its own: on average
@@ -351,30 +316,18 @@ def _rounding(run: Run, name: str, nodes: list[Node]) -> float:
 
 
 def warn_of_coarse_parameters(model: Runner, run: Run) -> None:
-    """Warn where a likelihood's parameters are too coarse, though it is scored in float64.
-
-    Args:
-        model: that ran.
-        run: of it.
-    """
-    pairs = run.num_data * run.num_particles // len(run.traces)
-    for name in model.double:
-        node = run.traces[0].nodes[name]
-        if not node["is_observed"]:
-            continue
-        moved = rounding_of_parameters(node["fn"], node["value"])
+    """Warn where a likelihood's parameters are too coarse, though it is scored in float64."""
+    told = (
+        "the model gives the likelihood of %r in float32: its rounding moves the log density of a "
+        "datum by about %.2g nats, which no standard error counts. Use float64 throughout"
+    )
+    pairs, nodes = run.num_data * run.num_particles // len(run.traces), run.traces[0].nodes
+    for name in (name for name in model.double if nodes[name]["is_observed"]):
+        moved = rounding_of_parameters(nodes[name]["fn"], nodes[name]["value"])
         # Of all together, whose parameters are rounded apart.
         per_datum = 0.0 if moved is None else float(moved) / pairs**0.5
         if per_datum > _COARSE:
-            warn_once(
-                logger,
-                (unwrapped(model.program),),
-                "the model gives the likelihood of %r in float32: its rounding moves the log "
-                "density of a datum by about %.2g nats, which no standard error counts. Give "
-                "data, parameters and networks in float64",
-                name,
-                per_datum,
-            )
+            warn_once(logger, (unwrapped(model.program),), told, name, per_datum)
 
 
 def refuse_edges(
@@ -382,11 +335,7 @@ def refuse_edges(
 ) -> None:
     """Raise ValueError for draws that round to an edge, where log densities are made up.
 
-    Args:
-        structure: of the model.
-        shapes: of its sites; draws that keep their preimages are scored by these.
-        rows: of which data the draws are.
-        values: the draws, ``[K, *plates, *event]``.
+    Draws that keep their preimages, as ``shapes`` say, are scored by these.
     """
     kept = {shapes[name].preimage_of for name in values if name in shapes}
     for name, value in values.items():
@@ -401,10 +350,10 @@ def refuse_edges(
             share = max(share, lost_share(site.fn, value, values[holder]))
         if share > _EDGE_SHARE:
             raise ValueError(
-                f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of "
-                f"what {value.dtype} can hold of its support ({site.support_text}), "
-                "where neither density is to be trusted. Use float64, a prior that is less "
-                "sparse, or a guide of pyro_vae, whose draws are scored before they round"
+                f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of what "
+                f"{value.dtype} can hold of its support ({site.support_text}), where no density is "
+                "to be trusted. Use float64, a prior that is less sparse, or a guide of pyro_vae, "
+                "whose draws are scored before they round"
             )
 
 
@@ -413,12 +362,9 @@ def refuse_nan(rows: slice, weights: LogWeights) -> None:
     bad = (weights.total.isnan() | (weights.total == math.inf)).any(0)
     if not bool(bad.any()):
         return
-    parts = {
-        "log p(x | z)": weights.log_likelihood,
-        "log p(z)": weights.log_prior,
-        "log q(z | x)": weights.log_guide,
-    }
-    through = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    parts = (weights.log_likelihood, weights.log_prior, weights.log_guide)
+    named = zip(("log p(x | z)", "log p(z)", "log q(z | x)"), parts, strict=True)
+    through = [name for name, part in named if not bool(torch.isfinite(part).all())]
     index = torch.nonzero(bad).flatten()[:5] + rows.start
     raise ValueError(
         f"the log weights of data {index.tolist()} ({int(bad.sum())} of {bad.shape[0]} in the "

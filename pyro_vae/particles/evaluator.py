@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -23,8 +24,8 @@ from torch import Tensor
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
 from pyro_vae.particles.checks import refuse_edges, refuse_nan
+from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
-from pyro_vae.particles.log_weights import LogWeights
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Runner, using_rows
@@ -117,8 +118,6 @@ class Evaluator(PairRunner):
         """Eval mode, no value checks at every chunk, random state kept."""
         return self.pair.evaluating(gradients=self.gradients)
 
-    # --- draws and weights
-
     def blocks(
         self, num_particles: int, chunk_size: int | None = None
     ) -> Iterator[Iterator[Chunk]]:
@@ -131,21 +130,19 @@ class Evaluator(PairRunner):
         num_particles = as_count("num_particles", num_particles)
         pairs = self.chunk_pairs if chunk_size is None else as_count("chunk_size", chunk_size)
         for block, rows in enumerate(self.data_blocks()):
-            yield self._chunks(block, rows, num_particles, pairs)
+            size = rows.stop - rows.start
+            starts = range(0, num_particles, draw_step(size))
+            together = max(1, pairs // (starts.step * size))
+            groups = [starts[k : k + together] for k in range(0, len(starts), together)]
+            chunk = functools.partial(self._chunk, block, rows, num_particles, pairs)
+            yield map(chunk, groups)
 
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
         """Yield the chunks of all :meth:`blocks`."""
         return itertools.chain.from_iterable(self.blocks(num_particles, chunk_size))
 
-    def _chunks(self, block: int, rows: slice, num_particles: int, pairs: int) -> Iterator[Chunk]:
-        size = rows.stop - rows.start
-        starts = range(0, num_particles, draw_step(size))
-        together = max(1, pairs // (starts.step * size))
-        for group in range(0, len(starts), together):
-            yield self._chunk(block, rows, starts[group : group + together], num_particles, pairs)
-
     def _chunk(
-        self, block: int, rows: slice, starts: range, num_particles: int, pairs: int
+        self, block: int, rows: slice, num_particles: int, pairs: int, starts: range
     ) -> Chunk:
         """Return the chunk of the draws that begin with these particles."""
         step, total = starts.step, len(range(0, num_particles, starts.step))
@@ -153,39 +150,30 @@ class Evaluator(PairRunner):
             self.draw(rows, min(step, num_particles - k), (DRAWS, block, k // step), total)
             for k in starts
         ]
-        values, log_guide = _joined(drawn)
+        if len(drawn) == 1:
+            values, log_guide = drawn[0]
+        else:
+            values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
+            log_guide = torch.cat([term for _, term in drawn])
         del drawn  # which values are a copy of
         refuse_edges(self.structure, self.guide.shapes, rows, values)
         expected = num_particles * self.num_data
-        log_likelihood, log_prior = self.score_model(rows, values, pairs, expected)
-        weights = LogWeights(log_likelihood, log_prior, log_guide)
+        weights = LogWeights(*self.score_model(rows, values, pairs, expected), log_guide)
         refuse_nan(rows, weights)
-        self._note_outside(rows, values, weights)
-        particles = slice(starts.start, starts.start + weights.num_particles)
-        return Chunk(rows, particles, values, weights)
-
-    def _note_outside(self, rows: slice, values: Values, weights: LogWeights) -> None:
-        """Keep the names of sites whose values have no density under the model."""
         if self.outside is None and bool((weights.log_joint == -math.inf).any()):
             with self.evaluating():
                 self.outside = outside_sites(self.run_model(rows, values).sites())
+        particles = slice(starts.start, starts.start + weights.num_particles)
+        return Chunk(rows, particles, values, weights)
 
     def warn_of_outside(self, what: str, infinite: Tensor) -> None:
-        """Log why ELBOs are -inf.
-
-        Args:
-            what: the name of the result.
-            infinite: which data have such an ELBO.
-        """
+        """Log why ELBOs are -inf, of a result of this name and for these data."""
         if self.outside and bool(infinite.any()):
             logger.warning(
-                "%s is -inf for %d of %d data: the guide proposes values of %s where the model's "
-                "density is zero. Propose on the support of its distribution alone, as the guides "
-                "of pyro_vae do; iwae_bound takes proposals that are wider",
-                what,
-                int(infinite.sum()),
-                infinite.numel(),
-                ", ".join(self.outside),
+                f"{what} is -inf for {int(infinite.sum())} of {infinite.numel()} data: the guide "
+                f"proposes values of {', '.join(self.outside)} where the model's density is zero. "
+                "Propose on the support of its distribution alone, as the guides of pyro_vae do; "
+                "iwae_bound takes proposals that are wider"
             )
 
     def draw(
@@ -238,40 +226,34 @@ class Evaluator(PairRunner):
         size = rows.stop - rows.start
         pairs = self.chunk_pairs if pairs is None else pairs
         num_particles = next(iter(values.values())).shape[0]
-        particle_step = equal_step(num_particles, max(1, pairs // size))
+        step = equal_step(num_particles, max(1, pairs // size))
         data_step = pairs if pairs < size and self.splittable else size
+        calls = max(expected, num_particles * size) // (step * min(size, data_step))
+
+        def scored(k: int, n: int) -> Sequence[Tensor]:
+            some = {name: value[k : k + step] for name, value in values.items()}
+            part = slice(rows.start + n, min(rows.start + n + data_step, rows.stop))
+            given = self.take_data(some, slice(n, n + data_step), size)
+            count = min(step, num_particles - k)
+            return self._recorded(self.model, PairRunner.model_given, part, given, count, calls)
+
         by_particle = []
-        calls = max(expected, num_particles * size) // (particle_step * min(size, data_step))
         with self.evaluating():
-            for k in range(0, num_particles, particle_step):
-                some = {name: value[k : k + particle_step] for name, value in values.items()}
-                by_data = [
-                    self._recorded(
-                        self.model,
-                        PairRunner.model_given,
-                        slice(rows.start + n, min(rows.start + n + data_step, rows.stop)),
-                        self.take_data(some, slice(n, n + data_step), size),
-                        min(particle_step, num_particles - k),
-                        calls,
-                    )
-                    for n in range(0, size, data_step)
-                ]
+            for k in range(0, num_particles, step):
+                by_data = [scored(k, n) for n in range(0, size, data_step)]
                 by_particle.append([torch.cat(terms, 1) for terms in zip(*by_data, strict=True)])
         log_likelihood, log_prior = (torch.cat(terms) for terms in zip(*by_particle, strict=True))
         return log_likelihood, log_prior
 
-    # --- parts of the data
-
     def given(self, runner: Runner | None = None, rows: slice | None = None) -> tuple[Any, ...]:
-        """Return the tensors that what is scored depends on, in some structure, for :meth:`on`.
+        """Return the tensors that a runner's densities of rows depend on, for :meth:`on`.
 
-        Args:
-            runner: of what is to be run; that of the guide, with what the model does to it.
-            rows: of which data; by default all.
+        By default those of the guide, with what the model does to it, and all rows.
         """
         rows = slice(0, self.num_data) if rows is None else rows
-        batch, masks, index = (runner or self.guide).block(rows)
-        return batch.args, dict(batch.kwargs), masks, index
+        runner = runner or self.guide
+        batch, index = runner.block(rows)
+        return batch.args, dict(batch.kwargs), runner.masks_of(rows), index
 
     @contextlib.contextmanager
     def on(
@@ -308,8 +290,6 @@ class Evaluator(PairRunner):
         key = (runner is self.model, num_particles, form)
         return self._recorder(key, on_tensors, inputs, calls)
 
-    # --- runs for containers of draws
-
     def guide_runs(self, count: int) -> list[dict[str, Node]]:
         """Return the guide's latent nodes in independent runs on the whole batch."""
         runs = []
@@ -342,10 +322,9 @@ class Evaluator(PairRunner):
         """
         program = Unobserve()(self.model.program) if observed else self.model.program
         model = replace(self.model, program=program, summed_out=())
-        latents = None if values is None else self.latents(values)
         with self.evaluating():
             self._reseed(*key)
-            drawn = model.run(rows, num_particles, latents).values()
+            drawn = model.run(rows, num_particles, values and self.latents(values)).values()
         return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
 
     def deterministic_nodes(
@@ -353,10 +332,7 @@ class Evaluator(PairRunner):
     ) -> dict[str, list[Node]]:
         """Return the model's pyro.deterministic sites given latents: a node for each run.
 
-        Args:
-            rows: of which data.
-            values: as :meth:`draw` returns them.
-            alone: whether particles run one by one; else as the model's densities do.
+        Particles run one by one (``alone``), or else as the model's densities do.
         """
         runner = self.in_mode("loop") if alone else self
         found: dict[str, list[Node]] = {}
@@ -377,24 +353,15 @@ class Evaluator(PairRunner):
     def draw_summed_out(
         self, rows: slice, values: Values, key: tuple[int, ...]
     ) -> dict[str, Tensor]:
-        """Draw what is summed out from its exact posterior given x and the values.
-
-        Returns:
-            Site name to draws, shaped as the values are.
-        """
+        """Draw what is summed out from its exact posterior given x and the values."""
         if not self.pair.summed_out:
             return {}
         with self.evaluating():
             self._reseed(*key)
             return self.run_model(rows, values).draw_summed_out()
 
-    # --- shapes of values
-
     def by_datum(self, values: Values) -> dict[str, Tensor]:
-        """Return values as ``[K, N, *inner plates, *event]``.
-
-        For one datum as ``[K, *batch, *event]``.
-        """
+        """Return ``[K, N, *inner plates, *event]`` values; of one datum ``[K, *batch, *event]``."""
         single, dim = self.single_values(values), self.structure.data_dim
         if dim is None:
             return single
@@ -419,8 +386,6 @@ class Evaluator(PairRunner):
         """Return how many plate dimensions of all values a site has not."""
         return self.pair.nesting - self.guide.shapes[name].batch_ndim
 
-    # --- other guides
-
     def share_preimages(self, other: Evaluator) -> None:
         """Take up the preimages of another guide's draws, to score these by."""
         theirs = {n: s for n, s in other.guide.shapes.items() if s.preimage_of is not None}
@@ -429,11 +394,8 @@ class Evaluator(PairRunner):
 
     def can_score(self, other: Evaluator) -> bool:
         """Whether this guide's density of the other guide's draws is known."""
-        return (
-            self.pair.scorable
-            and self.pair.nesting == other.pair.nesting
-            and self.pair.guide_sites == other.pair.guide_sites
-        )
+        same = self.pair.guide_sites == other.pair.guide_sites
+        return same and self.pair.scorable and self.pair.nesting == other.pair.nesting
 
     def without_gradients(self) -> Evaluator:
         """Return this evaluator for draws and densities that carry no gradients."""
@@ -456,21 +418,10 @@ def prepare(
 
     The arguments are those of :func:`pyro_vae.log_weights`.
     """
-    arguments = as_batch(*batch)
-    model, guides, fixed = fix_globals(model, {"guide": guide}, arguments, data_plate, given)
+    data = as_batch(*batch)
+    model, guides, fixed = fix_globals(model, {"guide": guide}, data, data_plate, given)
+    held = guides["guide"]
     evaluator = Evaluator(
-        *(model, guides["guide"], arguments),
-        data_plate=data_plate,
-        particles=particles,
-        seed=seed,
-        compile=compile,
+        model, held, data, data_plate=data_plate, particles=particles, seed=seed, compile=compile
     )
     return evaluator, fixed
-
-
-def _joined(drawn: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return draws of several calls as those of one, particles one after the other."""
-    if len(drawn) == 1:
-        return drawn[0]
-    values = {name: torch.cat([v[name] for v, _ in drawn]) for name in drawn[0][0]}
-    return values, torch.cat([log_guide for _, log_guide in drawn])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,34 +52,30 @@ def fix_globals(
         raise TypeError(
             f"given={given!r}: a mapping from the names of global latent sites to values is needed"
         )
-    given = dict(given or {})
-    if not given and data_plate is not False:
+    given, shared = dict(given or {}), dict[str, DeclaredGuide]()
+    if data_plate is not False:
         # Before the median of another guide, which may have been trained since.
-        for guide in guides.values():
-            given = {**_fitted_at(guide), **given}
-    shared = {
-        name: guide
-        for name, guide in guides.items()
-        if isinstance(guide, DeclaredGuide) and guide.global_guide is not None
-    }
-    if not given and (not shared or data_plate is False):
+        fitted = [guide.given for guide in guides.values() if isinstance(guide, RowGuide)]
+        given = given or {site: value for held in reversed(fitted) for site, value in held.items()}
+        declared = {n: guide for n, guide in guides.items() if isinstance(guide, DeclaredGuide)}
+        shared = {n: guide for n, guide in declared.items() if guide.global_guide is not None}
+    if not given and not shared:
         return model, dict(guides), Given({})
     structure = _structure(model, batch, data_plate, given)
     wanted = [site.name for site in structure.global_latents]
     values = chosen = {name: _value(name, value, structure) for name, value in given.items()}
-    if shared and data_plate is not False and set(wanted) - set(chosen):
+    if shared and set(wanted) - set(chosen):
         name, first = next(iter(shared.items()))
         values = {**_median(first.global_guide, batch), **chosen}
         if missing := [site for site in wanted if site not in values]:
             raise ValueError(
                 f"the median of guide {name!r}'s global_guide has {sorted(values)}, not the "
-                f"model's global latent sites {missing}, which a bound for each datum needs "
-                "fixed; pass their values (given={...})"
+                f"model's global latent sites {missing}: pass their values (given={{...}})"
             )
     fixed = Given({site: values[site].detach() for site in wanted if site in values}, chosen)
     for name, guide in guides.items():
         _check_fitted(name, guide, fixed)
-    local = set(shared) if data_plate is not False and len(fixed) == len(wanted) else set()
+    local = set(shared) if len(fixed) == len(wanted) else set()
     guides = {
         name: guide.local_part() if name in local else _without(name, guide, fixed, batch)
         for name, guide in guides.items()
@@ -91,23 +88,18 @@ def _held_at(program: Program, values: dict[str, Tensor], helpers: Iterable[str]
     return poutine.block(pyro.condition(program, data=values), hide=[*values, *helpers])
 
 
-def _fitted_at(guide: Any) -> Mapping[str, Tensor]:
-    return guide.given if isinstance(guide, RowGuide) else {}
-
-
 def _check_fitted(name: str, guide: Any, fixed: Given) -> None:
     """Raise ValueError for a LocalGuide whose rows were fitted at other values of the globals."""
-    if isinstance(guide, RowGuide) and guide.is_start:
+    if not isinstance(guide, RowGuide) or guide.is_start:
         return
-    for site, value in _fitted_at(guide).items():
+    for site, value in guide.given.items():
         here = fixed.get(site)
-        if here is None or torch.allclose(value.to(here), here, rtol=1e-4, atol=1e-6):
-            continue
-        raise ValueError(
-            f"the rows of guide {name!r} were fitted given {site!r} at {_short(value)}, not at "
-            f"{_short(here)}. Pass given={{{site!r}: ...}} of that value, or refine the guide "
-            "anew: pyro_vae.refine(model, guide, *batch, given=...)"
-        )
+        if here is not None and not torch.allclose(value.to(here), here, rtol=1e-4, atol=1e-6):
+            raise ValueError(
+                f"the rows of guide {name!r} were fitted given {site!r} at {_short(value)}, not at "
+                f"{_short(here)}. Pass given={{{site!r}: ...}} of that value, or refine it anew: "
+                "pyro_vae.refine(model, guide, *batch, given=...)"
+            )
 
 
 def _short(value: Tensor) -> str:
@@ -145,16 +137,13 @@ def _value(name: str, value: Any, structure: Structure) -> Tensor:
     wanted = (*site.batch_shape, *site.event_shape)
     if tuple(tensor.shape) != wanted:
         raise ValueError(
-            f"given[{site.name!r}] has shape {list(tensor.shape)}, but the site has {list(wanted)}"
+            f"given[{name!r}] has shape {list(tensor.shape)}, but the site has {list(wanted)}"
         )
-    try:
-        inside = bool(site.support.check(tensor).all()) and not bool(tensor.isnan().any())
-    except NotImplementedError:  # a distribution without a declared support
-        inside = True
-    if not inside:
-        raise ValueError(
-            f"given[{site.name!r}]={value!r} lies outside the site's support ({site.support_text})"
-        )
+    with contextlib.suppress(NotImplementedError):  # a distribution without a declared support
+        if not bool(site.support.check(tensor).all()) or bool(tensor.isnan().any()):
+            raise ValueError(
+                f"given[{name!r}]={value!r} lies outside the site's support ({site.support_text})"
+            )
     return tensor
 
 
@@ -172,18 +161,15 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
         first, second = (dict(latent_nodes(trace_of(guide, batch))) for _ in range(2))
     # Of Pyro's autoguides, which sample a site's unconstrained value beside it.
     helpers = {site: f"{site}_unconstrained" for site in fixed}
-    joint = [
-        helper
-        for helper, node in first.items()
-        if node["infer"].get("is_auxiliary") and not helper.endswith("_unconstrained")
-    ]
+    auxiliary = [site for site, node in first.items() if node["infer"].get("is_auxiliary")]
+    joint = [site for site in auxiliary if not site.endswith("_unconstrained")]
     for site in [site for site in fixed if joint and site in first]:
         same = site in second and torch.equal(first[site]["value"], second[site]["value"])
         if is_point(first[site]["fn"]) and helpers[site] not in first and not same:
             raise ValueError(
                 f"given names {site!r}, which guide {name!r} computes from {joint[0]!r}, together "
-                "with other sites: of those it has no density given this one. Take a guide with a "
-                "proposal for each site, such as pyro.infer.autoguide.AutoNormal"
+                "with other sites, whose density given it is unknown. Take a guide with a proposal "
+                "for each site, such as pyro.infer.autoguide.AutoNormal"
             )
     if not first.keys() & {*fixed, *helpers.values()}:
         return guide
@@ -192,10 +178,9 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
 
 def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:
     refusal = TypeError(
-        f"a bound for each datum needs the global latents fixed, at the global_guide's median; "
-        f"{type(global_guide).__name__} has no method median(*batch). Give it one, as most of "
-        "Pyro's autoguides have; pass values (given={...}); or pass data_plate=False to treat the "
-        "whole batch as one datum"
+        "a bound for each datum needs the global latents fixed, at the global_guide's median; "
+        f"{type(global_guide).__name__} has no method median(*batch). Give it one; pass values "
+        "(given={...}); or pass data_plate=False to treat the whole batch as one datum"
     )
     if not hasattr(global_guide, "median"):
         raise refusal

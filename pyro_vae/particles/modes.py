@@ -37,8 +37,6 @@ class Mode(abc.ABC):
     name: ClassVar[ModeName]
     leading: ClassVar[int] = 0  # batch dimensions of particles in a run
 
-    # --- to run
-
     def num_runs(self, num_particles: int) -> int:
         """Return how many runs the particles take."""
         return 1
@@ -52,10 +50,9 @@ class Mode(abc.ABC):
         return programs
 
     def batch(self, batch: Batch, num_particles: int) -> Batch:
-        """Return the batch of a run."""
-        return batch
-
-    # --- the shapes of a run
+        """Return the batch of a run: all its data once, then all again if they are repeated."""
+        times = self.repeats(num_particles)
+        return batch.repeat(times) if times > 1 else batch
 
     @property
     def plate_dims(self) -> int:
@@ -108,15 +105,10 @@ class Mode(abc.ABC):
 
     def spread(self, by_datum: Tensor, run: int, batch_ndim: int) -> Tensor:
         """Return numbers [K, N] in the batch shape of a site in one of the runs."""
-        rows = self._rows_of(by_datum, run)
-        shape = [rows.shape[0], *[1] * self.nesting]
+        shape = [len(by_datum), *[1] * self.nesting]
         if self.data_dim is not None:
-            shape[self.data_dim] = rows.shape[1]
-        return rows.reshape(shape[len(shape) - batch_ndim :])
-
-    @abc.abstractmethod
-    def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
-        """Return the numbers [K, N] of one of the runs: [particles, data]."""
+            shape[self.data_dim] = by_datum.shape[1]
+        return self.fold(by_datum.reshape(shape), SiteShape(batch_ndim, 0), run)
 
 
 class Plate(Mode):
@@ -140,9 +132,6 @@ class Plate(Mode):
     def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
         return reduced[0].expand(num_particles, -1)
 
-    def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
-        return by_datum
-
 
 @dataclass(frozen=True)
 class Repeat(Mode):
@@ -163,16 +152,10 @@ class Repeat(Mode):
         """Return model and guide with the rows of a guide's table repeated."""
         return [repeated_rows(program, num_particles) for program in programs]
 
-    def batch(self, batch: Batch, num_particles: int) -> Batch:
-        """Return the batch repeated: all its data once, then all again."""
-        return batch.repeat(num_particles)
-
     def fold(self, value: Tensor, shape: SiteShape, run: int) -> Tensor:
         """Return the particles' values one after the other along the data plate."""
         axis = self._axis(value, shape.event_ndim) - 1
-        value = value.movedim(0, axis)
-        value = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
-        return _of_own_dims(value, shape, self.nesting)
+        return _of_own_dims(value.movedim(0, axis).flatten(axis, axis + 1), shape, self.nesting)
 
     def _axis(self, value: Tensor, event_ndim: int) -> int:
         """Return the axis of the data in a value, from the left."""
@@ -186,9 +169,6 @@ class Repeat(Mode):
 
     def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
         return reduced[0].reshape(num_particles, -1)
-
-    def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
-        return by_datum.reshape(1, -1)
 
 
 class Loop(Mode):
@@ -210,9 +190,6 @@ class Loop(Mode):
 
     def _stacked(self, reduced: Sequence[Tensor], num_particles: int) -> Tensor:
         return torch.stack(list(reduced))
-
-    def _rows_of(self, by_datum: Tensor, run: int) -> Tensor:
-        return by_datum[run : run + 1]
 
 
 # In the order in which they are tried.

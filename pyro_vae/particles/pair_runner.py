@@ -18,15 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.particles.checks import (
-    DependentDataError,
-    candidates,
-    choose_mode,
-    coarse_sites,
-    every_other,
-    mix,
-    warn_of_coarse_parameters,
-)
+from pyro_vae.particles import checks
 from pyro_vae.particles.modes import Loop
 from pyro_vae.particles.run import Run, Runner, is_latent, is_observed
 from pyro_vae.programs.agreement import agree
@@ -81,8 +73,6 @@ class PairRunner:
         self._num_values = 1  # of summed-out sites, those that one density depends on
         with pair.evaluating(), torch.no_grad():
             self._choose_modes(particles)
-
-    # --- runs
 
     def latents(self, values: Values) -> dict[str, Tensor]:
         """Return the values of the model's sites, and their preimages."""
@@ -141,11 +131,11 @@ class PairRunner:
         for name, mask in run.masks().items():
             if name in latents:
                 check_proposal_mask(name, mask, theirs.get(name))
-        return {
-            name: theirs[latent] for name, latent in self.pair.masked.items() if latent in theirs
-        }
+        return self._on_proposals(theirs)
 
-    # --- parts
+    def _on_proposals(self, masks: Values) -> dict[str, Tensor]:
+        """Return masks on the model's latents by the sites of the guide that propose these."""
+        return {name: masks[site] for name, site in self.pair.masked.items() if site in masks}
 
     @property
     def chunk_pairs(self) -> int:
@@ -220,8 +210,6 @@ class PairRunner:
                 return same and self._agree(log_joint[:, half], found_joint)
         return False  # it takes batches of this one size
 
-    # --- the modes
-
     def in_mode(self, name: ModeName) -> Self:
         """Return this runner with guide and model in another mode."""
         other = copy.copy(self)
@@ -234,8 +222,9 @@ class PairRunner:
         with Look():
             runs = self._agree_at_once(particles)
         guide_run, run = runs or self._choose_apart(particles)
-        self.guide.double, self.model.double = coarse_sites(guide_run), coarse_sites(run)
-        warn_of_coarse_parameters(self.model, run)
+        self.guide.double = checks.coarse_sites(guide_run)
+        self.model.double = checks.coarse_sites(run)
+        checks.warn_of_coarse_parameters(self.model, run)
 
     def _agree_at_once(self, particles: Particles) -> tuple[Run, Run] | None:
         """Take the first mode if particles together say all that single ones would.
@@ -264,7 +253,7 @@ class PairRunner:
         drawn = self.guide.run(rows, 1)
         values = drawn.values()
         other = {name: values[name] for name in known}
-        odd = every_other(rows.stop - rows.start, self.batch.device)
+        odd = checks.every_other(rows.stop - rows.start, self.batch.device)
         mixed = other if plate is None else self._mixed(odd, other, known)
         run_of_other = self.run_model(rows, other)
         of_known, of_other = model_alone.log_prob()[:, rows], run_of_other.log_prob()
@@ -274,19 +263,16 @@ class PairRunner:
         of_mixed = self.run_model(rows, mixed).log_prob() if apart else rest
         copies = 2 if size == 3 else 1  # K is not N, so that they are not mistaken
         values = {n: torch.cat([*[other[n]] * copies, known[n], mixed[n]]) for n in known}
-        (name, *_) = candidates(self.guide, particles)
+        (name, *_) = checks.candidates(self.guide, particles)
         together = self.in_mode(name)
         run = together.guide.run(rows, copies + 2, values)
-        log_guide = run.log_prob(is_latent)
+        log_guide, seen = run.log_prob(is_latent), [0, copies, copies + 1]
         log_joint = together.run_model(rows, values).log_prob()
-        if not (
-            agree(drawn.log_prob(is_latent), log_guide[:1])
-            and agree(alone.log_prob(is_latent)[:, rows], log_guide[copies : copies + 1])
-            and agree(of_other, log_joint[:1])
-            and agree(of_known, log_joint[copies : copies + 1])
-            and agree(rest, log_joint[copies + 1 :])
-            and agree(rest, of_mixed)
-        ):
+        of_guide = torch.cat([drawn.log_prob(is_latent), alone.log_prob(is_latent)[:, rows]])
+        of_model = torch.cat([of_other, of_known, rest])
+        if not (agree(of_guide, log_guide[seen[:2]]) and agree(of_model, log_joint[seen])):
+            return None
+        if not agree(rest, of_mixed):
             return None
         self.guide, self.model = together.guide, together.model
         return drawn, run_of_other
@@ -295,7 +281,7 @@ class PairRunner:
         """Return the values of ``second`` for odd data, of ``first`` for the rest."""
         dim, shapes = self.structure.data_dim or 0, self.guide.shapes
         return {
-            name: mix(odd, value, second[name], dim - shapes[name].event_ndim)
+            name: checks.mix(odd, value, second[name], dim - shapes[name].event_ndim)
             for name, value in first.items()
         }
 
@@ -307,19 +293,16 @@ class PairRunner:
         values = run.values()
         if self.pair.masked:
             self._find_masks()
-        self.guide, guide_run = choose_mode(
-            *(self.guide, "guide", particles, self.log_guide(run, rows, values)),
-            lambda guide: guide.run(rows, count, values),
-            lambda run: self.log_guide(run, rows, values),
+        score = functools.partial(self.log_guide, rows=rows, values=values)
+        self.guide, guide_run = checks.choose_mode(
+            self.guide, "guide", particles, rows, values, score(run), score
         )
         latents = self.latents(values)
         if self.pair.summed_out:
             self._check_summed_out(rows, latents)
         reference = self.model.run(rows, count, latents).log_prob()
-        self.model, run = choose_mode(
-            *(self.model, "model", particles, reference),
-            lambda model: model.run(rows, count, latents),
-            Run.log_prob,
+        self.model, run = checks.choose_mode(
+            self.model, "model", particles, rows, latents, reference, Run.log_prob
         )
         self._check_independent(rows, latents, reference)
         return guide_run, run
@@ -328,14 +311,10 @@ class PairRunner:
         """Find the model's masks on latents, and whether they are others for other draws."""
         whole = slice(0, self.num_data)
         values = self.latents(self.guide.run(whole, 1).values())
-        self.masks_by_draw = depend_on_draws(
-            values, lambda: self.model.run(whole, 1, values).traces
-        )
+        run = functools.partial(self.model.run, whole, 1, values)
+        self.masks_by_draw = depend_on_draws(values, lambda: run().traces)
         if not self.masks_by_draw:
-            masks = self.model.run(whole, 1, values).masks()
-            self.guide.masks = {
-                name: masks[latent] for name, latent in self.pair.masked.items() if latent in masks
-            }
+            self.guide.masks = self._on_proposals(run().masks())
 
     def _check_summed_out(self, rows: slice, latents: Values) -> None:
         """Raise ValueError where the values of a site do not run together as each alone."""
@@ -344,10 +323,8 @@ class PairRunner:
         self._num_values = run.num_values()
 
         def alone(discrete: Values) -> Trace:
-            chosen = {
-                name: run.mode.unfold([value], self.model.shapes[name].event_ndim, 1)
-                for name, value in discrete.items()
-            }
+            events = {name: self.model.shapes[name].event_ndim for name in discrete}
+            chosen = {n: run.mode.unfold([value], events[n], 1) for n, value in discrete.items()}
             return self.model.run(rows, 1, {**first, **chosen}).traces[0]
 
         check_values(run.traces[0], alone, self.pair.nesting)
@@ -361,10 +338,11 @@ class PairRunner:
         size, plate = rows.stop - rows.start, self.structure.data_plate
         if plate is None or size < 2:
             return
-        odd = every_other(size, self.batch.device)
+        odd = checks.every_other(size, self.batch.device)
         first, second = ({n: v[k : k + 1] for n, v in values.items()} for k in range(2))
         found = self.model.run(rows, 1, self._mixed(odd, first, second)).log_prob()
-        DependentDataError.check(plate, torch.where(odd, reference[1:2], reference[:1]), found)
+        wanted = torch.where(odd, reference[1:2], reference[:1])
+        checks.DependentDataError.check(plate, wanted, found)
 
     def agrees_in_training(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether particles together are scored as each alone, with modules as they are.
@@ -389,10 +367,9 @@ class PairRunner:
         ):
             self._reseed(CHECKS)
             values = single.guide.run(rows, 2).values()
-            alone, again = (score(single) for _ in range(2))
-            if not all(map(self._agree, alone, again)):
-                return True
-            return all(map(self._agree, alone, score(self)))
+            alone, again = score(single), score(single)
+            differs = not all(map(self._agree, alone, again))
+            return differs or all(map(self._agree, alone, score(self)))
 
     def _agree(self, reference: Tensor, found: Tensor) -> bool:
         """Return whether two log densities are equal to the rounding of what they are made of."""

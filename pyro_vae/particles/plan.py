@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,15 +12,7 @@ from typing import Literal, TypeAlias
 from pyro import poutine
 from torch import nn
 
-from pyro_vae.particles.checks import (
-    UnnamedDrawsError,
-    asking_enumeration,
-    check_enumerated,
-    check_hidden,
-    check_independent,
-    check_summed_out,
-    warn_of_coarse_loss,
-)
+from pyro_vae.particles import checks
 from pyro_vae.particles.modes import MODES, Mode
 from pyro_vae.particles.pair_runner import PairRunner
 from pyro_vae.programs.enumeration import summed_out
@@ -112,19 +105,18 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     """
     single, needed = pair.single, needs.data == "needed"
     check_repeated(single.model_trace)
-    warn_of_coarse_loss(single.model_trace, (unwrapped(pair.model), unwrapped(pair.guide)))
+    checks.warn_of_coarse_loss(single.model_trace, (unwrapped(pair.model), unwrapped(pair.guide)))
     nesting = batch_nesting(single.model_trace, single.guide_trace)
-    asked = asking_enumeration(single.guide_trace)
-    asked = () if needs.enumeration == "no" else asked
-    hidden, enumerated = ((), asked) if needs.enumeration == "expectation" else (asked, ())
+    asked = checks.asking_enumeration(single.guide_trace)
+    hidden = asked if needs.enumeration == "sum" else ()
+    enumerated = asked if needs.enumeration == "expectation" else ()
     if hidden:
-        check_hidden(pair, hidden, nesting)
+        checks.check_hidden(pair, hidden, nesting)
     factors = tuple(guide_factors(single.guide_trace))
     if factors and needed:
         raise ValueError(
-            f"the guide has pyro.factor statements {list(factors)}, for which an importance weight "
-            "has no place; train with pv.ELBO, or put them in the distribution that the guide "
-            "samples from"
+            f"the guide has pyro.factor statements {list(factors)}, which have no place in an "
+            "importance weight; train with pv.ELBO, or put them in the guide's distributions"
         )
     left_out = (*hidden, *factors)
     proposer = pair.with_guide(hide(pair.guide, left_out)) if left_out else pair
@@ -156,13 +148,12 @@ def plan(pair: Pair, needs: Needs) -> Plan:
     if needed and needs.num_particles > 1 and name == "loop" and plate:
         # Other modes are chosen by a PairRunner, which has looked.
         with pair.looking():
-            args = proposer.model, proposer.guide, single.model_trace, plate, nesting
-            check_independent(*args, pair.batch)
+            checks.check_independent(proposer, single.model_trace, plate, nesting)
     if found.summed_out:
-        arguments = proposer, single.model_trace, found.summed_out, nesting
-        check_summed_out(*arguments, draws_minibatch=found.draws_minibatch)
+        trace, names, redrawn = single.model_trace, found.summed_out, found.draws_minibatch
+        checks.check_summed_out(proposer, trace, names, nesting, redrawn=redrawn)
     if enumerated:
-        check_enumerated(pair, enumerated, nesting)
+        checks.check_enumerated(pair, enumerated, nesting)
     return found
 
 
@@ -173,22 +164,20 @@ def hide(guide: Program, names: tuple[str, ...]) -> Program:
 
 def _structure(pair: Pair, needs: Needs) -> Structure:
     if needs.data != "needed":
-        try:
-            structure = pair.looks.structure(needs.data_plate)
-        except DataPlateError:
-            return pair.looks.structure(False)
-        return structure if structure.local_latents else pair.looks.structure(False)
+        with contextlib.suppress(DataPlateError):
+            if (structure := pair.looks.structure(needs.data_plate)).local_latents:
+                return structure
+        return pair.looks.structure(False)
     structure = pair.looks.structure(needs.data_plate, latents_needed=False)
     structure.require_no_sequential()
+    own = structure.data_plate.name if structure.data_plate else None
     for site in structure.sites.values():
         for plate in site.plates:
-            own = structure.data_plate is not None and plate.name == structure.data_plate.name
-            if not own and plate.size != plate.full_size:
+            if plate.name != own and plate.size != plate.full_size:
                 raise ValueError(
                     f"site {site.name!r} is in plate {plate.name!r}, of which a datum sees "
-                    f"{plate.size} of {plate.full_size} entries: its weight would be an estimate, "
-                    "whose logarithm bounds nothing. Subsample the data plate alone, or train "
-                    "with ELBO"
+                    f"{plate.size} of {plate.full_size} entries: its weight is an estimate, whose "
+                    "logarithm bounds nothing. Subsample the data plate alone, or train with ELBO"
                 )
     return structure
 
@@ -202,67 +191,50 @@ def _choose_mode(
 ) -> tuple[ModeName, tuple[nn.Module, ...]]:
     """Return the first mode that agrees with single particles, and modules in eval mode.
 
-    Args:
-        pair: model, guide and batch.
-        structure: of the model.
-        single: the run of model and guide, all its proposals among them.
-        needed: whether each datum has a weight of its own.
+    Here ``single`` is the run with all proposals, those among them that the pair leaves out.
     """
     # The guide sees each datum once in a plate, unless its sites see particles' draws.
     dependent = len(list(latent_nodes(single.guide_trace))) > 1
     called = [*single.in_model.values(), *(single.in_guide.values() if dependent else ())]
     frozen = tuple(module for module in called if not module.training)
     try:
-        return _mode_together(pair, structure, single, called, dependent, needed), frozen
+        _check_together(structure, called)
+        name, runner = _agreeing(pair, structure, called, needed=needed)
+        # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
+        alone = not dependent and name == "plate"  # repeated, the guide sees each datum K times
+        aside = single.in_guide.keys() - single.in_model.keys() if alone else ()
+        moody = any(m.training for key, m in single.mode_read_of.items() if key not in aside)
+        if moody and not runner.agrees_in_training(single.called):
+            raise _LoopError("in training mode, particles together are scored unlike each alone")
+        return name, frozen
     except _LoopError as error:
         owners = unwrapped(pair.model), unwrapped(pair.guide)
         warn_once(logger, owners, "particles run in a loop, which is slow: %s", str(error))
         return "loop", frozen
 
 
-def _mode_together(
-    pair: Pair,
-    structure: Structure,
-    single: Single,
-    called: Collection[nn.Module],
-    dependent: bool,
-    needed: bool,
-) -> ModeName:
-    """Return the mode, plate or repeat; raise _LoopError where particles run one by one."""
+def _check_together(structure: Structure, called: Collection[nn.Module]) -> None:
+    """Raise _LoopError for what several particles in one run would change."""
     norms = [module for module in called if isinstance(module, BatchNorm)]
     if any(module.training or getattr(module, "running_mean", None) is None for module in norms):
         raise _LoopError("a module normalizes over the batch, each particle's its own")
     if any(plate.drawn for site in structure.sites.values() for plate in site.plates):
         raise _LoopError("model or guide draws its own minibatch, another at each run")
     if structure.sequential:
-        raise _LoopError(
-            f"the model draws a subsample of the sequential plates {structure.sequential}"
-        )
-    name, runner = _agreeing(pair, structure, called, needed=needed)
-    # Of the modules that only a guide calls that sees no draws, nothing depends on particles.
-    alone = not dependent and name == "plate"  # repeated, the guide sees each datum K times
-    aside = single.in_guide.keys() - single.in_model.keys() if alone else ()
-    moody = any(m.training for key, m in single.mode_read_of.items() if key not in aside)
-    if moody and not runner.agrees_in_training(single.called):
-        raise _LoopError("in training mode, densities of particles together are not those of each")
-    return name
+        raise _LoopError(f"the model draws a subsample of sequential plates {structure.sequential}")
 
 
 def _agreeing(
     pair: Pair, structure: Structure, called: Collection[nn.Module], *, needed: bool
 ) -> tuple[ModeName, PairRunner]:
-    """Return the mode, plate or repeat, in which model and guide agree with single particles.
-
-    Raises:
-        _LoopError: where there is none.
-    """
+    """Return the mode, plate or repeat, that agrees with single particles; or raise _LoopError."""
     plate = structure.data_plate
     name: DataPlate = False if plate is None or structure.global_latents else plate.name
     modes: dict[str, ModeName] = {}
     if not any(isinstance(module, _NORMALIZATIONS) for module in called):
         try:
             runner = PairRunner(pair.evaluable(name), 0)
-        except UnnamedDrawsError as error:
+        except checks.UnnamedDrawsError as error:
             if needed:
                 raise
             raise _LoopError("random numbers are drawn outside of sample statements") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -57,8 +57,6 @@ class Run:
     enumerated: Mapping[str, int] = field(default_factory=dict)
     double: frozenset[str] = frozenset()
 
-    # --- sites
-
     def nodes(self, name: str) -> list[Node]:
         """Return a site's node in each trace."""
         return [trace.nodes[name] for trace in self.traces]
@@ -73,8 +71,6 @@ class Run:
         """Yield each sample statement that is not observed with its nodes."""
         for name, _ in latent_nodes(self.traces[0]):
             yield name, self.nodes(name)
-
-    # --- values and masks
 
     def values(self) -> dict[str, Tensor]:
         """Return the values of sites not observed, ``[K, *plates, *event]`` each.
@@ -98,14 +94,11 @@ class Run:
         found = {}
         for name, nodes in self.latents():
             masks = [mask_of(node) for node in nodes]
-            if name in self.summed_out or all(mask is None or mask is True for mask in masks):
-                continue
-            device = nodes[0]["value"].device
-            seen = [torch.as_tensor(True if m is None else m, device=device) for m in masks]
-            found[name] = self.mode.unfold(seen, 0, self.num_particles)
+            if name not in self.summed_out and any(m is not None and m is not True for m in masks):
+                device = nodes[0]["value"].device
+                seen = [torch.as_tensor(True if m is None else m, device=device) for m in masks]
+                found[name] = self.mode.unfold(seen, 0, self.num_particles)
         return found
-
-    # --- terms
 
     def densities(self, names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
         """Yield the log density of sites in each trace, masked, unscaled.
@@ -116,11 +109,9 @@ class Run:
         if not self.summed_out:
             yield from (((name,), self._log_prob(name)) for name in names)
             return
-        names, plate_dims = list(names), self.mode.plate_dims + len(self.enumerated)
-        groups = [
-            contract(trace, log_probs, plate_dims, self.enumerated)
-            for trace, log_probs in zip(self.traces, self._log_probs(names), strict=True)
-        ]
+        plate_dims = self.mode.plate_dims + len(self.enumerated)
+        scored = zip(self.traces, self._log_probs(names), strict=True)
+        groups = [contract(trace, terms, plate_dims, self.enumerated) for trace, terms in scored]
         for group in groups[0]:
             yield group, [found[group] for found in groups]
 
@@ -132,17 +123,12 @@ class Run:
         terms = {name: self._log_prob(name) for name in names}
         return [{n: term[k] for n, term in terms.items()} for k in range(len(self.traces))]
 
-    def by_particle(self, terms: list[Tensor]) -> Tensor:
+    def by_particle(self, terms: Sequence[Tensor]) -> Tensor:
         """Return a term of each trace, of a site's batch shape, as [K, N]."""
         return self.mode.by_particle(terms, self.num_particles, self.mode.data_dim)
 
     def term(self, name: str, mask: Tensor | None = None) -> Tensor:
-        """Return one site's log density, unscaled, [K, N].
-
-        Args:
-            name: the site.
-            mask: ``[K, *plates]``, beside the site's own.
-        """
+        """Return one site's log density, unscaled, [K, N]; ``mask`` [K, *plates] beside its own."""
         terms = self._log_prob(name)
         if mask is not None:
             masks = self.mode.fold_mask(mask, self.num_particles, self.num_data)
@@ -150,19 +136,15 @@ class Run:
         return self.by_particle(terms)
 
     def log_prob(self, keep: Keep | None = None, masks: Values | None = None) -> Tensor:
-        """Return the summed log density of the kept sites, unscaled, [K, N].
+        """Return the summed log density of the kept sites (all), unscaled, [K, N].
 
-        Args:
-            keep: which sites; by default all.
-            masks: on some sites, ``[K, *plates]``.
+        There may be masks on some, ``[K, *plates]``, beside their own.
         """
         names = [name for name, nodes in self.sites() if keep is None or keep(nodes[0])]
-        masks = masks or {}
-        terms = (
-            [self.by_particle(terms) for _, terms in self.densities(names)]
-            if self.summed_out
-            else [self.term(name, masks.get(name)) for name in names]
-        )
+        if self.summed_out:
+            terms = [self.by_particle(terms) for _, terms in self.densities(names)]
+        else:
+            terms = [self.term(name, (masks or {}).get(name)) for name in names]
         if not terms:
             raise ValueError("no site to score")
         return functools.reduce(torch.add, terms)
@@ -185,10 +167,8 @@ class Run:
             Site name to values, ``[K, *plates, *event]``.
         """
         log_probs = self._log_probs(name for name, _ in self.sites())
-        found = [
-            draw(conditionals(trace, each, self.mode.plate_dims))
-            for trace, each in zip(self.traces, log_probs, strict=True)
-        ]
+        scored = zip(self.traces, log_probs, strict=True)
+        found = [draw(conditionals(t, terms, self.mode.plate_dims)) for t, terms in scored]
         return {name: self._unfold(name, [each[name] for each in found]) for name in found[0]}
 
 
@@ -222,23 +202,20 @@ class Runner:
         """Return this runner in another mode."""
         return replace(self, mode=MODES[name](self.mode.nesting, self.mode.data_dim))
 
-    def block(self, rows: slice) -> tuple[Batch, Mapping[str, Tensor], Tensor | None]:
-        """Return all that a run on some data depends on: batch, masks, rows of a table."""
-        return self._batch(rows), self.masks_of(rows), self._table_rows(rows)
+    def block(self, rows: slice) -> tuple[Batch, Tensor | None]:
+        """Return what a run on some data takes: a batch, and the rows of a guide's table."""
+        guide, size = row_guide(self.program), self.batch.size
+        index = None if guide is None else guide.current_rows
+        if self.mode.data_dim is None or size is None or (rows.start == 0 and rows.stop >= size):
+            return self.batch, index
+        return self.batch.rows(rows), None if index is None else index[rows]
 
     def run(self, rows: slice, num_particles: int, values: Values | None = None) -> Run:
-        """Run K particles.
-
-        Args:
-            rows: of which data.
-            num_particles: K.
-            values: of latents, ``[K, *plates, *event]``; they are not drawn.
-        """
-        mode = self.mode
+        """Run K particles; latents with given values, ``[K, *plates, *event]``, are not drawn."""
+        mode, (some, index) = self.mode, self.block(rows)
         (program,) = mode.programs(num_particles, self.program)
-        batch = mode.batch(self._batch(rows), num_particles)
-        traces = []
-        with using_rows(self.program, self._table_rows(rows)):
+        batch, traces = mode.batch(some, num_particles), []
+        with using_rows(self.program, index):
             for k in range(mode.num_runs(num_particles)):
                 # Preimages of a guide that this one is compared with may be of another kind.
                 given = values and {
@@ -272,21 +249,6 @@ class Runner:
             n: m if dim is None or m.shape[dim] == 1 else m.narrow(dim, rows.start, size)
             for n, m in self.masks.items()
         }
-
-    def _batch(self, rows: slice) -> Batch:
-        return self.batch if self._is_whole(rows) else self.batch.rows(rows)
-
-    def _table_rows(self, rows: slice) -> Tensor | None:
-        """Return the rows of a guide's table that some data have; None where it has no table."""
-        guide = row_guide(self.program)
-        index = None if guide is None else guide.current_rows
-        return index if index is None or self._is_whole(rows) else index[rows]
-
-    def _is_whole(self, rows: slice) -> bool:
-        size = self.batch.size
-        if self.mode.data_dim is None or size is None:
-            return True
-        return rows.start == 0 and rows.stop >= size
 
 
 def using_rows(program: Program, index: Tensor | None) -> contextlib.AbstractContextManager[object]:

@@ -11,6 +11,7 @@ The second term, the score, is zero on average; leaving it out is sticking the l
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -86,11 +87,10 @@ class StoppedGradients:
             apart: whether each term has the derivatives of its own density alone, as where they
                 will be weighted differently; else their sum is right, and takes one pass.
         """
-        by_name: dict[tuple[str, str], list[Tensor]] = {}
+        by_name, found = defaultdict[tuple[str, str], list[Tensor]](list), dict[str, Tensor]()
         for trace in run.guide.traces:
             for key, term in self._stopped(run, trace, scaled=scaled, apart=apart).items():
-                by_name.setdefault(key, []).append(term)
-        found: dict[str, Tensor] = {}
+                by_name[key].append(term)
         for (name, draw), terms in by_name.items():
             term = run.term(draw, run.guide.nodes(draw), terms, scaled=False)
             found[name] = found[name] + term if name in found else term
@@ -112,9 +112,8 @@ class StoppedGradients:
         for name, density in densities.items():
             if len(leaves) > 1 and enumerated and density.ndim > run.plan.mode.plate_dims:
                 raise ValueError(
-                    f"the guide's site {name!r} depends on {list(enumerated)}, which are "
-                    "enumerated, next to other draws: its density cannot be held at fixed "
-                    "parameters. Use pathwise gradients"
+                    f"the guide's site {name!r} depends on {list(enumerated)}, which are enumerated"
+                    ", and on other draws: no gradient is of those alone. Use pathwise gradients"
                 )
         if not densities:
             return {}
@@ -149,8 +148,7 @@ class StoppedGradients:
             if mixed or _sources(point.log_density) - drawn:
                 raise ValueError(
                     f"the guide's site {name!r} is a point made of other draws and of parameters; "
-                    "gradients through the draws alone ('stl', 'dreg') would miss a part. Use "
-                    "pathwise gradients"
+                    "gradients through draws alone ('stl', 'dreg') miss a part. Use pathwise ones"
                 )
 
     def scale_gradients(self, run: TrainingRun, factor: Tensor) -> None:

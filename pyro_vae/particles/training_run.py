@@ -78,16 +78,14 @@ class TrainingRun:
         if plan.shares_globals:
             guide = self._with_globals(guide, batch)
         model, guide = mode.programs(num_particles, model, guide)
-        self.batch = batch = mode.batch(batch, num_particles) if self._repeats > 1 else batch
+        self.batch = batch = mode.batch(batch, num_particles)
         if plan.summed_out:
-            first = mode.first_enum_dim - len(plan.enumerated)
-            model = enumerated(model, plan.summed_out, first)
+            model = enumerated(model, plan.summed_out, mode.first_enum_dim - len(plan.enumerated))
         if plan.enumerated:
             guide = enumerated(guide, plan.enumerated, mode.first_enum_dim)
         # Of sequential plates, the sites are others for each subsample.
         shares = one_minibatch or plan.structure.sequential
-        guides: list[Trace] = []
-        models: list[Trace] = []
+        guides, models = list[Trace](), list[Trace]()
         for run in range(mode.num_runs(num_particles)):
             if shares and run == 1:
                 guide = poutine.replay(guide, trace=subsamples(guides[0]))
@@ -114,8 +112,6 @@ class TrainingRun:
         left = {name for name, _ in latent_nodes(self.model.traces[0]) if name not in proposed}
         enumerates = all(name in proposed for name in self.plan.enumerated)
         return enumerates and left == set(self.plan.summed_out)
-
-    # --- sites
 
     def observed(self) -> Iterator[tuple[str, list[Node]]]:
         """Yield each observed site of the model, with its node in each trace."""
@@ -150,12 +146,10 @@ class TrainingRun:
         shape, frames = node["fn"].batch_shape, node["cond_indep_stack"]
         if plate.name in {frame.name for frame in frames if frame.vectorized}:
             return True
-        if len(shape) < -plate.dim or shape[plate.dim] == 1:
-            return False
         others = {p.name for site in sites.values() for p in site.plates}
-        return not any(frame.dim == plate.dim and frame.name in others for frame in frames)
-
-    # --- terms
+        if any(frame.dim == plate.dim and frame.name in others for frame in frames):
+            return False
+        return len(shape) >= -plate.dim and bool(shape[plate.dim] != 1)
 
     def log_prob(self, name: str, nodes: list[Node], *, scaled: bool) -> Tensor:
         """Return a site's log density, masked, [K, N]; [K, 1] outside the data plate."""
@@ -163,22 +157,15 @@ class TrainingRun:
         return self.term(name, nodes, terms, scaled=scaled)
 
     def term(self, name: str, nodes: list[Node], terms: list[Tensor], *, scaled: bool) -> Tensor:
-        """Return a site's term in each trace, of its batch shape, as [K, N].
+        """Return a site's term as [K, N], from masked ones of its batch shape, one for each trace.
 
         Over proposals that the guide enumerates it is an expectation.
-
-        Args:
-            name: the site.
-            nodes: of the site, one for each trace.
-            terms: masked, one for each trace.
-            scaled: whether by the site's scale.
         """
         if scaled:
-            pairs = zip(terms, nodes, strict=True)
-            terms = [scale_and_mask(term, self.scale(node)) for term, node in pairs]
+            scales = map(self.scale, nodes)
+            terms = list(map(scale_and_mask, terms, scales))
         if self.plan.enumerated:
-            traces = self.guide.traces
-            terms = [self._expected(t, trace) for t, trace in zip(terms, traces, strict=True)]
+            terms = list(map(self._expected, terms, self.guide.traces))
         dim = self.plan.mode.data_dim if self.is_local(name, nodes[0]) else None
         return self.plan.mode.by_particle(terms, self.num_particles, dim)
 
@@ -214,8 +201,6 @@ class TrainingRun:
         """Return the log density of each proposal, masked, unscaled, [K, N]."""
         return {name: self.log_prob(name, n, scaled=False) for name, n in self.guide.latents()}
 
-    # --- scales
-
     def scale(self, node: Node) -> float | Tensor:
         """Return the scale of a node for a batch that is not repeated."""
         scale: float | Tensor = node["scale"]
@@ -250,18 +235,14 @@ class TrainingRun:
 
 
 def _enumerated_dims(plan: Plan, guide_trace: Trace) -> dict[str, int]:
-    """Return the dimension of each proposal that the guide enumerates.
-
-    Raises:
-        ValueError: for proposals that share a dimension.
-    """
+    """Return the dimension of each proposal that the guide enumerates; refuse shared ones."""
     nodes = guide_trace.nodes
     found = {name: enumerate_dim(nodes[name]) for name in plan.enumerated if name in nodes}
     dims = {name: dim for name, dim in found.items() if dim is not None}
     if len(set(dims.values())) < len(dims):
         raise ValueError(
             f"the guide enumerates {list(plan.enumerated)} in dimensions that some share "
-            "(pyro.markov), for which there is no expectation here. Leave them out of the "
-            "guide, and they are summed out; or use pyro.infer.TraceEnum_ELBO"
+            "(pyro.markov), which has no expectation here. Leave them out of the guide, and they "
+            "are summed out; or use pyro.infer.TraceEnum_ELBO"
         )
     return dims

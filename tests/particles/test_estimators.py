@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles import estimators
-from pyro_vae.particles.estimators import Estimate, StreamingELBO, StreamingIWAE
+from pyro_vae.particles.estimators import Estimate, LogWeights, StreamingELBO, StreamingIWAE
 
 
 def log_weights(num_particles: int, num_data: int = 3) -> Tensor:
@@ -191,3 +192,18 @@ def test_sums_and_differences_of_estimates_have_paired_errors():
     torch.testing.assert_close(total.influence, one.influence + other.influence)
     assert gap.mean == pytest.approx(gap.value.mean().item())
     assert gap.mean_std_error == pytest.approx((gap.std_error.square().sum().sqrt() / 3).item())
+
+
+def test_log_weights():
+    parts = [torch.randn(4, 6, dtype=torch.float64) for _ in range(3)]
+    weights = LogWeights(*parts)
+    torch.testing.assert_close(weights.log_joint, parts[0] + parts[1])
+    torch.testing.assert_close(weights.total, parts[0] + parts[1] - parts[2])
+    assert repr(weights) == "LogWeights(num_particles=4, num_data=6)"
+    for dim in (0, 1):
+        chunks = [LogWeights(*each) for each in zip(*(p.split(3, dim) for p in parts), strict=True)]
+        assert len(chunks) == 2
+        assert torch.equal(LogWeights.concatenate(chunks, dim).log_guide, parts[2])
+        assert torch.equal(LogWeights.concatenate(chunks, dim).total, weights.total)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weights.log_prior = parts[0]
