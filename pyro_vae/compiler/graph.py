@@ -6,7 +6,9 @@ order, those of autograd included; Python that led to them is gone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +17,7 @@ from pyro_vae import torch_internals
 from pyro_vae.compiler import nodes, replacements
 from pyro_vae.compiler.arguments import layout_of
 from pyro_vae.compiler.cuda_graph import CudaGraph, is_capturable
-from pyro_vae.compiler.program import program
+from pyro_vae.torch_internals import Operator
 
 _aten = torch.ops.aten
 # What an operation and a number that it writes cost more in a replay than compiled, and what
@@ -29,6 +31,19 @@ _SLOW = {
 }
 _SECONDS_TO_COMPILE = 6.0  # to import the compiler, above all
 _SECONDS_TO_COMPILE_OPERATION = 0.03
+
+_OF_ONE = ("abs", "clamp_min", "exp", "log", "neg", "relu", "sigmoid", "sqrt", "tanh")
+# Have a form that writes its result over the first argument.
+_IN_PLACE: dict[object, Operator] = {
+    **{getattr(_aten, n).default: getattr(_aten, f"{n}_").default for n in _OF_ONE},
+    **{
+        getattr(_aten, n).Tensor: getattr(_aten, f"{n}_").Tensor
+        for n in ("add", "div", "mul", "sub")
+    },
+    _aten.mul.Scalar: _aten.mul_.Scalar,
+    _aten.pow.Tensor_Scalar: _aten.pow_.Scalar,
+}
+_COMMUTE = {_aten.add.Tensor, _aten.mul.Tensor}
 
 _MAX_MOVES = 8  # of the tensors that a graph reads, after which it is captured no more
 
@@ -185,3 +200,91 @@ def _tensors_of(graph: fx.Graph) -> list[Tensor]:
     """Return the graph's tensors, but constants of one number, which kernels get as numbers."""
     found = ((node.op == "get_attr", nodes.value_of(node)) for node in graph.nodes)
     return [t for is_constant, t in found if t is not None and (t.ndim or not is_constant)]
+
+
+# --- the function that a replay runs
+
+
+def in_place(graph: fx.Graph) -> dict[fx.Node, tuple[Operator, tuple[Any, ...]]]:
+    """Return the operations that may write over an argument which no later one reads.
+
+    Each with the operator and the arguments to call it with. Numbers stay in the cache, and the
+    results are the same.
+    """
+    last_use: dict[object, int] = {}  # of a tensor's memory
+    for i, node in enumerate(graph.nodes):
+        last_use.update((nodes.base_of(used), i) for used in node.all_input_nodes)
+    found = {}
+    for i, node in enumerate(graph.nodes):
+        orders = [nodes.args_of(node)] if node.target in _IN_PLACE else []
+        # In half precision a scalar may round.
+        if node.target in _COMMUTE and not node.kwargs and all(map(nodes.is_real, node.args)):
+            orders.append(nodes.args_of(node)[::-1])
+        for args in orders:
+            if last_use.get(args[0]) == i and _is_free(args, node):
+                found[node] = _IN_PLACE[node.target], args
+                break
+    return found
+
+
+def _is_free(args: tuple[Any, ...], node: fx.Node) -> bool:
+    """Return whether a call may write its result into the memory of its first argument."""
+    first, *others = args
+    if first.op != "call_function" or nodes.viewed_by(first) is not None:
+        return False  # an input or a constant, or the memory of another
+    used = nodes.nodes_in(tuple(others))
+    return nodes.layout(first) == nodes.layout(node) and all(
+        nodes.base_of(other) is not first for other in used
+    )
+
+
+def _text(names: dict[fx.Node, str], bound: dict[str, Any], value: object) -> str:
+    """Return the source of an argument; an object that has none is bound to a name."""
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        inner = "".join(f"{_text(names, bound, item)}, " for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if value is None or type(value) in (bool, int):
+        return repr(value)
+    bound[name := f"c{len(bound)}"] = value
+    return name
+
+
+def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
+    """Return a Python function of a graph's operations, one a line.
+
+    What torch.fx generates looks each operator up by its full name at each call, and calls it
+    through two layers of Python: twice the time of small operations.
+    """
+    names = {node: f"v{i}" for i, node in enumerate(graph.nodes)}
+    last_use = {used: node for node in graph.nodes for used in node.all_input_nodes}
+    over = in_place(graph)
+    bound: dict[str, Any] = {}
+    parameters, lines = list[str](), list[str]()
+    text = functools.partial(_text, names, bound)
+    for node in graph.nodes:
+        name = names[node]
+        if node.op == "placeholder":
+            parameters.append(name)
+        elif node.op == "get_attr":
+            bound[name] = node.meta["constant"]
+        elif node.op == "output":
+            lines.append(f"return {text(list(nodes.args_of(node)[0]))}")
+        else:
+            target, args = over.get(node, (node.target, nodes.args_of(node)))
+            function = (
+                torch_internals.called_directly(target) if isinstance(target, Operator) else target
+            )
+            arguments = [*map(text, args), *(f"{n}={text(v)}" for n, v in node.kwargs.items())]
+            lines.append(f"{name} = {text(function)}({', '.join(arguments)})")
+            # The memory of what is read no more is for the next operations.
+            done = [names[used] for used in node.all_input_nodes if last_use[used] is node]
+            if done := [name for name in done if name not in bound]:
+                lines.append(f"del {', '.join(done)}")
+    # Bound as defaults: a local variable is found faster than a global one.
+    signature = ", ".join([*parameters, *(f"{name}={name}" for name in bound)])
+    source = f"def run({signature}):\n" + "".join(f"    {line}\n" for line in lines)
+    exec(compile(source, "<pyro_vae graph>", "exec"), bound)
+    run: Callable[..., Sequence[Tensor | None]] = bound["run"]
+    return run

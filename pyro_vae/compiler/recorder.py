@@ -54,8 +54,6 @@ class _Call:
         inputs: tensors.
         function: of the inputs, to tensors.
         name: of the function.
-        expected: calls of this kind to expect.
-        check: whether to compare the graph with this function.
         wanted: what the function returned, and the random state then; None before it ran eagerly.
     """
 
@@ -63,8 +61,6 @@ class _Call:
     inputs: Sequence[Tensor]
     function: Function
     name: Hashable
-    expected: int
-    check: bool
     wanted: tuple[Results, _Random] | None = None
 
     def as_eager(self) -> Results:
@@ -108,7 +104,7 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
                 calls that one graph serves.
             function: of the inputs, to tensors.
             inputs: tensors.
-            calls: how many of this kind are to be expected.
+            calls: of this kind that are to be expected.
             check: whether to compare the graph with this function once more, as where it was
                 recorded from another that should be its equal.
         """
@@ -124,7 +120,7 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
             result = function(*inputs)
             entry.seconds = min(time.perf_counter() - begin, entry.seconds)
             return result
-        return self._advance(_Call(entry, inputs, function, key[0], calls, check))
+        return self._advance(_Call(entry, inputs, function, key[0]), calls, is_due=check)
 
     def _trace(self, call: _Call) -> Graph:
         start = _Random()
@@ -162,9 +158,3 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
         level = logging.WARNING if objection.differs else logging.INFO
         logger.log(level, "%s runs eagerly, which is slower: %s", self._what, objection.reason)
         return call.as_eager()
-
-    def _expected_calls(self, call: _Call) -> float:
-        return call.expected
-
-    def _is_due(self, call: _Call) -> bool:
-        return call.check

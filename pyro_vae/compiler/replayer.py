@@ -91,25 +91,17 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
         what: the name of what is run, in messages.
         compile: "auto", "replay", True or False, as in :class:`pyro_vae.CompiledSVI`.
         owners: whom messages are about, as in :func:`warn_once`.
-        plural: whether the name is a plural.
-        captures: whether graphs are launched at once where they can be (on a CUDA device): results
-            are then overwritten by the next call.
     """
 
-    def __init__(
-        self,
-        what: str,
-        compile: str | bool,
-        owners: tuple[object, ...],
-        *,
-        plural: bool = False,
-        captures: bool = False,
-    ) -> None:
+    _is = "is"  # or "are", as what is run asks for
+    # Whether graphs are launched at once where they can be (on a CUDA device): results are then
+    # overwritten by the next call.
+    _captures = False
+
+    def __init__(self, what: str, compile: str | bool, owners: tuple[object, ...]) -> None:
         check_compile(compile)
         self.compile = compile
-        self._what, self._is = what, "are" if plural else "is"
-        self._owners = owners
-        self._captures = captures
+        self._what, self._owners = what, owners
         self._entries: dict[Hashable, EntryT] = {}
         self._has_compiled = False
 
@@ -149,14 +141,6 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
     def _give_up(self, call: CallT, objection: Objection) -> ResultT:
         """Return the results of a call that no graph serves, from the state that it starts from."""
 
-    @abc.abstractmethod
-    def _expected_calls(self, call: CallT) -> float:
-        """Return how many calls of this signature there will be."""
-
-    @abc.abstractmethod
-    def _is_due(self, call: CallT) -> bool:
-        """Return whether to compare this call once more."""
-
     # --- the life of a graph
 
     def _find(self, signature: Hashable) -> EntryT | None:
@@ -174,8 +158,14 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
         self._entries[signature] = entry
         return dropped
 
-    def _advance(self, call: CallT) -> ResultT:
-        """Return the results of a call that ran eagerly before, by its graph where that works."""
+    def _advance(self, call: CallT, expected: float, *, is_due: bool) -> ResultT:
+        """Return the results of a call that ran eagerly before, by its graph where that works.
+
+        Args:
+            call: of a function.
+            expected: calls of its signature that there will be.
+            is_due: whether to compare this one once more.
+        """
         graph = call.entry.graph
         if graph is None:
             try:
@@ -185,11 +175,11 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
             message = "%s %s a graph of %d operations"
             logger.info(message, self._what, self._is, graph.num_operations)
             return self._compare(call, graph)
-        if self._compile_pays(call, graph):
+        if self._compile_pays(graph, expected):
             return self._compile(call, graph)
         if graph.capturable and self._captures:
             return self._capture(call, graph)
-        if self._is_due(call):
+        if is_due:
             return self._compare(call, graph)
         return self._finish(call, self._replay(call, graph), compared=False)
 
@@ -211,13 +201,11 @@ class Replayer(abc.ABC, Generic[EntryT, CallT, EagerT, ResultT]):
         logger.warning(_ONE_BY_ONE, self._what, reason)
         return self._compare(call, graph)
 
-    def _compile_pays(self, call: CallT, graph: Graph) -> bool:
+    def _compile_pays(self, graph: Graph, calls: float) -> bool:
         """Return whether compiling takes less time than it saves in the calls that are left."""
         if graph.compiled or graph.uncompilable or self.compile == "replay":
             return False
-        return self.compile is True or graph.pays(
-            self._expected_calls(call), compiled_before=self._has_compiled
-        )
+        return self.compile is True or graph.pays(calls, compiled_before=self._has_compiled)
 
     def _compile(self, call: CallT, graph: Graph) -> ResultT:
         try:

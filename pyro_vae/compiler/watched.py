@@ -11,8 +11,14 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.compiler.captured import Captured, is_library, is_plain
-from pyro_vae.compiler.places import MISSING, Place, identity_check
+from pyro_vae.compiler.captured import (
+    MISSING,
+    Captured,
+    Place,
+    identity_check,
+    is_library,
+    is_plain,
+)
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 from pyro_vae.torch_internals import buffers_of, parameters_of, structure_of
 

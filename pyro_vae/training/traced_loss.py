@@ -83,6 +83,8 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         checked: whether it is wanted, False at first; not to be changed once there is a graph.
     """
 
+    _is, _captures = "are", True
+
     def __init__(
         self,
         model: Program,
@@ -97,7 +99,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         wanted: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         pair = unwrapped(model), unwrapped(guide)
-        super().__init__("training steps", compile, pair, plural=True, captures=True)
+        super().__init__("training steps", compile, pair)
         self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
         self.steps, self.checked, self.mode = steps, False, "eager"
         self.health: Tensor | None = None
@@ -135,7 +137,11 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
             return self._learn(entry, args, kwargs)
         if not entry.backward_once and entry.graph is not None and entry.with_hooks():
             return self._give_up(step, Objection(_BACKWARD_AGAIN))
-        return self._advance(step)
+        # Where the number is not known, a run is as likely as not to go on for as long as it has.
+        calls, compared = entry.calls, entry.compared
+        expected = calls if self.steps is None else self.steps * calls / self._calls
+        new = step.numbers not in compared and len(compared) < _MAX_COMPARED_NUMBERS
+        return self._advance(step, expected, is_due=new or calls in _COMPARED)
 
     def _may_record(self) -> bool:
         """Return whether a graph may serve this call, whatever its arguments."""
@@ -357,16 +363,6 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         self._failures["differs" if objection.differs else reason] += 1
         self._warn(reason)
         return self._learn(entry, step.args, step.kwargs)
-
-    def _expected_calls(self, step: Step) -> float:
-        # Where the number is not known, a run is as likely as not to go on for as long as it has.
-        calls = step.entry.calls
-        return calls if self.steps is None else self.steps * calls / self._calls
-
-    def _is_due(self, step: Step) -> bool:
-        compared = step.entry.compared
-        new = step.numbers not in compared and len(compared) < _MAX_COMPARED_NUMBERS
-        return new or step.entry.calls in _COMPARED
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, optim
 
 from pyro_vae.compiler.agreement import same_state
+from pyro_vae.compiler.captured import Place, identity_check
 from pyro_vae.compiler.graph import Graph
-from pyro_vae.compiler.places import Place, identity_check
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.torch_internals import copy_all, has_step_hooks, largest_magnitudes
 from pyro_vae.training.optimizers import PyroLink, drop_gradients, parameters_in
