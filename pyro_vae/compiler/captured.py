@@ -11,7 +11,7 @@ import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,6 +107,23 @@ def identity_check(places: Iterable[Place]) -> Callable[[list[object]], bool]:
             return False
 
     return holds
+
+
+class Unchanged:
+    """Whether places hold what they held when this was made, and containers have their sizes."""
+
+    def __init__(self, containers: Sequence[Sized], places: list[Place]) -> None:
+        self._full = [container for container in containers if len(container)]
+        self._empty = [container for container in containers if not len(container)]  # most of them
+        self._sizes = list(map(len, self._full))
+        self._check = identity_check(places)
+        self._expected = [place.content for place in places]
+
+    def holds(self) -> bool:
+        """Return whether they do."""
+        if any(self._empty) or list(map(len, self._full)) != self._sizes:
+            return False
+        return self._check(self._expected)
 
 
 def is_plain(value: object) -> bool:

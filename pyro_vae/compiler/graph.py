@@ -6,7 +6,6 @@ order, those of autograd included; Python that led to them is gone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -232,23 +231,8 @@ def _is_free(args: tuple[Any, ...], node: fx.Node) -> bool:
     first, *others = args
     if first.op != "call_function" or nodes.viewed_by(first) is not None:
         return False  # an input or a constant, or the memory of another
-    used = nodes.nodes_in(tuple(others))
-    return nodes.layout(first) == nodes.layout(node) and all(
-        nodes.base_of(other) is not first for other in used
-    )
-
-
-def _text(names: dict[fx.Node, str], bound: dict[str, Any], value: object) -> str:
-    """Return the source of an argument; an object that has none is bound to a name."""
-    if isinstance(value, fx.Node):
-        return names[value]
-    if isinstance(value, (list, tuple)):
-        inner = "".join(f"{_text(names, bound, item)}, " for item in value)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
-    if value is None or type(value) in (bool, int):
-        return repr(value)
-    bound[name := f"c{len(bound)}"] = value
-    return name
+    used = map(nodes.base_of, nodes.nodes_in(others))
+    return nodes.layout(first) == nodes.layout(node) and first not in used
 
 
 def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
@@ -262,7 +246,19 @@ def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
     over = in_place(graph)
     bound: dict[str, Any] = {}
     parameters, lines = list[str](), list[str]()
-    text = functools.partial(_text, names, bound)
+
+    def text(value: object) -> str:
+        """Return the source of an argument; an object that has none is bound to a name."""
+        if isinstance(value, fx.Node):
+            return names[value]
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{text(item)}, " for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        bound[name := f"c{len(bound)}"] = value
+        return name
+
     for node in graph.nodes:
         name = names[node]
         if node.op == "placeholder":
@@ -273,11 +269,10 @@ def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
             lines.append(f"return {text(list(nodes.args_of(node)[0]))}")
         else:
             target, args = over.get(node, (node.target, nodes.args_of(node)))
-            function = (
-                torch_internals.called_directly(target) if isinstance(target, Operator) else target
-            )
+            if isinstance(target, Operator):
+                target = torch_internals.called_directly(target)
             arguments = [*map(text, args), *(f"{n}={text(v)}" for n, v in node.kwargs.items())]
-            lines.append(f"{name} = {text(function)}({', '.join(arguments)})")
+            lines.append(f"{name} = {text(target)}({', '.join(arguments)})")
             # The memory of what is read no more is for the next operations.
             done = [names[used] for used in node.all_input_nodes if last_use[used] is node]
             if done := [name for name in done if name not in bound]:

@@ -173,7 +173,10 @@ def text_of(graph: fx.Graph) -> tuple[Hashable, ...]:
     def text(node: fx.Node) -> Hashable:
         """Return what tells a node from others: numbers, or operator and arguments."""
         if (constant := constant_of(node)) is not None:
-            return _text_of_constant(constant)
+            # A clone has strides of its own: those of an expanded tensor are zero.
+            own = constant.detach().cpu().clone(memory_format=torch.contiguous_format)
+            numbers = own.reshape(-1).view(torch.uint8).numpy().tobytes()
+            return constant.shape, constant.stride(), constant.dtype, constant.device, numbers
         if node.op == "placeholder":
             return node.op
         arguments: Any = (node.args, sorted(node.kwargs.items()))
@@ -181,11 +184,3 @@ def text_of(graph: fx.Graph) -> tuple[Hashable, ...]:
         return node.target, key_of(named)
 
     return tuple(map(text, graph.nodes))
-
-
-def _text_of_constant(constant: Tensor) -> Hashable:
-    """Return a constant's numbers and how they lie in memory, hashable."""
-    # A clone has strides of its own: those of an expanded tensor are zero.
-    flat = constant.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
-    numbers = flat.view(torch.uint8).numpy().tobytes()
-    return constant.shape, constant.stride(), constant.dtype, constant.device, numbers

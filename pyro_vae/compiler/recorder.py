@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
@@ -63,14 +63,6 @@ class _Call:
     name: Hashable
     wanted: tuple[Results, _Random] | None = None
 
-    def as_eager(self) -> Results:
-        """Return what the function returns, with the random state that it leaves; it runs once."""
-        if self.wanted is None:
-            self.wanted = self.function(*self.inputs), _Random()
-        results, state = self.wanted
-        state.restore()
-        return results
-
 
 class Recorder(Replayer[_Timed, _Call, Results, Results]):
     """Runs functions of tensors, each by a graph where it is called often enough.
@@ -124,7 +116,7 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
 
     def _trace(self, call: _Call) -> Graph:
         start = _Random()
-        call.as_eager()
+        self._run(call)
         start.restore()
         try:
             return trace(call.function, call.inputs)
@@ -135,12 +127,16 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
         return _Random()
 
     def _run(self, call: _Call) -> Results:
-        return call.as_eager()
+        """Return what the function returns, with the random state that it leaves; it runs once."""
+        if call.wanted is None:
+            call.wanted = call.function(*call.inputs), _Random()
+        results, state = call.wanted
+        state.restore()
+        return results
 
     def _replay(self, call: _Call, graph: Graph) -> Results:
-        results: Any = graph(*call.inputs)  # none of which is None, as the function's are not
-        found: Results = results
-        return found
+        # None of which is None, as the function's are not.
+        return cast("Results", graph(*call.inputs))
 
     def _objection(
         self, call: _Call, wanted: Results, found: Results, *, exact: bool
@@ -150,11 +146,11 @@ class Recorder(Replayer[_Timed, _Call, Results, Results]):
         return Objection("its graph gives other numbers", differs=True)
 
     def _finish(self, call: _Call, found: Results, *, compared: bool) -> Results:
-        return call.as_eager() if compared else found
+        return self._run(call) if compared else found
 
     def _give_up(self, call: _Call, objection: Objection) -> Results:
         self._refused.add(call.name)
         # Other numbers, of a function that can be traced, are not to be expected.
         level = logging.WARNING if objection.differs else logging.INFO
         logger.log(level, "%s runs eagerly, which is slower: %s", self._what, objection.reason)
-        return call.as_eager()
+        return self._run(call)

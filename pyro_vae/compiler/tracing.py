@@ -103,20 +103,14 @@ class _Watch(DispatchMode):
             raise UntraceableError(_READ)
         self._check_writes(func, args, kwargs)
         result = func(*args, **kwargs)
-        if self._makes_constants(func, args, kwargs):
+        is_random = torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func)
+        of_constants = all(map(self.is_constant, tensors_in((args, kwargs))))
+        if (of_constants or func in nodes.LIFTS | nodes.LIKE) and not is_random:
             self._add(result)
         elif torch_internals.is_mutable(func):
             for tensor in tensors_in(tuple(torch_internals.written_values(func, args, kwargs))):
                 self._storages.pop(storage_key(tensor), None)
         return result
-
-    def _makes_constants(self, func: Operator, args: object, kwargs: object) -> bool:
-        """Return whether the results of a call are constant, and what it wrote."""
-        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
-            return False
-        return func in nodes.LIFTS | nodes.LIKE or all(
-            map(self.is_constant, tensors_in((args, kwargs)))
-        )
 
     def _add(self, made: object) -> None:
         self._storages.update((storage_key(t), t.untyped_storage()) for t in tensors_in(made))

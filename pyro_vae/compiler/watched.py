@@ -11,14 +11,7 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.compiler.captured import (
-    MISSING,
-    Captured,
-    Place,
-    identity_check,
-    is_library,
-    is_plain,
-)
+from pyro_vae.compiler.captured import MISSING, Captured, Place, Unchanged, is_library, is_plain
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 from pyro_vae.torch_internals import buffers_of, parameters_of, structure_of
 
@@ -85,8 +78,8 @@ class Watched:
         tensors = {id(t): t for place in held if isinstance(t := place.content, Tensor)}
         kinds = itertools.product(tensors.values(), ("requires_grad", "dtype"))
         held += [Place(tensor, name, is_item=False) for tensor, name in kinds]
-        self._have_tensors = _Unchanged(self._held, held)
-        self._have_parts = _Unchanged(self._structure, _items(self._structure))
+        self._have_tensors = Unchanged(self._held, held)
+        self._have_parts = Unchanged(self._structure, _items(self._structure))
 
     def holds(self) -> bool:
         """Return whether all is as expected."""
@@ -170,20 +163,3 @@ def _is_plain_list(value: object) -> bool:
 def _items(mappings: Iterable[Mapping[Any, object]]) -> list[Place]:
     """Return the places of all items of some mappings."""
     return [Place(mapping, key) for mapping in mappings for key in tuple(mapping.keys())]
-
-
-class _Unchanged:
-    """Whether places hold what they held when this was made, and mappings have their sizes."""
-
-    def __init__(self, mappings: list[Mapping[Any, object]], places: list[Place]) -> None:
-        self._full = [mapping for mapping in mappings if len(mapping)]
-        self._empty = [mapping for mapping in mappings if not len(mapping)]  # most of them
-        self._sizes = list(map(len, self._full))
-        self._check = identity_check(places)
-        self._expected = [place.content for place in places]
-
-    def holds(self) -> bool:
-        """Return whether they do."""
-        if any(self._empty) or list(map(len, self._full)) != self._sizes:
-            return False
-        return self._check(self._expected)

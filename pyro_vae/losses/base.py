@@ -35,10 +35,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
 
     Args:
         num_particles: draws of the guide for an estimate.
-        vectorize_particles: whether several particles run at once. The first call with a
-            pair compares them with single particles and falls back, first to the batch
-            repeated, then to a loop with a logged warning, if the networks cannot take
-            the extra dimension.
+        vectorize_particles: as in :class:`pyro_vae.ELBO`.
         data_plate: as in :func:`pyro_vae.log_weights`.
     """
 
@@ -149,16 +146,8 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     def _run(
         self, model: Program, guide: Program, batch: Batch, tracer: Tracer = trace_guide
     ) -> TrainingRun:
-        """Run a pair by its plan, which is made anew where it does not fit.
-
-        Args:
-            model: a Pyro model.
-            guide: a Pyro guide.
-            batch: their arguments.
-            tracer: how the guide is run.
-        """
-        key = _key(model, guide, batch)
-        shares = self._one_minibatch
+        """Run a pair by its plan, which is made anew where it does not fit."""
+        key, shares = _key(model, guide, batch), self._one_minibatch
         for _ in range(2):
             found = self._plan(key, model, guide, batch)
             run = TrainingRun(
@@ -172,11 +161,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         )
 
     def take_up(self, pair: Pair) -> None:
-        """Plan for a pair by what runs of it have shown already, in its first step.
-
-        Args:
-            pair: of the model and guide that steps are taken with, and of a batch like theirs.
-        """
+        """Plan by what runs of a pair have shown already, in the first step that is like it."""
         self._known = {_key(pair.model, pair.user_guide, pair.batch): pair}
 
     def _plan(

@@ -15,7 +15,7 @@ from pyro_vae.particles.stopped_gradients import StoppedGradients
 from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import DataPlate, Mask, Node, Program
+from pyro_vae.programs.types import DataPlate, Node, Program
 
 __all__ = ["ELBO"]
 
@@ -151,21 +151,19 @@ class ELBO(Objective):
         return self._checked(run, -elbo, kls)
 
     def _explained(self, run: TrainingRun) -> dict[str, str]:
+        sampled = "stl leaves out its score" if self.estimator == "stl" else "kl='sample'"
         found = {}
         for name, nodes in run.proposals():
             model_node = nodes[0][1]
-            if model_node is None:
-                found[name] = "sampled: auxiliary site of the guide"
-            elif self.estimator == "stl":
-                found[name] = "sampled: stl leaves out its score"
-            elif self.kl == "sample":
-                found[name] = "sampled: kl='sample'"
-            else:
-                # Of the nodes that the loss takes, with what is summed out side by side.
-                kls, reason = _closed_forms(nodes)
-                if len(model_node["fn"].batch_shape) >= -run.plan.mode.first_enum_dim:
-                    reason = f"its prior depends on discrete latents, {reason}"
-                found[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
+            if model_node is not None and self.kl == "sample":
+                found[name] = f"sampled: {sampled}"
+                continue
+            # Of the nodes that the loss takes, with what is summed out side by side.
+            kls, reason = _closed_forms(nodes)
+            first = run.plan.mode.first_enum_dim
+            if model_node is not None and len(model_node["fn"].batch_shape) >= -first:
+                reason = f"its prior depends on discrete latents, {reason}"
+            found[name] = f"{'sampled' if kls is None else 'analytic'}: {reason}"
         return found
 
     def _analytic(self, run: TrainingRun) -> dict[str, Tensor]:
@@ -190,14 +188,12 @@ class ELBO(Objective):
             reparameterized = nodes[0]["fn"].has_rsample or name in run.plan.enumerated
             if not reparameterized and self.estimator != "score":
                 raise not_reparameterized(name, nodes[0])
-            if name in kls:
-                continue
             if name in of_draws:
                 yield name, of_draws[name]
-                continue
-            term = run.log_prob(name, nodes, scaled=True)
-            # The derivative of log q at a fixed draw is zero on average: noise to leave out.
-            yield name, term if reparameterized else term.detach()
+            elif name not in kls:
+                term = run.log_prob(name, nodes, scaled=True)
+                # The derivative of log q at a fixed draw is zero on average: noise to leave out.
+                yield name, term if reparameterized else term.detach()
 
     def _score(self, run: TrainingRun, terms: _Terms) -> Tensor:
         """Return a term whose derivative is that of the draws' probability, times their gain."""
@@ -264,45 +260,34 @@ def _kl_below_floor(run: TrainingRun, free_bits: float) -> Tensor:
         )
     given = []
     for name, nodes in run.proposals():
-        kls, counts = [], []
+        kls = []
         for guide_node, model_node in nodes:
             kl, reason = kl_per_dimension(guide_node, model_node)
             if kl is None:
                 raise ValueError(
                     f"free_bits: latent site {name!r} has no KL of each dimension: {reason}"
                 )
-            event_ndim = kl.ndim - len(guide_node["fn"].batch_shape)
-            scale, mask = run.scale(guide_node), guide_node["mask"]
-            kls.append(_weighted(kl, scale, mask, event_ndim))
-            counts.append(_weighted(torch.ones_like(kl), scale, mask, event_ndim))
-        node = nodes[0][0]
-        event_ndim, local = node["fn"].event_dim, run.is_local(name, node)
-        kl, count = (_over_data(run, terms, event_ndim, local) for terms in (kls, counts))
+            kls.append((guide_node, kl))
+        total = _over_data(run, name, kls)
+        count = _over_data(run, name, [(node, torch.ones_like(kl)) for node, kl in kls])
         # A dimension under the floor gets its KL back: no pressure, no gradient.
-        given.append(torch.where(kl < free_bits * count, kl, torch.zeros_like(kl)).sum())
+        given.append(torch.where(total < free_bits * count, total, torch.zeros_like(total)).sum())
     return torch.stack(given).sum() if given else torch.zeros(())
 
 
-def _weighted(term: Tensor, scale: float | Tensor, mask: Mask, event_ndim: int) -> Tensor:
-    """Return a term of batch and event dimensions, scaled and masked along its batch."""
-    last, first = tuple(range(term.ndim - event_ndim, term.ndim)), tuple(range(event_ndim))
-    return scale_and_mask(term.movedim(last, first), scale, mask).movedim(first, last)
+def _over_data(run: TrainingRun, name: str, terms: list[tuple[Node, Tensor]]) -> Tensor:
+    """Return a site's terms, scaled and masked, summed over the data: the mean of the particles.
 
-
-def _over_data(run: TrainingRun, terms: list[Tensor], event_ndim: int, local: bool) -> Tensor:
-    """Return a site's term summed over the data, the mean of the particles.
-
-    Args:
-        run: of a pair.
-        terms: of the site's batch and event shape, one for each trace.
-        event_ndim: dimensions of an event.
-        local: whether the site is in the data plate.
+    Of each trace, the site's node and a term of its batch and event shape.
     """
-    mode = run.plan.mode
+    mode, local = run.plan.mode, run.is_local(name, terms[0][0])
     summed = (mode.data_dim if local else None, -mode.plate_dims if mode.leading else None)
     total: list[Tensor] = []
-    for term in terms:
-        batch_ndim = term.ndim - event_ndim
+    for node, term in terms:
+        batch_ndim = term.ndim - node["fn"].event_dim
+        events, first = tuple(range(batch_ndim, term.ndim)), tuple(range(term.ndim - batch_ndim))
+        ahead = scale_and_mask(term.movedim(events, first), run.scale(node), node["mask"])
         axes = [batch_ndim + dim for dim in summed if dim is not None and batch_ndim + dim >= 0]
-        total.append(term.sum(axes, keepdim=True) if axes else term)
+        weighted = ahead.movedim(first, events)
+        total.append(weighted.sum(axes, keepdim=True) if axes else weighted)
     return torch.stack(total).sum(0) / run.num_particles

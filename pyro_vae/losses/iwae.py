@@ -127,8 +127,10 @@ class IWAE(ImportanceObjective):
         if self.estimator == "dreg" and stopped:
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
-                message = "estimator='dreg' needs one scale for all latent sites of a datum; use"
-                raise ValueError(f"{message} 'pathwise'")
+                raise ValueError(
+                    "estimator='dreg' needs one scale for all latent sites of a datum; use "
+                    "'pathwise'"
+                )
             # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
             # of a path from its share.
             stopped.scale_gradients(run, 1 - ratio + ratio * shares)

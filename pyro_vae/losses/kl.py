@@ -26,7 +26,6 @@ from pyro_vae.programs.types import Mask, Node
 Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]
 KL_RULES: list[Rule] = []
 
-_AUXILIARY = "auxiliary site of the guide"
 # TransformedDistributions for which torch has formulas of their own.
 _ATOMS = (td.Gumbel, td.HalfCauchy, td.HalfNormal, td.Pareto)
 
@@ -72,11 +71,10 @@ def analytic_kl(guide_node: Node, model_node: Node | None) -> tuple[Tensor | Non
         >>> analytic_kl(guide, model)
         (tensor(0.3069), 'closed form between MultivariateNormal and Normal')
     """
-    if model_node is None:
-        return None, _AUXILIARY
-    guide, model = guide_node["fn"], model_node["fn"]
-    if reason := _refusal(guide_node, model_node):
+    reason = _refusal(guide_node, model_node)
+    if reason or model_node is None:
         return None, reason
+    guide, model = guide_node["fn"], model_node["fn"]
     try:
         found = _kl(guide, model)
     except NotImplementedError:
@@ -102,15 +100,12 @@ def kl_per_dimension(guide_node: Node, model_node: Node | None) -> tuple[Tensor 
     conditions are the same.
 
     Args:
-        guide_node: the site of a guide's trace.
-        model_node: the site of the same name of the replayed model's trace; None for none.
+        guide_node: as in :func:`analytic_kl`, and what is raised too.
+        model_node: likewise.
 
     Returns:
         The KL in nats, of the guide site's batch shape + event shape, unscaled and
         unmasked, or None; and a reason in words.
-
-    Raises:
-        ValueError: where a Delta lies outside the model's support, naming the site.
 
     Example:
         >>> import pyro.distributions as dist
@@ -120,21 +115,21 @@ def kl_per_dimension(guide_node: Node, model_node: Node | None) -> tuple[Tensor 
         >>> kl_per_dimension(guide, model)
         (tensor([0., 2.]), 'closed form between Normal and Normal')
     """
-    if model_node is None:
-        return None, _AUXILIARY
-    guide, model = guide_node["fn"], model_node["fn"]
-    if reason := _refusal(guide_node, model_node):
+    reason = _refusal(guide_node, model_node)
+    if reason or model_node is None:
         return None, reason
-    factors = [_factors(fn) for fn in (guide, model)]
-    for fn, factor in zip((guide, model), factors, strict=True):
-        if factor is None:
+    apart = []
+    for fn in (guide_node["fn"], model_node["fn"]):
+        if (factors := _factors(fn)) is None:
             return None, f"{_name(fn)} does not factorize over its event dimensions"
-    apart = {"name": guide_node["name"], "scale": 1.0, "mask": None}
-    return analytic_kl({**apart, "fn": factors[0]}, {**apart, "fn": factors[1]})
+        apart.append({"name": guide_node["name"], "scale": 1.0, "mask": None, "fn": factors})
+    return analytic_kl(*apart)
 
 
-def _refusal(guide_node: Node, model_node: Node) -> str:
+def _refusal(guide_node: Node, model_node: Node | None) -> str:
     """Return why a KL cannot take the place of E_q[log q - log p]; "" where it can."""
+    if model_node is None:
+        return "auxiliary site of the guide"
     (scale, factor), (other, other_factor) = map(scale_parts, (guide_node, model_node))
     if factor is not other_factor or not same_scale(scale, other):
         return "model and guide scale the site differently"
@@ -180,7 +175,7 @@ def _point(q: td.Distribution, p: td.Distribution) -> Tensor | None:
 @_rule
 def _masked(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """Both must mask alike: Pyro's rule drops what only one of them masks."""
-    if not isinstance(q, dist.MaskedDistribution) and not isinstance(p, dist.MaskedDistribution):
+    if not any(isinstance(d, dist.MaskedDistribution) for d in (q, p)):
         return None
     (q, q_mask), (p, p_mask) = (
         (d.base_dist, mask_inside(d)) if isinstance(d, dist.MaskedDistribution) else (d, True)

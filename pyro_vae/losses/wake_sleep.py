@@ -25,6 +25,9 @@ from pyro_vae.programs.types import DataPlate, Program, Values
 
 __all__ = ["WakeSleep"]
 
+# Which argument an observed site is, as long as its plan is remembered.
+_sources = weakref.WeakKeyDictionary[Plan, dict[str, int | str]]()
+
 
 class WakeSleep(ImportanceObjective):
     r"""Reweighted wake-sleep, with weights of each datum (Bornschein & Bengio 2015).
@@ -96,16 +99,6 @@ class WakeSleep(ImportanceObjective):
         )
         self.insomnia = insomnia
         self.dream = dream
-        # Which argument an observed site is, as long as its plan is remembered.
-        self._sources = weakref.WeakKeyDictionary[Plan, dict[str, int | str]]()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["_sources"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _sources=weakref.WeakKeyDictionary())
 
     def __repr__(self) -> str:
         return f"WakeSleep(num_particles={self.num_particles}, insomnia={self.insomnia})"
@@ -146,10 +139,10 @@ class WakeSleep(ImportanceObjective):
             dreamt = dream(model, batch, summed_out=plan.summed_out, nesting=plan.mode.nesting)
         values = {name: node["value"] for name, node in latent_nodes(dreamt)}
         observed = {name: values.pop(name) for name, _ in run.observed() if name in values}
-        if self.dream is not None:
-            batch = as_batch(self.dream(observed))
+        if self.dream is None:
+            batch = _dreamt_batch(run, observed, batch)
         else:
-            batch = self._with(run, observed, batch)
+            batch = as_batch(self.dream(observed))
         guide_trace = trace_given(guide, values, batch)
         mask_proposals(dreamt, guide_trace)
         total: Tensor | float = 0.0
@@ -164,18 +157,18 @@ class WakeSleep(ImportanceObjective):
             total = total + per_datum(log_prob, plan.mode.nesting, plan.mode.data_dim, leading=0)
         return torch.as_tensor(total)
 
-    def _with(self, run: TrainingRun, observed: Values, batch: Batch) -> Batch:
-        """Return the arguments with dreamt values in the place of the observed ones."""
-        if run.plan not in self._sources:
-            self._sources[run.plan] = _sources(run, observed)
-        new_args, new_kwargs = list(batch.args), dict(batch.kwargs)
-        for name, key in self._sources[run.plan].items():
-            holder: Any = new_args if isinstance(key, int) else new_kwargs
-            holder[key] = observed[name].reshape(holder[key].shape).to(holder[key])
-        return Batch(tuple(new_args), new_kwargs, batch.has_rows)
+
+def _dreamt_batch(run: TrainingRun, observed: Values, batch: Batch) -> Batch:
+    """Return the arguments with dreamt values in the place of the observed ones."""
+    given: dict[Any, Any] = {**dict(enumerate(batch.args)), **batch.kwargs}
+    if run.plan not in _sources:
+        _sources[run.plan] = _found_sources(run, observed)
+    for name, key in _sources[run.plan].items():
+        given[key] = observed[name].reshape(given[key].shape).to(given[key])
+    return Batch(tuple(given.pop(i) for i in range(len(batch.args))), given, batch.has_rows)
 
 
-def _sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
+def _found_sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
     """Return which argument of the batch each observed site's value is."""
     found: dict[str, int | str] = {}
     given: dict[Any, Any] = {**dict(enumerate(run.batch.args)), **run.batch.kwargs}

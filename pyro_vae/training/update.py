@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, optim
 
 from pyro_vae.compiler.agreement import same_state
-from pyro_vae.compiler.captured import Place, identity_check
+from pyro_vae.compiler.captured import Place, Unchanged
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.torch_internals import copy_all, has_step_hooks, largest_magnitudes
@@ -284,25 +284,16 @@ class _Repeated:
 
     def __init__(self, optimizer: optim.Optimizer, graph: Graph) -> None:
         self.graph, self.parameters = graph, parameters_in(optimizer)
-        self._groups = optimizer.param_groups
-        self._sizes = self._num_parameters()
+        groups = optimizer.param_groups
         places = [Place(optimizer, name, is_item=False) for name in ("param_groups", "state")]
-        places += [Place(self._groups, i) for i in range(len(self._groups))]
-        places += [Place(group, name) for group in self._groups for name in group]
+        places += [Place(groups, i) for i in range(len(groups))]
+        places += [Place(group, name) for group in groups for name in group]
         for parameter in self.parameters:
             state = optimizer.state[parameter]
             # load_state_dict and others put new tensors into the state.
             places += [Place(optimizer.state, parameter), Place(state, next(iter(state)))]
-        self._has = identity_check(places)
-        self._expected = [place.content for place in places]
-
-    def _num_parameters(self) -> list[int]:
-        """Return how many parameters each group has."""
-        return [len(group["params"]) for group in self._groups]
-
-    def holds(self) -> bool:
-        """Return whether settings, state and parameters are those of the graph."""
-        return self._num_parameters() == self._sizes and self._has(self._expected)
+        # Whether settings, state and parameters are those of the graph.
+        self.holds = Unchanged([groups, *(group["params"] for group in groups)], places).holds
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
