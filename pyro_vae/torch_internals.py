@@ -9,17 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import (
-    get_proxy_mode,
-    get_proxy_slot,
-    has_proxy_slot,
-    make_fx,
-)
+from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -28,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 _aten = torch.ops.aten
 
+Code: TypeAlias = Callable[..., Sequence[Tensor | None]]  # of a graph
 # One overload of an operator, as torch.ops.aten.add.Tensor.
 Operator = OpOverload
 # A context whose __torch_dispatch__ sees every call of an operator, those of autograd included.
@@ -62,11 +58,7 @@ def returns_nothing(operator: Operator) -> bool:
 
 
 def written_values(
-    operator: Operator,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    *,
-    silently: bool = False,
+    operator: Operator, args: Sequence[object], kwargs: Mapping[str, object], silently: bool = False
 ) -> Iterator[object]:
     """Yield the arguments of a call that the operator writes to.
 
@@ -116,8 +108,7 @@ def version_of(tensor: Tensor) -> int:
 
 def storage_key(tensor: Tensor) -> int:
     """Return a number that two tensors share where they share memory."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return cast("int", tensor.untyped_storage()._cdata)
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -194,30 +185,25 @@ def untraced() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes()
 
 
-def traced(
-    function: Callable[..., Sequence[Tensor | None]], inputs: Iterable[Tensor]
-) -> fx.GraphModule:
+def traced(function: Code, inputs: Iterable[Tensor]) -> fx.GraphModule:
     """Run a function once, and return all operators that it called as a module."""
-    return make_fx(function)(*inputs)
+    return proxy_tensor.make_fx(function)(*inputs)
 
 
 def node_of(tensor: Tensor) -> fx.Node | None:
     """Return the node of a tensor in the trace that is under way; None for others."""
-    mode = get_proxy_mode()
-    if mode is None or not has_proxy_slot(tensor, mode.tracer):
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None or not proxy_tensor.has_proxy_slot(tensor, mode.tracer):
         return None
-    node: fx.Node = get_proxy_slot(tensor, mode.tracer).proxy.node
-    return node
+    return proxy_tensor.get_proxy_slot(tensor, mode.tracer).proxy.node
 
 
 def is_tracing() -> bool:
     """Return whether a trace is under way, modes that are disabled aside."""
-    return get_proxy_mode() is not None
+    return proxy_tensor.get_proxy_mode() is not None
 
 
-def compiled(
-    module: fx.GraphModule, inputs: list[Tensor]
-) -> Callable[..., Sequence[Tensor | None]]:
+def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Code:
     """Return a module's code by TorchInductor, with PyTorch's own random numbers."""
     from torch import _inductor
     from torch._inductor import config
@@ -225,7 +211,4 @@ def compiled(
     options: dict[str, Any] = {"fallback_random": True}
     if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
         options["cpp.use_decompose_tanh"] = True
-    code: Callable[..., Sequence[Tensor | None]] = _inductor.compile(
-        module, [*inputs], options=options
-    )
-    return code
+    return cast("Code", _inductor.compile(module, [*inputs], options=options))

@@ -21,11 +21,7 @@ _FLOOR = 1e-3
 
 
 def numbers_agree(
-    wanted: Sequence[Tensor],
-    found: Sequence[Tensor | None],
-    inputs: Iterable[Tensor],
-    *,
-    exact: bool,
+    wanted: Sequence[Tensor], found: Sequence[Tensor | None], inputs: Iterable[Tensor], exact: bool
 ) -> bool:
     """Return whether all results of a function agree.
 
@@ -79,8 +75,7 @@ def gradients_differ(
 
 def same_state(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     """Return whether parameters and an optimizer's state agree after one update of each kind."""
-    pairs = zip(wanted, found, strict=True)
-    return all(torch.allclose(*pair, equal_nan=True) for pair in pairs)
+    return all(torch.allclose(a, b, equal_nan=True) for a, b in zip(wanted, found, strict=True))
 
 
 def _close(a: Tensor, b: Tensor, *, double: bool = True, exact: bool) -> bool:

@@ -6,8 +6,8 @@ order, those of autograd included; Python that led to them is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from pyro_vae import torch_internals
 from pyro_vae.compiler import nodes, replacements
 from pyro_vae.compiler.arguments import layout_of
 from pyro_vae.compiler.cuda_graph import CudaGraph, is_capturable
-from pyro_vae.torch_internals import Operator
+from pyro_vae.torch_internals import Code, Operator
 
 _aten = torch.ops.aten
 # What an operation and a number that it writes cost more in a replay than compiled, and what
@@ -167,11 +167,11 @@ class Graph:
 
 # What was compiled in this process, by all that it depends on: the same operations on the same
 # kind of tensors, of whatever model.
-_code: dict[Hashable, Callable[..., Sequence[Tensor | None]]] = {}
+_code: dict[Hashable, Code] = {}
 _MAX_CODES = 64  # that are kept
 
 
-def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Callable[..., Sequence[Tensor | None]]:
+def _compiled(graph: fx.Graph, arguments: list[Tensor]) -> Code:
     """Return a graph's compiled code: a function of the arguments."""
     places = [tensor.untyped_storage().data_ptr() for tensor in arguments]
     if any(places.count(places[i]) > 1 for i in nodes.written_inputs(graph)):
@@ -235,7 +235,7 @@ def _is_free(args: tuple[Any, ...], node: fx.Node) -> bool:
     return nodes.layout(first) == nodes.layout(node) and first not in used
 
 
-def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
+def program(graph: fx.Graph) -> Code:
     """Return a Python function of a graph's operations, one a line.
 
     What torch.fx generates looks each operator up by its full name at each call, and calls it
@@ -281,5 +281,4 @@ def program(graph: fx.Graph) -> Callable[..., Sequence[Tensor | None]]:
     signature = ", ".join([*parameters, *(f"{name}={name}" for name in bound)])
     source = f"def run({signature}):\n" + "".join(f"    {line}\n" for line in lines)
     exec(compile(source, "<pyro_vae graph>", "exec"), bound)
-    run: Callable[..., Sequence[Tensor | None]] = bound["run"]
-    return run
+    return cast("Code", bound["run"])

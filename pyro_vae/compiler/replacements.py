@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -24,9 +24,6 @@ def keep_workspaces(graph: fx.Graph) -> None:
 
     PyTorch's operator asks whether gradients are recorded at the time, and returns no workspace
     where they are not. In a graph they never are: those that it computes are operations of it.
-
-    Args:
-        graph: changed in place.
     """
     for node in calls(graph):
         if node.target is not _aten.mkldnn_rnn_layer_backward.default:
@@ -47,20 +44,12 @@ def _library() -> torch.library.Library:
 def _define(
     name: str, schema: str, run: Callable[..., object], shapes: Callable[..., object]
 ) -> Operator:
-    """Return a new operator of our own, pyro_vae::name.
-
-    Args:
-        name: of the operator.
-        schema: its arguments and results.
-        run: computes the results.
-        shapes: makes results of the same shapes and strides.
-    """
+    """Return a new operator of our own, pyro_vae::name; ``shapes`` makes its results, but empty."""
     # The compiler must leave the order in memory as it is: oneDNN goes by it.
     _library().define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     _library().impl(name, run, "CPU")
     _library().impl(name, shapes, "Meta")
-    defined: Operator = getattr(torch.ops.pyro_vae, name).default
-    return defined
+    return cast("Operator", getattr(torch.ops.pyro_vae, name).default)
 
 
 @functools.cache

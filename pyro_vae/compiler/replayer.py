@@ -61,11 +61,7 @@ class Saved(Protocol):
     """The state that a call starts from."""
 
     def restore(self, *, values: bool = False) -> None:
-        """Go back to it.
-
-        Args:
-            values: whether Python's values go back too, as after a run that is no call.
-        """
+        """Go back to it; Python's values too, as after a run that is no call."""
 
 
 EntryT = TypeVar("EntryT", bound=Entry)

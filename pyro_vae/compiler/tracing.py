@@ -16,14 +16,14 @@ from pyro_vae import torch_internals
 from pyro_vae.compiler import nodes, replacements, simplify
 from pyro_vae.compiler.graph import Graph, first_line
 from pyro_vae.recording import recording
-from pyro_vae.torch_internals import DispatchMode, Operator, storage_key, tensors_in
+from pyro_vae.torch_internals import Code, DispatchMode, Operator, storage_key, tensors_in
 
 _READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__}
 _MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 _Function: TypeAlias = Callable[..., Any]
 _Args: TypeAlias = tuple[Any, ...]
-_Kwargs: TypeAlias = Mapping[str, Any]
+_Kwargs: TypeAlias = Mapping[str, Any] | None
 _READ = "Python reads a number out of a tensor, which may decide what it does next"
 
 
@@ -32,10 +32,7 @@ class UntraceableError(RuntimeError):
 
 
 def trace(
-    function: Callable[..., Sequence[Tensor | None]],
-    inputs: Sequence[Tensor],
-    *,
-    writable: Iterable[Tensor] | None = None,
+    function: Code, inputs: Sequence[Tensor], *, writable: Iterable[Tensor] | None = None
 ) -> Graph:
     """Run a function once and return the graph of its tensor operations.
 
@@ -91,7 +88,7 @@ class _Watch(DispatchMode):
         return isinstance(value, Tensor) and storage_key(value) in self._storages
 
     def __torch_dispatch__(
-        self, func: Operator, types: Iterable[type], args: _Args = (), kwargs: _Kwargs | None = None
+        self, func: Operator, types: Iterable[type], args: _Args = (), kwargs: _Kwargs = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch_internals.READ_NUMBER and self.is_constant(args[0]):
@@ -116,13 +113,7 @@ class _Watch(DispatchMode):
         self._storages.update((storage_key(t), t.untyped_storage()) for t in tensors_in(made))
 
     def _pack(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        """Pack sequences of constant lengths by operators that the compiler takes too.
-
-        Args:
-            input: sequences, [N, T, ...] where batch_first, else [T, N, ...].
-            lengths: of the sequences, [N].
-            batch_first: which of the two comes first.
-        """
+        """Pack sequences, [T, N, ...], of constant lengths by operators that the compiler takes."""
         if not self.is_constant(lengths):
             raise UntraceableError("the lengths of packed sequences are numbers in a tensor")
         steps: list[int] = _untraced(Tensor.tolist, lengths)
@@ -134,7 +125,7 @@ class _Watch(DispatchMode):
         self._add(sizes)
         return data, sizes
 
-    def _check_writes(self, func: Operator, args: _Args, kwargs: _Kwargs) -> None:
+    def _check_writes(self, func: Operator, args: _Args, kwargs: Mapping[str, Any]) -> None:
         """Raise UntraceableError for a write that cannot be undone."""
         if self._writable is None or not torch_internals.is_mutable(func):
             return
@@ -158,11 +149,7 @@ class _Answers(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(
-        self,
-        func: _Function,
-        types: Iterable[type],
-        args: _Args = (),
-        kwargs: _Kwargs | None = None,
+        self, func: _Function, types: Iterable[type], args: _Args = (), kwargs: _Kwargs = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.item or func in _READS or func in _NUMBERS:

@@ -30,12 +30,7 @@ class Watched:
     """
 
     def __init__(
-        self,
-        roots: Iterable[object],
-        modules: Iterable[nn.Module],
-        names: list[str],
-        *,
-        modes: bool,
+        self, roots: Iterable[object], modules: Iterable[nn.Module], names: list[str], modes: bool
     ) -> None:
         self._captured = Captured([*roots, *modules])
         of_steps = self._captured.modules.values()
@@ -84,19 +79,16 @@ class Watched:
     def holds(self) -> bool:
         """Return whether all is as expected."""
         # By identity first: this runs at each step.
+        captured, parts, tensors = self._captured, self._have_parts, self._have_tensors
         if not self._has_values(self._values):
-            now = self._captured.values()
+            now = captured.values()
             if not all(map(_same, now, self._values)):
                 return False
             self._values = now
-        contents = self._captured.contents()
+        contents = captured.contents()
         if len(contents) != len(self._contents) or not all(map(_same, contents, self._contents)):
             return False
-        return (
-            self._have_parts.holds()
-            and self._have_tensors.holds()
-            and self._captured.digests() == self._digests
-        )
+        return parts.holds() and tensors.holds() and captured.digests() == self._digests
 
     def holds_tensors(self) -> bool:
         """Return whether the parameters and buffers are the expected ones."""

@@ -47,7 +47,7 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     _one_minibatch = False  # whether all particles share the minibatch that the model draws
 
     def __init__(
-        self, num_particles: int, *, vectorize_particles: bool, data_plate: DataPlate
+        self, num_particles: int, vectorize_particles: bool, data_plate: DataPlate
     ) -> None:
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=as_count("num_particles", num_particles),
@@ -94,11 +94,8 @@ class Objective(pyro.infer.ELBO, abc.ABC):
     ) -> Tensor:
         """Return the loss; raise ValueError where it is infinite for values outside a support.
 
-        Args:
-            run: that the loss is of.
-            loss: a scalar.
-            kls: closed forms, by site: infinite where a proposal reaches outside, whatever was
-                drawn. None for a bound whose weights may be zero.
+        Closed forms are infinite where a proposal reaches outside, whatever was drawn; there are
+        none (None) of a bound, whose weights may be zero.
         """
         # An infinite term beside the baseline of its gradient is NaN.
         if is_recording() or not bool((loss == math.inf) | (loss.isnan() & (kls is not None))):
@@ -132,11 +129,8 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         """Restore a state of :meth:`state_dict`."""
         for name in set(self._baselines) - set(state):
             del self._baselines[name]
-        for name, value in state.items():
-            if name in self._baselines:
-                self._baselines[name].copy_(value)
-            else:
-                self._baselines[name] = value.clone()
+        for name, value in state.items():  # in place, where a graph may read it
+            self._baselines.setdefault(name, value.clone()).copy_(value)
 
     def _get_trace(
         self, model: Program, guide: Program, args: Any, kwargs: Any

@@ -114,9 +114,7 @@ class ELBO(Objective):
             raise ValueError(f"free_bits={free_bits}: a number of nats of at least 0 is needed")
         if free_bits and kl == "sample":
             raise ValueError("free_bits need kl='analytic': a KL of each latent dimension")
-        super().__init__(
-            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
-        )
+        super().__init__(num_particles, vectorize_particles, data_plate)
         self.kl = kl
         self.estimator = estimator
         self.free_bits = free_bits
@@ -135,9 +133,7 @@ class ELBO(Objective):
         kls = self._analytic(run)
         terms: _Terms = {("model", n): t for n, t in run.model_terms(skip=kls, scaled=True)}
         terms.update((("kl", name), -kl) for name, kl in kls.items())
-        terms.update(
-            (("guide", name), -t) for name, t in self._sampled_guide_terms(run, kls, stopped)
-        )
+        terms.update((("guide", name), -t) for name, t in self._guide_terms(run, kls, stopped))
         for name, nodes in run.guide_factors():  # as Trace_ELBO has them, but pathwise
             terms["factor", name] = -run.log_prob(name, nodes, scaled=True)
         if not terms:  # as where nothing of this batch is observed
@@ -179,7 +175,7 @@ class ELBO(Objective):
                 found[name] = run.term(name, run.guide.nodes(name), terms, scaled=False)
         return found
 
-    def _sampled_guide_terms(
+    def _guide_terms(
         self, run: TrainingRun, kls: dict[str, Tensor], stopped: StoppedGradients | None
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield log q, scaled, [K, N], of the sites without an analytic KL."""
@@ -206,9 +202,8 @@ class ELBO(Objective):
             # The gain of a datum's draw is that datum's terms, less the KL of its own site.
             earned = [t.detach() for key, t in terms.items() if key != ("kl", name)]
             local = sum((t for t in earned if t.shape[1] == num_data), torch.zeros_like(earned[0]))
-            common = sum(
-                (t for t in earned if t.shape[1] != num_data), torch.zeros_like(local[:, :1])
-            )
+            zero = torch.zeros_like(local[:, :1])
+            common = sum((t for t in earned if t.shape[1] != num_data), zero)
             is_local = log_guide.shape[1] == num_data
             signal = (local if is_local else local.sum(1, keepdim=True)) + common
             total = total + ((signal - self._baseline(name, signal)) * log_guide).sum()

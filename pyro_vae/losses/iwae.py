@@ -93,9 +93,7 @@ class IWAE(ImportanceObjective):
     ) -> None:
         if estimator not in get_args(IWAEEstimator):
             raise ValueError(f"estimator={estimator!r}: 'pathwise', 'stl' or 'dreg' is needed")
-        super().__init__(
-            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
-        )
+        super().__init__(num_particles, vectorize_particles, data_plate)
         self.estimator = estimator
         # The score of a draw that all particles share has another weight than theirs.
         self._share_globals = estimator == "pathwise"

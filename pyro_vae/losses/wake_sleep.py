@@ -94,9 +94,7 @@ class WakeSleep(ImportanceObjective):
                 f"num_particles={num_particles}: wake-phi needs at least 2, for the normalized "
                 "weight of a single draw is always 1"
             )
-        super().__init__(
-            num_particles, vectorize_particles=vectorize_particles, data_plate=data_plate
-        )
+        super().__init__(num_particles, vectorize_particles, data_plate)
         self.insomnia = insomnia
         self.dream = dream
 
