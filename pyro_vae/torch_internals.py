@@ -28,6 +28,10 @@ Code: TypeAlias = Callable[..., Sequence[Tensor | None]]  # of a graph
 Operator = OpOverload
 # A context whose __torch_dispatch__ sees every call of an operator, those of autograd included.
 DispatchMode = TorchDispatchMode
+# A context whose operators leave autograd out, though gradients may be recorded.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+# A context whose operators are seen by no mode around it.
+untraced = _disable_current_modes
 # What all layers of batch normalization are, and all of dropout.
 BatchNorm, Dropout = _BatchNorm, _DropoutNd
 
@@ -91,11 +95,6 @@ def schema_text(operator: Operator) -> tuple[str, str]:
 def called_directly(operator: Operator) -> Callable[..., object]:
     """Return what an operator calls in C++: a layer of Python less at each call."""
     return operator._op
-
-
-def below_autograd() -> contextlib.AbstractContextManager[object]:
-    """Return a context whose operators leave autograd out, though gradients may be recorded."""
-    return torch._C._AutoDispatchBelowAutograd()
 
 
 # --- tensors
@@ -178,11 +177,6 @@ def unchecked_samples() -> Iterator[None]:
 
 
 # --- tracing and compiling
-
-
-def untraced() -> contextlib.AbstractContextManager[object]:
-    """Return a context whose operators are seen by no mode around it."""
-    return _disable_current_modes()
 
 
 def traced(function: Code, inputs: Iterable[Tensor]) -> fx.GraphModule:

@@ -148,17 +148,16 @@ class _Reads(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _reads(code: types.CodeType) -> _Reads:
     found = _Reads(set(), set(), set())
-    before: list[Any] = []
-    for instruction in dis.get_instructions(code):
+    instructions = list(dis.get_instructions(code))
+    for i, instruction in enumerate(instructions):
         what, name = instruction.opname, instruction.argval
         if what in ("LOAD_GLOBAL", "LOAD_NAME"):
             found.globals.add(name)
         elif what in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
             found.attributes.add(name)
         elif what == "IMPORT_NAME":
-            level = before[-2].argval if len(before) > 1 else 0  # of "from .. import"
+            level = instructions[i - 2].argval if i > 1 else 0  # of "from .. import"
             found.imports.add((name, level if isinstance(level, int) else 0))
-        before.append(instruction)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _reads(constant)
@@ -223,8 +222,9 @@ class Captured:
         """Return what containers hold now, one after the other."""
         return list(itertools.chain.from_iterable(self._contents))
 
-    def identity_check(self) -> Callable[[list[object]], bool]:
-        """Return a fast function of former :meth:`values`: whether all are there still."""
+    @functools.cached_property
+    def has(self) -> Callable[[list[object]], bool]:
+        """A fast function of former :meth:`values`: whether all are there still."""
         return identity_check(self._places)
 
     def digests(self) -> list[bytes]:
@@ -238,6 +238,7 @@ class Captured:
 
     def forget(self, indices: set[int]) -> None:
         """Watch some of the :meth:`places` no more."""
+        vars(self).pop("has", None)
         kept = [i not in indices for i in range(len(self._places) + len(self._contents))]
         of_contents = kept[len(self._places) :]
         self._places = list(itertools.compress(self._places, kept))
@@ -432,9 +433,7 @@ def _objects(container: Any) -> list[object]:
 def _imported(module: str, level: int, known: Mapping[str, Any]) -> types.ModuleType | None:
     """Return the module that a statement inside a function imports; None before it did."""
     try:
-        name = "." * level + module
-        if level:
-            name = importlib.util.resolve_name(name, known.get("__package__") or "")
+        name = importlib.util.resolve_name("." * level + module, known.get("__package__") or "")
     except ImportError:
         return None
     return sys.modules.get(name)

@@ -86,7 +86,10 @@ def _fold(graph: fx.Graph, written: set[fx.Node]) -> None:
         args = args_of(node)
         if target in nodes.LIKE:  # of a tensor with any numbers in it
             like = _val(args[0])
-            args = (like.new_empty_strided(like.shape, like.stride()), *args[1:])
+            blank = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device
+            )
+            args = (blank, *args[1:])
         found: Any = (args, dict(node.kwargs))
         args, kwargs = fx.node.map_arg(found, lambda n: n.meta["constant"])
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -57,10 +56,6 @@ class Watched:
                 followed = is_own or callable(value) or _is_plain_list(value)
                 self._captured.add(vars(module), name, f"{kind.__name__}.{name}", followed=followed)
 
-    @functools.cached_property
-    def _has_values(self) -> Callable[[list[object]], bool]:
-        return self._captured.identity_check()
-
     def expect(self) -> None:
         """Expect the present state from now on."""
         captured = self._captured
@@ -80,7 +75,7 @@ class Watched:
         """Return whether all is as expected."""
         # By identity first: this runs at each step.
         captured, parts, tensors = self._captured, self._have_parts, self._have_tensors
-        if not self._has_values(self._values):
+        if not captured.has(self._values):
             now = captured.values()
             if not all(map(_same, now, self._values)):
                 return False
@@ -113,7 +108,6 @@ class Watched:
         """
         if written := {index for index, _ in self._differing()}:
             self._captured.forget(written)
-            vars(self).pop("_has_values", None)
         self.expect()
 
     def _differing(self) -> Iterator[tuple[int, list[tuple[object, object]]]]:

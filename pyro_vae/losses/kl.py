@@ -23,8 +23,7 @@ from pyro_vae.programs.types import Mask, Node
 
 # A rule returns KL(q, p), or None where the pair is not its case. It raises
 # NotImplementedError where no later rule may speak: there is no closed form.
-Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]
-KL_RULES: list[Rule] = []
+_Rule: TypeAlias = Callable[[td.Distribution, td.Distribution], Tensor | None]
 
 # TransformedDistributions for which torch has formulas of their own.
 _ATOMS = (td.Gumbel, td.HalfCauchy, td.HalfNormal, td.Pareto)
@@ -151,7 +150,7 @@ def _refusal(guide_node: Node, model_node: Node | None) -> str:
 
 def _kl(q: td.Distribution, p: td.Distribution) -> Tensor:
     """Return KL(q, p), of their common batch shape; raise NotImplementedError for none."""
-    found = next((kl for rule in KL_RULES if (kl := rule(q, p)) is not None), None)
+    found = next((kl for rule in _RULES if (kl := rule(q, p)) is not None), None)
     if found is None:
         if any(isinstance(q, a) and isinstance(p, b) for a, b in _WRONG_IN_TORCH):
             raise NotImplementedError
@@ -159,12 +158,6 @@ def _kl(q: td.Distribution, p: td.Distribution) -> Tensor:
     return found.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
-def _rule(rule: Rule) -> Rule:
-    KL_RULES.append(rule)
-    return rule
-
-
-@_rule
 def _point(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     if not is_point(q):
         return None
@@ -172,7 +165,6 @@ def _point(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     return q.log_prob(value) - p.log_prob(value)
 
 
-@_rule
 def _masked(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """Both must mask alike: Pyro's rule drops what only one of them masks."""
     if not any(isinstance(d, dist.MaskedDistribution) for d in (q, p)):
@@ -186,13 +178,11 @@ def _masked(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     return scale_and_mask(_kl(q, p), mask=q_mask)
 
 
-@_rule
 def _expanded(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     bases = [d.base_dist if isinstance(d, dist.ExpandedDistribution) else d for d in (q, p)]
     return None if bases[0] is q and bases[1] is p else _kl(*bases)
 
 
-@_rule
 def _independent(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """KL(prod q_i, prod p_i) = sum KL(q_i, p_i) over the dimensions both reinterpret."""
     (q_base, q_dims), (p_base, p_dims) = _merged(q), _merged(p)
@@ -203,7 +193,6 @@ def _independent(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     return sum_rightmost(parts, shared)
 
 
-@_rule
 def _gaussian(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     r"""KL of two Gaussians of which one is diagonal.
 
@@ -222,7 +211,6 @@ def _gaussian(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     return -q.entropy() - p.log_prob(q.mean) + 0.5 * (precision * q.variance).sum(-1)
 
 
-@_rule
 def _transformed(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """KL(T(q), T(p)) = KL(q, p) for a T that is one to one.
 
@@ -237,6 +225,9 @@ def _transformed(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     if all(isinstance(_merged(d)[0], td.TransformedDistribution) for d in (q, p)):
         raise NotImplementedError
     return None
+
+
+_RULES: tuple[_Rule, ...] = (_point, _masked, _expanded, _independent, _gaussian, _transformed)
 
 
 def _merged(d: td.Distribution) -> tuple[td.Distribution, int]:
