@@ -12,13 +12,11 @@ from torch import Tensor
 
 # Arguments that their value describes in full.
 _PLAIN = (
-    *(str, bytes, int, float, bool, complex, type(None), enum.Enum),
+    *(str, bytes, int, float, complex, type(None), enum.Enum),
     *(torch.dtype, torch.device, torch.Size),
 )
 _MAX_CONSTANTS = 3  # values of a number that have graphs of their own
 _MAX_FORMS = 64  # of arguments that are remembered
-
-_Numbers = tuple[int | float, ...]
 
 
 def layout_of(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -96,7 +94,7 @@ class _Form:
         refused: whether numbers stay what they are.
     """
 
-    first: _Numbers
+    first: list[int | float]
     varied: set[int] = field(default_factory=set)
     num_values: int = 1
     refused: bool = False
@@ -113,45 +111,44 @@ class VaryingNumbers:
     def __init__(self) -> None:
         self._forms: dict[Hashable, _Form] = {}
 
-    def meet(self, value: object) -> Hashable:
-        """Take note of arguments that have no graph yet; return their key, None without numbers."""
-        found: list[int | float] = []
-        key = form_of(value, [], found)
-        if not found:
-            return None
+    def as_tensors(
+        self, value: Any, inputs: list[Tensor]
+    ) -> tuple[Hashable, Any, tuple[int | float, ...]]:
+        """Return the key of arguments without a graph, and them with tensors for varying numbers.
+
+        The numbers that vary come last. Without numbers the key is None.
+
+        Args:
+            value: the arguments, of which note is taken.
+            inputs: their tensors, by which the numbers' dtype and device are chosen.
+        """
+        numbers: list[int | float] = []
+        key = form_of(value, [], numbers)
+        if not numbers:
+            return None, value, ()
         if key not in self._forms:
             while len(self._forms) >= _MAX_FORMS:
                 del self._forms[next(iter(self._forms))]
-            self._forms[key] = _Form(tuple(found))
+            self._forms[key] = _Form(numbers)
         form = self._forms[key]
-        if new := {i for i, (a, b) in enumerate(zip(found, form.first, strict=True)) if a != b}:
+        pairs = zip(numbers, form.first, strict=True)
+        if new := {i for i, (number, first) in enumerate(pairs) if number != first}:
             form.num_values += 1
             form.varied |= new
-        return key
+        if form.refused or form.num_values <= _MAX_CONSTANTS:
+            return key, value, ()
+        tensors = {i: _as_tensor(numbers[i], inputs) for i in sorted(form.varied)}
+        new_values = iter([tensors.get(i, number) for i, number in enumerate(numbers)])
+        return key, rebuilt(value, new_values, _is_number), tuple(numbers[i] for i in tensors)
 
     def refuse(self, key: Hashable) -> None:
         """Leave the numbers of these arguments what they are: a function takes no tensors there."""
         self._forms[key].refused = True
 
-    def as_tensors(self, key: Hashable, value: Any, inputs: list[Tensor]) -> tuple[Any, _Numbers]:
-        """Return arguments with tensors in the place of numbers that vary, and these numbers.
 
-        Args:
-            key: as :meth:`meet` returned it.
-            value: the arguments.
-            inputs: their tensors, by which the numbers' dtype and device are chosen.
-        """
-        form = self._forms.get(key)
-        if form is None or form.refused or form.num_values <= _MAX_CONSTANTS:
-            return value, ()
-        is_double = any(tensor.dtype == torch.float64 for tensor in inputs)
-        dtype = torch.float64 if is_double else torch.get_default_dtype()
-        device = inputs[0].device if inputs else None
-        numbers: list[int | float] = []
-        form_of(value, [], numbers)
-        new: list[int | float | Tensor] = [*numbers]
-        for i in form.varied:
-            kind = None if isinstance(numbers[i], int) else dtype
-            new[i] = torch.tensor(numbers[i], dtype=kind, device=device)
-        varying = tuple(n for i, n in enumerate(numbers) if i in form.varied)
-        return rebuilt(value, iter(new), _is_number), varying
+def _as_tensor(number: int | float, inputs: list[Tensor]) -> Tensor:
+    """Return a number as a tensor; a float as wide as some of the inputs."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in inputs)
+    dtype = torch.float64 if is_double else torch.get_default_dtype()
+    device = inputs[0].device if inputs else None
+    return torch.tensor(number, dtype=None if isinstance(number, int) else dtype, device=device)

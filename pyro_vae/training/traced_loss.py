@@ -168,8 +168,8 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         setting = torch.get_default_dtype(), torch.is_grad_enabled()
         numbers: tuple[int | float, ...] = ()
         key, entry = None, self._find((form, *setting))
-        if entry is None and (key := self._numbers.meet(structure)) is not None:
-            structure, numbers = self._numbers.as_tensors(key, structure, inputs)
+        if entry is None:
+            key, structure, numbers = self._numbers.as_tensors(structure, inputs)
             inputs = []
             form = form_of(structure, inputs)
             entry = self._find((form, *setting))
