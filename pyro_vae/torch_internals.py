@@ -46,11 +46,6 @@ UNSAFE_VIEW: Operator = _aten._unsafe_view.default  # a view, though its schema 
 _SILENTLY_WRITTEN = {"running_mean", "running_var"}
 
 
-def is_mutable(operator: Operator) -> bool:
-    """Return whether an operator writes to an argument, by its schema."""
-    return operator._schema.is_mutable
-
-
 def shares_memory(operator: Operator) -> bool:
     """Return whether a result lies in the memory of an argument, by the operator's schema."""
     return any(result.alias_info is not None for result in operator._schema.returns)

@@ -98,16 +98,26 @@ class _Watch(DispatchMode):
         reads = torch.Tag.data_dependent_output in func.tags
         if reads and any(map(_is_from_outside, args)):
             raise UntraceableError(_READ)
-        self._check_writes(func, args, kwargs)
+        written = list(torch_internals.written_values(func, args, kwargs))
+        if any(map(self._outlasts, written)):
+            raise UntraceableError(
+                "a tensor is written to that is neither a buffer of a module nor made in the step; "
+                "register it by register_buffer"
+            )
         result = func(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func)
         of_constants = all(map(self.is_constant, tensors_in((args, kwargs))))
         if (of_constants or func in nodes.LIFTS | nodes.LIKE) and not is_random:
             self._add(result)
-        elif torch_internals.is_mutable(func):
-            for tensor in tensors_in(tuple(torch_internals.written_values(func, args, kwargs))):
+        else:
+            for tensor in tensors_in(written):
                 self._storages.pop(storage_key(tensor), None)
         return result
+
+    def _outlasts(self, value: object) -> bool:
+        """Return whether what is written to a value stays there, and cannot be undone."""
+        writable = self._writable
+        return writable is not None and _is_from_outside(value) and id(value) not in writable
 
     def _add(self, made: object) -> None:
         self._storages.update((storage_key(t), t.untyped_storage()) for t in tensors_in(made))
@@ -124,17 +134,6 @@ class _Watch(DispatchMode):
         sizes = torch.tensor(going_on)
         self._add(sizes)
         return data, sizes
-
-    def _check_writes(self, func: Operator, args: _Args, kwargs: Mapping[str, Any]) -> None:
-        """Raise UntraceableError for a write that cannot be undone."""
-        if self._writable is None or not torch_internals.is_mutable(func):
-            return
-        for value in torch_internals.written_values(func, args, kwargs):
-            if _is_from_outside(value) and id(value) not in self._writable:
-                raise UntraceableError(
-                    "a tensor is written to that is neither a buffer of a module nor made in "
-                    "the step; register it by register_buffer"
-                )
 
 
 class _Answers(TorchFunctionMode):
