@@ -21,8 +21,6 @@ from pyro_vae.programs.traces import trace_guide, trace_pair
 from pyro_vae.programs.types import DataPlate, Node, Particles, Program, Trace
 from pyro_vae.recording import is_recording
 
-__all__ = ["Objective", "explain", "not_reparameterized", "without_value"]
-
 _PLANS = 16  # remembered at most
 
 

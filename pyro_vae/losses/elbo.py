@@ -17,8 +17,6 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import DataPlate, Node, Program
 
-__all__ = ["ELBO"]
-
 ELBOEstimator: TypeAlias = Literal["pathwise", "stl", "score"]
 KLKind: TypeAlias = Literal["analytic", "sample"]
 

@@ -18,8 +18,6 @@ from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.recording import is_recording
 
-__all__ = ["IWAE"]
-
 IWAEEstimator: TypeAlias = Literal["pathwise", "stl", "dreg"]
 
 
@@ -126,8 +124,7 @@ class IWAE(ImportanceObjective):
             shares = torch.softmax(log_weights.detach(), 0)
             if ratio is None:
                 raise ValueError(
-                    "estimator='dreg' needs one scale for all latent sites of a datum; use "
-                    "'pathwise'"
+                    "'dreg' needs one scale for all latent sites of a datum; use 'pathwise'"
                 )
             # The score of log q^ratio, doubly reparameterized, takes ratio * share * (1 - share)
             # of a path from its share.

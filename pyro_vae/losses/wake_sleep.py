@@ -23,8 +23,6 @@ from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.traces import dream, site_log_prob, trace_given
 from pyro_vae.programs.types import DataPlate, Program, Values
 
-__all__ = ["WakeSleep"]
-
 # Which argument an observed site is, as long as its plan is remembered.
 _sources = weakref.WeakKeyDictionary[Plan, dict[str, int | str]]()
 
@@ -91,8 +89,7 @@ class WakeSleep(ImportanceObjective):
         num_particles = as_count("num_particles", num_particles)
         if num_particles < 2 and insomnia > 0:
             raise ValueError(
-                f"num_particles={num_particles}: wake-phi needs at least 2, for the normalized "
-                "weight of a single draw is always 1"
+                f"num_particles={num_particles}: wake-phi needs at least 2; of one, the weight is 1"
             )
         super().__init__(num_particles, vectorize_particles, data_plate)
         self.insomnia = insomnia
