@@ -140,8 +140,8 @@ class Cyclical(Schedule):
     def __post_init__(self) -> None:
         _check_whole("period", self.period, 2)
         if not 0 < self.ramp <= 1:
-            what = "the fraction of a period in which the factor moves, above 0 and at most 1"
-            raise ValueError(f"ramp={self.ramp!r}: {what}, is needed")
+            what = "the fraction of a period that the line takes is above 0 and at most 1"
+            raise ValueError(f"ramp={self.ramp!r}: {what}")
         _check_factor("start", self.start)
         _check_factor("end", self.end)
         if self.cycles is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,10 +136,8 @@ class _DrawnByStep(DataSource):
         with seeded(batch.device, 0):
             drawn = self.drawn(copy)
         if list(map(version_of, tensors)) != versions:
-            raise ValueError(
-                f"{type(self._data).__name__}.draw writes to the minibatch that it is given, "
-                "which is the data themselves; return a new tensor"
-            )
+            what = "writes to the minibatch that it is given, the data themselves; return a new one"
+            raise ValueError(f"{type(self._data).__name__}.draw {what}")
         return drawn
 
 
@@ -176,11 +175,11 @@ class _Streamed(DataSource):
 
     def _count(self) -> int | None:
         data: Any = self._data
-        try:
+        self._num_batches = None
+        with contextlib.suppress(TypeError):  # of an IterableDataset without a length
             self._num_batches, count = len(data), len(data.dataset)
-        except TypeError:  # of an IterableDataset without a length
-            self._num_batches = count = None
-        return count
+            return count
+        return None
 
     def _first(self, batch_size: int) -> Batch:
         with preserved_rng(_CPU):
@@ -196,15 +195,12 @@ class _Streamed(DataSource):
         return self._num_batches
 
     def epoch(self, batch_size: int | None) -> Iterator[tuple[None, Batch]]:
-        empty = True
+        read = None
         for read in self._data:
-            empty = False
             yield None, self.made(read)
-        if empty:
-            raise ValueError(
-                "the data gave no batch in this epoch: a loader, or an IterableDataset, must give "
-                "its rows anew each time it is iterated over"
-            )
+        if read is None:
+            what = "a loader, or an IterableDataset, must give its rows anew each time"
+            raise ValueError(f"the data gave no batch in this epoch: {what} it is iterated over")
 
 
 def source_of(

@@ -25,7 +25,7 @@ from pyro_vae.losses.elbo import ELBO
 from pyro_vae.particles.estimators import Estimate, effective_sample_size
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.sites import Site, Structure
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, seeded
 from pyro_vae.programs.supports import is_discrete, support_of
 from pyro_vae.programs.types import DataPlate, Program
@@ -131,9 +131,8 @@ class ExactStep(EStep):
         super().__init__(problem)
         if not isinstance(problem.guide, ExactGuide):
             raise ValueError(
-                "e_step='exact' needs an ExactGuide, which enumerates discrete latents, found "
-                f"{type(problem.guide).__name__}; continuous latents have no exact E-step here: "
-                "choose 'variational', 'importance' or 'nuts'"
+                f"e_step='exact' needs an ExactGuide, found {type(problem.guide).__name__}; for "
+                "continuous latents choose 'variational', 'importance' or 'nuts'"
             )
         self._guide, self._loss = problem.guide, ELBO(kl="sample")
         self._frozen = contextlib.ExitStack()
@@ -258,7 +257,14 @@ class ImportanceStep(DrawnStep):
     name = "importance"
 
     def __init__(self, problem: Problem) -> None:
-        _require_density(problem, self.name)
+        guide = problem.guide
+        if isinstance(guide, FamilyGuide) and not guide.family.has_density:
+            raise ValueError(
+                f"e_step={self.name!r} measures log p(x) by the guide's density, and "
+                f"{guide.family!r} is a point, which has none; use another family"
+            )
+        if problem.num_particles < 2:
+            raise ValueError(f"num_particles=1: e_step={self.name!r} needs at least 2")
         super().__init__(problem)
 
     def update(self, iteration: int) -> StepELBO:
@@ -307,9 +313,17 @@ class NUTSStep(ImportanceStep):
     name = "nuts"
 
     def __init__(self, problem: Problem) -> None:
-        _require_density(problem, self.name)
         latents = (*problem.structure.local_latents, *problem.structure.global_latents)
-        _require_continuous(latents)
+        if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
+            raise ValueError(
+                f"the distributions of the latent sites {undeclared} declare no support, which "
+                "NUTS needs; give their classes one, or use e_step='importance'"
+            )
+        if names := [site.name for site in latents if is_discrete(site.fn)]:
+            raise ValueError(
+                f"the latent sites {names} are discrete, and NUTS needs gradients; use "
+                "e_step='importance', or an ExactGuide where all are"
+            )
         super().__init__(problem)
         self._transforms = {site.name: biject_to(site.support) for site in latents}
         self._whole = slice(0, self._evaluator.num_data)
@@ -353,32 +367,6 @@ class NUTSStep(ImportanceStep):
 
 
 E_STEPS = {kind.name: kind for kind in (ExactStep, VariationalStep, ImportanceStep, NUTSStep)}
-
-
-def _require_density(problem: Problem, name: str) -> None:
-    """Raise ValueError for a guide, or a number of draws, that log p(x) cannot be measured by."""
-    guide = problem.guide
-    if isinstance(guide, FamilyGuide) and not guide.family.has_density:
-        raise ValueError(
-            f"e_step={name!r} measures log p(x) by the guide's density, and {guide.family!r} is a "
-            "point, which has none; use another family"
-        )
-    if problem.num_particles < 2:
-        raise ValueError(f"num_particles=1: e_step={name!r} needs at least 2")
-
-
-def _require_continuous(latents: Iterable[Site]) -> None:
-    """Raise ValueError for latent sites that NUTS cannot move."""
-    if undeclared := [site.name for site in latents if support_of(site.fn) is None]:
-        raise ValueError(
-            f"the distributions of the latent sites {undeclared} declare no support, which NUTS "
-            "needs; give their classes one, or use e_step='importance'"
-        )
-    if names := [site.name for site in latents if is_discrete(site.fn)]:
-        raise ValueError(
-            f"the latent sites {names} are discrete, and NUTS needs gradients; use "
-            "e_step='importance', or an ExactGuide where all are"
-        )
 
 
 def _batch_means_error(chain: Tensor) -> float:

@@ -196,8 +196,8 @@ def em(
     _check_model(structure, kind)
     parameters = _parameters(model, structure, data)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
-    pair = model, guide, data, structure, data_plate
-    e = E_STEPS[kind](Problem(*pair, num_particles, e_steps, seed))
+    problem = Problem(model, guide, data, structure, data_plate, num_particles, e_steps, seed)
+    e = E_STEPS[kind](problem)
     run = _Run(e, parameters, optim, m_steps)
     with preserved_rng(data.device):
         try:
@@ -386,8 +386,7 @@ class _Run:
 
 def _failure(what: str, half_step: HalfStep, iteration: int) -> NonFiniteHalfStepError:
     """Return the error for a quantity that is not finite in a half-step."""
-    return NonFiniteHalfStepError(
-        f"{what} is not finite in the {half_step}-step of iteration {iteration}. The model keeps "
-        "the parameters of the last good half-step. Try another start, float64, or bound scales",
-        *(half_step, iteration),
-    )
+    where = f"the {half_step}-step of iteration {iteration}"
+    kept = "The model keeps the parameters of the last good half-step"
+    text = f"{what} is not finite in {where}. {kept}. Try another start, float64, or bound scales"
+    return NonFiniteHalfStepError(text, half_step, iteration)

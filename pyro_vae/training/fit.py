@@ -35,7 +35,6 @@ __all__ = ["Epoch", "FitResult", "fit"]
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_EPOCHS = 100
 _SHOWN = 50  # steps that the running ELBO of the bar is the mean of
 _HISTORY = (
     *("epoch", "step", "elbo", "elbo_std_error"),
@@ -210,8 +209,7 @@ def fit(
         'epochs'
     """
     batch_size = as_count("batch_size", batch_size)
-    if epochs is None and max_steps is None:
-        epochs = _DEFAULT_EPOCHS
+    epochs = 100 if epochs is None and max_steps is None else epochs
     given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
     limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
     _check_data(guide, data, validation_data, patience)
@@ -224,14 +222,15 @@ def fit(
         module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
     as_svi = not isinstance(loss, Objective)
-    options = (batch_size, device, data_plate, drop_last)
-    training = TrainingData(model, guide, data, *options, as_svi=as_svi)
+    training = TrainingData(
+        model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
+    )
     held_out = None if validation_data is None else training.validation(validation_data)
     per_epoch = training.steps_per_epoch
     by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
     total = min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
     with one_thread(), seeded(training.batch.device, seed):
-        steps = TrainingSteps(model, guide, training, loss, optim, schedule, compile, total)
+        steps = TrainingSteps(training, loss, optim, schedule, compile, total)
         validation = None if held_out is None else Validation(steps, held_out, seed)
         result = _Trainer(steps, validation, limits, list(callbacks), checkpoint).run(progress)
     if isinstance(guide, RowGuide):
@@ -244,27 +243,21 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
     """Raise ValueError or TypeError for data that do not go with the guide, or with patience."""
     rows = isinstance(guide, RowGuide)
     if rows and isinstance(data, (DataLoader, IterableDataset)):
-        raise ValueError(
-            f"data: a LocalGuide must know which rows a batch holds, and a {type(data).__name__} "
-            "does not say; pass tensors, or a torch Dataset with a length"
-        )
+        what = f"which rows a batch holds, and a {type(data).__name__} does not say; pass tensors"
+        raise ValueError(f"data: a LocalGuide must know {what}, or a torch Dataset with a length")
     if validation_data is None:
         if patience is not None:
             what = "patience counts epochs without a better validation ELBO: give validation_data"
             raise ValueError(what)
     elif rows:
-        raise ValueError(
-            "validation_data: a LocalGuide has parameters for the training data alone; use an "
-            "AmortizedGuide, or leave validation_data out"
-        )
+        what = "a LocalGuide has parameters for the training data alone; use an AmortizedGuide"
+        raise ValueError(f"validation_data: {what}, or leave validation_data out")
     elif isinstance(validation_data, (int, float)):
         what = "data are needed, like those to train on; split them before, as in x[:800], x[800:]"
         raise TypeError(f"validation_data={validation_data!r}: {what}")
     elif isinstance(validation_data, (EpochData, StepData)):
-        raise ValueError(
-            "validation_data is drawn anew each time, so that epochs could not be compared; pass "
-            "one draw of it: of StochasticBinarization, validation_data.fixed(seed=0)"
-        )
+        what = "is drawn anew each time, so that epochs could not be compared; pass one draw of it"
+        raise ValueError(f"validation_data {what} (a StochasticBinarization has fixed(seed=0))")
 
 
 def _check_loss(loss: Any, schedule: Any) -> None:

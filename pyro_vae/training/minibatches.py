@@ -71,7 +71,7 @@ class TrainingData:
         *,
         as_svi: bool = False,
     ) -> None:
-        self._model, self._guide, self._plate = model, guide, data_plate
+        self.model, self.guide, self._plate = model, guide, data_plate
         self._drop_last, self._as_svi = drop_last, as_svi
         self.source = source_of(data, batch_size, device, drop_last)
         self.batch, self.num_data = self.source.batch, self.source.num_data
@@ -82,8 +82,7 @@ class TrainingData:
         if loose := unvalidated(structure):
             logger.warning(
                 "observed sites %s have values outside the support of their likelihoods, which do "
-                "not validate them: they are trained on as they are. No bound on log p(x) takes "
-                "them, for they have no density",
+                "not validate them: they are trained on. No bound on log p(x) takes them",
                 loose,
             )
         plate = structure.data_plate
@@ -107,7 +106,7 @@ class TrainingData:
     def _inspect(self, batch: Batch) -> Structure:
         """Return the model's structure on a batch; under the guide's draws, if only there."""
         try:
-            looks = ModelLooks(self._model, batch)
+            looks = ModelLooks(self.model, batch)
             structure = looks.structure(self._plate, latents_needed=False)
             self._run = looks.run
             return structure
@@ -115,7 +114,7 @@ class TrainingData:
             plates: tuple[DataPlate, ...] = (None, False) if self._plate is None else (self._plate,)
             for plate in plates if self._as_svi else ():
                 with Look():
-                    model = under_guide(self._model, self._guide)
+                    model = under_guide(self.model, self.guide)
                     found = ModelLooks(model, batch).structure(plate)
                     if found.data_plate is None and self._plate is None:
                         text = "each step takes all data, for there is no data plate: %s"
@@ -131,7 +130,7 @@ class TrainingData:
         return self.source.example(self.source.all())
 
     def _on_rows(self, few: Batch, plate: Plate) -> PairOnRows:
-        return PairOnRows(self._model, self._guide, few, plate, self.rows)
+        return PairOnRows(self.model, self.guide, few, plate, self.rows)
 
     def _find_order(self) -> None:
         """Find out whether each step must take all rows, in their order.
@@ -143,40 +142,38 @@ class TrainingData:
         with Look() as look:
             try:
                 with contextlib.nullcontext() if self.source.streamed else set_up_before():
-                    role, norms = self._bound_role(few)
+                    who, norms = self._bound_role(few)
             except NotSetUpError:
                 # Pyro's autoguides make their parameters for the first batch that they see.
-                run_pair(self._model, self._guide, self._all())
-                role, norms = self._bound_role(few)
+                run_pair(self.model, self.guide, self._all())
+                who, norms = self._bound_role(few)
         if look.error is not None:
             with Look() as whole:  # what it raises is no matter of minibatches
                 if not self.source.streamed:
-                    run_pair(self._model, self._guide, self._all())
+                    run_pair(self.model, self.guide, self._all())
             if self.source.streamed or whole.error is not None:
                 return  # the first step says what is wrong
             text = f"{type(look.error).__name__}: {look.error}".splitlines()[0]
             self.bound = f"they cannot take {few.size} of the data alone ({text})"
-        elif role is not None:
-            self.bound = (
-                f"the {role} has parameters or values of its own for each row, by its place"
-            )
+        elif who is not None:
+            self.bound = f"the {who} has parameters or values of its own for each row, by its place"
         else:
             self._check_last(sorted(name for name, count in norms.items() if count == few.size))
             return
         self.whole = True
         with Look():
-            if not self.source.streamed and self._plate in drawn_by(self._guide, self._all()):
+            if not self.source.streamed and self._plate in drawn_by(self.guide, self._all()):
                 self.bound = ""  # the guide draws the minibatch, of all the data that it is given
 
     def _bound_role(self, few: Batch) -> tuple[str | None, dict[str, int]]:
         """Return which of the pair is bound to the order of rows, and what BatchNorms saw."""
         with self.rows(torch.arange(few.size or 0)):
-            pair, refused = Pair(self._model, self._guide, few, gradients=True), False
+            pair, refused = Pair(self.model, self.guide, few, gradients=True), False
             with batch_norms() as norms:
                 try:
                     pair.looks.know_run(pair.single.run, self._run)
                 except ValueError:  # what a loss refuses, its first step says
-                    run_pair(self._model, self._guide, few)
+                    run_pair(self.model, self.guide, few)
                     refused = True
             plate = pair.looks.structure(self._plate, latents_needed=False).data_plate
             if not refused and pair.part_agrees(plate):
@@ -188,43 +185,41 @@ class TrainingData:
     def _find_scale(self) -> None:
         """Find the number of data that a minibatch's loss is scaled to."""
         example, pair = self.example, self._pair
+        part = None
         if pair is None or example.size != pair.batch.size:
-            pair, structure = None, self._inspect(example)
+            structure = self._inspect(example)
         else:
-            structure = pair.looks.structure(self._plate, latents_needed=False)
+            structure, part = pair.looks.structure(self._plate, latents_needed=False), pair.part
 
         def divides(plate: Plate, names: list[str]) -> bool:
             return self._on_rows(self._few(), plate).divides_by_size(names)
 
         self._full_size, self._scaled = minibatch_scale(
-            self._model, example, structure, self.num_data, divides, pair.part if pair else None
+            self.model, example, structure, self.num_data, divides, part
         )
         if self._scaled is not None:
+            name, count, shared = self._plate, self._scaled.num_data, structure.global_latents
             logger.warning(
-                "the plate %r has the size of a minibatch, and the latent sites %s are shared by "
-                "all data: what is in the plate is scaled by num_data / its size (%d / %d), as "
-                "pyro.plate(%r, %d, subsample=x) in the model says it",
-                *(self._plate, names_of(structure.global_latents)),
-                *(self._scaled.num_data, structure.num_data, self._plate, self._scaled.num_data),
+                f"the plate {name!r} has the size of a minibatch, and the latent sites "
+                f"{names_of(shared)} are shared by all data: what is in the plate is scaled by "
+                f"num_data / its size ({count} / {structure.num_data}), as "
+                f"pyro.plate({name!r}, {count}, subsample=x) in the model says it"
             )
 
     def _take_whole(self, plate: Plate | None) -> Plate | None:
         """Let each step take all the data, in their order; return the data plate of them."""
         if self.source.streamed:
             why = self.bound or "the whole is one datum, or the model draws its own minibatches"
-            raise ValueError(
-                f"the data come in batches of a loader, and each step would have to take all of "
-                f"them at once: {why}. Pass tensors, or the loader's dataset"
-            )
+            what = "the data come in batches of a loader, and each step would have to take all"
+            raise ValueError(f"{what} at once: {why}. Pass tensors, or the loader's dataset")
         if not self.source.seen:
             self.batch = self.source.all()
             plate = self._inspect(self.batch).data_plate
         if self.bound and self.num_data is not None and self.num_data > self.batch_size:
             logger.warning(
-                "each step takes all %d data, in their order, and batch_size is not used: %s. "
-                "Minibatches are for models whose plate takes its size from the batch, and guides "
-                "such as pyro_vae.AmortizedGuide, or LocalGuide, which is told which rows it gets",
-                *(self.num_data, self.bound),
+                f"each step takes all {self.num_data} data, in their order, and batch_size is not "
+                f"used: {self.bound}. Minibatches are for models whose plate takes its size from "
+                "the batch, and guides such as pyro_vae.AmortizedGuide, or LocalGuide"
             )
         self.batch_size = self.num_data or 1
         return plate
@@ -264,9 +259,9 @@ class TrainingData:
 
     def rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a guide with a row per datum uses these; None for all."""
-        if isinstance(self._guide, RowGuide) and index is not None:
+        if isinstance(self.guide, RowGuide) and index is not None:
             # Checked as a whole: to check them here would be to wait for the device.
-            return self._guide.rows_as_given(index)
+            return self.guide.rows_as_given(index)
         return contextlib.nullcontext()
 
     def full_size(self, program: Program) -> Program:
@@ -280,10 +275,9 @@ class TrainingData:
             ValueError: also where model or guide speak for the training data alone.
         """
         if self.bound:
-            raise ValueError(
-                f"validation_data: model and guide are for the training data alone, in their "
-                f"order: {self.bound}. Use an AmortizedGuide, or leave validation_data out"
-            )
+            what = "model and guide are for the training data alone, in their order"
+            advice = "Use an AmortizedGuide, or leave validation_data out"
+            raise ValueError(f"validation_data: {what}: {self.bound}. {advice}")
         try:
             batch = self.source.made(read_all(data, ordered=False))
             self._inspect(batch)

@@ -38,15 +38,11 @@ def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimize
     is_made = isinstance(optim, torch.optim.Optimizer) or not callable(optim)
     made = optim if is_made else optim(parameters)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(
-            f"optim={optim!r}: a function from parameters to a torch optimizer, a torch "
-            "optimizer, or a pyro.optim object is needed"
-        )
+        what = "a function from parameters to a torch optimizer, or an optimizer, is needed"
+        raise TypeError(f"optim={optim!r}: {what}")
     if set(map(id, parameters)).isdisjoint(map(id, parameters_in(made))):
-        raise ValueError(
-            "optim: none of its parameters is one of the model or the guide; pass a function "
-            "from parameters to an optimizer"
-        )
+        what = "none of its parameters is one of the model or the guide; pass a function from these"
+        raise ValueError(f"optim: {what}")
     return made
 
 
@@ -159,7 +155,14 @@ class PyroLink:
         """Make the state of each parameter one object in both."""
         for parameter in self._parameters:
             self.optimizer.state[parameter] = self._single(parameter).state[parameter]
-        _with_momentum(self.optimizer)
+        # A fused SGD fails where some parameters have a momentum and some not, as where one gets
+        # its first gradient in a later step.
+        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
+        for group in self.optimizer.param_groups if is_sgd else ():
+            for parameter in group["params"] if group["fused"] and group["momentum"] else ():
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         """Put a state that was loaded in the place of the one that is shared."""
@@ -185,21 +188,8 @@ def _check_plain(optim: Any) -> None:
         return
     raise ValueError(
         f"optim: a pyro.optim object with {what} cannot be translated; pass a function from "
-        "parameters to a torch optimizer (pyro.optim.ClippedAdam({...}) will do for clipping)"
+        "parameters to a torch optimizer (to clip gradients, pyro.optim.ClippedAdam({...}))"
     )
-
-
-def _with_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fused SGD its momenta, of zero: it fails where some parameters have one and some not.
-
-    As where one gets its first gradient in a later step.
-    """
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
-            for parameter in group["params"]:
-                state = optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _fused_options(

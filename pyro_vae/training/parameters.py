@@ -90,9 +90,8 @@ class Parameters:
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
         if not self.trained:
             raise ValueError(
-                "model and guide have no parameters to train. Plain functions register theirs "
-                "with pyro.param or pyro.module(name, module); a module they merely close over "
-                "is invisible to Pyro"
+                "model and guide have no parameters to train. Plain functions register theirs with "
+                "pyro.param or pyro.module(name, module); others are invisible to Pyro"
             )
 
     def _run(self) -> tuple[list[nn.Module], ParamStatements]:

@@ -59,10 +59,8 @@ def minibatch_scale(
     shared = f"the latent sites {names} are shared by all data"
     advice = f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data of all data"
     if names and num_data is None:
-        raise ValueError(
-            f"{shared}, of which nobody says how many there are: what a minibatch counts for is "
-            f"not known; {advice}"
-        )
+        what = "of which nobody says how many there are: what a minibatch counts for is not known"
+        raise ValueError(f"{shared}, {what}; {advice}")
     if num_data is None:
         return None, None
     if names:
@@ -103,10 +101,9 @@ def _check_scaled_alike(
     if scaled and alone:
         raise ValueError(
             f"the latent sites {names_of(structure.global_latents)} are shared by all data, and "
-            f"the model scales {scaled} by num_data / batch_size = {factor:g}, but not {alone}, "
-            "which a minibatch has of as few data. Scale all that is in plate "
-            f"{plate.name!r}, in model and guide: pyro.plate({plate.name!r}, num_data, "
-            "subsample=x) does"
+            f"the model scales {scaled} by num_data / batch_size = {factor:g}, but not {alone}. "
+            "Scale all that is in the data plate, in model and guide, as by "
+            f"pyro.plate({plate.name!r}, num_data, subsample=x)"
         )
 
 

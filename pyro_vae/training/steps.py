@@ -24,7 +24,7 @@ from pyro_vae.programs.state import (
     set_random_state,
 )
 from pyro_vae.programs.traces import non_finite_sites
-from pyro_vae.programs.types import Compile, Program
+from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.optimizers import make_optimizer, parameters_in
@@ -76,9 +76,7 @@ class TrainingSteps:
     running means, have then seen the steps that were on their way.
 
     Args:
-        model: a Pyro model.
-        guide: a Pyro guide.
-        data: of the minibatches.
+        data: of the minibatches, with model and guide.
         loss: a pyro.infer.ELBO.
         optim: as in :func:`pyro_vae.fit`.
         schedule: from a step, counted from 0, to the factor on the latent terms; or None.
@@ -100,8 +98,6 @@ class TrainingSteps:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
         data: TrainingData,
         loss: Any,
         optim: Any,
@@ -109,16 +105,15 @@ class TrainingSteps:
         compile: Compile,
         expected: int | None = None,
     ) -> None:
-        self.model, self.guide, self.data = model, guide, data
+        self.data = data
+        self.model, self.guide = model, guide = data.model, data.guide
         self.loss, self.schedule, self.compile, self.expected = loss, schedule, compile, expected
         self.objective = loss if isinstance(loss, Objective) else None
         self.taken = self.epochs = 0
         size = 0 if data.first_rows is None else data.num_data or 0
         if isinstance(guide, RowGuide) and size > guide.num_data:
-            raise IndexError(
-                f"the LocalGuide has rows 0 to {guide.num_data - 1}, but there are {size} data: "
-                "make it with their num_data"
-            )
+            what = f"there are {size} data: make it with their num_data"
+            raise IndexError(f"the LocalGuide has rows 0 to {guide.num_data - 1}, but {what}")
         pair = data.looked_at()
         with data.rows(data.first_rows):
             self.parameters = Parameters(model, guide, data.example, pair)
@@ -161,11 +156,10 @@ class TrainingSteps:
         self.last = self.parameters.state()
         trained = self.parameters.trained
         update = self._update = Update(make_optimizer(self._optim, trained))
-        devices = {parameter.device for parameter in trained}
+        device, *others = {parameter.device for parameter in trained}
         fused = all(group.get("fused") for group in update.optimizer.param_groups)
-        device = devices.pop()
         # Only fused optimizers look at the mark: with others, the parameters would be lost.
-        if fused and device.type in _QUEUED and not devices:
+        if fused and device.type in _QUEUED and not others:
             update.failed = torch.zeros((), dtype=torch.float32, device=device)  # as kernels read
         self._traced.checked = update.failed is None
         return update
@@ -270,11 +264,9 @@ class TrainingSteps:
                 raise self._failure("the loss", start, sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             if "more than 1 value per channel" in str(error):
-                raise ValueError(
-                    f"step {start.number} has a minibatch of 1 datum, which BatchNorm in training "
-                    "mode cannot normalize; pass drop_last=True (to the DataLoader, if there is "
-                    "one), another batch_size, or more data"
-                ) from error
+                what = "a minibatch of 1 datum, which BatchNorm in training mode cannot normalize"
+                advice = "pass drop_last=True (to a DataLoader), another batch_size, or more data"
+                raise ValueError(f"step {start.number} has {what}; {advice}") from error
             raise
 
     def read(self) -> list[MinibatchELBO]:
@@ -308,10 +300,8 @@ class TrainingSteps:
             return
         gradients = [p.grad for p in parameters_in(self.optimizer) if p.grad is not None]
         if not gradients:
-            raise ValueError(
-                "the loss has no gradient by any parameter of the optimizer. Pyro's losses "
-                "need modules registered, by pyro.module(name, module) or as a PyroModule"
-            )
+            what = "the loss has no gradient by any parameter of the optimizer. Pyro's losses need"
+            raise ValueError(f"{what} modules registered, by pyro.module or as a PyroModule")
         if not all_finite(gradients):
             raise self._failure("the gradient", start)
 
@@ -339,11 +329,10 @@ class TrainingSteps:
             kept = f"the end of epoch {self.epochs}" if self.epochs else "the start"
         where = "though each site's log density is: a derivative, a sum or a KL overflows"
         where = f"at sites {', '.join(sites)}" if sites else where
-        return NonFiniteLossError(
-            f"{what} of step {start.number} is not finite, {where}. Model and guide keep the "
-            f"parameters of {kept}. Try a smaller learning rate, or bound the scale or logit there",
-            *(start.number, sites),
-        )
+        kept = f"Model and guide keep the parameters of {kept}"
+        advice = "Try a smaller learning rate, or bound the scale or logit there"
+        text = f"{what} of step {start.number} is not finite, {where}. {kept}. {advice}"
+        return NonFiniteLossError(text, start.number, sites)
 
 
 class Validation:
@@ -393,12 +382,12 @@ class Validation:
             raise look.error
         rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
         sites = sorted(set().union(*sites_of.values()))
-        raise NonFiniteLossError(
+        text = (
             f"validation_data: after step {self._steps.taken} the loss is not finite, in rows "
             f"{rows} ({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. "
-            "Rescale or leave out these rows, or bound the scale or logit there",
-            *(self._steps.taken, sites),
-        ) from look.error
+            "Rescale or leave out these rows, or bound the scale or logit there"
+        )
+        raise NonFiniteLossError(text, self._steps.taken, sites) from look.error
 
     def _sites_by_row(self, batch: Batch) -> dict[int, list[str]]:
         """Return the sites that are not finite at each row where there are any."""
@@ -406,6 +395,5 @@ class Validation:
         for row in range(batch.size or 0):
             with Look():
                 alone = batch.rows(slice(row, row + 1))
-                if sites := non_finite_sites(self._steps.model, self._steps.guide, alone):
-                    found[row] = sites
-        return found
+                found[row] = non_finite_sites(self._steps.model, self._steps.guide, alone)
+        return {row: sites for row, sites in found.items() if sites}

@@ -102,10 +102,8 @@ class CompiledSVI:
         compile: Compile = "auto",
     ) -> None:
         if num_samples:
-            raise ValueError(
-                f"num_samples={num_samples}: it serves pyro.infer.SVI.run, which Pyro deprecates; "
-                "use pyro.infer.Predictive, or pyro_vae.to_arviz"
-            )
+            what = "it serves pyro.infer.SVI.run, which Pyro deprecates; use pyro_vae.to_arviz"
+            raise ValueError(f"num_samples={num_samples}: {what}, or pyro.infer.Predictive")
         self.model, self.guide, self.optim = model, guide, optim
         for module in map(module_of, map(unwrapped, (model, guide))):
             if module is not None:
@@ -151,9 +149,9 @@ class CompiledSVI:
 
     def __getstate__(self) -> Any:
         raise TypeError(
-            "a CompiledSVI cannot be pickled: its graphs are of this process. Save what it has "
-            "trained: model.state_dict(), guide.state_dict() or pyro.get_param_store().save(path), "
-            "and svi.optimizer.state_dict(); pyro_vae.fit writes checkpoints (checkpoint=path)"
+            "a CompiledSVI cannot be pickled: its graphs are of this process. Save state_dict() of "
+            "model, guide and svi.optimizer, or pyro.get_param_store().save(path); pyro_vae.fit "
+            "writes checkpoints (checkpoint=path)"
         )
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,8 +188,8 @@ class CompiledSVI:
         if outside := [site for site in sites if site.endswith(OUTSIDE)]:
             raise ValueError(
                 f"the loss is infinite, at sites {', '.join(outside)}: the guide proposes values "
-                "where the model's density is zero. Propose on the support of its distribution "
-                "alone, as the guides of pyro_vae do; pv.WakeSleep takes proposals that are wider"
+                "where the model's density is zero. Propose on the support of its distribution, as "
+                "the guides of pyro_vae do; pv.WakeSleep takes wider proposals"
             )
 
     def _of_optimizer(self) -> list[Tensor]:
@@ -219,11 +217,11 @@ class CompiledSVI:
             return
         self._warned = True
         shapes = [str(tuple(p.shape)) for p in self._traced.unregistered]
+        told = ", ".join(shapes[:5] + ["..."] * (len(shapes) > 5))
         logger.warning(
-            "%d parameters of modules, of shapes %s, have a gradient and are not trained, for Pyro "
-            "does not know of them, as in pyro.infer.SVI. Register them by "
-            "pyro.module(name, module), or freeze them by requires_grad_(False)",
-            *(len(shapes), ", ".join(shapes[:5] + ["..."] * (len(shapes) > 5))),
+            f"{len(shapes)} parameters of modules, of shapes {told}, have a gradient and are not "
+            "trained, for Pyro does not know of them, as in pyro.infer.SVI. Register them by "
+            "pyro.module(name, module), or freeze them by requires_grad_(False)"
         )
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,8 +51,8 @@ class Update:
         if closure.default is inspect.Parameter.empty:
             raise ValueError(
                 f"optim: a step of {type(optimizer).__name__} evaluates the loss several times, on "
-                "other random numbers each time: it would compare noise. Use an optimizer of one "
-                "evaluation (torch.optim.Adam); pyro_vae.em and pyro_vae.refine have their L-BFGS"
+                "other random numbers each time: it would compare noise. Use one of one evaluation "
+                "(torch.optim.Adam); pyro_vae.em and pyro_vae.refine have their L-BFGS"
             )
         self.optimizer = optimizer
         self.failed: Tensor | None = None
@@ -95,7 +95,7 @@ class Update:
         """
         if self._link is not None:
             self._link.pull()
-        if not traced or not self._may_record():
+        if not (traced and self._may_record()):
             self._step(loss)
         elif not self._repeats_last(loss):
             self._record_or_replay(loss)
@@ -214,9 +214,8 @@ class Update:
             found, other = ("dense", "sparse") if self._takes_sparse else ("sparse", "dense")
             raise TypeError(
                 f"optim: the gradient of a parameter of shape {tuple(parameter.shape)} is {found} "
-                f"(those of nn.Embedding(sparse=True) are sparse), and {kind.__name__} takes "
-                f"{other} ones alone. Make the embedding with sparse=False, or take "
-                "torch.optim.SGD or torch.optim.Adagrad, which take both"
+                f"(of an nn.Embedding?), and {kind.__name__} takes {other} ones alone. Make it "
+                "sparse=False, or take torch.optim.SGD or torch.optim.Adagrad, which take both"
             )
         # The fused kernels take dense ones alone; where they are zero, nothing moves.
         gradient: Any = parameter.grad
@@ -229,7 +228,7 @@ class Update:
         state = self.optimizer.state
         values = [value for parameter in self._moved() for value in state[parameter].values()]
         tensors = [*self._written(), *(value for value in values if isinstance(value, Tensor))]
-        before = _copies(tensors)
+        before, error = _copies(tensors), "launched at once, they do not agree"
 
         def outcome() -> list[Tensor]:
             """Take a step and come back."""
@@ -239,7 +238,6 @@ class Update:
             return found
 
         wanted = outcome()
-        error = "launched at once, they do not agree"
         try:
             # They lie where they lay, being themselves the results of one launch.
             graph.capture(*inputs, adopt=True)

@@ -452,12 +452,7 @@ def test_a_loss_of_one_number_in_a_vector(device):
     """As a function of loss and gradients of one's own may return it."""
     model, guide = make_pair()
     steps = training_step.TrainingSteps(
-        *(model, guide),
-        TrainingData(model, guide, make_data(), 8, None, None),
-        pv.ELBO(),
-        None,
-        None,
-        "replay",
+        TrainingData(model, guide, make_data(), 8, None, None), pv.ELBO(), None, None, "replay"
     )
     loss_and_grads = steps._traced.loss_and_grads
     steps._traced.loss_and_grads = lambda *args: torch.as_tensor(loss_and_grads(*args)).reshape(1)
@@ -469,7 +464,6 @@ def test_a_loss_of_one_number_in_a_vector(device):
 def test_other_optimizers_are_read_at_each_step(device):
     model, guide = make_pair()
     steps = training_step.TrainingSteps(
-        *(model, guide),
         TrainingData(model, guide, make_data(), 8, None, None),
         pv.ELBO(),
         lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
