@@ -306,12 +306,7 @@ class _Run:
         return estimate
 
     def _m_step(self, iteration: int) -> None:
-        """Maximise the objective; restore the parameters where nothing was gained.
-
-        Raises:
-            NonFiniteHalfStepError: the parameters are those from before.
-            ValueError: where the objective depends on none of them.
-        """
+        """Maximise the objective; restore the parameters on an error or where nothing is gained."""
         objective = self.e_step.objective
         with torch.no_grad():
             before = float(objective().detach())

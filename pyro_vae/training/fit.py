@@ -418,11 +418,7 @@ class _Trainer:
         self.unsaved = False
 
     def _resume(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: where it is not one, or of another pair or optimizer.
-        """
+        """Go on from a checkpoint; raise ValueError for one of another pair or optimizer."""
         content, steps = checkpoints.load(checkpoint), self.steps
         steps.initialize()
         here, there = type(steps.optimizer).__name__, content["optimizer_type"]

@@ -133,11 +133,7 @@ class TrainingData:
         return PairOnRows(self.model, self.guide, few, plate, self.rows)
 
     def _find_order(self) -> None:
-        """Find out whether each step must take all rows, in their order.
-
-        Raises:
-            ValueError: for a minibatch of one datum where BatchNorm is at work.
-        """
+        """Find out whether each step must take all rows, in their order."""
         few = self._few()
         with Look() as look:
             try:

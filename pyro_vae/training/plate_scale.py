@@ -58,11 +58,11 @@ def minibatch_scale(
     names = names_of(structure.global_latents)
     shared = f"the latent sites {names} are shared by all data"
     advice = f"write pyro.plate({plate.name!r}, num_data, subsample=x), with num_data of all data"
-    if names and num_data is None:
+    if num_data is None:
+        if not names:
+            return None, None
         what = "of which nobody says how many there are: what a minibatch counts for is not known"
         raise ValueError(f"{shared}, {what}; {advice}")
-    if num_data is None:
-        return None, None
     if names:
         observed = names_of(structure.observed)
         by_hand = observed if divides(plate, observed) else []

@@ -157,11 +157,7 @@ class Update:
         return [p for p in parameters_in(self.optimizer) if p.grad is not None]
 
     def _key(self, states: list[Any]) -> Hashable:
-        """Return what a graph of the update is for: settings, which parameters move, their state.
-
-        Args:
-            states: the optimizer's, of the parameters that move.
-        """
+        """Return what a graph of the update is for: settings, what moves, and its state."""
         groups, own = self.optimizer.param_groups, ("params", "param_names")
         settings = [value for group in groups for name, value in group.items() if name not in own]
         # By identity, because load_state_dict and others put new tensors into the state.
@@ -204,11 +200,7 @@ class Update:
             del optimizer.found_inf
 
     def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return a gradient as the optimizer can take it, where it is (or is not) sparse.
-
-        Raises:
-            TypeError: where it cannot.
-        """
+        """Return a gradient as the optimizer takes it, sparse or not; raise where it cannot."""
         kind = type(self.optimizer)
         if self._takes_sparse or kind in _NO_SPARSE:
             found, other = ("dense", "sparse") if self._takes_sparse else ("sparse", "dense")
@@ -274,10 +266,6 @@ class _Repeated:
     """The graph of an update of all parameters, and what of the optimizer it is for.
 
     That nothing has changed is found by identity, in a fraction of the time of comparing values.
-
-    Args:
-        optimizer: a torch optimizer, after a step by the graph.
-        graph: of the update.
     """
 
     def __init__(self, optimizer: optim.Optimizer, graph: Graph) -> None:
@@ -295,7 +283,6 @@ class _Repeated:
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies of tensors."""
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -307,5 +294,4 @@ def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor]) -> Non
 
 @torch.no_grad()
 def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Give tensors the values that they had."""
     copy_all(tensors, values)
