@@ -35,8 +35,6 @@ from pyro_vae.training.e_steps import E_STEPS, EStep, Problem, StepELBO
 from pyro_vae.training.optimizers import drop_gradients, make_optimizer
 from pyro_vae.training.parameters import Parameters, all_finite
 
-__all__ = ["EMResult", "NonFiniteHalfStepError", "em"]
-
 logger = logging.getLogger(__name__)
 
 EMStop: TypeAlias = Literal["tolerance", "noise", "num_iterations", "interrupted"]

@@ -31,8 +31,6 @@ from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.parameters import State
 from pyro_vae.training.steps import TrainingSteps, Validation
 
-__all__ = ["Epoch", "FitResult", "fit"]
-
 logger = logging.getLogger(__name__)
 
 _SHOWN = 50  # steps that the running ELBO of the bar is the mean of

@@ -23,8 +23,6 @@ from pyro_vae.training.optimizers import make_optimizer, parameters_in
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
-__all__ = ["CompiledSVI"]
-
 logger = logging.getLogger(__name__)
 
 
