@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.programs.agreement import agree
+from pyro_vae.programs.answers import agree
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.types import ModeName, Node, Values
 

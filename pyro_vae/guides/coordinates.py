@@ -64,9 +64,9 @@ class Coordinates:
             transform = biject_to(_support(site))
         except NotImplementedError as error:
             raise ValueError(
-                f"latent site {site.name!r} ({site.distribution}) has the support {site.support}, "
-                "which no bijection maps to the reals; a continuous guide cannot propose it. Sum "
-                "it out in the model, or write the guide by hand"
+                f"latent site {site.name!r} ({site.distribution}) has the support "
+                f"{site.fn.support}, which no bijection maps to the reals; a continuous guide "
+                "cannot propose it. Sum it out in the model, or write the guide by hand"
             ) from error
         event = tuple(transform.inverse_shape(site.event_shape))
         data_dim = None if data_plate is None else data_plate.dim
@@ -184,7 +184,7 @@ def _support(site: Site) -> constraints.Constraint:
         circle = constraints.interval(-math.pi, math.pi)
         events = len(site.event_shape)
         return constraints.independent(circle, events) if events else circle
-    support, events = site.support, 0
+    support, events = site.fn.support, 0
     while hasattr(support, "base_constraint"):  # independent, or of a mixture
         events += getattr(support, "reinterpreted_batch_ndims", 0)
         support = support.base_constraint

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.modes import MODES, Loop
 from pyro_vae.particles.run import Run, Runner
-from pyro_vae.programs.agreement import agree, largest_gap
+from pyro_vae.programs.answers import agree, largest_gap
 from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import lift_masks

@@ -140,7 +140,7 @@ def _value(name: str, value: Any, structure: Structure) -> Tensor:
             f"given[{name!r}] has shape {list(tensor.shape)}, but the site has {list(wanted)}"
         )
     with contextlib.suppress(NotImplementedError):  # a distribution without a declared support
-        if not bool(site.support.check(tensor).all()) or bool(tensor.isnan().any()):
+        if not bool(site.fn.support.check(tensor).all()) or bool(tensor.isnan().any()):
             raise ValueError(
                 f"given[{name!r}]={value!r} lies outside the site's support ({site.support_text})"
             )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_vae.particles import checks
 from pyro_vae.particles.modes import Loop
 from pyro_vae.particles.run import Run, Runner, is_latent, is_observed
-from pyro_vae.programs.agreement import agree
+from pyro_vae.programs.answers import agree
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws

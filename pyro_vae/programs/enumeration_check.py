@@ -14,7 +14,7 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_vae.programs.agreement import largest_gap
+from pyro_vae.programs.answers import largest_gap
 from pyro_vae.programs.elimination import Factor, Variable, to_plates
 from pyro_vae.programs.enumeration import EnumeratedRun, support_of, unmasked_log_prob
 from pyro_vae.programs.masks import lift_masks

@@ -15,8 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.programs import state
-from pyro_vae.programs.agreement import largest_gap
-from pyro_vae.programs.answers import Answers, shuffled
+from pyro_vae.programs.answers import Answers, largest_gap, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration import summed_out, with_placeholder
 from pyro_vae.programs.guide_kinds import RowGuide, check_per_datum, points, row_guide

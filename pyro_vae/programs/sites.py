@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.programs.nodes import (
-    batch_nesting,
-    is_enumerable,
-    left_out,
-    plain_distribution,
-    plain_support,
-    sample_nodes,
-)
+from pyro_vae.programs import nodes
 from pyro_vae.programs.preimages import preimage_key, preimage_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.types import Distribution, Mask, Node, Trace
@@ -82,14 +75,9 @@ class Site:
         return scale
 
     @property
-    def support(self) -> Any:
-        """The constraint on its values."""
-        return self.fn.support
-
-    @property
     def support_text(self) -> str:
         """The support in words, with its bounds."""
-        support = plain_support(self.fn)
+        support = nodes.plain_support(self.fn)
         if support is None:
             return "not declared"
         values = (np.unique(bound) for bound in self.bounds if bound is not None)
@@ -100,18 +88,18 @@ class Site:
     def bounds(self) -> list[Any]:
         """Lower and upper bound of the support, as plain numbers; None where there is none."""
         ends = ("lower_bound", "upper_bound")
-        bounds = (getattr(plain_support(self.fn), end, None) for end in ends)
+        bounds = (getattr(nodes.plain_support(self.fn), end, None) for end in ends)
         return [bound.tolist() if isinstance(bound, Tensor) else bound for bound in bounds]
 
     @property
     def distribution(self) -> str:
         """The name of its distribution, without Independent and Masked around it."""
-        return type(plain_distribution(self.fn)).__name__
+        return type(nodes.plain_distribution(self.fn)).__name__
 
     @property
     def left_out(self) -> Tensor:
         """Which of its values masks leave out, missing ones among them; of its whole shape."""
-        return left_out(self.fn, self.mask, self.value.device)
+        return nodes.left_out(self.fn, self.mask, self.value.device)
 
     @property
     def validated(self) -> bool:
@@ -119,12 +107,12 @@ class Site:
 
         What its maker said counts, see :func:`default_validation_told_apart`.
         """
-        return vars(plain_distribution(self.fn)).get("_validate_args", True) is not False
+        return vars(nodes.plain_distribution(self.fn)).get("_validate_args", True) is not False
 
     @property
     def enumerable(self) -> bool:
         """Whether it is discrete, of finite support, and so can be summed out."""
-        return is_enumerable(self.fn)
+        return nodes.is_enumerable(self.fn)
 
     def is_in(self, plate: str) -> bool:
         """Return whether a plate of this name is around it."""
@@ -166,10 +154,10 @@ class Structure:
             drawn: plates of which the run drew a subsample.
         """
         sizes = _sizes_of_unsized(trace)
-        nodes = ((n, node) for n, node in sample_nodes(trace) if not is_deterministic(node))
-        sites = {name: _site(name, node, sizes, drawn) for name, node in nodes}
+        found = ((n, node) for n, node in nodes.sample_nodes(trace) if not is_deterministic(node))
+        sites = {name: _site(name, node, sizes, drawn) for name, node in found}
         vectorized = {plate.name for site in sites.values() for plate in site.plates}
-        return cls(sites, None, batch_nesting(trace), tuple(sorted(set(drawn) - vectorized)))
+        return cls(sites, None, nodes.batch_nesting(trace), tuple(sorted(set(drawn) - vectorized)))
 
     def with_data_plate(self, plate: Plate | None) -> Structure:
         """Return this structure with its latents told apart: local in a data plate, or global."""
@@ -260,7 +248,7 @@ def _site(name: str, node: Node, sizes: Mapping[str, int], drawn: Collection[str
 def _sizes_of_unsized(trace: Trace) -> dict[str, int]:
     """Return the sizes of plates without one (pyro.plate("data")): those of what is in them."""
     sizes: dict[str, int] = {}
-    for _, node in sample_nodes(trace):
+    for _, node in nodes.sample_nodes(trace):
         value, fn = node["value"], node["fn"]
         shapes = [fn.batch_shape]
         if isinstance(value, Tensor):
@@ -293,7 +281,7 @@ def site_shapes(*traces: Trace) -> dict[str, SiteShape]:
     """Return the shapes of all sites of some traces, and of the preimages of their draws."""
     found = {}
     for trace in traces:
-        for name, node in sample_nodes(trace):
+        for name, node in nodes.sample_nodes(trace):
             batch, events = len(node["fn"].batch_shape), node["fn"].event_dim
             found[name] = SiteShape(batch, events)
             if preimage := preimage_of(node):

@@ -131,8 +131,7 @@ class ReplaceDraws(Messenger):
 
     def _pyro_post_sample(self, msg: Node) -> None:
         if not msg["is_observed"] and not is_subsample(msg):
-            moved = with_draw(msg, self.replace(draw_of(msg)))
-            msg["value"], msg["infer"] = moved["value"], moved["infer"]
+            msg.update(with_draw(msg, self.replace(draw_of(msg))))
 
 
 class GiveValues(Messenger):
@@ -331,7 +330,7 @@ def check_guide(model_trace: Trace, guide_trace: Trace) -> None:
     guide observes, or marks auxiliary, are no proposals.
     """
     wanted = dict(latent_nodes(model_trace))
-    observed = {name for name, node in sample_nodes(model_trace) if node["is_observed"]}
+    observed = set(model_trace.observation_nodes)
     proposed = {n for n, node in latent_nodes(guide_trace) if not node["infer"].get("is_auxiliary")}
     if missing := [n for n in wanted.keys() - proposed if not is_enumerable(wanted[n]["fn"])]:
         raise ValueError(

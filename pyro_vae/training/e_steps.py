@@ -325,7 +325,7 @@ class NUTSStep(ImportanceStep):
                 "e_step='importance', or an ExactGuide where all are"
             )
         super().__init__(problem)
-        self._transforms = {site.name: biject_to(site.support) for site in latents}
+        self._transforms = {site.name: biject_to(site.fn.support) for site in latents}
         self._whole = slice(0, self._evaluator.num_data)
         drawn = self._evaluator.single_values(self._evaluator.draw(self._whole, 1, (4,))[0])
         self._last = {name: drawn[name][0].detach() for name in self._transforms}

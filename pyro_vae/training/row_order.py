@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.programs.agreement import agree
-from pyro_vae.programs.answers import SLACK, Answers, rows_of, shuffled
+from pyro_vae.programs.answers import SLACK, Answers, agree, rows_of, shuffled
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Plate
 from pyro_vae.programs.state import Look, looking
