@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ def form_of(value: Any, inputs: list[Tensor], numbers: list[int | float] | None 
             return None  # sparse: operations on it are no straight line
         inputs.append(value)
         return layout_of(value)
-    if numbers is not None and _is_number(value):
+    if numbers is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
         numbers.append(value)
         return (type(value),)
     if type(value) is dict:
@@ -57,29 +57,21 @@ def form_of(value: Any, inputs: list[Tensor], numbers: list[int | float] | None 
     return (type(value), value) if isinstance(value, _PLAIN) or callable(value) else None
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def rebuilt(value: Any, new: Iterator[Any], replaces: Callable[[object], bool] = _is_tensor) -> Any:
+def rebuilt(value: Any, new: Iterator[Any], kinds: type | tuple[type, ...] = Tensor) -> Any:
     """Return nested tuples, lists and dicts with others in the place of some values.
 
     Args:
         value: tuples, lists and dicts, and what is in them.
         new: what is put in, in the order of :func:`form_of`.
-        replaces: whether a value is replaced; by default, tensors are.
+        kinds: of values that are replaced; by default, tensors are. Truth values never are.
     """
-    if replaces(value):
+    if isinstance(value, kinds) and not isinstance(value, bool):
         return next(new)
     if isinstance(value, dict):
-        return {name: rebuilt(item, new, replaces) for name, item in value.items()}
+        return {name: rebuilt(item, new, kinds) for name, item in value.items()}
     if not isinstance(value, (tuple, list)):
         return value
-    items = [rebuilt(item, new, replaces) for item in value]
+    items = [rebuilt(item, new, kinds) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
@@ -139,7 +131,7 @@ class VaryingNumbers:
             return key, value, ()
         tensors = {i: _as_tensor(numbers[i], inputs) for i in sorted(form.varied)}
         new_values = iter([tensors.get(i, number) for i, number in enumerate(numbers)])
-        return key, rebuilt(value, new_values, _is_number), tuple(numbers[i] for i in tensors)
+        return key, rebuilt(value, new_values, (int, float)), tuple(numbers[i] for i in tensors)
 
     def refuse(self, key: Hashable) -> None:
         """Leave the numbers of these arguments what they are: a function takes no tensors there."""

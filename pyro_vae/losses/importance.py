@@ -78,6 +78,7 @@ class WeightedTerms:
 
     Attributes:
         scale: of a datum, which is that of its likelihood: a number, or [N].
+        latent_ratio: of all latents' scales to the datum's; None where it is not one for all.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -98,11 +99,7 @@ class WeightedTerms:
         of_latents = of_latents or [_Scale(1.0)]
         alike = all(ratio.equals(of_latents[0]) for ratio in of_latents)
         self._common = of_latents[0] if alike else None
-
-    @property
-    def latent_ratio(self) -> float | Tensor | None:
-        """The ratio of all latents' scales to the datum's; None where it is not one for all."""
-        return None if self._common is None else self._common.product
+        self.latent_ratio = of_latents[0].product if alike else None
 
     def log_joint(self) -> Tensor:
         """Return log p(x, z) of each datum, [K, N]."""

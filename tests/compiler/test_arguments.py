@@ -62,7 +62,7 @@ def test_tensors_are_collected_and_put_back_in_one_order():
 
 
 def test_other_values_can_be_replaced():
-    found = rebuilt((1, [2.5, "a"]), iter("xy"), replaces=lambda value: isinstance(value, float))
+    found = rebuilt((1, [2.5, "a"]), iter("xy"), kinds=float)
     assert found == (1, ["x", "a"])
 
 
