@@ -242,12 +242,9 @@ class Unobserve(Messenger):
         # A plate without a size has not expanded its likelihood to all its data.
         unsized = any(frame.vectorized and frame.size == -1 for frame in msg["cond_indep_stack"])
         if unsized and isinstance(value, Tensor):
-            fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, _batch_of(fn, value)))
+            shape = value.shape[: value.ndim - fn.event_dim]
+            fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, shape))
         msg.update(fn=fn, is_observed=False, value=None, done=False)
-
-
-def _batch_of(fn: Distribution, value: Tensor) -> torch.Size:
-    return value.shape[: value.ndim - fn.event_dim]
 
 
 def as_long_as(fn: Distribution, value: Tensor) -> Distribution:
@@ -317,10 +314,10 @@ class FullSize(Messenger):
         elif frame is not None and frame.full_size == frame.size:
             size = frame.size
             if size == -1:  # a plate without a size has that of what is in it
-                shapes = [
-                    fn.batch_shape,
-                    *([_batch_of(fn, value)] if torch.is_tensor(value) else []),
-                ]
+                of_value = (
+                    value.shape[: value.ndim - fn.event_dim] if torch.is_tensor(value) else ()
+                )
+                shapes = (fn.batch_shape, of_value)
                 size = max(shape[self.dim] for shape in shapes if len(shape) >= -self.dim)
             full = frame._replace(size=size, full_size=self.num_data)
             msg["cond_indep_stack"] = tuple(full if f is frame else f for f in stack)

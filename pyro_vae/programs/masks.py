@@ -7,7 +7,7 @@ count for nothing, and the bound grow with the guide's entropy past log p(x).
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -21,15 +21,13 @@ from pyro_vae.programs.types import Distribution, Mask, Node, Trace
 from pyro_vae.recording import is_recording
 from pyro_vae.torch_internals import DispatchMode, storage_key, tensors_in
 
-_AnyTrace = TypeVar("_AnyTrace", bound=Trace)
-
 
 def mask_of(node: Node) -> Mask:
     """Return the mask of whole events on a site, that inside its distribution included."""
     return both(node["mask"], _without_mask(node["fn"])[1])
 
 
-def lift_masks(trace: _AnyTrace, summed: Container[str] = ()) -> _AnyTrace:
+def lift_masks(trace: Trace, summed: Container[str] = ()) -> Trace:
     """Make a mask inside a latent's distribution (fn.mask(...)) its site's, as poutine.mask is.
 
     One that differs within an event stays where it is.

@@ -191,12 +191,10 @@ def _as_found(
             module.training = False
             training.append(module)
 
-    hook = register_module_forward_pre_hook(note)
     try:
-        with (FirstValues() if first is None else first).installed():
+        with register_module_forward_pre_hook(note), (first or FirstValues()).installed():
             yield
     finally:
-        hook.remove()
         for module in training:
             module.training = True
         held.put_back(unseen=not every)
