@@ -270,7 +270,7 @@ def check_enumerated(pair: Pair, names: Names, nesting: int) -> None:
         except ValueError as error:
             raise ValueError(
                 f"the guide enumerates {list(names)}, over which there is no expectation entry by "
-                "entry. Without infer={'enumerate': ...} they are drawn, for "
+                "entry. Leave infer={'enumerate': ...} out, and they are drawn, for "
                 f"pv.ELBO(estimator='score'). What was found: {error}"
             ) from error
 
