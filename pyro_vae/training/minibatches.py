@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -310,8 +309,7 @@ class TrainingData:
         return MinibatchELBO(-loss / (self._full_size or counted), counted)
 
 
-@dataclass(frozen=True, slots=True)
-class MinibatchELBO:
+class MinibatchELBO(NamedTuple):
     """The ELBO of a minibatch.
 
     Attributes:

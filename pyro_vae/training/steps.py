@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.losses.base import Objective
+from pyro_vae.programs import state
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import LatentScale
-from pyro_vae.programs.state import (
-    Look,
-    RandomState,
-    evaluation,
-    random_state,
-    seeded,
-    set_random_state,
-)
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
@@ -64,7 +57,7 @@ class _Start:
     size: int | None
     index: Tensor | None
     batch: Batch | None
-    random_state: RandomState
+    random_state: state.RandomState
 
 
 class TrainingSteps:
@@ -227,7 +220,8 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
-            self._take(_Start(self.taken + 1, batch.size, index, batch, random_state()), batch)
+            start = _Start(self.taken + 1, batch.size, index, batch, state.random_state())
+            self._take(start, batch)
         except Exception:
             self._look()  # at steps before, one of which may have failed first
             raise
@@ -309,7 +303,7 @@ class TrainingSteps:
         """Return the sites whose term is not finite, rerunning the step from its random state."""
         source = self.data.source
         batch = source.minibatch(start.index) if start.batch is None else start.batch
-        set_random_state(start.random_state)
+        state.set_random_state(start.random_state)
         try:
             with self.data.rows(start.index):
                 return non_finite_sites(self.model, self.guide, source.drawn(batch))
@@ -363,8 +357,8 @@ class Validation:
         """
         data, elbos, start = self._steps.data, [], 0
         self._steps.set_factor(1.0)
-        running = evaluation(self._steps.model, self._steps.guide)
-        with torch.no_grad(), running, seeded(self._batch.device, self._seed):
+        running = state.evaluation(self._steps.model, self._steps.guide)
+        with torch.no_grad(), running, state.seeded(self._batch.device, self._seed):
             for part in data.parts(self._batch):
                 elbos.append(data.elbo(self._loss(part, start), part.size))
                 start += part.size or 0
@@ -372,7 +366,7 @@ class Validation:
 
     def _loss(self, batch: Batch, start: int) -> float:
         """Return the loss of a part of the data that begins at row ``start``."""
-        with Look() as look:
+        with state.Look() as look:
             loss = float(self._traced(*batch.args, **batch.kwargs))
             if math.isfinite(loss):
                 return loss
@@ -393,7 +387,7 @@ class Validation:
         """Return the sites that are not finite at each row where there are any."""
         found = {}
         for row in range(batch.size or 0):
-            with Look():
+            with state.Look():
                 alone = batch.rows(slice(row, row + 1))
                 found[row] = non_finite_sites(self._steps.model, self._steps.guide, alone)
         return {row: sites for row, sites in found.items() if sites}
