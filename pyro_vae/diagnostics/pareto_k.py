@@ -24,13 +24,8 @@ _NEARLY_EQUAL = 0.9
 def heavy_tailed(pareto_k: Numbers, ess: Numbers, num_particles: int) -> Numbers:
     """Return for which data importance weights are not to be trusted, errors included.
 
-    Those with k-hat above 0.7, but for weights that all but agree, of which k-hat is the shape of
-    a tail too light to matter.
-
-    Args:
-        pareto_k: [N], a tensor or an array.
-        ess: effective sample size, [N], likewise.
-        num_particles: K.
+    By k-hat and effective sample size of K particles, [N] each: those with k-hat above 0.7, but for
+    weights that all but agree, of which k-hat is the shape of a tail too light to matter.
     """
     return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > _NEARLY_EQUAL * num_particles)
 

@@ -61,27 +61,17 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tail_length(num_particles: int) -> int:
-    """Return how many of K log weights, the largest ones, tell their k-hat.
-
-    All of them where they are so few that there is none to tell.
-    """
+    """Return how many of K log weights, the largest ones, tell their k-hat: all of too few."""
     if _tail_size(num_particles) < _SMALLEST_TAIL:
         return num_particles
     return math.ceil(_tail_size(num_particles)) + 1  # and the largest that is not of it
 
 
 def pareto_k_of_largest(largest: np.ndarray, num_particles: int) -> np.ndarray:
-    """Return the k-hat of log weights of which the largest are at hand: that of :func:`psis`.
+    """Return the k-hat, [N], of K log weights of which the largest are at hand, as of :func:`psis`.
 
-    Args:
-        largest: [N, tail_length(K)], the largest log weights of each datum in any order.
-        num_particles: K.
-
-    Returns:
-        [N].
-
-    Raises:
-        ValueError: for another number of them, and for what :func:`psis` refuses.
+    They are [N, tail_length(K)], in any order. ValueError for another number of them, and for what
+    :func:`psis` refuses.
     """
     size = tail_length(num_particles)
     if largest.ndim != 2 or largest.shape[1] != size:

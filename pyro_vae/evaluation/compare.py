@@ -159,8 +159,10 @@ class _Work:
             start = LocalGuide(
                 model, num_data=num_data, example=batch, family=family, data_plate=plate
             )
-        limits, progress = (self.max_steps, self.tolerance), self.progress
-        local = refine_scored(self.evaluator(start), family, plate, *limits, progress=progress)
+        evaluator, progress = self.evaluator(start), self.progress
+        local = refine_scored(
+            evaluator, family, plate, self.max_steps, self.tolerance, progress=progress
+        )
         local.remember(batch)
         return local
 
@@ -254,7 +256,5 @@ def _aligned(evaluators: Sequence[Evaluator]) -> bool:
 def _log_guides(evaluators: Sequence[Evaluator], mine: int, chunk: Chunk, crossed: bool) -> Tensor:
     """Return log densities of one guide's draws, [G, k, n]: under all guides, or its own."""
     own, draws = chunk.weights.log_guide, (chunk.rows, chunk.values)
-    if not crossed:
-        return own[None]
-    guides = enumerate(evaluators)
+    guides = enumerate(evaluators) if crossed else [(mine, evaluators[mine])]
     return torch.stack([own if n == mine else one.score_guide(*draws) for n, one in guides])

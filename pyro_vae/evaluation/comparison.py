@@ -174,8 +174,8 @@ def reduce_block(
         weights.append(together)
         raw.append(together.to(raw[0].dtype))
     of_name = dict(zip(names, elbos, strict=True))
-    unknown = Estimate(*(torch.full_like(elbos[0].value, math.nan),) * 2)
-    bests = [of_name.get(references.get(name, ""), unknown) for name in names]
+    nan = torch.full_like(elbos[0].value, math.nan)
+    bests = [of_name.get(references.get(name, ""), Estimate(nan, nan)) for name in names]
     gaps = (best - own for best, own in zip(bests, elbos, strict=True))
     return {
         **_columns("elbo", elbos),
@@ -209,8 +209,7 @@ def gap_dataset(
     references; num_particles is K of each guide.
     """
     arrays = {name: np.concatenate([block[name] for block in blocks], -1) for name in blocks[0]}
-    of_bounds = arrays["iwae_bound_se"], arrays["iwae_bound_skewness"]
-    errors = _errors_of_means(*of_bounds, num_particles)
+    errors = _errors_of_means(arrays["iwae_bound_se"], arrays["iwae_bound_skewness"], num_particles)
     mixture = len(names) if len(errors) > len(names) else None
     chosen = tightest(arrays["iwae_bound"].mean(1), errors, mixture)
     for gap in (f"approximation_gap{part}" for part in _PARTS):

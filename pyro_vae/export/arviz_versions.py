@@ -72,10 +72,8 @@ def container(
         return {name: np.asarray(value) for name, value in (values or {}).items()}
 
     arrays: dict[str, Any] = {group: as_arrays(variables) for group, variables in groups.items()}
-    names: dict[str, Any] = {
-        "coords": as_arrays(coords),
-        "dims": {name: list(of_one) for name, of_one in (dims or {}).items()},
-    }
+    listed = {name: list(of_one) for name, of_one in (dims or {}).items()}
+    names: dict[str, Any] = {"coords": as_arrays(coords), "dims": listed}
     attrs = dict(attrs or {})
     _check(arrays, **names)
     for name, value in attrs.items():

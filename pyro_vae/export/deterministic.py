@@ -23,7 +23,6 @@ class DeterministicSite:
     """The shape of a site's value in a run of a single particle.
 
     Attributes:
-        name: its name.
         data_axis: that of the data, from the left; None where it has none.
         dims: names of the others: plates, then ``<name>_dim_i``.
     """

@@ -96,7 +96,11 @@ class AmortizedGuide(FamilyGuide):
         if structure.data_plate.drawn:
             batch = batch.rows(slice(0, structure.data_plate.size))
         features = self._example_features(model, batch)
-        self.head = self._prior_head(features)
+        prior = self._prior_params.to(features)
+        self.head = _linear(features.shape[1], prior.numel(), features)
+        with torch.no_grad():  # every datum's proposal near the prior
+            self.head.weight.mul_(_HEAD_SCALE)
+            self.head.bias.copy_(prior.flatten())
         if top_down and not isinstance(self.family, FactorizedFamily):
             raise ValueError(
                 f"top_down with {self.family}: that family is joint over the sites already; "
@@ -124,15 +128,6 @@ class AmortizedGuide(FamilyGuide):
                 "missing (NaN), let it see which: pyro_vae.MissingEncoder(encoder)"
             )
         return features.detach()
-
-    def _prior_head(self, features: Tensor) -> nn.Linear:
-        """Return the layer from features to parameters near those with the prior's moments."""
-        prior = self._prior_params.to(features)
-        head = _linear(features.shape[1], prior.numel(), features)
-        with torch.no_grad():
-            head.weight.mul_(_HEAD_SCALE)
-            head.bias.copy_(prior.flatten())
-        return head
 
     def _conditioner(self, features: Tensor, name: str) -> nn.Module:
         """Return the network from features and parents to what is added to a site's parameters."""

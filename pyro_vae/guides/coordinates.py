@@ -175,16 +175,14 @@ def _inner_plates(site: Site, data_plate: Plate | None) -> tuple[Plate, ...]:
 
 def _support(site: Site) -> constraints.Constraint:
     """Return the support of a site; ValueError where it differs within the batch."""
+    support, events = site.fn.support, 0
     if is_circular(site.fn):
         if site.distribution != "VonMises":
             raise ValueError(
                 f"latent site {site.name!r} ({site.distribution}) lives on a torus, which no "
                 "bijection maps to the reals; write the guide by hand"
             )
-        circle = constraints.interval(-math.pi, math.pi)
-        events = len(site.event_shape)
-        return constraints.independent(circle, events) if events else circle
-    support, events = site.fn.support, 0
+        support, events = constraints.interval(-math.pi, math.pi), len(site.event_shape)
     while hasattr(support, "base_constraint"):  # independent, or of a mixture
         events += getattr(support, "reinterpreted_batch_ndims", 0)
         support = support.base_constraint

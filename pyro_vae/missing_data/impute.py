@@ -309,10 +309,8 @@ class WeightedMoments:
     def update(self, draws: Tensor) -> None:
         """Take in the draws of the next particles, [k, N, ...]."""
         x = draws.double().cpu()
-        if not self._seen:
-            self._first = x[0]
-        # Of differences to the first draw: no cancellation.
-        x = x - self._first
+        self._first = self._first if self._seen else x[0]
+        x = x - self._first  # no cancellation
         w = torch.as_tensor(self._weights[:, self._seen : self._seen + len(x)].T)
         terms = [torch.einsum("kn,kn...->n...", w**power, x**degree) for power, degree in _DEGREES]
         self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
@@ -339,10 +337,9 @@ def _dataset(
     structure: Structure, sites: Sequence[Site], blocks: Sequence[Mapping[str, np.ndarray]]
 ) -> xr.Dataset:
     """Join blocks of data, and put the seen values in their places."""
-    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     lead = [] if structure.data_plate is None else ["datum"]
-    if not lead:
-        found = {name: value[0] for name, value in found.items()}
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    found = found if lead else {name: value[0] for name, value in found.items()}
     variables: dict[str, tuple[Sequence[str], np.ndarray]] = {}
     for site in sites:
         name, dims = site.name, lead + inner_dims(site, structure)

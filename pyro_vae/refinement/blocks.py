@@ -176,16 +176,13 @@ class Blocks:
         fewer = rows.numel() < whole.num_data
         kept = self._kept.get(fewer)
         if kept is None or not torch.equal(torch.cat([block.rows for block in kept]), rows):
-            kept = [self._block(rows[some]) for some in whole.blocks_of(len(rows))]
-            self._kept[fewer] = kept
+            kept = self._kept[fewer] = []
+            for mine in (rows[some] for some in whole.blocks_of(len(rows))):
+                looks, size = self._looks, len(mine)
+                looks = looks.on(looks.batch.rows(mine)) if size < whole.num_data else looks
+                kept.append(Block(mine, self.score(looks, size, self.family), self))
         self.current = kept
         return kept
-
-    def _block(self, rows: Tensor) -> Block:
-        looks = self._looks
-        if rows.numel() < self._whole.num_data:
-            looks = looks.on(looks.batch.rows(rows))
-        return Block(rows, self.score(looks, rows.numel(), self.family), self)
 
     def score(self, looks: ModelLooks, num_data: int, family: Family) -> ScoredGuide:
         """Return a guide of a family with a row for each datum of a batch, and its evaluator."""

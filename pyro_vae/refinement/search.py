@@ -165,7 +165,11 @@ def _challenge(
             continue
         rival = ascend(climber, start, tried, climber.more(min(max_steps, _RIVAL_CYCLES * _CYCLE)))
         passed = rival.converged
-        gain, error = _gain(climber, table, rival.table, tried)
+        gain, error = table.new_zeros(2, len(table), dtype=torch.float64)
+        for block in climber.blocks.at(torch.nonzero(tried).flatten()):
+            rows = block.rows
+            found = climber.gain(block, table[rows], rival.table[rows], _RIVAL_CYCLES)
+            gain[rows], error[rows] = found
         higher = tried & (gain > 2 * error) & (gain > 0)
         if bool((unfinished := higher & ~passed).any()):
             rival = ascend(climber, rival.table, unfinished, climber.more(max_steps))
@@ -202,12 +206,3 @@ def _apart(climber: Climber, block: Block, here: Tensor, there: Tensor) -> Tenso
         width = torch.stack([torch.minimum(draws.std(0), w) for w in widths])
     distance = _APART if size <= _MOST_HEAVY else 2 * _APART
     return (away.abs() > distance * width).any(-1)
-
-
-def _gain(climber: Climber, before: Tensor, after: Tensor, which: Tensor) -> Tensor:
-    """Return what some rows gain from one table to another, and its error, [2, N]; else zero."""
-    found = before.new_zeros(2, before.shape[0], dtype=torch.float64)
-    for block in climber.blocks.at(torch.nonzero(which).flatten()):
-        rows = block.rows
-        found[:, rows] = torch.stack(climber.gain(block, before[rows], after[rows], _RIVAL_CYCLES))
-    return found
