@@ -33,7 +33,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
-from pyro_vae.refinement.refine import refine_scored
+from pyro_vae.refinement.refine import checked_steps, refine_scored
 
 
 def compare(
@@ -87,6 +87,7 @@ def compare(
             a reference that is not in it.
     """
     num_particles = as_count("num_particles", num_particles)
+    max_steps = checked_steps(max_steps, tolerance)
     arguments = as_batch(*batch)
     _check_guides(guides, reference)
     model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)

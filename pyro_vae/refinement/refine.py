@@ -97,6 +97,7 @@ def refine(
         ValueError: for what :func:`pyro_vae.log_weights` refuses; max_steps < 1; a
             tolerance that is not positive.
     """
+    max_steps = checked_steps(max_steps, tolerance)  # before anything is drawn
     with contextlib.ExitStack() as stack:
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
             stack.enter_context(guide.for_any_data())
@@ -109,6 +110,13 @@ def refine(
     return local
 
 
+def checked_steps(max_steps: int, tolerance: float) -> int:
+    """Return the steps, or raise ValueError for limits that are not positive."""
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
+    return as_count("max_steps", max_steps)
+
+
 def refine_scored(
     evaluator: Evaluator,
     family: Family | None,
@@ -119,10 +127,8 @@ def refine_scored(
     *,
     progress: bool,
 ) -> LocalGuide:
-    """Do what :func:`refine` does from the guide of an evaluator, on its batch."""
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: a positive number of nats is needed")
-    max_steps, guide = as_count("max_steps", max_steps), evaluator.pair.user_guide
+    """Do what :func:`refine` does from the guide of an evaluator, on its batch; limits checked."""
+    guide = evaluator.pair.user_guide
     if family is None and of_family(guide):
         family = guide.family
     # Before the looks are used: this shows, too, whether the model's plate is subsampled.

@@ -131,8 +131,9 @@ class ExactStep(EStep):
         super().__init__(problem)
         if not isinstance(problem.guide, ExactGuide):
             raise ValueError(
-                f"e_step='exact' needs an ExactGuide, found {type(problem.guide).__name__}; for "
-                "continuous latents choose 'variational', 'importance' or 'nuts'"
+                "e_step='exact' needs an ExactGuide, which enumerates discrete latents, found "
+                f"{type(problem.guide).__name__}; for continuous latents choose 'variational', "
+                "'importance' or 'nuts'"
             )
         self._guide, self._loss = problem.guide, ELBO(kl="sample")
         self._frozen = contextlib.ExitStack()

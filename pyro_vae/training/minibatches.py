@@ -205,7 +205,9 @@ class TrainingData:
         """Let each step take all the data, in their order; return the data plate of them."""
         if self.source.streamed:
             why = self.bound or "the whole is one datum, or the model draws its own minibatches"
-            what = "the data come in batches of a loader, and each step would have to take all"
+            what = (
+                "the data come in batches of a loader, and each step would have to take all of them"
+            )
             raise ValueError(f"{what} at once: {why}. Pass tensors, or the loader's dataset")
         if not self.source.seen:
             self.batch = self.source.all()
