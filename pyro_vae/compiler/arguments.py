@@ -69,7 +69,7 @@ def rebuilt(value: Any, new: Iterator[Any], kinds: type | tuple[type, ...] = Ten
         return next(new)
     if isinstance(value, dict):
         return {name: rebuilt(item, new, kinds) for name, item in value.items()}
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, (tuple, list)) or isinstance(value, torch.Size):
         return value
     items = [rebuilt(item, new, kinds) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -143,9 +143,6 @@ class StochasticBinarization:
         images: Grey images [N, ...], datum first, values from 0 to `max_value`.
         max_value: The intensity that is always drawn as 1.
 
-    Attributes:
-        source: The grey images, [N, ...].
-
     Raises:
         ValueError: There is no image, a value lies outside [0, max_value], or max_value < 1.
 
@@ -169,7 +166,7 @@ class StochasticBinarization:
         if not bool(((images >= 0) & (images <= max_value)).all()):
             found = f"values from {images.min().item()} to {images.max().item()}"
             raise ValueError(f"expected intensities from 0 to max_value={max_value}, found {found}")
-        self.images = self.source = images
+        self.images = images
         self.max_value = max_value
 
     def __len__(self) -> int:
@@ -178,6 +175,11 @@ class StochasticBinarization:
     def __repr__(self) -> str:
         shape = list(self.images.shape)
         return f"StochasticBinarization(images={shape}, max_value={self.max_value})"
+
+    @property
+    def source(self) -> Tensor:
+        """The grey images, [N, ...]."""
+        return self.images
 
     def draw(self, images: Tensor) -> Tensor:
         """Return a draw of some rows of `source`, by PyTorch's global random numbers.

@@ -71,9 +71,11 @@ class Comparison:
         data, columns = self.dataset, {}
         for name in _ESTIMATES:
             every = (data[f"{name}{end}"].broadcast_like(data["elbo"]) for end in _PARTS)
-            value, errors, skews = (each.transpose("guide", "datum").values for each in every)
-            columns[name] = value.mean(1)
-            columns[f"{name}_se"] = _errors_of_means(errors, skews, data.attrs["num_particles"])
+            value, errors, skews = (each.transpose("guide", "datum") for each in every)
+            columns[name] = value.mean("datum").values
+            columns[f"{name}_se"] = _errors_of_means(
+                errors.values, skews.values, data.attrs["num_particles"]
+            )
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
         columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
         columns["ess_median"] = data["ess"].median("datum").values

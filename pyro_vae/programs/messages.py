@@ -37,7 +37,8 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     """
     number = least - 1
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        whole = not isinstance(value, str | bool) and float(value).is_integer()
+        exact = isinstance(value, int) and not isinstance(value, bool)
+        whole = exact or (not isinstance(value, str | bool) and float(value).is_integer())
         number = int(value) if whole else number
     if number < least:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")

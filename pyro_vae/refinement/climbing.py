@@ -86,8 +86,10 @@ class Climber:
 
     def _climb(self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor) -> Tensor:
         """Run Adam on the ELBO, its learning rate falling to nothing; return the new rows."""
-        doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / self.tolerance)))
-        num_particles = _PARTICLES << (min(doublings, _DOUBLINGS) if cycle else 0)
+        doublings = 0
+        if cycle:
+            doublings = cycle - 1 + max(0, math.ceil(math.log2(_NOISE / self.tolerance)))
+        num_particles = _PARTICLES << min(doublings, _DOUBLINGS)
         annealed = self.blocks.family.anneals and cycle == 0
         shift = torch.zeros_like(start, requires_grad=True)
         # The average of the second half of the path has less noise than its end.

@@ -210,7 +210,7 @@ def em(
 
 def _kind(e_step: str, guide: Program) -> str:
     """Return the kind of E-step; raise ValueError where "auto" has none for this guide."""
-    if e_step in E_STEPS:
+    if isinstance(e_step, str) and e_step in E_STEPS:
         return e_step
     if e_step != "auto":
         raise ValueError(f"e_step={e_step!r}: one of {('auto', *E_STEPS)} is needed")

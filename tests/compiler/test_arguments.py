@@ -35,6 +35,16 @@ def test_layouts_tell_apart_all_but_the_numbers():
     assert all(layout_of(other) != layout_of(x) for other in others)
 
 
+def test_a_size_beside_a_number_that_varies():
+    """A torch.Size is one plain value: its numbers are not among those that vary."""
+    numbers, x = VaryingNumbers(), torch.zeros(2, 3)
+    for weight in (0.1, 0.2, 0.3, 0.4, 0.5):
+        _, (size, found), varying = numbers.as_tensors((x.shape, weight), [x])
+        assert type(size) is torch.Size and size == x.shape
+        assert float(found) == pytest.approx(weight)
+    assert varying == (0.5,)
+
+
 def test_forms_are_of_layouts_and_plain_values():
     x = torch.zeros(2)
     assert form({"x": x, "n": 3}) == form({"x": x + 1, "n": 3})

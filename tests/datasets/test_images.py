@@ -211,6 +211,8 @@ def test_rows_are_drawn_by_the_global_generator_and_bytes_stay_bytes():
     images = torch.tensor([0, 4, 8, 12, 16], dtype=torch.uint8).expand(20000, 5)
     binarized = StochasticBinarization(images, max_value=16)
     assert binarized.source is images
+    binarized.images = images.clone()
+    assert binarized.source is binarized.images
     torch.manual_seed(RNG_SEED)
     draw, other = binarized.draw(images), binarized.draw(images)
     torch.manual_seed(RNG_SEED)

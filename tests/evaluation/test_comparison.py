@@ -126,3 +126,12 @@ def test_the_tightest_bound(means, errors, chosen):
 )
 def test_the_mixture_is_taken_where_it_is_about_as_close(means, errors, chosen):
     assert tightest(np.array(means), np.array(errors), 2) == chosen
+
+
+def test_a_mean_leaves_out_what_is_no_number(compared):
+    """Gaps of data whose ELBO is -inf have no value; those of the others have a mean."""
+    *_, comparison = compared
+    data = comparison.dataset.copy(deep=True)
+    data["amortization_gap"][0, 0] = np.nan
+    found = pv.Comparison(data, comparison.guides).summary()["amortization_gap"]
+    assert found.iloc[0] == pytest.approx(data["amortization_gap"].values[0, 1:].mean())

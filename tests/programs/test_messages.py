@@ -146,6 +146,11 @@ def test_a_whole_number_of_any_type_is_an_int(value):
     assert found == 1000 and type(found) is int
 
 
+def test_a_whole_number_that_no_float_holds():
+    assert as_count("seed", 10**400) == 10**400
+    assert as_count("seed", 2**62 + 1) == 2**62 + 1
+
+
 @pytest.mark.parametrize("value", [0, -3, 2.5, math.nan, math.inf, "7", True, None, torch.ones(2)])
 def test_what_is_none_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^num_draws=.*: a whole number of at least 1 is needed$"):

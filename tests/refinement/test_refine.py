@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -83,3 +85,21 @@ def test_bars_say_how_far_it_is(capsys):
     x = model.data(3)
     pv.refine(model, model.posterior, x, seed=0, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_an_infinite_tolerance_takes_one_cycle():
+    model = factor_analysis("correlated")
+    x = model.data(5)
+    guide = amortized(model, x)
+    assert pv.refine(model, guide, x, tolerance=math.inf, progress=False).converged.all()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 0}, {"tolerance": 0.0}])
+def test_limits_are_refused_before_anything_is_drawn(options):
+    model = factor_analysis("correlated")
+    x = model.data(5)
+    guide = amortized(model, x)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="="):
+        pv.refine(model, guide, x, **options)
+    assert torch.equal(torch.get_rng_state(), before)

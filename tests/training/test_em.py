@@ -336,6 +336,7 @@ def test_global_latents_are_refused():
         ({"e_step": "exact"}, "'exact' needs an ExactGuide, which enumerates"),
         ({"e_step": "variational"}, "'variational' refines the rows of a LocalGuide"),
         ({"e_step": "gibbs"}, "e_step='gibbs': one of"),
+        ({"e_step": ["nuts"]}, r"e_step=\['nuts'\]: one of"),
         ({"e_step": "importance", "num_particles": 1}, "needs at least 2"),
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"m_steps": 1.5}, "m_steps=1.5"),
