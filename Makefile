@@ -67,7 +67,7 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/refine_loop.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/growth.py $(if $(DATA),--data '$(DATA)')
 
-# Without torch and Pyro: the only files these tests need are export/arviz_versions.py and
+# Without torch and Pyro: the only files these tests need are arviz_versions.py and
 # diagnostics/psis.py of the package.
 test-arviz1:
 	@if ! python=$$(tools/find_python.sh 3.12 $(PYTHON312) python3 python3.12 python3.13 python3.14 pyenv); \
@@ -82,7 +82,7 @@ test-arviz1:
 	    touch $(VENV_ARVIZ1)/installed; \
 	fi; \
 	$(VENV_ARVIZ1)/bin/python -m pytest --confcutdir=tests/export \
-	    tests/export/test_arviz_versions.py tests/diagnostics/test_psis.py $(PYTEST_ARGS)
+	    tests/test_arviz_versions.py tests/diagnostics/test_psis.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_ARVIZ1) build dist demo-output docs/_build

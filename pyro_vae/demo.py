@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae import plots
+from pyro_vae.arviz_versions import Container, write
 from pyro_vae.datasets import images as datasets
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
 from pyro_vae.export.arviz import to_arviz
-from pyro_vae.export.arviz_versions import Container, write
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP

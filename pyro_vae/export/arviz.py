@@ -12,8 +12,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_vae.arviz_versions import Container, container
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
-from pyro_vae.export.arviz_versions import Container, container
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.export import arviz_versions as arviz_bridge
+from pyro_vae import arviz_versions as arviz_bridge
 from tests.models import NormalModel, encoder, factor_analysis
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-PACKAGE = Path(__file__).parents[2] / "pyro_vae"
+PACKAGE = Path(__file__).parents[1] / "pyro_vae"
 N, DRAWS, PRIOR_DRAWS, Z, X = 5, 200, 50, 2, 3
 
 
@@ -24,7 +24,7 @@ def load(path):
     return module
 
 
-bridge = load(PACKAGE / "export" / "arviz_versions.py")
+bridge = load(PACKAGE / "arviz_versions.py")
 pareto = load(PACKAGE / "diagnostics" / "psis.py")
 IS_1 = int(az.__version__.split(".")[0]) >= 1
 
@@ -197,5 +197,5 @@ def test_container_refuses_attributes_that_no_file_holds(groups, value):
 def test_module_needs_no_torch_and_imports_arviz_late(monkeypatch):
     for name in ("torch", "pyro", "pyro_vae", "arviz"):
         monkeypatch.setitem(sys.modules, name, None)  # makes an import of it fail
-    load(PACKAGE / "export" / "arviz_versions.py")
+    load(PACKAGE / "arviz_versions.py")
     load(PACKAGE / "diagnostics" / "psis.py")

@@ -28,6 +28,19 @@ _SAMPLE_GROUPS = (
 _DATA_GROUPS = ("observed_data", "constant_data")
 
 
+def dims_of_draws(draws: Mapping[str, np.ndarray], lead: Sequence[str]) -> dict[str, list[str]]:
+    """Return names of the dimensions of draws after chain and draw, for :func:`container`.
+
+    Args:
+        draws: the arrays [chain, draw, ...] of each variable.
+        lead: the names of their first dimensions after these; the rest get ArviZ's default names.
+    """
+    return {
+        name: [*lead, *(f"{name}_dim_{i}" for i in range(value.ndim - 2 - len(lead)))]
+        for name, value in draws.items()
+    }
+
+
 def container(
     groups: Mapping[str, Mapping[str, ArrayLike]],
     *,
