@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # The squared skewness of an estimate above which a few particles decide its error.
 _FEW_DECIDE = 0.5
+# The share of effective chains below which log weights spread by more than a nat.
+_EQUAL_CHAINS = 0.3
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Bound:
         skewness: of the particles' effects on the value, [N].
         ess: effective sample size of the importance weights, [N], between 1 and K.
         largest: the largest log weights of each datum, [M, N]: those that tell its k-hat.
-        mean_of: "weights", or "log weights" as of the ELBO.
+        mean_of: "weights", "log weights" as of the ELBO, or "chains" for weights of chains.
     """
 
     name: str
@@ -60,7 +62,7 @@ class Bound:
     skewness: Tensor | None = None
     ess: Tensor | None = None
     largest: Tensor | None = field(default=None, repr=False)
-    mean_of: Literal["weights", "log weights"] = "log weights"
+    mean_of: Literal["weights", "log weights", "chains"] = "log weights"
 
     @property
     def mean(self) -> float:
@@ -93,8 +95,11 @@ class Bound:
         """For which data the error is not to be trusted, [N].
 
         Of a mean of weights, those of heavy tails (:func:`heavy_tailed`); of the ELBO, those of
-        which a few particles decide it.
+        which a few particles decide it; of chains, which are too few for a tail, those whose
+        weights are far from equal.
         """
+        if self.mean_of == "chains" and self.ess is not None:
+            return ~(self.ess > _EQUAL_CHAINS * self.num_particles).cpu()
         if self.mean_of == "weights":
             return self._heavy_tailed
         if self.skewness is None:
@@ -115,6 +120,13 @@ class Bound:
     def _doubts(self) -> Iterator[str]:
         """Yield why value or error is not to be trusted."""
         heavy, untrusted = self._heavy_tailed.sum(), self.untrusted.sum()
+        if self.mean_of == "chains":
+            if untrusted:
+                yield (
+                    f"for {untrusted} of {len(self.value)} data neither value nor error is to be "
+                    "trusted: few chains carry the mean. More steps bring their weights together"
+                )
+            return
         of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
         of_weights, few = self.mean_of == "weights", ": a few particles decide it"
         if untrusted:

@@ -327,6 +327,15 @@ class Evaluator(PairRunner):
             drawn = model.run(rows, num_particles, values and self.latents(values)).values()
         return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
 
+    def draw_prior(self, rows: slice, num_particles: int, key: tuple[int, ...]) -> Values:
+        """Return draws of what :meth:`score_model` calls log p(z), as :meth:`draw` does.
+
+        Observed sites keep their values, which later latents may depend on.
+        """
+        with self.evaluating():
+            self._reseed(*key)
+            return replace(self.model, summed_out=()).run(rows, num_particles).values()
+
     def deterministic_nodes(
         self, rows: slice, values: Values, *, alone: bool
     ) -> dict[str, list[Node]]:

@@ -335,3 +335,17 @@ def test_a_bad_seed_is_refused(exact, seed):
     model, x = exact
     with pytest.raises(ValueError, match="whole number of at least 0"):
         pv.log_weights(model, model.posterior, x, num_particles=2, seed=seed)
+
+
+def test_a_bound_of_chains_is_trusted_where_their_weights_are_alike():
+    """Above 0.3 of the chains' number; a nan is not. Means of weights and of log weights differ."""
+    zeros = torch.zeros(4, dtype=torch.float64)
+    ess = torch.tensor([20.0, 6.01, 6.0, math.nan], dtype=torch.float64)
+    bound = Bound("AIS-5", zeros, zeros, 20, skewness=10 + zeros, ess=ess, mean_of="chains")
+    assert bound.untrusted.tolist() == [False, False, True, True]
+    assert "for 2 of 4 data neither value nor error is to be trusted" in repr(bound)
+    assert "k-hat" not in repr(bound)
+    other = Bound("ELBO", zeros, zeros, 20, skewness=10 + zeros, ess=ess)
+    assert other.untrusted.all()
+    trusted = Bound("AIS-5", zeros, zeros, 20, skewness=zeros, ess=20 + zeros, mean_of="chains")
+    assert repr(trusted).endswith("(4 data)")

@@ -14,7 +14,8 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.particles.evaluator import prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.programs.batch import as_batch
 from tests.models import (
     NormalModel,
     encoder,
@@ -66,6 +67,39 @@ def test_blocks_in_turn_with_all_their_particles():
     assert particles == [50] * len(rows)
     assert [r.start for r in rows] == [0, *(r.stop for r in rows[:-1])]
     assert rows[-1].stop == 300 and len(rows) > 1
+
+
+# --- draws of the prior ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("particles", ["plate", "repeat", "loop"])
+def test_the_prior_is_drawn_given_the_values_observed_before(particles):
+    """z ~ Normal(first, 1) of an observed first number: to 4.5 standard errors of 500 draws."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(x.new_tensor([0.5, 0.5])))
+            first = pyro.sample("first", dist.Normal(x.new_tensor([-1.0, 1.0])[c], 3.0), obs=x)
+            z = pyro.sample("z", dist.Normal(first, 1.0))
+            pyro.sample("second", dist.Normal(z, 1.0), obs=2 * x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.tensor([-30.0, 0.0, 50.0], dtype=torch.float64)
+    evaluator = Evaluator(model, guide, as_batch(x), particles=particles, seed=0)
+    before = torch.get_rng_state()
+    values = evaluator.draw_prior(slice(0, 3), 500, (1,))
+    assert torch.equal(torch.get_rng_state(), before)
+    z = evaluator.single_values(values)["z"]
+    assert z.shape == (500, 3)
+    error = z.std(0) / 500**0.5
+    assert ((z.mean(0) - x).abs() < 4.5 * error).all() and ((z.std(0) - 1).abs() < 0.15).all()
+    again = evaluator.draw_prior(slice(0, 3), 500, (1,))["z"]
+    assert torch.equal(again, values["z"])
+    some = evaluator.single_values(evaluator.draw_prior(slice(1, 3), 20, (2,)))["z"]
+    assert some.shape == (20, 2) and ((some.mean(0) - x[1:]).abs() < 2).all()
 
 
 # --- how particles are run -------------------------------------------------------------

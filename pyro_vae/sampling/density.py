@@ -1,0 +1,84 @@
+"""The densities of a block of data that chains move in, from a base to the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae.refinement.blocks import Block, ScoredGuide
+from pyro_vae.sampling.hmc import Point
+
+# Where annealing starts: the guide's answer, or the prior.
+Start: TypeAlias = Literal["guide", "prior"]
+
+
+class TemperedDensity:
+    r"""The density :math:`f_0(z)\, r(z)^\beta` of a block's unconstrained coordinates.
+
+    From the guide, :math:`f_0` is the family's normalized density :math:`q` and
+    :math:`r = p(x, z) / q(z)`; from the prior, :math:`f_0 = p(z)` and :math:`r = p(x \mid z)`.
+    At power 1 both are :math:`p(x, z)` with the map to the supports. Coordinates that a mask of the
+    model leaves out have the family's density at every power.
+
+    Args:
+        block: of n data.
+        table: the family's parameters, [n, P].
+        start: what f_0 is.
+        calls: evaluations to be expected.
+    """
+
+    def __init__(self, block: Block, table: Tensor, start: Start, calls: int) -> None:
+        self._block, self._table, self._calls = block, table, calls
+        self._function = from_guide if start == "guide" else from_prior
+        self._called = False
+
+    def __call__(self, z: Tensor) -> Point:
+        """Return the point of coordinates [C, n, D]."""
+        check, self._called = not self._called, True
+        inputs = [self._table, z]
+        block = self._block
+        return Point(z, *block.run(self._function, block.scored, inputs, self._calls, check=check))
+
+
+def from_guide(scored: ScoredGuide, table: Tensor, z: Tensor) -> list[Tensor]:
+    """Return log q, log p(x, z) - log q, and their gradients by z."""
+    z = z.detach().requires_grad_()
+    base, log_guide, log_likelihood, log_prior = _terms(scored, table, z)
+    return _with_slopes(base, log_likelihood + log_prior - log_guide, z)
+
+
+def from_prior(scored: ScoredGuide, table: Tensor, z: Tensor) -> list[Tensor]:
+    """Return log p(z), log p(x | z), and their gradients by z."""
+    z = z.detach().requires_grad_()
+    base, log_guide, log_likelihood, log_prior = _terms(scored, table, z)
+    # What the family's density of z exceeds that of the values by is the map's log determinant.
+    return _with_slopes(log_prior + (base - log_guide), log_likelihood, z)
+
+
+def _terms(scored: ScoredGuide, table: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    """Return log q of coordinates and of the values, log p(x | z) and log p(z), [C, n] each."""
+    guide, evaluator = scored.guide, scored.evaluator
+    rows, size = slice(0, evaluator.num_data), guide.num_coordinates
+    values = evaluator.from_single(guide.values_of(z))
+    with guide.using(table):
+        log_guide = evaluator.score_guide(rows, values)
+    joint = guide.family.conditional(table, size, z[..., :0], slice(0, size))
+    return joint.log_prob(z), log_guide, *evaluator.score_model(rows, values)
+
+
+def _with_slopes(base: Tensor, ratio: Tensor, z: Tensor) -> list[Tensor]:
+    slopes = [_slope(base, z, keep=True), _slope(ratio, z, keep=False)]
+    return [base.detach(), ratio.detach(), *slopes]
+
+
+def _slope(term: Tensor, z: Tensor, *, keep: bool) -> Tensor:
+    """Return the gradient of a term [C, n] by z; zero where it does not depend on z smoothly."""
+    if not term.requires_grad:
+        return torch.zeros_like(z)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(
+        term.sum(), [z], retain_graph=keep, allow_unused=True
+    )
+    return torch.zeros_like(z) if grads[0] is None else grads[0]

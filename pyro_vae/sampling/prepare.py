@@ -1,0 +1,147 @@
+"""A pair made ready for chains: the data in blocks, and a base density near each posterior."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.guides.base import of_family
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.global_latents import Given
+from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
+from pyro_vae.refinement.blocks import Block, Blocks
+from pyro_vae.refinement.starts import answer_of
+
+_SCALE_DRAWS = 256  # of the base density, whose spread is the first scale of its coordinates
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What chains of a batch need.
+
+    Attributes:
+        evaluator: of the pair.
+        given: the values that global latents were fixed at.
+        guide: of the base's family: where coordinates of latent sites lie.
+        blocks: the data, each with a guide of the base's family.
+        table: the base's parameters, [N, P].
+    """
+
+    evaluator: Evaluator
+    given: Given
+    guide: LocalGuide
+    blocks: Blocks
+    table: Tensor
+
+    def each(self, most: int | None = None) -> Iterator[tuple[slice, Block]]:
+        """Yield blocks of the data, with the rows that each holds.
+
+        Args:
+            most: data in a block, where the model takes some of them.
+        """
+        num_data = self.table.shape[0]
+        if most is None or not self.evaluator.splittable:
+            most = num_data
+        for start in range(0, num_data, most):
+            stop = min(start + most, num_data)
+            for block in self.blocks.at(torch.arange(start, stop, device=self.table.device)):
+                yield slice(start, start + len(block.rows)), block
+                start += len(block.rows)
+
+    def base_draws(self, rows: slice, noise: Tensor) -> Tensor:
+        """Return draws [K, n, D] of the base density, made of noise [K, n, num_noise]."""
+        return self.blocks.family.from_noise(self.table[rows], self.blocks.size, noise)
+
+    def base_centre(self, rows: slice) -> Tensor:
+        """Return the middle of the base density, [n, D]: the draw of no noise."""
+        shape = 1, rows.stop - rows.start, self.blocks.num_noise
+        return self.base_draws(rows, self.table.new_zeros(shape))[0]
+
+    def prior_draws(self, rows: slice, num_draws: int, key: tuple[int, ...]) -> Tensor:
+        """Return draws [K, n, D] of the prior's unconstrained coordinates.
+
+        Raises:
+            ValueError: where a mask of the model leaves a latent out.
+        """
+        if masked := self.evaluator.pair.masked:
+            raise ValueError(
+                f"start='prior': a mask of the model leaves draws of {sorted(masked)} out "
+                "for some data, which have no prior there; start='guide' takes them"
+            )
+        return self.coordinates_of(self.evaluator.draw_prior(rows, num_draws, key))
+
+    def coordinates_of(self, values: Values) -> Tensor:
+        """Return the unconstrained coordinates [K, n, D] of values as the evaluator draws them."""
+        single = self.evaluator.single_values(values)
+        return torch.cat([c.rows(c.unconstrained(single)) for c in self.guide.coordinates], -1)
+
+    def values_of(self, rows: slice, z: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the values of coordinates [K, n, D] by site, ``[K, n, ...]``.
+
+        What the model sums out is drawn from its exact posterior given these.
+
+        Args:
+            rows: of which data.
+            z: their coordinates.
+            key: tells the random numbers from others.
+        """
+        evaluator = self.evaluator
+        # A guide of no family knows no preimages of draws, such as the logarithm of a rate.
+        known = evaluator.guide.shapes
+        single = {n: v for n, v in self.guide.values_of(z).items() if n in known}
+        values = evaluator.from_single(single)
+        values = {**values, **evaluator.draw_summed_out(rows, values, key)}
+        sites = evaluator.structure.sites
+        return evaluator.by_datum({name: v for name, v in values.items() if name in sites})
+
+    def base_scale(self, rows: slice) -> Tensor:
+        """Return the standard deviation of the base's coordinates, [n, D]."""
+        generator = torch.Generator().manual_seed(self.evaluator.seed % 2**63)
+        shape = _SCALE_DRAWS, rows.stop - rows.start, self.blocks.num_noise
+        noise = torch.randn(shape, generator=generator, dtype=self.table.dtype)
+        return self.base_draws(rows, noise.to(self.table)).std(0)
+
+
+def ready(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    given: GivenValues | None,
+    data_plate: DataPlate,
+    seed: int | None,
+    compile: Compile,
+) -> Ready:
+    """Return what chains of a batch need; the base is the guide's own answer, in its own family.
+
+    A guide of no family, and one of points, is stood for by independent Gaussians with the moments
+    of its draws.
+
+    Raises:
+        ValueError: for what :func:`pyro_vae.refine` refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(guide, LocalGuide):  # rows of other data may be a start too
+            stack.enter_context(guide.for_any_data())
+            given = {**guide.given, **(given or {})}
+        evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
+        # Before the looks are used: this shows, too, whether the model's plate is subsampled.
+        evaluator.pair.part_agrees(evaluator.structure.data_plate)
+        guide = evaluator.pair.user_guide
+        family = guide.family if of_family(guide) and guide.family.has_density else None
+        looks = evaluator.pair.looks
+        local = LocalGuide(
+            evaluator.pair.model,
+            num_data=evaluator.num_data,
+            example=looks,
+            family=family,
+            data_plate=data_plate,
+        )
+        table = answer_of(local, guide, evaluator)
+    blocks = Blocks(looks, evaluator, local.to(table), data_plate, compile)
+    return Ready(evaluator, fixed, local, blocks, table.detach())

@@ -1,0 +1,115 @@
+"""What chains of all data gave: draws, and per datum whether they can be trusted."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.arviz_versions import Container, container, dims_of_draws
+from pyro_vae.particles.global_latents import Given, given_text
+
+__all__ = ["PosteriorSamples"]
+
+logger = logging.getLogger(__name__)
+
+RHAT_THRESHOLD = 1.01  # Vehtari et al. (2021)
+FEWEST_EFFECTIVE = 100  # draws of a datum, for each chain: the same
+
+
+@dataclass(frozen=True, slots=True)
+class PosteriorSamples:
+    """Draws of each datum's posterior from several chains.
+
+    Attributes:
+        draws: latent site to values ``[C, S, N, *inner plates, *event]``; without N where all is
+            one datum.
+        log_joint: log p(x, z) of each draw in unconstrained coordinates (the map's log determinant
+            in it), in nats, [C, S, N], float64.
+        rhat: the largest rank-normalized split R-hat of a datum's unconstrained coordinates and of
+            its log p(x, z), [N]; nan where a chain did not move.
+        ess: the smallest bulk effective sample size of these, [N].
+        ess_tail: the smallest tail effective sample size, [N].
+        acceptance: mean probability of acceptance, [N].
+        divergences: trajectories that lost the energy, [N], after the warm-up.
+        step_size: of each datum, in units of the scales that were learned, [N].
+        num_steps: leapfrog steps of a trajectory, about, by block of data.
+        given: the values that global latents were fixed at, by name.
+        is_whole: whether all is one datum, so that draws have no N.
+    """
+
+    draws: dict[str, Tensor]
+    log_joint: Tensor
+    rhat: Tensor
+    ess: Tensor
+    ess_tail: Tensor
+    acceptance: Tensor
+    divergences: Tensor
+    step_size: Tensor
+    num_steps: tuple[int, ...]
+    given: Given
+    is_whole: bool = False
+
+    @property
+    def converged(self) -> Tensor:
+        """For which data chains agree and are long enough, [N].
+
+        R-hat below 1.01, bulk and tail effective sample sizes of 100 for each chain (Vehtari et al.
+        2021), and divergences of fewer than one trajectory in a hundred.
+        """
+        num_chains, num_draws = self.log_joint.shape[:2]
+        enough = FEWEST_EFFECTIVE * num_chains
+        return (
+            (self.rhat < RHAT_THRESHOLD)
+            & (torch.minimum(self.ess, self.ess_tail) > enough)
+            & (self.divergences < 0.01 * num_chains * num_draws)
+        )
+
+    def mean(self, site: str) -> Tensor:
+        """Return the posterior mean of a site's values, ``[N, ...]``."""
+        return self.draws[site].double().mean((0, 1))
+
+    def std(self, site: str) -> Tensor:
+        """Return the posterior standard deviation of a site's values, ``[N, ...]``."""
+        return self.draws[site].double().flatten(0, 1).std(0)
+
+    def to_arviz(self) -> Container:
+        """Return the draws in ArviZ's container, with their chains.
+
+        The groups: posterior; sample_stats (lp, the log joint of unconstrained coordinates); and
+        constant_data of each datum: rhat, ess, ess_tail, acceptance, divergences, converged.
+        """
+        posterior = {name: value.numpy(force=True) for name, value in self.draws.items()}
+        lp = self.log_joint.numpy(force=True)
+        names = ("rhat", "ess", "ess_tail", "acceptance", "divergences", "converged")
+        data = {name: getattr(self, name).numpy(force=True) for name in names}
+        lead = [] if self.is_whole else ["datum"]
+        if self.is_whole:
+            lp = lp[..., 0]
+        return container(
+            {"posterior": posterior, "sample_stats": {"lp": lp}, "constant_data": data},
+            dims={
+                **dims_of_draws(posterior, lead),
+                "lp": lead,
+                **{key: ["datum"] for key in names},
+            },
+            attrs={"given": given_text(self.given)},
+        )
+
+    def warn(self) -> None:
+        """Log for how many data chains have not converged."""
+        failed = ~self.converged
+        if bool(failed.any()):
+            logger.warning(
+                "sample_posterior: chains of %d of %d data have not converged (the largest R-hat "
+                "is %.3f, the smallest effective sample size %.0f, %d data have divergences). Give "
+                "them more draws (num_draws), a longer warm-up (num_warmup) or a better guide",
+                int(failed.sum()),
+                failed.numel(),
+                float(np.nanmax(self.rhat.numpy(force=True), initial=0.0)),
+                float(torch.minimum(self.ess, self.ess_tail).nan_to_num(0.0).min()),
+                int((self.divergences > 0).sum()),
+            )

@@ -1,0 +1,29 @@
+"""Random numbers of chains, from a seed and a name alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Stream:
+    """Random numbers that depend on a key alone, drawn on the CPU whatever the device.
+
+    Args:
+        key: whole numbers from 0 on: the seed, then what tells this stream from others.
+    """
+
+    def __init__(self, *key: int) -> None:
+        # Of a plain sequence zeros at the end would count for nothing.
+        sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
+        state = sequence.generate_state(1, np.uint64)[0]
+        self._generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Return standard normal numbers of a tensor's shape, dtype and device."""
+        return torch.randn(like.shape, generator=self._generator, dtype=like.dtype).to(like.device)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Return numbers uniform in [0, 1) of a tensor's shape, dtype and device."""
+        return torch.rand(like.shape, generator=self._generator, dtype=like.dtype).to(like.device)
