@@ -4,9 +4,11 @@ from importlib.metadata import version
 
 from pyro_vae import datasets, families, nets, schedules, zoo
 from pyro_vae.diagnostics.pareto_k import pareto_k
+from pyro_vae.evaluation.ais import ais
 from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.repair import Repair, repair
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.guides.exact import ExactGuide
@@ -22,6 +24,8 @@ from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.programs.describe import describe
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine
+from pyro_vae.sampling.chains import sample_posterior
+from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import Epoch, FitResult, fit
 from pyro_vae.training.steps import NonFiniteLossError
@@ -48,7 +52,10 @@ __all__ = [
     "MissingEncoder",
     "NonFiniteHalfStepError",
     "NonFiniteLossError",
+    "PosteriorSamples",
+    "Repair",
     "WakeSleep",
+    "ais",
     "compare",
     "datasets",
     "describe",
@@ -63,6 +70,8 @@ __all__ = [
     "nets",
     "pareto_k",
     "refine",
+    "repair",
+    "sample_posterior",
     "schedules",
     "to_arviz",
     "zoo",

@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "torch_internals": set(),
     "recording": {"torch_internals"},
     "schedules": set(),
+    "arviz_versions": set(),
     "plots": set(),
     "programs": {"recording", "torch_internals"},
     "nets": set(),
@@ -41,16 +42,20 @@ ARROWS: dict[str, set[str]] = {
         "torch_internals",
     },
     "diagnostics": {"particles"},
+    "sampling": {
+        *("arviz_versions", "diagnostics", "guides", "particles", "programs", "refinement")
+    },
     "evaluation": {
-        *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement")
+        *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement"),
+        *("arviz_versions", "sampling"),
     },
     "missing_data": {"diagnostics", "particles", "plots", "programs", "recording"},
-    "export": {"diagnostics", "particles", "programs"},
+    "export": {"arviz_versions", "diagnostics", "particles", "programs"},
     "datasets": set(),
     "zoo": {"nets", "programs"},
     "demo": {
-        *("datasets", "diagnostics", "evaluation", "export", "families", "guides", "nets"),
-        *("plots", "training", "zoo"),
+        *("arviz_versions", "datasets", "diagnostics", "evaluation", "export", "families"),
+        *("guides", "nets", "plots", "training", "zoo"),
     },
     "cli": {"demo"},
 }
@@ -64,9 +69,10 @@ QUESTIONS = {
     "export": "how do I get to ArviZ?",
     "plots": "how do I get to figures?",
     "missing_data": "my data have holes",
-    "evaluation": "how large is log p(x), and which guide loses what?",
+    "evaluation": "how large is log p(x), which guide loses what, and can it be mended?",
     "diagnostics": "is it right?",
     "training": "how is it trained?",
+    "sampling": "what is the exact posterior?",
     "refinement": "what is the best guide of a family?",
     "losses": "where is the ELBO?",
     "particles": "how do draws become log weights?",
@@ -78,12 +84,11 @@ QUESTIONS = {
     "schedules": "KL warm-up",
     "recording": "is a graph being recorded?",
     "torch_internals": "private names of PyTorch",
+    "arviz_versions": "which ArviZ is installed?",
 }
 
 # Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
-ARRAYS_ALONE = {
-    *("diagnostics.psis", "export.arviz_versions", "datasets.image_files", "plots.results")
-}
+ARRAYS_ALONE = {*("diagnostics.psis", "arviz_versions", "datasets.image_files", "plots.results")}
 # Have nothing to do with Pyro.
 WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}
 

@@ -1,0 +1,270 @@
+"""A posterior for every datum, as cheap as will do: a ladder that data climb until it does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae.arviz_versions import Container, container, dims_of_draws
+from pyro_vae.evaluation.rungs import RUNGS, Found, Ladder, Rung
+from pyro_vae.particles.global_latents import Given, given_text
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+
+__all__ = ["Repair", "repair"]
+
+logger = logging.getLogger(__name__)
+
+_BELOW = 5.0  # standard errors by which a bound contradicts another
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The result of :func:`repair`.
+
+    Attributes:
+        dataset: dims (datum, rung_name). Of each datum: ``rung``, where it ended; ``good``, its
+            verdict there; ``log_evidence`` in nats with ``log_evidence_se``, of that rung, or of
+            that with the highest bound where no verdict is good; ``pareto_k`` and ``ess`` of the
+            importance weights of its last rung (of chains the smallest effective sample size, and
+            no k-hat); ``rhat`` of chains. Of each datum and rung: ``log_evidence_of_rung``,
+            ``tried``. Of each rung: ``seconds``.
+        draws: latent site to draws of each datum's posterior, ``[S, N, *inner plates, *event]``.
+        given: the values that global latents were fixed at, by name.
+        is_whole: whether all is one datum, so that draws have no N.
+    """
+
+    dataset: xr.Dataset
+    draws: Mapping[str, Tensor] = field(repr=False)
+    given: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    is_whole: bool = False
+
+    @property
+    def good(self) -> np.ndarray:
+        """For which data the verdict is good, [N]."""
+        return self.dataset["good"].values
+
+    def summary(self) -> pd.DataFrame:
+        """Return a row per rung.
+
+        ``tried`` data, of which ``ended`` stayed, ``good`` of these with a good verdict; their mean
+        ``log_evidence`` in nats per datum; the ``seconds`` that the rung took.
+        """
+        data = self.dataset
+        rows = []
+        for rung in data["rung_name"].values:
+            here = (data["rung"] == rung).values
+            found = data["log_evidence"].values[here]
+            rows.append(
+                {
+                    "tried": int(data["tried"].sel(rung_name=rung).sum()),
+                    "ended": int(here.sum()),
+                    "good": int(data["good"].values[here].sum()),
+                    "log_evidence": found.mean() if here.any() else np.nan,
+                    "seconds": float(data["seconds"].sel(rung_name=rung)),
+                }
+            )
+        return pd.DataFrame(rows, index=pd.Index(data["rung_name"].values, name="rung"))
+
+    def to_arviz(self) -> Container:
+        """Return the draws in ArviZ's container, one chain, and the dataset as constant_data.
+
+        Draws that are resampled are independent of one another but for repetitions, so that R-hat
+        and effective sample sizes of this container say nothing: those of the dataset do.
+        """
+        posterior = {name: v.numpy(force=True)[np.newaxis] for name, v in self.draws.items()}
+        names = ("rung", "good", "log_evidence", "log_evidence_se", "pareto_k", "ess", "rhat")
+        data = {name: self.dataset[name].values for name in names}
+        data["rung"] = data["rung"].astype(str)
+        lead = [] if self.is_whole else ["datum"]
+        return container(
+            {"posterior": posterior, "constant_data": data},
+            dims={**dims_of_draws(posterior, lead), **{key: ["datum"] for key in names}},
+            attrs={"given": given_text(self.given)},
+        )
+
+    def __repr__(self) -> str:
+        bad = np.flatnonzero(~self.good)
+        end = "every datum has a good verdict"
+        if bad.size:
+            names = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
+            end = f"{bad.size} of {self.good.size} data have no good verdict: {names}"
+        return f"{self.summary().to_string(float_format='%.2f')}\n{end}"
+
+
+def repair(
+    model: Program,
+    guide: Program,
+    *batch: Any,
+    rungs: Sequence[Rung] = RUNGS,
+    num_particles: int = 4000,
+    num_draws: int = 1000,
+    given: GivenValues | None = None,
+    max_steps: int = 4000,
+    tolerance: float = 0.02,
+    data_plate: DataPlate = None,
+    seed: int | None = None,
+    compile: Compile = "auto",
+    progress: bool = True,
+) -> Repair:
+    """Return a posterior for each datum that can be trusted, or say for which there is none.
+
+    A ladder, each rung for those data alone that the one before left without a good verdict:
+
+    - ``"importance"``: the guide's draws, resampled by Pareto-smoothed importance weights;
+    - ``"refined"``: those of a guide refined for the datum, in the same family;
+    - ``"full rank"``: those of a refined Gaussian with any covariance;
+    - ``"annealed"``: the ends of many annealed chains from the prior, resampled by their weights,
+      which tell modes apart and how much each holds;
+    - ``"chains"``: long chains of Hamiltonian Monte Carlo, and annealed importance sampling from
+      the guide for log p(x).
+
+    Of importance weights a verdict is good where the effective sample size is at least 400 and
+    the tail does no harm: k-hat is below its threshold for so many draws, or the tail carries
+    hardly more than its share (:mod:`pyro_vae.diagnostics.verdict`). A tenth of the draws are three
+    times as wide, and a tenth are the prior's, so that a part of the posterior that the guide
+    misses, and that is not out of the reach of these, shows in the weights. Of annealed chains half
+    must be effective; chains must have converged. No verdict is good whose bound on log p(x) lies
+    below that of an earlier rung by more than five standard errors.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide: amortized, local, or hand-written (one of no family is stood for by
+            independent Gaussians with the moments of its draws).
+        *batch: their arguments.
+        rungs: which, in order.
+        num_particles: K, draws that are weighed.
+        num_draws: S, draws of each datum's posterior.
+        given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
+        max_steps: as in :func:`pyro_vae.refine`.
+        tolerance: as in :func:`pyro_vae.refine`.
+        data_plate: as in :func:`pyro_vae.log_weights`.
+        seed: of all random numbers; None takes one from the global random state.
+        compile: as in :class:`pyro_vae.CompiledSVI`.
+        progress: whether to show a bar of the data that have ended; it appears after a second.
+
+    Returns:
+        A :class:`Repair`. A logged warning says how many data have no good verdict.
+
+    Raises:
+        ValueError: for what :func:`pyro_vae.refine` refuses, an unknown rung, and num_particles of
+            which no 400 can be effective.
+    """
+    if not rungs or set(rungs) - set(RUNGS):
+        raise ValueError(f"rungs={rungs!r}: some of {RUNGS} are needed")
+    seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+    arguments = as_batch(*batch)
+    ladder = Ladder(
+        model,
+        guide,
+        arguments,
+        given,
+        data_plate,
+        as_count("num_particles", num_particles, 1000),
+        as_count("num_draws", num_draws),
+        max_steps,
+        tolerance,
+        seed,
+        compile,
+    )
+    prepared = ladder.ready(guide, arguments)
+    num_data = prepared.evaluator.num_data
+    result = _Result(tuple(rungs), num_data)
+    splittable = prepared.evaluator.splittable
+    with tqdm(total=num_data, desc="repair", unit="datum", disable=not progress, delay=1.0) as bar:
+        for number, rung in enumerate(rungs):
+            todo = torch.nonzero(~result.good).flatten()
+            if not len(todo):
+                break
+            fewer = splittable and len(todo) < num_data
+            begin = time.perf_counter()
+            found = ladder.climb(rung, todo if fewer else None)
+            everything = torch.arange(num_data)
+            result.take(number, found, todo if fewer else everything)
+            result.seconds[number] = time.perf_counter() - begin
+            bar.update(int(result.good.sum()) - bar.n)
+    if not bool(result.good.all()):
+        logger.warning(
+            "repair: %d of %d data have no good verdict on any rung",
+            int((~result.good).sum()),
+            num_data,
+        )
+    is_whole = prepared.evaluator.structure.data_dim is None
+    return result.repair(prepared.given, is_whole=is_whole)
+
+
+class _Result:
+    """What each datum has so far."""
+
+    def __init__(self, rungs: tuple[str, ...], num_data: int) -> None:
+        self._rungs = rungs
+        self.good = torch.zeros(num_data, dtype=torch.bool)
+        self.seconds = np.zeros(len(rungs))
+        self._rung = torch.zeros(num_data, dtype=torch.long)
+        shape = len(rungs), num_data
+        self._evidence = torch.full(shape, -torch.inf, dtype=torch.float64)
+        self._error = torch.full(shape, torch.nan, dtype=torch.float64)
+        self._tried = torch.zeros(shape, dtype=torch.bool)
+        self._numbers = {
+            name: torch.full((num_data,), torch.nan, dtype=torch.float64)
+            for name in ("pareto_k", "ess", "rhat")
+        }
+        self._draws: dict[str, Tensor] = {}
+
+    def take(self, number: int, found: Found, rows: Tensor) -> None:
+        """Note what a rung found for rows of the data, but for those that were good before."""
+        fresh = ~self.good[rows]
+        some = rows[fresh]
+        best, rows_of = self._evidence.max(0)
+        error = torch.hypot(found.error[fresh], self._error[rows_of, torch.arange(len(best))][some])
+        # A bound below another one misses a part of the posterior, however sure it is of itself.
+        low = found.log_evidence[fresh] < best[some] - _BELOW * error
+        self._rung[some] = number
+        self._tried[number, some] = True
+        self._evidence[number, some] = found.log_evidence[fresh]
+        self._error[number, some] = found.error[fresh]
+        for name, numbers in self._numbers.items():
+            numbers[some] = getattr(found, name)[fresh].double()
+        for name, value in found.draws.items():
+            if name not in self._draws:
+                self._draws[name] = value.clone()
+            elif len(self.good) == 1:
+                self._draws[name] = value
+            else:
+                device = value.device
+                self._draws[name][:, some.to(device)] = value[:, fresh.to(device)]
+        self.good[some] = found.good[fresh] & ~low
+
+    def repair(self, given: Given, *, is_whole: bool) -> Repair:
+        """Return the result."""
+        names = np.array(self._rungs)
+        # The highest of several noisy bounds is none: that of the last rung, where it is good.
+        best = torch.where(self.good, self._rung, self._evidence.argmax(0))
+        columns = torch.arange(len(best))
+        of_rung = self._evidence.numpy()
+        data = {
+            "rung": ("datum", names[self._rung.numpy()]),
+            "good": ("datum", self.good.numpy()),
+            "log_evidence": ("datum", self._evidence[best, columns].numpy()),
+            "log_evidence_se": ("datum", self._error[best, columns].numpy()),
+            **{name: ("datum", numbers.numpy()) for name, numbers in self._numbers.items()},
+            "log_evidence_of_rung": (
+                ("rung_name", "datum"),
+                np.where(self._tried.numpy(), of_rung, np.nan),
+            ),
+            "tried": (("rung_name", "datum"), self._tried.numpy()),
+            "seconds": ("rung_name", self.seconds),
+        }
+        coords = {"rung_name": names, "datum": np.arange(len(best))}
+        return Repair(xr.Dataset(data, coords), self._draws, given, is_whole)

@@ -1,0 +1,205 @@
+"""The rungs of a repair: what each gives for some of the data, and whether that is good."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.diagnostics.pareto_k import SmoothedWeights
+from pyro_vae.diagnostics.verdict import Flags, Weights
+from pyro_vae.evaluation.ais import ais
+from pyro_vae.families.base import Family
+from pyro_vae.families.gaussian import FullRankNormal, Normal
+from pyro_vae.guides.base import of_family
+from pyro_vae.particles.estimators import Estimate, calibrated
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import row_guide
+from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
+from pyro_vae.refinement.refine import refine
+from pyro_vae.sampling.annealing import Annealer
+from pyro_vae.sampling.chains import sample_posterior
+from pyro_vae.sampling.density import Start
+from pyro_vae.sampling.importance import Weighed, weigh
+from pyro_vae.sampling.prepare import Ready, ready
+
+Rung: TypeAlias = Literal["importance", "refined", "full rank", "annealed", "chains"]
+RUNGS: tuple[Rung, ...] = get_args(Rung)
+
+_ANNEALED_CHAINS, _ANNEALED_STEPS = 512, 200
+_TOGETHER = 16384  # annealed chains that run at once
+_EQUAL_CHAINS = 0.5  # the share of them that are effective, at least
+_RESAMPLING, _DISCRETE = 51, 52  # first in the keys of streams of random numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a rung gave for n data.
+
+    Attributes:
+        good: the verdicts, [n].
+        log_evidence: [n], in nats.
+        error: its standard error, [n].
+        pareto_k: [n].
+        ess: [n].
+        rhat: [n].
+        draws: site to [S, n, ...].
+    """
+
+    good: Tensor
+    log_evidence: Tensor
+    error: Tensor
+    pareto_k: Tensor
+    ess: Tensor
+    rhat: Tensor
+    draws: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Settings of a repair, and its rungs; see :func:`pyro_vae.repair`."""
+
+    model: Program
+    guide: Program
+    batch: Batch
+    given: GivenValues | None
+    data_plate: DataPlate
+    num_particles: int
+    num_draws: int
+    max_steps: int
+    tolerance: float
+    seed: int
+    compile: Compile
+
+    def climb(self, rung: Rung, rows: Tensor | None) -> Found:
+        """Return what a rung gives for some of the data; None for all of them."""
+        batch = self.batch if rows is None else self.batch.rows(rows)
+        with self._on(rows):
+            if rung == "importance":
+                return self._importance(self.guide, batch)
+            if rung == "annealed":
+                return self._annealed(batch)
+            if rung == "chains":
+                return self._chains(batch)
+            family: Family = FullRankNormal()
+            if rung == "refined":
+                family = self.guide.family if of_family(self.guide) else Normal()
+            local = refine(
+                self.model,
+                self.guide,
+                batch,
+                family=family,
+                given=self.given,
+                max_steps=self.max_steps,
+                tolerance=self.tolerance,
+                data_plate=self.data_plate,
+                seed=self.seed,
+                compile=self.compile,
+                progress=False,
+            )
+            return self._importance(local, batch)
+
+    @contextlib.contextmanager
+    def _on(self, rows: Tensor | None) -> Iterator[None]:
+        """Say to a guide with rows which of them a batch holds."""
+        guide = row_guide(self.guide)
+        if guide is None or rows is None:
+            yield
+        else:
+            with guide.rows(rows):
+                yield
+
+    def ready(self, guide: Program, batch: Batch) -> Ready:
+        """Return what chains and draws of some data need."""
+        given, plate = self.given, self.data_plate
+        return ready(self.model, guide, (batch,), given, plate, self.seed, self.compile)
+
+    def _importance(self, guide: Program, batch: Batch) -> Found:
+        prepared = self.ready(guide, batch)
+        parts = []
+        for rows, block in prepared.each():
+            weighed = weigh(prepared, rows, block, self.num_particles)
+            weights = Weights.of(weighed.log_weights.T.numpy(force=True))
+            parts.append(self._weighed(prepared, rows, weighed, weights, weights.good))
+        return _joined(parts, prepared)
+
+    def _annealed(self, batch: Batch) -> Found:
+        prepared = self.ready(self.guide, batch)
+        start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
+        limits = _ANNEALED_CHAINS, _ANNEALED_STEPS
+        parts = []
+        for rows, block in prepared.each(_TOGETHER // _ANNEALED_CHAINS):
+            annealer = Annealer(prepared, rows, block, start, *limits, "adaptive")
+            log_weights, z = annealer.forward(annealer.path())
+            weights = Weights.of(log_weights.T.numpy(force=True))
+            enough = weights.ess > _EQUAL_CHAINS * _ANNEALED_CHAINS
+            parts.append(self._weighed(prepared, rows, Weighed(z, log_weights), weights, enough))
+        return _joined(parts, prepared)
+
+    def _weighed(
+        self, prepared: Ready, rows: slice, weighed: Weighed, weights: Weights, good: Flags
+    ) -> Found:
+        """Return what weighed draws of some data give, the draws resampled."""
+        log_weights = weighed.log_weights
+        estimate = Estimate.iwae(log_weights)
+        error = calibrated(estimate.std_error, estimate.skewness, len(log_weights))
+        of_datum = log_weights.T.numpy(force=True)
+        never = np.max(of_datum, axis=1, keepdims=True) == -np.inf
+        smoothed = SmoothedWeights.of(np.where(never, 0.0, of_datum))
+        index = smoothed.draw(self.num_draws, [self.seed, _RESAMPLING, rows.start])
+        chosen = torch.as_tensor(index, device=weighed.z.device).unsqueeze(-1)
+        z = weighed.z.gather(0, chosen.expand(-1, -1, weighed.z.shape[-1]))
+        return Found(
+            torch.as_tensor(good),
+            estimate.value.cpu(),
+            error.cpu(),
+            torch.as_tensor(weights.pareto_k),
+            torch.as_tensor(weights.ess),
+            torch.full(estimate.value.shape, torch.nan, dtype=torch.float64),
+            prepared.values_of(rows, z, (_DISCRETE, rows.start)),
+        )
+
+    def _chains(self, batch: Batch) -> Found:
+        options: dict[str, Any] = {
+            "given": self.given,
+            "data_plate": self.data_plate,
+            "seed": self.seed,
+            "compile": self.compile,
+            "progress": False,
+        }
+        samples = sample_posterior(self.model, self.guide, batch, **options)
+        bound = ais(self.model, self.guide, batch, **options)
+        num_chains, num_draws = samples.log_joint.shape[:2]
+        every = torch.linspace(0, num_chains * num_draws - 1, self.num_draws).long()
+        return Found(
+            (samples.converged.cpu()) & ~bound.untrusted,
+            bound.value.cpu(),
+            bound.std_error.cpu(),
+            torch.full(bound.value.shape, torch.nan, dtype=torch.float64),
+            torch.minimum(samples.ess, samples.ess_tail).cpu(),
+            samples.rhat.cpu(),
+            {name: value.flatten(0, 1)[every] for name, value in samples.draws.items()},
+        )
+
+
+def _joined(parts: Sequence[Found], prepared: Ready) -> Found:
+    """Return what blocks of data gave as one."""
+    whole = prepared.evaluator.structure.data_dim is None
+    draws = {
+        name: part if whole else torch.cat([each.draws[name] for each in parts], 1)
+        for name, part in parts[0].draws.items()
+    }
+    return Found(
+        torch.cat([part.good for part in parts]),
+        torch.cat([part.log_evidence for part in parts]),
+        torch.cat([part.error for part in parts]),
+        torch.cat([part.pareto_k for part in parts]),
+        torch.cat([part.ess for part in parts]),
+        torch.cat([part.rhat for part in parts]),
+        draws,
+    )

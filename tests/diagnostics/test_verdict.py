@@ -1,0 +1,77 @@
+"""Verdicts of importance weights: a heavy tail is bad where it carries weight, and only there."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, Weights, pareto_k_threshold
+
+K = 4000
+
+
+def normal(seed=0, size=K):
+    return np.random.default_rng(seed).normal(size=size)
+
+
+def look(log_weights) -> Weights:
+    return Weights.of(np.atleast_2d(np.asarray(log_weights, dtype=float)))
+
+
+@pytest.mark.parametrize(
+    ("num_particles", "wanted"),
+    [(100, 0.5), (1000, 2 / 3), (10_000, 0.7), (10, 0.0), (1, -math.inf)],
+)
+def test_the_threshold_of_k_hat(num_particles: int, wanted: float):
+    """Vehtari et al. (2024): min(1 - 1 / log10 K, 0.7)."""
+    assert pareto_k_threshold(num_particles) == pytest.approx(wanted)
+
+
+def test_weights_that_are_nearly_equal_are_good_whatever_their_k_hat():
+    """What an optimal Gaussian guide leaves of a skewed posterior: exp(0.02 (z^3 - 3 z) / 6)."""
+    z = normal()
+    weights = look(0.02 * (z**3 - 3 * z) / 6)
+    assert weights.pareto_k[0] > 0.7
+    assert weights.ess[0] > 0.999 * K
+    assert weights.good[0]
+
+
+def test_weights_of_a_tail_that_carries_their_sum_are_bad():
+    """A standard normal proposed by one of half its width: the weights' tail index is 3/4."""
+    z = 0.5 * normal()
+    weights = look(-0.5 * z**2 + 0.5 * (z / 0.5) ** 2)
+    assert weights.pareto_k[0] > 0.6
+    assert not weights.good[0]
+
+
+def test_weights_of_a_light_tail_are_bad_where_few_are_effective():
+    """A proposal so wide that few draws count: k-hat is low, and the mean is a mean of few."""
+    z = 20 * normal()
+    weights = look(-0.5 * z**2 + 0.5 * (z / 20) ** 2)
+    assert weights.pareto_k[0] < 0.7
+    assert weights.ess[0] < FEWEST_EFFECTIVE
+    assert not weights.good[0]
+
+
+def test_equal_weights():
+    weights = look(np.full(K, -3.0))
+    assert weights.ess[0] == pytest.approx(K)
+    assert weights.tail_share[0] == pytest.approx(1.0)
+    assert weights.good[0]
+
+
+def test_weights_that_are_all_zero():
+    weights = Weights.of(np.array([[-np.inf] * K, [0.0] * K]))
+    assert weights.good.tolist() == [False, True]
+    assert weights.ess[0] == 0
+
+
+def test_the_share_of_the_tail_is_in_units_of_average_weights():
+    """Of K weights M are the tail: here they are ten times as large as the others."""
+    size = math.ceil(3 * K**0.5) + 1
+    log_weights = np.zeros(K)
+    log_weights[:size] = math.log(10.0)
+    share = 10 * size / (10 * size + K - size)
+    assert look(log_weights).tail_share[0] == pytest.approx(share * K / size)

@@ -1,0 +1,234 @@
+"""Repair: each datum as far up the ladder as it needs, and a right answer where it ends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.evaluation.repair import RUNGS, _Result, repair
+from pyro_vae.evaluation.rungs import Found
+from pyro_vae.particles.global_latents import Given
+from tests.sampling.test_importance import counts, gamma_poisson, local, square
+
+SETTINGS = {"seed": 0, "progress": False, "compile": False}
+
+
+def exact_of_square(x):
+    """Means, standard deviations and log p(x) on a grid of z."""
+    z = torch.linspace(-14, 14, 100_001, dtype=torch.float64).unsqueeze(1)
+    terms = dist.Normal(torch.zeros((), dtype=torch.float64), 2.0).log_prob(z)
+    terms = terms + dist.Normal(z.square(), 0.5).log_prob(x)
+    evidence = terms.logsumexp(0)
+    weight = (terms - evidence).exp()
+    mean = (weight * z).sum(0)
+    std = (weight * (z - mean).square()).sum(0).sqrt()
+    return mean, std, evidence + math.log(float(z[1] - z[0]))
+
+
+def test_a_guide_that_is_right_stays_on_the_first_rung():
+    x = counts()
+    guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=0, progress=False)
+    found = repair(gamma_poisson, guide, x, **SETTINGS)
+    assert found.good.all()
+    assert set(found.dataset["rung"].values) == {"importance"}
+    mean, std = (x + 2) / 1.5, (x + 2).sqrt() / 1.5
+    away = (found.draws["z"].mean(0) - mean).abs() / std
+    assert (away < 0.2).all()
+    assert (found.draws["z"].std(0) / std - 1).abs().max() < 0.15
+    evidence = dist.NegativeBinomial(2.0, probs=torch.tensor(1 / 1.5).double()).log_prob(x)
+    off = np.abs(found.dataset["log_evidence"].values - evidence.numpy())
+    assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+
+
+def test_a_narrow_guide_is_refined():
+    x = counts()
+    guide = local(gamma_poisson, x, loc=-3.0, log_scale=-4.0)
+    found = repair(gamma_poisson, guide, x, **SETTINGS)
+    assert found.good.all()
+    assert "refined" in found.dataset["rung"].values
+    away = (found.draws["z"].mean(0) - (x + 2) / 1.5).abs() / ((x + 2).sqrt() / 1.5)
+    assert (away < 0.2).all()
+
+
+@pytest.mark.slow
+def test_two_modes_are_found_and_weighed():
+    """At x = 9 the modes are at -3 and 3, 37 of their widths apart: annealed chains find both."""
+    x = torch.tensor([9.0, 4.0, 0.2], dtype=torch.float64)
+    found = repair(square, local(square, x, loc=3.0, log_scale=-2.0), x, **SETTINGS)
+    mean, std, evidence = exact_of_square(x)
+    assert found.good.all()
+    assert "annealed" in found.dataset["rung"].values
+    assert ((found.draws["z"].mean(0) - mean).abs() < 0.2 * std).all()
+    assert (found.draws["z"].std(0) / std - 1).abs().max() < 0.1
+    off = np.abs(found.dataset["log_evidence"].values - evidence.numpy())
+    assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+
+
+@pytest.mark.parametrize(("second", "good"), [(-4.0, True), (-4.3, True), (-4.6, False)])
+def test_a_bound_below_an_earlier_one_is_no_good_verdict(second: float, good: bool):
+    """Chains of one of two modes agree; the bound of an earlier rung lies above by 5 errors."""
+
+    def found(value: float, verdict: bool) -> Found:
+        one = torch.ones(1, dtype=torch.float64)
+        flag = torch.tensor([verdict])
+        return Found(flag, value * one, 0.1 * one / 2**0.5, one, one, one, {"z": torch.zeros(3, 1)})
+
+    result = _Result(("importance", "chains"), 1)
+    result.take(0, found(-4.0, False), torch.tensor([0]))
+    result.take(1, found(second, True), torch.tensor([0]))
+    assert result.good.tolist() == [good]
+    ended = result.repair(Given({}), is_whole=False)
+    assert ended.dataset["log_evidence"].values[0] == (second if good else -4.0)
+    assert ended.dataset["rung"].values[0] == "chains"
+
+
+def test_only_what_failed_goes_on():
+    x = counts()
+    guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=0, progress=False)
+    with torch.no_grad():
+        guide.table[2, 0, 0] += 8.0
+        guide.table[2, 0, 1] -= 3.0
+    found = repair(gamma_poisson, guide, x, **SETTINGS)
+    assert found.dataset["rung"].values.tolist() == ["importance"] * 2 + ["refined"] + [
+        "importance"
+    ]
+    assert found.dataset["tried"].sel(rung_name="refined").values.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    summary = found.summary()
+    assert summary["tried"].tolist() == [4, 1, 0, 0, 0]
+    assert summary["ended"].tolist() == [3, 1, 0, 0, 0]
+    assert summary["good"].tolist() == [3, 1, 0, 0, 0]
+
+
+def test_an_amortized_guide_of_several_sites():
+    torch.manual_seed(0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Exponential(x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(a[..., 0] + b, 0.5), obs=x)
+
+    x = torch.randn(6, dtype=torch.float64)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 4).double()
+
+        def forward(self, x):
+            return self.layer(x.unsqueeze(-1)).tanh()
+
+    guide = pv.AmortizedGuide(model, Encoder(), example=x)
+    found = repair(model, guide, x, num_draws=50, **SETTINGS)
+    assert {name: tuple(v.shape) for name, v in found.draws.items()} == {
+        "a": (50, 6, 2),
+        "b": (50, 6),
+    }
+    assert (found.draws["b"] > 0).all()
+
+
+def test_one_datum():
+    """Two normals, jointly: data_plate=False."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    x = torch.tensor([0.5, 1.0, -0.2], dtype=torch.float64)
+    guide = pv.LocalGuide(model, num_data=1, example=x, data_plate=False)
+    found = repair(model, guide, x, data_plate=False, **SETTINGS)
+    assert found.good.tolist() == [True]
+    mean, std = x.sum() / 4, 0.5
+    assert float((found.draws["mu"].mean() - mean).abs()) < 0.2 * std
+    assert float(found.draws["mu"].std()) == pytest.approx(std, rel=0.1)
+
+
+def test_a_seed_repeats():
+    x = counts()
+    one, two = (repair(gamma_poisson, local(gamma_poisson, x), x, **SETTINGS) for _ in range(2))
+    assert torch.equal(one.draws["z"], two.draws["z"])
+    assert one.dataset["log_evidence"].equals(two.dataset["log_evidence"])
+
+
+def test_what_no_rung_mends_is_named(caplog):
+    """Many modes far apart, and no rung but the first."""
+    x = torch.tensor([9.0, 0.1], dtype=torch.float64)
+    guide = local(square, x, loc=3.0, log_scale=-4.0)
+    found = repair(square, guide, x, rungs=("importance",), **SETTINGS)
+    assert not found.good[0]
+    assert f"{(~found.good).sum()} of 2 data have no good verdict on any rung" in caplog.text
+    assert "have no good verdict: 0" in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rungs": ("magic",)}, r"rungs=\('magic',\): some of"),
+        ({"rungs": ()}, "some of"),
+        ({"num_particles": 500}, "num_particles=500"),
+        ({"num_draws": 0}, "num_draws=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_input(options, message: str):
+    x = counts()
+    with pytest.raises(ValueError, match=message):
+        repair(gamma_poisson, local(gamma_poisson, x), x, **{**SETTINGS, **options})
+
+
+def test_all_rungs_are_in_the_documentation():
+    assert all(f'"{rung}"' in repair.__doc__ for rung in RUNGS)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_to_arviz(whole: bool, tmp_path):
+    x = counts()
+    if whole:
+
+        def model(x):
+            mu = pyro.sample("mu", dist.Normal(x.new_tensor(0.0), 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+        guide = pv.LocalGuide(model, num_data=1, example=x, data_plate=False)
+    else:
+        model, guide = gamma_poisson, local(gamma_poisson, x)
+    plate = False if whole else None
+    found = repair(model, guide, x, data_plate=plate, num_draws=30, **SETTINGS)
+    made = found.to_arviz()
+    (name,) = found.draws
+    dims = ("chain", "draw") if whole else ("chain", "draw", "datum")
+    assert made.posterior[name].dims == dims
+    assert made.constant_data["good"].dims == ("datum",)
+    made.to_netcdf(tmp_path / "found.nc")
+    assert (tmp_path / "found.nc").stat().st_size > 0
+
+
+def test_a_datum_without_evidence_is_never_good():
+    """log p(x, z) = -inf for every z: no weights, no verdict, no -1.8e308."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.factor("never", torch.where(x > 0, 0.0 * z, -math.inf))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    guide = pv.LocalGuide(model, num_data=2, example=x)
+    found = repair(model, guide, x, rungs=("importance",), **SETTINGS)
+    assert found.good.tolist() == [True, False]
+    assert found.dataset["log_evidence"].values[1] == -math.inf
+    assert found.dataset["ess"].values[1] == 0
