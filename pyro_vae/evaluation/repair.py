@@ -134,9 +134,11 @@ def repair(
     the tail does no harm: k-hat is below its threshold for so many draws, or the tail carries
     hardly more than its share (:mod:`pyro_vae.diagnostics.verdict`). A tenth of the draws are three
     times as wide, and a tenth are the prior's, so that a part of the posterior that the guide
-    misses, and that is not out of the reach of these, shows in the weights. Of annealed chains half
-    must be effective; chains must have converged. No verdict is good whose bound on log p(x) lies
-    below that of an earlier rung by more than five standard errors.
+    misses, and that is not out of the reach of these, shows in the weights. With more than two or
+    three latents a mode of its own often is out of their reach: no verdict of weights can see what
+    no draw does, and where posteriors may have several modes, ``rungs=("annealed",)`` asks anew.
+    Of annealed chains half must be effective; chains must have converged. No verdict is good whose
+    bound on log p(x) lies below that of an earlier rung by more than five standard errors.
 
     Args:
         model: a Pyro model.
@@ -158,11 +160,11 @@ def repair(
         A :class:`Repair`. A logged warning says how many data have no good verdict.
 
     Raises:
-        ValueError: for what :func:`pyro_vae.refine` refuses, an unknown rung, and num_particles of
-            which no 400 can be effective.
+        ValueError: for what :func:`pyro_vae.refine` refuses, an unknown rung, and fewer than 1000
+            particles.
     """
-    if not rungs or set(rungs) - set(RUNGS):
-        raise ValueError(f"rungs={rungs!r}: some of {RUNGS} are needed")
+    if not rungs or set(rungs) - set(RUNGS) or len(set(rungs)) < len(rungs):
+        raise ValueError(f"rungs={rungs!r}: some of {RUNGS} are needed, each once")
     seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
     arguments = as_batch(*batch)
     ladder = Ladder(

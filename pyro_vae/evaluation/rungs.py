@@ -111,7 +111,8 @@ class Ladder:
         if guide is None or rows is None:
             yield
         else:
-            with guide.rows(rows):
+            held = guide.given_rows
+            with guide.rows(rows if held is None else held[rows.to(held.device)]):
                 yield
 
     def ready(self, guide: Program, batch: Batch) -> Ready:

@@ -46,27 +46,42 @@ class TemperedDensity:
 def from_guide(scored: ScoredGuide, table: Tensor, z: Tensor) -> list[Tensor]:
     """Return log q, log p(x, z) - log q, and their gradients by z."""
     z = z.detach().requires_grad_()
-    base, log_guide, log_likelihood, log_prior = _terms(scored, table, z)
-    return _with_slopes(base, log_likelihood + log_prior - log_guide, z)
+    base = log_base(scored, table, z).double()
+    prior, log_likelihood = log_prior_and_likelihood(scored, table, z)
+    # In float64: far from a narrow base its density is a large number, which is to cancel.
+    return _with_slopes(base, (log_likelihood + prior).double() - base, z)
 
 
 def from_prior(scored: ScoredGuide, table: Tensor, z: Tensor) -> list[Tensor]:
     """Return log p(z), log p(x | z), and their gradients by z."""
     z = z.detach().requires_grad_()
-    base, log_guide, log_likelihood, log_prior = _terms(scored, table, z)
-    # What the family's density of z exceeds that of the values by is the map's log determinant.
-    return _with_slopes(log_prior + (base - log_guide), log_likelihood, z)
+    return _with_slopes(*log_prior_and_likelihood(scored, table, z), z)
 
 
-def _terms(scored: ScoredGuide, table: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """Return log q of coordinates and of the values, log p(x | z) and log p(z), [C, n] each."""
+def log_base(scored: ScoredGuide, table: Tensor, z: Tensor) -> Tensor:
+    """Return the family's log density of coordinates, [C, n]."""
+    guide, size = scored.guide, scored.guide.num_coordinates
+    return guide.family.conditional(table, size, z[..., :0], slice(0, size)).log_prob(z)
+
+
+def log_prior_and_likelihood(
+    scored: ScoredGuide, table: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log p(z) of coordinates, the map's log determinant in it, and log p(x | z), [C, n].
+
+    What a family's density of coordinates exceeds that of the values by is the log determinant: by
+    the prior's parameters, as by those of a narrow guide both are large and their difference is
+    rounded away. Where a mask leaves coordinates out, it is the log density of these by the table
+    too, which stands in for their prior.
+    """
     guide, evaluator = scored.guide, scored.evaluator
-    rows, size = slice(0, evaluator.num_data), guide.num_coordinates
+    rows = slice(0, evaluator.num_data)
     values = evaluator.from_single(guide.values_of(z))
-    with guide.using(table):
+    params = table if evaluator.pair.masked else guide.table.detach()
+    with guide.using(params):
         log_guide = evaluator.score_guide(rows, values)
-    joint = guide.family.conditional(table, size, z[..., :0], slice(0, size))
-    return joint.log_prob(z), log_guide, *evaluator.score_model(rows, values)
+    log_likelihood, log_prior = evaluator.score_model(rows, values)
+    return log_prior + (log_base(scored, params, z) - log_guide), log_likelihood
 
 
 def _with_slopes(base: Tensor, ratio: Tensor, z: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block, ScoredGuide
+from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.streams import Stream
 
@@ -74,14 +75,9 @@ def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighe
 
 def log_terms(scored: ScoredGuide, table: Tensor, centre: Tensor, z: Tensor) -> list[Tensor]:
     """Return log densities of coordinates, [K, n]: p(x, z), the base, the wider base, the prior."""
-    guide, evaluator = scored.guide, scored.evaluator
-    rows, size = slice(0, evaluator.num_data), guide.num_coordinates
-    joint = guide.family.conditional(table, size, z[..., :0], slice(0, size))
-    values = evaluator.from_single(guide.values_of(z))
-    with torch.no_grad(), guide.using(table):
-        log_guide = evaluator.score_guide(rows, values)
-        log_likelihood, log_prior = evaluator.score_model(rows, values)
-        base = joint.log_prob(z)
-        wide = joint.log_prob(centre + (z - centre) / _WIDER) - size * math.log(_WIDER)
-    prior = log_prior + (base - log_guide)
+    with torch.no_grad():
+        prior, log_likelihood = log_prior_and_likelihood(scored, table, z)
+        base = log_base(scored, table, z)
+        size = z.shape[-1]
+        wide = log_base(scored, table, centre + (z - centre) / _WIDER) - size * math.log(_WIDER)
     return [log_likelihood + prior, base, wide, prior]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.guides.base import of_family
+from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given
@@ -123,8 +124,13 @@ def ready(
     of its draws.
 
     Raises:
-        ValueError: for what :func:`pyro_vae.refine` refuses.
+        ValueError: for what :func:`pyro_vae.refine` refuses, and for an ExactGuide.
     """
+    if isinstance(guide, ExactGuide):
+        raise ValueError(
+            "an ExactGuide is the exact posterior of discrete latents: there is nothing to sample "
+            "or to mend; pyro_vae.to_arviz draws from it, and its bounds are log p(x)"
+        )
     with contextlib.ExitStack() as stack:
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
             stack.enter_context(guide.for_any_data())
@@ -143,5 +149,9 @@ def ready(
             data_plate=data_plate,
         )
         table = answer_of(local, guide, evaluator)
-    blocks = Blocks(looks, evaluator, local.to(table), data_plate, compile)
+    local = local.to(table)
+    # Of data that the guide has no answer for, the base is the prior's Gaussian.
+    whole = table.flatten(1).isfinite().all(1).reshape(-1, *[1] * (table.ndim - 1))
+    table = torch.where(whole, table, local.table.detach())
+    blocks = Blocks(looks, evaluator, local, data_plate, compile)
     return Ready(evaluator, fixed, local, blocks, table.detach())

@@ -13,8 +13,9 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation.repair import RUNGS, _Result, repair
-from pyro_vae.evaluation.rungs import Found
+from pyro_vae.evaluation.rungs import Found, Ladder
 from pyro_vae.particles.global_latents import Given
+from pyro_vae.programs.batch import Batch
 from tests.sampling.test_importance import counts, gamma_poisson, local, square
 
 SETTINGS = {"seed": 0, "progress": False, "compile": False}
@@ -178,6 +179,7 @@ def test_what_no_rung_mends_is_named(caplog):
     [
         ({"rungs": ("magic",)}, r"rungs=\('magic',\): some of"),
         ({"rungs": ()}, "some of"),
+        ({"rungs": ("importance", "importance")}, "each once"),
         ({"num_particles": 500}, "num_particles=500"),
         ({"num_draws": 0}, "num_draws=0"),
         ({"seed": -1}, "seed=-1"),
@@ -232,3 +234,43 @@ def test_a_datum_without_evidence_is_never_good():
     assert found.good.tolist() == [True, False]
     assert found.dataset["log_evidence"].values[1] == -math.inf
     assert found.dataset["ess"].values[1] == 0
+
+
+@pytest.mark.slow
+def test_a_guide_far_too_narrow_in_float32():
+    """z ~ LogNormal(0, 1), x ~ Normal(log z, 1): the map's log determinant is not rounded away."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    x = torch.tensor([-2.0, 0.0, 0.5, 3.0])
+    guide = local(model, x, log_scale=math.log(1e-4))
+    with torch.no_grad():
+        guide.table[:, 0, 0] = x / 2
+    found = repair(model, guide, x, rungs=("annealed",), **SETTINGS)
+    exact = dist.Normal(torch.zeros(4).double(), 2**0.5).log_prob(x.double()).numpy()
+    off = np.abs(found.dataset["log_evidence"].values - exact)
+    assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+
+
+def test_rows_of_a_guide_are_those_that_the_batch_holds():
+    """A batch of rows 2 and 3; its second datum alone goes on, from row 3."""
+    x = counts()
+    guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=0, progress=False)
+    limits = (None, None, 1000, 10, 1, 1.0, 0, False)
+    ladder = Ladder(gamma_poisson, guide, Batch((x[2:],), {}), *limits)
+    with guide.rows(torch.tensor([2, 3])), ladder._on(torch.tensor([1])):
+        assert guide.given_rows.tolist() == [3]
+
+
+def test_an_exact_guide_has_nothing_to_mend():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(x.new_ones(2)))
+            pyro.sample("x", dist.Normal(c.to(x), 1.0), obs=x)
+
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="nothing to sample or to mend"):
+        repair(model, pv.ExactGuide(model, example=x), x, **SETTINGS)

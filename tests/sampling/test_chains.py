@@ -82,7 +82,7 @@ def test_factor_analysis(setting, drawn):
     """Correlated posteriors of 50 data from a guide that knows nothing: 4.5 standard errors."""
     model, x, _ = setting
     assert drawn.draws["z"].shape == (4, 400, 50, 3) and drawn.draws["z"].dtype == F64
-    assert (drawn.rhat < 1.02).all() and (drawn.rhat < 1.01).double().mean() > 0.9
+    assert (drawn.rhat < 1.02).all() and (drawn.rhat < 1.01).double().mean() > 0.8
     covariance = model.posterior_precision.inverse()
     std = covariance.diagonal().sqrt().expand(50, 3)
     agree(drawn, "z", model.posterior_mean(x), std)
