@@ -128,7 +128,7 @@ class Run:
         return self.mode.by_particle(terms, self.num_particles, self.mode.data_dim)
 
     def term(self, name: str, mask: Tensor | None = None) -> Tensor:
-        """Return one site's log density, unscaled, [K, N]; ``mask`` [K, *plates] beside its own."""
+        """Return one site's log density, unscaled, [K, N]; ``mask [K, *plates]`` beside its own."""
         terms = self._log_prob(name)
         if mask is not None:
             masks = self.mode.fold_mask(mask, self.num_particles, self.num_data)
