@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.diagnostics.psis import psis, tail_length
 
 Array = NDArray[np.float64]
@@ -22,7 +23,6 @@ Flags = NDArray[np.bool_]
 FEWEST_EFFECTIVE = 400
 # The weight of the tail in units of that of as many average draws, up to which it does no harm.
 _LIGHT_TAIL = 2.0
-_HIGHEST = 0.7  # Vehtari et al. (2024)
 
 
 def pareto_k_threshold(num_particles: int) -> float:
@@ -30,7 +30,9 @@ def pareto_k_threshold(num_particles: int) -> float:
 
     Vehtari et al. (2024), section 3.2.4.
     """
-    return min(1 - 1 / math.log10(num_particles), _HIGHEST) if num_particles > 1 else -math.inf
+    if num_particles < 2:
+        return -math.inf
+    return min(1 - 1 / math.log10(num_particles), PARETO_K_THRESHOLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,19 @@ class Weights:
     tail_share: Array
 
     @classmethod
-    def of(cls, log_weights: Array) -> Weights:
-        """Return what log weights [N, K], in nats, look like."""
+    def of(cls, log_weights: Array, k_hat: Array | None = None) -> Weights:
+        """Return what log weights [N, K], in nats, look like.
+
+        Args:
+            log_weights: not normalized.
+            k_hat: their k-hat, [N], where it is known.
+        """
         num_data, num_particles = log_weights.shape
         some = ~np.isneginf(log_weights).all(1)
         pareto_k, ess = np.full(num_data, np.inf), np.zeros(num_data)
         tail_share = np.full(num_data, np.inf)
         if some.any():
-            pareto_k[some] = psis(log_weights[some])[1]
+            pareto_k[some] = psis(log_weights[some])[1] if k_hat is None else k_hat[some]
             weights = np.exp(log_weights[some] - log_weights[some].max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
             ess[some] = 1 / np.square(weights).sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -125,8 +125,7 @@ class Ladder:
         parts = []
         for rows, block in prepared.each():
             weighed = weigh(prepared, rows, block, self.num_particles)
-            weights = Weights.of(weighed.log_weights.T.numpy(force=True))
-            parts.append(self._weighed(prepared, rows, weighed, weights, weights.good))
+            parts.append(self._weighed(prepared, rows, weighed, lambda weights: weights.good))
         return _joined(parts, prepared)
 
     def _annealed(self, batch: Batch) -> Found:
@@ -137,13 +136,11 @@ class Ladder:
         for rows, block in prepared.each(_TOGETHER // _ANNEALED_CHAINS):
             annealer = Annealer(prepared, rows, block, start, *limits, "adaptive")
             log_weights, z = annealer.forward(annealer.path())
-            weights = Weights.of(log_weights.T.numpy(force=True))
-            enough = weights.ess > _EQUAL_CHAINS * _ANNEALED_CHAINS
-            parts.append(self._weighed(prepared, rows, Weighed(z, log_weights), weights, enough))
+            parts.append(self._weighed(prepared, rows, Weighed(z, log_weights), _nearly_equal))
         return _joined(parts, prepared)
 
     def _weighed(
-        self, prepared: Ready, rows: slice, weighed: Weighed, weights: Weights, good: Flags
+        self, prepared: Ready, rows: slice, weighed: Weighed, verdict: Callable[[Weights], Flags]
     ) -> Found:
         """Return what weighed draws of some data give, the draws resampled."""
         log_weights = weighed.log_weights
@@ -151,12 +148,14 @@ class Ladder:
         error = calibrated(estimate.std_error, estimate.skewness, len(log_weights))
         of_datum = log_weights.T.numpy(force=True)
         never = np.max(of_datum, axis=1, keepdims=True) == -np.inf
+        # Where every weight is zero any draws will do: the verdict is bad.
         smoothed = SmoothedWeights.of(np.where(never, 0.0, of_datum))
+        weights = Weights.of(of_datum, smoothed.pareto_k)
         index = smoothed.draw(self.num_draws, [self.seed, _RESAMPLING, rows.start])
         chosen = torch.as_tensor(index, device=weighed.z.device).unsqueeze(-1)
         z = weighed.z.gather(0, chosen.expand(-1, -1, weighed.z.shape[-1]))
         return Found(
-            torch.as_tensor(good),
+            torch.as_tensor(verdict(weights)),
             estimate.value.cpu(),
             error.cpu(),
             torch.as_tensor(weights.pareto_k),
@@ -186,6 +185,11 @@ class Ladder:
             samples.rhat.cpu(),
             {name: value.flatten(0, 1)[every] for name, value in samples.draws.items()},
         )
+
+
+def _nearly_equal(weights: Weights) -> Flags:
+    """Return for which data half of annealed chains are effective, [n]."""
+    return weights.ess > _EQUAL_CHAINS * weights.num_particles
 
 
 def _joined(parts: Sequence[Found], prepared: Ready) -> Found:

@@ -43,7 +43,8 @@ def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor
 
     modes = minimize_rows(objective, places.flatten(0, 1), _CLIMB).rows.reshape(shape)
     height, _ = _height(block, modes, _CLIMB, prior)
-    return modes, torch.nan_to_num(height, nan=-torch.inf, posinf=-torch.inf)
+    # -inf stays what it is: by default it would become the lowest number, a height like others.
+    return modes, height.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
 def gaussian_at(block: Block, mode: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -214,7 +215,7 @@ def _places(climber: Climber, block: Block, own: Tensor, prior: Tensor) -> Tenso
         uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
         # The largest of log weight plus Gumbel noise: a draw without replacement.
         score = weights - (-uniform.to(weights).log()).log()
-        chosen = torch.nan_to_num(score, nan=-torch.inf).topk(count, 0).indices
+        chosen = score.nan_to_num(-torch.inf, neginf=-torch.inf).topk(count, 0).indices
         draws = family.from_noise(table, size, spread)
         places.append(draws.gather(0, chosen.unsqueeze(-1).expand(-1, -1, size)))
     of_data, _ = find_modes(block, torch.cat(places[:2]), _WEAK_PRIOR)
@@ -235,7 +236,7 @@ def best_of(climber: Climber, block: Block, tables: Tensor) -> tuple[Tensor, Ten
     ]
     terms = torch.stack(found).double()
     elbos = (weight / weight.sum()) @ terms
-    elbos = torch.nan_to_num(elbos, nan=-torch.inf, posinf=-torch.inf)
+    elbos = elbos.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     best = elbos.argmax(0)
     highest = terms.gather(0, best.expand(1, terms.shape[1], -1))[0]
     gain = weight.unsqueeze(1) * (highest - terms[0])

@@ -18,7 +18,9 @@ from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.blocks import Block, Blocks
 from pyro_vae.refinement.starts import answer_of
+from pyro_vae.sampling.streams import Stream
 
+_SCALE = 11  # first in the key of the stream of random numbers, after the seed
 _SCALE_DRAWS = 256  # of the base density, whose spread is the first scale of its coordinates
 
 
@@ -103,10 +105,9 @@ class Ready:
 
     def base_scale(self, rows: slice) -> Tensor:
         """Return the standard deviation of the base's coordinates, [n, D]."""
-        generator = torch.Generator().manual_seed(self.evaluator.seed % 2**63)
         shape = _SCALE_DRAWS, rows.stop - rows.start, self.blocks.num_noise
-        noise = torch.randn(shape, generator=generator, dtype=self.table.dtype)
-        return self.base_draws(rows, noise.to(self.table)).std(0)
+        stream = Stream(self.evaluator.seed, _SCALE, rows.start)
+        return self.base_draws(rows, stream.normal(self.table.new_empty(shape))).std(0)
 
 
 def ready(

@@ -6,11 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.refinement.starts import answer_of, find_modes, gaussian_at
+from pyro_vae.refinement.climbing import Climber
+from pyro_vae.refinement.starts import answer_of, best_of, find_modes, gaussian_at
 from tests.models import GammaPoisson, NormalModel, factor_analysis
 from tests.refinement.guides import blocks_of, gamma_poisson_gap
 
@@ -101,3 +103,27 @@ def test_the_weight_of_the_prior():
     modes, _ = find_modes(block, torch.zeros(1, 2, 1).double(), prior=0.25)
     wanted = x * 4 / (4 + 0.25)  # precisions 4 of the likelihood, a quarter of the prior's
     torch.testing.assert_close(modes[0, :, 0], wanted, rtol=0, atol=1e-5)
+
+
+def test_where_the_density_is_zero_stays_minus_infinity():
+    """A start and a place outside of it: no height, no ELBO, and another start is better."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.factor("inside", torch.where(z.abs() < 8, 0.0 * z, -torch.inf))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    guide = pv.LocalGuide(model, num_data=2, example=x)
+    blocks = blocks_of(model, x)
+    (block,) = blocks.at(torch.arange(2))
+    heights = find_modes(block, torch.full((1, 2, 1), 30.0, dtype=torch.float64))[1]
+    assert (heights == -torch.inf).all()
+    inside = guide.table.detach()
+    outside = inside.clone()
+    outside[..., 0], outside[..., 1] = 30.0, -1.0
+    climber = Climber(blocks, 0.02, tqdm(disable=True))
+    chosen, elbos = best_of(climber, block, torch.stack([outside, inside]))
+    assert (elbos[0] == -torch.inf).all()
+    assert chosen.tolist() == [1, 1]
