@@ -41,20 +41,26 @@ def sample(model, guide, *batch, **options):
     return pv.sample_posterior(model, guide, *batch, **options)
 
 
-def agree(samples, site, mean, std, errors=4.5):
-    """Whether means and standard deviations are known ones, to Monte Carlo standard errors."""
+def agree(samples, site, mean, std, errors=5.5):
+    """Whether means and standard deviations are known ones, to Monte Carlo standard errors.
+
+    Each of hundreds to ``errors`` of them, and all together: where there are many, the mean of
+    their squares is below 1.25 squared.
+    """
     draws = samples.draws[site].double().numpy()
     flat = draws.reshape(*draws.shape[:2], -1)
-    sizes = Convergence.of(flat).ess_bulk.reshape(draws.shape[2:])
-    of_squares = Convergence.of((flat - flat.mean((0, 1))) ** 2).ess_bulk.reshape(draws.shape[2:])
-    mean, std = torch.as_tensor(mean).numpy(), torch.as_tensor(std).numpy()
-    assert (np.abs(samples.mean(site).numpy() - mean) < errors * std / sizes**0.5).all()
-    # Of a variance, from the spread of the squares that it is a mean of.
     squares = (flat - flat.mean((0, 1))) ** 2
-    error = (
-        squares.std((0, 1)).reshape(std.shape if std.ndim else draws.shape[2:]) / of_squares**0.5
-    )
-    assert (np.abs(samples.std(site).numpy() ** 2 - std**2) < errors * error).all()
+    shape = draws.shape[2:]
+    sizes, of_squares = (Convergence.of(part).ess_bulk.reshape(shape) for part in (flat, squares))
+    mean, std = torch.as_tensor(mean).numpy(), torch.as_tensor(std).numpy()
+    # The error of a variance, from the spread of the squares that it is a mean of.
+    error = squares.std((0, 1)).reshape(shape) / of_squares**0.5
+    for off in (
+        (samples.mean(site).numpy() - mean) / (std / sizes**0.5),
+        (samples.std(site).numpy() ** 2 - std**2) / error,
+    ):
+        assert np.abs(off).max() < errors
+        assert off.size < 100 or (off**2).mean() < 1.25**2
 
 
 @pytest.fixture(scope="module")
