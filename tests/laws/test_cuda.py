@@ -67,6 +67,20 @@ def test_training(name: str, loss, caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compile", ["replay", True])
+def test_training_with_a_factor_that_changes(compile, caplog: pytest.LogCaptureFixture):
+    """A warm-up gives graphs a number that is another one at each step."""
+    torch.manual_seed(0)
+    model = pv.zoo.VAE(784, 50, hidden=[200, 200])
+    x = (torch.rand(400, 784) < 0.3).float()
+    guide = pv.AmortizedGuide(model, model.make_encoder([200, 200]), example=x)
+    optim = torch.optim.Adam(nn.ModuleList([model, guide]).to(DEVICE).parameters(), lr=1e-3)
+    options = {"schedule": pv.schedules.LinearWarmup(100), "compile": compile, "device": DEVICE}
+    pv.fit(model, guide, x, optim=optim, batch_size=100, max_steps=100, progress=False, **options)
+    assert "run eagerly" not in caplog.text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in KINDS if n != "item response"])
 def test_compare_and_export(name: str):
     model, guide, batch = on_device(name)
@@ -83,3 +97,34 @@ def test_families(family: str):
     if family != "point":
         assert pv.elbo(model, guide, *batch.args, num_particles=9).value.isfinite().all()
     pv.fit(model, guide, batch, max_steps=6, device=DEVICE, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in KINDS if n != "item response"])
+def test_annealing_is_that_of_the_cpu(name: str):
+    settings = {"num_steps": 40, "progress": False}
+    cpu = pv.ais(*pair(name), seed=1, **settings)
+    cuda = pv.ais(*on_device(name), seed=2, **settings)
+    assert cuda.value.device.type == DEVICE
+    error = (cpu.std_error.square() + cuda.std_error.cpu().square()).sqrt()
+    assert ((cpu.value - cuda.value.cpu()).abs() <= 5 * error + 1e-4).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in KINDS if n != "item response"])
+def test_chains(name: str):
+    found = pv.sample_posterior(*on_device(name), num_draws=100, num_warmup=50, progress=False)
+    assert all(v.device.type == DEVICE and v.isfinite().all() for v in found.draws.values())
+    found.to_arviz()
+
+
+@pytest.mark.slow
+def test_repair():
+    model, guide, batch = on_device("factor analysis")
+    for rung in ("importance", "full rank", "annealed", "chains"):
+        found = pv.repair(model, guide, batch, rungs=(rung,), seed=0, progress=False)
+        exact = model.log_evidence(*batch.args).detach().cpu().numpy()
+        data = found.dataset
+        off = (data["log_evidence"].values - exact)[found.good]
+        assert (abs(off) <= 5 * data["log_evidence_se"].values[found.good] + 1e-4).all()
+        found.to_arviz()
