@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pyro_vae import datasets, families, nets, schedules, zoo
 from pyro_vae.diagnostics.pareto_k import pareto_k
 from pyro_vae.evaluation.ais import ais
+from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
@@ -54,8 +55,10 @@ __all__ = [
     "NonFiniteLossError",
     "PosteriorSamples",
     "Repair",
+    "Sandwich",
     "WakeSleep",
     "ais",
+    "bdmc",
     "compare",
     "datasets",
     "describe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -97,33 +98,55 @@ def ais(
         >>> (bound.value - dist.Normal(0.0, 2**0.5).log_prob(x)).abs().max().item() < 0.2
         True
     """
-    num_chains = as_count("num_chains", num_chains, 2)
-    num_steps = as_count("num_steps", num_steps)
-    for name, value, among in (("start", start, Start), ("schedule", schedule, Schedule)):
-        if value not in get_args(among):
-            raise ValueError(f"{name}={value!r}: one of {get_args(among)} is needed")
+    settings = AnnealingSettings(num_chains, num_steps, start, schedule)
     prepared = ready(model, guide, batch, given, data_plate, seed, compile)
-    annealers = [
-        Annealer(prepared, rows, block, start, num_chains, num_steps, schedule)
-        for rows, block in prepared.each()
-    ]
+    annealers = settings.annealers(prepared)
     total = num_steps * prepared.evaluator.num_data
     with tqdm(total=total, desc="ais", unit="step", disable=not progress, delay=1.0) as bar:
         log_weights = [each.forward(each.path(), bar.update)[0] for each in annealers]
     return bound_of(f"AIS-{num_steps}", torch.cat(log_weights, 1), prepared)
 
 
-def bound_of(name: str, log_weights: Tensor, prepared: Ready) -> Bound:
-    """Return the bound of log weights of chains, [C, N]."""
-    estimate = Estimate.iwae(log_weights)
+@dataclass(frozen=True, slots=True)
+class AnnealingSettings:
+    """How chains are annealed, checked; see :func:`ais`."""
+
+    num_chains: int
+    num_steps: int
+    start: Start
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        as_count("num_chains", self.num_chains, 2)
+        as_count("num_steps", self.num_steps)
+        for name, among in (("start", Start), ("schedule", Schedule)):
+            if (value := getattr(self, name)) not in get_args(among):
+                raise ValueError(f"{name}={value!r}: one of {get_args(among)} is needed")
+
+    def annealers(self, prepared: Ready) -> list[Annealer]:
+        """Return the chains of each block of the data."""
+        limits = self.num_chains, self.num_steps, self.schedule
+        return [
+            Annealer(prepared, rows, block, self.start, *limits) for rows, block in prepared.each()
+        ]
+
+
+def bound_of(name: str, log_weights: Tensor, prepared: Ready, *, upper: bool = False) -> Bound:
+    r"""Return the bound of log weights of chains, [C, N].
+
+    From below :math:`\log \frac{1}{C} \sum_c w_c`; from above, of weights of reverse chains,
+    :math:`-\log \frac{1}{C} \sum_c 1 / w_c`.
+    """
+    sign = -1.0 if upper else 1.0
+    estimate = Estimate.iwae(sign * log_weights)
     error = calibrated(estimate.std_error, estimate.skewness, len(log_weights))
     return Bound(
         name,
-        estimate.value,
+        sign * estimate.value,
         error,
         len(log_weights),
         given=prepared.given,
         skewness=estimate.skewness,
-        ess=effective_sample_size(log_weights),
+        ess=effective_sample_size(sign * log_weights),
         mean_of="chains",
     )

@@ -16,6 +16,7 @@ from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
 from pyro_vae.particles.training_run import TrainingRun, trace_detached
 from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.dreams import sources_of, with_dreamt
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import mask_proposals
 from pyro_vae.programs.messages import as_count
@@ -155,33 +156,10 @@ class WakeSleep(ImportanceObjective):
 
 def _dreamt_batch(run: TrainingRun, observed: Values, batch: Batch) -> Batch:
     """Return the arguments with dreamt values in the place of the observed ones."""
-    given: dict[Any, Any] = {**dict(enumerate(batch.args)), **batch.kwargs}
     if run.plan not in _sources:
-        _sources[run.plan] = _found_sources(run, observed)
-    for name, key in _sources[run.plan].items():
-        given[key] = observed[name].reshape(given[key].shape).to(given[key])
-    return Batch(tuple(given.pop(i) for i in range(len(batch.args))), given, batch.has_rows)
-
-
-def _found_sources(run: TrainingRun, observed: Values) -> dict[str, int | str]:
-    """Return which argument of the batch each observed site's value is."""
-    found: dict[str, int | str] = {}
-    given: dict[Any, Any] = {**dict(enumerate(run.batch.args)), **run.batch.kwargs}
-    tensors = [(key, value) for key, value in given.items() if isinstance(value, Tensor)]
-    for name, nodes in run.observed():
-        if name not in observed:
-            continue  # a factor: it is not drawn
-        value = nodes[0]["value"]
-        # The argument itself, or a view of it; else whatever is equal, if nothing else is.
-        alike = [(key, tensor) for key, tensor in tensors if tensor.numel() == value.numel()]
-        keys = [key for key, t in alike if t is value or t.data_ptr() == value.data_ptr()] or [
-            key for key, t in alike if torch.equal(t.reshape(value.shape).to(value), value)
-        ]
-        if len(keys) != 1 or keys[0] in found.values():
-            raise ValueError(
-                f"the sleep phase cannot tell which argument of the batch holds the values of the "
-                f"observed site {name!r} (candidates: {keys}); give dream=, a function from "
-                "{site: dreamt value} to a batch, or insomnia=1"
-            )
-        found[name] = keys[0]
-    return found
+        # A factor is not drawn.
+        held = {name: nodes[0]["value"] for name, nodes in run.observed() if name in observed}
+        _sources[run.plan] = sources_of(
+            held, run.batch, who="the sleep phase", remedy=", or insomnia=1"
+        )
+    return with_dreamt(batch, _sources[run.plan], observed)

@@ -40,7 +40,7 @@ _ROUNDING = 1e-3  # nats of a datum, beyond which a site is scored in float64
 _COARSE = 1e-2
 _COARSE_LOSS = 0.05  # nats of a datum that a reported loss may be off by, before a warning
 # Draws at the edge of a support that may be averaged over: their log weights are off by some nats.
-_EDGE_SHARE = 1e-3
+EDGE_SHARE = 1e-3
 
 
 class UnnamedDrawsError(ValueError):
@@ -348,7 +348,7 @@ def refuse_edges(
         holder = f"{name}_unconstrained"  # where Pyro's AutoNormal keeps what it drew
         if holder in values:
             share = max(share, lost_share(site.fn, value, values[holder]))
-        if share > _EDGE_SHARE:
+        if share > EDGE_SHARE:
             raise ValueError(
                 f"{share:.2g} of the guide's draws of latent site {name!r} lie at the edge of what "
                 f"{value.dtype} can hold of its support ({site.support_text}), where no density is "

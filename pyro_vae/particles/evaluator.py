@@ -377,6 +377,14 @@ class Evaluator(PairRunner):
         axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in single.items()}
         return {name: value.movedim(axes[name], 1) for name, value in single.items()}
 
+    def single_by_datum(self, values: Values) -> dict[str, Tensor]:
+        """Undo :meth:`by_datum` up to :meth:`single_values`: ``[K, *batch, *event]``."""
+        dim = self.structure.data_dim
+        if dim is None:
+            return dict(values)
+        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in values.items()}
+        return {name: value.movedim(1, axes[name]) for name, value in values.items()}
+
     def single_values(self, values: Values) -> dict[str, Tensor]:
         """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
         return {

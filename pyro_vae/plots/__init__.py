@@ -1,5 +1,6 @@
 """How do I get to figures? Figures of results; Matplotlib is imported when they are drawn."""
 
+from pyro_vae.plots.evidence import plot_evidence
 from pyro_vae.plots.images import plot_imputation, plot_reconstructions
 from pyro_vae.plots.results import (
     plot_gap_distribution,
@@ -10,6 +11,7 @@ from pyro_vae.plots.results import (
 )
 
 __all__ = [
+    "plot_evidence",
     "plot_gap_distribution",
     "plot_gaps",
     "plot_history",

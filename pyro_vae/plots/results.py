@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): told apart under the common kinds of colour blindness.
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_BLUE, _VERMILION, _, _, _ORANGE, _ = _CYCLE
+BLUE, VERMILION, _, _, _ORANGE, _ = _CYCLE
 # Petroff (2021): ten colours for categories.
 _TEN = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
-_GREY = "#999999"
+GREY = "#999999"
 _STYLES = ("-", "--", ":", "-.")
 
 _UNRELIABLE_K = 0.7  # Vehtari, Simpson, Gelman, Yao and Gabry (2024), section 3.2
@@ -59,19 +59,19 @@ def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
     if epoch.size == 0:
         raise ValueError("nothing to plot: the fit has no finished epoch")
     validation = history.get("validation_elbo", np.full_like(epoch, np.nan))
-    ax = _axes(ax, (6.4, 4.0))
-    _draw_curve(ax, history, "elbo", "training", _BLUE)
+    ax = axes(ax, (6.4, 4.0))
+    _draw_curve(ax, history, "elbo", "training", BLUE)
     title = "ELBO of the training data"
     if np.isfinite(validation).any():
-        _draw_curve(ax, history, "validation_elbo", "validation", _VERMILION)
+        _draw_curve(ax, history, "validation_elbo", "validation", VERMILION)
         best = int(np.nanargmax(validation))
-        label = f"best validation: {_number(validation[best])} nats, epoch {epoch[best]:.0f}"
+        label = f"best validation: {number(validation[best])} nats, epoch {epoch[best]:.0f}"
         ax.plot(epoch[best], validation[best], "o", ms=8, mfc="none", mec="black", label=label)
         title = "ELBO of the training and the held-out data"
     clipped = _limit_history(ax, np.concatenate([history["elbo"], validation]))
     ax.set(xlabel=f"epoch ({clipped})" if clipped else "epoch", ylabel="ELBO [nats per datum]")
     ax.locator_params(axis="x", integer=True)
-    _title_and_legend(ax, title, columns=3)
+    title_and_legend(ax, title, columns=3)
     return ax
 
 
@@ -90,7 +90,7 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
         The axes.
     """
     rows = _rows(datasets)
-    ax = _axes(ax, (8.0, 1.6 + 0.42 * (rows[-1].position + 1)))
+    ax = axes(ax, (8.0, 1.6 + 0.42 * (rows[-1].position + 1)))
     is_split = [_draw_gap(ax, row) for row in rows]
     _label_rows(ax, rows, lambda dataset: f"log p(x) = {_mean(dataset, 'log_evidence')} nats")
     # Numbers stand to the right of the bars.
@@ -98,10 +98,10 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ax.set_xlim(low, high + 0.45 * (high - low))
     ax.axvline(0.0, color="black", linewidth=1.0)
     ax.set_xlabel("nats lost per datum, below log p(x)")
-    bars = {_BLUE: "approximation gap (family)", _ORANGE: "amortization gap (encoder)"}
-    bars |= {} if all(is_split) else {_GREY: "gap, not split"}
+    bars = {BLUE: "approximation gap (family)", _ORANGE: "amortization gap (encoder)"}
+    bars |= {} if all(is_split) else {GREY: "gap, not split"}
     handles = [_handle(color, label) for color, label in bars.items()]
-    _title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
+    title_and_legend(ax, "Where the ELBO loses to log p(x)", columns=3, handles=handles)
     return ax
 
 
@@ -115,7 +115,7 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    rows, ax = _rows(datasets), _axes(ax, (6.4, 4.2))
+    rows, ax = _rows(datasets), axes(ax, (6.4, 4.2))
     colors = dict(zip(dict.fromkeys(r.guide for r in rows), itertools.cycle(_CYCLE), strict=False))
     styles = dict(zip(dict.fromkeys(r.name for r in rows), itertools.cycle(_STYLES), strict=False))
     for row in rows:
@@ -129,7 +129,7 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     handles = [_handle(color, guide, "-") for guide, color in colors.items()]
     if len(styles) > 1:
         handles += [_handle("black", name, style) for name, style in styles.items()]
-    _title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
+    title_and_legend(ax, "The gap, datum by datum", columns=4, handles=handles)
     return ax
 
 
@@ -151,7 +151,7 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
         Journal of Machine Learning Research 25(72).
     """
     rows = _rows(datasets)
-    ax = _axes(ax, (8.0, 1.6 + 0.6 * (rows[-1].position + 1)))
+    ax = axes(ax, (8.0, 1.6 + 0.6 * (rows[-1].position + 1)))
     values = [np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), float) for row in rows]
     width, low, high = 0.05, -0.5, 1.5  # 0.7 is an edge
     edges = low + width * np.arange(round((high - low) / width) + 1)
@@ -159,7 +159,7 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     within = (k.clip(low + width / 2, high - width / 2) for k in known)
     shares = [np.histogram(k, edges)[0] / max(1, k.size) for k in within]
     tallest = max(float(share.max()) for share in shares) or 1.0
-    colors = [_BLUE if edge < _UNRELIABLE_K - width / 2 else _VERMILION for edge in edges[:-1]]
+    colors = [BLUE if edge < _UNRELIABLE_K - width / 2 else VERMILION for edge in edges[:-1]]
     for row, k, all_k, share in zip(rows, known, values, shares, strict=True):
         bottom = row.position + 0.42
         # The axis of rows points down, the bars up.
@@ -175,9 +175,9 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", _UNRELIABLE_K: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xlabel("Pareto k-hat of a datum's importance weights")
-    unreliable = _handle(_VERMILION, "above 0.7: importance estimates are unreliable")
-    handles = [_handle(_BLUE, "up to 0.7"), unreliable]
-    _title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
+    unreliable = _handle(VERMILION, "above 0.7: importance estimates are unreliable")
+    handles = [_handle(BLUE, "up to 0.7"), unreliable]
+    title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
     return ax
 
 
@@ -204,10 +204,10 @@ def plot_latents(
     if labels is not None and np.shape(labels) != (len(means),):
         raise ValueError(f"labels: wanted shape [{len(means)}], found {list(np.shape(labels))}")
     points, names = _two_dimensions(means)
-    ax = _axes(ax, (6.4, 5.4))
+    ax = axes(ax, (6.4, 5.4))
     dots: dict[str, Any] = {"s": 14, "alpha": 0.8, "linewidths": 0.0}
     if labels is None:
-        ax.scatter(*points.T, color=_BLUE, **dots)
+        ax.scatter(*points.T, color=BLUE, **dots)
     else:
         classes = np.unique(labels)
         colors: Sequence[Any] = _TEN
@@ -237,10 +237,10 @@ class _Mean(NamedTuple):
 
     def __str__(self) -> str:
         if self.error is None:
-            return _number(self.value)
+            return number(self.value)
         # To the first digit of the standard error, and never fewer than two decimals.
         digits = max(2, min(6, -int(np.floor(np.log10(self.error)))))
-        return f"{_number(self.value, digits)} ± {_number(self.error, digits)}"
+        return f"{number(self.value, digits)} ± {number(self.error, digits)}"
 
 
 def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Mean:
@@ -297,14 +297,15 @@ def pyplot() -> ModuleType:
         raise ImportError('figures need matplotlib: pip install "pyro-vae[plots]"') from error
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return axes to draw on: new ones of a size in inches where none are given."""
     if ax is None:
         _, ax = pyplot().subplots(figsize=size, layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _title_and_legend(
+def title_and_legend(
     ax: Axes, title: str, *, columns: int, handles: Sequence[Artist] | None = None
 ) -> None:
     """Put the legend between the title and the axes, where no data can be."""
@@ -328,13 +329,13 @@ def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str
 
 def _draw_gap(ax: Axes, row: _Row) -> bool:
     """Draw a guide's bar and its numbers; return whether the gap could be split in two."""
-    names = {_BLUE: "approximation_gap", _ORANGE: "amortization_gap"}
+    names = {BLUE: "approximation_gap", _ORANGE: "amortization_gap"}
     parts = {color: _mean(row.dataset, name, row.guide) for color, name in names.items()}
     is_split = all(np.isfinite(mean.value) for mean in parts.values())
     if not is_split:
         evidence, elbo = _mean(row.dataset, "log_evidence"), _mean(row.dataset, "elbo", row.guide)
         error = float(np.hypot(evidence.std_error, elbo.std_error))
-        parts = {_GREY: _Mean(evidence.value - elbo.value, error)}
+        parts = {GREY: _Mean(evidence.value - elbo.value, error)}
     end = rightmost = 0.0
     look: dict[str, Any] = {"height": 0.62, "error_kw": {"capsize": 3, "elinewidth": 1.0}}
     for color, mean in parts.items():
@@ -370,7 +371,7 @@ def _limit_history(ax: Axes, elbo: np.ndarray) -> str:
     if lowest >= bottom or bottom >= highest:
         return ""
     ax.set_ylim(bottom, highest + 0.06 * (highest - bottom))
-    return f"the ELBO axis is cut; its lowest value is {_number(lowest)} nats"
+    return f"the ELBO axis is cut; its lowest value is {number(lowest)} nats"
 
 
 def _handle(color: str, label: str, style: str | None = None) -> Artist:
@@ -380,6 +381,7 @@ def _handle(color: str, label: str, style: str | None = None) -> Artist:
     return pyplot().Line2D([], [], color=color, linestyle=style, label=label)
 
 
-def _number(value: float, digits: int = 2) -> str:
+def number(value: float, digits: int = 2) -> str:
+    """Return a number in words of a figure."""
     # A minus sign as on the ticks, and no "-0.00".
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")

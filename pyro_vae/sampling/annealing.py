@@ -135,24 +135,33 @@ class Annealer:
             report(log_weights.shape[1])
         return log_weights, point.z
 
-    def backward(self, path: Path, z: Tensor, report: Callable[[int], object] = int) -> Tensor:
+    def backward(
+        self, path: Path, z: Tensor, report: Callable[[int], object] = int, moves: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Return log weights of chains from draws of the posterior to the base, [C, n], float64.
+
+        And which of them have left their draw before they went, [C, n].
 
         Args:
             path: as for :meth:`forward`.
             z: unconstrained coordinates drawn from the posterior, [C, n, D].
             report: as for :meth:`forward`.
+            moves: transitions at the posterior before that. They leave each chain's start a draw
+                of it, and chains that start at one draw forget it.
         """
         density = self.density()
         point = density(z)
         stream = Stream(self.ready.evaluator.seed, _BACKWARD, self.rows.start)
+        for _ in range(moves):
+            point, _, _ = path.kernel(-1)(density, point, path.powers[-1], stream)
+        moved = (point.z != z).any(-1)
         log_weights = torch.zeros_like(point.base, dtype=torch.float64)
         for number in range(len(path.powers) - 1, 0, -1):
             if number < len(path.powers) - 1:
                 point, _, _ = path.kernel(number)(density, point, path.powers[number], stream)
             log_weights += _increment(path, number, point)
             report(log_weights.shape[1])
-        return log_weights
+        return log_weights, moved
 
 
 def _increment(path: Path, number: int, point: Point) -> Tensor:

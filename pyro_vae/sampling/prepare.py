@@ -81,8 +81,11 @@ class Ready:
 
     def coordinates_of(self, values: Values) -> Tensor:
         """Return the unconstrained coordinates [K, n, D] of values as the evaluator draws them."""
-        single = self.evaluator.single_values(values)
-        return torch.cat([c.rows(c.unconstrained(single)) for c in self.guide.coordinates], -1)
+        return self.coordinates_of_single(self.evaluator.single_values(values))
+
+    def coordinates_of_single(self, values: Values) -> Tensor:
+        """Return the unconstrained coordinates [K, n, D] of values ``[K, *batch, *event]``."""
+        return torch.cat([c.rows(c.unconstrained(values)) for c in self.guide.coordinates], -1)
 
     def values_of(self, rows: slice, z: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the values of coordinates [K, n, D] by site, ``[K, n, ...]``.

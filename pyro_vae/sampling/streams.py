@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def seed_of(*key: int) -> int:
+    """Return a seed that depends on a key alone: the seed, then what tells this use from others."""
+    # Of a plain sequence zeros at the end would count for nothing.
+    sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 class Stream:
     """Random numbers that depend on a key alone, drawn on the CPU whatever the device.
 
@@ -15,10 +22,7 @@ class Stream:
     """
 
     def __init__(self, *key: int) -> None:
-        # Of a plain sequence zeros at the end would count for nothing.
-        sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
-        state = sequence.generate_state(1, np.uint64)[0]
-        self._generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        self._generator = torch.Generator().manual_seed(seed_of(*key))
 
     def normal(self, like: Tensor) -> Tensor:
         """Return standard normal numbers of a tensor's shape, dtype and device."""
