@@ -566,3 +566,22 @@ def test_a_messenger_guide_of_pyros(particles):
     assert ((found.value - exact).abs() < 4 * found.std_error).all()
     assert -pv.ELBO(3).loss(model, guide, x) == pytest.approx(exact.sum().item(), abs=1.0)
     assert pv.refine(model, guide, x, seed=0).converged.all()
+
+
+def test_values_by_datum_and_back():
+    """The data plate is the inner one of the tensors: [K, 3, N] there, [K, N, 3] by datum."""
+
+    def model(x):
+        with pyro.plate("inner", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    x = X300[:15].reshape(5, 3)
+    guide = pv.LocalGuide(model, num_data=5, example=x).double()
+    evaluator, _ = prepare(model, guide, (x,), None, None, 0)
+    values, _ = evaluator.draw(slice(0, 5), 4, (1,))
+    single = evaluator.single_values(values)
+    assert single["z"].shape == (4, 3, 5)
+    by_datum = evaluator.by_datum(values)
+    assert by_datum["z"].shape == (4, 5, 3)
+    torch.testing.assert_close(evaluator.single_by_datum(by_datum), single)
