@@ -577,8 +577,8 @@ def test_values_by_datum_and_back():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
 
     x = X300[:15].reshape(5, 3)
-    guide = pv.LocalGuide(model, num_data=5, example=x).double()
-    evaluator, _ = prepare(model, guide, (x,), None, None, 0)
+    guide = pv.LocalGuide(model, num_data=5, example=x, data_plate="data").double()
+    evaluator, _ = prepare(model, guide, (x,), None, "data", 0)
     values, _ = evaluator.draw(slice(0, 5), 4, (1,))
     single = evaluator.single_values(values)
     assert single["z"].shape == (4, 3, 5)
