@@ -3,7 +3,10 @@
 from importlib.metadata import version
 
 from pyro_vae import datasets, families, nets, schedules, zoo
+from pyro_vae.diagnostics.active_units import ActiveUnits, active_units
+from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, aggregate_posterior
 from pyro_vae.diagnostics.pareto_k import pareto_k
+from pyro_vae.diagnostics.rate_distortion import RateDistortion, rate_distortion
 from pyro_vae.evaluation.ais import ais
 from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
@@ -37,6 +40,8 @@ __version__ = version("pyro-vae")
 __all__ = [
     "ELBO",
     "IWAE",
+    "ActiveUnits",
+    "AggregatePosterior",
     "AmortizedGuide",
     "Bound",
     "Comparison",
@@ -54,9 +59,12 @@ __all__ = [
     "NonFiniteHalfStepError",
     "NonFiniteLossError",
     "PosteriorSamples",
+    "RateDistortion",
     "Repair",
     "Sandwich",
     "WakeSleep",
+    "active_units",
+    "aggregate_posterior",
     "ais",
     "bdmc",
     "compare",
@@ -72,6 +80,7 @@ __all__ = [
     "log_weights",
     "nets",
     "pareto_k",
+    "rate_distortion",
     "refine",
     "repair",
     "sample_posterior",

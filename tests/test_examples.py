@@ -84,6 +84,20 @@ def test_compiled_svi():
 
 
 @pytest.mark.slow
+def test_unused_latents():
+    printed = run("unused_latents.py")
+    assert "2 of 6 units of the latents are active" in printed
+    assert "collapsed, the posterior is the prior (4)" in printed
+    assert number("rate", printed) + number("distortion", printed) == pytest.approx(
+        number("code length", printed), abs=2e-4
+    )
+    active = re.findall(r"^z\[\d\] +([0-9.]+) +[0-9.]+ +(True|False)", printed, re.MULTILINE)
+    assert sorted(value for _, value in active) == ["False"] * 4 + ["True"] * 2
+    assert all((float(share) > 0.8) == (value == "True") for share, value in active)
+    assert "none of 6 units differs by itself" in printed
+
+
+@pytest.mark.slow
 def test_factor_analysis():
     printed = run("factor_analysis.py")
     elbo, exact = number("ELBO", printed), number("exact log p(x)", printed)

@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
         "torch_internals",
     },
-    "diagnostics": {"particles"},
+    "diagnostics": {"losses", "particles", "programs"},
     "sampling": {
         *("arviz_versions", "diagnostics", "guides", "particles", "programs", "refinement")
     },

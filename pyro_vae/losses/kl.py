@@ -119,9 +119,9 @@ def kl_per_dimension(guide_node: Node, model_node: Node | None) -> tuple[Tensor 
         return None, reason
     apart = []
     for fn in (guide_node["fn"], model_node["fn"]):
-        if (factors := _factors(fn)) is None:
+        if (scalars := factors(fn)) is None:
             return None, f"{_name(fn)} does not factorize over its event dimensions"
-        apart.append({"name": guide_node["name"], "scale": 1.0, "mask": None, "fn": factors})
+        apart.append({"name": guide_node["name"], "scale": 1.0, "mask": None, "fn": scalars})
     return analytic_kl(*apart)
 
 
@@ -301,15 +301,15 @@ def _same_parameter(a: Any, b: Any) -> bool:
     return bool(torch.as_tensor(a == b).all())
 
 
-def _factors(d: td.Distribution) -> td.Distribution | None:
+def factors(d: td.Distribution) -> td.Distribution | None:
     """Return d as independent scalars, of batch shape d.batch_shape + d.event_shape, or None."""
     if not d.event_shape:
         return d
     if isinstance(d, td.Independent):
-        return _factors(d.base_dist)
+        return factors(d.base_dist)
     if not isinstance(d, dist.MaskedDistribution | td.TransformedDistribution):
         return None
-    base = _factors(d.base_dist)
+    base = factors(d.base_dist)
     if base is None:
         return None
     if isinstance(d, dist.MaskedDistribution):

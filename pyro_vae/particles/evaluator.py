@@ -28,7 +28,7 @@ from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, draw_step, equal_step
-from pyro_vae.particles.run import Runner, using_rows
+from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.messages import as_count, trace_of
@@ -332,9 +332,13 @@ class Evaluator(PairRunner):
 
         Observed sites keep their values, which later latents may depend on.
         """
+        return self.prior_run(rows, num_particles, key).values()
+
+    def prior_run(self, rows: slice, num_particles: int, key: tuple[int, ...]) -> Run:
+        """Return the run of the model that :meth:`draw_prior` takes its draws from."""
         with self.evaluating():
             self._reseed(*key)
-            return replace(self.model, summed_out=()).run(rows, num_particles).values()
+            return replace(self.model, summed_out=()).run(rows, num_particles)
 
     def deterministic_nodes(
         self, rows: slice, values: Values, *, alone: bool
