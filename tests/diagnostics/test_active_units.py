@@ -12,6 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta
 
 import pyro_vae as pv
+from pyro_vae.diagnostics.active_units import _dataset
 from tests.models import NormalModel, factor_analysis, mixture
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -37,6 +38,24 @@ def test_of_a_gaussian_posterior_it_is_the_variance_of_its_mean():
     np.testing.assert_allclose(found.dataset["activity_se"], jackknife, rtol=0.01)
     assert found.dataset["rate"].isnull().all()  # the posterior does not factorize
     assert found.num_active == 3 and "3 of 3 units are active" in repr(found)
+
+
+def test_a_prior_variance_that_varies_has_its_part_in_the_error():
+    """By the jackknife, where it is drawn and varies with the mean."""
+    mean = torch.randn(200, 1)
+    variance = 1 + mean.square() + torch.rand(200, 1)
+    values = torch.cat([mean, variance, torch.zeros(200, 1)], 1)
+    spreads = torch.cat([torch.rand(200, 1), torch.zeros(200, 2)], 1)
+
+    def activity(rows):
+        return _dataset(values[rows], spreads[rows], {"z": ["z"]}, 5, 0.01)
+
+    left_out = np.array(
+        [activity(torch.arange(200) != n)["activity"].values[0] for n in range(200)]
+    )
+    jackknife = math.sqrt(199 / 200 * np.square(left_out - left_out.mean()).sum())
+    found = activity(slice(None))["activity_se"].values[0]
+    assert found == pytest.approx(jackknife, rel=0.02)
 
 
 def test_the_noise_of_draws_is_taken_out():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.aggregate_posterior import _tests
+from pyro_vae.diagnostics.aggregate_posterior import _moments, _tests
 from pyro_vae.diagnostics.mmd import Swapped
 from tests.models import GammaPoisson, NormalModel, mixture
 
@@ -125,6 +125,17 @@ def test_the_adjusted_p_value_is_against_the_largest_statistic():
     found = _tests([one, other])
     assert found["p_value"] == [0.5, 0.5]
     assert found["adjusted_p_value"] == [(1 + 2) / 4, (1 + 3) / 4]  # largest: 2.5, 3, 1
+
+
+def test_standard_errors_of_shift_and_spread_are_the_jackknifes():
+    mine, prior = 2 + 3 * torch.randn(400, 1), torch.randn(400, 1)
+    found = _moments(mine, prior)
+    rows = [torch.arange(400) != n for n in range(400)]
+    left_out = [_moments(mine[keep], prior[keep]) for keep in rows]
+    for name in ("shift", "spread"):
+        values = torch.stack([each[name] for each in left_out])
+        jackknife = (399 / 400 * (values - values.mean(0)).square().sum(0)).sqrt()
+        torch.testing.assert_close(found[f"{name}_se"], jackknife, rtol=0.02, atol=0)
 
 
 def test_of_many_data_some_are_chosen():
