@@ -98,6 +98,17 @@ def test_unused_latents():
 
 
 @pytest.mark.slow
+def test_saw_series():
+    printed = run("saw_series.py")
+    gaps = dict(re.findall(r"^(sees \S+) +\|(?:[^|]+\|){3} +(-?[0-9.]+) ±", printed, re.MULTILINE))
+    assert float(gaps["sees both"]) < 0.01
+    by_algebra = number("gap by algebra, these teeth", printed)
+    assert float(gaps["sees x_{n+1}"]) == pytest.approx(by_algebra, abs=0.02)
+    # Half the square of a standard normal number, over 200 teeth.
+    assert by_algebra == pytest.approx(0.5, abs=4 * 0.05)
+
+
+@pytest.mark.slow
 def test_factor_analysis():
     printed = run("factor_analysis.py")
     elbo, exact = number("ELBO", printed), number("exact log p(x)", printed)
