@@ -133,11 +133,12 @@ def repair(
     Of importance weights a verdict is good where the effective sample size is at least 400 and
     the tail does no harm: k-hat is below its threshold for so many draws, or the tail carries
     hardly more than its share (:mod:`pyro_vae.diagnostics.verdict`). A tenth of the draws are three
-    times as wide, and a tenth are the prior's, so that a part of the posterior that the guide
-    misses, and that is not out of the reach of these, shows in the weights. With more than two or
-    three latents a mode of its own often is out of their reach: no verdict of weights can see what
-    no draw does, and where posteriors may have several modes, ``rungs=("annealed",)`` asks anew.
-    Of annealed chains half must be effective; chains must have converged. No verdict is good whose
+    times as wide, a twentieth are the prior's, and a twentieth lie around the highest mode out of
+    the guide's reach to which gradients lead from eight draws of the prior
+    (:mod:`pyro_vae.sampling.far_modes`): so a part of the posterior that the guide misses shows in
+    the weights. A datum with more than a hundredth of its posterior around such a mode is bad, as
+    there may be more modes, and so is one whose posterior is cut off by rounding, such as that of a
+    probability of 1 - 1e-9 in single precision. Of annealed chains half must be effective; chains must have converged. No verdict is good whose
     bound on log p(x) lies below that of an earlier rung by more than five standard errors.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -25,7 +26,7 @@ from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.annealing import Annealer
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.density import Start
-from pyro_vae.sampling.importance import Weighed, weigh
+from pyro_vae.sampling.importance import weigh
 from pyro_vae.sampling.prepare import Ready, ready
 
 Rung: TypeAlias = Literal["importance", "refined", "full rank", "annealed", "chains"]
@@ -125,7 +126,8 @@ class Ladder:
         parts = []
         for rows, block in prepared.each():
             weighed = weigh(prepared, rows, block, self.num_particles)
-            parts.append(self._weighed(prepared, rows, weighed, lambda weights: weights.good))
+            verdict = functools.partial(_reached, weighed.is_whole.numpy(force=True))
+            parts.append(self._weighed(prepared, rows, weighed.z, weighed.log_weights, verdict))
         return _joined(parts, prepared)
 
     def _annealed(self, batch: Batch) -> Found:
@@ -136,14 +138,18 @@ class Ladder:
         for rows, block in prepared.each(_TOGETHER // _ANNEALED_CHAINS):
             annealer = Annealer(prepared, rows, block, start, *limits, "adaptive")
             log_weights, z = annealer.forward(annealer.path())
-            parts.append(self._weighed(prepared, rows, Weighed(z, log_weights), _nearly_equal))
+            parts.append(self._weighed(prepared, rows, z, log_weights, _nearly_equal))
         return _joined(parts, prepared)
 
     def _weighed(
-        self, prepared: Ready, rows: slice, weighed: Weighed, verdict: Callable[[Weights], Flags]
+        self,
+        prepared: Ready,
+        rows: slice,
+        z: Tensor,
+        log_weights: Tensor,
+        verdict: Callable[[Weights], Flags],
     ) -> Found:
-        """Return what weighed draws of some data give, the draws resampled."""
-        log_weights = weighed.log_weights
+        """Return what draws [K, n, D] with log weights [K, n] give, the draws resampled."""
         estimate = Estimate.iwae(log_weights)
         error = calibrated(estimate.std_error, estimate.skewness, len(log_weights))
         of_datum = log_weights.T.numpy(force=True)
@@ -152,8 +158,8 @@ class Ladder:
         smoothed = SmoothedWeights.of(np.where(never, 0.0, of_datum))
         weights = Weights.of(of_datum, smoothed.pareto_k)
         index = smoothed.draw(self.num_draws, [self.seed, _RESAMPLING, rows.start])
-        chosen = torch.as_tensor(index, device=weighed.z.device).unsqueeze(-1)
-        z = weighed.z.gather(0, chosen.expand(-1, -1, weighed.z.shape[-1]))
+        chosen = torch.as_tensor(index, device=z.device).unsqueeze(-1)
+        z = z.gather(0, chosen.expand(-1, -1, z.shape[-1]))
         return Found(
             torch.as_tensor(verdict(weights)),
             estimate.value.cpu(),
@@ -185,6 +191,11 @@ class Ladder:
             samples.rhat.cpu(),
             {name: value.flatten(0, 1)[every] for name, value in samples.draws.items()},
         )
+
+
+def _reached(is_whole: Flags, weights: Weights) -> Flags:
+    """Return for which data weights are good, of draws that reach all of the posterior, [n]."""
+    return weights.good & is_whole
 
 
 def _nearly_equal(weights: Weights) -> Flags:

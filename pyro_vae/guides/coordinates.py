@@ -20,6 +20,7 @@ from pyro_vae.programs.types import Node
 
 _PRIOR_DRAWS = 1000
 _PARENT_RUNS = 50  # of the model, where the draws of one do not vary
+_BEYOND = 1e4  # a coordinate beyond the edge of any support that is mapped to
 _WIDEST = 3.0  # standard deviation of a start on the reals, where they are mapped to a support
 
 
@@ -91,6 +92,27 @@ class Coordinates:
     def value(self, z: Tensor) -> Tensor:
         """Return the value of unconstrained coordinates, inside the support."""
         return Preimage(z, tuple(flat_transforms([self.transform]))).value
+
+    def edges(self, like: Tensor) -> Tensor:
+        """Return the smallest and largest coordinates whose values a dtype tells apart, [2, d].
+
+        Infinite where the support is the reals. A logit of 16 and one of 20 are the same
+        probability in single precision.
+
+        Args:
+            like: of the dtype and on the device.
+        """
+        size = math.prod(self.event)
+        if self.is_identity:
+            one = like.new_full((math.prod(self.batch) * size,), math.inf)
+            return torch.stack([-one, one])
+        far = torch.eye(size, dtype=like.dtype, device=like.device) * _BEYOND
+        z = torch.stack([-far, far]).reshape(2 * size, *self.event)
+        back = self.transform.inv(self.value(z)).reshape(2, size, size).diagonal(dim1=1, dim2=2)
+        # What comes back is no edge; what comes back as no number is not told.
+        inside = back.isfinite() & (back.abs() < _BEYOND / 2)
+        infinite = back.new_tensor([[-math.inf], [math.inf]])
+        return torch.where(inside, back, infinite).repeat(1, math.prod(self.batch))
 
     @property
     def is_plain(self) -> bool:

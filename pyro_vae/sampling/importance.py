@@ -1,4 +1,4 @@
-"""Importance sampling of a base density with wider draws mixed in, which betray what it misses."""
+"""Importance sampling of a base density with other draws mixed in, which betray what it misses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
+from pyro_vae.sampling.far_modes import far_mode, log_gaussian
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.streams import Stream
 
-_KEY = 41  # first in the key of the stream of random numbers, after the seed
+_KEY, _FAR = 41, 43  # first in the keys of streams of random numbers, after the seed
 _CHUNK = 250  # draws that are scored at once
-# The mixture: shares of draws of the base, of it three times as wide, and of the prior.
-_SHARES = (0.8, 0.1, 0.1)
+# The mixture: shares of draws of the base, of it three times as wide, of a Gaussian at a mode that
+# it does not reach, and of the prior.
+_SHARES = (0.8, 0.1, 0.05, 0.05)
+_SHARES_WITHOUT_PRIOR = (0.9, 0.1, 0.0, 0.0)
 _WIDER = 3.0
+# The share of the posterior that may lie around a mode out of reach: where there is one, others
+# that were not found may hold as much.
+_ELSEWHERE = 0.01
+_UNRESOLVED = 0.02  # the share of it that may lie where the dtype does not tell values apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +34,20 @@ class Weighed:
     Attributes:
         z: unconstrained coordinates, [K, n, D].
         log_weights: log of p(x, z) over the mixture's density, [K, n], float64.
+        elsewhere: the share of the posterior around a mode that the base does not reach, [n].
+        unresolved: the share of it at values that the dtype rounds to the edge of their support,
+            where the density that draws have is not the one that weights are divided by, [n].
     """
 
     z: Tensor
     log_weights: Tensor
+    elsewhere: Tensor
+    unresolved: Tensor
+
+    @property
+    def is_whole(self) -> Tensor:
+        """For which data draws can be expected to have reached all of the posterior, [n]."""
+        return (self.elsewhere <= _ELSEWHERE) & (self.unresolved <= _UNRESOLVED)
 
 
 def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighed:
@@ -38,46 +55,62 @@ def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighe
 
     .. math:: \log w = \log p(x, z) - \log \sum_i \alpha_i q_i(z)
 
-    with q_i the base density, the same three times as wide, and the prior (Hesterberg 1995). The
-    weights are at most 1 / 0.8 of those by the base alone; and where the posterior has a part that
-    the base does not reach, but the wider ones do, some weights are so large that k-hat and the
-    effective sample size show it.
+    with q_i the base density, the same three times as wide, a Gaussian at the highest mode that
+    these do not reach, and the prior (Hesterberg 1995). The weights are at most 1 / 0.8 of those by
+    the base alone; and where the posterior has a part that the base does not reach, but the others
+    do, some weights are so large that k-hat and the effective sample size show it.
 
     Draws are stratified: each density has its share of them.
     """
-    shares = _SHARES if not ready.evaluator.pair.masked else (0.9, 0.1, 0.0)
+    shares = _SHARES_WITHOUT_PRIOR if ready.evaluator.pair.masked else _SHARES
     counts = [round(share * num_particles) for share in shares[1:]]
     counts = [num_particles - sum(counts), *counts]
-    table = ready.table[rows]
+    table, seed = ready.table[rows], ready.evaluator.seed
     shape = sum(counts[:2]), rows.stop - rows.start, ready.blocks.num_noise
-    noise = Stream(ready.evaluator.seed, _KEY, rows.start).normal(table.new_empty(shape))
-    z = ready.base_draws(rows, noise)
+    z = ready.base_draws(rows, Stream(seed, _KEY, rows.start).normal(table.new_empty(shape)))
     centre = ready.base_centre(rows)
     z = torch.cat([z[: counts[0]], centre + _WIDER * (z[counts[0] :] - centre)])
+    inputs, is_far = [table, centre], torch.zeros_like(centre[:, 0], dtype=torch.bool)
     if counts[2]:
-        prior = ready.prior_draws(rows, counts[2], (_KEY, rows.start))
-        z = torch.cat([z, prior])
+        far = far_mode(ready, rows, block, centre)
+        noise = centre.new_empty(counts[2], *centre.shape)
+        z = torch.cat([z, far.draws(Stream(seed, _FAR, rows.start).normal(noise))])
+        z = torch.cat([z, ready.prior_draws(rows, counts[3], (_KEY, rows.start))])
+        inputs, is_far = [*inputs, far.mean, far.factor], far.is_far
     # Draws of the prior on the edge of its support have no coordinates, and no weight.
     usable = z.isfinite().all(-1)
     z = torch.where(usable.unsqueeze(-1), z, centre)
     fractions = torch.tensor(counts, dtype=torch.float64, device=z.device) / num_particles
-    found: list[Tensor] = []
+    weights, of_far = list[Tensor](), list[Tensor]()
     for some in z.split(_CHUNK):
-        inputs = [table, centre, some]
         calls = math.ceil(num_particles / _CHUNK)
-        terms = block.run(log_terms, block.scored, inputs, calls, check=not found)
+        terms = block.run(log_terms, block.scored, [*inputs, some], calls, check=not weights)
         joint, *densities = (term.double() for term in terms)
-        mixture = torch.stack(densities) + fractions.log()[:, None, None]
-        log_weights = joint - mixture.logsumexp(0)
-        found.append(log_weights.nan_to_num(-math.inf, -math.inf, -math.inf))
-    return Weighed(z, torch.cat(found).masked_fill(~usable, -math.inf))
+        parts = torch.stack(densities) + fractions[: len(densities)].log()[:, None, None]
+        mixture = parts.logsumexp(0)
+        weights.append((joint - mixture).nan_to_num(-math.inf, -math.inf, -math.inf))
+        of_far.append((parts[2] - mixture).exp() if counts[2] else torch.zeros_like(mixture))
+    log_weights = torch.cat(weights).masked_fill(~usable, -math.inf)
+    posterior = log_weights.softmax(0)
+    return Weighed(
+        z,
+        log_weights,
+        torch.where(is_far, (posterior * torch.cat(of_far)).sum(0), 0.0),
+        (posterior * ready.is_at_edge(z)).sum(0),
+    )
 
 
-def log_terms(scored: ScoredGuide, table: Tensor, centre: Tensor, z: Tensor) -> list[Tensor]:
-    """Return log densities of coordinates, [K, n]: p(x, z), the base, the wider base, the prior."""
+def log_terms(scored: ScoredGuide, table: Tensor, centre: Tensor, *more: Tensor) -> list[Tensor]:
+    """Return log densities of coordinates, [K, n].
+
+    These are p(x, z), the base, the wider base, and with more than z also the Gaussian of a mean
+    and a factor, and the prior.
+    """
+    *gaussian, z = more
     with torch.no_grad():
         prior, log_likelihood = log_prior_and_likelihood(scored, table, z)
         base = log_base(scored, table, z)
         size = z.shape[-1]
         wide = log_base(scored, table, centre + (z - centre) / _WIDER) - size * math.log(_WIDER)
-    return [log_likelihood + prior, base, wide, prior]
+    found = [log_likelihood + prior, base, wide]
+    return [*found, log_gaussian(gaussian[0], gaussian[1], z), prior] if gaussian else found

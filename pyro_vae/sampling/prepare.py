@@ -21,6 +21,8 @@ from pyro_vae.refinement.starts import answer_of
 from pyro_vae.sampling.streams import Stream
 
 _SCALE = 11  # first in the key of the stream of random numbers, after the seed
+# From an edge inwards: from there on a value is at least three units of rounding away from it.
+_AT_EDGE = 1.0
 _SCALE_DRAWS = 256  # of the base density, whose spread is the first scale of its coordinates
 
 
@@ -86,6 +88,16 @@ class Ready:
     def coordinates_of_single(self, values: Values) -> Tensor:
         """Return the unconstrained coordinates [K, n, D] of values ``[K, *batch, *event]``."""
         return torch.cat([c.rows(c.unconstrained(values)) for c in self.guide.coordinates], -1)
+
+    def is_at_edge(self, z: Tensor) -> Tensor:
+        """Return which coordinates [K, n, D] are of values that are rounded to an edge, [K, n]."""
+        low, high = self._edges
+        return ((z < low + _AT_EDGE) | (z > high - _AT_EDGE)).any(-1)
+
+    @property
+    def _edges(self) -> Tensor:
+        """The smallest and the largest coordinates whose values the dtype tells apart, [2, D]."""
+        return torch.cat([c.edges(self.table) for c in self.guide.coordinates], -1)
 
     def values_of(self, rows: slice, z: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the values of coordinates [K, n, D] by site, ``[K, n, ...]``.

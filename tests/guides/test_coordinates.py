@@ -149,3 +149,19 @@ def test_the_prior_in_unconstrained_coordinates():
         assert mean.shape == std.shape == (1,)
         assert abs(mean.item()) < 0.15 and abs(std.item() - 1) < 0.15
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges_are_where_a_dtype_tells_values_apart_no_more(found, dtype):
+    """A logit near 1: log(1 / eps) to rounding; a logarithm near 0: that of the smallest float."""
+    like = torch.zeros(1, dtype=dtype)
+    info = torch.finfo(dtype)
+    low, high = found["rate"].edges(like)
+    assert low.shape == (2,)
+    torch.testing.assert_close(low.max().item(), math.log(info.tiny), rtol=1e-3, atol=0)
+    assert (high > 88).all()
+    low, high = found["p"].edges(like)
+    assert low.shape == (2,) and (low < -15).all()
+    assert high.min().item() == pytest.approx(-math.log(info.eps), abs=1.0)
+    low, high = found["v"].edges(like)
+    assert low.tolist() == [-math.inf] * 5 and high.tolist() == [math.inf] * 5

@@ -1,0 +1,80 @@
+"""A mode of each posterior that its base density does not reach, as a Gaussian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae.refinement.blocks import Block
+from pyro_vae.refinement.starts import find_modes, gaussian_at
+from pyro_vae.sampling.density import log_base
+from pyro_vae.sampling.prepare import Ready
+
+_KEY = 42  # first in the key of the stream of random numbers, after the seed
+_CLIMBS = 8  # from draws of the prior: a mode that half of them lead to is missed once in 256
+_APART = 4.0  # standard deviations of the base, beyond where its draws lie
+
+
+@dataclass(frozen=True, slots=True)
+class FarMode:
+    """A Gaussian with the curvature of each posterior at its highest mode out of reach.
+
+    Attributes:
+        mean: [n, D].
+        factor: Cholesky factors of the covariances, [n, D, D].
+        is_far: for which data there is such a mode, [n]; for the others it is the highest one.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    is_far: Tensor
+
+    def draws(self, noise: Tensor) -> Tensor:
+        """Return draws [K, n, D] made of noise [K, n, D]."""
+        return self.mean + torch.einsum("nde,kne->knd", self.factor, noise)
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """Return the log density of coordinates [K, n, D], [K, n]."""
+        return log_gaussian(self.mean, self.factor, z)
+
+
+def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode:
+    """Return the highest mode out of the base's reach, of those that the prior's draws lead to.
+
+    Args:
+        ready: the pair.
+        rows: of the block.
+        block: of n data.
+        centre: the middle of the base density, [n, D].
+
+    Raises:
+        ValueError: where a mask of the model leaves latents out, which have no prior.
+    """
+    places = ready.prior_draws(rows, _CLIMBS, (_KEY, rows.start))
+    places = torch.where(places.isfinite().all(-1, keepdim=True), places, centre)
+    modes, heights = find_modes(block, places)
+    with torch.no_grad():
+        base = log_base(block.scored, ready.table[rows], torch.cat([centre.unsqueeze(0), modes]))
+    reach = 0.5 * (math.sqrt(centre.shape[-1]) + _APART) ** 2
+    far = (base[1:] < base[0] - reach) & (heights > -torch.inf)
+    is_far = far.any(0)
+    highest = torch.where(far | ~is_far, heights, -torch.inf).argmax(0)
+    mode = modes[highest, torch.arange(len(centre), device=modes.device)]
+    width = torch.diag_embed(ready.base_scale(rows))
+    mean, factor = gaussian_at(block, mode) or (mode, width)
+    usable = mean.isfinite().all(-1) & factor.isfinite().flatten(1).all(1)
+    mean = torch.where(usable.unsqueeze(-1), mean, centre)
+    factor = torch.where(usable[:, None, None], factor, width)
+    return FarMode(mean, factor, is_far & usable)
+
+
+def log_gaussian(mean: Tensor, factor: Tensor, z: Tensor) -> Tensor:
+    """Return the log density of coordinates [K, n, D], [K, n], of Gaussians, one for each datum."""
+    away = (z - mean).permute(1, 2, 0)
+    white = torch.linalg.solve_triangular(factor, away, upper=False)
+    constant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = constant + 0.5 * z.shape[-1] * math.log(2 * math.pi)
+    return -0.5 * white.square().sum(1).T - constant

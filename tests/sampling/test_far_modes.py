@@ -1,0 +1,95 @@
+"""The mode that a base density does not reach: where it is, how wide, and that there is none."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.sampling.far_modes import far_mode, log_gaussian
+from pyro_vae.sampling.prepare import ready
+from tests.sampling.pairs import masked_model
+from tests.sampling.test_importance import gamma_poisson, local, square
+
+F64 = torch.float64
+
+
+def found(model, guide, *batch):
+    made = ready(model, guide, batch, None, None, 0, False)
+    ((rows, block),) = made.each()
+    return far_mode(made, rows, block, made.base_centre(rows))
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_other_one_of_two_modes(side: float):
+    """z ~ Normal(0, 2), x ~ Normal(z^2, 0.5), x = 9: modes where z^2 = 9 - 1/32, f'' = -16 z^2."""
+    x = torch.tensor([9.0], dtype=F64)
+    far = found(square, local(square, x, loc=side * 3.0, log_scale=math.log(0.083)), x)
+    z = math.sqrt(9 - 1 / 32)
+    assert far.is_far.tolist() == [True]
+    torch.testing.assert_close(far.mean, torch.tensor([[-side * z]], dtype=F64), rtol=1e-4, atol=0)
+    width = torch.tensor([[[1 / (4 * z)]]], dtype=F64)
+    torch.testing.assert_close(far.factor, width, rtol=1e-3, atol=0)
+
+
+def test_a_base_that_holds_both_modes_reaches_them():
+    x = torch.tensor([9.0], dtype=F64)
+    assert not found(square, local(square, x, log_scale=math.log(3.0)), x).is_far.any()
+
+
+def test_one_mode_in_reach_is_not_far():
+    x = torch.tensor([0.0, 3.0, 12.0], dtype=F64)
+    guide = local(gamma_poisson, x)
+    with torch.no_grad():  # near the posterior's logarithm
+        guide.table[:, 0, 0] = ((x + 2) / 1.5).log()
+        guide.table[:, 0, 1] = -0.5 * (x + 2).log()
+    far = found(gamma_poisson, guide, x)
+    assert not far.is_far.any()
+    # Gamma(a, b) has in log z the mode log(a / b) and the curvature a.
+    expected = ((x + 2) / 1.5).log().unsqueeze(-1)
+    torch.testing.assert_close(far.mean, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_many_dimensions_draws_of_the_base_are_no_far_modes():
+    """Of 30 standard normal latents no datum says anything: the mode is the middle."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(30), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(0 * z[..., 0], 1.0), obs=x)
+
+    x = torch.zeros(4, dtype=F64)
+    guide = local(model, x)
+    far = found(model, guide, x)
+    assert not far.is_far.any()
+    with torch.no_grad():  # 5 standard deviations in one of them: inside of what the rest spreads
+        guide.table[:2, 0, 0] = 5.0
+        guide.table[2:, 0, 0] = 12.0
+    assert found(model, guide, x).is_far.tolist() == [False, False, True, True]
+
+
+def test_density_and_draws_are_those_of_torch():
+    torch.manual_seed(0)
+    factor = torch.randn(3, 2, 2, dtype=F64).tril()
+    factor.diagonal(dim1=-2, dim2=-1).abs_()
+    mean, z = torch.randn(3, 2, dtype=F64), torch.randn(5, 3, 2, dtype=F64)
+    exact = dist.MultivariateNormal(mean, scale_tril=factor).log_prob(z)
+    torch.testing.assert_close(log_gaussian(mean, factor, z), exact)
+    x = torch.tensor([9.0], dtype=F64)
+    far = found(square, local(square, x, loc=3.0, log_scale=-2.5), x)
+    noise = torch.randn(4, 1, 1, dtype=F64)
+    torch.testing.assert_close(far.draws(noise), far.mean + far.factor[0] * noise)
+    torch.testing.assert_close(
+        far.log_density(noise), dist.Normal(far.mean, far.factor[0]).log_prob(noise)[..., 0]
+    )
+
+
+def test_without_a_prior_there_is_nowhere_to_climb_from():
+    x, there = torch.zeros(2, dtype=F64), torch.tensor([True, False])
+    guide = pv.LocalGuide(masked_model, num_data=2, example=(x, there)).double()
+    with pytest.raises(ValueError, match="start='prior'"):
+        found(masked_model, guide, x, there)
