@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,8 @@ def repair(
         compile,
     )
     prepared = ladder.ready(guide, arguments)
+    if prepared.stand_in is not None:
+        ladder = replace(ladder, guide=prepared.stand_in, given=dict(prepared.given))
     num_data = prepared.evaluator.num_data
     result = _Result(tuple(rungs), num_data)
     splittable = prepared.evaluator.splittable

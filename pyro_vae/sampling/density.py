@@ -28,25 +28,37 @@ class TemperedDensity:
         table: the family's parameters, [n, P].
         start: what f_0 is.
         calls: evaluations to be expected.
+        wider: a guide's middle [n, D], and how many times wider than the guide f_0 is about it in
+            each coordinate, [n, D].
     """
 
-    def __init__(self, block: Block, table: Tensor, start: Start, calls: int) -> None:
-        self._block, self._table, self._calls = block, table, calls
+    def __init__(
+        self, block: Block, table: Tensor, start: Start, calls: int, wider: Sequence[Tensor] = ()
+    ) -> None:
+        self._block, self._calls, self._given = block, calls, [table, *wider]
         self._function = from_guide if start == "guide" else from_prior
         self._called = False
 
     def __call__(self, z: Tensor) -> Point:
         """Return the point of coordinates [C, n, D]."""
         check, self._called = not self._called, True
-        inputs = [self._table, z]
-        block = self._block
+        inputs, block = [*self._given, z], self._block
         return Point(z, *block.run(self._function, block.scored, inputs, self._calls, check=check))
 
 
-def from_guide(scored: ScoredGuide, table: Tensor, z: Tensor) -> list[Tensor]:
-    """Return log q, log p(x, z) - log q, and their gradients by z."""
+def from_guide(scored: ScoredGuide, table: Tensor, *more: Tensor) -> list[Tensor]:
+    """Return log q, log p(x, z) - log q, and their gradients by z.
+
+    More than z is the middle that q is widened about, and how many times.
+    """
+    *wider, z = more
     z = z.detach().requires_grad_()
-    base = log_base(scored, table, z).double()
+    if wider:
+        centre, width = wider
+        base = log_base(scored, table, centre + (z - centre) / width).double()
+        base = base - width.double().log().sum(-1)
+    else:
+        base = log_base(scored, table, z).double()
     prior, log_likelihood = log_prior_and_likelihood(scored, table, z)
     # In float64: far from a narrow base its density is a large number, which is to cancel.
     return _with_slopes(base, (log_likelihood + prior).double() - base, z)

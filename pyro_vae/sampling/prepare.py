@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -20,6 +23,9 @@ from pyro_vae.refinement.blocks import Block, Blocks
 from pyro_vae.refinement.starts import answer_of
 from pyro_vae.sampling.streams import Stream
 
+logger = logging.getLogger(__name__)
+
+_LOOK = 12  # first in the key of a stream of random numbers, as
 _SCALE = 11  # first in the key of the stream of random numbers, after the seed
 # From an edge inwards: from there on a value is at least three units of rounding away from it.
 _AT_EDGE = 1.0
@@ -36,6 +42,8 @@ class Ready:
         guide: of the base's family: where coordinates of latent sites lie.
         blocks: the data, each with a guide of the base's family.
         table: the base's parameters, [N, P].
+        lost: the data that the guide has no answer for, [N]: there the base is the prior's Gaussian.
+        stand_in: a guide with all of these answers, where the user's own has not all of them.
     """
 
     evaluator: Evaluator
@@ -43,6 +51,8 @@ class Ready:
     guide: LocalGuide
     blocks: Blocks
     table: Tensor
+    lost: Tensor
+    stand_in: LocalGuide | None = None
 
     def each(self, most: int | None = None) -> Iterator[tuple[slice, Block]]:
         """Yield blocks of the data, with the rows that each holds.
@@ -137,11 +147,67 @@ def ready(
     """Return what chains of a batch need; the base is the guide's own answer, in its own family.
 
     A guide of no family, and one of points, is stood for by independent Gaussians with the moments
-    of its draws.
+    of its draws. Where it gives some data no answer (parameters that are no numbers, or scales of
+    zero) it is replaced by a guide of the same answers for the others, and a Gaussian with the
+    prior's moments for these; a logged warning names them.
 
     Raises:
         ValueError: for what :func:`pyro_vae.refine` refuses, and for an ExactGuide.
     """
+    options = given, data_plate, seed, compile
+    try:
+        made = _ready(model, guide, batch, *options)
+    except ValueError as error:
+        # Distributions refuse parameters that are no numbers, of all data together.
+        if (unchecked := _unchecked(model, guide, batch, options)) is None:
+            raise
+        made = unchecked
+        logger.debug("an answer of the guide is refused: %s", error)
+    if not bool(made.lost.any()):
+        return made
+    rows = torch.nonzero(made.lost).flatten().tolist()
+    name = getattr(guide, "__name__", type(guide).__name__)
+    logger.warning(
+        "the guide %s has no answer for data %s%s (parameters that are not finite, or scales of "
+        "zero): a Gaussian with the prior's moments stands in for it there",
+        name,
+        rows[:10],
+        " and others" if len(rows) > 10 else "",
+    )
+    with torch.no_grad():
+        made.guide.table.copy_(made.table)
+    again = _ready(model, made.guide, batch, dict(made.given), *options[1:])
+    return dataclasses.replace(again, lost=made.lost, stand_in=made.guide)
+
+
+def _unchecked(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    options: tuple[GivenValues | None, DataPlate, int | None, Compile],
+) -> Ready | None:
+    """Return what a guide gives whose parameters are not validated; None if that is no cause."""
+    with pyro.validation_enabled(False):
+        try:
+            made = _ready(model, guide, batch, *options)
+        except ValueError:  # for another cause, which the first error says
+            return None
+        everything = slice(0, made.evaluator.num_data)
+        _, log_guide = made.evaluator.draw(everything, 2, (_LOOK,))
+    lost = made.lost | ~log_guide.isfinite().all(0)
+    return dataclasses.replace(made, lost=lost) if bool(lost.any()) else None
+
+
+def _ready(
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    given: GivenValues | None,
+    data_plate: DataPlate,
+    seed: int | None,
+    compile: Compile,
+) -> Ready:
+    """Do what :func:`ready` does, but for the warning and the stand-in."""
     if isinstance(guide, ExactGuide):
         raise ValueError(
             "an ExactGuide is the exact posterior of discrete latents: there is nothing to sample "
@@ -166,8 +232,12 @@ def ready(
         )
         table = answer_of(local, guide, evaluator)
     local = local.to(table)
-    # Of data that the guide has no answer for, the base is the prior's Gaussian.
-    whole = table.flatten(1).isfinite().all(1).reshape(-1, *[1] * (table.ndim - 1))
-    table = torch.where(whole, table, local.table.detach())
+    size, family = local.num_coordinates, local.family
+    with torch.no_grad(), pyro.validation_enabled(False):
+        noise = table.new_zeros(1, len(table), family.num_noise(size))
+        centre = family.from_noise(table, size, noise)
+        height = family.conditional(table, size, centre[..., :0], slice(0, size)).log_prob(centre)
+    lost = ~(table.flatten(1).isfinite().all(1) & height[0].isfinite())
+    table = torch.where(lost.reshape(-1, *[1] * (table.ndim - 1)), local.table.detach(), table)
     blocks = Blocks(looks, evaluator, local, data_plate, compile)
-    return Ready(evaluator, fixed, local, blocks, table.detach())
+    return Ready(evaluator, fixed, local, blocks, table.detach(), lost)

@@ -274,3 +274,31 @@ def test_an_exact_guide_has_nothing_to_mend():
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="nothing to sample or to mend"):
         repair(model, pv.ExactGuide(model, example=x), x, **SETTINGS)
+
+
+def test_a_datum_without_an_answer_climbs_alone(caplog):
+    """The encoder gives no number for one datum: the others stay where they were."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 4).double()
+
+        def forward(self, x):
+            return self.layer(x.unsqueeze(-1)).tanh().masked_fill(x.unsqueeze(-1) > 5, math.nan)
+
+    torch.manual_seed(0)
+    x = torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64)
+    guide = pv.AmortizedGuide(model, Encoder(), example=x[:2])
+    found = repair(model, guide, x, rungs=("importance", "refined"), **SETTINGS)
+    assert found.good.all()
+    assert found.dataset["rung"].values[:2].tolist() == ["importance"] * 2
+    exact = dist.Normal(torch.zeros(3).double(), 2**0.5).log_prob(x).numpy()
+    off = np.abs(found.dataset["log_evidence"].values - exact)
+    assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+    assert "AmortizedGuide has no answer for data [2]" in caplog.text

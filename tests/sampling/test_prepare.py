@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -209,3 +211,71 @@ def test_what_no_density_is_known_of_is_refused():
         prepared(NormalModel(), other, X)
     with pytest.raises(ValueError, match="NaN"):
         prepared(NormalModel(), NormalModel().posterior, X.log())
+
+
+# --- a guide without an answer for some data
+
+
+def broken(kind: str, x):
+    """A guide of a NormalModel that fails at the third of four data."""
+    model = NormalModel()
+    if kind == "family":
+        guide = local(model, x)
+        with torch.no_grad():
+            guide.table[2, 0, 0] = math.nan
+        return model, guide
+    if kind == "family, scale of zero":
+        guide = local(model, x)
+        with torch.no_grad():
+            guide.table[2, 0, 1] = -2000.0
+        return model, guide
+    third = torch.arange(4) == 2
+
+    def by_hand(x):
+        loc = x.masked_fill(third[: len(x)], math.nan) if kind == "by hand" else x
+        scale = torch.ones_like(x)
+        if kind == "by hand, scale of zero":
+            scale = scale.masked_fill(third[: len(x)], 0.0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    return model, by_hand
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["family", "family, scale of zero", "by hand", "by hand, scale of zero"]
+)
+def test_data_without_an_answer_start_from_the_prior(kind, validated, caplog):
+    """The others keep theirs; the warning names guide and datum."""
+    x = torch.tensor([-1.0, 0.5, 1.0, 3.0], dtype=F64)
+    model, guide = broken(kind, x)
+    whole = {"family": local, "family, scale of zero": local}.get(kind)
+    with pyro.validation_enabled(validated):
+        made = prepared(model, guide, x)
+    assert made.table.isfinite().all()
+    of_prior = pv.LocalGuide(model, num_data=4, example=x).double().table
+    torch.testing.assert_close(made.table[2, :, 1], of_prior[2, :, 1])
+    if whole is not None:
+        torch.testing.assert_close(made.table[[0, 1, 3]], whole(model, x).table[[0, 1, 3]])
+    else:
+        torch.testing.assert_close(made.table[[0, 1, 3], 0, 0], x[[0, 1, 3]], rtol=0, atol=0.3)
+    if validated or whole is not None:
+        assert made.lost.tolist() == [False, False, True, False]
+        assert "has no answer for data [2]" in caplog.text and made.stand_in is not None
+
+
+def test_what_fails_for_another_cause_fails_as_before():
+    model = NormalModel()
+
+    def elsewhere(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("other", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="other"):
+        prepared(model, elsewhere, X)
+
+
+def test_a_guide_that_answers_is_no_stand_in(caplog):
+    made = prepared(NormalModel(), local(NormalModel(), X), X)
+    assert made.stand_in is None and not made.lost.any() and not caplog.records
