@@ -138,8 +138,9 @@ def repair(
     (:mod:`pyro_vae.sampling.far_modes`): so a part of the posterior that the guide misses shows in
     the weights. A datum with more than a hundredth of its posterior around such a mode is bad, as
     there may be more modes, and so is one whose posterior is cut off by rounding, such as that of a
-    probability of 1 - 1e-9 in single precision. Of annealed chains half must be effective; chains must have converged. No verdict is good whose
-    bound on log p(x) lies below that of an earlier rung by more than five standard errors.
+    probability of 1 - 1e-9 in single precision. Of annealed chains half must be effective; chains
+    must have converged. No verdict is good whose bound on log p(x) lies below that of an earlier
+    rung by more than five standard errors.
 
     Args:
         model: a Pyro model.

@@ -42,7 +42,7 @@ class Ready:
         guide: of the base's family: where coordinates of latent sites lie.
         blocks: the data, each with a guide of the base's family.
         table: the base's parameters, [N, P].
-        lost: the data that the guide has no answer for, [N]: there the base is the prior's Gaussian.
+        lost: the data that the guide has no answer for, [N], and the prior's moments stand in.
         stand_in: a guide with all of these answers, where the user's own has not all of them.
     """
 

@@ -342,3 +342,66 @@ def test_moves_make_chains_leave_their_draw_and_leave_weights_unbiased():
         weights, moved = made.backward(path, z, moves=moves)
         assert moved.shape == (4, count) and moved.double().mean() == pytest.approx(left, abs=0.02)
         mean_is_one((exact - weights).exp().mean(0).unsqueeze(-1))
+
+
+# --- a guide that is a point beside the posterior
+
+
+def point_guide(model, x, shares):
+    """A guide with the posterior's middle, and a share of its width for each datum."""
+    guide = local(model, x)
+    exact = model.posterior_of(x)
+    with torch.no_grad():
+        guide.table[:, 0, 0] = exact.loc
+        guide.table[:, 0, 1] = (exact.scale * torch.tensor(shares, dtype=F64)).log()
+    return guide
+
+
+def test_a_guide_far_too_narrow_is_widened_to_the_curvature():
+    """Of a Gaussian it becomes the posterior, so that every weight is the evidence.
+
+    As it is, weights of one of 1e-4 are alike, and 2 to 4 nats too low. One that is half as wide
+    as the posterior, or wider, stays as it is.
+    """
+    model = NormalModel()
+    x = torch.tensor([-1.0, 0.5, 3.0, 1.0, 1.0, 1.0], dtype=F64)
+    shares = [1e-6, 1e-4, 0.2, 0.5, 1.0, 2.0]
+    made = annealer(model, point_guide(model, x, shares), x, chains=4, steps=3)
+    _, width = made._wider
+    expected = torch.tensor([1e6, 1e4, 5.0, 1.0, 1.0, 1.0], dtype=F64)
+    torch.testing.assert_close(width[:, 0], expected, rtol=1e-3, atol=0)
+    weights, _ = made.forward(made.path())
+    # Gradients over draws of 1e-6 are rounded.
+    exact = model.log_evidence(x)[:3].expand(4, 3)
+    torch.testing.assert_close(weights[:, :3], exact, rtol=0, atol=1e-3)
+
+
+def test_where_the_posterior_curves_upward_the_prior_says_how_wide():
+    """x ~ Normal(z^2, 0.5) at z = 0 and x = 9: a minimum between two modes, and a prior of 2."""
+
+    def square(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 2.0))
+            pyro.sample("x", dist.Normal(z.square(), 0.5), obs=x)
+
+    x = torch.tensor([9.0], dtype=F64)
+    guide = local(square, x)
+    with torch.no_grad():
+        guide.table[:, 0, 0], guide.table[:, 0, 1] = 0.0, math.log(0.01)
+    made = annealer(square, guide, x, chains=4, steps=3)
+    assert float(made._wider[1]) * 0.01 == pytest.approx(2.0, rel=0.25)
+
+
+def test_from_the_prior_nothing_is_widened():
+    model = NormalModel()
+    guide = point_guide(model, REALS, [1e-4] * 3)
+    assert annealer(model, guide, REALS, start="prior")._wider == ()
+
+
+def test_the_density_of_a_widened_guide_is_normalized():
+    """Its integral over a grid is one, at power 0, and the evidence at power 1."""
+    model = NormalModel()
+    made = annealer(model, point_guide(model, REALS, [0.2, 0.1, 0.25]), REALS)
+    for power, exact in ((0.0, torch.zeros(3, dtype=F64)), (1.0, model.log_evidence(REALS))):
+        found = integrals(made.density(), 3, power)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
