@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.description = (
         "Train a VAE, compare its encoder with per-datum guides on training and held-out images, "
-        "and write the posterior for ArviZ, a table of gaps and figures."
+        "mend the posteriors of held-out ones, and write the posterior for ArviZ, tables of gaps "
+        "and repairs, and figures."
     )
     images = ".npz, .npy, idx, idx.gz or a folder of MNIST's files (default: the 8x8 digits)"
     demo.add_argument("--data", type=Path, help=images)

@@ -1,4 +1,4 @@
-"""The main job end to end: train a VAE on images, say how wrong its posterior is, and why."""
+"""The main job end to end: train a VAE on images, say how wrong its posterior is, and mend it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,16 +20,21 @@ from pyro_vae.datasets import images as datasets
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
+from pyro_vae.evaluation.repair import Repair, repair
+from pyro_vae.evaluation.rungs import RUNGS, Rung
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
+from pyro_vae.sampling.chains import sample_posterior
+from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.training.fit import FitResult, fit
 from pyro_vae.zoo.images import VAE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from xarray import Dataset
 
 # Images with at most this many grey levels are counts (Binomial); finer ones are
 # binarized at random (Bernoulli), as is the custom for MNIST.
@@ -37,6 +43,16 @@ _VALIDATION_FRACTION = 0.1
 _IMAGES_SHOWN = 12
 # Pixels drawn for posterior.nc, of the posterior predictive and of the prior's each.
 _PIXELS_DRAWN = 20_000_000
+_FEWEST_WEIGHED = 1000  # draws that a repair needs
+# How a posterior is mended on each rung, in the words of the summary.
+_WAYS: dict[str, str] = {
+    "importance": "by importance weights of the encoder's answer",
+    "refined": "by its family fitted to the image",
+    "full rank": "by a Gaussian with any covariance",
+    "flow": "by a normalizing flow",
+    "annealed": "by annealed chains",
+    "chains": "by long chains",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,11 @@ class Settings:
         refine_steps: steps of a datum's own guide at most.
         num_particles: K of the bounds.
         num_draws: posterior draws written for ArviZ; fewer for large images.
+        num_repaired: held-out images whose posterior is mended.
+        rungs: of the ladder that they climb.
+        num_sandwiched: those of them whose exact posterior is drawn from, and whose log p(x) is
+            bounded from both sides.
+        num_annealed: steps of the chains that bound it.
     """
 
     num_latents: int = 10
@@ -64,12 +85,18 @@ class Settings:
     refine_steps: int = 4000
     num_particles: int = 5000
     num_draws: int = 500
+    num_repaired: int = 64
+    rungs: tuple[Rung, ...] = RUNGS
+    num_sandwiched: int = 16
+    num_annealed: int = 300
 
     @classmethod
     def quick(cls) -> Settings:
         """Return settings of a run of seconds."""
         sizes = {"num_data": 32, "refine_steps": 1000, "num_particles": 500, "num_draws": 100}
-        return cls(hidden=(64, 64), epochs=15, patience=5, **sizes)
+        sizes |= {"num_repaired": 8, "num_sandwiched": 4, "num_annealed": 100}
+        cheap = tuple(rung for rung in RUNGS if rung not in ("annealed", "chains"))
+        return cls(hidden=(64, 64), epochs=15, patience=5, rungs=cheap, **sizes)
 
 
 def run(
@@ -81,7 +108,7 @@ def run(
     device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Comparison]:
-    """Run the demo: print the gap table, write posterior.nc, gaps.csv and figures.
+    """Run the demo: print the gap table, mend posteriors, write posterior.nc and figures.
 
     Args:
         settings: how long it takes.
@@ -113,12 +140,17 @@ def run(
     for part in demo.parts:
         with _timed(f"compare on {part}", seconds):
             comparisons[part] = demo.compare(part)
+    with _timed("repair", seconds):
+        repaired = demo.repair(progress)
+    with _timed("chains", seconds):
+        samples = demo.chains(progress)
     with _timed("write", seconds):
-        demo.write(output, result, comparisons)
+        demo.write(output, result, comparisons, repaired, samples)
     wrote = f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}"
     times = ", ".join(f"{part} {each:.1f} s" for part, each in seconds.items())
     clock = f"{sum(seconds.values()):.1f} s: {times}"
-    print("", format_table(comparisons), "", _meaning(comparisons), "", wrote, clock, sep="\n")
+    told = (format_table(comparisons), _meaning(comparisons), _mended(repaired), wrote)
+    print("", "\n\n".join(told), clock, sep="\n")
     return comparisons
 
 
@@ -185,8 +217,40 @@ class _Demo:
             seed=self.seed,
         )
 
-    def write(self, output: Path, result: FitResult, comparisons: Mapping[str, Comparison]) -> None:
-        """Write the posterior of the test part, the table of gaps, and the figures."""
+    def repair(self, progress: bool) -> Repair:
+        """Mend the posteriors of the first test images."""
+        return repair(
+            self.model,
+            self.guide,
+            self.parts["test"][: self.settings.num_repaired],
+            rungs=self.settings.rungs,
+            num_particles=max(_FEWEST_WEIGHED, self.settings.num_particles),
+            max_steps=self.settings.refine_steps,
+            seed=self.seed,
+            progress=progress,
+        )
+
+    def chains(self, progress: bool) -> PosteriorSamples:
+        """Draw from the exact posteriors of the first test images."""
+        return sample_posterior(
+            self.model,
+            self.guide,
+            self.parts["test"][: self.settings.num_sandwiched],
+            num_draws=self.settings.num_draws,
+            num_warmup=self.settings.num_draws,
+            seed=self.seed,
+            progress=progress,
+        )
+
+    def write(
+        self,
+        output: Path,
+        result: FitResult,
+        comparisons: Mapping[str, Comparison],
+        repaired: Repair,
+        samples: PosteriorSamples,
+    ) -> None:
+        """Write the posterior of the test part, tables of gaps and of repairs, and the figures."""
         from matplotlib import pyplot
 
         x = self.parts["test"]
@@ -198,6 +262,7 @@ class _Demo:
         found = {part: comparison.dataset for part, comparison in comparisons.items()}
         gaps = pd.concat({n: gap.to_dataframe() for n, gap in found.items()}, names=["part"])
         gaps.to_csv(output / "gaps.csv")
+        repaired.dataset.drop_dims("rung_name").to_dataframe().to_csv(output / "repair.csv")
         means = tree["posterior"]["z"].mean(("chain", "draw")).values
         labels = self.images.test_labels
         shown = None if labels is None else labels[: self.settings.num_data].numpy()
@@ -208,11 +273,36 @@ class _Demo:
             "pareto_k": plots.plot_pareto_k(found),
             "reconstructions": self._reconstructions(tree),
             "latents": plots.plot_latents(means, shown),
+            "rungs": plots.plot_rungs(repaired.dataset),
+            "posterior": self._posterior(tree, found["test"], repaired, samples),
         }
         for name, drawn in figures.items():
             figure = cast("Figure", getattr(drawn, "figure", drawn))
             figure.savefig(output / f"{name}.png", dpi=150, bbox_inches="tight")
             pyplot.close(figure)
+
+    def _posterior(
+        self, tree: Container, gaps: Dataset, repaired: Repair, samples: PosteriorSamples
+    ) -> Axes:
+        """Draw the posterior of the image that the encoder serves worst: guide, chains, repaired.
+
+        The two latents are those that the chains' draws correlate most.
+        """
+        z = samples.draws["z"].flatten(0, 1).cpu().numpy()
+        lost = gaps["amortization_gap"].sel(guide="amortized").values[: z.shape[1]]
+        worst = int(lost.argmax())
+        strength = np.abs(np.corrcoef(z[:, worst].T)) - np.eye(z.shape[2])
+        first, second = sorted(map(int, np.unravel_index(strength.argmax(), strength.shape)))
+        kept = [first, second]
+        guides = {
+            "the encoder's": tree["posterior"]["z"].values[0, :, worst][:, kept],
+            f"repaired ({repaired.dataset['rung'].values[worst]})": repaired.draws["z"]
+            .cpu()
+            .numpy()[:, worst][:, kept],
+        }
+        title = f"Test image {worst}: the encoder loses {lost[worst]:.1f} nats"
+        names = f"latent {first + 1}", f"latent {second + 1}"
+        return plots.plot_posterior_pair(z[:, worst][:, kept], guides, names, title)
 
     def _reconstructions(self, tree: Container) -> Figure:
         """Draw the first test images, what the decoder makes of their codes, and prior samples."""
@@ -246,6 +336,20 @@ def _meaning(comparisons: Mapping[str, Comparison]) -> str:
         f"Importance weights through it are not to be trusted (k-hat > {PARETO_K_THRESHOLD}) for "
         f"{bad['amortized']:.0%} of the held-out images, nor for {bad['mean-field']:.0%} of them "
         "through the mean field fitted to each image alone."
+    )
+
+
+def _mended(repaired: Repair) -> str:
+    """Return in a sentence on which rungs posteriors got a good verdict."""
+    table, total = repaired.summary(), repaired.good.size
+    shares = [f"{good / total:.0%} {_WAYS[str(rung)]}" for rung, good in table["good"].items()]
+    bad = np.flatnonzero(~repaired.good)
+    rest = "every one has a good verdict"
+    if bad.size:
+        rest = f"{bad.size} have no good verdict (images {', '.join(map(str, bad))})"
+    return (
+        f"Of the posteriors of {total} held-out images, mended one by one as far as each needs it, "
+        f"{', '.join(shares)} got a good verdict: {rest}."
     )
 
 

@@ -17,9 +17,20 @@ from pyro_vae.demo import Settings, run
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 TINY = Settings(
-    num_latents=3, hidden=(16, 16), epochs=2, num_data=8, num_particles=200, num_draws=20
+    num_latents=3,
+    hidden=(16, 16),
+    epochs=2,
+    num_data=8,
+    refine_steps=400,
+    num_particles=200,
+    num_draws=20,
+    num_repaired=3,
+    rungs=("importance", "refined"),
+    num_sandwiched=2,
+    num_annealed=5,
 )
 FIGURES = {"training", "gaps", "gap_distribution", "pareto_k", "reconstructions", "latents"}
+FIGURES |= {"rungs", "posterior"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,7 @@ def ran(tmp_path_factory):
 def test_it_writes_what_it_promises(ran):
     comparisons, folder, told = ran
     files = {path.name for path in folder.iterdir()}
-    assert files == {"posterior.nc", "gaps.csv"} | {f"{name}.png" for name in FIGURES}
+    assert files == {"posterior.nc", "gaps.csv", "repair.csv"} | {f"{name}.png" for name in FIGURES}
     table = pd.read_csv(folder / "gaps.csv")
     assert set(table["part"]) == {"train", "test"} and len(table) == 2 * 2 * 8
     total = table["log_evidence"] - table["elbo"]
@@ -44,6 +55,11 @@ def test_it_writes_what_it_promises(ran):
     tree = az.from_netcdf(folder / "posterior.nc")
     assert tree["posterior"]["z"].dims == ("chain", "draw", "datum", "latent")
     assert "approximation gap" in told and "share k-hat > 0.7" in told
+    repairs = pd.read_csv(folder / "repair.csv")
+    assert set(repairs["rung"]) <= {"importance", "refined"} and len(repairs) == 3
+    share = (repairs["good"] & (repairs["rung"] == "refined")).mean()
+    assert f"{share:.0%} by its family fitted to the image" in told
+    assert "Of the posteriors of 3 held-out images" in told
     mean = comparisons["test"].summary().loc["amortized", "elbo"]
     assert f"{mean:.3f} ±" in told
 

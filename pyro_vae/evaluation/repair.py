@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.arviz_versions import Container, container, dims_of_draws
-from pyro_vae.evaluation.rungs import RUNGS, Found, Ladder, Rung
+from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder, Rung
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
@@ -165,8 +165,8 @@ def repair(
         ValueError: for what :func:`pyro_vae.refine` refuses, an unknown rung, and fewer than 1000
             particles.
     """
-    if not rungs or set(rungs) - set(RUNGS) or len(set(rungs)) < len(rungs):
-        raise ValueError(f"rungs={rungs!r}: some of {RUNGS} are needed, each once")
+    if not rungs or set(rungs) - set(EVERY_RUNG) or len(set(rungs)) < len(rungs):
+        raise ValueError(f"rungs={rungs!r}: some of {EVERY_RUNG} are needed, each once")
     seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
     arguments = as_batch(*batch)
     ladder = Ladder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -16,6 +16,7 @@ from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Flags, Weights
 from pyro_vae.evaluation.ais import ais
 from pyro_vae.families.base import Family
+from pyro_vae.families.flow import Flow
 from pyro_vae.families.gaussian import FullRankNormal, Normal
 from pyro_vae.guides.base import of_family
 from pyro_vae.particles.estimators import Estimate, calibrated
@@ -29,10 +30,13 @@ from pyro_vae.sampling.density import Start
 from pyro_vae.sampling.importance import weigh
 from pyro_vae.sampling.prepare import Ready, ready
 
-Rung: TypeAlias = Literal["importance", "refined", "full rank", "annealed", "chains"]
-RUNGS: tuple[Rung, ...] = get_args(Rung)
+Rung: TypeAlias = Literal["importance", "refined", "full rank", "flow", "annealed", "chains"]
+EVERY_RUNG: tuple[Rung, ...] = get_args(Rung)
+RUNGS: tuple[Rung, ...] = ("importance", "refined", "full rank", "annealed", "chains")
 
 _ANNEALED_CHAINS, _ANNEALED_STEPS = 512, 200
+# So many tune the others, and go first: a datum of which few are effective will do no better.
+_SCOUTS, _HOPELESS = 64, 0.2
 _TOGETHER = 16384  # annealed chains that run at once
 _EQUAL_CHAINS = 0.5  # the share of them that are effective, at least
 _RESAMPLING, _DISCRETE = 51, 52  # first in the keys of streams of random numbers
@@ -87,7 +91,7 @@ class Ladder:
                 return self._annealed(batch)
             if rung == "chains":
                 return self._chains(batch)
-            family: Family = FullRankNormal()
+            family: Family = Flow() if rung == "flow" else FullRankNormal()
             if rung == "refined":
                 family = self.guide.family if of_family(self.guide) else Normal()
             local = refine(
@@ -132,12 +136,24 @@ class Ladder:
 
     def _annealed(self, batch: Batch) -> Found:
         prepared = self.ready(self.guide, batch)
+        scouts = self._anneal(prepared, _SCOUTS)
+        promising = torch.nonzero(scouts.ess > _HOPELESS * _SCOUTS).flatten()
+        if not len(promising):
+            return scouts
+        if len(promising) == len(scouts.good) or not prepared.evaluator.splittable:
+            return self._anneal(prepared, _ANNEALED_CHAINS)
+        with self._on(promising):
+            some = self.ready(self.guide, batch.rows(promising))
+            return _with_rows(scouts, promising, self._anneal(some, _ANNEALED_CHAINS))
+
+    def _anneal(self, prepared: Ready, num_chains: int) -> Found:
         start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
-        limits = _ANNEALED_CHAINS, _ANNEALED_STEPS
+        limits = _ANNEALED_STEPS, "adaptive"
         parts = []
-        for rows, block in prepared.each(_TOGETHER // _ANNEALED_CHAINS):
-            annealer = Annealer(prepared, rows, block, start, *limits, "adaptive")
-            log_weights, z = annealer.forward(annealer.path())
+        for rows, block in prepared.each(_TOGETHER // num_chains):
+            path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
+            annealer = Annealer(prepared, rows, block, start, num_chains, *limits)
+            log_weights, z = annealer.forward(path)
             parts.append(self._weighed(prepared, rows, z, log_weights, _nearly_equal))
         return _joined(parts, prepared)
 
@@ -201,6 +217,18 @@ def _reached(is_whole: Flags, weights: Weights) -> Flags:
 def _nearly_equal(weights: Weights) -> Flags:
     """Return for which data half of annealed chains are effective, [n]."""
     return weights.ess > _EQUAL_CHAINS * weights.num_particles
+
+
+def _with_rows(found: Found, rows: Tensor, better: Found) -> Found:
+    """Return what was found, with something better for some rows."""
+    draws = {name: value.clone() for name, value in found.draws.items()}
+    for name, value in draws.items():
+        value[:, rows.to(value.device)] = better.draws[name]
+    numbers = [field.name for field in fields(found) if field.name != "draws"]
+    of_datum = {name: getattr(found, name).clone() for name in numbers}
+    for name, value in of_datum.items():
+        value[rows] = getattr(better, name)
+    return Found(draws=draws, **of_datum)
 
 
 def _joined(parts: Sequence[Found], prepared: Ready) -> Found:

@@ -2,6 +2,7 @@
 
 from pyro_vae.plots.evidence import plot_evidence
 from pyro_vae.plots.images import plot_imputation, plot_reconstructions
+from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs
 from pyro_vae.plots.results import (
     plot_gap_distribution,
     plot_gaps,
@@ -18,5 +19,7 @@ __all__ = [
     "plot_imputation",
     "plot_latents",
     "plot_pareto_k",
+    "plot_posterior_pair",
     "plot_reconstructions",
+    "plot_rungs",
 ]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
 
 # Okabe and Ito (2008): told apart under the common kinds of colour blindness.
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BLUE, VERMILION, _, _, _ORANGE, _ = _CYCLE
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, VERMILION, _, _, _ORANGE, _ = CYCLE
 # Petroff (2021): ten colours for categories.
 _TEN = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
@@ -116,7 +116,7 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
         The axes.
     """
     rows, ax = _rows(datasets), axes(ax, (6.4, 4.2))
-    colors = dict(zip(dict.fromkeys(r.guide for r in rows), itertools.cycle(_CYCLE), strict=False))
+    colors = dict(zip(dict.fromkeys(r.guide for r in rows), itertools.cycle(CYCLE), strict=False))
     styles = dict(zip(dict.fromkeys(r.name for r in rows), itertools.cycle(_STYLES), strict=False))
     for row in rows:
         gap = np.asarray(row.dataset["log_evidence"] - row.dataset["elbo"].sel(guide=row.guide))
