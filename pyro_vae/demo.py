@@ -18,6 +18,7 @@ from pyro_vae import plots
 from pyro_vae.arviz_versions import Container, write
 from pyro_vae.datasets import images as datasets
 from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
+from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
 from pyro_vae.evaluation.repair import Repair, repair
@@ -142,14 +143,16 @@ def run(
             comparisons[part] = demo.compare(part)
     with _timed("repair", seconds):
         repaired = demo.repair(progress)
-    with _timed("chains", seconds):
+    with _timed("both sides of log p(x)", seconds):
         samples = demo.chains(progress)
+        sandwich = demo.sandwich(samples, progress)
     with _timed("write", seconds):
-        demo.write(output, result, comparisons, repaired, samples)
+        demo.write(output, result, comparisons, repaired, samples, sandwich)
     wrote = f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}"
     times = ", ".join(f"{part} {each:.1f} s" for part, each in seconds.items())
     clock = f"{sum(seconds.values()):.1f} s: {times}"
-    told = (format_table(comparisons), _meaning(comparisons), _mended(repaired), wrote)
+    told = [format_table(comparisons), _meaning(comparisons), _mended(repaired)]
+    told += [_sandwiched(sandwich), wrote]
     print("", "\n\n".join(told), clock, sep="\n")
     return comparisons
 
@@ -242,6 +245,18 @@ class _Demo:
             progress=progress,
         )
 
+    def sandwich(self, samples: PosteriorSamples, progress: bool) -> Sandwich:
+        """Bound log p(x) of these from both sides."""
+        return bdmc(
+            self.model,
+            self.guide,
+            self.parts["test"][: self.settings.num_sandwiched],
+            num_steps=self.settings.num_annealed,
+            posterior=samples,
+            seed=self.seed,
+            progress=progress,
+        )
+
     def write(
         self,
         output: Path,
@@ -249,6 +264,7 @@ class _Demo:
         comparisons: Mapping[str, Comparison],
         repaired: Repair,
         samples: PosteriorSamples,
+        sandwich: Sandwich,
     ) -> None:
         """Write the posterior of the test part, tables of gaps and of repairs, and the figures."""
         from matplotlib import pyplot
@@ -274,6 +290,7 @@ class _Demo:
             "reconstructions": self._reconstructions(tree),
             "latents": plots.plot_latents(means, shown),
             "rungs": plots.plot_rungs(repaired.dataset),
+            "evidence": plots.plot_evidence(sandwich.dataset),
             "posterior": self._posterior(tree, found["test"], repaired, samples),
         }
         for name, drawn in figures.items():
@@ -350,6 +367,19 @@ def _mended(repaired: Repair) -> str:
     return (
         f"Of the posteriors of {total} held-out images, mended one by one as far as each needs it, "
         f"{', '.join(shares)} got a good verdict: {rest}."
+    )
+
+
+def _sandwiched(sandwich: Sandwich) -> str:
+    """Return in a sentence what log p(x) is from both sides."""
+    lower, upper = sandwich.lower, sandwich.upper
+    doubt = (
+        f" ({untrusted} not to be trusted)" if (untrusted := int(sandwich.untrusted.sum())) else ""
+    )
+    return (
+        f"log p(x) of {len(lower.value)} of them{doubt} is between {lower.mean:.3f} ± "
+        f"{lower.mean_std_error:.3f} and {upper.mean:.3f} ± {upper.mean_std_error:.3f} nats on "
+        f"average, by annealed chains from both sides."
     )
 
 

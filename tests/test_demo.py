@@ -30,7 +30,7 @@ TINY = Settings(
     num_annealed=5,
 )
 FIGURES = {"training", "gaps", "gap_distribution", "pareto_k", "reconstructions", "latents"}
-FIGURES |= {"rungs", "posterior"}
+FIGURES |= {"rungs", "posterior", "evidence"}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_it_writes_what_it_promises(ran):
     share = (repairs["good"] & (repairs["rung"] == "refined")).mean()
     assert f"{share:.0%} by its family fitted to the image" in told
     assert "Of the posteriors of 3 held-out images" in told
+    assert "log p(x) of 2 of them" in told
     mean = comparisons["test"].summary().loc["amortized", "elbo"]
     assert f"{mean:.3f} ±" in told
 

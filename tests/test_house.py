@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "zoo": {"nets", "programs"},
     "demo": {
         *("arviz_versions", "datasets", "diagnostics", "evaluation", "export", "families"),
-        *("guides", "nets", "plots", "training", "zoo"),
+        *("guides", "nets", "plots", "sampling", "training", "zoo"),
     },
     "cli": {"demo"},
 }

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Repair", "repair"]
 
@@ -38,7 +41,8 @@ class Repair:
             verdict there; ``log_evidence`` in nats with ``log_evidence_se``, of that rung, or of
             that with the highest bound where no verdict is good; ``pareto_k`` and ``ess`` of the
             importance weights of its last rung (of chains the smallest effective sample size, and
-            no k-hat); ``rhat`` of chains. Of each datum and rung: ``log_evidence_of_rung``,
+            no k-hat); ``rhat`` of chains; ``cost``, its share of the seconds of the rungs that it
+            was tried on. Of each datum and rung: ``log_evidence_of_rung``, with ``_se``, and
             ``tried``. Of each rung: ``seconds``.
         draws: latent site to draws of each datum's posterior, ``[S, N, *inner plates, *event]``.
         given: the values that global latents were fixed at, by name.
@@ -77,6 +81,12 @@ class Repair:
             )
         return pd.DataFrame(rows, index=pd.Index(data["rung_name"].values, name="rung"))
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the share of the data at each rung; needs the extra ``plots``."""
+        from pyro_vae.plots.posteriors import plot_rungs
+
+        return plot_rungs(self.dataset, ax)
+
     def to_arviz(self) -> Container:
         """Return the draws in ArviZ's container, one chain, and the dataset as constant_data.
 
@@ -84,7 +94,16 @@ class Repair:
         and effective sample sizes of this container say nothing: those of the dataset do.
         """
         posterior = {name: v.numpy(force=True)[np.newaxis] for name, v in self.draws.items()}
-        names = ("rung", "good", "log_evidence", "log_evidence_se", "pareto_k", "ess", "rhat")
+        names = (
+            "rung",
+            "good",
+            "log_evidence",
+            "log_evidence_se",
+            "pareto_k",
+            "ess",
+            "rhat",
+            "cost",
+        )
         data = {name: self.dataset[name].values for name in names}
         data["rung"] = data["rung"].astype(str)
         lead = [] if self.is_whole else ["datum"]
@@ -125,8 +144,12 @@ def repair(
     - ``"importance"``: the guide's draws, resampled by Pareto-smoothed importance weights;
     - ``"refined"``: those of a guide refined for the datum, in the same family;
     - ``"full rank"``: those of a refined Gaussian with any covariance;
+    - ``"flow"``, only where ``rungs`` names it: those of a refined
+      :class:`pyro_vae.families.Flow`. Later rungs mend as many data in a fraction of its seconds
+      (``docs/benchmarks.md``);
     - ``"annealed"``: the ends of many annealed chains from the prior, resampled by their weights,
-      which tell modes apart and how much each holds;
+      which tell modes apart and how much each holds. A few go first, and data of which hardly any
+      is effective are left to the next rung;
     - ``"chains"``: long chains of Hamiltonian Monte Carlo, and annealed importance sampling from
       the guide for log p(x).
 
@@ -252,6 +275,12 @@ class _Result:
                 self._draws[name][:, some.to(device)] = value[:, fresh.to(device)]
         self.good[some] = found.good[fresh] & ~low
 
+    def _cost(self) -> np.ndarray:
+        """Return each datum's share of the seconds of the rungs that it was tried on, [N]."""
+        tried = self._tried.numpy()
+        shares = self.seconds / np.maximum(1, tried.sum(1))
+        return np.asarray(shares @ tried)
+
     def repair(self, given: Given, *, is_whole: bool) -> Repair:
         """Return the result."""
         names = np.array(self._rungs)
@@ -269,7 +298,9 @@ class _Result:
                 ("rung_name", "datum"),
                 np.where(self._tried.numpy(), of_rung, np.nan),
             ),
+            "log_evidence_of_rung_se": (("rung_name", "datum"), self._error.numpy()),
             "tried": (("rung_name", "datum"), self._tried.numpy()),
+            "cost": ("datum", self._cost()),
             "seconds": ("rung_name", self.seconds),
         }
         coords = {"rung_name": names, "datum": np.arange(len(best))}

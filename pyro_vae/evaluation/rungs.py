@@ -24,7 +24,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.refine import refine
-from pyro_vae.sampling.annealing import Annealer
+from pyro_vae.sampling.annealing import Annealer, Schedule
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.density import Start
 from pyro_vae.sampling.importance import weigh
@@ -148,7 +148,7 @@ class Ladder:
 
     def _anneal(self, prepared: Ready, num_chains: int) -> Found:
         start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
-        limits = _ANNEALED_STEPS, "adaptive"
+        limits: tuple[int, Schedule] = _ANNEALED_STEPS, "adaptive"
         parts = []
         for rows, block in prepared.each(_TOGETHER // num_chains):
             path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()

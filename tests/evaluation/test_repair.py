@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 
+import matplotlib
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.evaluation.repair import RUNGS, _Result, repair
-from pyro_vae.evaluation.rungs import Found, Ladder
+from pyro_vae.evaluation.repair import _Result, repair
+from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder
 from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.batch import Batch
 from tests.sampling.test_importance import counts, gamma_poisson, local, square
 
+matplotlib.use("Agg")
 SETTINGS = {"seed": 0, "progress": False, "compile": False}
 
 
@@ -106,6 +109,10 @@ def test_only_what_failed_goes_on():
         True,
         False,
     ]
+    # Seconds of a rung are shared among those that it took up.
+    first, second = found.dataset["seconds"].values[:2]
+    costs = [first / 4, first / 4, first / 4 + second, first / 4]
+    np.testing.assert_allclose(found.dataset["cost"].values, costs)
     summary = found.summary()
     assert summary["tried"].tolist() == [4, 1, 0, 0, 0]
     assert summary["ended"].tolist() == [3, 1, 0, 0, 0]
@@ -172,6 +179,10 @@ def test_what_no_rung_mends_is_named(caplog):
     assert not found.good[0]
     assert f"{(~found.good).sum()} of 2 data have no good verdict on any rung" in caplog.text
     assert "have no good verdict: 0" in repr(found)
+    assert found.plot().get_title(loc="left") == (
+        f"Repair: {found.good.mean():.0%} of the data have a good verdict"
+    )
+    plt.close("all")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +203,8 @@ def test_bad_input(options, message: str):
 
 
 def test_all_rungs_are_in_the_documentation():
-    assert all(f'"{rung}"' in repair.__doc__ for rung in RUNGS)
+    assert all(f'"{rung}"' in repair.__doc__ for rung in EVERY_RUNG)
+    assert set(EVERY_RUNG) - set(RUNGS) == {"flow"}
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.evaluation import rungs
 from pyro_vae.evaluation.repair import repair
-from pyro_vae.evaluation.rungs import RUNGS
-from tests.sampling.test_importance import counts, gamma_poisson, local
+from pyro_vae.evaluation.rungs import EVERY_RUNG, Found, _with_rows
+from tests.sampling.test_importance import counts, gamma_poisson, local, square
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", EVERY_RUNG)
 def test_each_rung_gives_the_posterior(rung):
     x = counts()
     guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=1, progress=False)
@@ -26,3 +27,40 @@ def test_each_rung_gives_the_posterior(rung):
     evidence = dist.NegativeBinomial(2.0, probs=torch.tensor(1 / 1.5).double()).log_prob(x)
     off = np.abs(found.dataset["log_evidence"].values - evidence.numpy())
     assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+
+
+def annealed(x):
+    options = {"rungs": ("annealed",), "seed": 0, "progress": False, "compile": False}
+    return repair(square, local(square, x), x, **options).dataset["ess"].values
+
+
+def test_few_annealed_chains_go_first_and_the_rest_for_those_of_promise(monkeypatch):
+    """Narrow modes at x = 9 leave fewer effective chains than the wide posterior at 0.2."""
+    x = torch.tensor([9.0, 0.2], dtype=torch.float64)
+    monkeypatch.setattr(rungs, "_ANNEALED_STEPS", 60)
+    monkeypatch.setattr(rungs, "_HOPELESS", 1.1)  # of nothing are more effective than there are
+    first = annealed(x)
+    assert first[0] < first[1] <= 64
+    monkeypatch.setattr(rungs, "_HOPELESS", 0.0)
+    every = annealed(x)
+    assert (every > 2 * first).all() and every[1] > 64
+    monkeypatch.setattr(rungs, "_HOPELESS", float(first.mean()) / 64)
+    some = annealed(x)
+    assert some[0] == first[0]
+    assert 64 < some[1] <= 512
+
+
+def test_rows_that_are_found_anew():
+    def found(n: int, value: float) -> Found:
+        numbers = torch.full((n,), value, dtype=torch.float64)
+        draws = {"z": torch.full((5, n, 2), value), "one": torch.full((5, n), value)}
+        return Found(numbers > 1, *[numbers] * 5, draws)
+
+    old, new = found(3, 1.0), found(2, 2.0)
+    both = _with_rows(old, torch.tensor([2, 0]), new)
+    assert both.good.tolist() == [True, False, True]
+    for name in ("log_evidence", "error", "pareto_k", "ess", "rhat"):
+        assert getattr(both, name).tolist() == [2.0, 1.0, 2.0]
+    assert both.draws["z"][0, :, 0].tolist() == [2.0, 1.0, 2.0]
+    assert both.draws["one"][4].tolist() == [2.0, 1.0, 2.0]
+    assert old.ess.tolist() == [1.0] * 3 and float(old.draws["z"].max()) == 1.0

@@ -101,7 +101,7 @@ def test_contours_hold_half_and_nine_tenths():
 
 def test_every_guide_is_inside_the_axes():
     rng = np.random.default_rng(1)
-    chains, far = rng.normal(size=(300, 2)), rng.normal(size=(300, 2)) + [30.0, 0.0]
+    chains, far = rng.normal(size=(300, 2)), rng.normal([30.0, 0.0], 1.0, (300, 2))
     ax = plots.plot_posterior_pair(chains, {"far": far}, ("a", "b"))
     assert ax.get_xlim()[0] < -2 and ax.get_xlim()[1] > 32
 
