@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_vae.diagnostics.rate_distortion import RateDistortion, measured
-from pyro_vae.diagnostics.rates import pieces_of
+from pyro_vae.diagnostics.rates import in_common_mode, pieces_of
 from pyro_vae.diagnostics.units import check_over_data, units_of
 from pyro_vae.particles.estimators import StreamingELBO
 from pyro_vae.particles.evaluator import Evaluator, prepare
@@ -140,13 +140,14 @@ def active_units(
     evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles)
     check_over_data(evaluator, "active_units", 3)
     labels, blocks = dict[str, list[str]](), []
+    runner = in_common_mode(evaluator)
     for chunks in evaluator.blocks(num_particles, chunk_size):
         stream = StreamingELBO()
-        for number, piece in enumerate(p for chunk in chunks for p in pieces_of(evaluator, chunk)):
+        for number, piece in enumerate(p for chunk in chunks for p in pieces_of(runner, chunk)):
             key = (_PRIOR, piece.rows.start, number)
-            prior = evaluator.prior_run(piece.rows, piece.guide.num_particles, key)
-            with evaluator.evaluating():
-                means, variances, labels = _moments(evaluator, piece.guide, prior)
+            prior = runner.prior_run(piece.rows, piece.guide.num_particles, key)
+            with runner.evaluating():
+                means, variances, labels = _moments(runner, piece.guide, prior)
             stream.update(torch.cat([means, variances], -1))
         blocks.append((stream.value, stream.std_error.square() * num_particles))
     values, spreads = (torch.cat(column).cpu() for column in zip(*blocks, strict=True))

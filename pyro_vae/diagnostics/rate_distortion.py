@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.diagnostics.rates import Piece, SiteRate, pieces_of, rates_of
+from pyro_vae.diagnostics.rates import Piece, SiteRate, in_common_mode, pieces_of, rates_of
 from pyro_vae.particles.estimators import StreamingELBO, calibrated, mean_std_error
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
@@ -234,10 +234,11 @@ def rate_distortion(
 def measured(evaluator: Evaluator, num_particles: int, chunk_size: int | None) -> xr.Dataset:
     """Return the dataset of a :class:`RateDistortion`, without what globals are given."""
     blocks: list[tuple[Tensor, ...]] = []
+    runner = in_common_mode(evaluator)
     for chunks in evaluator.blocks(num_particles, chunk_size):
         stream = StreamingELBO()
-        for piece in (piece for chunk in chunks for piece in pieces_of(evaluator, chunk)):
-            rates = rates_of(evaluator, piece)
+        for piece in (piece for chunk in chunks for piece in pieces_of(runner, chunk)):
+            rates = rates_of(runner, piece)
             columns = _columns(piece, rates)
             stream.update(torch.cat(list(columns.values()), -1))
         error = calibrated(stream.std_error, stream.skewness, num_particles)

@@ -16,13 +16,16 @@ from pyro_vae.diagnostics.units import units_of
 from pyro_vae.losses.kl import analytic_kl, factors, kl_per_dimension
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.run import Run, is_latent
+from pyro_vae.programs.answers import agree
 from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.state import Look
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Values
 
 _KL = Callable[[Node, Node | None], tuple[Tensor | None, str]]
 # What Pyro's autoguides sample beside the point that they propose for a site.
 _HELPER = "_unconstrained"
+_MODES = 30  # first in the key of the stream of random numbers, after the seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,31 @@ class SiteRate:
     closed: bool
 
 
+def in_common_mode(evaluator: Evaluator) -> Evaluator:
+    """Return an evaluator whose guide and model run their particles in one mode.
+
+    Then the nodes of a site in both have one shape. Where the modes differ, that of the repeated
+    batch is taken if both have the densities in it that they have in their own; a loop else.
+    """
+    modes = set(evaluator.modes.values())
+    if len(modes) == 1:
+        return evaluator
+    rows = evaluator.data_blocks()[0]
+    values, log_guide = evaluator.draw(rows, 2, (_MODES,))
+    log_joint = torch.stack(evaluator.score_model(rows, values)).sum(0)
+    repeated = evaluator.in_mode("loop" if "loop" in modes else "repeat")
+    with Look(), evaluator.evaluating():
+        found = torch.stack(repeated.model_given(rows, values)).sum(0)
+        if agree(log_guide, repeated.guide_given(rows, values)) and agree(log_joint, found):
+            return repeated
+    return evaluator.in_mode("loop")
+
+
 def pieces_of(evaluator: Evaluator, chunk: Chunk) -> Iterator[Piece]:
-    """Yield the particles of a chunk, as many at once as the model scores at once."""
+    """Yield the particles of a chunk, as many at once as the model scores at once.
+
+    The evaluator is one :func:`in_common_mode`, the chunk may be of another.
+    """
     total = chunk.weights.num_particles
     step = max(1, evaluator.chunk_pairs // chunk.weights.num_data)
     for k in range(0, total, step):

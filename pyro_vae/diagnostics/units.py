@@ -49,6 +49,11 @@ def check_over_data(evaluator: Evaluator, what: str, fewest: int) -> None:
             f"{what} needs at least {fewest} data, for it is about how latents vary over them; "
             f"found {evaluator.num_data}"
         )
+    if not evaluator.pair.guide_sites & set(evaluator.structure.sites):
+        raise ValueError(
+            f"{what}: the guide proposes no latent of the model; those that are summed out have no "
+            "draws of the guide"
+        )
     if masked := evaluator.pair.masked:
         raise ValueError(
             f"{what}: a mask of the model leaves draws of {sorted(masked)} out for some data, "

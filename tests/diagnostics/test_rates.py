@@ -8,11 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.rates import pieces_of, rates_of
+from pyro_vae.diagnostics.rates import in_common_mode, pieces_of, rates_of
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from tests.models import GammaPoisson, NormalModel, mixture
@@ -150,6 +150,77 @@ def test_the_helper_of_an_autoguide_belongs_to_its_site():
     found, _, parts, weights = rates(model, guide, x, num_particles=10)
     assert list(found) == ["rate"] and parts["rate"].labels == ["rate"]
     torch.testing.assert_close(found["rate"], weights.log_guide - weights.log_prior)
+
+
+class OnRows(torch.nn.Linear):
+    """A network that takes rows alone, no particles beside them."""
+
+    def forward(self, rows):
+        assert rows.ndim == 2
+        return super().forward(rows)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_guide_and_model_may_run_their_particles_in_other_modes(loop):
+    """A decoder that takes rows alone; or takes as many as the batch has, and the guide less."""
+    torch.manual_seed(0)
+    decoder = OnRows(2, 3).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert not loop or z.shape == (4, 2)
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[..., :2], 0.5).to_event(1))
+
+    x = torch.randn(4, 3)
+    evaluator = Evaluator(model, guide, as_batch(x), seed=0)
+    assert evaluator.modes == {"guide": "plate", "model": "loop" if loop else "repeat"}
+    common = in_common_mode(evaluator)
+    assert set(common.modes.values()) == {"loop" if loop else "repeat"}
+    (chunk,) = evaluator.chunks(6)
+    (piece,) = pieces_of(common, chunk)
+    found = rates_of(common, piece)["z"]
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(x[:, :2], 0.5), normal(0.0, 1.0))
+    torch.testing.assert_close(found.units, kl.expand(6, 4, 2))
+    torch.testing.assert_close(found.total, kl.sum(-1).expand(6, 4))
+
+
+def test_a_mode_in_which_densities_are_others_is_not_taken():
+    """A guide that looks at the mean over its batch, which a batch repeated has too: so a count."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert z.ndim == 2
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            location = torch.stack([x, x], -1)
+            pyro.sample("z", dist.Normal(location, 1.0 / len(x)).to_event(1))
+
+    evaluator = Evaluator(model, guide, as_batch(torch.randn(4)), seed=0)
+    assert evaluator.modes == {"guide": "plate", "model": "repeat"}
+    assert set(in_common_mode(evaluator).modes.values()) == {"loop"}
+
+
+def test_latents_that_are_functions_of_another_site_have_one_rate():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z * y, 1.0), obs=x)
+
+    guide, x = AutoMultivariateNormal(model), torch.randn(3)
+    guide(x)
+    found, _, parts, weights = rates(model, guide, x, num_particles=6, data_plate=False)
+    assert list(found) == ["z, y"] and parts["z, y"].labels == ["z, y"]
+    torch.testing.assert_close(found["z, y"], weights.log_guide - weights.log_prior)
 
 
 def test_where_latents_are_summed_out_the_others_have_one_rate():

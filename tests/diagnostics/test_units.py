@@ -11,7 +11,7 @@ import pyro_vae as pv
 from pyro_vae.diagnostics.units import check_over_data, units_of
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
-from tests.models import NormalModel
+from tests.models import NormalModel, mixture
 
 
 def wide(x):
@@ -64,6 +64,15 @@ def test_few_data_are_refused():
     check_over_data(evaluator, "it", 4)
     with pytest.raises(ValueError, match="it needs at least 5 data.*found 4"):
         check_over_data(evaluator, "it", 5)
+
+
+def test_guides_of_nothing_are_refused():
+    def nothing(x):
+        pass
+
+    evaluator = evaluator_of(mixture, nothing, torch.randn(4).double())
+    with pytest.raises(ValueError, match="it: the guide proposes no latent of the model"):
+        check_over_data(evaluator, "it", 2)
 
 
 def test_masked_latents_are_refused():
