@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.guides.base import Added, FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import Coordinates
+from pyro_vae.guides.shared_draws import SharedDraws
 from pyro_vae.programs.answers import leaves_of
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.handlers import name_apart
+from pyro_vae.programs.handlers import name_apart, register
 from pyro_vae.programs.state import call_network, evaluation, module_of, preserved_rng
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import dependencies
@@ -44,10 +45,12 @@ class AmortizedGuide(FamilyGuide):
         data_plate: the name of the plate of the data, where it is not plain.
         global_guide: a Pyro guide for the latent sites outside the data plate, if the
             model has any, for example AutoNormal(poutine.block(model, expose=[...])).
-        top_down: whether a site's proposal sees, beside the datum, the draws of those sites
-            that it depends on in the model (a hierarchy z2 -> z1 -> x: q(z2 | x) q(z1 | z2, x)),
-            through a network with one hidden layer. It is then of no family, and
-            :func:`pyro_vae.compare` measures it against the reference that you name.
+        top_down: whether a site's proposal sees, beside the datum, the draws of the latents of the
+            datum that it depends on in the model (a hierarchy z2 -> z1 -> x: q(z2 | x)
+            q(z1 | z2, x)), and those of all global latents g: q(g) q(z | x, g). Each through a
+            network with one hidden layer, as wide as the features, which begins by adding
+            nothing. A guide of a hierarchy is then of no family, and :func:`pyro_vae.compare`
+            measures it against the reference that you name.
 
     Raises:
         DataPlateError: where no plate is plainly that of the data.
@@ -101,16 +104,22 @@ class AmortizedGuide(FamilyGuide):
         with torch.no_grad():  # every datum's proposal near the prior
             self.head.weight.mul_(_HEAD_SCALE)
             self.head.bias.copy_(prior.flatten())
-        if top_down and not isinstance(self.family, FactorizedFamily):
+        shares = [site.name for site in structure.global_latents if not site.enumerable]
+        is_joint = not isinstance(self.family, FactorizedFamily)
+        if top_down and is_joint and not shares:
             raise ValueError(
                 f"top_down with {self.family}: that family is joint over the sites already; "
                 "leave top_down out, or take families.Normal()"
             )
-        self.parents = dependencies(model, batch, self.site_names) if top_down else {}
+        sees = top_down and not is_joint
+        self.parents = dependencies(model, batch, self.site_names) if sees else {}
         self.conditioners = nn.ModuleDict()  # by the number of their site
         for number, name in enumerate(self.site_names):
             if self.parents.get(name):
                 self.conditioners[str(number)] = self._conditioner(features, name)
+        self.shared = None
+        if top_down and shares:
+            self.shared = SharedDraws(looks, structure, features, prior.numel())
         if global_guide is not None:
             # Pyro's autoguides make their parameters at the first call.
             rng = preserved_rng(features.device)
@@ -141,23 +150,34 @@ class AmortizedGuide(FamilyGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site, and return values by site name; the Pyro guide."""
-        return {**self._run_global_guide(Batch(args, kwargs)), **super().forward(*args, **kwargs)}
+        register(self)
+        batch = Batch(args, kwargs)
+        found, drawn = self._run_global_guide(batch)
+        return {**found, **self._sample_batch(batch, drawn)}
 
-    def _run_global_guide(self, batch: Batch) -> Values:
-        """Sample the global latents; return the values that their guide returns, if any."""
+    def _run_global_guide(self, batch: Batch) -> tuple[Values, Values]:
+        """Sample the global latents; return what their guide returns, and what it draws."""
         if self.global_guide is None:
-            return {}
+            return {}, self.held
         if isinstance(self.global_guide, PyroModule):
             name_apart(self.global_guide)
-        found = self.global_guide(*batch.args, **batch.kwargs)
-        return found if isinstance(found, Mapping) else {}
+        with poutine.trace() as record:
+            found = self.global_guide(*batch.args, **batch.kwargs)
+        nodes: Any = record.trace.nodes
+        drawn = {name: at["value"] for name, at in nodes.items() if at["type"] == "sample"}
+        return found if isinstance(found, Mapping) else {}, drawn
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the family's parameters for a batch, [N, P]: P is family.params_shape(D).
 
-        With top_down, of each site where the conditioners add nothing.
+        With top_down, of each site where the conditioners add nothing, and of global latents that
+        are not held at values.
         """
-        return self._params(self._features(Batch(args, kwargs)))
+        features = self._features(Batch(args, kwargs))
+        params = self._params(features)
+        if self.shared is None or not self.held:
+            return params
+        return params + self.shared(features, self.held).reshape(params.shape)
 
     def _params(self, features: Tensor) -> Tensor:
         params: Tensor = self.head(features)
@@ -168,20 +188,41 @@ class AmortizedGuide(FamilyGuide):
         """Whether a site's proposal may depend on the draws of sites before it."""
         return super().is_dependent or len(self.conditioners) > 0
 
-    def _proposed(self, batch: Batch) -> tuple[Tensor, Added | None]:
-        if not self.conditioners:
-            return super()._proposed(batch)
+    @property
+    def sees_draws(self) -> bool:
+        """Whether parameters of a datum's proposals depend on draws, of globals or of its own."""
+        return len(self.conditioners) > 0 or (self.shared is not None and not self.held)
+
+    def _proposed(self, batch: Batch, shared: Values) -> tuple[Tensor, Added | None]:
+        if not self.sees_draws:
+            return super()._proposed(batch, shared)
         features = self._features(batch)
+        gained = self._gained(features, shared)
 
         def added(coordinates: Coordinates, before: Values) -> Tensor | None:
-            if not (parents := self.parents[coordinates.name]):
-                return None
+            found = gained
+            if found is not None and isinstance(self.family, FactorizedFamily):
+                found = found.unflatten(-1, self.family.params_shape(self.num_coordinates))
+                found = found[..., coordinates.columns, :].flatten(-2)
+            if not (parents := self.parents.get(coordinates.name)):
+                return found
             seen = [coordinates.spread(features), *(before[name] for name in parents)]
             shape = torch.broadcast_shapes(*(rows.shape[:-1] for rows in seen))
             rows = torch.cat([rows.expand(*shape, -1) for rows in seen], -1)
-            return self.conditioners[str(self.site_names.index(coordinates.name))](rows)
+            more = self.conditioners[str(self.site_names.index(coordinates.name))](rows)
+            return more if found is None else found + more
 
         return self._params(features), added
+
+    def _gained(self, features: Tensor, shared: Values) -> Tensor | None:
+        """Return what parameters gain by the global latents, in a row; None where they gain none.
+
+        Rows lie along the dimension of the data plate, and those of particles before.
+        """
+        if self.shared is None or self._data_plate is None:
+            return None
+        inner = [1] * (-1 - self._data_plate.dim)
+        return self.shared(features.reshape(len(features), *inner, -1), shared)
 
     def _features(self, batch: Batch) -> Tensor:
         features = call_network(self.encoder, batch.args, batch.kwargs)

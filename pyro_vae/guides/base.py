@@ -72,6 +72,7 @@ class FamilyGuide(Registered, DeclaredGuide):
                 f"family={family!r}: an instance of a family is needed, such as Normal()"
             )
         self.global_guide = None
+        self.held: Values = {}  # of the global latents, in a local part
         plate = self._data_plate = structure.data_plate
         self._is_subsampled = plate is not None and looks.is_subsampled(plate)
         self.coordinates = coordinates_of(structure, type(self).__name__)
@@ -91,23 +92,27 @@ class FamilyGuide(Registered, DeclaredGuide):
             Site name to value.
         """
         register(self)
-        batch, plate = Batch(args, kwargs), self._data_plate
+        return self._sample_batch(Batch(args, kwargs), {})
+
+    def _sample_batch(self, batch: Batch, shared: Values) -> dict[str, Tensor]:
+        """Sample every site of a batch, given values of the global latents that are known."""
+        plate = self._data_plate
         if plate is None:
-            return self._sample(*self._proposed(batch))
+            return self._sample(*self._proposed(batch, shared))
         if plate.drawn:  # under its name, the minibatch that the replayed model takes
             with pyro.plate(plate.name, plate.full_size, plate.size, dim=plate.dim) as index:
                 drawn = torch.as_tensor(index)
                 with self.rows(drawn) if isinstance(self, RowGuide) else contextlib.nullcontext():
-                    proposed = self._proposed(batch.rows(drawn))
+                    proposed = self._proposed(batch.rows(drawn), shared)
                 return self._sample(*proposed)
-        params, added = self._proposed(batch)
+        params, added = self._proposed(batch, shared)
         scale = plate.full_size / len(params) if self._is_subsampled else 1.0
         (made,) = hidden_plates([replace(plate, size=len(params))]).values()
         with made, poutine.scale(scale=scale):
             return self._sample(params, added)
 
-    def _proposed(self, batch: Batch) -> tuple[Tensor, Added | None]:
-        """Return the family's parameters, and what a site's gain by the draws before it."""
+    def _proposed(self, batch: Batch, shared: Values) -> tuple[Tensor, Added | None]:
+        """Return the family's parameters, and what a site's gain by draws before it, [N, P]."""
         return self.family_params(*batch.args, **batch.kwargs), None
 
     def _sample(self, params: Tensor, added: Added | None) -> dict[str, Tensor]:
@@ -134,17 +139,22 @@ class FamilyGuide(Registered, DeclaredGuide):
                 before[name] = coordinates.flatten(z)
         return values
 
-    def local_part(self) -> FamilyGuide:
-        """Return this guide without its global part, the parameters shared."""
+    def local_part(self, given: Values) -> FamilyGuide:
+        """Return this guide without its global part, held at values; the parameters are shared."""
         local = copy.copy(self)
         local._modules = {k: m for k, m in self._modules.items() if k != "global_guide"}
-        vars(local)["global_guide"] = None
+        vars(local).update(global_guide=None, held=dict(given))
         return local
 
     @property
     def is_dependent(self) -> bool:
         """Whether a site's proposal may depend on the draws of sites before it."""
         return len(self.coordinates) > 1 and not isinstance(self.family, FactorizedFamily)
+
+    @property
+    def sees_draws(self) -> bool:
+        """Whether parameters of a datum's proposals depend on draws, of globals or of its own."""
+        return False
 
     def from_noise(self, params: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Return draws made of standard normal noise, differentiable by the parameters.
@@ -176,7 +186,7 @@ def hidden_plates(plates: Iterable[Plate | CondIndepStackFrame]) -> dict[str, py
 
 def of_family(guide: object) -> TypeGuard[FamilyGuide]:
     """Return whether a guide's proposals are all that its family and its parameters say."""
-    return isinstance(guide, FamilyGuide) and not getattr(guide, "parents", None)
+    return isinstance(guide, FamilyGuide) and not guide.sees_draws
 
 
 def refuse_globals(structure: Structure, advice: str) -> None:

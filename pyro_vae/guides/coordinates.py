@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -171,15 +171,21 @@ def coordinates_of(structure: Structure, proposer: str) -> tuple[Coordinates, ..
     """
     plate = structure.data_plate
     latents = structure.global_latents if plate is None else structure.local_latents
-    found: list[Coordinates] = []
-    for site in (site for site in latents if not site.enumerable):
-        found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
+    found = side_by_side(latents, plate)
     if not found:
         discrete = ", ".join(f"latent site {site.name!r} ({site.distribution})" for site in latents)
         raise ValueError(
             f"no latent site is continuous, only {discrete}: {proposer} proposes continuous sites, "
             "leaves discrete ones to be summed out. Use pyro_vae.ExactGuide(model, example=batch)"
         )
+    return found
+
+
+def side_by_side(latents: Iterable[Site], plate: Plate | None) -> tuple[Coordinates, ...]:
+    """Return the coordinates of the continuous ones of some latents, columns side by side."""
+    found: list[Coordinates] = []
+    for site in (site for site in latents if not site.enumerable):
+        found.append(Coordinates.of(site, plate, found[-1].columns.stop if found else 0))
     return tuple(found)
 
 

@@ -77,7 +77,7 @@ def fix_globals(
         _check_fitted(name, guide, fixed)
     local = set(shared) if len(fixed) == len(wanted) else set()
     guides = {
-        name: guide.local_part() if name in local else _without(name, guide, fixed, batch)
+        name: guide.local_part(fixed) if name in local else _without(name, guide, fixed, batch)
         for name, guide in guides.items()
     }
     return _held_at(model, fixed), guides, fixed

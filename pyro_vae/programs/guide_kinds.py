@@ -19,7 +19,7 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import trace_guide
-from pyro_vae.programs.types import Distribution, Program, Trace
+from pyro_vae.programs.types import Distribution, Program, Trace, Values
 
 _SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
@@ -47,8 +47,8 @@ class DeclaredGuide(ABC):
         """Whether a site's proposal may depend on the draws of sites before it."""
 
     @abstractmethod
-    def local_part(self) -> DeclaredGuide:
-        """Return this guide without its global part, the parameters shared."""
+    def local_part(self, given: Values) -> DeclaredGuide:
+        """Return this guide without its global part, held at values; the parameters are shared."""
 
 
 class RowGuide(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -78,6 +79,10 @@ ENTRIES = {
     "item response": Entry(
         lambda: pv.zoo.ItemResponse(5),
         guide=lambda model: {"global_guide": model.make_global_guide()},
+    ),
+    "item response, top-down": Entry(
+        lambda: pv.zoo.ItemResponse(5),
+        guide=lambda model: {"global_guide": AutoMultivariateNormal(model.items), "top_down": True},
     ),
     "eye colour": Entry(lambda: pv.zoo.EyeColour(TABLE), None, missing=False),
 }

@@ -206,7 +206,7 @@ def test_the_guide_itself_keeps_its_global_part(guide, x):
     pv.elbo(model, guide, x, num_particles=2)
     assert set(guide(x)) == {"g", "z"}
     assert guide.global_guide is not None
-    assert guide.local_part().head is guide.head
+    assert guide.local_part({}).head is guide.head
 
 
 # --- values passed -------------------------------------------------------------------------------
