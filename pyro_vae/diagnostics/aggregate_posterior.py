@@ -85,8 +85,8 @@ def aggregate_posterior(
     r"""Test whether the aggregate posterior :math:`\mathbb{E}_x[q(z | x)]` is the prior.
 
     The posterior of a right model, averaged over its data, is the prior: where it is not, the
-    model's draws do not look like the data, for they come from latents that no datum has (the
-    "holes" of Rezende & Viola 2018), or the guide is wrong. One draw of the guide for each datum is
+    model's draws do not look like the data, for they come from latents that no datum has (Hoffman &
+    Johnson 2016; Rosca et al. 2018), or the guide is wrong. One draw of the guide for each datum is
     compared with one of the prior by the maximum mean discrepancy (Gretton et al. 2012), in normal
     scores of each coordinate, so that a monotone map of a latent changes nothing. The null is that
     the two draws of a datum may be swapped; its p-value by random swaps is exact for any number of
@@ -117,7 +117,10 @@ def aggregate_posterior(
 
     References:
         Gretton, Borgwardt, Rasch, Schölkopf & Smola (2012). A kernel two-sample test. JMLR 13.
-        Rezende & Viola (2018). Taming VAEs. arXiv:1810.00597.
+        Hoffman & Johnson (2016). ELBO surgery: yet another way to carve up the variational
+        evidence lower bound. NIPS workshop on advances in approximate Bayesian inference.
+        Rosca, Lakshminarayanan & Mohamed (2018). Distribution matching in variational inference.
+        arXiv:1802.06847.
         Westfall & Young (1993). Resampling-based multiple testing. Wiley.
 
     Example:

@@ -54,6 +54,29 @@ def test_a_seed_repeats_and_leaves_the_device_alone(name: str):
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
+@every_model
+def test_rates_are_those_of_the_cpu(name: str):
+    model, guide, batch = pair(name)
+    given = globals_of(model, guide)
+    cpu = pv.rate_distortion(model, guide, batch, given=given, num_particles=400, seed=1).summary()
+    there = on_device(name)
+    moved = None if given is None else {k: v.to(DEVICE) for k, v in given.items()}
+    cuda = pv.rate_distortion(*there[:2], there[2], given=moved, num_particles=400, seed=2)
+    found = cuda.summary()
+    error = (cpu["nats_se"] ** 2 + found["nats_se"] ** 2) ** 0.5
+    assert ((cpu["nats"] - found["nats"]).abs() <= 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["Bernoulli VAE", "two layers", "single cells, size latent"])
+def test_units_over_the_data(name: str):
+    model, guide, batch = on_device(name)
+    args = [torch.cat([each, each]) for each in batch.args]
+    units = pv.active_units(model, guide, *args, num_particles=4, seed=0).dataset
+    assert units["activity"].notnull().all()
+    tested = pv.aggregate_posterior(model, guide, *args, seed=0).dataset
+    assert tested["unit"].values.tolist() == units["unit"].values.tolist()
+
+
 @every_amortized
 @pytest.mark.parametrize("loss", [pv.ELBO, lambda: pv.IWAE(3)], ids=["ELBO", "IWAE"])
 def test_training(name: str, loss, caplog: pytest.LogCaptureFixture):
