@@ -37,6 +37,7 @@ RUNGS: tuple[Rung, ...] = ("importance", "refined", "full rank", "annealed", "ch
 _ANNEALED_CHAINS, _ANNEALED_STEPS = 512, 200
 # So many tune the others, and go first: a datum of which few are effective will do no better.
 _SCOUTS, _HOPELESS = 64, 0.2
+_AUDIT_CHAINS, _AUDIT_STEPS = 128, 100
 _TOGETHER = 16384  # annealed chains that run at once
 _EQUAL_CHAINS = 0.5  # the share of them that are effective, at least
 _RESAMPLING, _DISCRETE = 51, 52  # first in the keys of streams of random numbers
@@ -109,6 +110,12 @@ class Ladder:
             )
             return self._importance(local, batch)
 
+    def audit(self, rows: Tensor | None) -> Found:
+        """Return what a few annealed chains give for some of the data; None for all of them."""
+        batch = self.batch if rows is None else self.batch.rows(rows)
+        with self._on(rows):
+            return self._anneal(self.ready(self.guide, batch), _AUDIT_CHAINS, _AUDIT_STEPS)
+
     @contextlib.contextmanager
     def _on(self, rows: Tensor | None) -> Iterator[None]:
         """Say to a guide with rows which of them a batch holds."""
@@ -136,21 +143,22 @@ class Ladder:
 
     def _annealed(self, batch: Batch) -> Found:
         prepared = self.ready(self.guide, batch)
-        scouts = self._anneal(prepared, _SCOUTS)
+        scouts = self._anneal(prepared, _SCOUTS, _ANNEALED_STEPS)
         promising = torch.nonzero(scouts.ess > _HOPELESS * _SCOUTS).flatten()
         if not len(promising):
             return scouts
         if len(promising) == len(scouts.good) or not prepared.evaluator.splittable:
-            return self._anneal(prepared, _ANNEALED_CHAINS)
+            return self._anneal(prepared, _ANNEALED_CHAINS, _ANNEALED_STEPS)
         with self._on(promising):
             some = self.ready(self.guide, batch.rows(promising))
-            return _with_rows(scouts, promising, self._anneal(some, _ANNEALED_CHAINS))
+            more = self._anneal(some, _ANNEALED_CHAINS, _ANNEALED_STEPS)
+            return _with_rows(scouts, promising, more)
 
-    def _anneal(self, prepared: Ready, num_chains: int) -> Found:
+    def _anneal(self, prepared: Ready, num_chains: int, num_steps: int) -> Found:
         start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
-        limits: tuple[int, Schedule] = _ANNEALED_STEPS, "adaptive"
         parts = []
         for rows, block in prepared.each(_TOGETHER // num_chains):
+            limits: tuple[int, Schedule] = num_steps, "adaptive"
             path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
             annealer = Annealer(prepared, rows, block, start, num_chains, *limits)
             log_weights, z = annealer.forward(path)

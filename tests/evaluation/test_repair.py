@@ -18,10 +18,13 @@ from pyro_vae.evaluation.repair import _Result, repair
 from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder
 from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.batch import Batch
-from tests.sampling.test_importance import counts, gamma_poisson, local, square
+from pyro_vae.sampling import importance
+from pyro_vae.sampling.far_modes import FarMode
+from tests.sampling.test_importance import absolute, counts, gamma_poisson, local, square
 
 matplotlib.use("Agg")
-SETTINGS = {"seed": 0, "progress": False, "compile": False}
+# Without the audit, which has its own tests below.
+SETTINGS = {"seed": 0, "progress": False, "compile": False, "audit": 0}
 
 
 def exact_of_square(x):
@@ -194,6 +197,7 @@ def test_what_no_rung_mends_is_named(caplog):
         ({"num_particles": 500}, "num_particles=500"),
         ({"num_draws": 0}, "num_draws=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"audit": -1}, "audit=-1"),
     ],
 )
 def test_bad_input(options, message: str):
@@ -314,3 +318,81 @@ def test_a_datum_without_an_answer_climbs_alone(caplog):
     off = np.abs(found.dataset["log_evidence"].values - exact)
     assert (off < 5 * found.dataset["log_evidence_se"].values).all()
     assert "AmortizedGuide has no answer for data [2]" in caplog.text
+
+
+# --- the audit
+
+
+def at_one_mode(num_data=12, size=4):
+    """Data of a model with sixteen modes, and a guide that is exact at one."""
+    generator = torch.Generator().manual_seed(1)
+    x = 0.7 + torch.rand(num_data, size, generator=generator, dtype=torch.float64)
+    guide = local(absolute, x, log_scale=math.log(0.1))
+    with torch.no_grad():
+        guide.table[..., 0] = x / 1.01
+    evidence = dist.Normal(torch.zeros((), dtype=torch.float64), 1.01**0.5).log_prob(x)
+    return x, guide, (evidence + math.log(2.0)).sum(-1).numpy()
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    """No mode out of the guide's reach is found."""
+
+    def blind(ready, rows, block, centre):
+        width = torch.diag_embed(ready.base_scale(rows))
+        return FarMode(centre, width, torch.zeros(len(centre), dtype=torch.bool))
+
+    monkeypatch.setattr(importance, "far_mode", blind)
+
+
+def test_an_audit_takes_wrong_verdicts_back(no_search, caplog):
+    """Without the search for modes the guide's weights look good, and say p(x) / 16."""
+    x, guide, exact = at_one_mode()
+    rungs = ("importance",)
+    blind = repair(absolute, guide, x, rungs=rungs, **SETTINGS)
+    fooled = blind.good
+    assert fooled.sum() >= 3
+    off = blind.dataset["log_evidence"].values - exact
+    assert off[fooled] == pytest.approx(math.log(1 / 16), abs=0.1)
+    assert not blind.dataset["audited"].values.any()
+    found = repair(absolute, guide, x, rungs=rungs, **{**SETTINGS, "audit": 3})
+    assert not found.good.any()
+    audited, contradicted = (found.dataset[n].values for n in ("audited", "contradicted"))
+    assert audited.sum() == 3 and (audited <= fooled).all()
+    assert contradicted.any() and (contradicted <= audited).all()
+    assert f"The good verdicts of {fooled.sum()} data are taken back; rungs" in caplog.text
+
+
+@pytest.mark.slow
+def test_data_whose_verdicts_are_taken_back_climb_on(no_search, caplog):
+    x, guide, exact = at_one_mode()
+    found = repair(absolute, guide, x, rungs=("importance", "annealed"), **{**SETTINGS, "audit": 3})
+    assert found.dataset["tried"].sel(rung_name="annealed").values.all()
+    off = np.abs(found.dataset["log_evidence"].values - exact)
+    assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+    assert "and they climb on 'annealed'" in caplog.text
+
+
+def test_right_verdicts_stand_an_audit(caplog):
+    x = counts()
+    guide = local(gamma_poisson, x)
+    with torch.no_grad():  # near the posterior's logarithm
+        guide.table[:, 0, 0] = ((x + 2) / 1.5).log()
+        guide.table[:, 0, 1] = -0.5 * (x + 2).log()
+    found = repair(gamma_poisson, guide, x, **{**SETTINGS, "audit": 1})
+    assert found.good.all() and not caplog.records
+    assert found.dataset["audited"].values.sum() == 1
+    assert not found.dataset["contradicted"].values.any()
+
+
+def test_bounds_without_errors_differ_by_rounding():
+    """No likelihood: every weight is one, and rounding is no contradiction."""
+
+    def nothing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    x = torch.tensor([0.5, 1.0, -1.0])
+    found = repair(nothing, local(nothing, x), x, **{**SETTINGS, "audit": 3})
+    assert found.good.all() and found.dataset["audited"].values.all()
