@@ -47,6 +47,15 @@ def test_the_level_is_what_it_is_said_to_be(kind):
     assert 0.85 < z.std() < 1.25 and abs(z.mean()) < 0.3
 
 
+def test_of_data_that_were_fitted_to_it_rejects_less():
+    """400 units whose data have the moments of the model: 1 to 2 % are rejected, not 5 %."""
+    x = torch.randn(60, 400)
+    x = 5**0.5 * (x - x.mean(0)) / x.std(0)
+    model = NormalModel(weight=2.0)
+    found = pv.aggregate_posterior(model, model.posterior, x, num_permutations=199, seed=0)
+    assert (found.dataset["p_value"] <= 0.05).mean() < 0.03
+
+
 def test_what_is_off_is_named():
     """Of six units one is shifted, one too narrow; of the others none is named."""
     location = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0, 0.0])
