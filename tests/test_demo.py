@@ -54,7 +54,7 @@ def test_it_writes_what_it_promises(ran):
     )
     tree = az.from_netcdf(folder / "posterior.nc")
     assert tree["posterior"]["z"].dims == ("chain", "draw", "datum", "latent")
-    assert "approximation gap" in told and "share k-hat > 0.7" in told
+    assert "approximation gap" in told and "median ESS" in told
     repairs = pd.read_csv(folder / "repair.csv")
     assert set(repairs["rung"]) <= {"importance", "refined"} and len(repairs) == 3
     share = (repairs["good"] & (repairs["rung"] == "refined")).mean()

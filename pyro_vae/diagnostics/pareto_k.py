@@ -18,7 +18,7 @@ Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 # Vehtari et al. (2024): above it importance sampling is not to be trusted, its errors included.
 PARETO_K_THRESHOLD = 0.7
 # A share of effective particles above which a heavy tail does no harm: weights that all but agree.
-_NEARLY_EQUAL = 0.9
+NEARLY_EQUAL = 0.9
 
 
 def heavy_tailed(pareto_k: Numbers, ess: Numbers, num_particles: int) -> Numbers:
@@ -27,7 +27,7 @@ def heavy_tailed(pareto_k: Numbers, ess: Numbers, num_particles: int) -> Numbers
     By k-hat and effective sample size of K particles, [N] each: those with k-hat above 0.7, but for
     weights that all but agree, of which k-hat is the shape of a tail too light to matter.
     """
-    return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > _NEARLY_EQUAL * num_particles)
+    return (pareto_k > PARETO_K_THRESHOLD) & ~(ess > NEARLY_EQUAL * num_particles)
 
 
 def doubts(pareto_k: np.ndarray, ess: np.ndarray, num_particles: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
+from pyro_vae.diagnostics.pareto_k import NEARLY_EQUAL, PARETO_K_THRESHOLD
 from pyro_vae.diagnostics.psis import psis, tail_length
 
 Array = NDArray[np.float64]
@@ -21,6 +21,8 @@ Flags = NDArray[np.bool_]
 # Effective draws that put a posterior mean within 0.2 posterior standard deviations of the truth
 # but for four standard errors.
 FEWEST_EFFECTIVE = 400
+# The share of effective draws that a mean of few weights takes.
+_EFFECTIVE_SHARE = 0.1
 # The weight of the tail in units of that of as many average draws, up to which it does no harm.
 _LIGHT_TAIL = 2.0
 
@@ -77,5 +79,22 @@ class Weights:
     @property
     def good(self) -> Flags:
         """For which data a posterior of these weights, and its evidence, can be trusted, [N]."""
+        return (self.ess >= FEWEST_EFFECTIVE) & self._light
+
+    @property
+    def evidence_good(self) -> Flags:
+        """For which data the mean weight, an estimate of p(x), and its error can be trusted, [N].
+
+        It takes a light tail too, but fewer effective draws than a posterior, whose mean is to be
+        known to 0.2 standard deviations: 400, or a tenth of all where that is less. Draws that are
+        too few for a k-hat must all but agree.
+        """
+        enough = self.ess >= min(FEWEST_EFFECTIVE, _EFFECTIVE_SHARE * self.num_particles)
+        equal = self.ess > NEARLY_EQUAL * self.num_particles
+        return (enough & self._light & ~np.isnan(self.pareto_k)) | equal
+
+    @property
+    def _light(self) -> Flags:
+        """For which data the tail carries no more than it may, [N]."""
         light = self.pareto_k <= pareto_k_threshold(self.num_particles)
-        return (self.ess >= FEWEST_EFFECTIVE) & (light | (self.tail_share <= _LIGHT_TAIL))
+        return light | (self.tail_share <= _LIGHT_TAIL)

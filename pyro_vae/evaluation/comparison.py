@@ -13,8 +13,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
+from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.diagnostics.psis import psis
+from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, Weights, pareto_k_threshold
 from pyro_vae.particles.estimators import (
     Estimate,
     calibrated,
@@ -30,15 +31,16 @@ from pyro_vae.programs.types import Program
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ESTIMATES = ("elbo", "log_evidence", "approximation_gap", "amortization_gap")
-_PARTS = ("", "_se", "_skewness")
-_HEADER: tuple[str, ...] = (
-    *("guide", "ELBO", "log p(x)", "approximation gap", "amortization gap"),
-    *("worst k-hat", "share k-hat > 0.7"),
+_ESTIMATES = (
+    *("elbo", "log_evidence", "approximation_gap", "amortization_gap"),
+    *("iwae_minus_elbo", "ais_minus_elbo"),
 )
+_PARTS = ("", "_se", "_skewness")
+_TITLES = {"elbo": "ELBO", "log_evidence": "log p(x)"}
+_TITLES |= {"iwae_minus_elbo": "IWAE - ELBO", "ais_minus_elbo": "AIS - ELBO"}
 # Variables of the chosen estimate of log p(x), and their names as those of the guide it is through.
 _EVIDENCE = {f"log_evidence{part}": f"iwae_bound{part}" for part in _PARTS}
-_EVIDENCE |= {"log_evidence_pareto_k": "pareto_k", "log_evidence_ess": "ess"}
+_EVIDENCE |= {f"log_evidence_{name}": name for name in ("pareto_k", "ess", "tail_share")}
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,14 @@ class Comparison:
             approximation_gap, amortization_gap, each with its standard error ``<name>_se``
             (value ± 1.96 of them covers with probability 0.95) and ``<name>_skewness``, that of
             the particles' effects on it, from which errors of means over data are made;
-            pareto_k, ess, converged (of the guide's reference). Of each datum:
-            log_evidence, likewise, with log_evidence_pareto_k and log_evidence_ess, those of the
-            weights it was made from. Coordinate ``reference`` names the refined guide that each
-            guide's gaps are measured against. The attribute
+            iwae_minus_elbo and, for data with annealed chains, ais_minus_elbo, likewise;
+            pareto_k, ess, tail_share and good, the verdict on the guide's importance weights
+            (:mod:`pyro_vae.diagnostics.verdict`), converged (of the guide's reference). Of each
+            datum: log_evidence, likewise, with evidence_from, its source; log_evidence_pareto_k,
+            log_evidence_ess and log_evidence_tail_share of the weights it was made from, and
+            log_evidence_good, whether it and its error are to be trusted; ais, ais_se and ais_ess
+            of annealed chains, where there are any. Coordinate ``reference`` names the refined
+            guide that each guide's gaps are measured against. The attribute
             ``log_evidence_from`` says which estimate log_evidence is, ``given`` which global
             latents are fixed.
         guides: name to guide, the refined ones too.
@@ -65,12 +71,17 @@ class Comparison:
     def summary(self) -> pd.DataFrame:
         """Return a row per guide: means over the data with Monte Carlo standard errors.
 
-        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7,
-        ``not_converged`` the number of data whose refined guide has not converged.
+        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7, ``good`` that
+        with a good verdict on the guide's importance weights, ``not_converged`` the number of data
+        whose refined guide has not converged. ``ais_minus_elbo`` is the mean over the data that
+        have annealed chains.
         """
         data, columns = self.dataset, {}
-        for name in _ESTIMATES:
-            every = (data[f"{name}{end}"].broadcast_like(data["elbo"]) for end in _PARTS)
+        for name in (name for name in _ESTIMATES if name in data):
+            known = data
+            if name == "ais_minus_elbo":
+                known = data.isel(datum=np.flatnonzero(np.isfinite(data["ais"].values)))
+            every = (known[f"{name}{end}"].broadcast_like(known["elbo"]) for end in _PARTS)
             value, errors, skews = (each.transpose("guide", "datum") for each in every)
             columns[name] = value.mean("datum").values
             columns[f"{name}_se"] = _errors_of_means(
@@ -79,6 +90,7 @@ class Comparison:
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
         columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
         columns["ess_median"] = data["ess"].median("datum").values
+        columns["good"] = data["good"].mean("datum").values
         columns["not_converged"] = (~data["converged"]).sum("datum").values
         return pd.DataFrame(columns, index=pd.Index(data["guide"].values, name="guide"))
 
@@ -100,14 +112,17 @@ class Comparison:
 
 def format_table(comparisons: Mapping[str, Comparison]) -> str:
     """Return the gap table of comparisons as text, by a label (train, test) or "", with notes."""
-    rows, notes = [_HEADER], []
+    notes: list[str] = []
+    shown = [n for n in _ESTIMATES if any(n in c.dataset for c in comparisons.values())]
+    titles = [_TITLES.get(name, name.replace("_", " ")) for name in shown]
+    rows = [("guide", *titles, "worst k-hat", "median ESS", "good")]
     for label, comparison in comparisons.items():
         data = comparison.dataset
         for guide, row in comparison.summary().iterrows():
-            pairs = ((row[name], row[f"{name}_se"]) for name in _ESTIMATES)
+            pairs = ((row.get(n, math.nan), row.get(f"{n}_se", math.nan)) for n in shown)
             numbers = ("-" if math.isnan(v) else f"{v:.3f} ± {error:.3f}" for v, error in pairs)
-            worst, bad = f"{row['pareto_k_max']:.2f}", f"{row['pareto_k_bad']:.1%}"
-            rows.append((f"{label} {guide}".strip(), *numbers, worst, bad))
+            verdict = f"{row['pareto_k_max']:.2f}", f"{row['ess_median']:.0f}", f"{row['good']:.1%}"
+            rows.append((f"{label} {guide}".strip(), *numbers, *verdict))
             if row["not_converged"] and data["reference"].sel(guide=guide) == guide:
                 notes.append(
                     f"{label} {guide}: {int(row['not_converged'])} of {data.sizes['datum']} data "
@@ -115,6 +130,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
                     "amortization gap too small"
                 )
         notes.append(f"{label} {_evidence_text(data)}")
+    notes.append(_verdict_text([each.dataset for each in comparisons.values()]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     head, *lines = (
         " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -126,15 +142,32 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
 def _evidence_text(data: xr.Dataset) -> str:
     """Return where log p(x) is from, and how far it is to be trusted, for the table."""
     given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
-    k_hat, ess = data["log_evidence_pareto_k"].values, data["log_evidence_ess"].values
-    heavy = heavy_tailed(k_hat, ess, data.attrs["log_evidence_num_particles"]).mean()
-    doubt = (
-        f"; a lower bound, and for {heavy:.1%} of the data (k-hat > {PARETO_K_THRESHOLD}) one "
-        "whose standard error is not to be trusted"
-    )
+    bad = int((~data["log_evidence_good"]).sum())
+    doubt = f"; a lower bound, and for {bad / data.sizes['datum']:.1%} of the data one {_UNTRUSTED}"
+    hint = f", which evidence='auto' would anneal ({bad} data)" if _could_anneal(data) else ""
+    refused = data.attrs.get("ais_refused", "")
+    why = f"; annealed chains are not to be had: {refused}" if refused else ""
     return (
         f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
-        f"per datum ± Monte Carlo standard error{doubt if heavy else ''}"
+        f"per datum ± Monte Carlo standard error{doubt + hint if bad else ''}{why}"
+    )
+
+
+_UNTRUSTED = "that is not to be trusted, nor its standard error"
+
+
+def _could_anneal(data: xr.Dataset) -> bool:
+    return data.attrs["evidence"] == "iwae"
+
+
+def _verdict_text(found: Sequence[xr.Dataset]) -> str:
+    """Return what a good verdict is, for the table."""
+    count = int(found[0].attrs["num_particles"])
+    few = f", more than K = {count} can give" if count < FEWEST_EFFECTIVE else ""
+    return (
+        f"good: share of the data whose importance weights can be trusted: {FEWEST_EFFECTIVE} "
+        f"effective ones (ESS) or more{few}, and no heavy tail (k-hat above "
+        f"{pareto_k_threshold(count):.2f} for K = {count}) that carries weight"
     )
 
 
@@ -156,9 +189,9 @@ def reduce_block(
         references: name to the name of the refined guide that gaps are measured against.
 
     Returns:
-        By name: of each guide, [G, n], elbo and amortization_gap; of each of E estimates of
-        log p(x), [E, n], iwae_bound with its pareto_k and ess; of both, [G * E, n],
-        approximation_gap. E is G, or G + 1 where the last is that of the mixture of all
+        By name: of each guide, [G, n], elbo, amortization_gap and iwae_minus_elbo; of each of E
+        estimates of log p(x), [E, n], iwae_bound with its pareto_k, ess and tail_share; of both,
+        [G * E, n], approximation_gap. E is G, or G + 1 where the last is that of the mixture of all
         guides. Estimates have ``<name>_se`` and ``<name>_skewness`` beside them.
     """
     crossed = len(drawn[0][1]) > 1
@@ -179,12 +212,18 @@ def reduce_block(
     nan = torch.full_like(elbos[0].value, math.nan)
     bests = [of_name.get(references.get(name, ""), Estimate(nan, nan)) for name in names]
     gaps = (best - own for best, own in zip(bests, elbos, strict=True))
+    gains = (bound - own for bound, own in zip(evidences, elbos, strict=False))
+    logs = [each.T.cpu().numpy() for each in raw]
+    k_hats = [psis(log_weights)[1] for log_weights in logs]
+    looks = [Weights.of(*each) for each in zip(logs, k_hats, strict=True)]
     return {
         **_columns("elbo", elbos),
         **_columns("amortization_gap", gaps),
         **_columns("approximation_gap", (each - best for best in bests for each in evidences)),
         **_columns("iwae_bound", evidences),
-        "pareto_k": np.stack([psis(each.T.cpu().numpy())[1] for each in raw]),
+        **_columns("iwae_minus_elbo", gains),
+        "pareto_k": np.stack(k_hats),
+        "tail_share": np.stack([each.tail_share for each in looks]),
         "ess": np.stack([effective_sample_size(w).cpu().numpy() for w in weights]),
     }
 
@@ -221,10 +260,19 @@ def gap_dataset(
         source = f"the mixture of {' and '.join(map(repr, names))}"
     else:
         evidence_particles, source = num_particles, repr(names[chosen])
+    own = (arrays[name][: len(names)] for name in ("pareto_k", "ess", "tail_share"))
+    used = Weights(
+        evidence_particles, *(arrays[n][chosen] for n in ("pareto_k", "ess", "tail_share"))
+    )
+    text = f"IWAE-{evidence_particles} through {source}"
+    known = np.isfinite(arrays["iwae_bound_se"][chosen])
     return xr.Dataset(
         {
+            "good": (("guide", "datum"), Weights(num_particles, *own).good),
+            "log_evidence_good": ("datum", used.evidence_good & known),
+            "evidence_from": ("datum", np.full(arrays["elbo"].shape[1], text, dtype=object)),
             **{name: (("guide", "datum"), arrays[name][: len(names)]) for name in sorted(arrays)},
-            **{name: ("datum", arrays[own][chosen]) for name, own in _EVIDENCE.items()},
+            **{name: ("datum", arrays[mine][chosen]) for name, mine in _EVIDENCE.items()},
         },
         coords={
             "guide": list(names),
@@ -232,7 +280,8 @@ def gap_dataset(
             "reference": ("guide", [references.get(name, "") for name in names]),
         },
         attrs={
-            "log_evidence_from": f"IWAE-{evidence_particles} through {source}",
+            "evidence": "iwae",
+            "log_evidence_from": text,
             "log_evidence_num_particles": evidence_particles,
             "num_particles": num_particles,
             "units": "nats",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,7 +20,7 @@ from pyro_vae.families.gaussian import FullRankNormal, Normal
 from pyro_vae.guides.base import of_family
 from pyro_vae.particles.estimators import Estimate, calibrated
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import row_guide
+from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.annealing import Annealer, Schedule
@@ -85,7 +84,7 @@ class Ladder:
     def climb(self, rung: Rung, rows: Tensor | None) -> Found:
         """Return what a rung gives for some of the data; None for all of them."""
         batch = self.batch if rows is None else self.batch.rows(rows)
-        with self._on(rows):
+        with on_rows(self.guide, rows):
             if rung == "importance":
                 return self._importance(self.guide, batch)
             if rung == "annealed":
@@ -113,19 +112,8 @@ class Ladder:
     def audit(self, rows: Tensor | None) -> Found:
         """Return what a few annealed chains give for some of the data; None for all of them."""
         batch = self.batch if rows is None else self.batch.rows(rows)
-        with self._on(rows):
+        with on_rows(self.guide, rows):
             return self._anneal(self.ready(self.guide, batch), _AUDIT_CHAINS, _AUDIT_STEPS)
-
-    @contextlib.contextmanager
-    def _on(self, rows: Tensor | None) -> Iterator[None]:
-        """Say to a guide with rows which of them a batch holds."""
-        guide = row_guide(self.guide)
-        if guide is None or rows is None:
-            yield
-        else:
-            held = guide.given_rows
-            with guide.rows(rows if held is None else held[rows.to(held.device)]):
-                yield
 
     def ready(self, guide: Program, batch: Batch) -> Ready:
         """Return what chains and draws of some data need."""

@@ -221,6 +221,29 @@ def mean_std_error(
     return calibrated(variance.sqrt(), of_mean, num_particles) / std_errors.shape[0]
 
 
+def independent_difference(
+    errors: tuple[Tensor, Tensor],
+    skewnesses: tuple[Tensor, Tensor],
+    counts: tuple[int, int],
+    num_particles: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the calibrated error and the skewness of a difference of independent estimates.
+
+    Args:
+        errors: :func:`calibrated` ones of the two, [N].
+        skewnesses: of the influences of each, [N].
+        counts: how many particles each was made of.
+        num_particles: K, as of how many particles the skewness of the difference is told, so that
+            its square over K is that of an estimate of K particles.
+    """
+    pairs = list(zip(errors, skewnesses, counts, strict=True))
+    plain = [error / _widening(skew.square() / count) for error, skew, count in pairs]
+    third = [skew * p.pow(3) / count**0.5 for p, (_, skew, count) in zip(plain, pairs, strict=True)]
+    variance = plain[0].square() + plain[1].square()
+    skewness = skewness_of(variance, third[0] - third[1]) * num_particles**0.5
+    return calibrated(variance.sqrt(), skewness, num_particles), skewness
+
+
 def skewness_of(variance: Tensor, third: Tensor) -> Tensor:
     """Return the skewness of a variance and a third central moment; 0 of constants."""
     return torch.where(variance > 0, third / variance.clamp_min(_TINY).pow(1.5), 0.0)

@@ -206,6 +206,18 @@ def row_guide(program: Program) -> RowGuide | None:
     return inner if isinstance(inner, RowGuide) else None
 
 
+@contextlib.contextmanager
+def on_rows(program: Program, rows: Tensor | None) -> Iterator[None]:
+    """Say to a guide with a row per datum which of them a batch holds; None for all of them."""
+    guide = row_guide(program)
+    if guide is None or rows is None:
+        yield
+    else:
+        held = guide.given_rows
+        with guide.rows(rows if held is None else held[rows.to(held.device)]):
+            yield
+
+
 def repeated_rows(program: Program, times: int) -> Program:
     """Return a program for a batch that is repeated: the rows of its guide are repeated alike."""
     guide = row_guide(program)

@@ -75,3 +75,21 @@ def test_the_share_of_the_tail_is_in_units_of_average_weights():
     log_weights[:size] = math.log(10.0)
     share = 10 * size / (10 * size + K - size)
     assert look(log_weights).tail_share[0] == pytest.approx(share * K / size)
+
+
+def verdict(ess, pareto_k=0.3, tail_share=1.5, num_particles=1000) -> bool:
+    numbers = (np.array([each], dtype=float) for each in (pareto_k, ess, tail_share))
+    return bool(Weights(num_particles, *numbers).evidence_good[0])
+
+
+def test_a_mean_takes_fewer_effective_draws_than_a_posterior():
+    """A tenth of the draws, or 400; a tail that carries no weight; nearly equal ones always."""
+    assert verdict(101) and not verdict(99)
+    assert verdict(401, num_particles=50_000) and not verdict(399, num_particles=50_000)
+    assert verdict(500, pareto_k=0.6) and verdict(500, pareto_k=2.0, tail_share=1.9)
+    assert not verdict(500, pareto_k=2.0, tail_share=2.1)
+    assert not verdict(500, pareto_k=0.68, tail_share=2.1)  # the threshold of 1000 is 0.67
+    assert verdict(901, pareto_k=4.0, tail_share=2.1)
+    assert not verdict(5, pareto_k=math.nan, num_particles=10)
+    assert verdict(9.5, pareto_k=math.nan, num_particles=10)
+    assert not verdict(0, pareto_k=math.inf, tail_share=math.inf)

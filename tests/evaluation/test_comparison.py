@@ -6,6 +6,8 @@ import copy
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -93,10 +95,71 @@ def test_summary_and_table(compared):
     )
     lines = repr(found).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")] == [
-        "guide", "ELBO", "log p(x)", "approximation gap", "amortization gap", "worst k-hat",
-        "share k-hat > 0.7",
+        "guide", "ELBO", "log p(x)", "approximation gap", "amortization gap", "IWAE - ELBO",
+        "worst k-hat", "median ESS", "good",
     ]  # fmt: skip
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    one = data.sel(guide="amortized")
+    assert cells[-3:] == [
+        f"{float(one.pareto_k.max()):.2f}",
+        f"{float(one.ess.median()):.0f}",
+        f"{float(one.good.mean()):.1%}",
+    ]
     assert lines[2].split("|")[0].strip() == "amortized"
+
+
+def test_the_gain_of_weights_is_paired(compared):
+    """IWAE - ELBO of each guide, its error that of one difference, not of two estimates."""
+    data = compared[3].dataset
+    np.testing.assert_allclose(data.iwae_minus_elbo, data.iwae_bound - data.elbo, atol=1e-12)
+    local = data.sel(guide="mean-field")
+    alone = np.hypot(local.iwae_bound_se, local.elbo_se)
+    assert (local.iwae_minus_elbo_se < alone).mean() > 0.7
+    assert float(compared[3].summary().loc["amortized", "iwae_minus_elbo"]) > 0
+
+
+def test_verdicts_are_those_of_the_weights(compared):
+    """From k-hat, ESS and the tail's share, by the rule written out."""
+    data = compared[3].dataset
+    light = (data.pareto_k <= 0.7) | (data.tail_share <= 2)
+    assert (data.good == (light & (data.ess >= 400))).all()
+    assert 0 < float(data.good.mean()) < 1
+    assert (compared[3].summary()["good"] == data.good.mean("datum").values).all()
+    count = data.attrs["log_evidence_num_particles"]
+    light = (data.log_evidence_pareto_k <= 0.7) | (data.log_evidence_tail_share <= 2)
+    enough = light & (data.log_evidence_ess >= 400)
+    assert (data.log_evidence_good == enough | (data.log_evidence_ess > 0.9 * count)).all()
+
+
+def test_a_heavy_tail_of_no_weight_is_no_cause_for_alarm():
+    """Weights exp(0.02 (z^3 - 3 z) / 6) of a normal z: k-hat far above 0.7, ESS nearly K."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+            pyro.factor("f", 0.02 * (z**3 - 3 * z) / 6)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    x = torch.zeros(5, dtype=torch.float64)
+    found = pv.compare(model, {"guide": guide}, x, reference="guide", seed=0, progress=False)
+    data = found.dataset
+    assert (data.pareto_k > 0.7).all() and (data.ess > 0.999 * 5000).all()
+    assert data.good.all() and data.log_evidence_good.all()
+    assert "not to be trusted" not in repr(found)
+
+
+def test_the_table_says_what_good_is(compared):
+    text = repr(compared[3])
+    assert "400 effective ones (ESS) or more, and no heavy tail (k-hat above 0.70" in text
+    model, x, guide, _ = compared
+    few = pv.compare(model, {"a": guide}, x[:4], reference="a", num_particles=100, seed=0)
+    assert not few.dataset.good.any()
+    text = repr(few)
+    assert "or more, more than K = 100 can give" in text and "k-hat above 0.50 for K = 100" in text
 
 
 # --- which lower bound is taken for log p(x)

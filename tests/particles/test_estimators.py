@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.particles import estimators
-from pyro_vae.particles.estimators import Estimate, LogWeights, StreamingELBO, StreamingIWAE
+from pyro_vae.particles.estimators import (
+    Estimate,
+    LogWeights,
+    StreamingELBO,
+    StreamingIWAE,
+    calibrated,
+    independent_difference,
+)
 
 
 def log_weights(num_particles: int, num_data: int = 3) -> Tensor:
@@ -207,3 +214,18 @@ def test_log_weights():
         assert torch.equal(LogWeights.concatenate(chunks, dim).total, weights.total)
     with pytest.raises(dataclasses.FrozenInstanceError):
         weights.log_prior = parts[0]
+
+
+def test_the_error_of_a_difference_of_independent_estimates():
+    """Means of exponentials, of 400 and 100 particles: against variances and third moments."""
+    scales = torch.tensor([[2.0], [1.0]], dtype=torch.float64)
+    one, other = scales[0] / 400**0.5, scales[1] / 100**0.5
+    skew = torch.full_like(one, 2.0)
+    errors = tuple(calibrated(e, skew, k) for e, k in ((one, 400), (other, 100)))
+    error, skewness = independent_difference(errors, (skew, skew), (400, 100), 400)
+    variance = 4 / 400 + 1 / 100
+    third = 2 * 8 / 400**2 - 2 * 1 / 100**2
+    assert skewness.item() == pytest.approx(third / variance**1.5 * 400**0.5, rel=1e-5)
+    assert error.item() == pytest.approx(variance**0.5 * (1 + 8 * skewness.item() ** 2 / 400))
+    alone = independent_difference((errors[0], 0 * one), (skew, 0 * skew), (400, 1), 400)
+    torch.testing.assert_close(torch.stack(alone), torch.stack([errors[0], skew]))

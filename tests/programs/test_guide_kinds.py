@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.programs.guide_kinds import RowGuide, repeated_rows, row_guide
+from pyro_vae.programs.guide_kinds import RowGuide, on_rows, repeated_rows, row_guide
 from tests.models import factor_analysis
 
 
@@ -48,6 +48,18 @@ def test_other_programs_stay_as_they_are():
         pass
 
     assert repeated_rows(program, 3) is program
+
+
+def test_rows_of_rows_are_those_of_the_table():
+    guide = Table()
+    with on_rows(guide, torch.tensor([4, 2, 3])):
+        with on_rows(guide, torch.tensor([2, 0])):
+            guide(torch.zeros(2))
+        with on_rows(guide, None):
+            guide(torch.zeros(3))
+    assert guide.used == [[3, 4], [4, 2, 3]]
+    with on_rows(lambda x: None, torch.tensor([1])):
+        pass
 
 
 def test_rows_are_given_back_when_the_context_is_left():
