@@ -137,7 +137,7 @@ class Ladder:
             return scouts
         if len(promising) == len(scouts.good) or not prepared.evaluator.splittable:
             return self._anneal(prepared, _ANNEALED_CHAINS, _ANNEALED_STEPS)
-        with self._on(promising):
+        with on_rows(self.guide, promising):
             some = self.ready(self.guide, batch.rows(promising))
             more = self._anneal(some, _ANNEALED_CHAINS, _ANNEALED_STEPS)
             return _with_rows(scouts, promising, more)
