@@ -37,11 +37,7 @@ FAR, ERRORS = 0.2, 5.0
 ACCURATE = 0.1  # nats: a bound with a larger standard error is no right answer
 EVERY = ("best", "shifted", "narrow", "wide", "point", "prior")
 # What starts from the prior or from modes hardly depends on the guide.
-GUIDES = {
-    "importance": EVERY,
-    "ladder": ("best", "narrow", "prior"),
-    "ais": ("best", "narrow", "point"),
-}
+GUIDES = {"importance": EVERY, "ladder": ("narrow", "prior"), "ais": ("best", "point")}
 FEW = ("narrow",)
 
 

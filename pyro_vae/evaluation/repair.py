@@ -160,7 +160,7 @@ def repair(
     the tail does no harm: k-hat is below its threshold for so many draws, or the tail carries
     hardly more than its share (:mod:`pyro_vae.diagnostics.verdict`). A tenth of the draws are three
     times as wide, a twentieth are the prior's, and a twentieth lie around the highest mode out of
-    the guide's reach to which gradients lead from eight draws of the prior
+    the guide's reach to which gradients lead from twelve draws of the prior
     (:mod:`pyro_vae.sampling.far_modes`): so a part of the posterior that the guide misses shows in
     the weights. A datum with more than a hundredth of its posterior around such a mode is bad, as
     there may be more modes, and so is one whose posterior is cut off by rounding, such as that of a

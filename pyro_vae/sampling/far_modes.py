@@ -10,11 +10,16 @@ from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block
 from pyro_vae.refinement.starts import find_modes, gaussian_at
-from pyro_vae.sampling.density import log_base
+from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
 from pyro_vae.sampling.prepare import Ready
 
 _KEY = 42  # first in the key of the stream of random numbers, after the seed
-_CLIMBS = 8  # from draws of the prior: a mode that half of them lead to is missed once in 256
+_DRAWS = 256  # of the prior
+# So many of them are climbed from as they come: a mode that half lead to is missed in 1 of 64 data.
+_ANY = 6
+# And so many of those out of the base's reach under which the datum is likeliest: a mode that few
+# draws lead to may hold more than those do.
+_LIKELY = 6
 _APART = 4.0  # standard deviations of the base, beyond where its draws lie
 
 
@@ -53,13 +58,24 @@ def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode
     Raises:
         ValueError: where a mask of the model leaves latents out, which have no prior.
     """
-    places = ready.prior_draws(rows, _CLIMBS, (_KEY, rows.start))
-    places = torch.where(places.isfinite().all(-1, keepdim=True), places, centre)
-    modes, heights = find_modes(block, places)
-    with torch.no_grad():
-        base = log_base(block.scored, ready.table[rows], torch.cat([centre.unsqueeze(0), modes]))
+    table = ready.table[rows]
     reach = 0.5 * (math.sqrt(centre.shape[-1]) + _APART) ** 2
-    far = (base[1:] < base[0] - reach) & (heights > -torch.inf)
+
+    @torch.no_grad()
+    def is_out_of_reach(z: Tensor) -> Tensor:
+        middle = log_base(block.scored, table, centre.unsqueeze(0))
+        return log_base(block.scored, table, z) < middle - reach
+
+    draws = ready.prior_draws(rows, _DRAWS, (_KEY, rows.start))
+    draws = torch.where(draws.isfinite().all(-1, keepdim=True), draws, centre)
+    with torch.no_grad():
+        _, likelihood = log_prior_and_likelihood(block.scored, table, draws)
+    likelihood = likelihood.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    likely = torch.where(is_out_of_reach(draws), likelihood, -torch.inf)[_ANY:].topk(_LIKELY, 0)
+    chosen = likely.indices.unsqueeze(-1).expand(-1, -1, draws.shape[-1])
+    places = torch.cat([draws[:_ANY], draws[_ANY:].gather(0, chosen)])
+    modes, heights = find_modes(block, places)
+    far = is_out_of_reach(modes) & (heights > -torch.inf)
     is_far = far.any(0)
     highest = torch.where(far | ~is_far, heights, -torch.inf).argmax(0)
     mode = modes[highest, torch.arange(len(centre), device=modes.device)]

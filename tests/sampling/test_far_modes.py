@@ -18,8 +18,8 @@ from tests.sampling.test_importance import gamma_poisson, local, square
 F64 = torch.float64
 
 
-def found(model, guide, *batch):
-    made = ready(model, guide, batch, None, None, 0, False)
+def found(model, guide, *batch, seed=0):
+    made = ready(model, guide, batch, None, None, seed, False)
     ((rows, block),) = made.each()
     return far_mode(made, rows, block, made.base_centre(rows))
 
@@ -52,6 +52,31 @@ def test_one_mode_in_reach_is_not_far():
     # Gamma(a, b) has in log z the mode log(a / b) and the curvature a.
     expected = ((x + 2) / 1.5).log().unsqueeze(-1)
     torch.testing.assert_close(far.mean, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mode_that_few_draws_of_the_prior_lead_to(seed: int):
+    """x ~ Normal(z1 + z2, 0.3), z2 ~ Normal(z1^2, 0.5), at x = 5.1: the smaller root of z1 + z1^2.
+
+    A hundredth of the prior leads there, and it holds a tenth of the posterior: draws under which
+    the datum is likeliest do.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("z1", dist.Normal(x.new_tensor(0.0), 1.0))
+            second = pyro.sample("z2", dist.Normal(first.square(), 0.5))
+            pyro.sample("x", dist.Normal(first + second, 0.3), obs=x)
+
+    x = torch.tensor([5.1, 4.7], dtype=F64)
+    guide = pv.LocalGuide(model, num_data=2, example=x)
+    root = -0.5 + (0.25 + x).sqrt()
+    with torch.no_grad():
+        guide.table[..., 0] = torch.stack([root, root.square()], -1)
+        guide.table[..., 1] = -2.0
+    far = found(model, guide, x, seed=seed)
+    assert far.is_far.all()
+    assert (far.mean[:, 0] - (-0.5 - (0.25 + x).sqrt())).abs().max() < 0.2
 
 
 def test_in_many_dimensions_draws_of_the_base_are_no_far_modes():
