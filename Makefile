@@ -66,6 +66,8 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/time_to_bound.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/refine_loop.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/growth.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/repair.py
+	$(BIN)/python benchmarks/chains.py
 
 # Without torch and Pyro: the only files these tests need are arviz_versions.py and
 # diagnostics/psis.py of the package.
