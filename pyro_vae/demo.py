@@ -17,7 +17,6 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.arviz_versions import Container, write
 from pyro_vae.datasets import images as datasets
-from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
 from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
@@ -344,14 +343,15 @@ def _meaning(comparisons: Mapping[str, Comparison]) -> str:
         remedy = "the encoder does not generalize, and more training images would help most"
     else:
         remedy = "a larger encoder, or one trained for longer, would help most"
-    bad = table["pareto_k_bad"]
+    bad = 1 - table["good"]
     return (
         f"On held-out images the amortized posterior falls {family + encoder:.2f} nats short of "
         f"log p(x), {family:.2f} of them because of the mean-field family and {encoder:.2f} "
         f"because of the encoder, which loses {seen:.2f} on the images it was trained on: "
         f"{remedy}. "
-        f"Importance weights through it are not to be trusted (k-hat > {PARETO_K_THRESHOLD}) for "
-        f"{bad['amortized']:.0%} of the held-out images, nor for {bad['mean-field']:.0%} of them "
+        "Importance weights through it are not to be trusted (too few are effective, or a heavy "
+        f"tail carries them) for {bad['amortized']:.0%} of the held-out images, nor for "
+        f"{bad['mean-field']:.0%} of them "
         "through the mean field fitted to each image alone."
     )
 

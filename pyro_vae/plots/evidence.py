@@ -1,12 +1,13 @@
-"""Figures of log p(x) from both sides, datum by datum."""
+"""Figures of log p(x), datum by datum: bounds from both sides, or several bounds from below."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyro_vae.plots.results import BLUE, GREY, VERMILION, axes, number, title_and_legend
+from pyro_vae.plots.results import BLUE, CYCLE, GREY, VERMILION, axes, number, title_and_legend
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,15 +21,19 @@ _WIDE = 20.0
 def plot_evidence(
     dataset: xr.Dataset, exact: np.ndarray | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw the bounds on log p(x) of each datum from both sides, in order of their width.
+    """Draw bounds on log p(x) of each datum, in order of how far they are apart.
 
-    From the middle of the two, or from the exact value where it is known, because data differ by
-    many more nats than the bounds of one. Error bars are one standard error over chains. Bounds
-    that are not to be trusted are hollow. Where a few data are far wider than the rest the axis is
-    logarithmic away from zero.
+    Of a :class:`~pyro_vae.Sandwich` both sides, from the middle of the two, or from the exact value
+    where it is known: data differ by many more nats than the bounds of one. Of a
+    :class:`~pyro_vae.Comparison` the importance-weighted bound of each guide, and that of annealed
+    chains where there are any, from what stands for log p(x) there (or from the exact value).
+
+    Error bars are one standard error. Bounds that are not to be trusted are hollow: of a guide
+    those with a bad verdict on its weights. Where a few data are far wider than the rest the axis
+    is logarithmic away from zero.
 
     Args:
-        dataset: that of a :class:`~pyro_vae.Sandwich`.
+        dataset: that of a Sandwich or of a Comparison.
         exact: log p(x) of each datum, [N], in nats, where it is known.
         ax: where to draw; new axes if None.
 
@@ -38,42 +43,103 @@ def plot_evidence(
     Raises:
         ValueError: for another dataset, or ``exact`` that is not [N].
     """
-    if missing := [name for name in ("lower", "upper") if name not in dataset]:
-        raise ValueError(f"the dataset has no {' and no '.join(missing)}: that of a Sandwich has")
-    lower, upper = (np.asarray(dataset[name], float) for name in ("lower", "upper"))
-    if exact is not None and np.shape(exact) != lower.shape:
-        raise ValueError(f"exact: wanted shape {[*lower.shape]}, found {[*np.shape(exact)]}")
-    finite = np.isfinite(upper) & np.isfinite(lower)
-    lower, upper = np.where(finite, lower, np.nan), np.where(finite, upper, np.nan)
-    middle = (lower + upper) / 2 if exact is None else np.asarray(exact, float)
-    order = np.flatnonzero(finite)[np.argsort((upper - lower)[finite], kind="stable")]
+    if "lower" in dataset and "upper" in dataset:
+        series, middle = _sides(dataset)
+        where, what = "the middle of the bounds", "log p(x) from both sides"
+    elif "iwae_bound" in dataset and "log_evidence" in dataset:
+        series, middle = _below(dataset)
+        where, what = "log p(x) of the comparison", "Lower bounds on log p(x)"
+    else:
+        raise ValueError(
+            "the dataset has no lower and upper, as that of a Sandwich, and no iwae_bound and "
+            "log_evidence, as that of a Comparison"
+        )
+    if exact is not None:
+        if np.shape(exact) != middle.shape:
+            raise ValueError(f"exact: wanted shape {[*middle.shape]}, found {[*np.shape(exact)]}")
+        middle, where = np.asarray(exact, float), "the exact log p(x)"
+    # A bound that a datum has not is no number; a datum with an infinite one is left out.
+    values = np.stack([each.value for each in series])
+    finite = ~np.isinf(values).any(0) & np.isfinite(middle)
+    heights = np.where(finite, values, np.nan) - np.where(finite, middle, np.nan)
+    apart = np.full(middle.shape, np.nan)
+    apart[finite] = np.nanmax(heights[:, finite], 0) - np.nanmin(heights[:, finite], 0)
+    width = heights[0] - heights[-1] if "lower" in dataset else apart
+    order = np.flatnonzero(finite)[np.argsort(width[finite], kind="stable")]
     ax = axes(ax, (7.2, 4.2))
-    place, bad = np.arange(order.size), np.asarray(dataset["untrusted"], bool)[order]
-    ax.vlines(place, (lower - middle)[order], (upper - middle)[order], color=GREY, linewidth=0.6)
-    size = float(np.clip(300 / max(1, order.size), 2.0, 5.0))
-    handles: list[Artist] = []
-    for name, value, color in (("upper", upper, VERMILION), ("lower", lower, BLUE)):
-        error = np.nan_to_num(np.asarray(dataset[f"{name}_se"], float))[order]
-        look: dict[str, Any] = {"fmt": "o", "ms": size, "color": color, "elinewidth": 0.7}
-        for some, inside in ((~bad, color), (bad, "white")):
-            ax.errorbar(place[some], (value - middle)[order][some], error[some], mfc=inside, **look)
-        dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 5}
-        handles += ax.plot([], [], label=f"{name} bound", color=color, **dot)
-    ax.axhline(0.0, color="black", linewidth=0.8, zorder=0)
-    from_where = "the middle of the bounds" if exact is None else "the exact log p(x)"
-    ax.set(xlabel="datum, by the width of its bounds", ylabel=f"nats from {from_where}")
-    _bend(ax, (upper - lower)[order])
-    ax.grid(axis="y", alpha=0.3)
-    if bad.any():
-        label = f"not to be trusted ({bad.sum()} data)"
-        handles += ax.plot([], [], label=label, mfc="white", color="black", **dot)
+    handles = _draw(ax, series, heights[:, order], order)
     if lost := int((~finite).sum()):
         label = f"{lost} data without a finite bound are left out"
         handles += ax.plot([], [], ls="", label=label)
-    width = (upper - lower)[order]
-    mean = f"{number(width.mean(), 3)} nats apart on average" if width.size else "no bounds"
-    title_and_legend(ax, f"log p(x) from both sides: {mean}", columns=3, handles=handles)
+    ax.axhline(0.0, color="black", linewidth=0.8, zorder=0)
+    ax.set(xlabel="datum, by how far its bounds are apart", ylabel=f"nats from {where}")
+    _bend(ax, apart[order])
+    ax.grid(axis="y", alpha=0.3)
+    mean = "no bounds"
+    if order.size:
+        mean = f"{number(float(width[order].mean()), 3)} nats apart on average"
+    title_and_legend(ax, f"{what}: {mean}", columns=3, handles=handles)
     return ax
+
+
+class _Series(NamedTuple):
+    label: str
+    color: str
+    value: np.ndarray
+    error: np.ndarray
+    bad: np.ndarray
+
+
+def _sides(dataset: xr.Dataset) -> tuple[list[_Series], np.ndarray]:
+    """Return the upper and the lower bound of each datum, and their middle."""
+    bad = np.asarray(dataset["untrusted"], bool)
+    found = []
+    for name, color in (("upper", VERMILION), ("lower", BLUE)):
+        value, error = (np.asarray(dataset[f"{name}{end}"], float) for end in ("", "_se"))
+        found.append(_Series(f"{name} bound", color, value, error, bad))
+    with np.errstate(invalid="ignore"):
+        return found, (found[0].value + found[1].value) / 2
+
+
+def _below(dataset: xr.Dataset) -> tuple[list[_Series], np.ndarray]:
+    """Return the bound by each guide's weights, that of annealed chains, and log p(x)."""
+    found = []
+    count = dataset.attrs["num_particles"]
+    guides = list(map(str, dataset["guide"].values))
+    for guide, color in zip(guides, itertools.cycle(CYCLE[:2] + CYCLE[3:]), strict=False):
+        one = dataset.sel(guide=guide)
+        value, error = (np.asarray(one[f"iwae_bound{end}"], float) for end in ("", "_se"))
+        bad = ~np.asarray(one["good"], bool)
+        found.append(_Series(f"IWAE-{count} through {guide!r}", color, value, error, bad))
+    if "ais" in dataset:
+        value, error = (np.asarray(dataset[f"ais{end}"], float) for end in ("", "_se"))
+        bad = np.zeros(value.shape, dtype=bool)
+        found.append(_Series("annealed chains", CYCLE[2], value, error, bad))
+    return found, np.asarray(dataset["log_evidence"], float)
+
+
+def _draw(ax: Axes, series: list[_Series], heights: np.ndarray, order: np.ndarray) -> list[Artist]:
+    """Draw points with errors, a line from the lowest to the highest; return the legend's."""
+    place = np.arange(order.size)
+    if order.size:
+        ends = np.nanmin(heights, 0), np.nanmax(heights, 0)
+        ax.vlines(place, *ends, color=GREY, linewidth=0.6)
+    size = float(np.clip(300 / max(1, order.size), 2.0, 5.0))
+    dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 5}
+    handles: list[Artist] = []
+    hollow = np.zeros(order.size, dtype=bool)
+    for each, height in zip(series, heights, strict=True):
+        known, bad = np.isfinite(height), each.bad[order]
+        error = np.nan_to_num(each.error)[order]
+        look: dict[str, Any] = {"fmt": "o", "ms": size, "color": each.color, "elinewidth": 0.7}
+        for some, inside in ((known & ~bad, each.color), (known & bad, "white")):
+            ax.errorbar(place[some], height[some], error[some], mfc=inside, **look)
+        hollow |= known & bad
+        handles += ax.plot([], [], label=each.label, color=each.color, **dot)
+    if hollow.any():
+        label = f"not to be trusted ({hollow.sum()} data)"
+        handles += ax.plot([], [], label=label, mfc="white", color="black", **dot)
+    return handles
 
 
 def _bend(ax: Axes, widths: np.ndarray) -> None:

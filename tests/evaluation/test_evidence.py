@@ -14,7 +14,9 @@ import xarray as xr
 import pyro_vae as pv
 from pyro_vae.evaluation import evidence as module
 from pyro_vae.evaluation.evidence import Source, take, worse
+from pyro_vae.programs.batch import as_batch
 from tests.models import GammaPoisson, NormalModel, mixture
+from tests.sampling.pairs import local
 
 F64 = torch.float64
 X = torch.tensor([-1.0, 0.5, 3.0, 0.0], dtype=F64)
@@ -137,6 +139,19 @@ def test_refined_rows_of_the_data_that_are_annealed(found):
     assert set(data.evidence_from.values) == {"AIS-128 from 'mean-field'"}
     error = np.abs(data.log_evidence.values - model.log_evidence(x).numpy())
     assert (error < 4.5 * data.log_evidence_se.values).all() and error.max() < 0.1
+
+
+def test_chains_start_at_the_rows_of_their_data():
+    """At the exact posterior of each datum every weight is p(x); at another's it is not."""
+    model = NormalModel()
+    guide = local(model, X)
+    exact = model.posterior_of(X)
+    with torch.no_grad():
+        guide.table.copy_(torch.stack([exact.mean, exact.stddev.log()], -1).unsqueeze(1))
+    rows = torch.tensor([3, 1])
+    source = module.annealed(model, ("table", guide), as_batch(X), rows, None, 0, False)
+    np.testing.assert_allclose(source.value, model.log_evidence(X[rows]), atol=1e-9)
+    assert source.rows.tolist() == [3, 1] and (source.std_error < 1e-6).all()
 
 
 def test_longer_chains_for_those_that_short_ones_do_not_serve(monkeypatch):

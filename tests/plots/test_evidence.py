@@ -87,13 +87,52 @@ def test_infinite_bounds_are_left_out_and_counted():
     assert "1 data without a finite bound are left out" in words
 
 
+# --- of a comparison
+
+
+def comparison(ais=(np.nan, -1.0, np.nan)):
+    bounds = np.array([[-2.0, -7.0, -3.0], [-1.5, -1.2, -2.9]])
+    both = ("guide", "datum")
+    columns = {
+        "iwae_bound": (both, bounds),
+        "iwae_bound_se": (both, np.full((2, 3), 0.05)),
+        "good": (both, np.array([[True, False, True], [True, True, True]])),
+        "log_evidence": ("datum", np.array([-1.5, -1.0, -2.9])),
+    }
+    if ais is not None:
+        columns |= {"ais": ("datum", np.array(ais)), "ais_se": ("datum", np.full(3, 0.05))}
+    coords = {"guide": ["one", "other"], "datum": np.arange(3)}
+    return xr.Dataset(columns, coords, {"num_particles": 50})
+
+
+def test_bounds_of_a_comparison_stand_below_log_p():
+    """In order of how far they are apart: 0.1, 0.5 and 6."""
+    ax = plots.plot_evidence(comparison())
+    assert points(ax, "#0072B2") == pytest.approx([-0.1, -0.5, -6.0])
+    assert points(ax, "#D55E00") == pytest.approx([0.0, 0.0, -0.2])
+    assert points(ax, "#009E73") == pytest.approx([0.0])  # of the last one alone
+    assert ax.get_ylabel() == "nats from log p(x) of the comparison"
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert words == [
+        *("IWAE-50 through 'one'", "IWAE-50 through 'other'", "annealed chains"),
+        "not to be trusted (1 data)",
+    ]
+    assert ax.get_title(loc="left") == "Lower bounds on log p(x): 2.200 nats apart on average"
+
+
+def test_a_comparison_without_chains():
+    ax = plots.plot_evidence(comparison(ais=None))
+    assert points(ax, "#009E73") == []
+    assert len(ax.get_legend().get_texts()) == 3
+
+
 def test_it_draws_on_axes_that_are_given():
     _, ax = plt.subplots()
     assert plots.plot_evidence(dataset(), ax=ax) is ax
 
 
 def test_other_data_are_refused():
-    with pytest.raises(ValueError, match="no lower and no upper: that of a Sandwich has"):
+    with pytest.raises(ValueError, match="no lower and upper, .* and no iwae_bound"):
         plots.plot_evidence(xr.Dataset())
     with pytest.raises(ValueError, match=r"exact: wanted shape \[4\], found \[3\]"):
         plots.plot_evidence(dataset(), np.zeros(3))
