@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "datasets": set(),
     "zoo": {"nets", "programs"},
     "demo": {
-        *("arviz_versions", "datasets", "diagnostics", "evaluation", "export", "families"),
+        *("arviz_versions", "datasets", "evaluation", "export", "families"),
         *("guides", "nets", "plots", "sampling", "training", "zoo"),
     },
     "cli": {"demo"},

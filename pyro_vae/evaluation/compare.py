@@ -137,7 +137,8 @@ def compare(
         check_exact(dataset, source)
         take(dataset, source, references, evidence)
     elif evidence != "iwae":
-        _anneal(work, dataset, compared, references, evidence)
+        # As they were passed: a table brings the globals that it was fitted at.
+        _anneal(work, passed, dict(fixed) or None, dataset, compared, references, evidence)
     for name, evaluator in evaluators.items():
         infinite = torch.as_tensor(dataset["elbo"].sel(guide=name).values) == -math.inf
         evaluator.warn_of_outside(f"the ELBO of {name!r}", infinite)
@@ -150,6 +151,8 @@ def compare(
 
 def _anneal(
     work: _Work,
+    model: Program,
+    given: GivenValues | None,
     dataset: xr.Dataset,
     guides: Mapping[str, Program],
     references: Mapping[str, str],
@@ -165,10 +168,16 @@ def _anneal(
     elbos = dataset["elbo"].mean("datum").fillna(-np.inf)
     name = str(elbos.sel(guide=able or list(guides)).idxmax("guide").item())
     numbers = torch.as_tensor(rows)
-    plate = work.data_plate
     try:
         source = annealed(
-            work.model, (name, guides[name]), work.batch, numbers, plate, work.seed, work.progress
+            model,
+            (name, guides[name]),
+            work.batch,
+            numbers,
+            given,
+            work.data_plate,
+            work.seed,
+            work.progress,
         )
     except ValueError as error:
         if evidence == "ais":

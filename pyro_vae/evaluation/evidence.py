@@ -23,7 +23,7 @@ from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.programs.state import evaluation
-from pyro_vae.programs.types import DataPlate, Program
+from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.sampling.prepare import Ready, ready
 
 Evidence: TypeAlias = Literal["auto", "iwae", "ais", "exact"]
@@ -75,6 +75,7 @@ def annealed(
     named: tuple[str, Program],
     batch: Batch,
     rows: Tensor,
+    given: GivenValues | None,
     data_plate: DataPlate,
     seed: int,
     progress: bool,
@@ -92,12 +93,13 @@ def annealed(
     columns = {n: np.full(len(rows), np.nan) for n in ("value", "std_error", "skewness", "ess")}
     good = np.zeros(len(rows), dtype=bool)
     for steps in _STEPS:
-        with _ready(model, guide, batch, rows[todo], data_plate, seed) as (prepared, mine):
+        with _ready(model, guide, batch, rows[todo], given, data_plate, seed) as (prepared, mine):
             bound = _bound(prepared, steps, progress)
+        some = todo.numpy()  # NumPy takes a tensor of one number for that number
         for name, column in columns.items():
-            column[todo] = getattr(bound, name)[mine].numpy(force=True)
-        names[todo] = f"{bound.name} from {of!r}"
-        good[todo] = ~bound.untrusted[mine].numpy()
+            column[some] = getattr(bound, name)[mine].numpy(force=True)
+        names[some] = f"{bound.name} from {of!r}"
+        good[some] = ~bound.untrusted[mine].numpy()
         todo = torch.as_tensor(np.flatnonzero(~good))
         if not len(todo):
             break
@@ -106,18 +108,24 @@ def annealed(
 
 @contextlib.contextmanager
 def _ready(
-    model: Program, guide: Program, batch: Batch, rows: Tensor, data_plate: DataPlate, seed: int
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    rows: Tensor,
+    given: GivenValues | None,
+    data_plate: DataPlate,
+    seed: int,
 ) -> Iterator[tuple[Ready, Tensor]]:
     """Yield what chains of some rows need, and where these rows are among its data.
 
     Of a model that does not take fewer data, chains of all of them.
     """
     if batch.size is None or data_plate is False or len(rows) == batch.size:
-        yield ready(model, guide, (batch,), None, data_plate, seed, "auto"), rows
+        yield ready(model, guide, (batch,), given, data_plate, seed, "auto"), rows
         return
     with on_rows(guide, rows):
         yield (
-            ready(model, guide, (batch.rows(rows),), None, data_plate, seed, "auto"),
+            ready(model, guide, (batch.rows(rows),), given, data_plate, seed, "auto"),
             torch.arange(len(rows)),
         )
 

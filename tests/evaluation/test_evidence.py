@@ -149,7 +149,7 @@ def test_chains_start_at_the_rows_of_their_data():
     with torch.no_grad():
         guide.table.copy_(torch.stack([exact.mean, exact.stddev.log()], -1).unsqueeze(1))
     rows = torch.tensor([3, 1])
-    source = module.annealed(model, ("table", guide), as_batch(X), rows, None, 0, False)
+    source = module.annealed(model, ("table", guide), as_batch(X), rows, None, None, 0, False)
     np.testing.assert_allclose(source.value, model.log_evidence(X[rows]), atol=1e-9)
     assert source.rows.tolist() == [3, 1] and (source.std_error < 1e-6).all()
 
@@ -169,6 +169,37 @@ def test_longer_chains_for_those_that_short_ones_do_not_serve(monkeypatch):
     assert set(names[:2]) == {"AIS-50 from 'off'"} and set(names[2:]) == {"AIS-1 from 'off'"}
     error = np.abs(data.log_evidence - NormalModel().log_evidence(X).numpy())
     assert (error < 4.5 * data.log_evidence_se + 1e-6).all()
+
+
+def test_all_latents_as_one_datum():
+    model = NormalModel()
+    guide = local(model, X, data_plate=False)
+    options = {"data_plate": False, "reference": "all", "evidence": "ais"}
+    data = compare(model, {"all": guide}, X, **options).dataset
+    error = abs(data.log_evidence.item() - float(model.log_evidence(X).sum()))
+    assert error < 4.5 * data.log_evidence_se.item() + 1e-6
+    with pytest.raises(ValueError, match=r"returned shape \[4\] .*one for each of 1 data"):
+        compare(model, {"all": guide}, X, **{**options, "evidence": "exact"})
+
+
+def test_a_table_brings_the_globals_that_it_was_fitted_at():
+    def model(x):
+        g = pyro.sample("g", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    given = {"g": torch.tensor(0.7, dtype=F64)}
+    table = pv.refine(model, guide, X, given=given, seed=0, progress=False)
+    for again in ({}, {"given": given}):
+        options = {"reference": "t", "evidence": "ais", **again}
+        data = compare(model, {"t": table}, X, **options).dataset
+        exact = dist.Normal(0.7, 2**0.5).log_prob(X).numpy()
+        np.testing.assert_allclose(data.log_evidence, exact, atol=1e-4)
 
 
 # --- exact values
