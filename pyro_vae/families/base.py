@@ -110,6 +110,19 @@ class Family(ABC):
             [K, ..., D].
         """
 
+    def is_resolved(self, params: Tensor, size: int) -> Tensor:
+        """Return whether draws of the parameters' dtype have the density that they say, [...].
+
+        A distribution that is far thinner along some direction than along the axes is not: what
+        rounding adds to a draw has then no density. By default all are.
+
+        Args:
+            params: [..., P].
+            size: D.
+        """
+        lead = params.shape[: params.ndim - len(self.params_shape(size))]
+        return torch.ones(lead, dtype=torch.bool, device=params.device)
+
     def units(self, params: Tensor, size: int) -> Tensor:
         """Return how far each parameter moves the distribution by about its own width.
 

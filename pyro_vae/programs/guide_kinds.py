@@ -61,6 +61,7 @@ class RowGuide(nn.Module):
         converged: [num_data], whether each row is at its optimum.
         given_rows: the rows of :meth:`rows` that are in force, [n]; None for all.
         is_start: whether :meth:`for_any_data` is in force.
+        is_whole: whether its one row is for all data jointly.
     """
 
     converged: Tensor
@@ -75,7 +76,7 @@ class RowGuide(nn.Module):
         # Of the data that the rows were fitted to, and of the table then: infinite for none.
         self.register_buffer("_fingerprints", torch.zeros(num_data, dtype=torch.float64))
         self.register_buffer("_fitted", torch.tensor(math.inf, dtype=torch.float64))
-        self._is_whole, self.is_start = is_whole, False
+        self.is_whole, self.is_start = is_whole, False
         self.given_rows: Tensor | None = None
 
     @contextlib.contextmanager
@@ -109,8 +110,8 @@ class RowGuide(nn.Module):
         """Remember what the rows were fitted to: a datum for each, None to forget, and globals."""
         self._hold(given or {})
         self._fitted.fill_(math.inf)
-        if batch is not None and (self._is_whole or batch.size == self.num_data):
-            number, _ = batch.fingerprints(whole=self._is_whole)
+        if batch is not None and (self.is_whole or batch.size == self.num_data):
+            number, _ = batch.fingerprints(whole=self.is_whole)
             self._fingerprints.copy_(number)
             self._fitted.copy_(self._checksum()[0])
 
@@ -126,9 +127,9 @@ class RowGuide(nn.Module):
         moved = not bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
         if self.is_start or moved:
             return
-        number, length = batch.fingerprints(whole=self._is_whole)
+        number, length = batch.fingerprints(whole=self.is_whole)
         wanted = self._fingerprints.to(number)
-        if not self._is_whole:
+        if not self.is_whole:
             wanted = wanted[self.current_rows.to(wanted.device)]
         other = (number - wanted).abs() > _SAME_DATUM * length + torch.finfo(number.dtype).tiny
         if bool(other.any()):
@@ -190,7 +191,7 @@ class RowGuide(nn.Module):
         """Raise ValueError if a batch of this size does not match the rows in force."""
         rows = self.given_rows
         wanted = self.num_data if rows is None else len(rows)
-        if size in (None, wanted) or self._is_whole:
+        if size in (None, wanted) or self.is_whole:
             return
         if rows is not None:
             raise ValueError(f"guide.rows(index) names {wanted} rows but the batch has {size}")

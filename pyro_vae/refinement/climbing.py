@@ -24,9 +24,14 @@ _CHECK_PARTICLES = 32  # in a replicate of a comparison
 _REPLICATES = 8  # at least: their spread gives the standard error
 _UNDECIDED = 0.1  # the share of the data for which no more replicates are taken
 _LEARNING_RATE = 0.1  # in the family's units: standard deviations of the start
+# Parameters of a row up to which it is that. Adam moves each by as much, whatever its slope: the
+# noise of all costs half their number times the square of the rate, in nats. Of more of them steps
+# are shorter, and it costs the same.
+_FULL_RATE = 2000
 _SECOND_MOMENT_DECAY = 0.95  # forgets the steep way down within a cycle
 _FEWEST_STEPS = 20  # of a cycle that could have gained something
 _COLDEST = 0.01  # the power of p(x, z) that annealing begins with
+_MANY_COORDINATES = 256  # of a datum
 _HEAVY = 16  # particles for each coordinate, where they go into the tails
 _WIDER = 3.0  # standard deviations there
 # First in the key of a stream of random numbers, after the seed: what it is for.
@@ -82,6 +87,8 @@ class Climber:
             return self._climb_points(block, before, steps)
         after = self._climb(block, before, steps, number, rate)
         gain, error = self.gain(block, before, after, number)
+        # What rounding makes of such draws has no density, and their ELBO may be any number.
+        gain = torch.where(self.blocks.family.is_resolved(after, self.blocks.size), gain, -math.inf)
         return Cycle(after, gain, error, (gain > -self.tolerance) & (steps >= _FEWEST_STEPS))
 
     def _climb(self, block: Block, start: Tensor, steps: int, cycle: int, rate: Tensor) -> Tensor:
@@ -96,9 +103,10 @@ class Climber:
         average = torch.zeros_like(start)
         optimizer = torch.optim.Adam([shift], betas=(0.9, _SECOND_MOMENT_DECAY), fused=True)
         (group,) = optimizer.param_groups
+        highest = _LEARNING_RATE * min(1.0, (_FULL_RATE / start[0].numel()) ** 0.5)
         rate = per_row(rate, start).to(start)
         for step in range(steps):
-            group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = highest * 0.5 * (1 + math.cos(math.pi * step / steps))
             cold = _COLDEST ** max(0.0, 1 - 1.4 * step / steps)
             # A tensor: a number would be a constant of the graph.
             power = start.new_full((), cold if annealed else 1.0)
@@ -223,8 +231,12 @@ def _orthogonal_noise(num_particles: int, size: int, key: tuple[int, ...]) -> Te
     """
     pairs = (num_particles + 1) // 2
     generator = _generator(key)
-    turns = torch.randn(-(-pairs // size), size, size, generator=generator, dtype=torch.float64)
-    directions = torch.linalg.qr(turns).Q.reshape(-1, size)[:pairs]
+    if size > _MANY_COORDINATES and pairs < size:  # whose whole basis costs more than a step
+        some = torch.randn(size, pairs, generator=generator, dtype=torch.float64)
+        directions = torch.linalg.qr(some).Q.mT
+    else:
+        turns = torch.randn(-(-pairs // size), size, size, generator=generator, dtype=torch.float64)
+        directions = torch.linalg.qr(turns).Q.reshape(-1, size)[:pairs]
     radii = torch.randn(pairs, size, generator=generator, dtype=torch.float64).norm(dim=1)
     half = directions * radii.unsqueeze(1)
     return torch.cat([half, -half])[:num_particles]

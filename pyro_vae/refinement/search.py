@@ -78,7 +78,7 @@ def _certified(climber: Climber, table: Tensor, claimed: Tensor) -> Tensor:
         still = torch.zeros_like(claimed)
         for block in climber.blocks.at(torch.nonzero(undecided).flatten()):
             rows = block.rows
-            promised, error = _promise(climber.slopes(block, table[rows], effort * _REPLICATES))
+            promised, error = promise(climber, block, table[rows], effort)
             most = _SLOPE * climber.tolerance
             flat = promised + 2 * error < most
             still[rows] = ~flat & (promised < most)
@@ -90,13 +90,15 @@ def _certified(climber: Climber, table: Tensor, claimed: Tensor) -> Tensor:
     return passed & claimed
 
 
-def _promise(slopes: Tensor) -> tuple[Tensor, Tensor]:
+def promise(
+    climber: Climber, block: Block, table: Tensor, effort: int = 1
+) -> tuple[Tensor, Tensor]:
     """Return what a Newton step gains where the family is near the posterior, and its error, [n].
 
     In its own units the family's Fisher information is about one, and so is the curvature of
-    the ELBO: the step gains half the square of the slope, of which there are estimates [R, n, ...].
+    the ELBO: the step gains half the square of the slope, of which independent estimates are taken.
     """
-    slopes = slopes.flatten(2)
+    slopes = climber.slopes(block, table, effort * _REPLICATES).flatten(2)
     mean, variance = slopes.mean(0), slopes.var(0) / slopes.shape[0]
     promised = 0.5 * (mean.square() - variance).sum(-1)
     error = (mean.square() * variance + 0.5 * variance.square()).sum(-1).sqrt()

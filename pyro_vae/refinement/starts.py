@@ -21,6 +21,7 @@ _CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known 
 _MOVED = 0.1  # standard deviations: so far from where the curvature was taken it is taken anew
 _LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter says nothing
 _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
+_MOST_CURVATURE = 2**22  # numbers in a block's Hessians: few data may have more coordinates
 _DRAWS = 256  # of a guide whose parameters cannot be read off
 _SCREENED = 32  # draws, of which a few become starts of the search for modes
 _STARTS, _FEW_STARTS, _MANY_COORDINATES = 3, 1, 16  # of draws of the guide, and of the prior
@@ -91,7 +92,7 @@ def _scale_tril(block: Block, mode: Tensor) -> Tensor | None:
 def _curvature(flat: ScoredGuide, z: Tensor) -> Tensor | None:
     """Return minus the Hessian of log p(x, z) at z [n, D], [n, D, D]; None where there is none."""
     num_data, size = z.shape
-    if size > _WIDEST_HESSIAN:
+    if size > _WIDEST_HESSIAN and num_data * size**2 > _MOST_CURVATURE:
         return None
     step = max(1, flat.evaluator.chunk_pairs // num_data)
     rows = []

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -18,13 +18,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyro_vae.compiler.arguments import check_compile
+from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
-from pyro_vae.programs.batch import EpochData, StepData
+from pyro_vae.programs.batch import Batch, EpochData, StepData
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import as_count
-from pyro_vae.programs.state import module_of, one_thread, random_state, seeded, set_random_state
+from pyro_vae.programs.state import (
+    Look,
+    module_of,
+    one_thread,
+    random_state,
+    seeded,
+    set_random_state,
+)
 from pyro_vae.programs.types import Compile, DataPlate, Program
+from pyro_vae.refinement.refine import promised_gain
 from pyro_vae.schedules import shortfall
 from pyro_vae.training import checkpoints
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
@@ -33,6 +42,8 @@ from pyro_vae.training.steps import TrainingSteps, Validation
 
 logger = logging.getLogger(__name__)
 
+_BATCHES = 8  # of a quarter of the epochs, whose means the error of a trend is from
+_RISE, _PROMISE = 0.02, 0.1  # nats per datum: the tolerance of refine, and of its check of slopes
 _SHOWN = 50  # steps that the running ELBO of the bar is the mean of
 _HISTORY = (
     *("epoch", "step", "elbo", "elbo_std_error"),
@@ -75,6 +86,13 @@ class FitResult:
         elapsed: seconds spent in training and validation, likewise.
         best_epoch: the epoch whose parameters the model and guide now hold, when
             validation data were given; otherwise the last.
+        promised: of a LocalGuide of all data jointly (data_plate=False): about how many nats its
+            ELBO is below the optimum, by the slope that is left, and the standard error; else nan.
+
+    Example:
+        >>> history = {"epoch": list(range(100)), "elbo": [step / 10 for step in range(100)]}
+        >>> FitResult(history, "epochs", 100, 1.0, 100).unfinished
+        'the ELBO still rises by 2.4 ± 0.3 nats'
     """
 
     history: Mapping[str, list[float]]
@@ -82,10 +100,43 @@ class FitResult:
     steps: int
     elapsed: float
     best_epoch: int
+    promised: tuple[float, float] = math.nan, math.nan
+
+    @property
+    def trend(self) -> tuple[float, float]:
+        """By how much the ELBO still rises, in nats per datum, and its standard error.
+
+        From the third quarter of the epochs to the last; the error by batch means. nan for fewer
+        than 64 epochs. A rise within the errors is no proof of an optimum: noise of a constant
+        learning rate keeps an ELBO from it. :func:`pyro_vae.refine` says whether rows are there.
+        """
+        elbos = self.history["elbo"]
+        size = len(elbos) // (4 * _BATCHES)
+        if size < 2:
+            return math.nan, math.nan
+        last = torch.tensor(elbos[-2 * _BATCHES * size :], dtype=torch.float64)
+        third, fourth = last.reshape(2, _BATCHES, size).mean(2)
+        error = ((third.var() + fourth.var()) / _BATCHES).sqrt()
+        return float(fourth.mean() - third.mean()), float(error)
+
+    @property
+    def unfinished(self) -> str:
+        """What says that training has not reached the optimum; "" where nothing does.
+
+        A :attr:`trend` or a gain :attr:`promised` that is plain: 3 standard errors, and more than
+        0.02 nats, or 0.1 for the latter.
+        """
+        found = []
+        if self.trend[0] > max(_RISE, 3 * self.trend[1]):
+            found.append("the ELBO still rises by {:.2g} ± {:.1g} nats".format(*self.trend))
+        if self.promised[0] > max(_PROMISE, 3 * self.promised[1]):
+            found.append("its slope promises {:.2g} ± {:.1g} nats".format(*self.promised))
+        return ", ".join(found)
 
     def __repr__(self) -> str:
         epochs = len(self.history["epoch"])
         last = f", elbo={self.history['elbo'][-1]:.4f}" if epochs else ""
+        last += f", unfinished: {self.unfinished}" if self.unfinished else ""
         return (
             f"FitResult(stopped_by={self.stopped_by!r}, epochs={epochs}, steps={self.steps}, "
             f"elapsed={self.elapsed:.1f}s{last})"
@@ -234,7 +285,25 @@ def fit(
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
+        if not drawn_anew:
+            result = replace(result, promised=_promised(model, guide, training.batch))
+        if result.unfinished and result.stopped_by != "interrupted":
+            text = (
+                "the rows of the LocalGuide are not at their optimum: %s. Train longer, with a "
+                "learning rate that falls to nothing; or call pyro_vae.refine, which starts at "
+                "modes of the posterior and says of each row whether it has converged"
+            )
+            logger.warning(text, result.unfinished)
     return result
+
+
+def _promised(model: Program, guide: Program, batch: Batch) -> tuple[float, float]:
+    """Return what is left to gain for a LocalGuide of all data jointly; nan for any other."""
+    if isinstance(guide, LocalGuide) and guide.is_whole and guide.family.has_density:
+        with Look() as look:
+            return promised_gain(model, guide, batch)
+        logger.info("what is left to gain is not known: %s", look.error)
+    return math.nan, math.nan
 
 
 def _check_data(guide: Program, data: Any, validation_data: Any, patience: int | None) -> None:

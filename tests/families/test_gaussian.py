@@ -196,3 +196,19 @@ def test_a_correlated_posterior_is_within_reach(family):
     assert (bound.value - model.log_evidence(x)).abs().max() < 1e-3
     assert model.mean_field_gap > 0.1
     assert guide.converged.all()
+
+
+def test_a_gaussian_thinner_than_its_numbers_are_fine_is_not_resolved():
+    """A strip along the diagonal: float32 has 7 digits, float64 16; the scale does not matter."""
+    family, unit = pv.families.FullRankNormal(), torch.tensor([1.0, 1.0])
+    for thin, scale, wanted in ((1e-3, 1.0, True), (1e-3, 1e5, True), (1e-7, 1.0, False)):
+        corner = torch.stack([unit, torch.tensor([1.0, 1.0 + thin])])
+        factor = scale * torch.linalg.cholesky((corner @ corner.T).double()).float()
+        factor[1, 1] = scale * thin
+        params = family.from_gaussian(torch.zeros(2), factor)
+        assert bool(family.is_resolved(params, 2)) is wanted
+        assert bool(family.is_resolved(params.double(), 2))
+    # Far from zero the same width is not resolved any more.
+    far = family.initial(torch.tensor([1e8, 0.0]), unit)
+    assert not bool(family.is_resolved(far, 2))
+    assert pv.families.Normal().is_resolved(torch.zeros(5, 3, 2), 3).shape == (5,)

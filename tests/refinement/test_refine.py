@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.programs.batch import as_batch
+from pyro_vae.refinement.refine import promised_gain
 from tests.models import factor_analysis, log_normal_model
+from tests.refinement import whole
 from tests.refinement.guides import amortized, exact_elbo
 
 
@@ -103,3 +106,29 @@ def test_limits_are_refused_before_anything_is_drawn(options):
     with pytest.raises(ValueError, match="="):
         pv.refine(model, guide, x, **options)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_data", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_all_latents_of_a_model_jointly(num_data):
+    """101 and 501 of them, by a Gaussian of any covariance: the posterior, by algebra."""
+    x = whole.data(num_data)
+    guide = pv.refine(whole.model, whole.full_rank(x), x, data_plate=False, seed=0, progress=False)
+    off = whole.off(guide, x)
+    assert guide.converged.all()
+    assert off.nats < 0.02 and off.mean < 0.02
+    assert (off.widths - 1).abs().max() < 0.01
+
+
+def test_what_is_left_to_gain_is_told_by_the_slope():
+    """From 0.5 nats below the optimum, wider in all directions by one ratio: by algebra."""
+    x = whole.data(20)
+    guide = pv.refine(whole.model, whole.full_rank(x), x, data_plate=False, seed=0, progress=False)
+    at_optimum, error = promised_gain(whole.model, guide, as_batch(x))
+    assert abs(at_optimum) < 4 * error + 1e-3
+    with torch.no_grad():
+        guide.table[:, 21:42] += 0.15  # logarithms of the widths
+    below = whole.off(guide, x).nats
+    promised, error = promised_gain(whole.model, guide, as_batch(x))
+    assert 0.3 < below < 0.8
+    # Half the square of the slope, with the curvature of 1 that the Fisher information has.
+    assert below / 3 < promised < 3 * below and error < promised / 3

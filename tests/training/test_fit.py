@@ -21,6 +21,7 @@ from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.schedules import Constant, Cyclical, LinearWarmup, Schedule
 from pyro_vae.training import checkpoints
 from tests.models import factor_analysis
+from tests.refinement import whole
 from tests.training.fits import (
     HISTORY,
     Drawn,
@@ -870,3 +871,52 @@ def test_a_result_says_how_training_ended():
     )
     empty = pv.FitResult({"epoch": [], "elbo": []}, "interrupted", 3, math.pi, 0)
     assert repr(empty) == ("FitResult(stopped_by='interrupted', epochs=0, steps=3, elapsed=3.1s)")
+
+
+@pytest.mark.parametrize(("rise", "noise", "told"), [(1e-3, 0.1, True), (0.0, 0.1, False)])
+def test_a_result_says_that_the_elbo_still_rises(rise, noise, told):
+    """By the trend of a line with noise: 400 epochs rise by 0.1 from a quarter to the next."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.arange(400)
+    elbo = rise * steps + noise * torch.randn(400, generator=generator)
+    result = pv.FitResult({"epoch": steps.tolist(), "elbo": elbo.tolist()}, "epochs", 400, 1.0, 400)
+    found, error = result.trend
+    assert found == pytest.approx(100 * rise, abs=4 * error)
+    # White noise: each quarter's mean has an error of a tenth of it; the rise within one adds.
+    assert error < 0.03
+    assert bool(result.unfinished) is told and ("still rises" in repr(result)) is told
+    short = pv.FitResult({"epoch": [1] * 40, "elbo": [1.0] * 40}, "epochs", 40, 1.0, 40)
+    assert math.isnan(short.trend[0]) and not short.unfinished
+
+
+def test_a_gaussian_of_all_latents_that_is_not_at_its_optimum_is_told(caplog):
+    """A constant learning rate leaves it nats below, the ELBO flat: the slope knows, by algebra."""
+    x = whole.data(50)
+    guide = whole.full_rank(x)
+    result = pv.fit(
+        whole.model,
+        guide,
+        x,
+        optim=lambda p: torch.optim.Adam(p, lr=0.02),
+        max_steps=1500,
+        data_plate=False,
+        progress=False,
+    )
+    below = whole.off(guide, x).nats
+    promised, error = result.promised
+    assert below > 2 and below / 3 < promised < 3 * below and error < promised / 3
+    assert "its slope promises" in repr(result)
+    assert "rows of the LocalGuide are not at their optimum" in caplog.text
+    caplog.clear()
+    refined = pv.refine(whole.model, guide, x, data_plate=False, seed=0, progress=False)
+    again = pv.fit(
+        whole.model,
+        refined,
+        x,
+        optim=lambda p: torch.optim.Adam(p, lr=1e-9),
+        max_steps=2,
+        data_plate=False,
+        progress=False,
+    )
+    assert not again.unfinished and abs(again.promised[0]) < 0.02 + 3 * again.promised[1]
+    assert "optimum" not in caplog.text
