@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tqdm.auto import tqdm
 
-from pyro_vae.refinement.climbing import Climber, log_weights, slope
+from pyro_vae.refinement.climbing import Climber, _orthogonal_noise, log_weights, slope
 from tests.models import NormalModel
 from tests.refinement.guides import blocks_of
 
@@ -72,6 +73,20 @@ def test_noise_is_standard_normal_under_its_weights():
             assert (terms.mean() - moment).abs() < 4 * terms.std() / len(terms) ** 0.5
         assert bool(values.abs().max() > 7) is heavy
         assert float(weight.max()) <= 2.0 + 1e-9
+
+
+@pytest.mark.parametrize("size", [6, 300])
+def test_noise_of_few_and_of_many_coordinates(size):
+    """Mirrored pairs in orthogonal directions, exactly normal: a square norm is chi-squared."""
+    found = torch.stack([_orthogonal_noise(8, size, (0, i)) for i in range(400)])
+    assert found.shape == (400, 8, size) and torch.equal(found[:, 4:], -found[:, :4])
+    angles = found[:, :4] @ found[:, :4].mT
+    across = angles - torch.diag_embed(angles.diagonal(dim1=-2, dim2=-1))
+    assert across.abs().max() < 1e-9 * size
+    squares = found[:, :4].square().sum(-1)
+    assert abs(float(squares.mean()) - size) < 4 * (2 * size / squares.numel()) ** 0.5
+    first = found[:, :4, 0]  # one coordinate, of all directions alike
+    assert abs(float(first.square().mean()) - 1) < 4 * (2 / first.numel()) ** 0.5
 
 
 def test_a_cycle_ends_near_the_optimum():
