@@ -38,7 +38,7 @@ _EQUAL_CHAINS = 0.3
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound on log p(x) for each datum, in nats.
+    """A bound on log p(x) for each datum, in nats: from below, but for the upper one of a Sandwich.
 
     Attributes:
         name: what it is, for example "ELBO" or "IWAE-5000".

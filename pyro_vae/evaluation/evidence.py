@@ -52,7 +52,7 @@ class Source:
     """
 
     rows: NDArray[np.int64]
-    names: NDArray[np.object_]
+    names: np.ndarray
     value: Array
     std_error: Array
     skewness: Array
