@@ -16,7 +16,7 @@ from pyro_vae.particles.modes import per_datum
 from pyro_vae.particles.plan import Plan
 from pyro_vae.particles.training_run import TrainingRun, trace_detached
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.dreams import sources_of, with_dreamt
+from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import mask_proposals
 from pyro_vae.programs.messages import as_count
@@ -159,7 +159,7 @@ def _dreamt_batch(run: TrainingRun, observed: Values, batch: Batch) -> Batch:
     if run.plan not in _sources:
         # A factor is not drawn.
         held = {name: nodes[0]["value"] for name, nodes in run.observed() if name in observed}
-        _sources[run.plan] = sources_of(
-            held, run.batch, who="the sleep phase", remedy=", or insomnia=1"
-        )
+        found = sources_of(held, run.batch, who="the sleep phase", remedy=", or insomnia=1")
+        check_held(found, batch, observed)
+        _sources[run.plan] = found
     return with_dreamt(batch, _sources[run.plan], observed)

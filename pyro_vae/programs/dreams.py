@@ -30,9 +30,12 @@ def sources_of(
     tensors = [(k, value) for k, value in _by_key(batch).items() if isinstance(value, Tensor)]
     for name, value in observed.items():
         # The argument itself, or a view of it; else whatever is equal, if nothing else is.
-        alike = [(key, tensor) for key, tensor in tensors if tensor.numel() == value.numel()]
-        keys = [key for key, t in alike if t is value or t.data_ptr() == value.data_ptr()] or [
-            key for key, t in alike if _same(t.reshape(value.shape), value)
+        alike = [(k, t.reshape(value.shape)) for k, t in tensors if t.numel() == value.numel()]
+        keys = [key for key, view in alike if _is_view(view, value)] or [
+            key
+            for key, view in alike
+            # Equal numbers of one argument, transposed, are so by chance.
+            if view.data_ptr() != value.data_ptr() and _same(view, value)
         ]
         if len(keys) != 1 or keys[0] in found.values():
             raise ValueError(
@@ -55,6 +58,26 @@ def with_dreamt(batch: Batch, sources: Mapping[str, int | str], dreamt: Values) 
         drawn = dreamt[name].reshape(held.shape).to(held)
         given[key] = torch.where(held.isnan(), held, drawn)
     return Batch(tuple(given.pop(i) for i in range(len(batch.args))), given, batch.has_rows)
+
+
+def check_held(sources: Mapping[str, int | str], batch: Batch, dreamt: Values) -> None:
+    """Raise ValueError for dreamt values that the dtype of their argument does not hold."""
+    for name, key in sources.items():
+        held, drawn = _by_key(batch)[key], dreamt[name]
+        if not held.is_floating_point() and bool((drawn.to(held.dtype) != drawn).any()):
+            raise ValueError(
+                f"the model draws values of the observed site {name!r} that {held.dtype}, the "
+                "dtype of the argument that holds them, does not; pass it in the dtype of the "
+                "draws, x.float()"
+            )
+
+
+def _is_view(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether a value has the memory of a tensor of its shape, in the same order."""
+    return tensor.data_ptr() == value.data_ptr() and all(
+        size <= 1 or one == other
+        for size, one, other in zip(value.shape, tensor.stride(), value.stride(), strict=True)
+    )
 
 
 def _same(tensor: Tensor, value: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.particles.checks import EDGE_SHARE
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.dreams import sources_of, with_dreamt
+from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.sites import Structure
@@ -80,12 +80,15 @@ def simulate(
     with looking(model, device=batch.device), seeded(batch.device, seed_of(seed, _SIMULATED)):
         trace = dream(model, batch)
     latents = {name: node["value"] for name, node in latent_nodes(trace)}
-    observed = {s.name: s.value for s in structure.observed if s.name in latents}
-    drawn = {name: latents.pop(name) for name in observed}
+    drawn = {s.name: latents.pop(s.name) for s in structure.observed if s.name in latents}
+    # What masks leave out is no datum: a site that a reparameterization has made a point, too.
+    held = (s for s in structure.observed if s.name in drawn and not bool(s.left_out.all()))
+    observed = {site.name: site.value for site in held}
     if dreamt is not None:
         found = as_batch(dreamt(drawn))
     else:
         sources = sources_of(observed, batch, who="bdmc", remedy="")
+        check_held(sources, batch, drawn)
         found = with_dreamt(batch, sources, drawn)
     with looking(model, device=batch.device):
         again = trace_given(model, latents, found)

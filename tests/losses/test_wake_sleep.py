@@ -104,6 +104,19 @@ def test_sleep_phases_that_cannot_be_had(images):
         ValueError, match="which argument of the batch holds the values.*'x'.*dream="
     ):
         sleep_gradients(lambda x: decode(x, 2 * x), lambda q: q, (images,))
+
+    def answers(x):
+        with pyro.plate("persons", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x[:, 0]), 1.0))
+            with pyro.plate("items", 4, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def of_person(x):
+        with pyro.plate("persons", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.mean(1), 1.0))
+
+    with pytest.raises(ValueError, match="which argument of the batch holds the values.*'x'"):
+        pv.WakeSleep(2, insomnia=0.5).loss_and_grads(answers, of_person, images)
     loss = pv.WakeSleep(3, insomnia=0.5)
     pair = (drawn_minibatch(latent), drawn_minibatch(drawn_posterior))
     with pytest.raises(ValueError, match="a sleep phase needs the minibatch as the batch"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.dreams import sources_of, with_dreamt
+from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 
 X, Y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
 
@@ -41,3 +41,22 @@ def test_values_take_the_place_shape_and_dtype_of_what_was_observed():
     assert torch.equal(found.args[0], torch.tensor([5.0, 6.0]))
     assert torch.equal(found.kwargs["y"], torch.tensor([[7], [8]]))
     assert torch.equal(batch.args[0], X)
+
+
+@pytest.mark.parametrize("numbers", [torch.arange(6.0), torch.zeros(6)])
+def test_a_transposed_argument_is_not_taken_for_the_argument(numbers):
+    table = numbers.reshape(2, 3)
+    with pytest.raises(ValueError, match=r"candidates: \[\]"):
+        sources({"x": table.T}, as_batch(table))
+    assert sources({"x": table.T}, as_batch(table.T)) == {"x": 0}  # itself, whatever its strides
+    assert sources({"x": table.reshape(3, 2)}, as_batch(table)) == {"x": 0}
+
+
+def test_draws_that_a_dtype_does_not_hold_are_refused():
+    batch, whole = as_batch(torch.tensor([1, 2])), torch.tensor([3.0, 300.0])
+    check_held({"x": 0}, batch, {"x": whole})
+    check_held({"x": 0}, as_batch(X), {"x": whole + 0.1})
+    with pytest.raises(ValueError, match=r"'x' that torch.int64, .* x.float\(\)"):
+        check_held({"x": 0}, batch, {"x": whole + 0.1})
+    with pytest.raises(ValueError, match="'x' that torch.uint8"):
+        check_held({"x": 0}, as_batch(torch.tensor([1, 2]).byte()), {"x": whole})

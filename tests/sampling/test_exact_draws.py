@@ -6,6 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 
 import pyro_vae as pv
@@ -106,6 +108,20 @@ def test_rows_of_inner_plates_keep_their_place():
     )
     z = starts_of_samples(prepared(two_sites, guide, x), samples, 2)
     torch.testing.assert_close(z[0, :, 1:], samples.draws["z"][0, 0].reshape(2, 2))
+
+
+def test_a_site_that_is_reparameterized_holds_no_data():
+    @poutine.reparam(config={"z": LocScaleReparam(0.0)})
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(1.0), 2.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = simulated(model, torch.zeros(4000, dtype=F64), num_data=4000)
+    assert list(found.latents) == ["z_decentered"]
+    (x,) = found.batch.args
+    assert abs(x.mean() - 1.0) < 4 * (5 / 4000) ** 0.5
+    assert abs(x.var() - 5.0) < 4 * 5 * (2 / 4000) ** 0.5
 
 
 # --- refusals
