@@ -31,7 +31,7 @@ unexport PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
 .PHONY: help demo test test-slow test-arviz1 lint docs bench clean
 
 help:
-	@echo 'make demo         train on the digits, print the table of gaps, write demo-output/'
+	@echo 'make demo         train on the digits, print gaps and repairs, write demo-output/'
 	@echo 'make test         the fast tests'
 	@echo 'make test-slow    the slow tests'
 	@echo 'make test-arviz1  the ArviZ 1.x tests, where there is a Python 3.12 or newer'

@@ -59,6 +59,7 @@ def plot_rungs(dataset: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0.0, 1.35), ylim=(len(rungs) - 0.5, -0.5))
     ax.set_xticks(np.linspace(0, 1, 6), [f"{share:.0%}" for share in np.linspace(0, 1, 6)])
+    ax.spines["bottom"].set_bounds(0.0, 1.0)
     ax.set_xlabel(f"share of {good.size} data")
     title_and_legend(ax, f"Repair: {good.mean():.0%} of the data have a good verdict", columns=3)
     return ax
@@ -95,7 +96,7 @@ def plot_posterior_pair(
         if each.ndim != 2 or each.shape[1] != 2 or len(each) < 3 or not np.isfinite(each).all():
             wanted = "finite draws of shape [S, 2] with S of 3 or more"
             raise ValueError(f"{name}: {wanted} are needed, found {list(each.shape)}")
-    ax = axes(ax, (5.6, 5.2))
+    ax = axes(ax, (5.6, 5.6))
     dots: dict[str, Any] = {"s": 5, "alpha": 0.35, "linewidths": 0.0, "color": GREY}
     ax.scatter(*draws["chains"].T, label="draws of chains", **dots)
     every = np.concatenate([np.quantile(each, [0.002, 0.998], axis=0) for each in draws.values()])
@@ -113,7 +114,7 @@ def plot_posterior_pair(
     ax.grid(alpha=0.3)
     handles, _ = ax.get_legend_handles_labels()
     handles[0] = pyplot().Line2D([], [], marker="o", ls="", color=GREY, label="draws of chains")
-    title_and_legend(ax, title, columns=3, handles=handles)
+    title_and_legend(ax, title, columns=1, handles=handles)
     return ax
 
 
