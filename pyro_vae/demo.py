@@ -82,7 +82,7 @@ class Settings:
     epochs: int = 300
     max_steps: int = 8000
     patience: int = 20
-    num_data: int = 192
+    num_data: int = 160
     refine_steps: int = 4000
     num_particles: int = 5000
     num_draws: int = 500
