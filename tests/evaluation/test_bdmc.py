@@ -112,14 +112,14 @@ def test_latents_that_a_mask_leaves_out_are_drawn_from_the_base(family):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         guide.table += 0.2 * torch.randn(guide.table.shape, generator=generator, dtype=F64)
-    sandwich = bdmc(masked_model, guide, x, seen, num_data=80, num_steps=40)
+    sandwich = bdmc(masked_model, guide, x, seen, num_data=80, num_steps=25)
     data, same = sandwich.data
     assert torch.equal(same, seen)
     exact = masked_evidence(data, seen)
     for some in (seen, ~seen):
         low, high = (b.value[some] - exact[some] for b in (sandwich.lower, sandwich.upper))
         assert low.mean() < 3 * low.std() / 40**0.5 and high.mean() > -3 * high.std() / 40**0.5
-        assert low.abs().median() < 0.2 and high.abs().median() < 0.2
+        assert low.abs().median() < 0.4 and high.abs().median() < 0.4
 
 
 def test_reverse_chains_that_do_not_leave_their_draw_are_untrusted(monkeypatch):
@@ -263,36 +263,39 @@ def test_missing_values_stay_missing():
 # --- data at hand
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    """Three data of a normal model, a guide, and draws of chains that have not converged."""
+    model, x = NormalModel(), torch.tensor([0.0, 1.0, 2.0], dtype=F64)
+    guide = local(model, x)
+    few = {"num_draws": 20, "num_warmup": 20, "seed": 0, "progress": False, "compile": False}
+    return model, guide, x, pv.sample_posterior(model, guide, x, **few)
+
+
 def test_data_at_hand_are_bounded_from_draws_of_chains():
     model = GammaPoisson()
-    x = torch.tensor([0.0, 1.0, 3.0, 8.0, 2.0], dtype=F64)
+    x = torch.tensor([0.0, 3.0, 8.0], dtype=F64)
     guide = local(model, x)
-    chains = {"num_draws": 300, "num_warmup": 100, "seed": 1, "progress": False, "compile": False}
+    chains = {"num_draws": 200, "num_warmup": 60, "seed": 1, "progress": False, "compile": False}
     samples = pv.sample_posterior(model, guide, x, **chains)
-    sandwich = bdmc(model, guide, x, posterior=samples, num_chains=100)
+    sandwich = bdmc(model, guide, x, posterior=samples, num_chains=60)
     assert not sandwich.simulated and torch.equal(sandwich.data[0], x)
     for bound in (sandwich.lower, sandwich.upper):
         error = (bound.value - model.log_evidence(x)).abs()
-        assert (error < 4.5 * bound.std_error + 0.02).all() and bound.std_error.median() < 0.1
-    assert "(5 data at hand)" in repr(sandwich)
+        assert (error < 4.5 * bound.std_error + 0.02).all() and bound.std_error.median() < 0.25
+    assert "(3 data at hand)" in repr(sandwich)
     assert "as good as the draws of chains" in repr(sandwich)
     assert torch.equal(sandwich.mixed, samples.converged)
     expected = math.hypot(sandwich.lower.mean_std_error, sandwich.upper.mean_std_error)
     assert sandwich.mean_width_std_error == pytest.approx(expected)
 
 
-def test_data_whose_chains_have_not_converged_are_untrusted(caplog):
-    model = NormalModel()
-    x = torch.tensor([0.0, 1.0], dtype=F64)
-    guide = local(model, x)
-    samples = pv.sample_posterior(
-        model, guide, x, num_draws=20, num_warmup=20, seed=0, progress=False, compile=False
-    )
+def test_data_whose_chains_have_not_converged_are_untrusted(drawn):
+    model, guide, x, samples = drawn
     assert not samples.converged.any()
-    sandwich = bdmc(model, guide, x, posterior=samples, num_steps=100)
-    assert sandwich.untrusted.all() and "for 2 of 2 data these chains have not converged" in repr(
-        sandwich
-    )
+    sandwich = bdmc(model, guide, x, posterior=samples, num_steps=20)
+    text = "for 3 of 3 data these chains have not converged"
+    assert sandwich.untrusted.all() and text in repr(sandwich)
 
 
 def test_without_draws_chains_are_run(monkeypatch):
@@ -313,20 +316,15 @@ def test_without_draws_chains_are_run(monkeypatch):
     assert called == [7]
 
 
-def test_draws_of_other_data_are_refused():
-    model = NormalModel()
-    x = torch.tensor([0.0, 1.0, 2.0], dtype=F64)
-    guide = local(model, x)
-    samples = pv.sample_posterior(
-        model, guide, x, num_draws=200, num_warmup=50, seed=0, progress=False, compile=False
-    )
+def test_draws_of_other_data_are_refused(drawn):
+    model, guide, x, samples = drawn
     assert bdmc(model, guide, x, posterior=samples).width.isfinite().all()
     with pytest.raises(ValueError, match=r"another model or of other data.* 1 of 3 data \(\[1\]\)"):
         bdmc(model, guide, torch.tensor([0.0, 3.0, 2.0], dtype=F64), posterior=samples)
-    with pytest.raises(ValueError, match="has 800 draws of 3 data, but 8 chains of 2 data"):
+    with pytest.raises(ValueError, match="has 80 draws of 3 data, but 8 chains of 2 data"):
         bdmc(model, local(model, x[:2]), x[:2], posterior=samples)
-    with pytest.raises(ValueError, match="has 800 draws of 3 data, but 801 chains of 3 data"):
-        bdmc(model, guide, x, posterior=samples, num_chains=801)
+    with pytest.raises(ValueError, match="has 80 draws of 3 data, but 81 chains of 3 data"):
+        bdmc(model, guide, x, posterior=samples, num_chains=81)
     other = dataclasses.replace(samples, draws={"y": samples.draws["z"]})
     with pytest.raises(ValueError, match=r"no draws of latent sites \['z'\], only of \['y'\]"):
         bdmc(model, guide, x, posterior=other)
@@ -400,9 +398,8 @@ def test_a_seed_decides():
 # --- refusals
 
 
-def test_bad_input_is_refused_by_name():
-    model, x = NormalModel(), blank(3)
-    guide = local(model, x)
+def test_bad_input_is_refused_by_name(drawn):
+    model, guide, x, samples = drawn
     for options, message in (
         ({"num_data": 0}, "num_data=0"),
         ({"num_data": 3, "num_chains": 1}, "num_chains=1"),
@@ -416,8 +413,5 @@ def test_bad_input_is_refused_by_name():
             bdmc(model, guide, x, **options)
     with pytest.raises(TypeError, match="posterior=3: what pyro_vae.sample_posterior returns"):
         bdmc(model, guide, x, posterior=3)
-    samples = pv.sample_posterior(
-        model, guide, x, num_draws=100, num_warmup=50, seed=0, progress=False, compile=False
-    )
     with pytest.raises(ValueError, match="posterior= is for the data at hand"):
         bdmc(model, guide, x, num_data=3, posterior=samples)
