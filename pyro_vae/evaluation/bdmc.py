@@ -82,11 +82,13 @@ class Sandwich:
 
         Of simulated data from the spread of the widths over the data, which are independent: it
         knows, too, that all reverse chains of a datum begin at one draw, and is that of the
-        expected width of the model's data. Else, and of one datum, from the errors over chains.
+        expected width of the model's data. It is no smaller than that from the errors over chains,
+        which the widths of few data may be by chance. Else, and of one datum, it is the latter.
         """
+        over_chains = math.hypot(self.lower.mean_std_error, self.upper.mean_std_error)
         if self.simulated and len(self.width) > 1:
-            return float(self.width.std() / len(self.width) ** 0.5)
-        return math.hypot(self.lower.mean_std_error, self.upper.mean_std_error)
+            return max(over_chains, float(self.width.std() / len(self.width) ** 0.5))
+        return over_chains
 
     @property
     def untrusted(self) -> Tensor:

@@ -86,6 +86,12 @@ def simulate(
     observed = {site.name: site.value for site in held}
     if dreamt is not None:
         found = as_batch(dreamt(drawn))
+        if found.size != batch.size:
+            raise ValueError(
+                f"dream= returned arguments with {found.size} rows for {batch.size} simulated "
+                "data; it gets {observed site: values} and returns what the model takes, a row for "
+                "each datum"
+            )
     else:
         sources = sources_of(observed, batch, who="bdmc", remedy="")
         check_held(sources, batch, drawn)
@@ -140,8 +146,9 @@ def _check_same_densities(trace: Trace, again: Trace, names: list[str]) -> None:
             raise ValueError(
                 f"site {name!r} has another density on the data that the model has drawn than it "
                 "had while they were drawn: the model looks at its observed values in another way "
-                "than by obs=..., so running it does not simulate them. Use the value that "
-                "pyro.sample returns, or leave num_data out to take the data at hand"
+                "than by obs=..., so running it does not simulate them, or dream= does not put "
+                "them where the model finds them. Use the value that pyro.sample returns, or leave "
+                "num_data out to take the data at hand"
             )
 
 

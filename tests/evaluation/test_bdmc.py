@@ -350,6 +350,8 @@ def test_widths_and_errors_by_hand():
     torch.testing.assert_close(sandwich.width_std_error, torch.full((3,), 0.02**0.5, dtype=F64))
     assert sandwich.mean_width == pytest.approx(0.3)
     assert sandwich.mean_width_std_error == pytest.approx(0.2 / 3**0.5)
+    alike = sandwich_of([-3.0, -4.0], [-2.5, -3.5])  # of two data, as wide by chance
+    assert alike.mean_width_std_error == pytest.approx(0.1)
     at_hand = sandwich_of([-3.0, -4.0], [-2.5, -3.9], simulated=False)
     assert at_hand.mean_width_std_error == pytest.approx(0.1)  # hypot of two of 0.1 / sqrt(2)
     assert repr(sandwich) == (

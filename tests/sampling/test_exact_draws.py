@@ -167,6 +167,16 @@ def test_models_that_running_does_not_simulate_are_refused():
         simulated(closed, num_data=10)
 
 
+def test_a_dream_that_holds_other_values_is_refused():
+    x = blank(10)
+    with pytest.raises(ValueError, match="dream= returned arguments with 2 rows for 10 simulated"):
+        simulated(NormalModel(), x, num_data=10, dreamt=lambda drawn: drawn["x"][:2])
+    with pytest.raises(ValueError, match="dream= returned arguments with None rows"):
+        simulated(NormalModel(), x, num_data=10, dreamt=lambda drawn: None)
+    with pytest.raises(ValueError, match="site 'x' has another density .* or dream= does not put"):
+        simulated(NormalModel(), x, num_data=10, dreamt=lambda drawn: drawn["x"].flip(0))
+
+
 def test_likelihoods_without_draws_are_refused():
     class Undrawable(dist.Normal):
         def sample(self, *_):
