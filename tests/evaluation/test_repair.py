@@ -396,3 +396,15 @@ def test_bounds_without_errors_differ_by_rounding():
     x = torch.tensor([0.5, 1.0, -1.0])
     found = repair(nothing, local(nothing, x), x, **{**SETTINGS, "audit": 3})
     assert found.good.all() and found.dataset["audited"].values.all()
+
+
+@pytest.mark.slow
+def test_chains_that_agree_in_one_of_many_modes_do_not_stand_an_audit():
+    """R-hat below 1.01, and a bound that is log 8 too low."""
+    x, guide, exact = at_one_mode(2, 3)
+    settings = {**SETTINGS, "compile": "auto", "rungs": ("chains",)}
+    agreed = repair(absolute, guide, x, **settings)
+    assert agreed.good.all()
+    assert agreed.dataset["log_evidence"].values - exact == pytest.approx(-math.log(8), abs=0.1)
+    found = repair(absolute, guide, x, **{**settings, "audit": 2})
+    assert not found.good.any() and found.dataset["contradicted"].values.any()
