@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Item responses by several guides.")
     parser.add_argument("--model", choices=MODELS, default="rasch")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--refine-steps", type=int, default=1000)
+    parser.add_argument("--refine-steps", type=int, default=1200)
     ways = [*WAYS, ALL]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
     parser.add_argument("--particles", type=int, default=4000)
