@@ -237,7 +237,7 @@ def measured(evaluator: Evaluator, num_particles: int, chunk_size: int | None) -
     runner = in_common_mode(evaluator)
     for chunks in evaluator.blocks(num_particles, chunk_size):
         stream = StreamingELBO()
-        for piece in (piece for chunk in chunks for piece in pieces_of(runner, chunk)):
+        for piece in (p for chunk in chunks for p in pieces_of(runner, chunk, chunk_size)):
             rates = rates_of(runner, piece)
             columns = _columns(piece, rates)
             stream.update(torch.cat(list(columns.values()), -1))

@@ -88,13 +88,16 @@ def in_common_mode(evaluator: Evaluator) -> Evaluator:
     return evaluator.in_mode("loop")
 
 
-def pieces_of(evaluator: Evaluator, chunk: Chunk) -> Iterator[Piece]:
+def pieces_of(evaluator: Evaluator, chunk: Chunk, chunk_size: int | None = None) -> Iterator[Piece]:
     """Yield the particles of a chunk, as many at once as the model scores at once.
 
-    The evaluator is one :func:`in_common_mode`, the chunk may be of another.
+    Args:
+        evaluator: one :func:`in_common_mode`; the chunk may be of another.
+        chunk: particles of a block of data.
+        chunk_size: pairs (particle, datum) in a piece, but never less than a particle of all data.
     """
     total = chunk.weights.num_particles
-    step = max(1, evaluator.chunk_pairs // chunk.weights.num_data)
+    step = max(1, (chunk_size or evaluator.chunk_pairs) // chunk.weights.num_data)
     for k in range(0, total, step):
         some = slice(k, min(k + step, total))
         values = {name: value[some] for name, value in chunk.values.items()}

@@ -211,6 +211,25 @@ def test_chunks_change_nothing():
             np.testing.assert_allclose(whole[name], parts[name], atol=1e-9, err_msg=name)
 
 
+def test_the_chunk_size_bounds_what_is_run_at_once():
+    seen = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            seen.append(z.numel())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = NormalModel().posterior
+    most = {}
+    for size in (None, 20):
+        seen.clear()
+        pv.rate_distortion(model, guide, torch.zeros(10), num_particles=200, chunk_size=size)
+        most[size] = max(seen)
+    assert most[None] == 2000
+    assert most[20] < 100  # of looks at the model
+
+
 def test_discrete_latents_and_their_exact_posterior():
     x = torch.tensor([-1.0, 0.3, 2.0])
     guide = pv.ExactGuide(mixture, example=x)
