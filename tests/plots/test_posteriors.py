@@ -112,3 +112,13 @@ def test_every_guide_is_inside_the_axes():
 def test_draws_of_another_shape_are_refused(draws):
     with pytest.raises(ValueError, match="guide: finite draws of shape"):
         plots.plot_posterior_pair(np.zeros((10, 2)), {"guide": draws}, ("a", "b"))
+
+
+def test_two_modes_have_contours_of_their_own():
+    """Modes eight widths apart: Scott's bandwidth, 1.2 of these, keeps them apart."""
+    rng = np.random.default_rng(2)
+    draws = rng.normal(size=(2000, 2))
+    draws[:1000, 0] += 8.0
+    ax = plots.plot_posterior_pair(draws, {"guide": draws}, ("a", "b"))
+    contours = ax.collections[1].get_paths()
+    assert [int(np.sum(path.codes == path.MOVETO)) for path in contours] == [2, 2]
