@@ -218,6 +218,12 @@ def _ready(
             stack.enter_context(guide.for_any_data())
             given = {**guide.given, **(given or {})}
         evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
+        pair = evaluator.pair
+        if pair.summed_out and not pair.guide_sites & set(evaluator.structure.sites):
+            raise ValueError(
+                "all latents of the model are discrete and summed out: there is nothing to sample "
+                "or to mend, and pyro_vae.elbo of this model and guide is log p(x)"
+            )
         # Before the looks are used: this shows, too, whether the model's plate is subsampled.
         evaluator.pair.part_agrees(evaluator.structure.data_plate)
         guide = evaluator.pair.user_guide

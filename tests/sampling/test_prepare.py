@@ -279,3 +279,19 @@ def test_what_fails_for_another_cause_fails_as_before():
 def test_a_guide_that_answers_is_no_stand_in(caplog):
     made = prepared(NormalModel(), local(NormalModel(), X), X)
     assert made.stand_in is None and not made.lost.any() and not caplog.records
+
+
+def test_a_model_of_discrete_latents_alone_is_told_that_its_bounds_are_exact():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.3)))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    with pytest.raises(ValueError, match=r"discrete and summed out: .*elbo of this model and"):
+        prepared(model, guide, X)
+    parts = [math.log(p) + dist.Normal(m, 1.0).log_prob(X) for m, p in ((0.0, 0.7), (1.0, 0.3))]
+    exact = torch.stack(parts).logsumexp(0)
+    torch.testing.assert_close(pv.elbo(model, guide, X, num_particles=2).value, exact)
