@@ -15,9 +15,9 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation.repair import _Result, repair
-from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder
+from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found
 from pyro_vae.particles.global_latents import Given
-from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.sampling import importance
 from pyro_vae.sampling.far_modes import FarMode
 from tests.sampling.test_importance import absolute, counts, gamma_poisson, local, square
@@ -275,9 +275,7 @@ def test_rows_of_a_guide_are_those_that_the_batch_holds():
     """A batch of rows 2 and 3; its second datum alone goes on, from row 3."""
     x = counts()
     guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=0, progress=False)
-    limits = (None, None, 1000, 10, 1, 1.0, 0, False)
-    ladder = Ladder(gamma_poisson, guide, Batch((x[2:],), {}), *limits)
-    with guide.rows(torch.tensor([2, 3])), ladder._on(torch.tensor([1])):
+    with guide.rows(torch.tensor([2, 3])), on_rows(guide, torch.tensor([1])):
         assert guide.given_rows.tolist() == [3]
 
 
