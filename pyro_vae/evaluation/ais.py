@@ -73,7 +73,9 @@ def ais(
     Returns:
         A Bound with value [N] and std_error [N] over chains, in nats, and ess [N] of the weights.
         Where few chains carry the mean (ess below 0.3 C) neither is to be trusted: give it more
-        steps.
+        steps. Chains from a guide at one of several modes stay there, alike, and nothing shows it:
+        the bound is then log of that mode's share of p(x). Where there may be several, start from
+        the prior.
 
     Raises:
         ValueError: for what :func:`pyro_vae.refine` refuses, num_chains < 2, num_steps < 1, another
