@@ -90,9 +90,9 @@ class FitResult:
             ELBO is below the optimum, by the slope that is left, and the standard error; else nan.
 
     Example:
-        >>> history = {"epoch": list(range(100)), "elbo": [step / 10 for step in range(100)]}
+        >>> history = {"epoch": list(range(100)), "elbo": [step / 7 for step in range(100)]}
         >>> FitResult(history, "epochs", 100, 1.0, 100).unfinished
-        'the ELBO still rises by 2.4 ± 0.3 nats'
+        'the ELBO still rises by 3.4 ± 0.5 nats'
     """
 
     history: Mapping[str, list[float]]
