@@ -94,8 +94,9 @@ class Sandwich:
     def untrusted(self) -> Tensor:
         """For which data the bounds are not to be trusted, [N].
 
-        Few chains carry one of them, reverse chains do not start at so many draws of the posterior
-        (``mixed``), or the upper one is below the lower one by more than five standard errors.
+        Few chains carry one of them, forward chains miss a mode (``lower.missed``), reverse chains
+        do not start at so many draws of the posterior (``mixed``), or the upper one is below the
+        lower one by more than five standard errors.
         """
         crossed = self.width < -_CROSSED * self.width_std_error
         few = self.lower.untrusted | self.upper.untrusted
@@ -158,13 +159,19 @@ class Sandwich:
             why = "reverse chains have not left the draw that they share"
             why = why if self.simulated else "these chains have not converged"
             yield f"for {failed} {of_data} {why}"
-        few = self.lower.untrusted | self.upper.untrusted
+        few = self.lower.few_carry | self.upper.few_carry
         if few.any():
             yield (
                 f"for {int(few.sum())} {of_data} few chains carry a bound, which may be far off to "
                 "its side. More steps bring their weights together"
             )
-        if crossed := int((self.untrusted & self.mixed & ~few).sum()):
+        missed = self.lower.untrusted & ~self.lower.few_carry
+        if missed.any():
+            yield (
+                f"for {int(missed.sum())} {of_data} forward chains miss a mode that holds more "
+                "than 0.01 of the posterior, and the lower bound is too low. start='prior' sees it"
+            )
+        if crossed := int((self.untrusted & self.mixed & ~few & ~missed).sum()):
             yield (
                 f"for {crossed} {of_data} the upper bound lies below the lower one: chains of one "
                 "side miss a part of the posterior"
@@ -292,11 +299,13 @@ def bdmc(
     lost = ~z.isfinite().all(-1)
     moves = min(_MOST_MOVES, math.ceil(_MOVES * num_steps))
     total = 2 * num_steps * prepared.evaluator.num_data
-    forward, backward = [], []
+    forward, backward, missed = [], [], []
     with tqdm(total=total, desc="bdmc", unit="step", disable=not progress, delay=1.0) as bar:
         for annealer in settings.annealers(prepared):
             path, rows = annealer.path(), annealer.rows
-            forward.append(annealer.forward(path, bar.update)[0])
+            weights, ends = annealer.forward(path, bar.update)
+            forward.append(weights)
+            missed.append(annealer.misses(weights, ends))
             starts = torch.where(lost[:, rows, None], prepared.base_centre(rows), z[:, rows])
             weights, moved = annealer.backward(path, starts, bar.update, moves)
             backward.append(weights)
@@ -306,7 +315,7 @@ def bdmc(
     above = torch.cat(backward, 1).masked_fill(lost, -torch.inf)
     name = f"BDMC-{num_steps}"
     return Sandwich(
-        bound_of(f"{name} from below", torch.cat(forward, 1), prepared),
+        bound_of(f"{name} from below", torch.cat(forward, 1), prepared, missed=torch.cat(missed)),
         bound_of(f"{name} from above", above, prepared, upper=True),
         _as_given(arguments),
         num_data is not None,

@@ -52,6 +52,8 @@ class Bound:
         ess: effective sample size of the importance weights, [N], between 1 and K.
         largest: the largest log weights of each datum, [M, N]: those that tell its k-hat.
         mean_of: "weights", "log weights" as of the ELBO, or "chains" for weights of chains.
+        missed: for which data chains miss a mode that holds more than a hundredth of the
+            posterior, as Laplace's approximation weighs it, [N]; None where it was not looked for.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Bound:
     ess: Tensor | None = None
     largest: Tensor | None = field(default=None, repr=False)
     mean_of: Literal["weights", "log weights", "chains"] = "log weights"
+    missed: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -96,15 +99,28 @@ class Bound:
 
         Of a mean of weights, those of heavy tails (:func:`heavy_tailed`); of the ELBO, those of
         which a few particles decide it; of chains, which are too few for a tail, those whose
-        weights are far from equal.
+        weights are far from equal, and those that miss a mode (``missed``).
         """
-        if self.mean_of == "chains" and self.ess is not None:
-            return ~(self.ess > _EQUAL_CHAINS * self.num_particles).cpu()
+        if self.mean_of == "chains":
+            return self.few_carry | self._missed
         if self.mean_of == "weights":
             return self._heavy_tailed
         if self.skewness is None:
             return torch.zeros(self.value.shape, dtype=torch.bool)
         return (self.skewness.square() > _FEW_DECIDE * self.num_particles).cpu()
+
+    @property
+    def few_carry(self) -> Tensor:
+        """For which data few of the chains carry the mean, [N]."""
+        if self.ess is None:
+            return torch.zeros(self.value.shape, dtype=torch.bool)
+        return ~(self.ess > _EQUAL_CHAINS * self.num_particles).cpu()
+
+    @property
+    def _missed(self) -> Tensor:
+        if self.missed is None:
+            return torch.zeros(self.value.shape, dtype=torch.bool)
+        return self.missed.cpu()
 
     @property
     def _heavy_tailed(self) -> Tensor:
@@ -121,16 +137,22 @@ class Bound:
         """Yield why value or error is not to be trusted."""
         heavy, untrusted = self._heavy_tailed.sum(), self.untrusted.sum()
         if self.mean_of == "chains":
-            if untrusted:
+            if few := int(self.few_carry.sum()):
                 yield (
-                    f"for {untrusted} of {len(self.value)} data neither value nor error is to be "
+                    f"for {few} of {len(self.value)} data neither value nor error is to be "
                     "trusted: few chains carry the mean. More steps bring their weights together"
+                )
+            if missed := int(self._missed.sum()):
+                yield (
+                    f"for {missed} of {len(self.value)} data log p(x) is higher: chains from the "
+                    "guide miss a mode that holds more than 0.01 of the posterior. pyro_vae.ais "
+                    "with start='prior' and more steps, or pyro_vae.repair, sees it"
                 )
             return
         of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
-        of_weights, few = self.mean_of == "weights", ": a few particles decide it"
+        of_weights, decide = self.mean_of == "weights", ": a few particles decide it"
         if untrusted:
-            why = f", and log p(x) may be far above: {above}" if of_weights else few
+            why = f", and log p(x) may be far above: {above}" if of_weights else decide
             yield f"for {untrusted} {of_data} the error is not to be trusted{why}"
         if heavy and not of_weights:
             yield f"for {heavy} {of_data} {above}: the guide misses a part of the posterior"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.evaluation.ais import AnnealingSettings, bound_of
+from pyro_vae.evaluation.ais import AnnealingSettings, lower_bound
 from pyro_vae.evaluation.bounds import Bound
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.particles.estimators import independent_difference
@@ -135,10 +135,8 @@ def _bound(prepared: Ready, num_steps: int, progress: bool) -> Bound:
     total = num_steps * prepared.evaluator.num_data
     look: dict[str, Any] = {"unit": "step", "unit_scale": True, "delay": 1.0}
     with tqdm(total=total, desc="annealed chains", disable=not progress, **look) as bar:
-        weights = [
-            each.forward(each.path(), bar.update)[0] for each in settings.annealers(prepared)
-        ]
-    return bound_of(f"AIS-{num_steps}", torch.cat(weights, 1), prepared)
+        annealers = settings.annealers(prepared)
+        return lower_bound(f"AIS-{num_steps}", annealers, prepared, bar.update)
 
 
 # --- exact values

@@ -7,6 +7,7 @@ exactly unbiased: a kernel that learns from its own chains would not leave the d
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block
 from pyro_vae.sampling.density import Start, TemperedDensity
+from pyro_vae.sampling.far_modes import is_missed
 from pyro_vae.sampling.hmc import Kernel, Point
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.streams import Stream
@@ -168,6 +170,17 @@ class Annealer:
                 point, _, _ = path.kernel(number)(density, point, path.powers[number], stream)
             report(log_weights.shape[1])
         return log_weights, point.z
+
+    def misses(self, log_weights: Tensor, z: Tensor) -> Tensor:
+        """Return for which data what :meth:`forward` gave misses a mode, [n].
+
+        By :func:`pyro_vae.sampling.far_modes.is_missed`; of chains from the prior none.
+        """
+        if self.start == "prior":
+            return torch.zeros_like(log_weights[0], dtype=torch.bool)
+        mass = log_weights.logsumexp(0) - math.log(len(log_weights))
+        weights = log_weights.softmax(0).nan_to_num(0.0)
+        return is_missed(self.ready, self.rows, self.block, z, mass, weights)
 
     def backward(
         self, path: Path, z: Tensor, report: Callable[[int], object] = int, moves: int = 0

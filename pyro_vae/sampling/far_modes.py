@@ -1,4 +1,4 @@
-"""A mode of each posterior that its base density does not reach, as a Gaussian."""
+"""A mode of each posterior that a base density or chains do not reach, as a Gaussian."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pyro_vae.refinement.starts import find_modes, gaussian_at
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
 from pyro_vae.sampling.prepare import Ready
 
+# The share of the posterior that may lie around a mode out of reach: where there is one, others
+# that were not found may hold as much.
+ELSEWHERE = 0.01
+_FEW = 0.1  # times a mode's share: chains with fewer of their draws there have not been there
 _KEY = 42  # first in the key of the stream of random numbers, after the seed
 _DRAWS = 256  # of the prior
 # So many of them are climbed from as they come: a mode that half lead to is missed in 1 of 64 data.
@@ -20,7 +24,7 @@ _ANY = 6
 # And so many of those out of the base's reach under which the datum is likeliest: a mode that few
 # draws lead to may hold more than those do.
 _LIKELY = 6
-_APART = 4.0  # standard deviations of the base, beyond where its draws lie
+_APART = 4.0  # standard deviations, beyond where draws of a Gaussian lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,14 @@ class FarMode:
         mean: [n, D].
         factor: Cholesky factors of the covariances, [n, D, D].
         is_far: for which data there is such a mode, [n]; for the others it is the highest one.
+        of_curvature: whether the factors are; of a model that cannot be differentiated twice, or
+            has too many coordinates, they are the base's widths.
     """
 
     mean: Tensor
     factor: Tensor
     is_far: Tensor
+    of_curvature: bool
 
     def draws(self, noise: Tensor) -> Tensor:
         """Return draws [K, n, D] made of noise [K, n, D]."""
@@ -46,7 +53,9 @@ class FarMode:
         return log_gaussian(self.mean, self.factor, z)
 
 
-def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode:
+def far_mode(
+    ready: Ready, rows: slice, block: Block, centre: Tensor, spread: Tensor | None = None
+) -> FarMode:
     """Return the highest mode out of the base's reach, of those that the prior's draws lead to.
 
     Args:
@@ -54,15 +63,19 @@ def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode
         rows: of the block.
         block: of n data.
         centre: the middle of the base density, [n, D].
+        spread: standard deviations, [n, D], of independent Gaussians about the centre that stand
+            for the base.
 
     Raises:
         ValueError: where a mask of the model leaves latents out, which have no prior.
     """
     table = ready.table[rows]
-    reach = 0.5 * (math.sqrt(centre.shape[-1]) + _APART) ** 2
+    reach = _reach(centre.shape[-1])
 
     @torch.no_grad()
     def is_out_of_reach(z: Tensor) -> Tensor:
+        if spread is not None:
+            return 0.5 * ((z - centre) / spread).square().sum(-1) > reach
         middle = log_base(block.scored, table, centre.unsqueeze(0))
         return log_base(block.scored, table, z) < middle - reach
 
@@ -80,11 +93,64 @@ def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode
     highest = torch.where(far | ~is_far, heights, -torch.inf).argmax(0)
     mode = modes[highest, torch.arange(len(centre), device=modes.device)]
     width = torch.diag_embed(ready.base_scale(rows))
-    mean, factor = gaussian_at(block, mode) or (mode, width)
+    gaussian = gaussian_at(block, mode)
+    mean, factor = gaussian or (mode, width)
     usable = mean.isfinite().all(-1) & factor.isfinite().flatten(1).all(1)
     mean = torch.where(usable.unsqueeze(-1), mean, centre)
     factor = torch.where(usable[:, None, None], factor, width)
-    return FarMode(mean, factor, is_far & usable)
+    return FarMode(mean, factor, is_far & usable, gaussian is not None)
+
+
+def is_missed(
+    ready: Ready,
+    rows: slice,
+    block: Block,
+    z: Tensor,
+    log_mass: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    r"""Return for which data chains miss a mode with more than a hundredth of the posterior, [n].
+
+    That is the highest mode out of reach of the draws' independent Gaussians, of those that the
+    prior's draws lead to, with the mass of Laplace's approximation,
+    :math:`\log p(x, \hat z) + \tfrac{D}{2} \log 2 \pi + \log \det L`. It is missed where fewer
+    draws are within reach of its Gaussian than a tenth of its share.
+
+    Nothing is said (False) where a mask of the model leaves latents out, which have no prior, and
+    of models without second derivatives, or with too many coordinates for them.
+
+    Args:
+        ready: the pair.
+        rows: of the block.
+        block: of n data.
+        z: draws of the chains, [K, n, D].
+        log_mass: log of what p(x, z) integrates to where the chains are, [n].
+        weights: of the draws, [K, n], with sum 1; all alike by default.
+    """
+    if ready.evaluator.pair.masked:
+        return torch.zeros_like(log_mass, dtype=torch.bool)
+    if weights is None:
+        weights = torch.full_like(z[..., 0], 1 / len(z))
+    weights = weights.to(z)
+    centre = torch.einsum("kn,knd->nd", weights, z)
+    variance = torch.einsum("kn,knd->nd", weights, (z - centre).square())
+    spread = variance.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+    far = far_mode(ready, rows, block, centre, spread)
+    if not far.of_curvature:
+        return torch.zeros_like(log_mass, dtype=torch.bool)
+    at = far.mean.unsqueeze(0)
+    with torch.no_grad():
+        prior, likelihood = log_prior_and_likelihood(block.scored, ready.table[rows], at)
+    top = far.log_density(at)
+    mass = ((prior + likelihood).double() - top.double())[0]
+    share = (mass - log_mass).sigmoid()
+    near = top - far.log_density(z) <= _reach(z.shape[-1])
+    return far.is_far & (share > ELSEWHERE) & ((weights * near).sum(0) < _FEW * share)
+
+
+def _reach(size: int) -> float:
+    """Return how far below its top a Gaussian's log density is at the end of its reach."""
+    return 0.5 * (math.sqrt(size) + _APART) ** 2
 
 
 def log_gaussian(mean: Tensor, factor: Tensor, z: Tensor) -> Tensor:

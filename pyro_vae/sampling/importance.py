@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
-from pyro_vae.sampling.far_modes import far_mode, log_gaussian
+from pyro_vae.sampling.far_modes import ELSEWHERE, far_mode, log_gaussian
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.streams import Stream
 
@@ -21,9 +21,6 @@ _CHUNK = 250  # draws that are scored at once
 _SHARES = (0.8, 0.1, 0.05, 0.05)
 _SHARES_WITHOUT_PRIOR = (0.9, 0.1, 0.0, 0.0)
 _WIDER = 3.0
-# The share of the posterior that may lie around a mode out of reach: where there is one, others
-# that were not found may hold as much.
-_ELSEWHERE = 0.01
 _UNRESOLVED = 0.02  # the share of it that may lie where the dtype does not tell values apart
 
 
@@ -47,7 +44,7 @@ class Weighed:
     @property
     def is_whole(self) -> Tensor:
         """For which data draws can be expected to have reached all of the posterior, [n]."""
-        return (self.elsewhere <= _ELSEWHERE) & (self.unresolved <= _UNRESOLVED)
+        return (self.elsewhere <= ELSEWHERE) & (self.unresolved <= _UNRESOLVED)
 
 
 def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighed:

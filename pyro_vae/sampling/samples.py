@@ -39,6 +39,9 @@ class PosteriorSamples:
         num_steps: leapfrog steps of a trajectory, about, by block of data.
         given: the values that global latents were fixed at, by name.
         is_whole: whether all is one datum, so that draws have no N.
+        missed: for which data chains have not visited a mode that holds more than a hundredth of
+            the posterior, as Laplace's approximation weighs it, [N]; None where it was not looked
+            for.
     """
 
     draws: dict[str, Tensor]
@@ -52,21 +55,24 @@ class PosteriorSamples:
     num_steps: tuple[int, ...]
     given: Given
     is_whole: bool = False
+    missed: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:
         """For which data chains agree and are long enough, [N].
 
         R-hat below 1.01, bulk and tail effective sample sizes of 100 for each chain (Vehtari et al.
-        2021), and divergences of fewer than one trajectory in a hundred.
+        2021), divergences of fewer than one trajectory in a hundred, and no mode that they are
+        known to miss.
         """
         num_chains, num_draws = self.log_joint.shape[:2]
         enough = FEWEST_EFFECTIVE * num_chains
-        return (
+        agree = (
             (self.rhat < RHAT_THRESHOLD)
             & (torch.minimum(self.ess, self.ess_tail) > enough)
             & (self.divergences < 0.01 * num_chains * num_draws)
         )
+        return agree if self.missed is None else agree & ~self.missed
 
     def mean(self, site: str) -> Tensor:
         """Return the posterior mean of a site's values, ``[N, ...]``."""
@@ -103,13 +109,19 @@ class PosteriorSamples:
         """Log for how many data chains have not converged."""
         failed = ~self.converged
         if bool(failed.any()):
+            missed = 0 if self.missed is None else int(self.missed.sum())
+            modes = (
+                f". Chains of {missed} data have not visited a mode that holds more than 0.01 of "
+                "the posterior: pyro_vae.repair weighs all modes"
+            )
             logger.warning(
                 "sample_posterior: chains of %d of %d data have not converged (the largest R-hat "
                 "is %.3f, the smallest effective sample size %.0f, %d data have divergences). Give "
-                "them more draws (num_draws), a longer warm-up (num_warmup) or a better guide",
+                "them more draws (num_draws), a longer warm-up (num_warmup) or a better guide%s",
                 int(failed.sum()),
                 failed.numel(),
                 float(np.nanmax(self.rhat.numpy(force=True), initial=0.0)),
                 float(torch.minimum(self.ess, self.ess_tail).nan_to_num(0.0).min()),
                 int((self.divergences > 0).sum()),
+                modes if missed else "",
             )

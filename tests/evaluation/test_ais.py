@@ -16,6 +16,7 @@ from pyro_vae.particles import pair_runner
 from pyro_vae.particles.estimators import Estimate, calibrated
 from tests.models import GammaPoisson, NormalModel, encoder, factor_analysis
 from tests.sampling.pairs import local, masked_model
+from tests.sampling.test_importance import absolute
 
 F64 = torch.float64
 X = torch.tensor([-1.0, 0.5, 3.0], dtype=F64)
@@ -255,3 +256,64 @@ def test_nothing_is_logged_where_nothing_is_wrong(setting, caplog):
     with caplog.at_level(logging.WARNING):
         ais(model, guide, x)
     assert not caplog.records
+
+
+# --- modes that chains from the guide miss
+
+
+def at_one_mode(size):
+    """|z| with noise of 0.1: of 2^D equal modes the guide is exact at one, and its evidence."""
+    generator = torch.Generator().manual_seed(1)
+    x = 0.7 + torch.rand(3, size, generator=generator, dtype=F64)
+    guide = pv.LocalGuide(absolute, num_data=3, example=x)
+    with torch.no_grad():
+        guide.table[..., 0], guide.table[..., 1] = x / 1.01, -0.5 * math.log(101)
+    alone = dist.Normal(0.0, 1.01**0.5).log_prob(x).sum(-1)
+    return guide, x, alone
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_guide_at_one_of_many_modes_is_untrusted(size):
+    """Chains all stay there, their weights alike, and the bound is D log 2 too low."""
+    guide, x, alone = at_one_mode(size)
+    bound = ais(absolute, guide, x)
+    torch.testing.assert_close(bound.value, alone, rtol=0, atol=1e-4)
+    assert not bound.few_carry.any() and bound.missed.all() and bound.untrusted.all()
+    assert "for 3 of 3 data log p(x) is higher: chains from the guide miss a mode" in repr(bound)
+    assert "start='prior'" in repr(bound) and "few chains" not in repr(bound)
+
+
+@pytest.mark.parametrize(("size", "num_steps"), [(1, 60), (3, 200)])
+def test_chains_from_the_prior_see_all_modes(size, num_steps):
+    guide, x, alone = at_one_mode(size)
+    bound = ais(absolute, guide, x, start="prior", num_chains=64, num_steps=num_steps)
+    assert not bound.untrusted.any() and not bound.missed.any()
+    exact = alone + size * math.log(2)
+    assert (bound.std_error < 0.4).all()
+    assert ((bound.value - exact).abs() < 4.5 * bound.std_error).all()
+
+
+def test_chains_that_reach_both_modes_miss_none():
+    """A guide as wide as the prior goes to both modes of |z|."""
+    _, x, alone = at_one_mode(1)
+    guide = pv.LocalGuide(absolute, num_data=3, example=x)
+    bound = ais(absolute, guide, x, num_chains=32, num_steps=60)
+    assert not bound.missed.any()
+    assert ((bound.value - alone - math.log(2)).abs() < 4.5 * bound.std_error + 1e-6).all()
+
+
+def test_one_mode_is_not_missed_wherever_the_guide_is(setting):
+    model, x, guide = setting
+    assert not ais(model, guide, x, num_steps=30).missed.any()
+    model = GammaPoisson()
+    guide = local(model, COUNTS)
+    with torch.no_grad():
+        guide.table[..., 0] += 2.0
+        guide.table[..., 1] -= 3.0
+    assert not ais(model, guide, COUNTS, num_steps=30).missed.any()
+
+
+def test_without_a_prior_modes_are_not_looked_for():
+    seen = torch.tensor([True, False, True])
+    guide = pv.LocalGuide(masked_model, num_data=3, example=(X, seen)).double()
+    assert ais(masked_model, guide, X, seen).missed.tolist() == [False] * 3

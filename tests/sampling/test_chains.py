@@ -16,7 +16,7 @@ from pyro.infer import MCMC, NUTS
 import pyro_vae as pv
 from pyro_vae.diagnostics.convergence import Convergence
 from pyro_vae.particles import pair_runner
-from pyro_vae.sampling.chains import _is_slow, _learned, _steps
+from pyro_vae.sampling.chains import _is_slow, _learned, _log_mass, _steps
 from pyro_vae.sampling.hmc import Kernel
 from tests.models import GammaPoisson, NormalModel, encoder, factor_analysis, log_normal_model
 from tests.sampling.pairs import (
@@ -28,6 +28,7 @@ from tests.sampling.pairs import (
     two_sites,
     two_sites_posterior,
 )
+from tests.sampling.test_importance import absolute
 
 F64 = torch.float64
 COUNTS = torch.tensor([0.0, 3.0, 8.0], dtype=F64)
@@ -409,6 +410,34 @@ def test_modules_keep_their_mode_and_parameters(setting):
     for name, value in guide.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(p.grad is None for p in guide.parameters())
+
+
+# --- modes that chains have not visited
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_chains_that_agree_in_one_of_many_modes_have_not_converged(size, caplog):
+    """|z| with noise of 0.1: of 2^D equal modes all chains are in one, and R-hat is fine."""
+    x = 0.7 + torch.rand(3, size, generator=torch.Generator().manual_seed(1), dtype=F64)
+    guide = pv.LocalGuide(absolute, num_data=3, example=x)
+    with torch.no_grad():
+        guide.table[..., 0], guide.table[..., 1] = x / 1.01, -0.5 * math.log(101)
+    with caplog.at_level(logging.WARNING):
+        found = sample(absolute, guide, x, num_chains=2, num_draws=300, num_warmup=100)
+    assert (found.draws["z"] > 0).all() and (found.rhat < 1.05).all()
+    assert found.missed.all() and not found.converged.any()
+    assert "Chains of 3 data have not visited a mode" in caplog.text
+
+
+def test_the_mass_where_chains_are_is_that_of_a_gaussian():
+    """Of draws of a Gaussian, log p(x, z) its density times e^2: 2, to the error of the draws."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.tensor([[1.0, 0.0], [0.9, 0.1]], dtype=F64)
+    z = torch.randn(20_000, 3, 2, generator=generator, dtype=F64) @ root.T
+    height = 2 + dist.MultivariateNormal(torch.zeros(2, dtype=F64), scale_tril=root).log_prob(z)
+    assert (_log_mass(z, height) - 2).abs().max() < 0.05
+    # Of too few draws for a covariance it is no less.
+    assert (_log_mass(z[:19], height[:19]) > 2).all()
 
 
 # --- warnings and bad input

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.sampling.far_modes import far_mode, log_gaussian
+from pyro_vae.sampling.far_modes import far_mode, is_missed, log_gaussian
 from pyro_vae.sampling.prepare import ready
 from tests.sampling.pairs import masked_model
 from tests.sampling.test_importance import gamma_poisson, local, square
@@ -118,3 +118,55 @@ def test_without_a_prior_there_is_nowhere_to_climb_from():
     guide = pv.LocalGuide(masked_model, num_data=2, example=(x, there)).double()
     with pytest.raises(ValueError, match="start='prior'"):
         found(masked_model, guide, x, there)
+
+
+# --- what chains miss
+
+
+def asked(first, second, *, share_of_second=0.0, weight_of_second=1.0, log_mass=None):
+    """A mixture of two Gaussians by its weights, and draws of which a share is of the second.
+
+    z ~ Normal(0, 3); x, flat, has the mixture of Normal(-3, 0.1) and Normal(3, 0.1) over the prior.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 3.0))
+            weights = x.new_tensor([first, second]).log()
+            places = x.new_tensor([-3.0, 3.0])
+            height = (weights + dist.Normal(places, 0.1).log_prob(z.unsqueeze(-1))).logsumexp(-1)
+            pyro.factor("f", height - dist.Normal(0.0, 3.0).log_prob(z))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    x = torch.zeros(2, dtype=F64)
+    made = ready(model, local(model, x, loc=-3.0, log_scale=-2.3), (x,), None, None, 0, False)
+    ((rows, block),) = made.each()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 2, 1, generator=generator, dtype=F64)
+    side = torch.rand(4000, 2, 1, generator=generator) < share_of_second
+    z = torch.where(side, 3.0, -3.0) + 0.1 * z
+    weights = torch.where(side, weight_of_second, 1.0)[..., 0].to(F64)
+    there = math.log(first) - 0.5 * math.log(2 * math.pi)
+    log_mass = torch.full((2,), there if log_mass is None else log_mass, dtype=F64)
+    return is_missed(made, rows, block, z, log_mass, weights / weights.sum(0)).tolist()
+
+
+@pytest.mark.parametrize(("second", "missed"), [(0.5, True), (0.02, True), (0.005, False)])
+def test_a_mode_counts_by_its_share(second: float, missed: bool):
+    assert asked(1 - second, second) == [missed] * 2
+
+
+@pytest.mark.parametrize(("visited", "missed"), [(0.0, True), (0.0002, True), (0.01, False)])
+def test_a_mode_that_was_visited_is_not_missed(visited: float, missed: bool):
+    """It holds 0.03: a hundredth of the draws is in reach of no Gaussian of them all, but there."""
+    assert asked(0.97, 0.03, share_of_second=visited) == [missed] * 2
+
+
+def test_a_mode_is_small_beside_a_large_mass():
+    assert asked(0.5, 0.5, log_mass=10.0) == [False] * 2
+
+
+@pytest.mark.parametrize(("of_second", "missed"), [(1.0, False), (0.0, True)])
+def test_draws_count_by_their_weights(of_second: float, missed: bool):
+    """A hundredth of the draws is at the second mode; without weight they have not been there."""
+    assert asked(0.97, 0.03, share_of_second=0.01, weight_of_second=of_second) == [missed] * 2

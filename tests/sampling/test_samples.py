@@ -133,3 +133,12 @@ def test_to_arviz_of_one_datum():
     made = pv.sample_posterior(model, guide, x, data_plate=False, **settings).to_arviz()
     assert made.posterior["mu"].dims == ("chain", "draw")
     assert made.constant_data["rhat"].dims == ("datum",)
+
+
+def test_a_missed_mode_is_no_convergence(caplog):
+    found = samples(missed=torch.tensor([False, True, False, False]))
+    assert found.converged.tolist() == [True, False, True, True]
+    with caplog.at_level(logging.WARNING):
+        found.warn()
+    assert "chains of 1 of 4 data have not converged" in caplog.text
+    assert "Chains of 1 data have not visited a mode that holds more than 0.01 of" in caplog.text
