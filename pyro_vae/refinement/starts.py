@@ -17,7 +17,7 @@ from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.refinement.climbing import Climber
 from pyro_vae.refinement.lbfgs import minimize_rows
 
-_CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
+CLIMB, _POLISH = 60, 20  # iterations of L-BFGS, before the curvature is known and after
 _MOVED = 0.1  # standard deviations: so far from where the curvature was taken it is taken anew
 _LOWEST = 1e-2  # precision of a mode in units of the prior's: what is flatter says nothing
 _WIDEST_HESSIAN = 256  # coordinates: its cost grows with them
@@ -31,19 +31,21 @@ _APART = 3.0  # modes: so many standard deviations
 _COMPARED = 64  # particles by which starts are compared
 
 
-def find_modes(block: Block, places: Tensor, prior: float = 1.0) -> tuple[Tensor, Tensor]:
+def find_modes(
+    block: Block, places: Tensor, prior: float = 1.0, steps: int = CLIMB
+) -> tuple[Tensor, Tensor]:
     """Return the modes [M, n, D] that L-BFGS finds from places [M, n, D], and how high they are.
 
-    That is log p(x, z), up to a constant, [M, n], with the prior to a power.
+    That is log p(x, z), up to a constant, [M, n], with the prior to a power; in so many steps.
     """
     shape, first = places.shape, iter([True])
 
     def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
-        height, slope = _height(block, flat.reshape(shape), _CLIMB, prior, check=next(first, False))
+        height, slope = _height(block, flat.reshape(shape), CLIMB, prior, check=next(first, False))
         return -height.flatten(), -slope.flatten(0, 1)
 
-    modes = minimize_rows(objective, places.flatten(0, 1), _CLIMB).rows.reshape(shape)
-    height, _ = _height(block, modes, _CLIMB, prior)
+    modes = minimize_rows(objective, places.flatten(0, 1), steps).rows.reshape(shape)
+    height, _ = _height(block, modes, CLIMB, prior)
     # -inf stays what it is: by default it would become the lowest number, a height like others.
     return modes, height.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 

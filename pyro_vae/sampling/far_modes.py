@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block
-from pyro_vae.refinement.starts import find_modes, gaussian_at
+from pyro_vae.refinement.starts import CLIMB, find_modes, gaussian_at
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
 from pyro_vae.sampling.prepare import Ready
 
@@ -24,6 +25,9 @@ _ANY = 6
 # And so many of those out of the base's reach under which the datum is likeliest: a mode that few
 # draws lead to may hold more than those do.
 _LIKELY = 6
+# Steps of a climb that only asks whether there is such a mode: near its top, where the dtype does
+# not tell heights apart, further ones cost most. The mode found is polished.
+_SHORT = 20
 _APART = 4.0  # standard deviations, beyond where draws of a Gaussian lie
 
 
@@ -35,14 +39,11 @@ class FarMode:
         mean: [n, D].
         factor: Cholesky factors of the covariances, [n, D, D].
         is_far: for which data there is such a mode, [n]; for the others it is the highest one.
-        of_curvature: whether the factors are; of a model that cannot be differentiated twice, or
-            has too many coordinates, they are the base's widths.
     """
 
     mean: Tensor
     factor: Tensor
     is_far: Tensor
-    of_curvature: bool
 
     def draws(self, noise: Tensor) -> Tensor:
         """Return draws [K, n, D] made of noise [K, n, D]."""
@@ -53,9 +54,7 @@ class FarMode:
         return log_gaussian(self.mean, self.factor, z)
 
 
-def far_mode(
-    ready: Ready, rows: slice, block: Block, centre: Tensor, spread: Tensor | None = None
-) -> FarMode:
+def far_mode(ready: Ready, rows: slice, block: Block, centre: Tensor) -> FarMode:
     """Return the highest mode out of the base's reach, of those that the prior's draws lead to.
 
     Args:
@@ -63,8 +62,6 @@ def far_mode(
         rows: of the block.
         block: of n data.
         centre: the middle of the base density, [n, D].
-        spread: standard deviations, [n, D], of independent Gaussians about the centre that stand
-            for the base.
 
     Raises:
         ValueError: where a mask of the model leaves latents out, which have no prior.
@@ -74,11 +71,28 @@ def far_mode(
 
     @torch.no_grad()
     def is_out_of_reach(z: Tensor) -> Tensor:
-        if spread is not None:
-            return 0.5 * ((z - centre) / spread).square().sum(-1) > reach
         middle = log_base(block.scored, table, centre.unsqueeze(0))
         return log_base(block.scored, table, z) < middle - reach
 
+    mode, is_far = _highest(ready, rows, block, centre, is_out_of_reach, CLIMB)
+    width = torch.diag_embed(ready.base_scale(rows))
+    mean, factor = gaussian_at(block, mode) or (mode, width)
+    usable = mean.isfinite().all(-1) & factor.isfinite().flatten(1).all(1)
+    mean = torch.where(usable.unsqueeze(-1), mean, centre)
+    factor = torch.where(usable[:, None, None], factor, width)
+    return FarMode(mean, factor, is_far & usable)
+
+
+def _highest(
+    ready: Ready,
+    rows: slice,
+    block: Block,
+    centre: Tensor,
+    is_out_of_reach: Callable[[Tensor], Tensor],
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the highest mode out of reach, [n, D], else of all, and which data have one, [n]."""
+    table = ready.table[rows]
     draws = ready.prior_draws(rows, _DRAWS, (_KEY, rows.start))
     draws = torch.where(draws.isfinite().all(-1, keepdim=True), draws, centre)
     with torch.no_grad():
@@ -87,18 +101,11 @@ def far_mode(
     likely = torch.where(is_out_of_reach(draws), likelihood, -torch.inf)[_ANY:].topk(_LIKELY, 0)
     chosen = likely.indices.unsqueeze(-1).expand(-1, -1, draws.shape[-1])
     places = torch.cat([draws[:_ANY], draws[_ANY:].gather(0, chosen)])
-    modes, heights = find_modes(block, places)
+    modes, heights = find_modes(block, places, steps=steps)
     far = is_out_of_reach(modes) & (heights > -torch.inf)
     is_far = far.any(0)
     highest = torch.where(far | ~is_far, heights, -torch.inf).argmax(0)
-    mode = modes[highest, torch.arange(len(centre), device=modes.device)]
-    width = torch.diag_embed(ready.base_scale(rows))
-    gaussian = gaussian_at(block, mode)
-    mean, factor = gaussian or (mode, width)
-    usable = mean.isfinite().all(-1) & factor.isfinite().flatten(1).all(1)
-    mean = torch.where(usable.unsqueeze(-1), mean, centre)
-    factor = torch.where(usable[:, None, None], factor, width)
-    return FarMode(mean, factor, is_far & usable, gaussian is not None)
+    return modes[highest, torch.arange(len(centre), device=modes.device)], is_far
 
 
 def is_missed(
@@ -135,17 +142,23 @@ def is_missed(
     centre = torch.einsum("kn,knd->nd", weights, z)
     variance = torch.einsum("kn,knd->nd", weights, (z - centre).square())
     spread = variance.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
-    far = far_mode(ready, rows, block, centre, spread)
-    if not far.of_curvature:
+    reach = _reach(z.shape[-1])
+
+    def is_out_of_reach(z: Tensor) -> Tensor:
+        return 0.5 * ((z - centre) / spread).square().sum(-1) > reach
+
+    mode, is_far = _highest(ready, rows, block, centre, is_out_of_reach, _SHORT)
+    if not bool(is_far.any()) or (gaussian := gaussian_at(block, mode)) is None:
         return torch.zeros_like(log_mass, dtype=torch.bool)
+    far = FarMode(*gaussian, is_far)
     at = far.mean.unsqueeze(0)
     with torch.no_grad():
         prior, likelihood = log_prior_and_likelihood(block.scored, ready.table[rows], at)
     top = far.log_density(at)
     mass = ((prior + likelihood).double() - top.double())[0]
     share = (mass - log_mass).sigmoid()
-    near = top - far.log_density(z) <= _reach(z.shape[-1])
-    return far.is_far & (share > ELSEWHERE) & ((weights * near).sum(0) < _FEW * share)
+    near = top - far.log_density(z) <= reach
+    return is_far & (share > ELSEWHERE) & ((weights * near).sum(0) < _FEW * share)
 
 
 def _reach(size: int) -> float:
