@@ -367,6 +367,15 @@ def test_bounds_that_cross_are_untrusted():
     assert "for 1 of 3 data the upper bound lies below the lower one" in repr(sandwich)
 
 
+def test_data_of_which_forward_chains_miss_a_mode_are_untrusted():
+    sandwich = sandwich_of([-3.0, -3.0, -3.0], [-2.0, -2.0, -2.0])
+    lower = dataclasses.replace(sandwich.lower, missed=torch.tensor([False, True, False]))
+    sandwich = dataclasses.replace(sandwich, lower=lower)
+    assert sandwich.untrusted.tolist() == [False, True, False]
+    assert "for 1 of 3 data forward chains miss a mode that holds more than 0.01" in repr(sandwich)
+    assert "few chains" not in repr(sandwich) and "lies below" not in repr(sandwich)
+
+
 def test_few_chains_are_untrusted():
     assert sandwich_of([-3.0], [-2.0], ess=2.9).untrusted.all()
     assert not sandwich_of([-3.0], [-2.0], ess=3.1).untrusted.any()
