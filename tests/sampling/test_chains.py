@@ -423,7 +423,7 @@ def test_chains_that_agree_in_one_of_many_modes_have_not_converged(size, caplog)
     with torch.no_grad():
         guide.table[..., 0], guide.table[..., 1] = x / 1.01, -0.5 * math.log(101)
     with caplog.at_level(logging.WARNING):
-        few = {"num_chains": 2, "num_draws": 60, "num_warmup": 20, "compile": False}
+        few = {"num_chains": 2, "num_draws": 100, "num_warmup": 100}
         found = sample(absolute, guide, x, **few)
     assert (found.draws["z"] > 0).all()
     assert found.missed.all() and not found.converged.any()
