@@ -74,11 +74,12 @@ def ais(
     Returns:
         A Bound with value [N] and std_error [N] over chains, in nats, and ess [N] of the weights.
         ``untrusted`` are data of which few chains carry the mean (ess below 0.3 C): give them more
-        steps. And data of which chains from the guide miss a mode with more than 0.01 of the
+        steps. So are data of which chains from the guide miss a mode with more than 0.01 of the
         posterior (``missed``): from a guide at one of several modes they stay there, alike, and the
         bound is log of that mode's share of p(x). Such modes are looked for by 12 short climbs from
         draws of the prior, and weighed by Laplace's approximation; not where a mask of the model
-        leaves latents out. start="prior" sees all modes, and is not checked.
+        leaves latents out. Chains with start="prior" are not checked: they reach all modes that
+        draws of the prior lead to.
 
     Raises:
         ValueError: for what :func:`pyro_vae.refine` refuses, num_chains < 2, num_steps < 1, another
@@ -108,9 +109,9 @@ def ais(
     settings = AnnealingSettings(num_chains, num_steps, start, schedule)
     prepared = ready(model, guide, batch, given, data_plate, seed, compile)
     annealers = settings.annealers(prepared)
-    total = num_steps * prepared.evaluator.num_data
+    total = settings.num_steps * prepared.evaluator.num_data
     with tqdm(total=total, desc="ais", unit="step", disable=not progress, delay=1.0) as bar:
-        return lower_bound(f"AIS-{num_steps}", annealers, prepared, bar.update)
+        return lower_bound(f"AIS-{settings.num_steps}", annealers, prepared, bar.update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ class AnnealingSettings:
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        as_count("num_chains", self.num_chains, 2)
-        as_count("num_steps", self.num_steps)
+        for name, least in (("num_chains", 2), ("num_steps", 1)):
+            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
         for name, among in (("start", Start), ("schedule", Schedule)):
             if (value := getattr(self, name)) not in get_args(among):
                 raise ValueError(f"{name}={value!r}: one of {get_args(among)} is needed")

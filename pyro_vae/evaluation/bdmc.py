@@ -50,9 +50,9 @@ class Sandwich:
         data: the data, as model and guide take them: simulated ones, or those at hand.
         simulated: whether the data were simulated from the model. Then reverse chains start at
             exact draws of the posterior; else at draws of chains, and ``upper`` is as good as they.
-        mixed: for which data reverse chains start at so many draws of the posterior, [N]: chains
-            that made them have converged; of simulated data, at least half of the reverse chains
-            have left the one exact draw that they share.
+        mixed: for which data the starts of reverse chains may pass for independent draws of the
+            posterior, [N]: the chains that made them have converged; of simulated data, at least
+            half of the reverse chains have left the one exact draw that they share.
     """
 
     lower: Bound
@@ -63,7 +63,10 @@ class Sandwich:
 
     @property
     def width(self) -> Tensor:
-        """How far apart the bounds are, [N]: neither is further than this from log p(x)."""
+        """How far apart the bounds are, [N].
+
+        In expectation neither is further than this from log p(x); by chance it may be negative.
+        """
         return self.upper.value - self.lower.value
 
     @property
@@ -94,9 +97,9 @@ class Sandwich:
     def untrusted(self) -> Tensor:
         """For which data the bounds are not to be trusted, [N].
 
-        Few chains carry one of them, forward chains miss a mode (``lower.missed``), reverse chains
-        do not start at so many draws of the posterior (``mixed``), or the upper one is below the
-        lower one by more than five standard errors.
+        Few chains carry one of them, forward chains miss a mode (``lower.missed``), the starts of
+        reverse chains are no independent draws of the posterior (not ``mixed``), or the upper one
+        is below the lower one by more than five standard errors.
         """
         crossed = self.width < -_CROSSED * self.width_std_error
         few = self.lower.untrusted | self.upper.untrusted
@@ -204,7 +207,7 @@ def bdmc(
         \mathrm{E} \log \frac{1}{C} \sum_c w_c \;\le\; \log p(x) \;\le\;
         \mathrm{E} \Bigl[ -\log \frac{1}{C} \sum_c \frac{1}{\tilde w_c} \Bigr]
 
-    with ``num_data``, **on data simulated from the model**: latents and data are drawn together, so
+    With ``num_data``, **on data simulated from the model**: latents and data are drawn together, so
     that the latents are an exact draw of the posterior, and both inequalities hold whatever the
     chains do. All reverse chains of a datum begin at its one draw, move away from it by
     transitions that leave the posterior invariant (a fifth as many as ``num_steps``, at most 100),
@@ -276,6 +279,7 @@ def bdmc(
         True
     """
     settings = AnnealingSettings(num_chains, num_steps, start, schedule)
+    num_chains, num_steps = settings.num_chains, settings.num_steps
     seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
     _check_sources(num_data, posterior, dream)
     arguments, fixed, latents = as_batch(*batch), None, None

@@ -224,6 +224,13 @@ def test_globals_are_held_where_they_are_given():
     assert ((bound.value - exact).abs() < 4.5 * bound.std_error).all()
 
 
+def test_whole_numbers_may_be_floats(setting):
+    model, x, guide = setting
+    bound = ais(model, guide, x, num_chains=8.0, num_steps=5.0)
+    assert bound.name == "AIS-5"
+    assert torch.equal(bound.value, ais(model, guide, x).value)
+
+
 # --- bad input
 
 
