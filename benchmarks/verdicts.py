@@ -34,7 +34,6 @@ from pyro_vae.evaluation.rungs import RUNGS
 
 F64 = torch.float64
 FAR, ERRORS = 0.2, 5.0
-ACCURATE = 0.1  # nats: a bound with a larger standard error is no right answer
 EVERY = ("best", "shifted", "narrow", "wide", "point", "prior")
 # What starts from the prior or from modes hardly depends on the guide.
 GUIDES = {"importance": EVERY, "ladder": ("narrow", "prior"), "ais": ("best", "point")}
@@ -308,7 +307,6 @@ def judged(
     if verdict == "ais":
         bound = pv.ais(case.model, guide, x, **options)
         near = bound_is_right(bound.value.numpy(), bound.std_error.numpy())
-        # A bound that says of itself that it knows little is no right answer.
         return Judged((~bound.untrusted).numpy(), every, near)
     rungs = RUNGS if verdict == "ladder" else (verdict,)
     found = pv.repair(case.model, guide, x, rungs=rungs, **options)

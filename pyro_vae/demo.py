@@ -20,7 +20,7 @@ from pyro_vae.datasets import images as datasets
 from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
-from pyro_vae.evaluation.repair import Repair, repair
+from pyro_vae.evaluation.repair import FEWEST_PARTICLES, Repair, repair
 from pyro_vae.evaluation.rungs import Rung
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.families.gaussian import Normal
@@ -42,7 +42,6 @@ _VALIDATION_FRACTION = 0.1
 _IMAGES_SHOWN = 12
 # Pixels drawn for posterior.nc, of the posterior predictive and of the prior's each.
 _PIXELS_DRAWN = 20_000_000
-_FEWEST_WEIGHED = 1000  # draws that a repair needs
 # How a posterior is mended on each rung, in the words of the summary.
 _WAYS: dict[str, str] = {
     "importance": "by importance weights of the encoder's answer",
@@ -239,7 +238,7 @@ class _Demo:
             self.guide,
             self.parts["test"][: self.settings.num_repaired],
             rungs=self.settings.rungs,
-            num_particles=max(_FEWEST_WEIGHED, self.settings.num_particles),
+            num_particles=max(FEWEST_PARTICLES, self.settings.num_particles),
             max_steps=self.settings.refine_steps,
             seed=self.seed,
             progress=progress,

@@ -179,7 +179,6 @@ def _draws(evaluator: Evaluator) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
         values, _ = evaluator.draw(rows, 1, (_GUIDE, rows.start))
         of_prior = evaluator.draw_prior(rows, 1, (_PRIOR, rows.start))
         names = [name for name in values if name in evaluator.structure.sites]
-
         for side, of in zip(found, (values, of_prior), strict=True):
             each = {n: units_of(evaluator, n, of[n], 1, size) for n in names}
             side.append(torch.cat([numbers[0].double() for numbers, _ in each.values()], -1))

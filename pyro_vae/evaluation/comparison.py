@@ -143,21 +143,18 @@ def _evidence_text(data: xr.Dataset) -> str:
     """Return where log p(x) is from, and how far it is to be trusted, for the table."""
     given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
     bad = int((~data["log_evidence_good"]).sum())
-    doubt = f"; a lower bound, and for {bad / data.sizes['datum']:.1%} of the data one {_UNTRUSTED}"
-    hint = f", which evidence='auto' would anneal ({bad} data)" if _could_anneal(data) else ""
+    doubt = (
+        f"; a lower bound, and for {bad / data.sizes['datum']:.1%} of the data one that is not to "
+        "be trusted, nor its standard error"
+    )
+    if data.attrs["evidence"] == "iwae":
+        doubt += f", which evidence='auto' would anneal ({bad} data)"
     refused = data.attrs.get("ais_refused", "")
     why = f"; annealed chains are not to be had: {refused}" if refused else ""
     return (
         f"log p(x): {data.attrs['log_evidence_from']}, {data.sizes['datum']} data{given}; nats "
-        f"per datum ± Monte Carlo standard error{doubt + hint if bad else ''}{why}"
+        f"per datum ± Monte Carlo standard error{doubt if bad else ''}{why}"
     )
-
-
-_UNTRUSTED = "that is not to be trusted, nor its standard error"
-
-
-def _could_anneal(data: xr.Dataset) -> bool:
-    return data.attrs["evidence"] == "iwae"
 
 
 def _verdict_text(found: Sequence[xr.Dataset]) -> str:

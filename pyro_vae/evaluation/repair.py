@@ -29,6 +29,7 @@ __all__ = ["Repair", "repair"]
 
 logger = logging.getLogger(__name__)
 
+FEWEST_PARTICLES = 1000  # draws that are weighed, at least
 _BELOW = 5.0  # standard errors by which a bound contradicts another
 _ROUNDING = 1e-3  # nats that bounds without an error may differ by
 
@@ -211,7 +212,7 @@ def repair(
         arguments,
         given,
         data_plate,
-        as_count("num_particles", num_particles, 1000),
+        as_count("num_particles", num_particles, FEWEST_PARTICLES),
         as_count("num_draws", num_draws),
         max_steps,
         tolerance,
@@ -224,11 +225,11 @@ def repair(
     num_data = prepared.evaluator.num_data
     result = _Result(tuple(rungs), num_data)
     splittable = prepared.evaluator.splittable
-    audit = as_count("audit", audit, 0)
+    audit = as_count("audit", audit, 0) if splittable or num_data == 1 else 0
     with tqdm(total=num_data, desc="repair", unit="datum", disable=not progress, delay=1.0) as bar:
         for number, rung in enumerate(rungs):
             if rung == "annealed":
-                _audit(ladder, result, audit if splittable or num_data == 1 else 0, rung=rung)
+                _audit(ladder, result, audit, rung=rung)
             todo = torch.nonzero(~result.good).flatten()
             if not len(todo):
                 continue
@@ -240,7 +241,7 @@ def repair(
             result.seconds[number] = time.perf_counter() - begin
             bar.update(int(result.good.sum()) - bar.n)
         if "annealed" not in rungs:
-            _audit(ladder, result, audit if splittable or num_data == 1 else 0, rung=None)
+            _audit(ladder, result, audit, rung=None)
     if not bool(result.good.all()):
         logger.warning(
             "repair: %d of %d data have no good verdict on any rung",

@@ -158,7 +158,7 @@ def promised_gain(model: Program, guide: LocalGuide, batch: Batch) -> tuple[floa
 
     In nats, with its standard error: about what it is below the optimum where that is near.
     """
-    evaluator, _ = prepare(model, guide, batch.args or (batch.kwargs,), None, False, 0)
+    evaluator, _ = prepare(model, guide, (batch,), None, False, 0)
     blocks = Blocks(evaluator.pair.looks, evaluator, guide, False, False)
     climber = Climber(blocks, 0.02, tqdm(disable=True))
     table = guide.table.detach()

@@ -25,8 +25,7 @@ from pyro_vae.sampling.streams import Stream
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 12  # first in the key of a stream of random numbers, as
-_SCALE = 11  # first in the key of the stream of random numbers, after the seed
+_SCALE, _LOOK = 11, 12  # first in the keys of streams of random numbers, after the seed
 # From an edge inwards: from there on a value is at least three units of rounding away from it.
 _AT_EDGE = 1.0
 _SCALE_DRAWS = 256  # of the base density, whose spread is the first scale of its coordinates

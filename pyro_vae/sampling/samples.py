@@ -17,7 +17,7 @@ __all__ = ["PosteriorSamples"]
 logger = logging.getLogger(__name__)
 
 RHAT_THRESHOLD = 1.01  # Vehtari et al. (2021)
-FEWEST_EFFECTIVE = 100  # draws of a datum, for each chain: the same
+_FEWEST_OF_CHAIN = 100  # effective draws of a datum, for each chain: the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class PosteriorSamples:
         known to miss.
         """
         num_chains, num_draws = self.log_joint.shape[:2]
-        enough = FEWEST_EFFECTIVE * num_chains
+        enough = _FEWEST_OF_CHAIN * num_chains
         agree = (
             (self.rhat < RHAT_THRESHOLD)
             & (torch.minimum(self.ess, self.ess_tail) > enough)
