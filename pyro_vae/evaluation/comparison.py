@@ -57,9 +57,9 @@ class Comparison:
             (:mod:`pyro_vae.diagnostics.verdict`), converged (of the guide's reference). Of each
             datum: log_evidence, likewise, with evidence_from, its source; log_evidence_pareto_k,
             log_evidence_ess and log_evidence_tail_share of the weights it was made from, and
-            log_evidence_good, whether it and its error are to be trusted; ais, ais_se and ais_ess
-            of annealed chains, where there are any. Coordinate ``reference`` names the refined
-            guide that each guide's gaps are measured against. The attribute
+            log_evidence_good, whether it and its error are to be trusted; ais, ais_se,
+            ais_ess and ais_good of annealed chains, where there are any. Coordinate ``reference``
+            names the refined guide that each guide's gaps are measured against. The attribute
             ``log_evidence_from`` says which estimate log_evidence is, ``given`` which global
             latents are fixed.
         guides: name to guide, the refined ones too.

@@ -264,6 +264,8 @@ def _note_annealed(dataset: xr.Dataset, source: Source, count: int) -> None:
         every = np.full(num_data, np.nan)
         every[source.rows] = column
         dataset[f"ais{name}"] = ("datum", every)
+    good = np.zeros(num_data, dtype=bool)
+    dataset["ais_good"] = ("datum", _with(good, source.rows, source.good))
     found = [_minus_elbo(dataset, str(guide), source) for guide in dataset["guide"].values]
     for end, of_guides in zip(("", "_se", "_skewness"), zip(*found, strict=True), strict=True):
         every = np.full((num_guides, num_data), np.nan)

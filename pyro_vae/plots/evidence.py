@@ -29,8 +29,8 @@ def plot_evidence(
     chains where there are any, from what stands for log p(x) there (or from the exact value).
 
     Error bars are one standard error. Bounds that are not to be trusted are hollow: of a guide
-    those with a bad verdict on its weights. Where a few data are far wider than the rest the axis
-    is logarithmic away from zero.
+    those with a bad verdict on its weights, of chains those that few carry or that miss a mode.
+    Where a few data are far wider than the rest the axis is logarithmic away from zero.
 
     Args:
         dataset: that of a Sandwich or of a Comparison.
@@ -113,7 +113,7 @@ def _below(dataset: xr.Dataset) -> tuple[list[_Series], np.ndarray]:
         found.append(_Series(f"IWAE-{count} through {guide!r}", color, value, error, bad))
     if "ais" in dataset:
         value, error = (np.asarray(dataset[f"ais{end}"], float) for end in ("", "_se"))
-        bad = np.zeros(value.shape, dtype=bool)
+        bad = ~np.asarray(dataset["ais_good"], bool)
         found.append(_Series("annealed chains", CYCLE[2], value, error, bad))
     return found, np.asarray(dataset["log_evidence"], float)
 

@@ -85,6 +85,7 @@ def test_chains_for_all_data(found):
     assert set(data.evidence_from.values) == {"AIS-128 from 'narrow'"}
     assert np.array_equal(data.ais, data.log_evidence)
     assert np.array_equal(data.log_evidence_ess, data.ais_ess)
+    assert np.array_equal(data.log_evidence_good, data.ais_good)
     assert data.log_evidence_pareto_k.isnull().all()
     gap = data.log_evidence - data.elbo.sel(guide="narrow")
     np.testing.assert_allclose(data.approximation_gap.sel(guide="narrow"), gap)

@@ -90,7 +90,7 @@ def test_infinite_bounds_are_left_out_and_counted():
 # --- of a comparison
 
 
-def comparison(ais=(np.nan, -1.0, np.nan)):
+def comparison(ais=(np.nan, -1.0, np.nan), ais_good=(False, True, False)):
     bounds = np.array([[-2.0, -7.0, -3.0], [-1.5, -1.2, -2.9]])
     both = ("guide", "datum")
     columns = {
@@ -101,6 +101,7 @@ def comparison(ais=(np.nan, -1.0, np.nan)):
     }
     if ais is not None:
         columns |= {"ais": ("datum", np.array(ais)), "ais_se": ("datum", np.full(3, 0.05))}
+        columns["ais_good"] = ("datum", np.array(ais_good))
     coords = {"guide": ["one", "other"], "datum": np.arange(3)}
     return xr.Dataset(columns, coords, {"num_particles": 50})
 
@@ -118,6 +119,12 @@ def test_bounds_of_a_comparison_stand_below_log_p():
         "not to be trusted (1 data)",
     ]
     assert ax.get_title(loc="left") == "Lower bounds on log p(x): 2.200 nats apart on average"
+
+
+def test_chains_that_are_not_to_be_trusted_are_hollow():
+    ax = plots.plot_evidence(comparison(ais_good=[False] * 3))
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert words[-1] == "not to be trusted (2 data)"
 
 
 def test_a_comparison_without_chains():
