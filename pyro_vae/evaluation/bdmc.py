@@ -315,8 +315,9 @@ def bdmc(
             backward.append(weights)
             if latents is not None:
                 mixed[rows] = (moved.double().mean(0) >= 0.5).cpu()
-    # Of a draw beyond what numbers can hold no chain starts: the bound is infinite, and holds.
-    above = torch.cat(backward, 1).masked_fill(lost, -torch.inf)
+    # From a draw beyond what numbers can hold no chain starts. It adds nothing to the mean of 1 / w,
+    # so that the bound is too high, infinite where all chains begin at it, and holds.
+    above = torch.cat(backward, 1).masked_fill(lost, torch.inf)
     name = f"BDMC-{num_steps}"
     return Sandwich(
         bound_of(f"{name} from below", torch.cat(forward, 1), prepared, missed=torch.cat(missed)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import pyro
@@ -131,6 +132,27 @@ def test_reverse_chains_that_do_not_leave_their_draw_are_untrusted(monkeypatch):
     sandwich = bdmc(model, local(model, x), x, num_data=5)
     assert (sandwich.upper.std_error < 1e-12).all() and sandwich.untrusted.all()
     assert "for 5 of 5 data reverse chains have not left the draw" in repr(sandwich)
+
+
+def test_without_a_draw_to_start_at_the_upper_bound_is_infinite(monkeypatch):
+    """Of a draw on the edge of a support, whose coordinate is infinite."""
+    model, x = NormalModel(), blank(3)
+    guide = local(model, x)
+    usual = bdmc(model, guide, x, num_data=3)
+    module = importlib.import_module("pyro_vae.evaluation.bdmc")
+    starts = module.starts_of_latents
+
+    def beyond(*arguments):
+        z = starts(*arguments)
+        z[:, 0], z[0, 1] = math.inf, math.inf
+        return z
+
+    monkeypatch.setattr(module, "starts_of_latents", beyond)
+    found = bdmc(model, guide, x, num_data=3)
+    assert found.upper.value[0] == math.inf and found.untrusted[0]
+    assert found.upper.value[1].isfinite()
+    assert found.upper.value[2] == usual.upper.value[2]
+    assert torch.equal(found.lower.value, usual.lower.value)
 
 
 def test_reverse_chains_from_the_exact_posterior_know_the_evidence():
