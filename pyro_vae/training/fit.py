@@ -43,7 +43,7 @@ from pyro_vae.training.steps import TrainingSteps, Validation
 logger = logging.getLogger(__name__)
 
 _BATCHES = 8  # of a quarter of the epochs, whose means the error of a trend is from
-_RISE, _PROMISE = 0.02, 0.1  # nats per datum: the tolerance of refine, and of its check of slopes
+_RISE, _PROMISE = 0.02, 0.1  # nats per datum: the tolerance of refine, and five of it
 _SHOWN = 50  # steps that the running ELBO of the bar is the mean of
 _HISTORY = (
     *("epoch", "step", "elbo", "elbo_std_error"),
