@@ -122,7 +122,8 @@ def test_bounds_of_a_comparison_stand_below_log_p():
 
 
 def test_chains_that_are_not_to_be_trusted_are_hollow():
-    ax = plots.plot_evidence(comparison(ais_good=[False] * 3))
+    """Of the first datum, beside a bad guide of the second."""
+    ax = plots.plot_evidence(comparison((-1.0, np.nan, np.nan), [False] * 3))
     words = [text.get_text() for text in ax.get_legend().get_texts()]
     assert words[-1] == "not to be trusted (2 data)"
 
