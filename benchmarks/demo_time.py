@@ -27,7 +27,7 @@ def one_run(options: list[str]) -> dict[str, float]:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         whole = time.perf_counter() - begin
     # The demo's last line: "61.2 s: train 20.1 s, compare on train 18.0 s, ...".
-    parts = re.findall(r"(?:: |, )([a-z ]+?) ([0-9.]+) s", done.stdout.splitlines()[-1])
+    parts = re.findall(r"(?:: |, )([^:,]+?) ([0-9.]+) s", done.stdout.splitlines()[-1])
     seconds = {name: float(value) for name, value in parts}
     rest = whole - sum(seconds.values())
     return {**seconds, "imports and the rest": rest, "whole process": whole}
