@@ -31,7 +31,8 @@ from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
-from pyro_vae.training.fit import Epoch, FitResult, fit
+from pyro_vae.training.fit import fit
+from pyro_vae.training.fit_result import Epoch, FitResult
 from pyro_vae.training.steps import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 

@@ -28,7 +28,8 @@ from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.samples import PosteriorSamples
-from pyro_vae.training.fit import FitResult, fit
+from pyro_vae.training.fit import fit
+from pyro_vae.training.fit_result import FitResult
 from pyro_vae.zoo.images import VAE
 
 if TYPE_CHECKING:

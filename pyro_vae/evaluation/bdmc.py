@@ -315,8 +315,8 @@ def bdmc(
             backward.append(weights)
             if latents is not None:
                 mixed[rows] = (moved.double().mean(0) >= 0.5).cpu()
-    # From a draw beyond what numbers can hold no chain starts. It adds nothing to the mean of 1 / w,
-    # so that the bound is too high, infinite where all chains begin at it, and holds.
+    # From a draw beyond what numbers can hold no chain starts. It adds nothing to the mean of
+    # 1 / w: the bound is too high, infinite where all chains begin at it, and holds.
     above = torch.cat(backward, 1).masked_fill(lost, torch.inf)
     name = f"BDMC-{num_steps}"
     return Sandwich(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from pyro_vae.training.fit import FitResult
+    from pyro_vae.training.fit_result import FitResult
 
     Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
 

@@ -1,7 +1,8 @@
 """How is it trained? fit, CompiledSVI, EM, minibatches, optimizers, checkpoints."""
 
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
-from pyro_vae.training.fit import Epoch, FitResult, fit
+from pyro_vae.training.fit import fit
+from pyro_vae.training.fit_result import Epoch, FitResult
 from pyro_vae.training.steps import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 
