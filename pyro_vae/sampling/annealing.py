@@ -165,7 +165,7 @@ class Annealer:
         stream = Stream(self.ready.evaluator.seed, _FORWARD, self.rows.start)
         log_weights = torch.zeros_like(point.base, dtype=torch.float64)
         for number in range(1, len(path.powers)):
-            log_weights += _increment(path, number, point)
+            log_weights += _increment(path, number, point, -torch.inf)
             if number < len(path.powers) - 1:
                 point, _, _ = path.kernel(number)(density, point, path.powers[number], stream)
             report(log_weights.shape[1])
@@ -206,15 +206,19 @@ class Annealer:
         for number in range(len(path.powers) - 1, 0, -1):
             if number < len(path.powers) - 1:
                 point, _, _ = path.kernel(number)(density, point, path.powers[number], stream)
-            log_weights += _increment(path, number, point)
+            log_weights += _increment(path, number, point, torch.inf)
             report(log_weights.shape[1])
         return log_weights, moved
 
 
-def _increment(path: Path, number: int, point: Point) -> Tensor:
-    """Return what chains gain in log weight between two powers, [C, n]."""
-    # A ratio that is no number is a place that chains never go to: the density is zero there.
-    ratio = point.ratio.double().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+def _increment(path: Path, number: int, point: Point, unknown: float) -> Tensor:
+    """Return what chains gain in log weight between two powers, [C, n].
+
+    A ratio that is not finite is of a place that chains do not move to, where they may begin. What
+    it counts as is ``unknown``: forward a weight w of zero, and backward a 1 / w of zero, so that
+    the bound holds on its side.
+    """
+    ratio = point.ratio.double().nan_to_num(unknown, unknown, unknown)
     return (path.powers[number] - path.powers[number - 1]) * ratio
 
 

@@ -153,6 +153,11 @@ def test_a_draw_of_no_density_has_no_weight():
         weights = made.forward(made.path())[0]
     assert not weights.isnan().any() and (weights == -math.inf).double().mean() > 0.3
     mean_is_one((weights + x).exp() * 2)
+    # A reverse chain that begins there has an infinite w: 1 / w adds nothing to the upper bound.
+    with pyro.validation_enabled(False):
+        starts = torch.tensor([-1.0, 1.0], dtype=F64).reshape(2, 1, 1).expand(2, 2, 1)
+        backward = made.backward(made.path(), starts)[0]
+    assert (backward[0] == math.inf).all() and backward[1].isfinite().all()
 
 
 # --- closing on the evidence
