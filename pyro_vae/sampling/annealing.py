@@ -180,7 +180,7 @@ class Annealer:
             return torch.zeros_like(log_weights[0], dtype=torch.bool)
         mass = log_weights.logsumexp(0) - math.log(len(log_weights))
         weights = log_weights.softmax(0).nan_to_num(0.0)
-        return is_missed(self.ready, self.rows, self.block, z, mass, weights)
+        return is_missed(self.ready, self.rows, self.block, z, mass, weights, self.first(1))
 
     def backward(
         self, path: Path, z: Tensor, report: Callable[[int], object] = int, moves: int = 0

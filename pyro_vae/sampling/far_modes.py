@@ -18,6 +18,7 @@ from pyro_vae.sampling.prepare import Ready
 # that were not found may hold as much.
 ELSEWHERE = 0.01
 _FEW = 0.1  # times a mode's share: chains with fewer of their draws there have not been there
+_ALL = 0.9  # the share of draws at a mode that says that the chains are in it, and in no other
 _KEY = 42  # first in the key of the stream of random numbers, after the seed
 _DRAWS = 256  # of the prior
 # So many of them are climbed from as they come: a mode that half lead to is missed in 1 of 64 data.
@@ -115,13 +116,16 @@ def is_missed(
     z: Tensor,
     log_mass: Tensor,
     weights: Tensor | None = None,
+    begin: Tensor | None = None,
 ) -> Tensor:
     r"""Return for which data chains miss a mode with more than a hundredth of the posterior, [n].
 
     That is the highest mode out of reach of the draws' independent Gaussians, of those that the
     prior's draws lead to, with the mass of Laplace's approximation,
     :math:`\log p(x, \hat z) + \tfrac{D}{2} \log 2 \pi + \log \det L`. It is missed where fewer
-    draws are within reach of its Gaussian than a tenth of its share.
+    draws are within reach of its Gaussian than a tenth of its share; or where it is out of reach of
+    the chains' begin and not all have gone there: of those that cross late on their way the few
+    early ones carry the sum, and there may be none.
 
     Nothing is said (False) where a mask of the model leaves latents out, which have no prior, and
     of models without second derivatives, or with too many coordinates for them.
@@ -133,19 +137,20 @@ def is_missed(
         z: draws of the chains, [K, n, D].
         log_mass: log of what p(x, z) integrates to where the chains are, [n].
         weights: of the draws, [K, n], with sum 1; all alike by default.
+        begin: of annealed chains, [C, n, D].
     """
     if ready.evaluator.pair.masked:
         return torch.zeros_like(log_mass, dtype=torch.bool)
     if weights is None:
         weights = torch.full_like(z[..., 0], 1 / len(z))
     weights = weights.to(z)
-    centre = torch.einsum("kn,knd->nd", weights, z)
-    variance = torch.einsum("kn,knd->nd", weights, (z - centre).square())
-    spread = variance.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
-    reach = _reach(z.shape[-1])
+    centre, is_beyond_ends = _beyond(z, weights)
+    is_beyond_begin = is_beyond_ends
+    if begin is not None:
+        _, is_beyond_begin = _beyond(begin, torch.full_like(begin[..., 0], 1 / len(begin)))
 
     def is_out_of_reach(z: Tensor) -> Tensor:
-        return 0.5 * ((z - centre) / spread).square().sum(-1) > reach
+        return is_beyond_ends(z) | is_beyond_begin(z)
 
     mode, is_far = _highest(ready, rows, block, centre, is_out_of_reach, _SHORT)
     if not bool(is_far.any()) or (gaussian := gaussian_at(block, mode)) is None:
@@ -157,8 +162,21 @@ def is_missed(
     top = far.log_density(at)
     mass = ((prior + likelihood).double() - top.double())[0]
     share = (mass - log_mass).sigmoid()
-    near = top - far.log_density(z) <= reach
-    return is_far & (share > ELSEWHERE) & ((weights * near).sum(0) < _FEW * share)
+    near = top - far.log_density(z) <= _reach(z.shape[-1])
+    found = (weights * near).sum(0)
+    few = found < _FEW * share
+    if begin is not None:
+        few |= is_beyond_begin(mode) & (found < _ALL)
+    return is_far & (share > ELSEWHERE) & few
+
+
+def _beyond(z: Tensor, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the mean of draws [K, n, D], [n, D], and what says of [..., n, D] if beyond them."""
+    centre = torch.einsum("kn,knd->nd", weights, z)
+    variance = torch.einsum("kn,knd->nd", weights, (z - centre).square())
+    spread = variance.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+    reach = _reach(z.shape[-1])
+    return centre, lambda z: 0.5 * ((z - centre) / spread).square().sum(-1) > reach
 
 
 def _reach(size: int) -> float:

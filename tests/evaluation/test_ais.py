@@ -309,6 +309,26 @@ def test_chains_that_reach_both_modes_miss_none():
     assert ((bound.value - alone - math.log(2)).abs() < 4.5 * bound.std_error + 1e-6).all()
 
 
+def test_chains_that_cross_to_a_mode_late_are_untrusted():
+    """z^2 = 1.7: of chains from a point at z = 1.3 some cross, with weights alike, too low."""
+
+    def square(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, x.new_tensor(2.0)))
+            pyro.sample("x", dist.Normal(z.square(), 0.5), obs=x)
+
+    x = torch.full((8,), 1.7, dtype=F64)
+    guide = pv.LocalGuide(square, num_data=8, example=x)
+    with torch.no_grad():
+        guide.table.copy_(torch.tensor([[[1.26, -8.5]]], dtype=F64).expand(8, 1, 2))
+    bound = ais(square, guide, x, num_chains=16, num_steps=500)
+    grid = torch.linspace(-14, 14, 40_001, dtype=F64)
+    joint = dist.Normal(0.0, 2.0).log_prob(grid) + dist.Normal(grid.square(), 0.5).log_prob(x[0])
+    exact = joint.logsumexp(0) + (grid[1] - grid[0]).log()
+    assert (exact - bound.value > 5 * bound.std_error).any() and not bound.few_carry.any()
+    assert bound.missed.all() and bound.untrusted.all()
+
+
 def test_one_mode_is_not_missed_wherever_the_guide_is(setting):
     model, x, guide = setting
     assert not ais(model, guide, x, num_steps=30).missed.any()
