@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 # Weights in the smallest tail that both versions fit: ArviZ 0.x wants five, and ArviZ 1.x wants
 # the lower quartile above the minimum, which in its reckoning takes six.
 _SMALLEST_TAIL = 6
+FEWEST_WEIGHTS = 5 * _SMALLEST_TAIL  # a fifth of so few is the tail
 # An efficiency of draws for which ArviZ takes a fifth of the weights as tail, however many there
 # are: it takes 3 sqrt(K / efficiency) where those are fewer.
 _FIFTH = 1e-12
@@ -20,7 +21,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A generalized Pareto distribution is fitted to the :math:`M = \min(K/5, 3\sqrt{K})` largest
     of the K weights, and they are replaced by its quantiles. Its shape :math:`\hat k` says
-    whether the weights can be trusted: above 0.7 estimates made with them are not reliable.
+    how heavy the tail is: above 0.7 estimates made with it are not reliable.
 
     Where there is no tail to fit, the weights are normalized and not smoothed, and:
 

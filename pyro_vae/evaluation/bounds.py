@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD, heavy_tailed
 from pyro_vae.diagnostics.psis import pareto_k_of_largest, tail_length
+from pyro_vae.diagnostics.verdict import Weights, tail_share_of
 from pyro_vae.particles.estimators import (
     LargestWeights,
     LogWeights,
@@ -51,6 +51,7 @@ class Bound:
         skewness: of the particles' effects on the value, [N].
         ess: effective sample size of the importance weights, [N], between 1 and K.
         largest: the largest log weights of each datum, [M, N]: those that tell its k-hat.
+        tail_share: what these carry, in units of what as many average weights would, [N].
         mean_of: "weights", "log weights" as of the ELBO, or "chains" for weights of chains.
         missed: for which data chains miss a mode that holds more than a hundredth of the
             posterior, as Laplace's approximation weighs it, [N]; None where it was not looked for.
@@ -64,6 +65,7 @@ class Bound:
     skewness: Tensor | None = None
     ess: Tensor | None = None
     largest: Tensor | None = field(default=None, repr=False)
+    tail_share: Tensor | None = None
     mean_of: Literal["weights", "log weights", "chains"] = "log weights"
     missed: Tensor | None = None
 
@@ -81,8 +83,8 @@ class Bound:
     def pareto_k(self) -> Tensor:
         """Pareto k-hat of each datum's importance weights, [N]; nan from too few particles.
 
-        Above 0.7 the guide misses so much of the posterior that importance sampling through it is
-        not to be trusted; infinite where every weight is zero.
+        How heavy the tail of the weights is, which matters where it carries weight: see
+        ``untrusted``. Infinite where every weight is zero.
         """
         if self.largest is None:
             return torch.full(self.value.shape, math.nan, dtype=torch.float64)
@@ -97,15 +99,16 @@ class Bound:
     def untrusted(self) -> Tensor:
         """For which data the error is not to be trusted, [N].
 
-        Of a mean of weights, those of heavy tails (:func:`heavy_tailed`); of the ELBO, those of
-        which a few particles decide it; of chains, which are too few for a tail, those whose
-        weights are far from equal, and those that miss a mode (``missed``).
+        Of a mean of weights, by the rule of :mod:`pyro_vae.diagnostics.verdict`: a heavy tail that
+        carries weight, or few effective particles, or too few for a k-hat; of the ELBO, where a few
+        particles decide the error; of chains, which are too few for a tail, where their weights are
+        far from equal, or they miss a mode (``missed``).
         """
         if self.mean_of == "chains":
             return self.few_carry | self._missed
-        if self.mean_of == "weights":
-            return self._heavy_tailed
-        if self.skewness is None:
+        if self.mean_of == "weights" and self._weights is not None:
+            return torch.as_tensor(~self._weights.trusted)
+        if self.mean_of == "weights" or self.skewness is None:
             return torch.zeros(self.value.shape, dtype=torch.bool)
         return (self.skewness.square() > _FEW_DECIDE * self.num_particles).cpu()
 
@@ -122,11 +125,13 @@ class Bound:
             return torch.zeros(self.value.shape, dtype=torch.bool)
         return self.missed.cpu()
 
-    @property
-    def _heavy_tailed(self) -> Tensor:
-        if self.ess is None:
-            return torch.zeros(self.value.shape, dtype=torch.bool)
-        return heavy_tailed(self.pareto_k, self.ess.cpu(), self.num_particles)
+    @functools.cached_property
+    def _weights(self) -> Weights | None:
+        """What the guide's importance weights look like; None of chains, and where not known."""
+        if self.ess is None or self.largest is None or self.tail_share is None:
+            return None
+        columns = (self.pareto_k, self.ess, self.tail_share)
+        return Weights(self.num_particles, *(each.numpy(force=True) for each in columns))
 
     def __repr__(self) -> str:
         given = f"; given {given_text(self.given)}" if self.given else ""
@@ -135,7 +140,6 @@ class Bound:
 
     def _doubts(self) -> Iterator[str]:
         """Yield why value or error is not to be trusted."""
-        heavy, untrusted = self._heavy_tailed.sum(), self.untrusted.sum()
         if self.mean_of == "chains":
             if few := int(self.few_carry.sum()):
                 yield (
@@ -149,15 +153,16 @@ class Bound:
                     "with start='prior' and more steps, or pyro_vae.repair, sees it"
                 )
             return
-        of_data, above = f"of {len(self.value)} data", f"k-hat is above {PARETO_K_THRESHOLD}"
-        of_weights, decide = self.mean_of == "weights", ": a few particles decide it"
-        if untrusted:
-            why = f", and log p(x) may be far above: {above}" if of_weights else decide
-            yield f"for {untrusted} {of_data} the error is not to be trusted{why}"
-        if heavy and not of_weights:
-            yield f"for {heavy} {of_data} {above}: the guide misses a part of the posterior"
-        if self.largest is not None and self.pareto_k.isnan().any():
-            yield f"{self.num_particles} particles are too few for a k-hat"
+        doubt = "" if self._weights is None else self._weights.doubt
+        if self.mean_of == "log weights" and (few := int(self.untrusted.sum())):
+            yield (
+                f"for {few} of {len(self.value)} data the error is not to be trusted: a few "
+                "particles decide it"
+            )
+        if doubt and self.mean_of == "weights":
+            yield f"{doubt}. There log p(x) may be far above, and the error too small"
+        elif doubt:
+            yield f"as a proposal for importance sampling: {doubt}"
 
 
 def log_weights(
@@ -304,8 +309,8 @@ def iwae_bound(
 
     Returns:
         A Bound with value [N] and std_error [N] (delta method), in nats; pareto_k [N] and
-        ess [N] of the weights. Where k-hat is above 0.7 the standard error is not to be trusted;
-        the bound says, printed, for how many data.
+        ess [N] of the weights. Where ``untrusted``, log p(x) may be far above, and the standard
+        error is too small; the bound says, printed, for how many data and why.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
@@ -338,12 +343,13 @@ def _bound(
         for chunk in chunks:
             for each in {bound, weights, largest}:
                 each.update(chunk.weights.total)
-        results = (bound.value, bound.skewness, bound.std_error)
+        results = (bound.value, bound.skewness, bound.std_error, weights.value)
         blocks.append((*results, weights.effective_sample_size, largest.value))
     columns = zip(*blocks, strict=True)
-    value, skewness, plain, ess, top = (torch.cat(column, -1) for column in columns)
+    value, skewness, plain, log_mean, ess, top = (torch.cat(column, -1) for column in columns)
     name = f"IWAE-{num_particles}" if of_weights else "ELBO"
     evaluator.warn_of_outside(name, value == -math.inf)
     error = calibrated(plain, skewness, num_particles)
-    found = Bound(name, value, error, num_particles, fixed, skewness, ess, top)
+    share = torch.as_tensor(tail_share_of(top.T.numpy(force=True), log_mean.numpy(force=True)))
+    found = Bound(name, value, error, num_particles, fixed, skewness, ess, top, share)
     return dataclasses.replace(found, mean_of="weights") if of_weights else found

@@ -13,13 +13,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.diagnostics.pareto_k import PARETO_K_THRESHOLD
-from pyro_vae.diagnostics.psis import psis
 from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, Weights, pareto_k_threshold
 from pyro_vae.particles.estimators import (
     Estimate,
     calibrated,
-    effective_sample_size,
     iwae_bound,
     mean_std_error,
     mixture_log_guide,
@@ -71,10 +68,10 @@ class Comparison:
     def summary(self) -> pd.DataFrame:
         """Return a row per guide: means over the data with Monte Carlo standard errors.
 
-        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above 0.7, ``good`` that
-        with a good verdict on the guide's importance weights, ``not_converged`` the number of data
-        whose refined guide has not converged. ``ais_minus_elbo`` is the mean over the data that
-        have annealed chains.
+        In nats per datum. ``pareto_k_bad`` is the share of data with k-hat above its threshold for
+        K particles, ``good`` that with a good verdict on the guide's importance weights,
+        ``not_converged`` the number of data whose refined guide has not converged.
+        ``ais_minus_elbo`` is the mean over the data that have annealed chains.
         """
         data, columns = self.dataset, {}
         for name in (name for name in _ESTIMATES if name in data):
@@ -87,8 +84,9 @@ class Comparison:
             columns[f"{name}_se"] = _errors_of_means(
                 errors.values, skews.values, data.attrs["num_particles"]
             )
+        threshold = pareto_k_threshold(int(data.attrs["num_particles"]))
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
-        columns["pareto_k_bad"] = (data["pareto_k"] > PARETO_K_THRESHOLD).mean("datum").values
+        columns["pareto_k_bad"] = (data["pareto_k"] > threshold).mean("datum").values
         columns["ess_median"] = data["ess"].median("datum").values
         columns["good"] = data["good"].mean("datum").values
         columns["not_converged"] = (~data["converged"]).sum("datum").values
@@ -203,7 +201,6 @@ def reduce_block(
         together = mixed.flatten(0, 1)
         value = iwae_bound(together)
         evidences.append(Estimate(value, torch.exp(mixed - value).mean(0) - 1.0))
-        weights.append(together)
         raw.append(together.to(raw[0].dtype))
     of_name = dict(zip(names, elbos, strict=True))
     nan = torch.full_like(elbos[0].value, math.nan)
@@ -211,17 +208,16 @@ def reduce_block(
     gaps = (best - own for best, own in zip(bests, elbos, strict=True))
     gains = (bound - own for bound, own in zip(evidences, elbos, strict=False))
     logs = [each.T.cpu().numpy() for each in raw]
-    k_hats = [psis(log_weights)[1] for log_weights in logs]
-    looks = [Weights.of(*each) for each in zip(logs, k_hats, strict=True)]
+    looks = [Weights.of(each) for each in logs]
     return {
         **_columns("elbo", elbos),
         **_columns("amortization_gap", gaps),
         **_columns("approximation_gap", (each - best for best in bests for each in evidences)),
         **_columns("iwae_bound", evidences),
         **_columns("iwae_minus_elbo", gains),
-        "pareto_k": np.stack(k_hats),
+        "pareto_k": np.stack([each.pareto_k for each in looks]),
         "tail_share": np.stack([each.tail_share for each in looks]),
-        "ess": np.stack([effective_sample_size(w).cpu().numpy() for w in weights]),
+        "ess": np.stack([each.ess for each in looks]),
     }
 
 
@@ -266,7 +262,7 @@ def gap_dataset(
     return xr.Dataset(
         {
             "good": (("guide", "datum"), Weights(num_particles, *own).good),
-            "log_evidence_good": ("datum", used.evidence_good & known),
+            "log_evidence_good": ("datum", used.trusted & known),
             "evidence_from": ("datum", np.full(arrays["elbo"].shape[1], text, dtype=object)),
             **{name: (("guide", "datum"), arrays[name][: len(names)]) for name in sorted(arrays)},
             **{name: ("datum", arrays[mine][chosen]) for name, mine in _EVIDENCE.items()},

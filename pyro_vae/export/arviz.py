@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_vae.arviz_versions import Container, container
-from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
+from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
@@ -75,8 +75,9 @@ def to_arviz(
         num_draws: draws for each datum.
         resample: None for draws of the guide; "psis" to resample them, datum by datum,
             with Pareto-smoothed importance weights, which brings them closer to the
-            posterior (sample_stats then has no log_weight). Where k-hat is above 0.7 it does not
-            bring them there: a warning and the attribute ``doubt`` say for how many data.
+            posterior (sample_stats then has no log_weight). Weights that are not to be trusted
+            (:mod:`pyro_vae.diagnostics.verdict`) do not bring them there: a warning and the
+            attribute ``doubt`` say for how many data and why.
         coords: dimension name to labels; "datum" labels the data.
         dims: variable name to the names of its dimensions after (chain, draw, datum).
         data_plate: as in :func:`pyro_vae.log_weights`.
@@ -104,7 +105,7 @@ def to_arviz(
     groups, deterministic = _draw_groups(evaluator, num_draws, predictive=predictive)
     log_weight = groups["sample_stats"]["log_weight"]
     smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
-    doubt = doubts(smoothed.pareto_k, smoothed.ess, num_draws)
+    look = smoothed.look
     if resample is None and evaluator.outside:
         logger.warning(
             "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
@@ -116,9 +117,9 @@ def to_arviz(
     elif resample is not None:
         index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING])
         _resample(groups, index, [site.name for site in deterministic if site.data_axis is None])
-        if doubt:
-            logger.warning("to_arviz: resampled draws, %s", doubt)
-    groups["constant_data"] = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
+        if look.doubt:
+            logger.warning("to_arviz: resampled draws, %s", look.doubt)
+    groups["constant_data"] = {"pareto_k": look.pareto_k, "ess": look.ess}
     groups["observed_data"] = {s.name: observed_values(s, structure) for s in structure.observed}
     _hide_absent(groups, structure)
     names, labels = _names(structure, groups, deterministic, coords, dims)
@@ -129,7 +130,7 @@ def to_arviz(
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
         "resampled": resample or "no",
-        "doubt": doubt,
+        "doubt": look.doubt,
         "given": given_text(fixed),
     }
     return container(groups, coords=labels, dims=names, attrs=attrs)

@@ -20,7 +20,8 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_vae.diagnostics.pareto_k import SmoothedWeights, doubts
+from pyro_vae.diagnostics.pareto_k import SmoothedWeights
+from pyro_vae.diagnostics.verdict import Weights
 from pyro_vae.particles.estimators import LogWeights, calibrated, skewness_of
 from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
 _MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
+_OF_WEIGHTS = ("pareto_k", "ess", "tail_share")
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.
 _DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
 
@@ -47,8 +49,9 @@ class Imputation:
             (dims draw, datum, ...), seen values in place; ``x_observed``, which values were seen;
             ``x_mean`` and ``x_sd`` of each missing value given what is seen, and
             ``x_mean_se``, the Monte Carlo standard error of that mean (of a seen value: itself, 0
-            and 0). ``pareto_k`` and ``ess`` of each datum's importance weights. Without the
-            dimension datum where the batch is treated as one.
+            and 0). ``pareto_k``, ``ess`` and ``tail_share`` of each datum's importance weights
+            (:mod:`pyro_vae.diagnostics.verdict`). Without the dimension datum where the batch is
+            treated as one.
         sites: the names of these sites.
         num_particles: K, particles for each datum.
     """
@@ -111,8 +114,8 @@ class Imputation:
     @property
     def doubt(self) -> str:
         """For how many data weights, and so means and errors, are not to be trusted, in words."""
-        data = self.dataset
-        return doubts(data["pareto_k"].values, data["ess"].values, self.num_particles)
+        columns = (np.atleast_1d(self.dataset[name].values) for name in _OF_WEIGHTS)
+        return Weights(self.num_particles, *columns).doubt
 
     def __repr__(self) -> str:
         data = self.dataset
@@ -152,8 +155,9 @@ def impute(
     means, sds and standard errors are made of one predictive draw for each particle, with its
     weight; so they are closer than averages over the draws.
 
-    They are as good as the importance weights: where a datum's ``pareto_k`` is above 0.7, the
-    guide misses a part of the posterior, and standard errors are too small.
+    They are as good as the importance weights: where these have a heavy tail that carries weight,
+    or few are effective (:mod:`pyro_vae.diagnostics.verdict`), the guide misses a part of the
+    posterior, and standard errors are too small. ``doubt`` says so, and for how many data.
 
     Args:
         model: a Pyro model, in :class:`pyro_vae.MissingData`.
@@ -245,7 +249,7 @@ def _impute_block(
     for piece in _predicted(evaluator, rows, latents, _MOMENTS):
         for name in names:
             moments[name].update(piece[name])
-    found = {"pareto_k": smoothed.pareto_k, "ess": smoothed.ess}
+    found = {name: getattr(smoothed.look, name) for name in _OF_WEIGHTS}
     for name in names:
         found[name] = torch.cat([values[name] for values in drawn]).cpu().numpy().swapaxes(0, 1)
         found |= {f"{name}_{what}": value for what, value in moments[name].results().items()}
@@ -352,7 +356,7 @@ def _dataset(
         variables[f"{name}_observed"] = (dims, ~missing)
         for what, seen in (("mean", value), ("mean_se", 0.0), ("sd", 0.0)):
             variables[f"{name}_{what}"] = (dims, np.where(missing, found[f"{name}_{what}"], seen))
-    variables |= {name: (lead, found[name]) for name in ("pareto_k", "ess")}
+    variables |= {name: (lead, found[name]) for name in _OF_WEIGHTS}
     dataset = xr.Dataset(variables)
     return dataset.assign_coords({dim: np.arange(dataset.sizes[dim]) for dim in ("draw", *lead)})
 

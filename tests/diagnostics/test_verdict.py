@@ -79,7 +79,7 @@ def test_the_share_of_the_tail_is_in_units_of_average_weights():
 
 def verdict(ess, pareto_k=0.3, tail_share=1.5, num_particles=1000) -> bool:
     numbers = (np.array([each], dtype=float) for each in (pareto_k, ess, tail_share))
-    return bool(Weights(num_particles, *numbers).evidence_good[0])
+    return bool(Weights(num_particles, *numbers).trusted[0])
 
 
 def test_a_mean_takes_fewer_effective_draws_than_a_posterior():
@@ -93,3 +93,47 @@ def test_a_mean_takes_fewer_effective_draws_than_a_posterior():
     assert not verdict(5, pareto_k=math.nan, num_particles=10)
     assert verdict(9.5, pareto_k=math.nan, num_particles=10)
     assert not verdict(0, pareto_k=math.inf, tail_share=math.inf)
+
+
+def test_weights_that_all_but_agree_are_trusted_whatever_their_tail():
+    """A tail of k = 1 on a thousandth of the weight: the error is small and right."""
+    pareto = 1 / np.random.default_rng(0).uniform(size=K)
+    weights = look(np.log1p(1e-3 * np.minimum(pareto, 1000)))
+    assert weights.pareto_k[0] > 0.7 and weights.ess[0] > 3900
+    assert weights.trusted[0] and weights.doubt == ""
+
+
+def test_ess_and_tail_of_weights_far_from_one():
+    """Of log weights -1e4 + (0, ln 3): ESS = 16 K / 20, whatever the scale; the tail is of 3."""
+    log_weights = -1e4 + np.tile([0.0, math.log(3.0)], 500)
+    found = look(log_weights)
+    assert found.ess[0] == pytest.approx(1000 * 4 / 5)
+    assert found.tail_share[0] == pytest.approx(1.5)
+
+
+def test_a_doubt_says_what_was_found_and_what_to_do():
+    numbers = (
+        [0.3, 2.0, 2.0, 0.3, np.inf],
+        [800.0, 300.0, 50.0, 60.0, 0.0],
+        [1.2, 3, 3, 3, np.inf],
+    )
+    weights = Weights(1000, *(np.array(each) for each in numbers))
+    assert weights.trusted.tolist() == [True, False, False, False, False]
+    assert weights.doubt == (
+        "for 4 of 5 data the importance weights are not to be trusted: 1 of which every draw has "
+        "no density under the model; 2 with a heavy tail (k-hat above 0.67, and the largest "
+        "weights carry more than 2 times their share); 2 with fewer than 100 effective particles; "
+        "pyro_vae.refine brings the guide closer, pyro_vae.repair mends datum by datum"
+    )
+
+
+def test_too_few_weights_for_a_k_hat_are_said_to_be_too_few():
+    z = normal(size=29)
+    few = look(z)
+    assert np.isnan(few.pareto_k[0]) and not few.trusted[0]
+    assert few.doubt == (
+        "for 1 of 1 data the importance weights are not to be trusted: 29 particles are too few "
+        "for a k-hat, and the weights are far from equal: take 30 particles or more"
+    )
+    assert look(0.01 * z).doubt == ""
+    assert "too few" not in look(normal(size=30)).doubt

@@ -152,6 +152,26 @@ def test_a_heavy_tail_of_no_weight_is_no_cause_for_alarm():
     assert "not to be trusted" not in repr(found)
 
 
+def test_data_of_no_weight_are_bad_and_do_not_stop_the_others():
+    """Draws at which the model has no density: an ELBO of -inf, and no evidence of that datum."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(z.exp() * (z > 0)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor([9.0, -99.0]), 1.0))
+
+    x = torch.full((2,), 8000.0, dtype=torch.float64)
+    options = {"reference": "a", "num_particles": 1000, "seed": 0, "progress": False}
+    data = pv.compare(model, {"a": guide}, x, **options).dataset
+    assert data.good.values.tolist() == [[False, False]]
+    assert data.log_evidence_pareto_k[1] == np.inf and not data.log_evidence_good[1]
+    assert np.isfinite(data.log_evidence[0]) and data.log_evidence[1] == -np.inf
+
+
 def test_the_table_says_what_good_is(compared):
     text = repr(compared[3])
     assert "400 effective ones (ESS) or more, and no heavy tail (k-hat above 0.70" in text

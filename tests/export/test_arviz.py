@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import arviz as az
@@ -388,6 +389,33 @@ def test_resampled_draws_say_for_how_many_data_they_are_not_to_be_trusted(data_p
     caplog.clear()
     pv.to_arviz(model, narrow, x[x > 0], resample="psis", num_draws=1000, seed=0)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("scale", "shift", "doubted"), [(1, 0, 0), (0.25, 0, 30), (1, 2.5, 36)])
+def test_resampled_draws_are_doubted_by_the_rule_of_all_weights(scale, shift, doubted, caplog):
+    """In sds: the best guide of a skewed posterior, one a quarter as wide, and one beside it.
+
+    Weights of the first are exp(0.02 (z^3 - 3 z) / 6): of k-hat above 0.7, and nearly equal.
+    """
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("f", 0.02 * (z**3 - 3 * z) / 6)
+            pyro.sample("x", dist.Normal(z * 0, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor(float(shift)), scale))
+
+    x = torch.zeros(40, dtype=torch.float64)
+    options = {"num_draws": 4000, "predictive": False, "seed": 0}
+    tree = pv.to_arviz(model, guide, x, resample="psis", **options)
+    if doubted:
+        counted = int(re.search(r"for (\d+) of 40 data the importance weights", caplog.text)[1])
+        assert counted >= doubted
+    else:
+        assert (tree["constant_data"]["pareto_k"] > 0.7).all() and not caplog.text
 
 
 def test_data_that_require_gradients():
