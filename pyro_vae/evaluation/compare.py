@@ -86,11 +86,12 @@ def compare(
         evidence: where log p(x) is from. "iwae": importance weights for all data. "auto": the same,
             but for data whose weights are not to be trusted annealed importance sampling (see
             :func:`pyro_vae.ais`) from the guide with the highest ELBO, by 16 chains of 128 steps,
-            and of 512 where few chains carry the mean. That is 12,000 gradients of log p(x, z) for
-            such a datum, 50,000 more where it goes on, and a few seconds to record them. Data for
-            which the chains' bound is clearly lower keep that of the weights. "ais": annealed
-            chains for all data. "exact": the model's method ``log_evidence(*batch)``, or the sum
-            over all values where every latent is discrete.
+            of 512 where few chains carry the mean, and of 512 from the prior where they miss a
+            mode. That is 12,000 gradients of log p(x, z) for such a datum, 50,000 more for each
+            further try, and a few seconds to record them. Data for which the chains' bound is
+            clearly lower keep that of the weights; ``evidence_from`` has steps and start. "ais":
+            annealed chains for all data. "exact": the model's method ``log_evidence(*batch)``, or
+            the sum over all values where every latent is discrete.
         given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         chunk_size: pairs (particle, datum) scored at once; bounds memory only.
         data_plate: as in :func:`pyro_vae.log_weights`.

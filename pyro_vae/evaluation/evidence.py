@@ -24,14 +24,16 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
+from pyro_vae.sampling.density import Start
 from pyro_vae.sampling.prepare import Ready, ready
 
 Evidence: TypeAlias = Literal["auto", "iwae", "ais", "exact"]
 Array: TypeAlias = NDArray[np.float64]
 
-# Chains of a datum; and their steps: more only for the data whose weights are not yet alike.
+# Chains of a datum; and their steps: more only for the data that the first ones do not serve.
 _CHAINS, _STEPS = 16, (128, 512)
 _BELOW = 2.0  # standard errors of each, by which annealed chains must be worse to be left out
+_CONTRADICTED = 5.0  # standard errors by which a bound contradicts one that is lower
 _ABOVE = 6.0  # standard errors by which an ELBO contradicts an exact value
 _ROUNDING = 1e-4  # of log p(x), and as many nats: what float32 may be off
 
@@ -82,28 +84,55 @@ def annealed(
 ) -> Source:
     """Return log p(x) of rows of the data by annealed chains from a guide, with its name.
 
-    16 chains of 128 steps; where fewer than 0.3 of them are effective then, of 512 steps.
+    16 chains of 128 steps from the guide; where few of them carry the mean, of 512 steps; where
+    they miss a mode, of 512 steps from the prior, whose chains reach all modes that it leads to.
+    (Modes are not looked for where masks of the model leave no prior: all goes on from the guide.)
 
     Raises:
         ValueError: for what :func:`pyro_vae.ais` refuses.
     """
     of, guide = named
-    names = np.full(len(rows), "", dtype=object)
-    todo = torch.arange(len(rows))
-    columns = {n: np.full(len(rows), np.nan) for n in ("value", "std_error", "skewness", "ess")}
-    good = np.zeros(len(rows), dtype=bool)
-    for steps in _STEPS:
-        with _ready(model, guide, batch, rows[todo], given, data_plate, seed) as (prepared, mine):
-            bound = _bound(prepared, steps, progress)
-        some = todo.numpy()  # NumPy takes a tensor of one number for that number
-        for name, column in columns.items():
-            column[some] = getattr(bound, name)[mine].numpy(force=True)
-        names[some] = f"{bound.name} from {of!r}"
-        good[some] = ~bound.untrusted[mine].numpy()
-        todo = torch.as_tensor(np.flatnonzero(~good))
-        if not len(todo):
-            break
-    return Source(rows.numpy(), names, **columns, good=good, count=_CHAINS)
+    best = _Best(len(rows))
+    first, more = _STEPS
+    tries: list[tuple[int, Start]] = [(first, "guide"), (more, "guide"), (more, "prior")]
+    for steps, start in tries:
+        todo = np.flatnonzero(~best.good & (best.missed == (start == "prior")))
+        if not todo.size:
+            continue
+        some = rows[torch.as_tensor(todo)]
+        with _ready(model, guide, batch, some, given, data_plate, seed) as (prepared, mine):
+            bound = _bound(prepared, steps, start, progress)
+        best.take(todo, bound, mine, "the prior" if start == "prior" else repr(of))
+    return Source(rows.numpy(), best.names, **best.columns, good=best.good, count=_CHAINS)
+
+
+class _Best:
+    """Of several bounds on each datum's log p(x) the one to keep."""
+
+    def __init__(self, num_data: int) -> None:
+        self.names = np.full(num_data, "", dtype=object)
+        numbers = ("value", "std_error", "skewness", "ess")
+        self.columns = {name: np.full(num_data, np.nan) for name in numbers}
+        self.good, self.missed = np.zeros((2, num_data), dtype=bool)
+
+    def take(self, rows: NDArray[np.int64], bound: Bound, mine: Tensor, of: str) -> None:
+        """Take those of a bound's data `mine` that are better than what rows have.
+
+        Better is a trusted bound, but for one clearly below a value that is there: all are bounds
+        from below, and chains that give less have missed a part, however alike their weights are.
+        Of untrusted ones the higher is kept.
+        """
+        found = {name: getattr(bound, name)[mine].numpy(force=True) for name in self.columns}
+        value, before = found["value"], self.columns["value"][rows]
+        errors = found["std_error"], self.columns["std_error"][rows]
+        error = np.hypot(*(np.nan_to_num(each) for each in errors))
+        good = ~bound.untrusted[mine].numpy() & ~(value < before - _CONTRADICTED * error)
+        kept = good | (self.names[rows] == "") | (value > before)
+        for name, column in self.columns.items():
+            column[rows[kept]] = found[name][kept]
+        self.names[rows[kept]] = f"{bound.name} from {of}"
+        self.good[rows] = good
+        self.missed[rows] = False if bound.missed is None else bound.missed[mine].numpy(force=True)
 
 
 @contextlib.contextmanager
@@ -130,8 +159,8 @@ def _ready(
         )
 
 
-def _bound(prepared: Ready, num_steps: int, progress: bool) -> Bound:
-    settings = AnnealingSettings(_CHAINS, num_steps, "guide", "adaptive")
+def _bound(prepared: Ready, num_steps: int, start: Start, progress: bool) -> Bound:
+    settings = AnnealingSettings(_CHAINS, num_steps, start, "adaptive")
     total = num_steps * prepared.evaluator.num_data
     look: dict[str, Any] = {"unit": "step", "unit_scale": True, "delay": 1.0}
     with tqdm(total=total, desc="annealed chains", disable=not progress, **look) as bar:
