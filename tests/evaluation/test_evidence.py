@@ -218,11 +218,11 @@ def bound_of(values, errors, ess, missed):
 def test_a_later_bound_replaces_a_better_one_only_where_it_is_trusted():
     """Of five data: better, lower and untrusted, higher and untrusted, lower by 6 errors, by 2."""
     best, every = _Best(5), torch.arange(5)
-    ones, no = [0.1] * 5, torch.zeros(5, dtype=torch.bool)
-    best.take(every.numpy(), bound_of([-3.0] * 5, ones, [2.0] * 5, ~no), every, "g")
+    ones, all_of_them = [0.1] * 5, torch.ones(5, dtype=torch.bool)
+    best.take(every.numpy(), bound_of([-3.0] * 5, ones, [2.0] * 5, all_of_them), every, "g")
     assert not best.good.any() and best.missed.all() and set(best.names) == {"AIS from g"}
     values = [-2.0, -4.0, -2.5, -3.9, -3.2]
-    best.take(every.numpy(), bound_of(values, ones, [9.0, 2.0, 2.0, 9.0, 9.0], no), every, "p")
+    best.take(every.numpy(), bound_of(values, ones, [9.0, 2.0, 2.0, 9.0, 9.0], None), every, "p")
     assert best.columns["value"].tolist() == [-2.0, -3.0, -2.5, -3.0, -3.2]
     assert best.columns["ess"].tolist() == [9.0, 2.0, 2.0, 2.0, 9.0]
     assert best.good.tolist() == [True, False, False, False, True] and not best.missed.any()
