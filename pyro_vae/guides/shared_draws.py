@@ -14,11 +14,13 @@ from pyro_vae.programs.types import Values
 class SharedDraws(nn.Module):
     r"""From a datum's features f and the global latents g to what its parameters gain.
 
-    .. math:: W\, [\tanh(A f + a + B g),\ (C f + c) \odot D g]
+    .. math:: \frac{1}{\sqrt{2 F}} W\, [\tanh(A f + a + B g),\ (C f + c) \odot D g]
 
     The products hold a slope by g that is another for each datum, as that of a person's ability by
     the difficulties of the questions that this person was asked; no sum of f and g under a tanh
-    has it. W begins at zero: at first nothing is gained. g is in units of its prior.
+    has it. W begins at zero: at first nothing is gained. g is in units of its prior. A step of
+    Adam changes every weight by the learning rate; the root keeps what is gained from changing by
+    the sum of 2 F such steps, at which a log scale runs away.
 
     Args:
         looks: what runs of the model have shown.
@@ -59,5 +61,6 @@ class SharedDraws(nn.Module):
             g = g[0]  # a dimension of plates that the data are not in
         place, gate = self.of_datum(features).chunk(2, -1)
         moved, slope = self.of_shared((g - self.loc) / self.scale).chunk(2, -1)
-        gained: Tensor = self.last(torch.cat([(place + moved).tanh(), gate * slope], -1))
+        hidden = torch.cat([(place + moved).tanh(), gate * slope], -1)
+        gained: Tensor = self.last(hidden) * hidden.shape[-1] ** -0.5
         return gained

@@ -76,7 +76,7 @@ def make_exact(x: Tensor) -> pv.AmortizedGuide:
     for d in range(D):
         guide.head.weight[2 * d, d] = VARIANCE / NOISE**2
         shared.of_shared.weight[D + d, d] = shared.scale[d]
-        shared.last.weight[2 * d, D + d] = VARIANCE
+        shared.last.weight[2 * d, D + d] = VARIANCE * math.sqrt(2 * D)
     mean, sd = posterior_of_mean(x)
     auto = guide.global_guide
     auto.loc.copy_(mean)
@@ -145,7 +145,8 @@ def test_a_fit_comes_near_the_evidence():
     x = data()
     guide = make(x)
     loss, optim = pv.ELBO(2, estimator="stl"), lambda p: torch.optim.Adam(p, lr=0.03)
-    pv.fit(model, guide, x, loss=loss, optim=optim, max_steps=600, progress=False)
+    options = {"max_steps": 600, "seed": 1, "progress": False}
+    pv.fit(model, guide, x, loss=loss, optim=optim, **options)
     bound = pv.elbo(model, guide, x, num_particles=1000, data_plate=False, seed=0)
     # Half of what any guide without loses, at the least.
     assert evidence(x) - float(bound.value) + 4 * float(bound.std_error) < best_without() / 2
@@ -197,6 +198,30 @@ def test_it_begins_where_a_guide_without_begins():
     pv.ELBO(3)(model, seeing)(x).backward()
     for name, parameter in seeing.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("width", [4, 400])
+def test_a_step_of_adam_moves_proposals_by_little_at_any_width(width):
+    """By the learning rate times the norm of 2 F hidden units, at most; not by their sum.
+
+    Of 128 features that sum is a step of a log scale at which training ends in NaN.
+    """
+    x = data()
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(D, width, dtype=x.dtype), nn.Tanh())
+    items = AutoMultivariateNormal(poutine.block(model, expose=["mu"]))
+    guide = pv.AmortizedGuide(model, encoder, example=x, global_guide=items, top_down=True)
+    shared, mu = guide.shared, {"mu": torch.tensor([2.0, -1.0], dtype=torch.float64)}
+    features = encoder(x).detach()
+    optim = torch.optim.Adam([shared.last.weight], lr=0.01)
+    shared(features, mu)[0, 1].backward()  # a log scale of the first datum
+    optim.step()
+    place, gate = (features @ shared.of_datum.weight.T + shared.of_datum.bias).chunk(2, -1)
+    moved, slope = (((mu["mu"] - shared.loc) / shared.scale) @ shared.of_shared.weight.T).chunk(2)
+    hidden = torch.cat([(place + moved).tanh(), gate * slope], -1)[0].detach()
+    change = -float(shared(features, mu)[0, 1].detach())
+    assert change <= 0.01 * float(hidden.norm()) * (1 + 1e-6)
+    assert change == pytest.approx(0.01 * float(hidden.abs().sum()) / (2 * width) ** 0.5, rel=1e-3)
 
 
 def test_refined_and_compared_given_what_all_share():
