@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison, format_table
 from pyro_vae.evaluation.repair import FEWEST_PARTICLES, Repair, repair
 from pyro_vae.evaluation.rungs import Rung
+from pyro_vae.evaluation.saved import report
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.nets import MLP
+from pyro_vae.report import findings
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.training.fit import fit
@@ -43,15 +46,6 @@ _VALIDATION_FRACTION = 0.1
 _IMAGES_SHOWN = 12
 # Pixels drawn for posterior.nc, of the posterior predictive and of the prior's each.
 _PIXELS_DRAWN = 20_000_000
-# How a posterior is mended on each rung, in the words of the summary.
-_WAYS: dict[str, str] = {
-    "importance": "by importance weights of the encoder's answer",
-    "refined": "by its family fitted to the image",
-    "full rank": "by a Gaussian with any covariance",
-    "flow": "by a normalizing flow",
-    "annealed": "by annealed chains",
-    "chains": "by long chains",
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ def run(
     device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Comparison]:
-    """Run the demo: print the gap table, mend posteriors, write posterior.nc and figures.
+    """Run the demo: print the gap table, mend posteriors, write posterior.nc and a report.
 
     Args:
         settings: how long it takes.
@@ -160,11 +154,13 @@ def run(
     with _timed("write", seconds):
         demo.write(output, result, comparisons, repaired)
         demo.write_chains(output, repaired, bad_first, samples, sandwich)
+        page = _report(output, comparisons, repaired, sandwich, f"The demo on {images.name}")
     wrote = f"wrote {output}/: {', '.join(sorted(path.name for path in output.iterdir()))}"
     times = ", ".join(f"{part} {each:.1f} s" for part, each in seconds.items())
     clock = f"{sum(seconds.values()):.1f} s: {times}"
-    told = [format_table(comparisons), _meaning(comparisons), _mended(repaired)]
-    told += [_sandwiched(repaired.good[bad_first], samples, sandwich), wrote]
+    told = [format_table(comparisons), repr(repaired), repr(sandwich)]
+    told += [_findings(comparisons, repaired, sandwich), wrote]
+    told.append(f"findings, tables and figures in one page: {page}")
     print("", "\n\n".join(told), clock, sep="\n")
     return comparisons
 
@@ -292,7 +288,9 @@ class _Demo:
         shown = None if labels is None else labels[: self.settings.num_data].numpy()
         figures: dict[str, Axes | Figure] = {
             "training": plots.plot_history(result),
-            "gaps": plots.plot_gaps(found),
+            "gaps": plots.plot_gaps(
+                found, summaries={n: c.summary() for n, c in comparisons.items()}
+            ),
             "gap_distribution": plots.plot_gap_distribution(found),
             "pareto_k": plots.plot_pareto_k(found),
             "reconstructions": self._reconstructions(tree),
@@ -355,56 +353,35 @@ class _Demo:
         return plots.plot_reconstructions(data, reconstructions, prior, shape)
 
 
-def _meaning(comparisons: Mapping[str, Comparison]) -> str:
-    """Return in two sentences what the numbers mean for this posterior."""
-    table = comparisons["test"].summary()
-    test, train = table.loc["amortized"], comparisons["train"].summary().loc["amortized"]
-    family, encoder = test["approximation_gap"], test["amortization_gap"]
-    seen = train["amortization_gap"]
-    if encoder < family:
-        remedy = "a richer family than the mean field would help most"
-    elif encoder > 2 * seen:
-        remedy = "the encoder does not generalize, and more training images would help most"
-    else:
-        remedy = "a larger encoder, or one trained for longer, would help most"
-    bad = 1 - table["good"]
-    return (
-        f"On held-out images the amortized posterior falls {family + encoder:.2f} nats short of "
-        f"log p(x), {family:.2f} of them because of the mean-field family and {encoder:.2f} "
-        f"because of the encoder, which loses {seen:.2f} on the images it was trained on: "
-        f"{remedy}. "
-        "Importance weights through it are not to be trusted (too few are effective, or a heavy "
-        f"tail carries them) for {bad['amortized']:.0%} of the held-out images, nor for "
-        f"{bad['mean-field']:.0%} of them "
-        "through the mean field fitted to each image alone."
+def _findings(comparisons: Mapping[str, Comparison], repaired: Repair, sandwich: Sandwich) -> str:
+    """Return what held-out images say of the posterior, but for what is fine."""
+    train, test = (comparisons[part].summary() for part in ("train", "test"))
+    found = [*findings.of_generalization(train, test), *comparisons["test"].findings()]
+    found += [*repaired.findings(), *sandwich.findings()]
+    return "\n".join(
+        textwrap.fill(str(each), 100, initial_indent="- ", subsequent_indent="  ")
+        for each in findings.by_severity(found)
+        if each.severity != "good"
     )
 
 
-def _mended(repaired: Repair) -> str:
-    """Return in a sentence on which rungs posteriors got a good verdict."""
-    table, total = repaired.summary(), repaired.good.size
-    shares = [f"{good / total:.0%} {_WAYS[str(rung)]}" for rung, good in table["good"].items()]
-    bad = np.flatnonzero(~repaired.good)
-    rest = "every one has a good verdict"
-    if bad.size:
-        rest = f"without one are images {', '.join(map(str, bad))}"
-    return (
-        f"Of the posteriors of {total} held-out images, mended one by one as far as each needs it, "
-        f"{', '.join(shares)} got a good verdict; {rest}."
-    )
-
-
-def _sandwiched(good: np.ndarray, samples: PosteriorSamples, sandwich: Sandwich) -> str:
-    """Return in two sentences what log p(x) of some images is from both sides."""
-    lower, upper = sandwich.lower, sandwich.upper
-    trusted = int((~sandwich.untrusted).sum())
-    return (
-        f"Chains drew from the exact posteriors of {good.size} of them, {int((~good).sum())} "
-        f"without a good verdict among these; those of {int(samples.converged.sum())} converged. "
-        f"By annealed chains log p(x) is {lower.mean:.3f} ± {lower.mean_std_error:.3f} from below "
-        f"and {upper.mean:.3f} ± {upper.mean_std_error:.3f} nats from above, on average; the "
-        f"bounds of {trusted} can be trusted."
-    )
+def _report(
+    output: Path,
+    comparisons: Mapping[str, Comparison],
+    repaired: Repair,
+    sandwich: Sandwich,
+    title: str,
+) -> Path:
+    """Write the datasets of results, which pyro-vae report reads, and the report of them."""
+    found = {part: comparison.dataset for part, comparison in comparisons.items()}
+    for part, dataset in found.items():
+        dataset.to_netcdf(output / f"comparison-{part}.nc", engine="h5netcdf")
+    more = {"repair": repaired.dataset, "bounds": sandwich.dataset}
+    for name, dataset in more.items():
+        dataset.to_netcdf(output / f"{name}.nc", engine="h5netcdf")
+    path = output / "report.html"
+    path.write_text(report({**found, **more}, title), encoding="utf-8")
+    return path
 
 
 def _save(output: Path, figures: Mapping[str, Axes | Figure]) -> None:

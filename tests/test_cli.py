@@ -9,11 +9,17 @@ from importlib.metadata import version
 import pytest
 
 from pyro_vae import cli
+from tests.report.cases import repair_dataset
 
 
 @pytest.mark.parametrize(
     ("argv", "told"),
-    [(["--version"], version("pyro-vae")), (["--help"], "demo"), (["demo", "--help"], "--data")],
+    [
+        (["--version"], version("pyro-vae")),
+        (["--help"], "demo"),
+        (["demo", "--help"], "--data"),
+        (["report", "--help"], "FILE_OR_FOLDER"),
+    ],
 )
 def test_asks_and_leaves(argv, told, capsys):
     with pytest.raises(SystemExit) as left:
@@ -33,7 +39,7 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo", "--seed", "x"]])
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo", "--seed", "x"], ["report"]])
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(argv)
@@ -55,3 +61,13 @@ def test_an_output_that_is_a_file(tmp_path, capsys):
     path.touch()
     assert cli.main(["demo", "--quick", "--output", str(path)]) == 1
     assert str(path) in capsys.readouterr().err
+
+
+def test_a_report_of_files(tmp_path, capsys):
+    path, page = tmp_path / "mine.nc", tmp_path / "page.html"
+    repair_dataset().to_netcdf(path)
+    assert cli.main(["report", str(path), "--output", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert "Posteriors mended" in page.read_text(encoding="utf-8")
+    assert cli.main(["report", str(tmp_path / "none.nc"), "--output", str(page)]) == 1
+    assert "none.nc" in capsys.readouterr().err

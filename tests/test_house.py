@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "recording": {"torch_internals"},
     "schedules": set(),
     "arviz_versions": set(),
+    "markup": set(),
     "plots": set(),
     "programs": {"recording", "torch_internals"},
     "nets": set(),
@@ -41,13 +42,14 @@ ARROWS: dict[str, set[str]] = {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
         "torch_internals",
     },
-    "diagnostics": {"losses", "particles", "programs"},
+    "diagnostics": {"losses", "markup", "particles", "programs"},
+    "report": {"diagnostics", "markup", "plots"},
     "sampling": {
         *("arviz_versions", "diagnostics", "guides", "particles", "programs", "refinement")
     },
     "evaluation": {
         *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement"),
-        *("arviz_versions", "sampling"),
+        *("arviz_versions", "markup", "report", "sampling"),
     },
     "missing_data": {"diagnostics", "particles", "plots", "programs", "recording"},
     "export": {"arviz_versions", "diagnostics", "particles", "programs"},
@@ -55,9 +57,9 @@ ARROWS: dict[str, set[str]] = {
     "zoo": {"nets", "programs"},
     "demo": {
         *("arviz_versions", "datasets", "evaluation", "export", "families"),
-        *("guides", "nets", "plots", "sampling", "training", "zoo"),
+        *("guides", "nets", "plots", "report", "sampling", "training", "zoo"),
     },
-    "cli": {"demo"},
+    "cli": {"demo", "evaluation"},
 }
 
 # What a newcomer asks, by folder, from the top of the house to its bottom.
@@ -68,6 +70,7 @@ QUESTIONS = {
     "datasets": "which data can I try?",
     "export": "how do I get to ArviZ?",
     "plots": "how do I get to figures?",
+    "report": "what does it all say?",
     "missing_data": "my data have holes",
     "evaluation": "how large is log p(x), which guide loses what, and can it be mended?",
     "diagnostics": "is it right?",
@@ -85,12 +88,19 @@ QUESTIONS = {
     "recording": "is a graph being recorded?",
     "torch_internals": "private names of PyTorch",
     "arviz_versions": "which ArviZ is installed?",
+    "markup": "HTML of results",
 }
 
 # Import neither torch nor Pyro, nor anything of the package: tested alone, on each ArviZ.
-ARRAYS_ALONE = {*("diagnostics.psis", "arviz_versions", "datasets.image_files", "plots.results")}
+ARRAYS_ALONE = {
+    *("diagnostics.psis", "arviz_versions", "datasets.image_files", "plots.results"),
+    "markup",
+}
 # Have nothing to do with Pyro.
-WITHOUT_PYRO = {"torch_internals", "recording", "schedules", "datasets", "diagnostics", "plots"}
+WITHOUT_PYRO = {
+    *("torch_internals", "recording", "schedules", "datasets", "diagnostics", "markup", "plots"),
+    "report",
+}
 
 TESTS = Path(__file__).resolve().parent
 # Modules without a test of their own, and why.

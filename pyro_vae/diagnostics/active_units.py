@@ -16,6 +16,7 @@ from torch.distributions import Categorical
 from pyro_vae.diagnostics.rate_distortion import RateDistortion, measured
 from pyro_vae.diagnostics.rates import in_common_mode, pieces_of
 from pyro_vae.diagnostics.units import check_over_data, units_of
+from pyro_vae.markup import result
 from pyro_vae.particles.estimators import StreamingELBO
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
@@ -68,6 +69,9 @@ class ActiveUnits:
             lines.append(f"nan, for their prior has no variance: {names}")
         given = [f"given {data.attrs['given']}"] if data.attrs["given"] else []
         return "\n".join([*lines, *given])
+
+    def _repr_html_(self) -> str:
+        return result(self.summary(), repr(self).splitlines())
 
 
 def active_units(

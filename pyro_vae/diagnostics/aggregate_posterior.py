@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.mmd import Swapped, mmd_of_swaps, normal_scores, p_value_of
 from pyro_vae.diagnostics.units import check_over_data, units_of
+from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
@@ -69,6 +70,9 @@ class AggregatePosterior:
         else:
             lines.append(f"none of {len(table)} units differs by itself (adjusted p < 0.05)")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return result(self.summary(), repr(self).splitlines()[:1])
 
 
 def aggregate_posterior(

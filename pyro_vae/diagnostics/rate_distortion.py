@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vae.diagnostics.rates import Piece, SiteRate, in_common_mode, pieces_of, rates_of
+from pyro_vae.markup import result
 from pyro_vae.particles.estimators import StreamingELBO, calibrated, mean_std_error
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
@@ -115,8 +116,7 @@ class RateDistortion:
         return float(value.mean()), float(of_mean)
 
     def __repr__(self) -> str:
-        data, table = self.dataset, self.summary()
-        given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
+        table = self.summary()
         shown = pd.DataFrame(
             {
                 column.replace("_", " "): [
@@ -127,8 +127,15 @@ class RateDistortion:
             },
             index=pd.Index([name.replace("_", " ") for name in table.index], name=""),
         )
-        head = f"per datum, mean of {data.sizes['datum']} ± Monte Carlo standard error{given}"
-        return "\n".join([head, shown.to_string(), *self._collapse_text()])
+        return "\n".join([self._head(), shown.to_string(), *self._collapse_text()])
+
+    def _repr_html_(self) -> str:
+        return result(self.summary(), [self._head(), *self._collapse_text()])
+
+    def _head(self) -> str:
+        data = self.dataset
+        given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
+        return f"per datum, mean of {data.sizes['datum']} ± Monte Carlo standard error{given}"
 
     def _collapse_text(self) -> list[str]:
         states = self.units()["state"]

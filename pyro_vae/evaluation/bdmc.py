@@ -18,10 +18,13 @@ from tqdm.auto import tqdm
 from pyro_vae.evaluation.ais import AnnealingSettings, bound_of
 from pyro_vae.evaluation.bounds import Bound
 from pyro_vae.guides.local import LocalGuide
+from pyro_vae.markup import paragraphs
 from pyro_vae.particles.global_latents import Given, fix_globals, given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
+from pyro_vae.report import mending
+from pyro_vae.report.findings import Finding
 from pyro_vae.sampling.annealing import Schedule
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.density import Start
@@ -110,7 +113,8 @@ class Sandwich:
         """Of each datum: lower, upper and width, each with ``<name>_se``; untrusted, mixed.
 
         And lower_ess and upper_ess, how many chains carry each. Attributes: ``name``,
-        ``simulated``, ``num_chains``, ``given``, ``units``.
+        ``simulated``, ``num_chains``, ``given``, ``units``; ``lower_mean_se``, ``upper_mean_se``
+        and ``width_mean_se``, the standard errors of means over the data.
         """
         sides = (("lower", self.lower), ("upper", self.upper))
         columns = {name: bound.value for name, bound in sides} | {"width": self.width}
@@ -127,6 +131,8 @@ class Sandwich:
                 "num_chains": self.lower.num_particles,
                 "given": given_text(self.lower.given),
                 "units": "nats",
+                **{f"{name}_mean_se": bound.mean_std_error for name, bound in sides},
+                "width_mean_se": self.mean_width_std_error,
             },
         )
 
@@ -135,6 +141,10 @@ class Sandwich:
         from pyro_vae.plots.evidence import plot_evidence
 
         return plot_evidence(self.dataset, ax=ax)
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return mending.of_sandwich(self.dataset)
 
     @property
     def _name(self) -> str:
@@ -152,6 +162,9 @@ class Sandwich:
             f"({len(self.width)} data {where}{given})"
         )
         return "; ".join([text, *self._doubts()])
+
+    def _repr_html_(self) -> str:
+        return paragraphs(repr(self).split("; "))
 
     def _doubts(self) -> Iterator[str]:
         of_data = f"of {len(self.width)} data"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.psis import pareto_k_of_largest, tail_length
 from pyro_vae.diagnostics.verdict import Weights, tail_share_of
+from pyro_vae.markup import paragraphs
 from pyro_vae.particles.estimators import (
     LargestWeights,
     LogWeights,
@@ -137,6 +138,9 @@ class Bound:
         given = f"; given {given_text(self.given)}" if self.given else ""
         bound = f"{self.name}: {self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum"
         return "; ".join([f"{bound} ({len(self.value)} data{given})", *self._doubts()])
+
+    def _repr_html_(self) -> str:
+        return paragraphs(repr(self).split("; "))
 
     def _doubts(self) -> Iterator[str]:
         """Yield why value or error is not to be trusted."""

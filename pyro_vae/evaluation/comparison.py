@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, Weights, pareto_k_threshold
+from pyro_vae.markup import paragraphs, table
 from pyro_vae.particles.estimators import (
     Estimate,
     calibrated,
@@ -24,6 +26,9 @@ from pyro_vae.particles.estimators import (
 from pyro_vae.programs.handlers import drop_references
 from pyro_vae.programs.state import module_of, unwrapped
 from pyro_vae.programs.types import Program
+from pyro_vae.report import findings, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +101,21 @@ class Comparison:
         """Draw the gaps of each guide as bars; needs the extra ``plots``."""
         from pyro_vae.plots.results import plot_gaps
 
-        return plot_gaps(self.dataset, ax=ax)
+        return plot_gaps(self.dataset, ax=ax, summaries=self.summary())
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return findings.of_comparison(self.dataset, self.summary())
+
+    def to_html(self, path: str | Path | None = None, title: str = "Guides compared") -> str:
+        """Return a page of findings, tables and figures; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        section = sections.of_comparisons({"": self.dataset}, {"": self.summary()})
+        return written(page(title, [section]), path)
 
     def __getstate__(self) -> dict[str, Any]:
         for guide in self.guides.values():
@@ -107,9 +126,26 @@ class Comparison:
     def __repr__(self) -> str:
         return format_table({"": self})
 
+    def _repr_html_(self) -> str:
+        rows, notes = _rows_and_notes({"": self})
+        return table(rows) + paragraphs(notes)
+
 
 def format_table(comparisons: Mapping[str, Comparison]) -> str:
     """Return the gap table of comparisons as text, by a label (train, test) or "", with notes."""
+    rows, notes = _rows_and_notes(comparisons)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = (
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+    rule = "-+-".join("-" * width for width in widths)
+    return "\n".join([head, rule, *lines, *notes])
+
+
+def _rows_and_notes(
+    comparisons: Mapping[str, Comparison],
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return the gap table, its first row the head, and what is to be said below it."""
     notes: list[str] = []
     shown = [n for n in _ESTIMATES if any(n in c.dataset for c in comparisons.values())]
     titles = [_TITLES.get(name, name.replace("_", " ")) for name in shown]
@@ -129,12 +165,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
                 )
         notes.append(f"{label} {_evidence_text(data)}")
     notes.append(_verdict_text([each.dataset for each in comparisons.values()]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *lines = (
-        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
-    rule = "-+-".join("-" * width for width in widths)
-    return "\n".join([head, rule, *lines, *map(str.strip, notes)])
+    return rows, [note.strip() for note in notes]
 
 
 def _evidence_text(data: xr.Dataset) -> str:

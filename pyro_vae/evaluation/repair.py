@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from tqdm.auto import tqdm
 
 from pyro_vae.arviz_versions import Container, container, dims_of_draws
 from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder, Rung
+from pyro_vae.markup import result
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+from pyro_vae.report import mending, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,6 +95,19 @@ class Repair:
 
         return plot_rungs(self.dataset, ax)
 
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return mending.of_repair(self.dataset)
+
+    def to_html(self, path: str | Path | None = None, title: str = "Posteriors mended") -> str:
+        """Return a page of findings, tables and a figure; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        return written(page(title, [sections.of_repair(self.dataset, self.summary())]), path)
+
     def to_arviz(self) -> Container:
         """Return the draws in ArviZ's container, one chain, and the dataset as constant_data.
 
@@ -117,12 +135,17 @@ class Repair:
         )
 
     def __repr__(self) -> str:
+        return f"{self.summary().to_string(float_format='%.2f')}\n{self._verdicts()}"
+
+    def _repr_html_(self) -> str:
+        return result(self.summary(), [self._verdicts()])
+
+    def _verdicts(self) -> str:
         bad = np.flatnonzero(~self.good)
-        end = "every datum has a good verdict"
-        if bad.size:
-            names = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
-            end = f"{bad.size} of {self.good.size} data have no good verdict: {names}"
-        return f"{self.summary().to_string(float_format='%.2f')}\n{end}"
+        if not bad.size:
+            return "every datum has a good verdict"
+        names = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
+        return f"{bad.size} of {self.good.size} data have no good verdict: {names}"
 
 
 def repair(

@@ -78,7 +78,9 @@ def plot_evidence(
     mean = "no bounds"
     if order.size:
         mean = f"{number(float(width[order].mean()), 3)} nats apart on average"
-    title_and_legend(ax, f"{what}: {mean}", columns=3, handles=handles)
+    ax.locator_params(axis="x", integer=True)
+    columns = 3 if "lower" in dataset else 2  # names of guides are long
+    title_and_legend(ax, f"{what}: {mean}", columns=columns, handles=handles)
     return ax
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pyro_vae.training.fit_result import FitResult
 
     Datasets: TypeAlias = xr.Dataset | Mapping[str, xr.Dataset]
+    Tables: TypeAlias = pd.DataFrame | Mapping[str, pd.DataFrame]
 
 # Okabe and Ito (2008): told apart under the common kinds of colour blindness.
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -75,7 +77,9 @@ def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
+def plot_gaps(
+    datasets: Datasets, ax: Axes | None = None, *, summaries: Tables | None = None
+) -> Axes:
     """Draw what each guide loses: its approximation gap and its amortization gap, stacked.
 
     A bar starts at zero, which is log p(x), and ends at log p(x) - ELBO, both means over the
@@ -85,14 +89,16 @@ def plot_gaps(datasets: Datasets, ax: Axes | None = None) -> Axes:
     Args:
         datasets: a comparison's dataset, or several by name.
         ax: where to draw; new axes if None.
+        summaries: that of each, or of the one: then errors of means are those of the table, which
+            know how skewed the errors of single data are. Else the latter are taken as normal.
 
     Returns:
         The axes.
     """
-    rows = _rows(datasets)
+    rows = _rows(datasets, summaries)
     ax = axes(ax, (8.0, 1.6 + 0.42 * (rows[-1].position + 1)))
     is_split = [_draw_gap(ax, row) for row in rows]
-    _label_rows(ax, rows, lambda dataset: f"log p(x) = {_mean(dataset, 'log_evidence')} nats")
+    _label_rows(ax, rows, lambda row: f"log p(x) = {_mean(row, 'log_evidence')} nats")
     # Numbers stand to the right of the bars.
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.45 * (high - low))
@@ -169,7 +175,7 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
         if k.size < all_k.size:
             text += f"\n{all_k.size - k.size} of {all_k.size} unknown"
         ax.text(high + 0.04, row.position + 0.1, text, va="center", fontsize="small")
-    _label_rows(ax, rows, lambda dataset: f"{dataset.sizes['datum']} data")
+    _label_rows(ax, rows, lambda row: f"{row.dataset.sizes['datum']} data")
     ax.axvline(_UNRELIABLE_K, color="black", linestyle="--", linewidth=1.0)
     ax.set_xlim(low - width, high + 0.45)
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", _UNRELIABLE_K: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
@@ -243,13 +249,18 @@ class _Mean(NamedTuple):
         return f"{number(self.value, digits)} ± {number(self.error, digits)}"
 
 
-def _mean(dataset: xr.Dataset, name: str, guide: str | None = None) -> _Mean:
+def _mean(row: _Row, name: str) -> _Mean:
     """Average over the data; draws of different data are independent."""
-    select = {} if guide is None else {"guide": guide}
-    value, error = float(dataset[name].sel(select).mean(skipna=False)), np.nan
-    if f"{name}_se" in dataset:
-        errors = np.asarray(dataset[f"{name}_se"].sel(select), dtype=float)
-        error = float(np.sqrt((errors**2).sum()) / errors.size)
+    of_guide = row.dataset[name]
+    if "guide" in of_guide.dims:
+        of_guide = of_guide.sel(guide=row.guide)
+    value, error = float(of_guide.mean(skipna=False)), np.nan
+    if row.table is not None:
+        error = row.table.loc[row.guide].to_dict().get(f"{name}_se", np.nan)
+    elif f"{name}_se" in row.dataset:
+        found = row.dataset[f"{name}_se"]
+        errors = found.sel(guide=row.guide) if "guide" in found.dims else found
+        error = float(np.sqrt((np.asarray(errors, dtype=float) ** 2).sum()) / errors.size)
     return _Mean(value, error)
 
 
@@ -272,17 +283,20 @@ class _Row(NamedTuple):
     dataset: xr.Dataset
     guide: str
     is_first: bool
+    table: pd.DataFrame | None = None
 
 
-def _rows(datasets: Datasets) -> list[_Row]:
+def _rows(datasets: Datasets, summaries: Tables | None = None) -> list[_Row]:
     """Give each guide of each dataset a row, and leave a row for a heading above them."""
     rows, position = [], 0.0
     # A Dataset is a Mapping too, of its variables.
     named = {"": datasets} if hasattr(datasets, "data_vars") else datasets
+    tables = {"": summaries} if hasattr(summaries, "columns") else summaries or {}
     for name, dataset in cast("Mapping[str, xr.Dataset]", named).items():
         for index, guide in enumerate(map(str, dataset["guide"].values)):
             position += 1.0
-            rows.append(_Row(position, name, dataset, guide, index == 0))
+            table = cast("Mapping[str, pd.DataFrame]", tables).get(name)
+            rows.append(_Row(position, name, dataset, guide, index == 0, table))
         position += 1.0
     if not rows:
         raise ValueError("nothing to plot: no dataset, or none with a guide")
@@ -315,7 +329,7 @@ def title_and_legend(
     ax.set_title(title, loc="left", pad=8 + 15 * (-(-len(legend.get_texts()) // columns)))
 
 
-def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str]) -> None:
+def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[_Row], str]) -> None:
     """Name the guide of each row, and head the rows of each dataset."""
     ax.set_yticks([row.position for row in rows], [row.guide for row in rows])
     ax.tick_params(axis="y", length=0)
@@ -323,17 +337,17 @@ def _label_rows(ax: Axes, rows: list[_Row], describe: Callable[[xr.Dataset], str
     look: dict[str, Any] = {"va": "center", "fontsize": "small", "fontweight": "bold"}
     for row in rows:
         if row.is_first:
-            text = f"{row.name}: {describe(row.dataset)}".removeprefix(": ")
+            text = f"{row.name}: {describe(row)}".removeprefix(": ")
             ax.text(0.01, row.position - 0.72, text, transform=ax.get_yaxis_transform(), **look)
 
 
 def _draw_gap(ax: Axes, row: _Row) -> bool:
     """Draw a guide's bar and its numbers; return whether the gap could be split in two."""
     names = {BLUE: "approximation_gap", _ORANGE: "amortization_gap"}
-    parts = {color: _mean(row.dataset, name, row.guide) for color, name in names.items()}
+    parts = {color: _mean(row, name) for color, name in names.items()}
     is_split = all(np.isfinite(mean.value) for mean in parts.values())
     if not is_split:
-        evidence, elbo = _mean(row.dataset, "log_evidence"), _mean(row.dataset, "elbo", row.guide)
+        evidence, elbo = _mean(row, "log_evidence"), _mean(row, "elbo")
         error = float(np.hypot(evidence.std_error, elbo.std_error))
         parts = {GREY: _Mean(evidence.value - elbo.value, error)}
     end = rightmost = 0.0

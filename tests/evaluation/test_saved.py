@@ -1,0 +1,70 @@
+"""Results come back from their files, and a report is made of them."""
+
+from __future__ import annotations
+
+import matplotlib
+import pytest
+import torch
+import xarray as xr
+
+import pyro_vae as pv
+from pyro_vae.evaluation.saved import kind_of, report, report_of_files
+from tests.models import factor_analysis
+from tests.report.cases import comparison_dataset, repair_dataset, sandwich_dataset
+
+matplotlib.use("Agg")
+
+
+def test_real_results_are_known_and_round_trip(tmp_path):
+    """Of compare, repair and bdmc themselves: what a file gives back makes the same page."""
+    model = factor_analysis("correlated")
+    torch.manual_seed(0)
+    x = model.data(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    options = {"seed": 0, "progress": False}
+    found = {
+        "comparison": pv.compare(
+            model, {"mine": guide}, x, num_particles=50, max_steps=5, **options
+        ),
+        "repair": pv.repair(model, guide, x, rungs=("importance",), num_particles=1000, **options),
+        "sandwich": pv.bdmc(model, guide, x, num_data=4, num_chains=2, num_steps=3, **options),
+    }
+    datasets = {name: result.dataset for name, result in found.items()}
+    for name, dataset in datasets.items():
+        assert kind_of(dataset) == name
+        dataset.to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+    assert report_of_files([tmp_path]) == report(datasets)
+
+
+def test_of_a_folder_other_files_are_left_out(tmp_path):
+    comparison_dataset(encoder=0.2).to_netcdf(tmp_path / "comparison-train.nc")
+    comparison_dataset(encoder=2.0).to_netcdf(tmp_path / "comparison-test.nc")
+    xr.Dataset({"z": ("datum", [1.0])}).to_netcdf(tmp_path / "posterior.nc")
+    text = report_of_files([tmp_path])
+    assert "does not generalize" in text
+    with pytest.raises(ValueError, match=r"posterior.nc: the dataset of a Comparison"):
+        report_of_files([tmp_path / "posterior.nc"])
+
+
+def test_files_of_one_name(tmp_path):
+    for folder, encoder in (("a", 0.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        comparison_dataset(encoder=encoder).to_netcdf(tmp_path / folder / "test.nc")
+    text = report_of_files([tmp_path / "a", tmp_path / "b"])
+    assert "Findings: test" in text and f"Findings: {tmp_path / 'b' / 'test'}" in text
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="no netCDF file"):
+        report_of_files([tmp_path])
+    with pytest.raises(ValueError, match="nothing to report"):
+        report({})
+    with pytest.raises(ValueError, match="mine: the dataset of"):
+        report({"mine": xr.Dataset()})
+    with pytest.raises(FileNotFoundError):
+        report_of_files([tmp_path / "none.nc"])
+
+
+@pytest.mark.parametrize("dataset", [repair_dataset(), sandwich_dataset()], ids=["repair", "bdmc"])
+def test_each_kind_alone(dataset):
+    assert report({"it": dataset}).count("<h2>") == 3

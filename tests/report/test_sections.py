@@ -1,0 +1,71 @@
+"""Sections hold the numbers of the results that they are of."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+
+from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.repair import Repair
+from pyro_vae.report import sections
+from tests.report.cases import comparison_dataset, repair_dataset, sandwich_dataset
+
+matplotlib.use("Agg")
+
+
+def of(**datasets):
+    tables = {part: Comparison(each, {}).summary() for part, each in datasets.items()}
+    return sections.of_comparisons(datasets, tables)
+
+
+def rows(table) -> dict[str, list[str]]:
+    return {row[0]: list(row[1:]) for row in table.rows}
+
+
+def test_one_comparison():
+    found = of(**{"": comparison_dataset(encoder=2.0, family=0.5)})
+    numbers, worst = found.tables
+    table = rows(numbers)
+    assert table[""] == ["amortized", "mean-field"]
+    assert table["amortization gap (encoder)"] == ["2.000 ± 0.002", "0.000 ± 0.000"]
+    assert table["gaps measured against"] == ["mean-field", "itself"]
+    assert table["log p(x)"][0].startswith("-11.950")
+    assert list(found.findings) == [""]
+    assert worst.rows[1][:2] == ["39", f"{2.5 * 1.5:.3f}"] and len(worst.rows) == 11
+
+
+def test_held_out_data_come_first_and_are_compared():
+    found = of(train=comparison_dataset(encoder=0.2), test=comparison_dataset(encoder=2.0))
+    assert list(found.findings) == ["test", "train"]
+    assert found.findings["test"][0].about == "generalization"
+    assert all(each.about != "generalization" for each in found.findings["train"])
+    assert [table.caption[:5] for table in found.tables[::2]] == ["test:", "train"]
+
+
+def test_errors_of_a_figure_are_those_of_the_table():
+    dataset = comparison_dataset(encoder=2.0, error=0.3)
+    dataset["amortization_gap_skewness"][0] = 40.0  # of each datum much, of their mean little
+    found = of(**{"": dataset})
+    error = Comparison(dataset, {}).summary().loc["amortized", "amortization_gap_se"]
+    ax = found.drawings[0].draw()
+    assert f"2.00 ± {error:.2f}" in " ".join(text.get_text() for text in ax.texts)
+    assert rows(found.tables[0])["amortization gap (encoder)"][0] == f"2.000 ± {error:.3f}"
+    plt.close("all")
+
+
+def test_a_repair():
+    dataset = repair_dataset(bad=2)
+    found = sections.of_repair(dataset, Repair(dataset, {}).summary())
+    rungs, bad = found.tables
+    assert rungs.rows[1][:4] == ["importance", "9", "4", "4"]
+    assert [row[0] for row in bad.rows[1:]] == ["7", "8"]
+    assert bad.rows[1][1:4] == ["full rank", "-5.000 ± 0.100", "500"]
+    assert len(sections.of_repair(repair_dataset(bad=0), Repair(dataset, {}).summary()).tables) == 1
+
+
+def test_a_sandwich():
+    dataset = sandwich_dataset()
+    found = rows(sections.of_sandwich(dataset).tables[0])
+    assert found["lower"] == ["-8.025 ± 0.004"] and found["width"] == ["0.050 ± 0.004"]
+    assert np.isclose(float(dataset["lower"].mean()), -8.025)
