@@ -10,8 +10,10 @@ from pyro_vae.diagnostics.rate_distortion import RateDistortion, rate_distortion
 from pyro_vae.evaluation.ais import ais
 from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
+from pyro_vae.evaluation.calibration import Calibration, sbc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.coverage import Coverage, coverage
 from pyro_vae.evaluation.repair import Repair, repair
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
@@ -45,8 +47,10 @@ __all__ = [
     "AggregatePosterior",
     "AmortizedGuide",
     "Bound",
+    "Calibration",
     "Comparison",
     "CompiledSVI",
+    "Coverage",
     "DataPlateError",
     "EMResult",
     "Epoch",
@@ -69,6 +73,7 @@ __all__ = [
     "ais",
     "bdmc",
     "compare",
+    "coverage",
     "datasets",
     "describe",
     "elbo",
@@ -85,6 +90,7 @@ __all__ = [
     "refine",
     "repair",
     "sample_posterior",
+    "sbc",
     "schedules",
     "to_arviz",
     "zoo",

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from pyro_vae.evaluation.ais import AnnealingSettings, bound_of
 from pyro_vae.evaluation.bounds import Bound
-from pyro_vae.guides.local import LocalGuide
+from pyro_vae.evaluation.simulations import without_globals
 from pyro_vae.markup import paragraphs
-from pyro_vae.particles.global_latents import Given, fix_globals, given_text
+from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
@@ -28,7 +28,7 @@ from pyro_vae.report.findings import Finding
 from pyro_vae.sampling.annealing import Schedule
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.density import Start
-from pyro_vae.sampling.exact_draws import simulate, starts_of_latents, starts_of_samples
+from pyro_vae.sampling.exact_draws import Simulator, starts_of_latents, starts_of_samples
 from pyro_vae.sampling.prepare import ready
 from pyro_vae.sampling.samples import PosteriorSamples
 
@@ -297,9 +297,12 @@ def bdmc(
     _check_sources(num_data, posterior, dream)
     arguments, fixed, latents = as_batch(*batch), None, None
     if num_data is not None:
-        held, fixed = _without_globals(model, guide, arguments, given, data_plate)
+        held, fixed = without_globals(model, guide, arguments, given, data_plate)
         count = as_count("num_data", num_data)
-        found = simulate(held, arguments, count, dreamt=dream, data_plate=data_plate, seed=seed)
+        remedy = "Or leave num_data out to take the data at hand"
+        about: dict[str, Any] = {"dreamt": dream, "data_plate": data_plate}
+        simulator = Simulator.of(held, arguments, count, who="bdmc", remedy=remedy, **about)
+        found = simulator.draw(seed)
         arguments, latents, given = found.batch, found.latents, dict(fixed) or None
     prepared = ready(model, guide, (arguments,), given, data_plate, seed, compile)
     if fixed is not None:
@@ -356,16 +359,6 @@ def _check_sources(
         )
     if num_data is None and dream is not None:
         raise ValueError("dream= puts simulated values into a batch: give num_data, how many")
-
-
-def _without_globals(
-    model: Program, guide: Program, batch: Batch, given: GivenValues | None, data_plate: DataPlate
-) -> tuple[Program, Given]:
-    """Return the model with its global latents fixed, and the values of these."""
-    if isinstance(guide, LocalGuide):
-        given = {**guide.given, **(given or {})}
-    held, _, fixed = fix_globals(model, {"guide": guide}, batch, data_plate, given)
-    return held, fixed
 
 
 def _as_given(batch: Batch) -> tuple[Any, ...] | dict[str, Any]:

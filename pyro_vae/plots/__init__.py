@@ -1,5 +1,6 @@
 """How do I get to figures? Figures of results; Matplotlib is imported when they are drawn."""
 
+from pyro_vae.plots.calibration import plot_coverage, plot_ranks
 from pyro_vae.plots.evidence import plot_evidence
 from pyro_vae.plots.images import plot_imputation, plot_reconstructions
 from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs
@@ -12,6 +13,7 @@ from pyro_vae.plots.results import (
 )
 
 __all__ = [
+    "plot_coverage",
     "plot_evidence",
     "plot_gap_distribution",
     "plot_gaps",
@@ -20,6 +22,7 @@ __all__ = [
     "plot_latents",
     "plot_pareto_k",
     "plot_posterior_pair",
+    "plot_ranks",
     "plot_reconstructions",
     "plot_rungs",
 ]

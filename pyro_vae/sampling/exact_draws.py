@@ -50,57 +50,97 @@ class Simulated:
     latents: dict[str, Tensor]
 
 
-def simulate(
-    model: Program,
-    example: Batch,
-    num_data: int,
-    *,
-    dreamt: Callable[[Values], Any] | None,
-    data_plate: DataPlate,
-    seed: int,
-) -> Simulated:
-    """Draw latents and data from a model without global latents.
+@dataclass(frozen=True)
+class Simulator:
+    """Draws latents and data from a model without global latents.
 
-    Args:
+    Attributes:
         model: a Pyro model.
-        example: its arguments. What is not an observed value (covariates, lengths, masks) stays;
-            rows are taken again from the first where they are fewer than the data.
-        num_data: how many.
+        batch: its arguments, an example with as many rows as data are drawn.
+        structure: of the model on these.
         dreamt: from {observed site: value} to the arguments, where these are not just the values.
-        data_plate: as in :func:`pyro_vae.log_weights`.
-        seed: of the draws.
-
-    Raises:
-        ValueError: where the model cannot be drawn from, where it is not plain which argument holds
-            the observed values, and where a density depends on these in another way.
+        who: asks, for messages.
+        remedy: what else to do, for messages: a sentence.
     """
-    batch = _of_size(example, num_data, whole=data_plate is False)
-    structure = ModelLooks(model, batch).structure(data_plate)
-    _check_generative(structure, batch)
-    with looking(model, device=batch.device), seeded(batch.device, seed_of(seed, _SIMULATED)):
-        trace = dream(model, batch)
-    latents = {name: node["value"] for name, node in latent_nodes(trace)}
-    drawn = {s.name: latents.pop(s.name) for s in structure.observed if s.name in latents}
-    # What masks leave out is no datum: a site that a reparameterization has made a point, too.
-    held = (s for s in structure.observed if s.name in drawn and not bool(s.left_out.all()))
-    observed = {site.name: site.value for site in held}
-    if dreamt is not None:
-        found = as_batch(dreamt(drawn))
-        if found.size != batch.size:
+
+    model: Program
+    batch: Batch
+    structure: Structure
+    dreamt: Callable[[Values], Any] | None
+    who: str
+    remedy: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Program,
+        example: Batch,
+        num_data: int,
+        *,
+        dreamt: Callable[[Values], Any] | None,
+        data_plate: DataPlate,
+        who: str,
+        remedy: str,
+    ) -> Simulator:
+        """Return the simulator of a number of data.
+
+        Args:
+            model: a Pyro model.
+            example: its arguments. What is not an observed value (covariates, lengths, masks)
+                stays; rows are taken again from the first where they are fewer than the data.
+            num_data: how many; 1 where the whole example is one datum.
+            dreamt: as the attribute.
+            data_plate: as in :func:`pyro_vae.log_weights`.
+            who: as the attribute.
+            remedy: as the attribute.
+
+        Raises:
+            ValueError: where the model cannot be drawn from.
+        """
+        batch = _of_size(example, num_data, whole=data_plate is False)
+        structure = ModelLooks(model, batch).structure(data_plate)
+        _check_generative(structure, batch, remedy)
+        return cls(model, batch, structure, dreamt, who, remedy)
+
+    def draw(self, seed: int) -> Simulated:
+        """Draw latents and data.
+
+        Args:
+            seed: of the draws.
+
+        Raises:
+            ValueError: where it is not plain which argument holds the observed values, and where a
+                density depends on these in another way.
+        """
+        model, batch, structure = self.model, self.batch, self.structure
+        with looking(model, device=batch.device), seeded(batch.device, seed_of(seed, _SIMULATED)):
+            trace = dream(model, batch)
+        latents = {name: node["value"] for name, node in latent_nodes(trace)}
+        drawn = {s.name: latents.pop(s.name) for s in structure.observed if s.name in latents}
+        # What masks leave out is no datum: a site that a reparameterization has made a point, too.
+        held = (s for s in structure.observed if s.name in drawn and not bool(s.left_out.all()))
+        observed = {site.name: site.value for site in held}
+        found = self._put(observed, drawn)
+        with looking(model, device=batch.device):
+            again = trace_given(model, latents, found)
+        _check_same_densities(trace, again, [*latents, *observed], self.remedy)
+        _check_edges(structure, latents)
+        return Simulated(found, latents)
+
+    def _put(self, observed: Values, drawn: Values) -> Batch:
+        """Return the arguments that hold what was drawn in the place of what was observed."""
+        if self.dreamt is None:
+            sources = sources_of(observed, self.batch, who=self.who, remedy="")
+            check_held(sources, self.batch, drawn)
+            return with_dreamt(self.batch, sources, drawn)
+        found = as_batch(self.dreamt(drawn))
+        if found.size != self.batch.size:
             raise ValueError(
-                f"dream= returned arguments with {found.size} rows for {batch.size} simulated "
+                f"dream= returned arguments with {found.size} rows for {self.batch.size} simulated "
                 "data; it gets {observed site: values} and returns what the model takes, a row for "
                 "each datum"
             )
-    else:
-        sources = sources_of(observed, batch, who="bdmc", remedy="")
-        check_held(sources, batch, drawn)
-        found = with_dreamt(batch, sources, drawn)
-    with looking(model, device=batch.device):
-        again = trace_given(model, latents, found)
-    _check_same_densities(trace, again, [*latents, *observed])
-    _check_edges(structure, latents)
-    return Simulated(found, latents)
+        return found
 
 
 def _of_size(example: Batch, num_data: int, *, whole: bool) -> Batch:
@@ -114,18 +154,18 @@ def _of_size(example: Batch, num_data: int, *, whole: bool) -> Batch:
         return example
     if example.size is None:
         raise ValueError(
-            f"num_data={num_data}: the model takes no tensor with a row per datum, so how many "
-            "data it draws is its own; let it take its data as an argument"
+            f"{num_data} data are to be simulated, and the model takes no tensor with a row per "
+            "datum, so how many data it draws is its own; let it take its data as an argument"
         )
     return example.rows(torch.arange(num_data) % example.size)
 
 
-def _check_generative(structure: Structure, batch: Batch) -> None:
+def _check_generative(structure: Structure, batch: Batch, remedy: str) -> None:
     """Raise ValueError for a model of which running it does not draw the data."""
     if factors := [s.name for s in structure.observed if isinstance(s.fn, dist.Unit)]:
         raise ValueError(
             f"{factors} of the model are pyro.factor statements: a density that no draw has, so "
-            "data cannot be simulated from it. Leave num_data out to take the data at hand"
+            f"data cannot be simulated from it. {remedy}"
         )
     if structure.data_plate is not None and structure.data_plate.drawn:
         raise ValueError(
@@ -136,7 +176,7 @@ def _check_generative(structure: Structure, batch: Batch) -> None:
     check_drawable(structure, batch.device)
 
 
-def _check_same_densities(trace: Trace, again: Trace, names: list[str]) -> None:
+def _check_same_densities(trace: Trace, again: Trace, names: list[str], remedy: str) -> None:
     """Raise ValueError where a site has another density on the data that were drawn."""
     for name in names:
         node = again.nodes.get(name)
@@ -147,8 +187,7 @@ def _check_same_densities(trace: Trace, again: Trace, names: list[str]) -> None:
                 f"site {name!r} has another density on the data that the model has drawn than it "
                 "had while they were drawn: the model looks at its observed values in another way "
                 "than by obs=..., so running it does not simulate them, or dream= does not put "
-                "them where the model finds them. Use the value that pyro.sample returns, or leave "
-                "num_data out to take the data at hand"
+                f"them where the model finds them. Use the value that pyro.sample returns. {remedy}"
             )
 
 

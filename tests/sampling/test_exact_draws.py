@@ -12,7 +12,7 @@ from scipy import stats
 
 import pyro_vae as pv
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.sampling.exact_draws import simulate, starts_of_latents, starts_of_samples
+from pyro_vae.sampling.exact_draws import Simulator, starts_of_latents, starts_of_samples
 from tests.models import GammaPoisson, NormalModel
 from tests.sampling.pairs import local, masked_model, prepared, two_sites
 
@@ -20,9 +20,8 @@ F64 = torch.float64
 
 
 def simulated(model, *batch, num_data, dreamt=None, data_plate=None, seed=0):
-    return simulate(
-        model, as_batch(*batch), num_data, dreamt=dreamt, data_plate=data_plate, seed=seed
-    )
+    about = {"dreamt": dreamt, "data_plate": data_plate, "who": "a test", "remedy": "Or not"}
+    return Simulator.of(model, as_batch(*batch), num_data, **about).draw(seed)
 
 
 def blank(num_data, *shape):
@@ -152,10 +151,10 @@ def test_models_that_running_does_not_simulate_are_refused():
 
     x = torch.randn(10, dtype=F64)
     for model, message in (
-        (with_factor, r"\['f'\] of the model are pyro.factor statements"),
+        (with_factor, r"\['f'\] of the model are pyro.factor statements.* Or not"),
         (looks_at_the_data, "site 'z' has another density on the data that the model has drawn"),
         (own_minibatch, r"draws its own minibatch \(plate 'data'"),
-        (twice, "bdmc cannot tell which argument .* observed site 'y'"),
+        (twice, "a test cannot tell which argument .* observed site 'y'"),
     ):
         with pytest.raises(ValueError, match=message):
             simulated(model, x, num_data=10)
