@@ -18,13 +18,12 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.run import Run, is_latent
 from pyro_vae.programs.answers import agree
 from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Values
 
 _KL = Callable[[Node, Node | None], tuple[Tensor | None, str]]
-# What Pyro's autoguides sample beside the point that they propose for a site.
-_HELPER = "_unconstrained"
 _MODES = 30  # first in the key of the stream of random numbers, after the seed
 
 
@@ -131,7 +130,7 @@ def _sites_apart(evaluator: Evaluator, piece: Piece) -> dict[str, str]:
     functions, or a model that sums latents out.
     """
     guide, model = ([name for name, _ in run.latents()] for run in (piece.guide, piece.model))
-    helpers = {name: f"{name}{_HELPER}" for name in model if f"{name}{_HELPER}" in guide}
+    helpers = {name: unconstrained(name) for name in model if unconstrained(name) in guide}
     others = set(guide) - set(model) - set(helpers.values())
     if others or evaluator.pair.summed_out:
         return {}

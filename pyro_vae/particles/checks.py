@@ -24,6 +24,7 @@ from pyro_vae.programs.nodes import is_enumerable, latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.precision import rounding_of_parameters
 from pyro_vae.programs.preimages import Preimage, preimage_of
+from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.sites import Plate, SiteShape, Structure
 from pyro_vae.programs.state import Look, unwrapped
 from pyro_vae.programs.supports import edge_share, lost_share
@@ -345,7 +346,7 @@ def refuse_edges(
         dim = structure.data_dim
         axis = None if dim is None else dim - len(site.event_shape)
         share = edge_share(site.fn, value, rows, axis)
-        holder = f"{name}_unconstrained"  # where Pyro's AutoNormal keeps what it drew
+        holder = unconstrained(name)  # where Pyro's AutoNormal keeps what it drew
         if holder in values:
             share = max(share, lost_share(site.fn, value, values[holder]))
         if share > EDGE_SHARE:

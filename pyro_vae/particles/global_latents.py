@@ -15,6 +15,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_point, latent_nodes
+from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, ModelLooks
@@ -160,9 +161,9 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
     with looking(guide, device=batch.device):
         first, second = (dict(latent_nodes(trace_of(guide, batch))) for _ in range(2))
     # Of Pyro's autoguides, which sample a site's unconstrained value beside it.
-    helpers = {site: f"{site}_unconstrained" for site in fixed}
+    helpers = {site: unconstrained(site) for site in fixed}
     auxiliary = [site for site, node in first.items() if node["infer"].get("is_auxiliary")]
-    joint = [site for site in auxiliary if not site.endswith("_unconstrained")]
+    joint = [site for site in auxiliary if not site.endswith(unconstrained(""))]
     for site in [site for site in fixed if joint and site in first]:
         same = site in second and torch.equal(first[site]["value"], second[site]["value"])
         if is_point(first[site]["fn"]) and helpers[site] not in first and not same:

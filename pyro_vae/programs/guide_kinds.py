@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch, rows_text
 from pyro_vae.programs.nodes import is_circular, is_point, latent_nodes, plain_distribution
+from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.supports import flat_transforms, support_of
@@ -270,7 +271,7 @@ def _check_circle(name: str, guide_trace: Trace) -> None:
     fn = guide_trace.nodes[name]["fn"]
     if is_circular(fn):
         return
-    holder = guide_trace.nodes.get(f"{name}_unconstrained")  # where AutoNormal holds the density
+    holder = guide_trace.nodes.get(unconstrained(name))  # where AutoNormal holds the density
     if is_point(fn) and holder is not None:
         fn = holder["fn"]  # torch maps the reals to an angle by the identity
     width = _width(plain_distribution(fn))

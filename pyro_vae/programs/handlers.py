@@ -31,6 +31,7 @@ from pyro_vae.programs.pyro_internals import (
     pyro_parameters,
     rename,
     store_parameters,
+    unconstrained,
 )
 from pyro_vae.programs.types import Distribution, Node
 from pyro_vae.recording import same_expression
@@ -133,7 +134,7 @@ def _taken(module: PyroModule, store: Mapping[str, Tensor]) -> dict[str, Tensor]
 def constrained_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return the (unconstrained) PyroParams of a PyroModule, by their names in Pyro's store."""
     return {
-        ".".join(filter(None, (name_of(part), name))): parameters_of(part)[f"{name}_unconstrained"]
+        ".".join(filter(None, (name_of(part), name))): parameters_of(part)[unconstrained(name)]
         for part in module.modules()
         if isinstance(part, PyroModule)
         for name in pyro_parameters(part)

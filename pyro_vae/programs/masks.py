@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs.nodes import is_point, latent_nodes
-from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside
+from pyro_vae.programs.pyro_internals import enumerate_dim, mask_inside, unconstrained
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.supports import both
 from pyro_vae.programs.types import Distribution, Mask, Node, Trace
@@ -110,7 +110,7 @@ def masked_proposals(model_trace: Trace, guide_trace: Trace) -> dict[str, str]:
             continue
         found[name] = name
         if auxiliary and is_point(guide_node["fn"]):
-            holder = f"{name}_unconstrained"  # where Pyro's AutoNormal holds the density
+            holder = unconstrained(name)  # where Pyro's AutoNormal holds the density
             if holder not in auxiliary:
                 raise ValueError(
                     f"the model masks the latent site {name!r}, but the guide holds its density in "

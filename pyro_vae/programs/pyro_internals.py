@@ -28,6 +28,15 @@ def handlers_at_work() -> bool:
     return bool(poutine.runtime._PYRO_STACK)
 
 
+def unconstrained(name: str) -> str:
+    """Return what Pyro calls the value on the reals of a site or a parameter of this name.
+
+    Autoguides sample it beside the point that they propose, and a PyroModule keeps it as the
+    parameter.
+    """
+    return f"{name}_unconstrained"
+
+
 # --- what Pyro notes at a sample statement
 
 

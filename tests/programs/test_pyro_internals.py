@@ -27,6 +27,7 @@ from pyro_vae.programs.pyro_internals import (
     pyro_parameters,
     rename,
     store_parameters,
+    unconstrained,
 )
 
 
@@ -160,3 +161,12 @@ def test_a_pyro_module_knows_whether_it_is_called():
     assert not is_called(module)
     module()
     assert module.seen, "PyroModule._pyro_context.active is gone"
+
+
+def test_values_on_the_reals_have_the_name_that_autoguides_and_modules_give_them():
+    def model():
+        pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    assert unconstrained("z") in poutine.trace(guide).get_trace().nodes
+    assert unconstrained("scale") in dict(Scaled().named_parameters())
