@@ -44,7 +44,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
-from pyro_vae.refinement.refine import checked_steps, refine_scored
+from pyro_vae.refinement.refine import TOLERANCE, checked_steps, refine_scored
 
 
 def compare(
@@ -58,7 +58,7 @@ def compare(
     chunk_size: int | None = None,
     data_plate: DataPlate = None,
     max_steps: int = 4000,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     seed: int | None = None,
     progress: bool = True,
 ) -> Comparison:

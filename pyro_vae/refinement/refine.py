@@ -25,6 +25,8 @@ from pyro_vae.refinement.starts import answer_of, starts_of
 
 logger = logging.getLogger(__name__)
 
+TOLERANCE = 0.02  # nats per datum, by default
+
 
 def refine(
     model: Program,
@@ -33,7 +35,7 @@ def refine(
     family: Family | None = None,
     given: Mapping[str, Any] | None = None,
     max_steps: int = 4000,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     data_plate: DataPlate = None,
     seed: int | None = None,
     compile: Compile = "auto",
@@ -160,7 +162,7 @@ def promised_gain(model: Program, guide: LocalGuide, batch: Batch) -> tuple[floa
     """
     evaluator, _ = prepare(model, guide, (batch,), None, False, 0)
     blocks = Blocks(evaluator.pair.looks, evaluator, guide, False, False)
-    climber = Climber(blocks, 0.02, tqdm(disable=True))
+    climber = Climber(blocks, TOLERANCE, tqdm(disable=True))
     table = guide.table.detach()
     (block,) = blocks.at(torch.arange(1, device=table.device))
     gain, error = promise(climber, block, table)

@@ -29,9 +29,8 @@ from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, seeded
 from pyro_vae.programs.supports import is_discrete, support_of
 from pyro_vae.programs.types import DataPlate, Program
-from pyro_vae.refinement.refine import refine_table
+from pyro_vae.refinement.refine import TOLERANCE, refine_table
 
-_TOLERANCE = 0.02  # in nats per datum: which rows of a table count as converged
 _FEW = 10.0  # effective draws of a datum
 _REFINE_STEPS, _WARMUP_STEPS = 100, 50  # by default
 
@@ -222,7 +221,7 @@ class VariationalStep(DrawnStep):
         """Refine every row; the random numbers are the same at each update."""
         guide, problem = self._guide, self._problem
         self._evaluator.seed = problem.seed
-        limits = problem.steps or _REFINE_STEPS, _TOLERANCE
+        limits = problem.steps or _REFINE_STEPS, TOLERANCE
         refined = refine_table(problem.model, self._evaluator, guide, problem.data_plate, *limits)
         with torch.no_grad():
             guide.table.copy_(refined.table)
@@ -249,7 +248,7 @@ class VariationalStep(DrawnStep):
         """Yield how many rows have not converged."""
         if left := int((~self._guide.converged).sum()):
             data = f"{left} of {self._guide.num_data} data"
-            yield f"{data} had not converged to within {_TOLERANCE:g} nats; raise e_steps"
+            yield f"{data} had not converged to within {TOLERANCE:g} nats; raise e_steps"
 
 
 class ImportanceStep(DrawnStep):

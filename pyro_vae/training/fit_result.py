@@ -9,8 +9,10 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from pyro_vae.refinement.refine import TOLERANCE
+
 _BATCHES = 8  # of a quarter of the epochs, whose means the error of a trend is from
-_RISE, _PROMISE = 0.02, 0.1  # nats per datum: the tolerance of refine, and five of it
+_PROMISE = 5 * TOLERANCE  # nats per datum
 
 FitStop: TypeAlias = Literal["epochs", "max_steps", "patience", "callback", "interrupted"]
 
@@ -89,7 +91,7 @@ class FitResult:
         0.02 nats, or 0.1 for the latter.
         """
         found = []
-        if self.trend[0] > max(_RISE, 3 * self.trend[1]):
+        if self.trend[0] > max(TOLERANCE, 3 * self.trend[1]):
             found.append("the ELBO still rises by {:.2g} ± {:.1g} nats".format(*self.trend))
         if self.promised[0] > max(_PROMISE, 3 * self.promised[1]):
             found.append("its slope promises {:.2g} ± {:.1g} nats".format(*self.promised))
