@@ -105,7 +105,9 @@ def active_units(
         threshold: a unit above it is active.
         num_particles: K, draws for each datum, at least 2.
         given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
-        chunk_size: pairs (particle, datum) scored at once; bounds memory only.
+        chunk_size: pairs (particle, datum) scored at once for the rates; bounds memory only. The
+            moments take as many at once as bounds do by default, whatever it is: draws of the prior
+            come in groups, and other groups would be other draws.
         data_plate: as in :func:`pyro_vae.log_weights`, but not False.
         particles: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
