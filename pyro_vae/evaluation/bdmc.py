@@ -29,7 +29,7 @@ from pyro_vae.sampling.annealing import Schedule
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.density import Start
 from pyro_vae.sampling.exact_draws import Simulator, starts_of_latents, starts_of_samples
-from pyro_vae.sampling.prepare import ready
+from pyro_vae.sampling.prepare import Ready, ready
 from pyro_vae.sampling.samples import PosteriorSamples
 
 if TYPE_CHECKING:
@@ -308,18 +308,29 @@ def bdmc(
     if fixed is not None:
         prepared = dataclasses.replace(prepared, given=fixed)
     if latents is not None:
-        z = starts_of_latents(prepared, latents, num_chains)
-        mixed = torch.ones(z.shape[1], dtype=torch.bool)
+        z, mixed = starts_of_latents(prepared, latents, num_chains), None
     else:
         options: dict[str, Any] = {"given": given, "data_plate": data_plate, "seed": seed}
         options |= {"compile": compile, "progress": progress}
         samples = posterior or sample_posterior(model, guide, arguments, **options)
         z = starts_of_samples(prepared, samples, num_chains)
         mixed = samples.converged.cpu()
-    lost = ~z.isfinite().all(-1)
+    below, above, moved = _both_ways(settings, prepared, z, progress=progress)
+    mixed = moved if mixed is None else mixed
+    return Sandwich(below, above, _as_given(arguments), num_data is not None, mixed)
+
+
+def _both_ways(
+    settings: AnnealingSettings, prepared: Ready, z: Tensor, *, progress: bool
+) -> tuple[Bound, Bound, Tensor]:
+    """Return bounds from below and above, and of which data half of the reverse chains move off.
+
+    Reverse chains begin at z, [C, N, D].
+    """
+    num_steps, lost = settings.num_steps, ~z.isfinite().all(-1)
     moves = min(_MOST_MOVES, math.ceil(_MOVES * num_steps))
     total = 2 * num_steps * prepared.evaluator.num_data
-    forward, backward, missed = [], [], []
+    forward, backward, missed, mixed = [], [], [], []
     with tqdm(total=total, desc="bdmc", unit="step", disable=not progress, delay=1.0) as bar:
         for annealer in settings.annealers(prepared):
             path, rows = annealer.path(), annealer.rows
@@ -329,18 +340,15 @@ def bdmc(
             starts = torch.where(lost[:, rows, None], prepared.base_centre(rows), z[:, rows])
             weights, moved = annealer.backward(path, starts, bar.update, moves)
             backward.append(weights)
-            if latents is not None:
-                mixed[rows] = (moved.double().mean(0) >= 0.5).cpu()
+            mixed.append((moved.double().mean(0) >= 0.5).cpu())
     # From a draw beyond what numbers can hold no chain starts. It adds nothing to the mean of
     # 1 / w: the bound is too high, infinite where all chains begin at it, and holds.
     above = torch.cat(backward, 1).masked_fill(lost, torch.inf)
     name = f"BDMC-{num_steps}"
-    return Sandwich(
+    return (
         bound_of(f"{name} from below", torch.cat(forward, 1), prepared, missed=torch.cat(missed)),
         bound_of(f"{name} from above", above, prepared, upper=True),
-        _as_given(arguments),
-        num_data is not None,
-        mixed,
+        torch.cat(mixed),
     )
 
 

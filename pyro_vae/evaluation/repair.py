@@ -23,6 +23,7 @@ from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+from pyro_vae.refinement.refine import TOLERANCE
 from pyro_vae.report import mending, sections
 from pyro_vae.report.findings import Finding
 from pyro_vae.report.page import page, written
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FEWEST_PARTICLES = 1000  # draws that are weighed, at least
 _BELOW = 5.0  # standard errors by which a bound contradicts another
+_SURE = 2.0  # standard errors less than which a bound counts for, of several without a verdict
 _ROUNDING = 1e-3  # nats that bounds without an error may differ by
 
 
@@ -45,13 +47,13 @@ class Repair:
 
     Attributes:
         dataset: dims (datum, rung_name). Of each datum: ``rung``, where it ended; ``good``, its
-            verdict there; ``log_evidence`` in nats with ``log_evidence_se``, of that rung, or of
-            that with the highest bound where no verdict is good; ``pareto_k`` and ``ess`` of the
-            importance weights of its last rung (of chains the smallest effective sample size, and
-            no k-hat); ``rhat`` of chains; ``audited``, and whether that ``contradicted`` its good
-            verdict; ``cost``, its share of the seconds of the rungs that it was tried on. Of each
-            datum and rung: ``log_evidence_of_rung``, with ``_se``, and ``tried``. Of each rung:
-            ``seconds``.
+            verdict there; ``log_evidence`` in nats with ``log_evidence_se``, of that rung, or where
+            no verdict is good of that with the highest bound less two standard errors; ``pareto_k``
+            and ``ess`` of the importance weights of its last rung (of chains the smallest effective
+            sample size, and no k-hat); ``rhat`` of chains; ``audited``, and whether that
+            ``contradicted`` its good verdict; ``cost``, its share of the seconds of the rungs that
+            it was tried on. Of each datum and rung: ``log_evidence_of_rung``, with ``_se``, and
+            ``tried``. Of each rung: ``seconds``.
         draws: latent site to draws of each datum's posterior, ``[S, N, *inner plates, *event]``.
         given: the values that global latents were fixed at, by name.
         is_whole: whether all is one datum, so that draws have no N.
@@ -158,7 +160,7 @@ def repair(
     given: GivenValues | None = None,
     audit: int = 8,
     max_steps: int = 4000,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     data_plate: DataPlate = None,
     seed: int | None = None,
     compile: Compile = "auto",
@@ -253,15 +255,7 @@ def repair(
         for number, rung in enumerate(rungs):
             if rung == "annealed":
                 _audit(ladder, result, audit, rung=rung)
-            todo = torch.nonzero(~result.good).flatten()
-            if not len(todo):
-                continue
-            fewer = splittable and len(todo) < num_data
-            begin = time.perf_counter()
-            found = ladder.climb(rung, todo if fewer else None)
-            everything = torch.arange(num_data)
-            result.take(number, found, todo if fewer else everything)
-            result.seconds[number] = time.perf_counter() - begin
+            _climb(ladder, result, number, splittable=splittable)
             bar.update(int(result.good.sum()) - bar.n)
         if "annealed" not in rungs:
             _audit(ladder, result, audit, rung=None)
@@ -273,6 +267,18 @@ def repair(
         )
     is_whole = prepared.evaluator.structure.data_dim is None
     return result.repair(prepared.given, is_whole=is_whole)
+
+
+def _climb(ladder: Ladder, result: _Result, number: int, *, splittable: bool) -> None:
+    """Take what a rung finds for the data that have no good verdict."""
+    todo = torch.nonzero(~result.good).flatten()
+    if not len(todo):
+        return
+    fewer = splittable and len(todo) < len(result.good)
+    begin = time.perf_counter()
+    found = ladder.climb(result.rungs[number], todo if fewer else None)
+    result.take(number, found, todo if fewer else torch.arange(len(result.good)))
+    result.seconds[number] = time.perf_counter() - begin
 
 
 def _audit(ladder: Ladder, result: _Result, count: int, rung: Rung | None) -> None:
@@ -300,8 +306,8 @@ def _audit(ladder: Ladder, result: _Result, count: int, rung: Rung | None) -> No
 class _Result:
     """What each datum has so far."""
 
-    def __init__(self, rungs: tuple[str, ...], num_data: int) -> None:
-        self._rungs = rungs
+    def __init__(self, rungs: tuple[Rung, ...], num_data: int) -> None:
+        self.rungs = rungs
         self.good = torch.zeros(num_data, dtype=torch.bool)
         self.seconds = np.zeros(len(rungs))
         self._rung = torch.zeros(num_data, dtype=torch.long)
@@ -329,10 +335,9 @@ class _Result:
         """Note what a rung found for rows of the data, but for those that were good before."""
         fresh = ~self.good[rows]
         some = rows[fresh]
-        best, rows_of = self._evidence.max(0)
-        error = torch.hypot(found.error[fresh], self._error[rows_of, torch.arange(len(best))][some])
+        error = torch.hypot(found.error[fresh], self._error[:, some])
         # A bound below another one misses a part of the posterior, however sure it is of itself.
-        low = _is_below(found.log_evidence[fresh], best[some], error)
+        low = _is_below(found.log_evidence[fresh], self._evidence[:, some], error).any(0)
         self._rung[some] = number
         self._tried[number, some] = True
         self._evidence[number, some] = found.log_evidence[fresh]
@@ -357,9 +362,11 @@ class _Result:
 
     def repair(self, given: Given, *, is_whole: bool) -> Repair:
         """Return the result."""
-        names = np.array(self._rungs)
-        # The highest of several noisy bounds is none: that of the last rung, where it is good.
-        best = torch.where(self.good, self._rung, self._evidence.argmax(0))
+        names = np.array(self.rungs)
+        # The highest of several noisy bounds is none: where the last is good, that; else the one
+        # that is highest for sure.
+        sure = (self._evidence - _SURE * self._error).nan_to_num(-torch.inf)
+        best = torch.where(self.good, self._rung, sure.argmax(0))
         columns = torch.arange(len(best))
         of_rung = self._evidence.numpy()
         data = {

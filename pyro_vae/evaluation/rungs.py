@@ -34,7 +34,8 @@ EVERY_RUNG: tuple[Rung, ...] = get_args(Rung)
 RUNGS: tuple[Rung, ...] = ("importance", "refined", "full rank", "annealed", "chains")
 
 _ANNEALED_CHAINS, _ANNEALED_STEPS = 512, 200
-# So many tune the others, and go first: a datum of which few are effective will do no better.
+# So many tune the others, and as many go first: a datum of which few are effective will do no
+# better. They count among all.
 _SCOUTS, _HOPELESS = 64, 0.2
 _AUDIT_CHAINS, _AUDIT_STEPS = 128, 100
 _TOGETHER = 16384  # annealed chains that run at once
@@ -63,6 +64,24 @@ class Found:
     ess: Tensor
     rhat: Tensor
     draws: Values
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Where annealed chains end, z [C, n, D], and their log weights, [C, n]."""
+
+    log_weights: Tensor
+    z: Tensor
+
+    def of(self, rows: Tensor | slice) -> _Ends:
+        """Return those of some data."""
+        return _Ends(self.log_weights[:, rows], self.z[:, rows])
+
+    @staticmethod
+    def joined(parts: Sequence[_Ends], dim: int) -> _Ends:
+        """Return several as one: more chains (dim 0), or more data (1)."""
+        weights, z = zip(*((part.log_weights, part.z) for part in parts), strict=True)
+        return _Ends(torch.cat(weights, dim), torch.cat(z, dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +132,7 @@ class Ladder:
         """Return what a few annealed chains give for some of the data; None for all of them."""
         batch = self.batch if rows is None else self.batch.rows(rows)
         with on_rows(self.guide, rows):
-            return self._anneal(self.ready(self.guide, batch), _AUDIT_CHAINS, _AUDIT_STEPS)
+            return self._anneal(self.ready(self.guide, batch), _AUDIT_CHAINS, _AUDIT_STEPS)[0]
 
     def ready(self, guide: Program, batch: Batch) -> Ready:
         """Return what chains and draws of some data need."""
@@ -131,27 +150,40 @@ class Ladder:
 
     def _annealed(self, batch: Batch) -> Found:
         prepared = self.ready(self.guide, batch)
-        scouts = self._anneal(prepared, _SCOUTS, _ANNEALED_STEPS)
+        scouts, parts = self._anneal(prepared, _SCOUTS, _ANNEALED_STEPS)
         promising = torch.nonzero(scouts.ess > _HOPELESS * _SCOUTS).flatten()
         if not len(promising):
             return scouts
+        ends, more = _Ends.joined(parts, 1), (_ANNEALED_CHAINS - _SCOUTS, _ANNEALED_STEPS)
         if len(promising) == len(scouts.good) or not prepared.evaluator.splittable:
-            return self._anneal(prepared, _ANNEALED_CHAINS, _ANNEALED_STEPS)
+            return self._anneal(prepared, *more, before=ends)[0]
         with on_rows(self.guide, promising):
             some = self.ready(self.guide, batch.rows(promising))
-            more = self._anneal(some, _ANNEALED_CHAINS, _ANNEALED_STEPS)
-            return _with_rows(scouts, promising, more)
+            found, _ = self._anneal(some, *more, before=ends.of(promising))
+            return _with_rows(scouts, promising, found)
 
-    def _anneal(self, prepared: Ready, num_chains: int, num_steps: int) -> Found:
+    def _anneal(
+        self, prepared: Ready, num_chains: int, num_steps: int, before: _Ends | None = None
+    ) -> tuple[Found, list[_Ends]]:
+        """Return what chains give, and where those of each block of the data end.
+
+        Together with chains that ran before, if there are: then the second is empty, as nothing
+        follows.
+        """
         start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
-        parts = []
+        parts: list[Found] = []
+        ends: list[_Ends] = []
         for rows, block in prepared.each(_TOGETHER // num_chains):
             limits: tuple[int, Schedule] = num_steps, "adaptive"
             path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
             annealer = Annealer(prepared, rows, block, start, num_chains, *limits)
-            log_weights, z = annealer.forward(path)
-            parts.append(self._weighed(prepared, rows, z, log_weights, _nearly_equal))
-        return _joined(parts, prepared)
+            every = _Ends(*annealer.forward(path, wave=1 if before is None else 2))
+            if before is None:
+                ends.append(every)
+            else:
+                every = _Ends.joined([before.of(rows), every], 0)
+            parts.append(self._weighed(prepared, rows, every.z, every.log_weights, _nearly_equal))
+        return _joined(parts, prepared), ends
 
     def _weighed(
         self,

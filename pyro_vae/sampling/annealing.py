@@ -149,20 +149,23 @@ class Annealer:
             return pilot
         return _even(pilot, torch.stack(spreads))
 
-    def forward(self, path: Path, report: Callable[[int], object] = int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, path: Path, report: Callable[[int], object] = int, wave: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Return log weights of chains from the base to the posterior, and where they end.
 
         Args:
             path: powers and kernels, made without these chains.
             report: is told after each step how many data have made it.
+            wave: of chains, from 1 on, which tells their random numbers from those of others.
 
         Returns:
             [C, n], float64; and coordinates, [C, n, D], which with these weights are draws of the
             posterior.
         """
         density = self.density()
-        point = density(self.first(1))
-        stream = Stream(self.ready.evaluator.seed, _FORWARD, self.rows.start)
+        point = density(self.first(wave))
+        stream = Stream(self.ready.evaluator.seed, _FORWARD, self.rows.start, wave)
         log_weights = torch.zeros_like(point.base, dtype=torch.float64)
         for number in range(1, len(path.powers)):
             log_weights += _increment(path, number, point, -torch.inf)

@@ -96,6 +96,30 @@ def test_a_bound_below_an_earlier_one_is_no_good_verdict(second: float, good: bo
     assert ended.dataset["rung"].values[0] == "chains"
 
 
+def rung_found(value: float, error: float, verdict: bool = False) -> Found:
+    one = torch.ones(1, dtype=torch.float64)
+    draws = {"z": torch.zeros(3, 1)}
+    return Found(torch.tensor([verdict]), value * one, error * one, one, one, one, draws)
+
+
+def test_of_bounds_without_a_verdict_a_noisy_one_is_not_taken_for_being_high():
+    """A bound of -3 that may be off by 2 is not known to be above one of -4."""
+    result, row = _Result(("importance", "refined", "chains"), 1), torch.tensor([0])
+    for number, pair in enumerate([(-4.0, 0.1), (-3.0, 2.0), (-math.inf, math.nan)]):
+        result.take(number, rung_found(*pair), row)
+    data = result.repair(Given({}), is_whole=False).dataset
+    assert data["log_evidence"].values[0] == -4.0 and data["log_evidence_se"].values[0] == 0.1
+
+
+def test_a_bound_is_set_against_every_earlier_one():
+    """One of large error lies highest, but another of a small error is as surely above."""
+    result, row = _Result(("importance", "refined", "chains"), 1), torch.tensor([0])
+    result.take(0, rung_found(-4.0, 0.1), row)
+    result.take(1, rung_found(-3.0, 2.0), row)
+    result.take(2, rung_found(-6.0, 0.1, verdict=True), row)
+    assert not result.good[0]
+
+
 def test_only_what_failed_goes_on():
     x = counts()
     guide = pv.refine(gamma_poisson, local(gamma_poisson, x), x, seed=0, progress=False)

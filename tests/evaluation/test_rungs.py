@@ -52,6 +52,33 @@ def test_few_annealed_chains_go_first_and_the_rest_for_those_of_promise(monkeypa
     assert 64 < some[1] <= 512
 
 
+@pytest.mark.parametrize("hopeless", [0.0, 0.5])
+def test_chains_that_went_first_count_among_all(monkeypatch, hopeless):
+    """log p(x) is the mean weight of 64 chains and of 448 with random numbers of their own."""
+    found: list[torch.Tensor] = []
+    forward = rungs.Annealer.forward
+
+    def noted(annealer, *args, **options):
+        log_weights, z = forward(annealer, *args, **options)
+        found.append(log_weights)
+        return log_weights, z
+
+    monkeypatch.setattr(rungs.Annealer, "forward", noted)
+    monkeypatch.setattr(rungs, "_ANNEALED_STEPS", 60)
+    monkeypatch.setattr(rungs, "_HOPELESS", hopeless)  # of the first datum fewer are effective
+    x = torch.tensor([9.0, 0.2], dtype=torch.float64)
+    options = {"rungs": ("annealed",), "seed": 0, "progress": False, "compile": False, "audit": 0}
+    data = repair(square, local(square, x), x, **options).dataset
+    (first, more), some = found, slice(1, 2) if hopeless else slice(0, 2)
+    assert first.shape == (64, 2) and more.shape == (448, some.stop - some.start)
+    every = torch.cat([first[:, some], more])
+    np.testing.assert_allclose(data["log_evidence"][some], every.logsumexp(0) - np.log(512))
+    if hopeless:
+        alone = first[:, 0].logsumexp(0) - np.log(64)
+        np.testing.assert_allclose(data["log_evidence"][0], alone)
+    assert not (more[:64] == first[:, some]).any()
+
+
 def test_rows_that_are_found_anew():
     def found(n: int, value: float) -> Found:
         numbers = torch.full((n,), value, dtype=torch.float64)
