@@ -205,7 +205,9 @@ class Evaluator(PairRunner):
                 else self._recorded(self.guide, drawn, rows, {}, num_particles, calls)
             )
         self._names = names or self._names  # a graph does not give them
-        return dict(zip(self._names, values, strict=True)), log_guide
+        # What a guide gives as it is, such as the parameter of a point, requires gradients still.
+        constants = (value.detach() for value in values)
+        return dict(zip(self._names, constants, strict=True)), log_guide
 
     def score_guide(self, rows: slice, values: Values) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""

@@ -74,7 +74,8 @@ def sample_posterior(
         num_chains: C, for each datum; at least 2.
         num_draws: S, of each chain, after the warm-up.
         num_warmup: transitions of each chain before that.
-        target_acceptance: the wanted probability that a trajectory is accepted, in (0, 1).
+        target_acceptance: the wanted probability that a trajectory is accepted, in (0, 1); more
+            are where steps of that size would make trajectories longer than is of use.
         given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         data_plate: the name of the plate of the data, where it is not plain; False for all
             latents of the model jointly, as one datum.
@@ -240,7 +241,10 @@ def _warm_up(
                     length *= 2
                 kernel = _learned(kernel, window)
             sizes.restart(sizes.average)
-    return point, Kernel(sizes.average, kernel.scale, _steps(sizes.average, length))
+    # A whole number of steps is longer than was asked for, and a Gaussian's trajectory of twice the
+    # length returns to the height where it began.
+    num_steps = _steps(sizes.average, length)
+    return point, Kernel(sizes.average.clamp_max(length / num_steps), kernel.scale, num_steps)
 
 
 def _learned(kernel: Kernel, window: Tensor) -> Kernel:

@@ -232,6 +232,16 @@ def test_a_delta_with_its_density_counts():
     assert (bound.std_error < 0.05).all()
 
 
+def test_draws_that_are_a_parameter_of_the_guide_are_constants():
+    """A point is drawn as it is; no operation has been there to leave its gradient out."""
+    x = torch.tensor([0.5, 2.0])
+    guide = pyro.infer.autoguide.AutoDelta(log_normal_model)
+    pv.fit(log_normal_model, guide, x, max_steps=1, progress=False)
+    evaluator, _ = prepare(log_normal_model, guide, (x,), None, None, 0)
+    values, _ = evaluator.draw(slice(0, 2), 3, (1,))
+    assert not any(value.requires_grad for value in values.values())
+
+
 def test_sites_that_the_guide_observes_are_no_proposals():
     model = factor_analysis()
     x = model.data(4)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
+from tqdm.auto import tqdm
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.convergence import Convergence
 from pyro_vae.particles import pair_runner
-from pyro_vae.sampling.chains import _is_slow, _learned, _log_mass, _steps
-from pyro_vae.sampling.hmc import Kernel
+from pyro_vae.sampling.chains import _is_slow, _learned, _log_mass, _Settings, _steps, _warm_up
+from pyro_vae.sampling.hmc import Kernel, Point
+from pyro_vae.sampling.streams import Stream
 from tests.models import GammaPoisson, NormalModel, encoder, factor_analysis, log_normal_model
 from tests.sampling.pairs import (
     local,
@@ -104,7 +106,8 @@ def test_what_is_said_of_factor_analysis(drawn):
         assert numbers.shape == (50,) and numbers.isfinite().all()
     assert drawn.divergences.shape == (50,) and not drawn.divergences.is_floating_point()
     assert int(drawn.divergences.sum()) == 0 and drawn.converged.double().mean() > 0.8
-    assert (drawn.acceptance.mean() - 0.8).abs() < 0.1 and (drawn.step_size > 0).all()
+    # More than the 0.8 that was wanted, as whole steps make up no longer trajectories.
+    assert 0.75 < drawn.acceptance.mean() < 0.95 and (drawn.step_size > 0).all()
     assert len(drawn.num_steps) == 1 and drawn.given == {}
 
 
@@ -529,6 +532,29 @@ def test_draws_that_follow_closely_are_slow():
         assert _is_slow(window) == slow
         window[:, :, 0, 1] = noise[:, :, 0, 1].cumsum(1)  # one datum of forty is not served
         assert _is_slow(window) == slow
+
+
+def test_trajectories_do_not_come_back_to_the_height_where_they_began():
+    """Of a standard normal; rounded up to whole steps they were half a turn long."""
+    data, draws = 30, 200
+
+    def density(z):
+        height = -0.5 * z.square().sum(-1)
+        return Point(z, height, torch.zeros_like(height), -z, torch.zeros_like(z))
+
+    power = torch.ones(data, dtype=F64)
+    kernel = Kernel(0.5 * power, torch.ones(data, 1, dtype=F64), 4)
+    point = density(torch.randn(4, data, 1, dtype=F64, generator=torch.Generator().manual_seed(0)))
+    settings = _Settings(4, draws, 100, 0.8)
+    with tqdm(disable=True) as bar:
+        point, kernel = _warm_up(density, point, kernel, power, Stream(0, 1), settings, bar)
+    assert bool((kernel.step * kernel.num_steps <= math.pi / 2 + 1e-12).all())
+    stream, heights = Stream(0, 2), []
+    for _ in range(draws):
+        point, _, _ = kernel(density, point, power, stream)
+        heights.append(point.base)
+    sizes = Convergence.of(torch.stack(heights, 1).numpy()).ess_bulk
+    assert np.median(sizes) > 0.5 * 4 * draws  # a quarter of them before
 
 
 def test_steps_of_a_trajectory():
