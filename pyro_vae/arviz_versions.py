@@ -16,29 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import ArrayLike
 
 # An arviz.InferenceData or an xarray.DataTree: no one annotation is right under both versions.
 Container = Any
 
 _SAMPLE_GROUPS = (
-    *("posterior", "posterior_predictive", "prior", "prior_predictive"),
-    *("log_likelihood", "sample_stats"),
+    *("posterior", "posterior_predictive", "prior", "prior_predictive", "unconstrained_posterior"),
+    *("log_likelihood", "log_prior", "sample_stats"),
 )
 _DATA_GROUPS = ("observed_data", "constant_data")
-
-
-def dims_of_draws(draws: Mapping[str, np.ndarray], lead: Sequence[str]) -> dict[str, list[str]]:
-    """Return names of the dimensions of draws after chain and draw, for :func:`container`.
-
-    Args:
-        draws: the arrays [chain, draw, ...] of each variable.
-        lead: the names of their first dimensions after these; the rest get ArviZ's default names.
-    """
-    return {
-        name: [*lead, *(f"{name}_dim_{i}" for i in range(value.ndim - 2 - len(lead)))]
-        for name, value in draws.items()
-    }
+# A number for each event: of a variable's dimensions those of its events are summed out.
+_OF_EVENTS = ("log_likelihood", "log_prior")
 
 
 def container(
@@ -51,15 +41,17 @@ def container(
     """Build ArviZ's own container from arrays.
 
     Args:
-        groups: the arrays of each group, by variable name. The groups ``posterior``,
-            ``posterior_predictive``, ``prior``, ``prior_predictive``, ``log_likelihood`` and
-            ``sample_stats`` hold arrays of shape [chain, draw, ...], ``observed_data`` and
-            ``constant_data`` arrays without these two dimensions.
+        groups: the arrays of each group, by variable name. ``observed_data`` and
+            ``constant_data`` hold arrays of any shape, the others arrays [chain, draw, ...]:
+            ``posterior``, ``posterior_predictive``, ``prior``, ``prior_predictive``,
+            ``unconstrained_posterior``, ``log_likelihood``, ``log_prior`` and ``sample_stats``.
         coords: the values along a dimension, by its name.
         dims: the names of a variable's dimensions after chain and draw. One entry serves the
-            variable in every group; in ``log_likelihood``, where event dimensions are summed
-            out, the first names count. Unnamed dimensions get ArviZ's default names.
-        attrs: attributes of the whole container: strings, numbers or lists of them.
+            variable in every group, but for one named ``<group>/<variable>``; in
+            ``log_likelihood`` and ``log_prior``, where event dimensions are summed out, the first
+            names count. Unnamed dimensions get ArviZ's default names.
+        attrs: attributes of the whole container, and of its posterior: strings, numbers or lists
+            of them.
 
     Returns:
         An ``arviz.InferenceData`` under ArviZ 0.x, an ``xarray.DataTree`` under ArviZ 1.x.
@@ -79,24 +71,78 @@ def container(
         >>> dict(tree["posterior"]["z"].sizes)
         {'chain': 1, 'draw': 100, 'datum': 3, 'z_dim': 2}
     """
-    import arviz as az
-
-    def as_arrays(values: Mapping[str, ArrayLike] | None) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in (values or {}).items()}
-
-    arrays: dict[str, Any] = {group: as_arrays(variables) for group, variables in groups.items()}
-    listed = {name: list(of_one) for name, of_one in (dims or {}).items()}
-    names: dict[str, Any] = {"coords": as_arrays(coords), "dims": listed}
+    found = datasets(groups, coords=coords, dims=dims)
     attrs = dict(attrs or {})
-    _check(arrays, **names)
+    check_attrs(attrs)
+    if "posterior" in found:
+        found["posterior"].attrs.update(attrs)
+    if _is_0():
+        import arviz as az
+
+        keywords: dict[str, Any] = {"attrs": attrs, **found}
+        return az.InferenceData(**keywords)
+    tree = xr.DataTree.from_dict(found)
+    tree.attrs = attrs
+    return tree
+
+
+def datasets(
+    groups: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    coords: Mapping[str, ArrayLike] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, xr.Dataset]:
+    """Return the groups of :func:`container`, whose arguments these are, as xarray's datasets."""
+    arrays = {
+        group: {name: np.asarray(value) for name, value in variables.items()}
+        for group, variables in groups.items()
+    }
+    labels = {name: np.asarray(value) for name, value in (coords or {}).items()}
+    named = {
+        group: {name: _dims_of(group, name, array, dims or {}) for name, array in some.items()}
+        for group, some in arrays.items()
+    }
+    _check(arrays, labels, named)
+    found = {}
+    for group, variables in arrays.items():
+        data = {name: (named[group][name], array) for name, array in variables.items()}
+        lengths = {
+            dim: length
+            for dims_of, array in data.values()
+            for dim, length in zip(dims_of, array.shape, strict=True)
+        }
+        along = {dim: labels.get(dim, np.arange(length)) for dim, length in lengths.items()}
+        found[group] = xr.Dataset(data, along)
+    return found
+
+
+def check_attrs(attrs: Mapping[str, Any]) -> None:
+    """Raise TypeError for an attribute that netCDF cannot hold."""
     for name, value in attrs.items():
         if np.asarray(value).dtype.kind not in "iufU":
             raise TypeError(
                 f"attribute {name!r}: wanted a string, a number or a list of them, found {value!r}"
             )
-    if int(az.__version__.split(".")[0]) < 1:
-        return az.from_dict(**arrays, **names, attrs=attrs)
-    return az.from_dict(arrays, **names, attrs={"/": attrs})
+
+
+def _is_0() -> bool:
+    """Return whether ArviZ 0.x is installed."""
+    import arviz as az
+
+    return int(az.__version__.split(".")[0]) < 1
+
+
+def _dims_of(
+    group: str, name: str, array: np.ndarray, dims: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return the names of all dimensions of a variable."""
+    lead = ["chain", "draw"] if group in _SAMPLE_GROUPS else []
+    own = dims.get(f"{group}/{name}", dims.get(name))
+    if own is None:
+        own = [f"{name}_dim_{i}" for i in range(array.ndim - len(lead))]
+    elif group in _OF_EVENTS:
+        own = own[: array.ndim - len(lead)]
+    return [*lead, *own]
 
 
 def write(tree: Container, path: str | os.PathLike[str]) -> Path:
@@ -128,6 +174,17 @@ def write(tree: Container, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def read(path: str | os.PathLike[str]) -> Container:
+    """Return the container of a netCDF file or a Zarr folder, whose arrays are read when used."""
+    import arviz as az
+
+    if not os.path.isdir(path):
+        return az.from_netcdf(str(path))
+    # Not arviz.from_zarr: that of 0.x refuses today's zarr.
+    tree = xr.open_datatree(str(path), engine="zarr", consolidated=False)
+    return az.InferenceData.from_datatree(tree) if _is_0() else tree
+
+
 def _netcdf_engine() -> str:
     """Return the name of an installed library that writes netCDF; raise where there is none."""
     # h5netcdf comes without h5py, but cannot write without it.
@@ -140,9 +197,9 @@ def _netcdf_engine() -> str:
 def _check(
     arrays: Mapping[str, Mapping[str, np.ndarray]],
     coords: Mapping[str, np.ndarray],
-    dims: Mapping[str, Sequence[str]],
+    dims: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> None:
-    """Refuse what ArviZ would take and fill with nan, rename or misalign."""
+    """Refuse what xarray would refuse in its own words, and groups that ArviZ does not know."""
     lengths = {dim: (len(values), "coords") for dim, values in coords.items()}
     for group, variables in arrays.items():
         if group not in _SAMPLE_GROUPS + _DATA_GROUPS:
@@ -151,13 +208,12 @@ def _check(
         draws: tuple[str, tuple[int, ...]] | None = None
         for name, array in variables.items():
             where, shape = f"group {group!r}, variable {name!r}", array.shape
+            own = dims[group][name]
             if group in _SAMPLE_GROUPS:
                 draws = draws or (name, shape[:2])
                 _check_draws(where, shape, *draws)
-                shape = shape[2:]
-            if name in dims:
-                few = dims[name][: len(shape)] if group == "log_likelihood" else dims[name]
-                _check_dims(where, few, shape, lengths)
+                shape, own = shape[2:], own[2:]
+            _check_dims(where, own, shape, lengths)
 
 
 def _check_draws(where: str, shape: tuple[int, ...], first: str, wanted: tuple[int, ...]) -> None:

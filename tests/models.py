@@ -53,6 +53,49 @@ class NormalModel:
 
 
 @dataclass(frozen=True)
+class HierarchicalNormal:
+    """mu ~ Normal(0, prior), z ~ Normal(mu, spread), x ~ Normal(z, noise) for each datum."""
+
+    prior: float = 3.0
+    spread: float = 1.0
+    noise: float = 1.0
+
+    def __call__(self, x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), self.prior))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu + x.new_zeros(len(x)), self.spread))
+            pyro.sample("x", dist.Normal(z, self.noise), obs=x)
+
+    @property
+    def width(self) -> float:
+        """The standard deviation of a datum given mu."""
+        return math.hypot(self.spread, self.noise)
+
+    def posterior_of_mu(self, x: Tensor) -> tuple[Tensor, float]:
+        """Mean and variance of mu given x [N]."""
+        variance = 1 / (self.prior**-2 + len(x) / self.width**2)
+        return variance * x.sum() / self.width**2, variance
+
+    def posterior(self, x: Tensor, widen: float = 1.0, shift: float = 0.0) -> None:
+        """The exact posterior, as a guide; of z as much wider and as far off."""
+        mean, variance = self.posterior_of_mu(x)
+        mu = pyro.sample("mu", dist.Normal(mean, variance**0.5))
+        share = self.spread**2 / self.width**2
+        scale = widen * share**0.5 * self.noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mu + share * (x - mu) + shift, scale))
+
+    def leave_one_out(self, x: Tensor) -> Tensor:
+        """log p(x_n | the other data), [N]."""
+        found = []
+        for n in range(len(x)):
+            mean, variance = self.posterior_of_mu(torch.cat([x[:n], x[n + 1 :]]))
+            scale = (variance + self.width**2) ** 0.5
+            found.append(torch.distributions.Normal(mean, scale).log_prob(x[n]))
+        return torch.stack(found)
+
+
+@dataclass(frozen=True)
 class GammaPoisson:
     """rate ~ Gamma(shape, rate), x ~ Poisson(rate), float64."""
 

@@ -45,14 +45,15 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": {"losses", "markup", "particles", "programs"},
     "report": {"diagnostics", "markup", "plots"},
     "sampling": {
-        *("arviz_versions", "diagnostics", "guides", "particles", "programs", "refinement")
+        *("arviz_versions", "diagnostics", "export", "guides", "particles", "programs"),
+        "refinement",
     },
     "evaluation": {
         *("diagnostics", "families", "guides", "particles", "plots", "programs", "refinement"),
-        *("arviz_versions", "markup", "report", "sampling"),
+        *("arviz_versions", "export", "markup", "report", "sampling"),
     },
     "missing_data": {"diagnostics", "particles", "plots", "programs", "recording"},
-    "export": {"arviz_versions", "diagnostics", "particles", "programs"},
+    "export": {"arviz_versions", "diagnostics", "guides", "particles", "programs"},
     "datasets": set(),
     "zoo": {"nets", "programs"},
     "demo": {

@@ -20,7 +20,7 @@ resampled draws. A verdict on a posterior (:attr:`Weights.good`) takes 400 effec
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,13 @@ class Weights:
             largest = np.partition(logs, num_particles - size, 1)[:, -size:]
             tail_share[some] = tail_share_of(largest, logs.max(1) + np.log(weights.mean(1)))
         return cls(num_particles, pareto_k, ess, tail_share)
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Weights]) -> Weights:
+        """Return those of blocks of data as one."""
+        columns = [(block.pareto_k, block.ess, block.tail_share) for block in blocks]
+        pareto_k, ess, tail_share = (np.concatenate(part) for part in zip(*columns, strict=True))
+        return cls(blocks[0].num_particles, pareto_k, ess, tail_share)
 
     @property
     def good(self) -> Flags:

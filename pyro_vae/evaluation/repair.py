@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,17 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.arviz_versions import Container, container, dims_of_draws
+from pyro_vae.arviz_versions import Container
 from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder, Rung
+from pyro_vae.export.arviz import Export, LogLikelihood
+from pyro_vae.export.draws import INDEPENDENT, GivenDraws
 from pyro_vae.markup import result
-from pyro_vae.particles.global_latents import Given, given_text
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
@@ -57,12 +62,14 @@ class Repair:
         draws: latent site to draws of each datum's posterior, ``[S, N, *inner plates, *event]``.
         given: the values that global latents were fixed at, by name.
         is_whole: whether all is one datum, so that draws have no N.
+        evaluator: of the pair that was mended, on these data.
     """
 
     dataset: xr.Dataset
     draws: Mapping[str, Tensor] = field(repr=False)
     given: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     is_whole: bool = False
+    evaluator: Evaluator | None = field(default=None, repr=False, compare=False)
 
     @property
     def good(self) -> np.ndarray:
@@ -110,31 +117,48 @@ class Repair:
         """
         return written(page(title, [sections.of_repair(self.dataset, self.summary())]), path)
 
-    def to_arviz(self) -> Container:
-        """Return the draws in ArviZ's container, one chain, and the dataset as constant_data.
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, ArrayLike] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        predictive: bool = True,
+        log_likelihood: LogLikelihood = "pointwise",
+        num_particles: int = 100,
+        local_guide: Program | None = None,
+        data_plate: DataPlate = None,
+        file: str | os.PathLike[str] | None = None,
+    ) -> Container:
+        """Return the draws in ArviZ's container, one chain, and the dataset in its constant_data.
 
-        Draws that are resampled are independent of one another but for repetitions, so that R-hat
-        and effective sample sizes of this container say nothing: those of the dataset do.
+        The groups and the arguments are those of :func:`pyro_vae.to_arviz`; sample_stats has log_p,
+        log p(x, z). Draws that are resampled are independent of one another but for repetitions,
+        so that R-hat and effective sample sizes of this container say nothing: those of the
+        dataset do, and the attribute ``note`` says so.
+
+        Raises:
+            ValueError: as :func:`pyro_vae.to_arviz`, and where the result holds no evaluator.
         """
-        posterior = {name: v.numpy(force=True)[np.newaxis] for name, v in self.draws.items()}
-        names = (
-            "rung",
-            "good",
-            "log_evidence",
-            "log_evidence_se",
-            "pareto_k",
-            "ess",
-            "rhat",
-            "cost",
-        )
+        if self.evaluator is None:
+            raise ValueError("a repair without its evaluator has draws alone, in .draws")
+        names = ("good", "log_evidence", "log_evidence_se", "pareto_k", "ess", "rhat", "cost")
         data = {name: self.dataset[name].values for name in names}
-        data["rung"] = data["rung"].astype(str)
-        lead = [] if self.is_whole else ["datum"]
-        return container(
-            {"posterior": posterior, "constant_data": data},
-            dims={**dims_of_draws(posterior, lead), **{key: ["datum"] for key in names}},
-            attrs={"given": given_text(self.given)},
-        )
+        data["rung"] = self.dataset["rung"].values.astype(str)
+        note = f"{INDEPENDENT}; constant_data has the verdict, k-hat, ESS and R-hat of each datum"
+        draws = GivenDraws(self.evaluator, self.draws, 1, {}, data, note)
+        return Export(
+            self.evaluator,
+            Given(self.given),
+            draws,
+            coords,
+            dims,
+            predictive,
+            log_likelihood,
+            num_particles,
+            local_guide,
+            data_plate,
+            file,
+        ).container()
 
     def __repr__(self) -> str:
         return f"{self.summary().to_string(float_format='%.2f')}\n{self._verdicts()}"
@@ -266,7 +290,7 @@ def repair(
             num_data,
         )
     is_whole = prepared.evaluator.structure.data_dim is None
-    return result.repair(prepared.given, is_whole=is_whole)
+    return result.repair(prepared.given, prepared.evaluator, is_whole=is_whole)
 
 
 def _climb(ladder: Ladder, result: _Result, number: int, *, splittable: bool) -> None:
@@ -360,7 +384,7 @@ class _Result:
         shares = self.seconds / np.maximum(1, tried.sum(1))
         return np.asarray(shares @ tried)
 
-    def repair(self, given: Given, *, is_whole: bool) -> Repair:
+    def repair(self, given: Given, evaluator: Evaluator, *, is_whole: bool) -> Repair:
         """Return the result."""
         names = np.array(self.rungs)
         # The highest of several noisy bounds is none: where the last is good, that; else the one
@@ -387,7 +411,7 @@ class _Result:
             "seconds": ("rung_name", self.seconds),
         }
         coords = {"rung_name": names, "datum": np.arange(len(best))}
-        return Repair(xr.Dataset(data, coords), self._draws, given, is_whole)
+        return Repair(xr.Dataset(data, coords), self._draws, given, is_whole, evaluator)
 
 
 def _is_below(bounds: Tensor, others: Tensor, error: Tensor) -> Tensor:

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyro
-import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 
-from pyro_vae.arviz_versions import Container, container
-from pyro_vae.diagnostics.pareto_k import SmoothedWeights
-from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
-from pyro_vae.particles.global_latents import given_text
+from pyro_vae.arviz_versions import Container, container, datasets, read
+from pyro_vae.export.draws import Draws, Groups, GuideDraws, Resampling
+from pyro_vae.export.groups import GroupMaker, joined
+from pyro_vae.export.marginal import Integrals, Marginal
+from pyro_vae.export.streaming import streamed
+from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
-from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
-from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
+from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
-logger = logging.getLogger(__name__)
-
-# How draws of the guide are brought closer to the posterior: Pareto-smoothed importance sampling.
-Resampling: TypeAlias = Literal["psis"]
+# Of each observed site given all latents, or of each datum given the global ones.
+LogLikelihood: TypeAlias = Literal["pointwise", "marginal"]
 
 _DATUM = "datum"
-_WITHOUT_DRAWS = ("observed_data", "constant_data")
-# Arrays of each group, by the name of their variable: draws first, then the datum.
-Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
-
-# First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
-_PREDICTIVE, _PRIOR, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
+_POINTWISE = "log p(x | all latents) of each observed site"
 
 
 def to_arviz(
@@ -46,27 +39,49 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     data_plate: DataPlate = None,
     predictive: bool = True,
+    log_likelihood: LogLikelihood = "pointwise",
+    num_particles: int = 100,
+    local_guide: Program | None = None,
     given: GivenValues | None = None,
+    file: str | os.PathLike[str] | None = None,
     seed: int | None = None,
 ) -> Container:
-    """Return draws of the guide in ArviZ's container, one chain.
+    r"""Return draws of the guide in ArviZ's container, one chain.
 
-    InferenceData on ArviZ 0.x, an xarray DataTree on 1.x. The groups: posterior
-    (local latents, and the model's pyro.deterministic sites), log_likelihood (each observed
-    site, a number per datum, as ``az.loo`` takes it), sample_stats (log_p = log p(x, z), log_q,
-    log_weight, per datum), observed_data, prior, constant_data (pareto_k and ess of each datum's
-    importance weights), and with ``predictive`` posterior_predictive and prior_predictive.
-    Without, no observed site is drawn, and a latent's prior is that given the observed sites
-    before it.
+    InferenceData on ArviZ 0.x, an xarray DataTree on 1.x, with the groups
+
+    - posterior: latents, and the model's pyro.deterministic sites;
+    - unconstrained_posterior: the unconstrained coordinates of latents on a constrained support;
+    - log_likelihood: of each observed site, a number per datum, as ``az.loo`` takes it; and
+      log_prior: of each latent, given those before it, as ``az.psense`` takes it;
+    - sample_stats: log_p = log p(x, z), log_q, log_weight, per datum;
+    - prior, and with ``predictive`` posterior_predictive and prior_predictive. Without, no
+      observed site is drawn, and a latent's prior is that given the observed sites before it;
+    - observed_data; constant_data: pareto_k and ess of each datum's importance weights.
+
+    Draws are independent of one another: ``az.summary`` gives an R-hat of 1, or nan of one chain,
+    and an effective sample size of about their number for any guide, good or bad; the attribute
+    ``note`` says so. How well the guide fits, k-hat says, and :func:`pyro_vae.compare`;
+    :func:`pyro_vae.sample_posterior` has chains.
 
     Discrete latents that the guide leaves out are summed out of log_p and log_weight, and
     drawn from their exact posterior, given each draw of the others, for the posterior;
-    posterior_predictive and log_likelihood go on from these draws.
+    posterior_predictive, log_likelihood and log_prior go on from these draws.
 
     Values that a mask of the model leaves out (steps past the end of a sequence) are NaN.
 
-    Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of a model
-    with local latents reports k-hat above 0.7, and rightly.
+    Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of the pointwise
+    log likelihood of a model with local latents reports k-hat above 0.7, and rightly. Where there
+    are global latents g too, ``log_likelihood="marginal"`` stores, as one variable ``marginal``,
+
+    .. math:: \log p(x_n | g_s) \approx
+        \log \frac{1}{K} \sum_k \frac{p(x_n, z_{kn} | g_s)}{q(z_{kn} | x_n, g_s)}
+
+    of each draw of these and each datum, its own latents integrated out: ``az.loo`` then estimates
+    what a model that was fitted without the datum says of it. The draws must be of the joint
+    posterior (``resample="psis"``, or those of chains). constant_data has ``marginal_se``, the
+    root mean square over draws of the standard error of each datum, and the attribute
+    ``marginal_loo_bias`` about how much lower they make the sum over data of ``az.loo``, in nats.
 
     Args:
         model: a Pyro model.
@@ -80,192 +95,220 @@ def to_arviz(
             attribute ``doubt`` say for how many data and why.
         coords: dimension name to labels; "datum" labels the data.
         dims: variable name to the names of its dimensions after (chain, draw, datum).
-        data_plate: as in :func:`pyro_vae.log_weights`.
+        data_plate: as in :func:`pyro_vae.log_weights`; with ``log_likelihood="marginal"``, which
+            treats the batch as one datum, the name of the plate of the data, if it is not plain.
         predictive: whether to draw new data as well.
+        log_likelihood: "pointwise", log p(x | all latents) of each observed site; or "marginal".
+        num_particles: K, for "marginal".
+        local_guide: a guide of the latents of each datum given the global ones, for "marginal";
+            by default the guide itself. One is needed where that has no density of one datum's
+            latents alone, such as a Gaussian of all latents jointly.
         given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
+        file: where to write the container, block by block of at most 256 data, so that memory
+            holds the draws of a block alone: a netCDF file, or a Zarr folder if the name ends in
+            ``.zarr`` (the extra ``zarr``). It takes the place of an older one once it is whole. A
+            model that takes no fewer data than all is one block.
         seed: of the draws; None takes one from the global random state.
 
     Returns:
-        ArviZ's container. Arrays have dimensions (chain, draw, datum, ...); with
-        data_plate=False there is no datum dimension, and log_likelihood has the plates
-        of each observed site.
+        ArviZ's container; with ``file`` opened from it, arrays being read when they are used.
+        Arrays have dimensions (chain, draw, datum, ...); with data_plate=False there is no datum
+        dimension, and log_likelihood and log_prior have the plates of each site.
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses, num_draws < 1,
-            another ``resample``, coords and dims that do not fit, and, with ``predictive``, a
-            likelihood that cannot be drawn from.
+            another ``resample``, coords and dims that do not fit, with ``predictive``, a
+            likelihood that cannot be drawn from, and ``log_likelihood="marginal"`` of a model
+            without global latents, or without local ones.
+        FileNotFoundError: if the folder of ``file`` does not exist.
+        ImportError: if no library that writes it is installed.
+
+    References:
+        Vehtari, Gelman & Gabry (2017). Practical Bayesian model evaluation using leave-one-out
+        cross-validation and WAIC. Statistics and Computing 27.
+        Merkle, Furr & Rabe-Hesketh (2019). Bayesian comparison of latent variable models:
+        conditional versus marginal likelihoods. Psychometrika 84.
+        Kallioinen, Paananen, Bürkner & Vehtari (2024). Detecting and diagnosing prior and
+        likelihood sensitivity with power-scaling. Statistics and Computing 34.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> import pyro_vae as pv
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def posterior(x):
+        ...     mu = pyro.sample("mu", dist.Normal(x.sum() / (len(x) + 2), (2 / (len(x) + 2))**0.5))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal((x + mu) / 2, 0.5**0.5))
+        >>> options = {"log_likelihood": "marginal", "num_draws": 4, "num_particles": 3, "seed": 0}
+        >>> tree = pv.to_arviz(model, posterior, torch.tensor([0.0, 2.0]), **options)
+        >>> tree["log_likelihood"]["marginal"].dims, tree["posterior"]["z"].dims
+        (('chain', 'draw', 'data'), ('chain', 'draw', 'data'))
+        >>> bool(tree["constant_data"]["marginal_se"].max() < 1e-6)  # an exact guide of z
+        True
     """
     num_draws = as_count("num_draws", num_draws)
     if resample not in (None, "psis"):
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
-    evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
-    structure = evaluator.structure
-    if predictive:
-        check_drawable(structure, evaluator.batch.device)
-    groups, deterministic = _draw_groups(evaluator, num_draws, predictive=predictive)
-    log_weight = groups["sample_stats"]["log_weight"]
-    smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
-    look = smoothed.look
-    if resample is None and evaluator.outside:
-        logger.warning(
-            "to_arviz: %d of the %d draws of the guide, over all data, have no density under the "
-            "model, through %s: they are no draws of a posterior. Take resample='psis'",
-            int(np.isneginf(log_weight).sum()),
-            log_weight.size,
-            ", ".join(evaluator.outside),
-        )
-    elif resample is not None:
-        index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING])
-        _resample(groups, index, [site.name for site in deterministic if site.data_axis is None])
-        if look.doubt:
-            logger.warning("to_arviz: resampled draws, %s", look.doubt)
-    groups["constant_data"] = {"pareto_k": look.pareto_k, "ess": look.ess}
-    groups["observed_data"] = {s.name: observed_values(s, structure) for s in structure.observed}
-    _hide_absent(groups, structure)
-    names, labels = _names(structure, groups, deterministic, coords, dims)
-    for group, variables in groups.items():
-        if group not in _WITHOUT_DRAWS:
-            groups[group] = {name: value[np.newaxis] for name, value in variables.items()}
-    attrs = {
-        "inference_library": "pyro",
-        "inference_library_version": pyro.__version__,
-        "resampled": resample or "no",
-        "doubt": look.doubt,
-        "given": given_text(fixed),
-    }
-    return container(groups, coords=labels, dims=names, attrs=attrs)
+    joint = log_likelihood == "marginal"  # whose plate data_plate names then
+    plate: DataPlate = False if joint else data_plate
+    evaluator, fixed = prepare(model, guide, batch, given, plate, seed)
+    return Export(
+        evaluator,
+        fixed,
+        GuideDraws(evaluator, num_draws, resample),
+        coords,
+        dims,
+        predictive,
+        log_likelihood,
+        num_particles,
+        local_guide,
+        data_plate,
+        file,
+    ).container()
 
 
-def _draw_groups(
-    evaluator: Evaluator, num_draws: int, *, predictive: bool
-) -> tuple[Groups, list[DeterministicSite]]:
-    """Return draws of a guide, its model and the prior, and the deterministic sites among them.
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What goes into a container, and how; see :func:`to_arviz`.
 
-    As [S, N, ...]; without N where the batch is one datum, or a deterministic site has no value
-    for each datum.
-    """
-    deterministic: DeterministicValues | None = None
-    blocks: list[list[dict[str, dict[str, Tensor]]]] = []
-    for chunks in evaluator.blocks(num_draws):
-        block = []
-        for chunk in chunks:
-            key = (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
-            values = {**chunk.values, **evaluator.draw_summed_out(chunk.rows, chunk.values, key)}
-            if deterministic is None:
-                deterministic = DeterministicValues(evaluator, chunk.rows, values)
-            groups = _groups_of(evaluator, chunk, values, predictive)
-            groups["posterior"] |= deterministic(chunk.rows, values)
-            block.append(groups)
-        blocks.append(block)
-    sites = [] if deterministic is None else list(deterministic.sites.values())
-    return _joined(blocks, {site.name for site in sites if site.data_axis is None}), sites
-
-
-def _groups_of(
-    evaluator: Evaluator, chunk: Chunk, values: Values, predictive: bool
-) -> dict[str, dict[str, Tensor]]:
-    """Return the groups of a chunk of draws, given the values of all its latents."""
-    structure, rows, weights = evaluator.structure, chunk.rows, chunk.weights
-    key, size = (rows.start, chunk.particles.start), weights.num_particles
-
-    def of_kind(drawn: Values, observed: bool) -> dict[str, Tensor]:
-        seen = {site.name for site in structure.observed}
-        return {name: value for name, value in drawn.items() if (name in seen) == observed}
-
-    prior = evaluator.predict(rows, size, None, (_PRIOR, *key), observed=predictive)
-    stats = {"log_p": weights.log_joint, "log_q": weights.log_guide, "log_weight": weights.total}
-    if structure.data_plate is None:
-        stats = {name: value[:, 0] for name, value in stats.items()}
-    groups = {
-        "posterior": evaluator.by_datum({n: v for n, v in values.items() if n in structure.sites}),
-        "log_likelihood": evaluator.site_log_likelihood(rows, values),
-        "sample_stats": stats,
-        "prior": of_kind(prior, observed=False),
-    }
-    if predictive:
-        drawn = evaluator.predict(rows, size, values, (_PREDICTIVE, *key))
-        groups["posterior_predictive"] = of_kind(drawn, observed=True)
-        groups["prior_predictive"] = of_kind(prior, observed=True)
-    return groups
-
-
-def _joined(
-    blocks: Sequence[Sequence[Mapping[str, Mapping[str, Tensor]]]], shared: Collection[str]
-) -> Groups:
-    """Join chunks of draws along the first dimension, and blocks of data along the second.
-
-    Variables that are shared are the same in each block.
+    Attributes:
+        evaluator: of the pair.
+        given: the values that global latents were fixed at.
+        draws: of the latents.
+        coords: dimension name to labels.
+        dims: variable name to the names of its dimensions.
+        predictive: whether to draw new data.
+        log_likelihood: of what.
+        num_particles: K, for a marginal one.
+        local_guide: for a marginal one.
+        data_plate: for a marginal one.
+        file: to be written to; None for a container in memory.
     """
 
-    def joined(group: str, name: str) -> np.ndarray:
-        pieces = ([chunk[group][name].detach().cpu() for chunk in block] for block in blocks)
-        parts = [torch.cat(piece) for piece in pieces]
-        return (parts[0] if name in shared or len(parts) == 1 else torch.cat(parts, 1)).numpy()
+    evaluator: Evaluator
+    given: Given
+    draws: Draws
+    coords: Mapping[str, ArrayLike] | None = None
+    dims: Mapping[str, Sequence[str]] | None = None
+    predictive: bool = True
+    log_likelihood: LogLikelihood = "pointwise"
+    num_particles: int = 100
+    local_guide: Program | None = None
+    data_plate: DataPlate = None
+    file: str | os.PathLike[str] | None = None
 
-    variables = blocks[0][0].items()
-    return {group: {name: joined(group, name) for name in names} for group, names in variables}
-
-
-def _resample(groups: Groups, index: np.ndarray, shared: Collection[str]) -> None:
-    """Replace the draws of each datum by some of them, [S, N], in place; drop log weights.
-
-    Shared variables, without a value for each datum, are dropped with a warning unless they are
-    the same for every draw.
-    """
-    whole = groups["sample_stats"].pop("log_weight").ndim == 1  # one datum, no datum dimension
-    posterior = groups["posterior"]
-    for name in () if whole else shared:
-        if not (posterior[name] == posterior[name][:1]).all():
-            del posterior[name]
-            logger.warning(
-                "to_arviz: the deterministic site %r is of no datum, and draws are resampled "
-                "datum by datum: it is left out",
-                name,
-            )
-    chosen = (index[:, 0],) if whole else (index, np.arange(index.shape[1]))
-    for group in ("posterior", "log_likelihood", "sample_stats", "posterior_predictive"):
-        for name, value in groups.get(group, {}).items():
-            if whole or name not in shared:
-                groups[group][name] = value[chosen]
+    def container(self) -> Container:
+        """Return the container; opened from the file where there is one."""
+        assembly = _Assembly(self)
+        if self.file is not None:
+            return assembly.written(self.file)
+        blocks = [groups for _, groups in assembly.blocks()]
+        drawn = joined(blocks, assembly.maker.shared)
+        groups = {**drawn, **assembly.of_data()}
+        names, coords = assembly.names(drawn), assembly.coords()
+        return container(groups, coords=coords, dims=names, attrs=assembly.attrs())
 
 
-def _hide_absent(groups: Groups, structure: Structure) -> None:
-    """Write NaN, in place, where masks say that a site has no value: padding, for example."""
-    drawn = ("posterior", "posterior_predictive", "prior", "prior_predictive")
-    for name, site in structure.sites.items():
-        nowhere = absent(site, structure)
-        for group in (*drawn, "observed_data"):
-            if nowhere is not None and (value := groups.get(group, {}).get(name)) is not None:
-                hidden = np.where(nowhere, np.nan, value)
-                dtype = np.result_type(value.dtype, np.float32) if group in drawn else hidden.dtype
-                groups[group][name] = hidden.astype(dtype)
+class _Assembly:
+    """Groups as they are made, block by block, and what is known once all are."""
 
-
-def _names(
-    structure: Structure,
-    groups: Groups,
-    deterministic: Sequence[DeterministicSite],
-    coords: Mapping[str, ArrayLike] | None,
-    dims: Mapping[str, Sequence[str]] | None,
-) -> tuple[dict[str, list[str]], dict[str, ArrayLike]]:
-    """Return the dimension names of every variable, and the labels of the dimensions."""
-    lead = [] if structure.data_plate is None else [_DATUM]
-    labels = {**{name: np.arange(structure.num_data) for name in lead}, **(coords or {})}
-    leads = dict.fromkeys(structure.sites, lead)
-    leads |= {site.name: [] if site.data_axis is None else lead for site in deterministic}
-    tails = {name: inner_dims(site, structure) for name, site in structure.sites.items()}
-    tails |= {site.name: list(site.dims) for site in deterministic}
-    if unknown := set(dims or {}) - set(tails):
-        raise ValueError(
-            f"dims names {sorted(unknown)}, which are not sites of the model: {sorted(tails)}"
-        )
-    for name, given in (dims or {}).items():
-        if len(given) != len(tails[name]):
+    def __init__(self, export: Export) -> None:
+        self._export, evaluator = export, export.evaluator
+        if export.log_likelihood not in get_args(LogLikelihood):
             raise ValueError(
-                f"dims[{name!r}]={list(given)}: {len(tails[name])} names are needed, for the "
-                f"dimensions after {', '.join(['chain', 'draw', *leads[name]])}"
+                f"log_likelihood={export.log_likelihood!r}: one of {get_args(LogLikelihood)} is "
+                "needed"
             )
-        tails[name] = list(given)
-    names = dict.fromkeys(groups["sample_stats"], lead)
-    names |= {name: [_DATUM] for name in groups["constant_data"]}  # one, where there is one
-    return {**names, **{name: leads[name] + tail for name, tail in tails.items()}}, labels
+        if export.predictive:
+            check_drawable(evaluator.structure, evaluator.batch.device)
+        self.maker = GroupMaker(evaluator, predictive=export.predictive)
+        self._marginal: Marginal | None = None
+        self._integrals: Integrals | None = None
+        if export.log_likelihood == "marginal":
+            count = as_count("num_particles", export.num_particles)
+            self._marginal = Marginal(evaluator, export.local_guide, export.data_plate, count)
+        plates = {p.name for site in evaluator.structure.sites.values() for p in site.plates}
+        self._whole = evaluator.structure.data_plate is None
+        # Where all is one datum it has no dimension but in constant_data, and not a plate's name.
+        self._datum = "batch" if self._whole and _DATUM in plates else _DATUM
+        labels = (export.coords or {}).get(_DATUM, np.arange(evaluator.num_data))
+        self._labels = np.asarray(labels)
+        if not self._whole and len(self._labels) != evaluator.num_data:
+            raise ValueError(
+                f"coords[{_DATUM!r}] has {len(self._labels)} labels, for {evaluator.num_data} data"
+            )
+
+    def blocks(self) -> Iterator[tuple[slice, Groups]]:
+        """Yield the groups of each block of data, arrays [chain, draw, ...]."""
+        draws, maker = self._export.draws, self.maker
+        for pieces in draws.blocks():
+            rows, groups = maker(pieces)
+            draws.settle(rows, groups, maker.shared)
+            if self._marginal is not None:
+                self._integrals = self._marginal(groups["posterior"])
+                groups["log_likelihood"] = {"marginal": self._integrals.value}
+            maker.hide_absent(rows, groups)
+            shape = draws.num_chains, -1
+            yield (
+                rows,
+                {
+                    group: {n: value.reshape(*shape, *value.shape[1:]) for n, value in some.items()}
+                    for group, some in groups.items()
+                },
+            )
+
+    def of_data(self) -> Groups:
+        """Return the groups without draws, once all blocks are made."""
+        constants = dict(self._export.draws.constants())
+        if self._integrals is not None:
+            constants["marginal_se"] = self._integrals.of_data
+        return {"observed_data": self.maker.observed, "constant_data": constants}
+
+    def names(self, drawn: Groups) -> dict[str, list[str]]:
+        """Return the names of each variable's dimensions after chain and draw."""
+        lead = [] if self._whole else [self._datum]
+        # With the group: a site may have the name of one of these.
+        numbers = [f"constant_data/{name}" for name in self._export.draws.constants()]
+        names = {name: [self._datum] for name in numbers}
+        names |= {f"sample_stats/{name}": lead for name in drawn["sample_stats"]}
+        if self._marginal is not None:
+            of_plate = ("log_likelihood/marginal", "constant_data/marginal_se")
+            names |= {name: [self._marginal.dim] for name in of_plate}
+        return {**names, **self.maker.dims(lead, self._export.dims or {})}
+
+    def coords(self, rows: slice = slice(None)) -> dict[str, ArrayLike]:
+        """Return the labels of dimensions, of some of the data."""
+        labels = {} if self._whole else {self._datum: self._labels[rows]}
+        return {**(self._export.coords or {}), **labels}
+
+    def attrs(self) -> dict[str, Any]:
+        """Return what the container says of itself, once all blocks are made."""
+        attrs: dict[str, Any] = {
+            "inference_library": "pyro",
+            "inference_library_version": pyro.__version__,
+            "given": given_text(self._export.given),
+            "log_likelihood": _POINTWISE,
+            **self._export.draws.attrs(),
+        }
+        if self._integrals is not None:
+            count = self._export.num_particles
+            attrs["log_likelihood"] = f"log p(x_n | global latents), by IWAE-{count}"
+            attrs["marginal_loo_bias"] = self._integrals.loo_bias
+        return attrs
+
+    def written(self, path: str | os.PathLike[str]) -> Container:
+        """Write the container to a file, block by block, and return it opened."""
+        labels = None if self._whole else self._labels
+        drawn: Groups = {}
+        with streamed(path, labels, self._datum) as file:
+            for rows, drawn in self.blocks():
+                names, coords = self.names(drawn), self.coords(rows)
+                file.add(rows, datasets(drawn, coords=coords, dims=names))
+            rest = datasets(self.of_data(), coords=self.coords(), dims=self.names(drawn))
+            file.finish(rest, self.attrs())
+        return read(path)

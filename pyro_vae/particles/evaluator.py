@@ -358,12 +358,15 @@ class Evaluator(PairRunner):
                         found.setdefault(name, []).append(node)
         return found
 
-    def site_log_likelihood(self, rows: slice, values: Values) -> dict[str, Tensor]:
-        """Return log p(x | z) of each observed site, [K, N]; ``[K, *batch]`` for one datum."""
+    def site_log_prob(self, rows: slice, values: Values) -> dict[str, Tensor]:
+        """Return the log density of each site of the model, [K, N]; ``[K, *batch]`` for one datum.
+
+        Values are those of all latents, discrete ones that are summed out among them.
+        """
         with self.evaluating():
             run = self.run_model(rows, values)
             of_site = run.pointwise if self.structure.data_dim is None else run.term
-            return {site.name: of_site(site.name) for site in self.structure.observed}
+            return {name: of_site(name) for name in self.structure.sites}
 
     def draw_summed_out(
         self, rows: slice, values: Values, key: tuple[int, ...]

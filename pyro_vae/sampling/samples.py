@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_vae.arviz_versions import Container, container, dims_of_draws
-from pyro_vae.particles.global_latents import Given, given_text
+from pyro_vae.arviz_versions import Container
+from pyro_vae.export.arviz import Export, LogLikelihood
+from pyro_vae.export.draws import GivenDraws
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.particles.global_latents import Given
+from pyro_vae.programs.types import DataPlate, Program
 
 __all__ = ["PosteriorSamples"]
 
@@ -42,6 +49,7 @@ class PosteriorSamples:
         missed: for which data chains have not visited a mode that holds more than a hundredth of
             the posterior, as Laplace's approximation weighs it, [N]; None where it was not looked
             for.
+        evaluator: of the pair that they are of, on these data.
     """
 
     draws: dict[str, Tensor]
@@ -56,6 +64,7 @@ class PosteriorSamples:
     given: Given
     is_whole: bool = False
     missed: Tensor | None = None
+    evaluator: Evaluator | None = field(default=None, repr=False, compare=False)
 
     @property
     def converged(self) -> Tensor:
@@ -82,28 +91,50 @@ class PosteriorSamples:
         """Return the posterior standard deviation of a site's values, ``[N, ...]``."""
         return self.draws[site].double().flatten(0, 1).std(0)
 
-    def to_arviz(self) -> Container:
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, ArrayLike] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        predictive: bool = True,
+        log_likelihood: LogLikelihood = "pointwise",
+        num_particles: int = 100,
+        local_guide: Program | None = None,
+        data_plate: DataPlate = None,
+        file: str | os.PathLike[str] | None = None,
+    ) -> Container:
         """Return the draws in ArviZ's container, with their chains.
 
-        The groups: posterior; sample_stats (lp, the log joint of unconstrained coordinates); and
-        constant_data of each datum: rhat, ess, ess_tail, acceptance, divergences, converged.
+        The groups and the arguments are those of :func:`pyro_vae.to_arviz`. sample_stats has lp,
+        the log joint of unconstrained coordinates, and log_p, log p(x, z); constant_data of each
+        datum: rhat, ess, ess_tail, acceptance, divergences, converged.
+
+        Raises:
+            ValueError: as :func:`pyro_vae.to_arviz`, and where the samples hold no evaluator.
         """
-        posterior = {name: value.numpy(force=True) for name, value in self.draws.items()}
-        lp = self.log_joint.numpy(force=True)
+        if self.evaluator is None:
+            raise ValueError("samples without their evaluator have draws alone, in .draws")
         names = ("rhat", "ess", "ess_tail", "acceptance", "divergences", "converged")
-        data = {name: getattr(self, name).numpy(force=True) for name in names}
-        lead = [] if self.is_whole else ["datum"]
-        if self.is_whole:
-            lp = lp[..., 0]
-        return container(
-            {"posterior": posterior, "sample_stats": {"lp": lp}, "constant_data": data},
-            dims={
-                **dims_of_draws(posterior, lead),
-                "lp": lead,
-                **{key: ["datum"] for key in names},
-            },
-            attrs={"given": given_text(self.given)},
+        given = GivenDraws(
+            self.evaluator,
+            {name: value.flatten(0, 1) for name, value in self.draws.items()},
+            self.log_joint.shape[0],
+            {"lp": self.log_joint.flatten(0, 1)},
+            {name: getattr(self, name).numpy(force=True) for name in names},
         )
+        return Export(
+            self.evaluator,
+            self.given,
+            given,
+            coords,
+            dims,
+            predictive,
+            log_likelihood,
+            num_particles,
+            local_guide,
+            data_plate,
+            file,
+        ).container()
 
     def warn(self) -> None:
         """Log for how many data chains have not converged."""
