@@ -175,7 +175,7 @@ def test_power_scaling_of_a_model_with_globals():
     """A prior 40 times as wide as the posterior has no pull on it; the data have."""
     model = HierarchicalNormal(prior=30.0, spread=1.0, noise=1.0)
     x = torch.randn(10, dtype=torch.float64) + 5
-    options = {"log_likelihood": "marginal", "num_particles": 2, "num_draws": 2000, "seed": 0}
+    options = {"log_likelihood": "marginal", "num_particles": 2, "num_draws": 500, "seed": 0}
     tree = pv.to_arviz(model, model.posterior, x, predictive=False, **options)
     prior, likelihood = psense(tree, "prior", ["mu"]), psense(tree, "likelihood")
     assert float(prior["mu"]) < 0.01 and float(likelihood["mu"]) > 0.05

@@ -143,6 +143,7 @@ def test_summed_out_discrete_and_inner_plates_and_two_observed_sites():
     assert float(error.max()) < 0.1
 
 
+@pytest.mark.slow
 def test_an_amortized_guide_and_a_guide_of_its_own():
     model, x = HierarchicalNormal(0.5, 1.0, 0.7), data(12, torch.float32)
     alone = pyro.poutine.block(model, expose=["mu"])
