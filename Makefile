@@ -3,7 +3,7 @@
 #
 #   PYTHON=/path/to/python3.11   the Python to build .venv with (3.11 or newer)
 #   WORKERS=4                    processes that run the tests; 0 for none of their own
-#   PYTHON312=/path/to/python    the Python for `make test-arviz1` (3.12 or newer)
+#   PYTHON312=/path/to/python    the Python for ArviZ 1.x (3.12 or newer)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +13,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_ARVIZ1 := .venv-arviz1
+VENV_312 := .venv-python312
 
 PYTHON ?=
 PYTHON312 ?=
@@ -28,13 +29,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # packages into it.
 unexport PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
 
-.PHONY: help demo test test-slow test-arviz1 lint docs bench clean
+.PHONY: help demo test test-slow test-arviz1 test-python312 lint docs bench clean
 
 help:
 	@echo 'make demo         train on the digits, print gaps and repairs, write demo-output/'
 	@echo 'make test         the fast tests'
 	@echo 'make test-slow    the slow tests'
 	@echo 'make test-arviz1  the ArviZ 1.x tests, where there is a Python 3.12 or newer'
+	@echo 'make test-python312  the fast tests on Python 3.12 or newer with ArviZ 1.x'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         the documentation, into docs/_build/html'
 	@echo 'make bench        the scripts of benchmarks/'
@@ -86,8 +88,25 @@ test-arviz1:
 	$(VENV_ARVIZ1)/bin/python -m pytest --confcutdir=tests/export \
 	    tests/test_arviz_versions.py tests/diagnostics/test_psis.py $(PYTEST_ARGS)
 
+# No part of .ci/run: it installs PyTorch anew, by default with CUDA. For a build without it:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-python312
+test-python312:
+	@if ! python=$$(tools/find_python.sh 3.12 $(PYTHON312) python3 python3.12 python3.13 python3.14 pyenv); \
+	then \
+	    echo 'make test-python312: no Python 3.12 or newer was found; name one with PYTHON312=/path.' >&2; \
+	    exit 1; \
+	fi; \
+	if [ ! -e $(VENV_312)/installed ]; then \
+	    "$$python" -m venv --clear $(VENV_312); \
+	    grep -v -i -E '^(arviz|xarray-einstats)=' constraints.txt > $(VENV_312)/constraints.txt; \
+	    $(VENV_312)/bin/python -m pip install --quiet --constraint $(VENV_312)/constraints.txt \
+	        --editable '.[test]' 'arviz>=1,<2'; \
+	    touch $(VENV_312)/installed; \
+	fi; \
+	OMP_NUM_THREADS=1 $(VENV_312)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_ARVIZ1) build dist demo-output docs/_build
+	rm -rf $(VENV) $(VENV_ARVIZ1) $(VENV_312) build dist demo-output docs/_build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
