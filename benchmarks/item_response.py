@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,66 @@ def refine(x: Tensor, two: bool, steps: int) -> Pair:
 
 
 def draws(pair: Pair, x: Tensor, two: bool, count: int) -> np.ndarray:
-    """Return draws [count, ...] of all latents, as the truth has them, and the mean difficulty."""
+    """Return a guide's draws [count, ...] of all latents, as :func:`latents` has them."""
     found = pv.to_arviz(*pair, x, num_draws=count, data_plate=False, seed=0)["posterior"]
+    return latents({name: torch.tensor(found[name].values) for name in found.data_vars}, two)
+
+
+def latents(found: Mapping[str, Tensor], two: bool) -> np.ndarray:
+    """Return draws of all latents as the truth has them, and of the mean difficulty."""
     names = ["ability", "difficulty", *(["discrimination"] if two else [])]
-    parts = {n: np.asarray(found[n].values, np.float64).reshape(count, -1) for n in names}
+    parts = {n: found[n].double().flatten(0, 1).numpy() for n in names}
     if two:
         parts["discrimination"] = np.log(parts["discrimination"])
     return np.concatenate([*parts.values(), parts["difficulty"].mean(1, keepdims=True)], 1)
+
+
+def chains(pair: Pair, x: Tensor, steps: int) -> pv.PosteriorSamples:
+    """Return chains of all latents, which start at a guide."""
+    begin = time.perf_counter()
+    options: dict[str, Any] = {"data_plate": False, "num_draws": steps, "num_warmup": 1000}
+    found = pv.sample_posterior(*pair, x, seed=0, progress=False, **options)
+    print(
+        f"chains: {time.perf_counter() - begin:.0f} s, R-hat {float(found.rhat):.3f}, ESS "
+        f"{float(found.ess):.0f}, {'' if found.converged.all() else 'not '}converged",
+        flush=True,
+    )
+    return found
+
+
+def told(pair: Pair, x: Tensor, posterior: pv.PosteriorSamples) -> None:
+    """Print what a user who has no truth is told of a guide: bounds, weights, the verdict."""
+    options: dict[str, Any] = {"data_plate": False, "seed": 0}
+    elbo = pv.elbo(*pair, x, num_particles=4000, **options)
+    bound = pv.iwae_bound(*pair, x, num_particles=4000, **options)
+    for one in (elbo, bound):
+        print(f"    {one.name:16s} {float(one.value):.2f} ± {float(one.std_error):.2f}")
+    ess = float("nan") if bound.ess is None else float(bound.ess)
+    print(f"    weights          k-hat {float(bound.pareto_k):.2f}, ESS {ess:.0f}")
+    check = pv.check_guide(*pair, x, posterior=posterior, **options)
+    numbers = [
+        f"{name} {row['worst']:.3f} ± {row['se']:.3f} ({row['site']})"
+        for name, row in check.summary().iterrows()
+    ]
+    print(f"    check_guide      {', '.join(numbers)}   {verdict(bool(check.good[0]))}")
+
+
+def beside(found: np.ndarray, truth: Any, parts: dict[str, slice]) -> None:
+    """Print how far draws are from the stored truth."""
+    off = np.abs(found.mean(0) - truth["mean"]) / truth["sd"]
+    ratio = found.std(0) / truth["sd"]
+    for part, columns in parts.items():
+        mine, widths = off[columns], ratio[columns]
+        good = mine.max() <= MEAN_OFF and np.abs(widths - 1).max() <= WIDTH_OFF
+        print(
+            f"    {part:16s} means off by at most {mine.max():.3f} sd; sds {widths.min():.3f} to "
+            f"{widths.max():.3f} of the truth's   {verdict(bool(good))}",
+            flush=True,
+        )
+
+
+def verdict(good: bool) -> str:
+    return "good" if good else "bad"
 
 
 def main() -> None:
@@ -103,8 +157,8 @@ def main() -> None:
     parser.add_argument("--refine-steps", type=int, default=1200)
     ways = [*WAYS, ALL]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
-    parser.add_argument("--particles", type=int, default=4000)
     parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--chain-draws", type=int, default=1000, help="of each of four chains")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine.describe())
@@ -117,35 +171,22 @@ def main() -> None:
     if two:
         parts["discriminations"] = slice(second, second + x.shape[1])
     parts["mean difficulty"] = slice(-1, None)
-    width = truth["sd"]
     print(
-        f"errors of the chains: a mean's at most {(truth['mean_se'] / width).max():.3f} sd, a "
-        f"standard deviation's {100 * (truth['sd_se'] / width).max():.1f}%"
+        f"errors of the truth: a mean's at most {(truth['mean_se'] / truth['sd']).max():.3f} sd, a "
+        f"standard deviation's {100 * (truth['sd_se'] / truth['sd']).max():.1f}%"
     )
     print(f"errors of the guides' draws: {args.draws**-0.5:.3f} sd, {(2 * args.draws) ** -0.5:.1%}")
+    posterior = None
     for way in args.ways:
         begin = time.perf_counter()
         pair = train(way, x, two, args.steps) if way in WAYS else refine(x, two, args.refine_steps)
         elapsed = time.perf_counter() - begin
-        options: dict[str, Any] = {"data_plate": False, "seed": 0}
-        bound = pv.elbo(*pair, x, num_particles=args.particles, **options)
-        evidence = pv.iwae_bound(*pair, x, num_particles=args.particles, **options)
-        found = draws(pair, x, two, args.draws)
-        off = np.abs(found.mean(0) - truth["mean"]) / width
-        ratio = found.std(0) / width
+        if posterior is None:
+            posterior = chains(pair, x, args.chain_draws)
+            beside(latents(posterior.draws, two), truth, parts)
         print(f"{way}: {elapsed:.0f} s")
-        for one in (bound, evidence):
-            print(f"    {one.name:16s} {float(one.value):.2f} ± {float(one.std_error):.2f}")
-        ess = float("nan") if evidence.ess is None else float(evidence.ess)
-        print(f"    weights          k-hat {float(evidence.pareto_k):.2f}, ESS {ess:.0f}")
-        for part, columns in parts.items():
-            mine, widths = off[columns], ratio[columns]
-            good = mine.max() <= MEAN_OFF and np.abs(widths - 1).max() <= WIDTH_OFF
-            print(
-                f"    {part:16s} means off by at most {mine.max():.3f} sd; sds {widths.min():.3f} "
-                f"to {widths.max():.3f} of the chains'   {'good' if good else 'bad'}",
-                flush=True,
-            )
+        told(pair, x, posterior)
+        beside(draws(pair, x, two, args.draws), truth, parts)
 
 
 if __name__ == "__main__":

@@ -331,6 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=int, default=20, help="of each model; default: %(default)s")
     parser.add_argument("--models", nargs="+", help="names, or parts of them")
+    parser.add_argument("--seed", type=int, default=1, help="of the data; default: %(default)s")
     names = [*RUNGS, "ladder", "ais", "sample_posterior"]
     parser.add_argument("--verdicts", nargs="+", default=names, choices=names)
     options = parser.parse_args()
@@ -342,7 +343,7 @@ def main() -> None:
     for case in cases():
         if options.models and not any(part in case.name for part in options.models):
             continue
-        torch.manual_seed(1)
+        torch.manual_seed(options.seed)
         x = case.simulate(options.data)
         exact = case.exact(x)
         made = guides(case, x)

@@ -14,6 +14,7 @@ from pyro_vae.evaluation.calibration import Calibration, sbc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
 from pyro_vae.evaluation.coverage import Coverage, coverage
+from pyro_vae.evaluation.guide_check import GuideCheck, check_guide
 from pyro_vae.evaluation.repair import Repair, repair
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
@@ -56,6 +57,7 @@ __all__ = [
     "Epoch",
     "ExactGuide",
     "FitResult",
+    "GuideCheck",
     "Imputation",
     "LocalGuide",
     "LogWeights",
@@ -72,6 +74,7 @@ __all__ = [
     "aggregate_posterior",
     "ais",
     "bdmc",
+    "check_guide",
     "compare",
     "coverage",
     "datasets",

@@ -51,6 +51,11 @@ class Convergence(NamedTuple):
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
+def ess_of_mean(draws: Array) -> Array:
+    """Return for how many independent draws chains [C, S, M] count in their means, [M]."""
+    return _ess(_split(draws))
+
+
 def _of_columns(draws: Array) -> Convergence:
     draws = np.asarray(draws, dtype=np.float64)
     usable = np.isfinite(draws).all((0, 1)) & (np.ptp(draws, axis=(0, 1)) > 0)

@@ -3,7 +3,7 @@
 from pyro_vae.plots.calibration import plot_coverage, plot_ranks
 from pyro_vae.plots.evidence import plot_evidence
 from pyro_vae.plots.images import plot_imputation, plot_reconstructions
-from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs
+from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs, plot_widths
 from pyro_vae.plots.results import (
     plot_gap_distribution,
     plot_gaps,
@@ -25,4 +25,5 @@ __all__ = [
     "plot_ranks",
     "plot_reconstructions",
     "plot_rungs",
+    "plot_widths",
 ]

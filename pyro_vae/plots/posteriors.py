@@ -65,6 +65,32 @@ def plot_rungs(dataset: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_widths(dataset: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Draw the smallest and largest width of a guide beside chains, datum by datum.
+
+    Args:
+        dataset: of :class:`pyro_vae.GuideCheck`.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+    """
+    ax = axes(ax, (6.4, 3.6))
+    at = np.arange(dataset.sizes["datum"])
+    for color, name in zip(CYCLE, ("narrowest", "widest"), strict=False):
+        values, errors = dataset[name].values, 1.96 * dataset[f"{name}_se"].values
+        ax.errorbar(at, values, errors, fmt="o", ms=4, color=color, label=f"{name} direction")
+    width = dataset.attrs["width"]
+    ax.axhspan(1 - width, 1 + width, color=GREY, alpha=0.2, lw=0, label="good")
+    ax.set_xlabel("datum")
+    ax.set_ylabel("standard deviation, of the posterior's")
+    good = dataset["good"].values
+    title_and_legend(
+        ax, f"Draws of the guide are good for {good.mean():.0%} of the data", columns=3
+    )
+    return ax
+
+
 def plot_posterior_pair(
     chains: np.ndarray,
     guides: Mapping[str, np.ndarray],

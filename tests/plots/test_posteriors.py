@@ -79,6 +79,22 @@ def test_another_dataset_is_refused():
         plots.plot_rungs(repaired().drop_vars(["good", "seconds"]))
 
 
+def test_widths_of_a_guide():
+    dataset = xr.Dataset(
+        {
+            **{f"{name}_se": ("datum", [0.01, 0.02]) for name in ("narrowest", "widest")},
+            "narrowest": ("datum", [0.5, 0.95]),
+            "widest": ("datum", [1.02, 1.05]),
+            "good": ("datum", [False, True]),
+        },
+        attrs={"width": 0.1},
+    )
+    ax = plots.plot_widths(dataset)
+    marks = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 2]
+    assert marks[:2] == [[0.5, 0.95], [1.02, 1.05]]
+    assert ax.get_title(loc="left") == "Draws of the guide are good for 50% of the data"
+
+
 def test_contours_hold_half_and_nine_tenths():
     """Of a correlated Gaussian: the ellipses of 50% and 90%, from the chi-squared of two."""
     rng = np.random.default_rng(0)
