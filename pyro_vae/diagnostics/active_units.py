@@ -23,11 +23,10 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.nodes import is_circular, plain_distribution
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program
 
 __all__ = ["ActiveUnits", "active_units"]
-
-_PRIOR = 31  # first in the key of the stream of random numbers, after the seed
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def active_units(
     for chunks in evaluator.blocks(num_particles, chunk_size):
         stream = StreamingELBO()
         for number, piece in enumerate(p for chunk in chunks for p in pieces_of(runner, chunk)):
-            key = (_PRIOR, piece.rows.start, number)
+            key = (Purpose.UNITS_PRIOR, piece.rows.start, number)
             prior = runner.prior_run(piece.rows, piece.guide.num_particles, key)
             with runner.evaluating():
                 means, variances, labels = _moments(runner, piece.guide, prior)

@@ -17,12 +17,11 @@ from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program
 
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
 
-# First in the key of a stream of random numbers, after the seed.
-_GUIDE, _PRIOR, _SWAPS = 32, 33, 34
 _FEWEST = 8  # pairs: with fewer no set of swaps is rare enough to reject
 
 
@@ -150,7 +149,7 @@ def aggregate_posterior(
     num_permutations = as_count("num_permutations", num_permutations)
     evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles)
     check_over_data(evaluator, "aggregate_posterior", _FEWEST)
-    rng = np.random.default_rng([evaluator.seed, _SWAPS])
+    rng = np.random.default_rng([evaluator.seed, Purpose.AGGREGATE_SWAPS])
     size = min(num_draws, evaluator.num_data)
     chosen = np.sort(rng.choice(evaluator.num_data, size, replace=False))
     signs = torch.from_numpy(rng.choice([-1.0, 1.0], (num_permutations, size)))
@@ -180,8 +179,8 @@ def _draws(evaluator: Evaluator) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
     labels: dict[str, list[str]] = {}
     for rows in evaluator.data_blocks():
         size = rows.stop - rows.start
-        values, _ = evaluator.draw(rows, 1, (_GUIDE, rows.start))
-        of_prior = evaluator.draw_prior(rows, 1, (_PRIOR, rows.start))
+        values, _ = evaluator.draw(rows, 1, (Purpose.AGGREGATE_GUIDE, rows.start))
+        of_prior = evaluator.draw_prior(rows, 1, (Purpose.AGGREGATE_PRIOR, rows.start))
         names = [name for name in values if name in evaluator.structure.sites]
         for side, of in zip(found, (values, of_prior), strict=True):
             each = {n: units_of(evaluator, n, of[n], 1, size) for n in names}

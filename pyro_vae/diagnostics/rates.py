@@ -18,13 +18,13 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.run import Run, is_latent
 from pyro_vae.programs.answers import agree
 from pyro_vae.programs.masks import lift_masks
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.state import Look
 from pyro_vae.programs.traces import site_log_prob
 from pyro_vae.programs.types import Node, Values
 
 _KL = Callable[[Node, Node | None], tuple[Tensor | None, str]]
-_MODES = 30  # first in the key of the stream of random numbers, after the seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def in_common_mode(evaluator: Evaluator) -> Evaluator:
     if len(modes) == 1:
         return evaluator
     rows = evaluator.data_blocks()[0]
-    values, log_guide = evaluator.draw(rows, 2, (_MODES,))
+    values, log_guide = evaluator.draw(rows, 2, (Purpose.RATES_MODE,))
     log_joint = torch.stack(evaluator.score_model(rows, values)).sum(0)
     repeated = evaluator.in_mode("loop" if "loop" in modes else "repeat")
     with Look(), evaluator.evaluating():

@@ -17,6 +17,7 @@ from pyro_vae.evaluation.simulations import Settings, Simulate, Simulations
 from pyro_vae.particles.evaluator import Chunk
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
 from pyro_vae.sampling.streams import Stream
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Coverage", "coverage"]
 
 _DENSITY, _TARP = "density", "TARP"
-_DIRECTION = 81  # first in the key of a stream of random numbers, after the seed
 _AT_ONCE = 2**22  # distances between data that are held at once
 _LEVELS = (0.5, 0.8, 0.95)  # of a summary
 
@@ -248,7 +248,7 @@ class Distances:
         nearest = others[_nearest(x, y).to(others.device)]
         scale = mine.std(0)
         scale = torch.where(scale > 0, scale, 1.0)
-        step = Stream(simulations.settings.seed or 0, _DIRECTION).normal(scale)
+        step = Stream(simulations.settings.seed or 0, Purpose.CALIBRATED_DIRECTION).normal(scale)
         step = step * len(step) ** 0.5 / step.norm()
         return cls(nearest + step * scale, scale)
 

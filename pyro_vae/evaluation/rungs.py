@@ -21,6 +21,7 @@ from pyro_vae.guides.base import of_family
 from pyro_vae.particles.estimators import Estimate, calibrated
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.annealing import Annealer, Schedule
@@ -40,7 +41,6 @@ _SCOUTS, _HOPELESS = 64, 0.2
 _AUDIT_CHAINS, _AUDIT_STEPS = 128, 100
 _TOGETHER = 16384  # annealed chains that run at once
 _EQUAL_CHAINS = 0.5  # the share of them that are effective, at least
-_RESAMPLING, _DISCRETE = 51, 52  # first in the keys of streams of random numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class Ladder:
         # Where every weight is zero any draws will do: the verdict is bad.
         smoothed = SmoothedWeights.of(np.where(never, 0.0, of_datum))
         weights = Weights.of(of_datum, smoothed.look.pareto_k)
-        index = smoothed.draw(self.num_draws, [self.seed, _RESAMPLING, rows.start])
+        index = smoothed.draw(self.num_draws, [self.seed, Purpose.RUNG_CHOICE, rows.start])
         chosen = torch.as_tensor(index, device=z.device).unsqueeze(-1)
         z = z.gather(0, chosen.expand(-1, -1, z.shape[-1]))
         return Found(
@@ -211,7 +211,7 @@ class Ladder:
             torch.as_tensor(weights.pareto_k),
             torch.as_tensor(weights.ess),
             torch.full(estimate.value.shape, torch.nan, dtype=torch.float64),
-            prepared.values_of(rows, z, (_DISCRETE, rows.start)),
+            prepared.values_of(rows, z, (Purpose.RUNG_SUMMED_OUT, rows.start)),
         )
 
     def _chains(self, batch: Batch) -> Found:

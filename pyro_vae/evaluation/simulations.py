@@ -23,6 +23,7 @@ from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.state import seeded
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
 from pyro_vae.sampling.exact_draws import Simulator
@@ -35,8 +36,6 @@ Simulate: TypeAlias = Callable[[int], tuple[Mapping[str, Any], Any]]
 Quantities: TypeAlias = Callable[[Chunk, Tensor, Tensor, slice], Tensor]
 
 FEWEST = 20  # simulations, and draws that a rank is among: fewer say nothing
-# First in the key of a stream of random numbers, after the seed: what it is for.
-_EACH, _TIES, _RESAMPLING, _WHOLE, _OTHERS = 71, 72, 73, 74, 75
 # Log densities that are apart by so many roundings of their dtype are the same.
 _ROUNDINGS = 64
 _REMEDY = "Or pass simulate=, a function that draws latents and data in its own way"
@@ -199,14 +198,16 @@ class Simulations:
 
     def others(self) -> tuple[list[Batch], dict[str, Tensor]]:
         """Return batches and latents as the attributes, of as many other simulations."""
-        drawn = self._drawn(seed_of(self._seed, _OTHERS))
+        drawn = self._drawn(seed_of(self._seed, Purpose.CALIBRATED_OTHERS))
         return [batch for batch, _ in drawn], self._latents([latents for _, latents in drawn])
 
     def _drawn(self, seed: int) -> list[tuple[Batch, Values]]:
         """Return batches, and latents as sites are shaped; of a user's own the datum in front."""
         some = self.settings
         count = 1 if self._whole else some.num_simulations
-        seeds = [seed_of(seed, _EACH, k) for k in range(some.num_simulations // count)]
+        seeds = [
+            seed_of(seed, Purpose.CALIBRATED_EACH, k) for k in range(some.num_simulations // count)
+        ]
         if some.simulate is not None:
             return [_of_user(some.simulate, count, each, whole=self._whole) for each in seeds]
         simulator = Simulator.of(
@@ -306,7 +307,7 @@ class Simulations:
 
     def _of_whole(self, number: int, batch: Batch) -> Evaluator:
         """Return the evaluator of one data set, whose random numbers are its own."""
-        seed, first = seed_of(self._seed, _WHOLE, number), self.evaluator
+        seed, first = seed_of(self._seed, Purpose.CALIBRATED_WHOLE, number), self.evaluator
         if first.pair.masked:  # the masks of another data set may be others
             return self._prepared(batch, seed)[0]
         index = first.given()[3]
@@ -343,7 +344,7 @@ class Simulations:
                 computed from draws is equal where it is so but for rounding.
         """
         some, found, present = self.settings, list[Tensor](), list[Tensor]()
-        rng, looks = np.random.default_rng([self._seed, _TIES]), list[Weights]()
+        rng, looks = np.random.default_rng([self._seed, Purpose.CALIBRATED_TIES]), list[Weights]()
         for block in self.blocks(some.num_drawn):
             there = self._there(block)
             of = functools.partial(self._quantities, quantities, block, there)
@@ -451,7 +452,9 @@ def _resampled(
     log_weights = torch.cat([chunk.weights.total for chunk, _ in each]).double().cpu().numpy()
     values = torch.cat([values for _, values in each])
     smoothed = SmoothedWeights.of(log_weights.T)
-    chosen = torch.from_numpy(smoothed.draw(num_draws, [seed, _RESAMPLING, index.start]))
+    chosen = torch.from_numpy(
+        smoothed.draw(num_draws, [seed, Purpose.CALIBRATED_CHOICE, index.start])
+    )
     data = torch.arange(values.shape[1])
     return values[chosen.to(values.device), data.to(values.device)], smoothed.look
 

@@ -27,14 +27,13 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.sites import Site, Structure, absent, array_of, inner_dims, names_of
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
-_MOMENTS, _DRAWS, _RESAMPLING, _SUMMED_OUT = 3, 4, 5, 6
 _OF_WEIGHTS = ("pareto_k", "ess", "tail_share")
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.
 _DEGREES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
@@ -242,11 +241,11 @@ def _impute_block(
     latents = _latents(evaluator, chunks)
     total = LogWeights.concatenate([chunk.weights for chunk in chunks], 0).total
     smoothed = SmoothedWeights.of(total.T.cpu().numpy())
-    index = smoothed.draw(num_draws, [evaluator.seed, _RESAMPLING, rows.start])
+    index = smoothed.draw(num_draws, [evaluator.seed, Purpose.IMPUTED_CHOICE, rows.start])
     chosen = _choose(latents, torch.as_tensor(index).to(total.device), evaluator.structure)
-    drawn = list(_predicted(evaluator, rows, chosen, _DRAWS))
+    drawn = list(_predicted(evaluator, rows, chosen, Purpose.IMPUTED_DRAWS))
     moments = {name: WeightedMoments(smoothed.weights) for name in names}
-    for piece in _predicted(evaluator, rows, latents, _MOMENTS):
+    for piece in _predicted(evaluator, rows, latents, Purpose.IMPUTED_MOMENTS):
         for name in names:
             moments[name].update(piece[name])
     found = {name: getattr(smoothed.look, name) for name in _OF_WEIGHTS}
@@ -260,7 +259,8 @@ def _latents(evaluator: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Tensor]
     """Return the latents of a block's particles, summed-out ones drawn from their posterior."""
     parts: dict[str, list[Tensor]] = {}
     for chunk in chunks:
-        values, key = chunk.values, (_SUMMED_OUT, chunk.rows.start, chunk.particles.start)
+        values = chunk.values
+        key = Purpose.IMPUTED_SUMMED_OUT, chunk.rows.start, chunk.particles.start
         for name, value in {**values, **evaluator.draw_summed_out(chunk.rows, values, key)}.items():
             if name in evaluator.structure.sites:  # not the guide's auxiliary ones
                 parts.setdefault(name, []).append(value)

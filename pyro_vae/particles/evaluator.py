@@ -27,13 +27,14 @@ from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.modes import MODES
-from pyro_vae.particles.pair_runner import DRAWS, RUNS, PairRunner, draw_step, equal_step
+from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.messages import as_count, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
@@ -147,7 +148,7 @@ class Evaluator(PairRunner):
         """Return the chunk of the draws that begin with these particles."""
         step, total = starts.step, len(range(0, num_particles, starts.step))
         drawn = [
-            self.draw(rows, min(step, num_particles - k), (DRAWS, block, k // step), total)
+            self.draw(rows, min(step, num_particles - k), (Purpose.DRAWS, block, k // step), total)
             for k in starts
         ]
         if len(drawn) == 1:
@@ -297,7 +298,7 @@ class Evaluator(PairRunner):
         runs = []
         with self.evaluating():
             for run in range(count):
-                self._reseed(RUNS, run)
+                self._reseed(Purpose.RUNS, run)
                 runs.append(dict(latent_nodes(trace_of(self.guide.program, self.batch))))
         return runs
 

@@ -26,11 +26,9 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
 from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
-
-# First in the key of every random stream: what it is for.
-DRAWS, CHECKS, RUNS = 0, 1, 2
 
 # Pairs (particle, datum) drawn at once, and data in a block. They decide which
 # random numbers a datum gets, so they are constants and not options.
@@ -197,7 +195,7 @@ class PairRunner:
             return True
         whole, half = slice(0, num_data), slice(num_data // 2, num_data)
         with self.pair.evaluating(), torch.no_grad():
-            self._reseed(CHECKS, 1)
+            self._reseed(Purpose.CHECKS, 1)
             run = self.guide.run(whole, 2)
             values = run.values()
             log_guide = self.log_guide(run, whole, values)
@@ -249,7 +247,7 @@ class PairRunner:
             for trace in (single.guide_trace, single.model_trace)
         )
         known = self.take_data(alone.values(), rows, size)
-        self._reseed(CHECKS)
+        self._reseed(Purpose.CHECKS)
         drawn = self.guide.run(rows, 1)
         values = drawn.values()
         other = {name: values[name] for name in known}
@@ -288,7 +286,7 @@ class PairRunner:
     def _choose_apart(self, particles: Particles) -> tuple[Run, Run]:
         """Choose the mode of the guide, then of the model; return a run of each."""
         rows, count = self.data_blocks()[0], 3 if self.num_data == 2 else 2
-        self._reseed(CHECKS)
+        self._reseed(Purpose.CHECKS)
         run = self.guide.run(rows, count)
         values = run.values()
         if self.pair.masked:
@@ -365,7 +363,7 @@ class PairRunner:
             preserved_rng(self.batch.device),
             poutine.block(),
         ):
-            self._reseed(CHECKS)
+            self._reseed(Purpose.CHECKS)
             values = single.guide.run(rows, 2).values()
             alone, again = score(single), score(single)
             differs = not all(map(self._agree, alone, again))

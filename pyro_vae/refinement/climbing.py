@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.particles.estimators import Estimate
+from pyro_vae.programs.purposes import RefinePurpose
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
 from pyro_vae.refinement.lbfgs import minimize_rows
 
@@ -34,8 +35,6 @@ _COLDEST = 0.01  # the power of p(x, z) that annealing begins with
 _MANY_COORDINATES = 256  # of a datum
 _HEAVY = 16  # particles for each coordinate, where they go into the tails
 _WIDER = 3.0  # standard deviations there
-# First in the key of a stream of random numbers, after the seed: what it is for.
-_STEPS, _GAINS, _STARTS, _SLOPES = 1, 2, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ class Climber:
             cold = _COLDEST ** max(0.0, 1 - 1.4 * step / steps)
             # A tensor: a number would be a constant of the graph.
             power = start.new_full((), cold if annealed else 1.0)
-            noise = self.noise(num_particles, (_STEPS, cycle, step))
+            noise = self.noise(num_particles, (RefinePurpose.STEPS, cycle, step))
             inputs = [rate * shift.detach(), start, power, *noise]
             (shift.grad,) = block.run(slope, block.scored, inputs, steps, check=step == 0)
             optimizer.step()
@@ -138,7 +137,7 @@ class Climber:
         shift, power = torch.zeros_like(table), table.new_ones(())
         found = []
         for i in range(replicates):
-            inputs = [shift, table, power, *self.noise(_CHECK_PARTICLES, (_SLOPES, i))]
+            inputs = [shift, table, power, *self.noise(_CHECK_PARTICLES, (RefinePurpose.SLOPES, i))]
             found.append(-block.run(slope, block.scored, inputs, 32, check=i == 0)[0])
         return torch.stack(found).double()
 
@@ -173,7 +172,7 @@ class Climber:
         at_once = max(1, block.evaluator.chunk_pairs // pairs)
         for begin in range(0, len(replicates), at_once):
             some = replicates[begin : begin + at_once]
-            noises = [self.noise(_CHECK_PARTICLES, (_GAINS, cycle, i)) for i in some]
+            noises = [self.noise(_CHECK_PARTICLES, (RefinePurpose.GAINS, cycle, i)) for i in some]
             weight, noise = (torch.cat(parts) for parts in zip(*noises, strict=True))
             calls = 2 * _MOST_REPLICATES // len(some)  # of all comparisons, about
             high = self.log_weights(block, after, noise, calls, check=begin == 0)
@@ -192,7 +191,9 @@ class Climber:
         scored = ScoredGuide(block.evaluator.without_gradients(), block.scored.guide)
         return block.run(log_weights, scored, [table, noise], calls, check=check)[0]
 
-    def noise(self, num_particles: int, key: tuple[int, ...] = (_STARTS,)) -> tuple[Tensor, Tensor]:
+    def noise(
+        self, num_particles: int, key: tuple[int, ...] = (RefinePurpose.STARTS,)
+    ) -> tuple[Tensor, Tensor]:
         """Return weights [K], and noise [K, num_noise]: their mean is that over normal noise.
 
         K may be more where draws go into the tails. The key tells the random numbers from others;

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.refinement.blocks import Block
 from pyro_vae.sampling.density import Start, TemperedDensity
 from pyro_vae.sampling.far_modes import is_missed
@@ -24,8 +25,6 @@ from pyro_vae.sampling.streams import Stream
 
 Schedule: TypeAlias = Literal["adaptive", "linear", "sigmoidal"]
 
-# First in the key of a stream of random numbers, after the seed: what it is for.
-_BASE, _PILOT, _FORWARD, _BACKWARD, _WIDTH = 31, 32, 33, 34, 35
 _TARGET = 0.7  # acceptance
 _GAIN = 0.3  # of a step size's logarithm, for each unit that acceptance is off
 _MEMORY = 0.9  # of the pilot's running variance of coordinates
@@ -100,7 +99,7 @@ class Annealer:
             return ()
         ready, rows, centre = self.ready, self.rows, self.ready.base_centre(self.rows)
         shape = _LOOKED_AT, rows.stop - rows.start, ready.blocks.num_noise
-        stream = Stream(ready.evaluator.seed, _WIDTH, rows.start)
+        stream = Stream(ready.evaluator.seed, Purpose.ANNEALED_WIDTH, rows.start)
         draws = ready.base_draws(rows, stream.normal(ready.table.new_empty(shape)))
         point = TemperedDensity(self.block, ready.table[rows], "guide", 1)(draws)
         away = draws.double() - draws.double().mean(0)
@@ -115,7 +114,7 @@ class Annealer:
 
     def first(self, *key: int) -> Tensor:
         """Return draws of the density of power 0, [C, n, D]."""
-        ready, rows, key = self.ready, self.rows, (_BASE, self.rows.start, *key)
+        ready, rows, key = self.ready, self.rows, (Purpose.ANNEALED_STARTS, self.rows.start, *key)
         if self.start == "prior":
             return ready.prior_draws(rows, self.num_chains, key)
         shape = self.num_chains, rows.stop - rows.start, ready.blocks.num_noise
@@ -131,7 +130,7 @@ class Annealer:
         num_data = point.base.shape[1]
         powers = _powers("linear" if self.schedule == "linear" else "sigmoidal", self.num_steps)
         powers = powers.to(point.z.device).unsqueeze(1).expand(-1, num_data)
-        stream = Stream(self.ready.evaluator.seed, _PILOT, self.rows.start)
+        stream = Stream(self.ready.evaluator.seed, Purpose.ANNEALED_PILOT, self.rows.start)
         log_step = torch.zeros_like(powers[0])
         variance = point.z.double().var(0)
         steps, scales, spreads = [log_step.exp()], [variance.sqrt()], [_spread(point)]
@@ -165,7 +164,7 @@ class Annealer:
         """
         density = self.density()
         point = density(self.first(wave))
-        stream = Stream(self.ready.evaluator.seed, _FORWARD, self.rows.start, wave)
+        stream = Stream(self.ready.evaluator.seed, Purpose.ANNEALED_FORWARD, self.rows.start, wave)
         log_weights = torch.zeros_like(point.base, dtype=torch.float64)
         for number in range(1, len(path.powers)):
             log_weights += _increment(path, number, point, -torch.inf)
@@ -201,7 +200,7 @@ class Annealer:
         """
         density = self.density()
         point = density(z)
-        stream = Stream(self.ready.evaluator.seed, _BACKWARD, self.rows.start)
+        stream = Stream(self.ready.evaluator.seed, Purpose.ANNEALED_BACKWARD, self.rows.start)
         for _ in range(moves):
             point, _, _ = path.kernel(-1)(density, point, path.powers[-1], stream)
         moved = (point.z != z).any(-1)

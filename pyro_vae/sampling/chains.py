@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.convergence import Convergence
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 from pyro_vae.refinement.blocks import Block
 from pyro_vae.sampling.density import TemperedDensity
@@ -26,8 +27,6 @@ __all__ = ["sample_posterior"]
 
 logger = logging.getLogger(__name__)
 
-# First in the key of a stream of random numbers, after the seed: what it is for.
-_STARTS, _WARM_UP, _DRAWS, _DISCRETE = 21, 22, 23, 24
 # Shares of the warm-up at whose ends the scale is learned, but for the first and the last.
 _WINDOWS = (0.15, 0.3, 0.5, 0.75, 1.0)
 _QUARTER = math.pi / 2  # in units of the scale: so far a trajectory of a Gaussian is a new draw
@@ -180,9 +179,9 @@ def _sample_block(
     seed = prepared.evaluator.seed
     point = density(_starts(prepared, rows, settings.num_chains))
     kernel = Kernel(0.5 * torch.ones_like(power), prepared.base_scale(rows), _FIRST_STEPS)
-    warm_up = Stream(seed, _WARM_UP, rows.start)
+    warm_up = Stream(seed, Purpose.CHAIN_WARM_UP, rows.start)
     point, kernel = _warm_up(density, point, kernel, power, warm_up, settings, bar)
-    stream = Stream(seed, _DRAWS, rows.start)
+    stream = Stream(seed, Purpose.CHAIN_DRAWS, rows.start)
     places, heights = [], []
     acceptance, diverged = torch.zeros_like(power), torch.zeros_like(power)
     for _ in range(settings.num_draws):
@@ -282,10 +281,10 @@ def _steps(sizes: Tensor, length: float) -> int:
 def _starts(prepared: Ready, rows: slice, num_chains: int) -> Tensor:
     """Return a draw of the guide for each chain, [C, n, D]; of the base where it has no place."""
     evaluator, seed = prepared.evaluator, prepared.evaluator.seed
-    values, _ = evaluator.draw(rows, num_chains, (_STARTS, rows.start))
+    values, _ = evaluator.draw(rows, num_chains, (Purpose.CHAIN_STARTS, rows.start))
     z = prepared.coordinates_of(values)
     shape = num_chains, rows.stop - rows.start, prepared.blocks.num_noise
-    noise = Stream(seed, _STARTS, rows.start).normal(prepared.table.new_empty(shape))
+    noise = Stream(seed, Purpose.CHAIN_STARTS, rows.start).normal(prepared.table.new_empty(shape))
     base = prepared.base_draws(rows, noise)
     return torch.where(z.isfinite().all(-1, keepdim=True), z.to(base), base)
 
@@ -320,7 +319,9 @@ def _samples(prepared: Ready, found: list[_Sampled]) -> PosteriorSamples:
 
 def _values(prepared: Ready, block: _Sampled) -> dict[str, Tensor]:
     """Return the draws of a block by site, ``[C, S, n, ...]``, what was summed out among them."""
-    values = prepared.values_of(block.rows, block.z.flatten(0, 1), (_DISCRETE, block.rows.start))
+    values = prepared.values_of(
+        block.rows, block.z.flatten(0, 1), (Purpose.CHAIN_SUMMED_OUT, block.rows.start)
+    )
     return {name: value.unflatten(0, block.z.shape[:2]) for name, value in values.items()}
 
 

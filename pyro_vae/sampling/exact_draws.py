@@ -20,6 +20,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.observed import check_drawable
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking, seeded
 from pyro_vae.programs.structure import ModelLooks
@@ -31,8 +32,6 @@ from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.sampling.streams import seed_of
 
-# First in the key of a stream of random numbers, after the seed: what it is for.
-_SIMULATED, _ABSENT = 61, 62
 # How far log p(x, z) of draws may lie from what the chains that made them said: rounding.
 _NATS, _SHARE = 0.1, 1e-3
 
@@ -113,7 +112,10 @@ class Simulator:
                 density depends on these in another way.
         """
         model, batch, structure = self.model, self.batch, self.structure
-        with looking(model, device=batch.device), seeded(batch.device, seed_of(seed, _SIMULATED)):
+        with (
+            looking(model, device=batch.device),
+            seeded(batch.device, seed_of(seed, Purpose.SIMULATED)),
+        ):
             trace = dream(model, batch)
         latents = {name: node["value"] for name, node in latent_nodes(trace)}
         drawn = {s.name: latents.pop(s.name) for s in structure.observed if s.name in latents}
@@ -280,7 +282,7 @@ def _complete(prepared: Ready, values: Values) -> Tensor:
         masks = evaluator.single_values(run.masks())
     present = torch.cat([_present(each, masks, values) for each in prepared.guide.coordinates], -1)
     z = torch.where(present, z, 0.0)
-    with torch.no_grad(), seeded(z.device, seed_of(evaluator.seed, _ABSENT)):
+    with torch.no_grad(), seeded(z.device, seed_of(evaluator.seed, Purpose.SIMULATED_ABSENT)):
         for column in torch.nonzero(~present.flatten(0, 1).all(0)).flatten().tolist():
             mine = slice(column, column + 1)
             base = family.conditional(prepared.table, size, z[..., :column], mine)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.refinement.blocks import Block
 from pyro_vae.refinement.starts import CLIMB, find_modes, gaussian_at
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
@@ -19,7 +20,6 @@ from pyro_vae.sampling.prepare import Ready
 ELSEWHERE = 0.01
 _FEW = 0.1  # times a mode's share: chains with fewer of their draws there have not been there
 _ALL = 0.9  # the share of draws at a mode that says that the chains are in it, and in no other
-_KEY = 42  # first in the key of the stream of random numbers, after the seed
 _DRAWS = 256  # of the prior
 # So many of them are climbed from as they come: a mode that half lead to is missed in 1 of 64 data.
 _ANY = 6
@@ -94,7 +94,7 @@ def _highest(
 ) -> tuple[Tensor, Tensor]:
     """Return the highest mode out of reach, [n, D], else of all, and which data have one, [n]."""
     table = ready.table[rows]
-    draws = ready.prior_draws(rows, _DRAWS, (_KEY, rows.start))
+    draws = ready.prior_draws(rows, _DRAWS, (Purpose.FAR_MODES, rows.start))
     draws = torch.where(draws.isfinite().all(-1, keepdim=True), draws, centre)
     with torch.no_grad():
         _, likelihood = log_prior_and_likelihood(block.scored, table, draws)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.refinement.blocks import Block, ScoredGuide
 from pyro_vae.sampling.density import log_base, log_prior_and_likelihood
 from pyro_vae.sampling.far_modes import ELSEWHERE, far_mode, log_gaussian
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.streams import Stream
 
-_KEY, _FAR = 41, 43  # first in the keys of streams of random numbers, after the seed
 _CHUNK = 250  # draws that are scored at once
 # The mixture: shares of draws of the base, of it three times as wide, of a Gaussian at a mode that
 # it does not reach, and of the prior.
@@ -64,15 +64,17 @@ def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighe
     counts = [num_particles - sum(counts), *counts]
     table, seed = ready.table[rows], ready.evaluator.seed
     shape = sum(counts[:2]), rows.stop - rows.start, ready.blocks.num_noise
-    z = ready.base_draws(rows, Stream(seed, _KEY, rows.start).normal(table.new_empty(shape)))
+    z = ready.base_draws(
+        rows, Stream(seed, Purpose.WEIGHED, rows.start).normal(table.new_empty(shape))
+    )
     centre = ready.base_centre(rows)
     z = torch.cat([z[: counts[0]], centre + _WIDER * (z[counts[0] :] - centre)])
     inputs, is_far = [table, centre], torch.zeros_like(centre[:, 0], dtype=torch.bool)
     if counts[2]:
         far = far_mode(ready, rows, block, centre)
         noise = centre.new_empty(counts[2], *centre.shape)
-        z = torch.cat([z, far.draws(Stream(seed, _FAR, rows.start).normal(noise))])
-        z = torch.cat([z, ready.prior_draws(rows, counts[3], (_KEY, rows.start))])
+        z = torch.cat([z, far.draws(Stream(seed, Purpose.WEIGHED_FAR, rows.start).normal(noise))])
+        z = torch.cat([z, ready.prior_draws(rows, counts[3], (Purpose.WEIGHED, rows.start))])
         inputs, is_far = [*inputs, far.mean, far.factor], far.is_far
     # Draws of the prior on the edge of its support have no coordinates, and no weight.
     usable = z.isfinite().all(-1)

@@ -18,6 +18,7 @@ from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.blocks import Block, Blocks
 from pyro_vae.refinement.starts import answer_of
@@ -25,7 +26,6 @@ from pyro_vae.sampling.streams import Stream
 
 logger = logging.getLogger(__name__)
 
-_SCALE, _LOOK = 11, 12  # first in the keys of streams of random numbers, after the seed
 # From an edge inwards: from there on a value is at least three units of rounding away from it.
 _AT_EDGE = 1.0
 _SCALE_DRAWS = 256  # of the base density, whose spread is the first scale of its coordinates
@@ -130,7 +130,7 @@ class Ready:
     def base_scale(self, rows: slice) -> Tensor:
         """Return the standard deviation of the base's coordinates, [n, D]."""
         shape = _SCALE_DRAWS, rows.stop - rows.start, self.blocks.num_noise
-        stream = Stream(self.evaluator.seed, _SCALE, rows.start)
+        stream = Stream(self.evaluator.seed, Purpose.BASE_SCALE, rows.start)
         return self.base_draws(rows, stream.normal(self.table.new_empty(shape))).std(0)
 
 
@@ -192,7 +192,7 @@ def _unchecked(
         except ValueError:  # for another cause, which the first error says
             return None
         everything = slice(0, made.evaluator.num_data)
-        _, log_guide = made.evaluator.draw(everything, 2, (_LOOK,))
+        _, log_guide = made.evaluator.draw(everything, 2, (Purpose.BASE_KIND,))
     lost = made.lost | ~log_guide.isfinite().all(0)
     return dataclasses.replace(made, lost=lost) if bool(lost.any()) else None
 

@@ -1,0 +1,70 @@
+"""What random numbers are for: the first number in the key of each stream, after the seed.
+
+Streams whose keys begin alike hold the same numbers, so that what is made of them would depend on
+one another. No two purposes are alike.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, unique
+
+
+@unique
+class Purpose(IntEnum):
+    """The purposes, by the files that draw for them."""
+
+    # particles: draws of a guide, checks of a pair, single runs of a guide
+    DRAWS = 0
+    CHECKS = 1
+    RUNS = 2
+    # missing_data
+    IMPUTED_MOMENTS = 3
+    IMPUTED_DRAWS = 4
+    IMPUTED_CHOICE = 5
+    IMPUTED_SUMMED_OUT = 6
+    # sampling: the width of a base density, its kind; chains
+    BASE_SCALE = 11
+    BASE_KIND = 12
+    CHAIN_STARTS = 21
+    CHAIN_WARM_UP = 22
+    CHAIN_DRAWS = 23
+    CHAIN_SUMMED_OUT = 24
+    # sampling: annealed chains
+    ANNEALED_STARTS = 31
+    ANNEALED_PILOT = 32
+    ANNEALED_FORWARD = 33
+    ANNEALED_BACKWARD = 34
+    ANNEALED_WIDTH = 35
+    # diagnostics
+    RATES_MODE = 30
+    UNITS_PRIOR = 36
+    AGGREGATE_GUIDE = 37
+    AGGREGATE_PRIOR = 38
+    AGGREGATE_SWAPS = 39
+    # sampling: draws that are weighed, and what modes are looked for from
+    WEIGHED = 41
+    FAR_MODES = 42
+    WEIGHED_FAR = 43
+    # evaluation: of a rung of a repair
+    RUNG_CHOICE = 51
+    RUNG_SUMMED_OUT = 52
+    # sampling: data that a model makes
+    SIMULATED = 61
+    SIMULATED_ABSENT = 62
+    # evaluation: calibration
+    CALIBRATED_EACH = 71
+    CALIBRATED_TIES = 72
+    CALIBRATED_CHOICE = 73
+    CALIBRATED_WHOLE = 74
+    CALIBRATED_OTHERS = 75
+    CALIBRATED_DIRECTION = 81
+
+
+@unique
+class RefinePurpose(IntEnum):
+    """Those of refine, whose generators are seeded from a key in a way of their own."""
+
+    STEPS = 1
+    GAINS = 2
+    STARTS = 4
+    SLOPES = 5

@@ -1,0 +1,43 @@
+"""No two streams of random numbers begin alike, and all of them are in one list."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pyro_vae
+from pyro_vae.programs.purposes import Purpose, RefinePurpose
+
+SOURCES = sorted(Path(pyro_vae.__file__).parent.rglob("*.py"))
+
+
+def first_numbers(purpose: int, way: str) -> float:
+    sequence = np.random.SeedSequence([7, purpose])
+    if way == "refine":
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    else:
+        low, high = sequence.generate_state(2, np.uint32)
+        seed = int(high) << 32 | int(low)
+    return torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+
+
+def test_streams_of_all_purposes_differ():
+    """Also of those whose numbers are alike, for refine seeds its generators in another way."""
+    found = [first_numbers(purpose, "evaluator") for purpose in Purpose]
+    found += [first_numbers(purpose, "refine") for purpose in RefinePurpose]
+    assert len(set(found)) == len(Purpose) + len(RefinePurpose)
+
+
+def test_every_purpose_is_used_and_none_is_written_elsewhere():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    for each in (*Purpose, *RefinePurpose):
+        assert f"{type(each).__name__}.{each.name}" in text
+    apart = [
+        str(path)
+        for path in SOURCES
+        if re.search(r"first in the keys? of ", path.read_text("utf-8"), re.IGNORECASE)
+    ]
+    assert [path for path in apart if "export" not in path] == []
