@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.moments import Moments
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.sampling.prepare import Ready, ready
 from pyro_vae.sampling.samples import PosteriorSamples
@@ -24,7 +25,6 @@ __all__ = ["GuideCheck", "check_guide"]
 
 OFF, WIDTH = 0.2, 0.1  # posterior standard deviations; a share of one
 _LEVEL = 0.01  # of false alarms, for each datum
-_KEY = 61  # first in the keys of streams of random numbers
 _NAMES = ("off", "narrowest", "widest")
 
 
@@ -156,7 +156,7 @@ def check_guide(
             "sample_posterior returned for this batch, with the same data_plate"
         )
     chains = _coordinates_of_chains(made, posterior)
-    values, _ = evaluator.draw(slice(0, num_data), num_draws, (_KEY,))
+    values, _ = evaluator.draw(slice(0, num_data), num_draws, (Purpose.CHECKED_GUIDE,))
     draws = made.coordinates_of(values).double().numpy(force=True)
     sites = np.concatenate(
         [[c.name] * (c.columns.stop - c.columns.start) for c in made.guide.coordinates]

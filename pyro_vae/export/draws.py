@@ -14,6 +14,7 @@ from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Weights
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.pair_runner import draw_step
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Values
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,6 @@ Resampling: TypeAlias = Literal["psis"]
 # Arrays of each group, by the name of their variable: draws first, then the datum.
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
 
-# First in the key of a random stream, one for each purpose (0 to 2 are the Evaluator's own).
-_RESAMPLING, _SUMMED_OUT = 5, 6
 # Groups of one value for each draw of the posterior, which move with it.
 _OF_DRAWS = (
     *("posterior", "unconstrained_posterior", "posterior_predictive", "log_likelihood"),
@@ -98,7 +97,7 @@ class GuideDraws:
     def _piece(self, chunk: Chunk) -> Piece:
         weights, start = chunk.weights, chunk.particles.start
         drawn = self._evaluator.draw_summed_out(
-            chunk.rows, chunk.values, (_SUMMED_OUT, chunk.rows.start, start)
+            chunk.rows, chunk.values, (Purpose.EXPORTED_SUMMED_OUT, chunk.rows.start, start)
         )
         stats = {"log_p": weights.log_joint, "log_q": weights.log_guide}
         stats["log_weight"] = weights.total
@@ -111,7 +110,7 @@ class GuideDraws:
         smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
         self._weights.append(smoothed.look)
         if self._resample is not None:
-            key = [self._evaluator.seed, _RESAMPLING, rows.start]
+            key = [self._evaluator.seed, Purpose.EXPORTED_CHOICE, rows.start]
             _resample(groups, smoothed.draw(self._num_draws, key), shared, warn=rows.start == 0)
 
     def constants(self) -> dict[str, np.ndarray]:

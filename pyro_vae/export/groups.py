@@ -13,10 +13,10 @@ from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.export.draws import Groups, Piece
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
 from pyro_vae.programs.types import Values
 
-_PREDICTIVE, _PRIOR = 3, 4  # first in the keys of streams of random numbers
 _DRAWN = ("posterior", "posterior_predictive", "prior", "prior_predictive")
 
 
@@ -72,7 +72,9 @@ class GroupMaker:
         num_draws, key = next(iter(values.values())).shape[0], (rows.start, piece.start)
         latents = evaluator.by_datum({n: v for n, v in values.items() if n in sites})
         terms = evaluator.site_log_prob(rows, values)
-        prior = evaluator.predict(rows, num_draws, None, (_PRIOR, *key), observed=self._predictive)
+        prior = evaluator.predict(
+            rows, num_draws, None, (Purpose.EXPORTED_PRIOR, *key), observed=self._predictive
+        )
         stats = piece.stats
         if evaluator.structure.data_plate is None:
             stats = {
@@ -87,7 +89,7 @@ class GroupMaker:
             "prior": {n: value for n, value in prior.items() if n not in seen},
         }
         if self._predictive:
-            drawn = evaluator.predict(rows, num_draws, values, (_PREDICTIVE, *key))
+            drawn = evaluator.predict(rows, num_draws, values, (Purpose.EXPORTED_PREDICTIVE, *key))
             groups["posterior_predictive"] = {n: v for n, v in drawn.items() if n in seen}
             groups["prior_predictive"] = {n: v for n, v in prior.items() if n in seen}
         return {

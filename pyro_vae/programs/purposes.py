@@ -17,11 +17,17 @@ class Purpose(IntEnum):
     DRAWS = 0
     CHECKS = 1
     RUNS = 2
+    # export
+    EXPORTED_PREDICTIVE = 3
+    EXPORTED_PRIOR = 4
+    EXPORTED_CHOICE = 5
+    EXPORTED_SUMMED_OUT = 6
+    EXPORTED_MARGINAL = 7
     # missing_data
-    IMPUTED_MOMENTS = 3
-    IMPUTED_DRAWS = 4
-    IMPUTED_CHOICE = 5
-    IMPUTED_SUMMED_OUT = 6
+    IMPUTED_MOMENTS = 8
+    IMPUTED_DRAWS = 9
+    IMPUTED_CHOICE = 10
+    IMPUTED_SUMMED_OUT = 13
     # sampling: the width of a base density, its kind; chains
     BASE_SCALE = 11
     BASE_KIND = 12
@@ -58,6 +64,8 @@ class Purpose(IntEnum):
     CALIBRATED_WHOLE = 74
     CALIBRATED_OTHERS = 75
     CALIBRATED_DIRECTION = 81
+    # evaluation: a guide beside chains
+    CHECKED_GUIDE = 91
 
 
 @unique
