@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from pyro_vae import datasets, families, nets, schedules, zoo
+from pyro_vae import datasets, families, nets, schedules, testing, zoo
 from pyro_vae.diagnostics.active_units import ActiveUnits, active_units
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, aggregate_posterior
 from pyro_vae.diagnostics.pareto_k import pareto_k
@@ -95,6 +95,7 @@ __all__ = [
     "sample_posterior",
     "sbc",
     "schedules",
+    "testing",
     "to_arviz",
     "zoo",
 ]

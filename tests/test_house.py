@@ -61,12 +61,14 @@ ARROWS: dict[str, set[str]] = {
         *("guides", "nets", "plots", "report", "sampling", "training", "zoo"),
     },
     "cli": {"demo", "evaluation"},
+    "testing": {"evaluation", "families", "losses", "particles", "programs", "training"},
 }
 
 # What a newcomer asks, by folder, from the top of the house to its bottom.
 QUESTIONS = {
     "cli": "the command",
     "demo": "what do I run first?",
+    "testing": "does my own class keep the laws?",
     "zoo": "which models can I try?",
     "datasets": "which data can I try?",
     "export": "how do I get to ArviZ?",

@@ -78,7 +78,7 @@ figure .wide{margin:0;background:#fff;border:1px solid var(--line);padding:.5rem
 img{display:block;width:100%;min-width:34rem;max-width:50rem;height:auto}
 figcaption b{display:none}
 @media(max-width:40rem){figcaption b{display:block;font-weight:400}
-th,td{padding:.25rem .35rem;font-size:.85rem}}
+main{padding:.7rem}th,td{padding:.25rem .2rem;font-size:.78rem}}
 figcaption{color:var(--dim);margin-top:.4rem}
 summary{cursor:pointer;margin:.6rem 0}
 dt{font-weight:700}dd{margin:0 0 .5rem 1rem}

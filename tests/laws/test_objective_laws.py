@@ -25,7 +25,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import testing
 from pyro_vae.schedules import LinearWarmup
+from pyro_vae.testing.losses import loss_agrees
 
 NUM_DATA = 6
 K = 4
@@ -362,21 +364,12 @@ def test_what_cannot_be_had_is_refused_by_name(objective, kind):
 def test_loss_and_gradients(objective, kind, setting):
     model, guide, batch = make(kind, setting)
     loss = OBJECTIVES[objective]()
-    trained = parameters(model, guide, batch)
-    before = [parameter.detach().clone() for parameter in trained]
-    torch.manual_seed(1)
-    alone = loss.loss(model, guide, *batch)
-    assert all(parameter.grad is None for parameter in trained)
-    torch.manual_seed(1)
-    differentiable = loss.differentiable_loss(model, guide, *batch)
-    assert differentiable.shape == () and math.isfinite(differentiable.item())
-    assert differentiable.item() == pytest.approx(alone, rel=1e-12)
-    wanted = torch.autograd.grad(differentiable, trained)  # raises where one is not reached
-    value, gradient = value_and_gradients(loss, model, guide, batch, seed=1)
-    assert value == differentiable.item()
-    assert torch.equal(gradient, torch.cat([part.flatten() for part in wanted]))
-    assert all(part.isfinite().all() and bool((part != 0).any()) for part in wanted)
-    assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    loss_agrees(loss, model, guide, batch, parameters(model, guide, batch))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_keeps_the_laws_that_a_user_checks(objective):
+    testing.check_loss(OBJECTIVES[objective]())
 
 
 # The posterior of a datum without likelihood ("missing") is its prior: see the law on masks.

@@ -15,6 +15,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
+from pyro_vae.testing.guides import log_weights_hold, particles_agree
 from tests.laws.registry import (
     ENTRIES,
     FAMILIES,
@@ -31,32 +32,16 @@ def check_log_weights(model: Any, guide: Any, batch: Batch) -> None:
     weights = pv.log_weights(model, guide, batch, num_particles=4, seed=0)
     assert weights.total.shape == (4, N)
     assert weights.total.dtype == torch.float64
-    assert torch.isfinite(weights.total).all()
-    chunked = pv.log_weights(model, guide, batch, num_particles=4, chunk_size=5, seed=0)
-    for part in ("log_likelihood", "log_prior", "log_guide"):
-        torch.testing.assert_close(getattr(chunked, part), getattr(weights, part))
-    bound = pv.elbo(model, guide, batch, num_particles=4, seed=0)
-    torch.testing.assert_close(bound.value, weights.total.mean(0))
-    iwae = pv.iwae_bound(model, guide, batch, num_particles=4, seed=0)
-    torch.testing.assert_close(iwae.value, weights.total.logsumexp(0) - math.log(4))
+    log_weights_hold(model, guide, batch)
 
 
 def check_vectorized(model: Any, guide: Any, batch: Batch) -> None:
     """The same draws, scored together and one by one."""
-    if isinstance(guide, pv.AmortizedGuide) and guide.global_guide is not None:
-        options: dict[str, Any] = {"data_plate": False}
-        rows = slice(0, 1)
-    else:
-        options, rows = {}, slice(0, N)
-    together = Evaluator(model, guide, batch, seed=0, **options)
-    alone = Evaluator(model, guide, batch, particles="loop", seed=0, **options)
+    whole = isinstance(guide, pv.AmortizedGuide) and guide.global_guide is not None
+    plate = False if whole else None
+    together = Evaluator(model, guide, batch, seed=0, data_plate=plate)
     assert "loop" not in together.modes.values()
-    values, log_guide = alone.draw(rows, 3, (9,))
-    torch.testing.assert_close(together.score_guide(rows, values), log_guide)
-    for one, other in zip(
-        together.score_model(rows, values), alone.score_model(rows, values), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    particles_agree(model, guide, batch, plate)
 
 
 def check_training(model: Any, guide: Any, batch: Batch, loss: Any) -> None:
