@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class Repair:
         draws: latent site to draws of each datum's posterior, ``[S, N, *inner plates, *event]``.
         given: the values that global latents were fixed at, by name.
         is_whole: whether all is one datum, so that draws have no N.
-        evaluator: of the pair that was mended, on these data.
+        evaluator: of the pair that was mended, on these data; copies and pickles are without it.
     """
 
     dataset: xr.Dataset
@@ -70,6 +70,10 @@ class Repair:
     given: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     is_whole: bool = False
     evaluator: Evaluator | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        *values, _ = (getattr(self, each.name) for each in fields(self))
+        return type(self), tuple(values)
 
     @property
     def good(self) -> np.ndarray:
@@ -140,7 +144,10 @@ class Repair:
             ValueError: as :func:`pyro_vae.to_arviz`, and where the result holds no evaluator.
         """
         if self.evaluator is None:
-            raise ValueError("a repair without its evaluator has draws alone, in .draws")
+            raise ValueError(
+                "a repair that was copied or pickled is without its model: make the container "
+                "before, to_arviz(file=...), or take .draws"
+            )
         names = ("good", "log_evidence", "log_evidence_se", "pareto_k", "ess", "rhat", "cost")
         data = {name: self.dataset[name].values for name in names}
         data["rung"] = self.dataset["rung"].values.astype(str)
@@ -290,7 +297,8 @@ def repair(
             num_data,
         )
     is_whole = prepared.evaluator.structure.data_dim is None
-    return result.repair(prepared.given, prepared.evaluator, is_whole=is_whole)
+    kept = prepared.evaluator.without_graphs()
+    return result.repair(prepared.given, is_whole=is_whole, evaluator=kept)
 
 
 def _climb(ladder: Ladder, result: _Result, number: int, *, splittable: bool) -> None:
@@ -384,7 +392,7 @@ class _Result:
         shares = self.seconds / np.maximum(1, tried.sum(1))
         return np.asarray(shares @ tried)
 
-    def repair(self, given: Given, evaluator: Evaluator, *, is_whole: bool) -> Repair:
+    def repair(self, given: Given, *, is_whole: bool, evaluator: Evaluator | None = None) -> Repair:
         """Return the result."""
         names = np.array(self.rungs)
         # The highest of several noisy bounds is none: where the last is good, that; else the one

@@ -424,6 +424,12 @@ class Evaluator(PairRunner):
         same = self.pair.guide_sites == other.pair.guide_sites
         return same and self.pair.scorable and self.pair.nesting == other.pair.nesting
 
+    def without_graphs(self) -> Evaluator:
+        """Return this evaluator without what it recorded, to be kept for long and used seldom."""
+        other = copy.copy(self)
+        other._recorder = Recorder("scoring", False)
+        return other
+
     def without_gradients(self) -> Evaluator:
         """Return this evaluator for draws and densities that carry no gradients."""
         other = copy.copy(self)

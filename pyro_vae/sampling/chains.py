@@ -313,7 +313,7 @@ def _samples(prepared: Ready, found: list[_Sampled]) -> PosteriorSamples:
         prepared.given,
         whole,
         torch.cat([block.missed for block in found]),
-        evaluator,
+        evaluator.without_graphs(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class PosteriorSamples:
         missed: for which data chains have not visited a mode that holds more than a hundredth of
             the posterior, as Laplace's approximation weighs it, [N]; None where it was not looked
             for.
-        evaluator: of the pair that they are of, on these data.
+        evaluator: of the pair that they are of, on these data; copies and pickles are without it.
     """
 
     draws: dict[str, Tensor]
@@ -65,6 +65,10 @@ class PosteriorSamples:
     is_whole: bool = False
     missed: Tensor | None = None
     evaluator: Evaluator | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        *values, _ = (getattr(self, each.name) for each in fields(self))
+        return type(self), tuple(values)
 
     @property
     def converged(self) -> Tensor:
@@ -113,7 +117,10 @@ class PosteriorSamples:
             ValueError: as :func:`pyro_vae.to_arviz`, and where the samples hold no evaluator.
         """
         if self.evaluator is None:
-            raise ValueError("samples without their evaluator have draws alone, in .draws")
+            raise ValueError(
+                "samples that were copied or pickled are without their model: make the container "
+                "before, to_arviz(file=...), or take .draws"
+            )
         names = ("rhat", "ess", "ess_tail", "acceptance", "divergences", "converged")
         given = GivenDraws(
             self.evaluator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import matplotlib
@@ -20,6 +21,7 @@ from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.sampling import annealing, chains, importance
 from pyro_vae.sampling.far_modes import FarMode
+from tests.arviz_calls import groups
 from tests.sampling.test_importance import absolute, counts, gamma_poisson, local, square
 
 matplotlib.use("Agg")
@@ -255,6 +257,11 @@ def test_to_arviz(whole: bool, tmp_path):
     dims = ("chain", "draw") if whole else ("chain", "draw", "datum")
     assert made.posterior[name].dims == dims
     assert made.constant_data["good"].dims == ("datum",)
+    assert made.log_likelihood["x"].dims == ("chain", "draw", "data" if whole else "datum")
+    assert {"log_prior", "prior_predictive", "observed_data"} <= set(groups(made))
+    assert "verdict, k-hat, ESS and R-hat of each datum" in made.posterior.attrs["note"]
+    with pytest.raises(ValueError, match="is without its model: make the container before"):
+        copy.copy(found).to_arviz()
     made.to_netcdf(tmp_path / "found.nc")
     assert (tmp_path / "found.nc").stat().st_size > 0
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_vae as pv
+from tests.models import NormalModel
 
 F64 = torch.float64
 FOUR = torch.ones(4, dtype=F64)
@@ -102,23 +105,49 @@ def test_moments_are_over_chains_and_draws():
 
 
 def test_to_arviz():
-    """Draws with their chains: ArviZ's own R-hat of a site is ours, where it has one coordinate."""
+    """All groups, with their chains: values by PyTorch, of chains that stay in their order."""
 
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x)
+            s = pyro.sample("s", dist.LogNormal(x.new_zeros(len(x)), 0.5))
+            pyro.sample("x", dist.Normal(a.sum(-1), s), obs=x)
 
     x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     guide = pv.LocalGuide(model, num_data=3, example=x)
     settings = {"num_draws": 20, "num_warmup": 20, "seed": 0, "progress": False}
     samples = pv.sample_posterior(model, guide, x, num_chains=3, **settings)
-    made = samples.to_arviz()
-    assert made.posterior["a"].dims == ("chain", "draw", "datum", "a_dim_0")
+    made = samples.to_arviz(coords={"datum": ["a", "b", "c"]}, dims={"a": ["axis"]})
+    assert made.posterior["a"].dims == ("chain", "draw", "datum", "axis")
     assert made.posterior["a"].shape == (3, 20, 3, 2)
     assert made.sample_stats["lp"].dims == ("chain", "draw", "datum")
     assert made.constant_data["rhat"].dims == ("datum",)
-    assert (made.posterior["a"].values == samples.draws["a"].numpy()).all()
+    np.testing.assert_array_equal(made.posterior["a"], samples.draws["a"])
+    np.testing.assert_array_equal(made.sample_stats["lp"], samples.log_joint)
+    a, s = samples.draws["a"], samples.draws["s"]
+    seen = torch.distributions.Normal(a.sum(-1), s).log_prob(x)
+    prior = torch.distributions.LogNormal(0.0, 0.5).log_prob(s)
+    standard = torch.distributions.Normal(0.0, 1.0).log_prob(a).sum(-1)
+    np.testing.assert_allclose(made.log_likelihood["x"], seen, atol=1e-6)
+    np.testing.assert_allclose(made.log_prior["s"], prior, atol=1e-6)
+    np.testing.assert_allclose(made.unconstrained_posterior["s"], s.log(), atol=1e-6)
+    np.testing.assert_allclose(made.sample_stats["log_p"], seen + prior + standard, atol=1e-6)
+    lp = seen + prior + standard + s.log()  # in coordinates, where ds = s d log s
+    np.testing.assert_allclose(made.sample_stats["lp"], lp, atol=1e-6)
+    residual = (made.posterior_predictive["x"].values - a.sum(-1).numpy()) / s.numpy()
+    assert abs(residual.std() - 1) < 5 / (2 * residual.size) ** 0.5
+    assert "note" not in made.attrs and made.prior_predictive["x"].shape == (3, 20, 3)
+
+
+def test_copies_are_without_their_model():
+    x = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    model = NormalModel()
+    settings = {"num_draws": 8, "num_warmup": 20, "seed": 0, "progress": False}
+    found = pv.sample_posterior(model, model.posterior, x, **settings)
+    again = pickle.loads(pickle.dumps(found))
+    torch.testing.assert_close(again.draws["z"], found.draws["z"])
+    with pytest.raises(ValueError, match="are without their model: make the container before"):
+        again.to_arviz()
 
 
 def test_to_arviz_of_one_datum():
