@@ -136,6 +136,11 @@ class Pair:
         first: state.FirstValues | None = None,
         gradients: bool = False,
     ) -> None:
+        if not callable(guide) or isinstance(guide, type):
+            raise TypeError(
+                f"guide={guide!r} cannot be called with the batch: a Pyro guide is needed; a "
+                "variational family becomes one in pyro_vae.LocalGuide or pyro_vae.AmortizedGuide"
+            )
         self.model, self.guide, self.batch = model, guide, batch
         self.user_guide = guide
         self.looks, self.first = looks or ModelLooks(model, batch), first or state.FirstValues()

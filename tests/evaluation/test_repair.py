@@ -224,6 +224,9 @@ def test_what_no_rung_mends_is_named(caplog):
         ({"num_draws": 0}, "num_draws=0"),
         ({"seed": -1}, "seed=-1"),
         ({"audit": -1}, "audit=-1"),
+        # Before any rung is climbed, though the first one asks for neither.
+        ({"tolerance": -1.0}, "tolerance=-1"),
+        ({"max_steps": 0}, "max_steps=0"),
     ],
 )
 def test_bad_input(options, message: str):

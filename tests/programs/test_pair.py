@@ -55,6 +55,14 @@ def test_draws_of_the_single_run_are_those_of_a_fixed_seed():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("guide", [pv.families.Normal(), AutoNormal, None])
+def test_what_is_no_guide_is_refused_by_name(guide):
+    with pytest.raises(TypeError, match="a Pyro guide is needed"):
+        Pair(NormalModel(), guide, as_batch(X))
+    with pytest.raises(TypeError, match="a Pyro guide is needed"):
+        pv.repair(NormalModel(), guide, X, progress=False)
+
+
 def test_discrete_latents_that_are_left_out():
     pair = Pair(mixture, lambda x: None, as_batch(X)).evaluable(None)
     assert pair.summed_out == ("c",)
