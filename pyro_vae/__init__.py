@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pyro_vae import datasets, families, nets, schedules, testing, zoo
 from pyro_vae.diagnostics.active_units import ActiveUnits, active_units
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, aggregate_posterior
+from pyro_vae.diagnostics.outliers import Outliers, outliers
 from pyro_vae.diagnostics.pareto_k import pareto_k
 from pyro_vae.diagnostics.rate_distortion import RateDistortion, rate_distortion
 from pyro_vae.evaluation.ais import ais
@@ -15,6 +16,8 @@ from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
 from pyro_vae.evaluation.coverage import Coverage, coverage
 from pyro_vae.evaluation.guide_check import GuideCheck, check_guide
+from pyro_vae.evaluation.model_choice import compare_models
+from pyro_vae.evaluation.model_comparison import ModelComparison
 from pyro_vae.evaluation.repair import Repair, repair
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide
@@ -63,8 +66,10 @@ __all__ = [
     "LogWeights",
     "MissingData",
     "MissingEncoder",
+    "ModelComparison",
     "NonFiniteHalfStepError",
     "NonFiniteLossError",
+    "Outliers",
     "PosteriorSamples",
     "RateDistortion",
     "Repair",
@@ -76,6 +81,7 @@ __all__ = [
     "bdmc",
     "check_guide",
     "compare",
+    "compare_models",
     "coverage",
     "datasets",
     "describe",
@@ -88,6 +94,7 @@ __all__ = [
     "iwae_bound",
     "log_weights",
     "nets",
+    "outliers",
     "pareto_k",
     "rate_distortion",
     "refine",

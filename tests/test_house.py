@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
         "torch_internals",
     },
-    "diagnostics": {"losses", "markup", "particles", "programs"},
+    "diagnostics": {"guides", "losses", "markup", "particles", "plots", "programs"},
     "report": {"diagnostics", "markup", "plots"},
     "sampling": {
         *("arviz_versions", "diagnostics", "export", "guides", "particles", "programs"),

@@ -323,12 +323,24 @@ class Evaluator(PairRunner):
         Returns:
             Site name to draws, as :meth:`by_datum` shapes them.
         """
+        drawn = self.predictive_run(rows, num_particles, values, key, observed=observed).values()
+        return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
+
+    def predictive_run(
+        self,
+        rows: slice,
+        num_particles: int,
+        values: Values | None,
+        key: tuple[int, ...],
+        *,
+        observed: bool = True,
+    ) -> Run:
+        """Return the run of the model that :meth:`predict` takes its draws from."""
         program = Unobserve()(self.model.program) if observed else self.model.program
         model = replace(self.model, program=program, summed_out=())
         with self.evaluating():
             self._reseed(*key)
-            drawn = model.run(rows, num_particles, values and self.latents(values)).values()
-        return self.by_datum({n: v for n, v in drawn.items() if n in self.structure.sites})
+            return model.run(rows, num_particles, values and self.latents(values))
 
     def draw_prior(self, rows: slice, num_particles: int, key: tuple[int, ...]) -> Values:
         """Return draws of what :meth:`score_model` calls log p(z), as :meth:`draw` does.
