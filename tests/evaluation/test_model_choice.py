@@ -77,6 +77,7 @@ def test_it_is_the_repair_of_each_model_with_the_bias_of_a_logarithm_taken_off()
         np.testing.assert_array_equal(found.dataset["log_evidence"].sel(model=name), wanted)
 
 
+@pytest.mark.slow
 def test_data_climb_where_the_guide_is_bad():
     x = torch.tensor([-1.0, 2.0])
     models = {"narrow": pair(1.0, 0.05), "exact": pair(1.0)}
