@@ -12,8 +12,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.evaluation.rank_tests import rank_dataset, way_off
+from pyro_vae.evaluation.rank_tests import rank_dataset, settings_text, way_off
 from pyro_vae.evaluation.simulations import Settings, Simulate, Simulations
+from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Chunk
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
@@ -80,33 +81,37 @@ class Calibration:
 
         return plot_ranks(self.dataset, ax=ax)
 
+    def _repr_html_(self) -> str:
+        names = ["p_value", "shift", "shift_se", "spread", "spread_se", "finding"]
+        return result(self.summary()[names], [*self._lines(), self.dataset.attrs["doubt"]])
+
     @property
     def _threshold(self) -> float:
         return float(self.dataset.attrs["error_rate"] / self.dataset.sizes["quantity"])
 
     def __repr__(self) -> str:
-        data, table = self.dataset, self.summary()
-        many, rate = data.sizes["quantity"], data.attrs["error_rate"]
-        given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
-        of = " (resampled)" if data.attrs["resampled"] != "no" else ""
-        lines = [
-            f"simulation-based calibration, {data.attrs['num_simulations']} simulations, "
-            f"{data.attrs['num_draws']} draws{of} of the guide each{given}"
-        ]
+        lines, doubt = self._lines(), self.dataset.attrs["doubt"]
+        if not self.passed:
+            table = self.summary()
+            off = table[table["finding"] != ""][["p_value", "adjusted_p_value", "finding"]]
+            lines.append(off.head(_SHOWN).to_string(float_format="%.2g"))
+        return "\n".join([*lines, doubt] if doubt else lines)
+
+    def _lines(self) -> list[str]:
+        """Return what was simulated, and what came of it."""
+        data = self.dataset
+        exact = f"(an exact guide is rejected with probability {data.attrs['error_rate']:g})"
+        many, off = data.sizes["quantity"], len(self.rejected)
         if self.passed:
-            lines.append(
+            said = (
                 f"passed: the ranks of all {many} quantities may be uniform; the smallest p-value "
-                f"is {table['p_value'].iloc[0]:.3g} (an exact guide is rejected with probability "
-                f"{rate:g})"
+                f"is {float(data['p_value'].min()):.3g} {exact}"
             )
         else:
-            off = table[table["finding"] != ""][["p_value", "adjusted_p_value", "finding"]]
-            lines.append(
-                f"not calibrated: the ranks of {len(off)} of {many} quantities are not uniform "
-                f"(an exact guide is rejected with probability {rate:g})"
+            said = (
+                f"not calibrated: the ranks of {off} of {many} quantities are not uniform {exact}"
             )
-            lines.append(off.head(_SHOWN).to_string(float_format="%.2g"))
-        return "\n".join([*lines, *([data.attrs["doubt"]] if data.attrs["doubt"] else [])])
+        return [f"simulation-based calibration, {settings_text(data)}", said]
 
 
 def sbc(

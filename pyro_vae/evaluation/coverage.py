@@ -12,8 +12,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.evaluation.rank_tests import rank_dataset
+from pyro_vae.evaluation.rank_tests import rank_dataset, settings_text
 from pyro_vae.evaluation.simulations import Settings, Simulate, Simulations
+from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Chunk
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch
@@ -77,22 +78,27 @@ class Coverage:
         return plot_coverage(self.dataset, ax=ax)
 
     def __repr__(self) -> str:
-        data, table = self.dataset, self.summary()
-        given = f"; given {data.attrs['given']}" if data.attrs["given"] else ""
-        of = " (resampled)" if data.attrs["resampled"] != "no" else ""
+        table, doubt = self.summary(), self.dataset.attrs["doubt"]
         shown = table[["p_value"]].map("{:.2g}".format)
         for name in (name for name in table if f"{name}_se" in table):
             pairs = zip(table[name], table[f"{name}_se"], strict=True)
             shown[name] = [f"{value:.3f} ± {error:.3f}" for value, error in pairs]
-        lines = [
-            f"expected coverage of credible regions, {data.attrs['num_simulations']} simulations, "
-            f"{data.attrs['num_draws']} draws{of} of the guide each{given}",
+        found = (f"{name}: {words}" for name, words in table["finding"].items() if words)
+        lines = [*self._lines(), shown.to_string(), *found]
+        return "\n".join([*lines, doubt] if doubt else lines)
+
+    def _repr_html_(self) -> str:
+        table = self.summary().drop(columns=["adjusted_p_value", "chi_squared_p_value"])
+        return result(table, [*self._lines(), self.dataset.attrs["doubt"]])
+
+    def _lines(self) -> list[str]:
+        """Return what was simulated, and what came of it."""
+        data = self.dataset
+        return [
+            f"expected coverage of credible regions, {settings_text(data)}",
             f"{'passed' if self.passed else 'not calibrated'} (an exact guide is rejected with "
             f"probability {data.attrs['error_rate']:g})",
-            shown.to_string(),
-            *(f"{name}: {words}" for name, words in table["finding"].items() if words),
         ]
-        return "\n".join([*lines, *([data.attrs["doubt"]] if data.attrs["doubt"] else [])])
 
 
 def coverage(

@@ -63,6 +63,15 @@ def rank_dataset(
     )
 
 
+def settings_text(dataset: xr.Dataset) -> str:
+    """Return what was simulated and drawn, in words."""
+    said = dataset.attrs
+    given = f"; given {said['given']}" if said["given"] else ""
+    of = " (resampled)" if said["resampled"] != "no" else ""
+    many = f"{said['num_simulations']} simulations, {said['num_draws']} draws{of}"
+    return f"{many} of the guide each{given}"
+
+
 def _moments(ranks: Ranks, num_draws: int) -> tuple[float, float, float, float]:
     """Return mean and standard deviation of the normal scores of ranks, each with its error.
 
