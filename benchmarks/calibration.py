@@ -80,16 +80,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=40)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--guides", nargs="+", choices=list(GUIDES), default=list(GUIDES))
+    arguments = parser.parse_args()
+    repetitions = arguments.repetitions
     print(machine.describe())
     print(f"accepted, of {repetitions} repetitions\n")
     names = ("sbc", "latents alone", "coverage", "density alone", "TARP alone")
     print(f"| latents | guide | {' | '.join(names)} | seconds |")
     print("|--:|---|" + "--:|" * (len(names) + 1))
     for num_latents in (1, 5):
-        for name, guide in GUIDES.items():
+        for name in arguments.guides:
             start = time.perf_counter()
-            found = [accepted(guide, num_latents, seed) for seed in range(repetitions)]
+            found = [accepted(GUIDES[name], num_latents, seed) for seed in range(repetitions)]
             counts = [str(sum(each[test] for each in found)) for test in names]
             seconds = (time.perf_counter() - start) / repetitions
             cells = [str(num_latents), name, *counts, f"{seconds:.2f}"]

@@ -260,8 +260,8 @@ class Distances:
 
     def measure(self, chunk: Chunk, numbers: Tensor, there: Tensor, index: slice) -> Tensor:
         """Return the distance of each draw [K, n, U] from its reference point, [K, n]."""
-        apart = (numbers - self.reference[index]) / self.scale
-        return torch.where(there, apart, 0.0).norm(dim=-1)
+        # What is not there is zero in all draws, and adds the same to all.
+        return ((numbers - self.reference[index]) / self.scale).norm(dim=-1)
 
 
 def _flat(values: Values) -> Tensor:

@@ -48,6 +48,18 @@ def test_ties_have_each_place_as_often():
     assert set(exact.flatten().tolist()) == {3, 4}  # without slack one of them is below
 
 
+def test_what_is_computed_is_equal_but_for_rounding():
+    """float32: 1 and 1 - 2e-7 are ties of a log density, and two values of a latent."""
+    found = simulations(NormalModel(), NormalModel().posterior, torch.zeros(2))
+
+    def nearly(chunk, numbers, there, index):
+        return torch.full_like(numbers[..., :1], 1.0 - 2e-7 * (numbers.shape[0] > 1))
+
+    ranks = found.ranks(nearly).ranks
+    assert len(np.unique(ranks)) > 5
+    assert (found.ranks(nearly, num_exact=1).ranks == 19).all()
+
+
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="draws of the guide are NaN"):
         _ranks(torch.ones(1, 1, 1), [torch.full((2, 1, 1), torch.nan)], torch.zeros(1, 1), None)
