@@ -70,6 +70,7 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/growth.py $(if $(DATA),--data '$(DATA)')
 	$(BIN)/python benchmarks/repair.py
 	$(BIN)/python benchmarks/chains.py
+	$(BIN)/python benchmarks/calibration.py
 
 # Without torch and Pyro: the only files these tests need are arviz_versions.py and
 # diagnostics/psis.py of the package.
