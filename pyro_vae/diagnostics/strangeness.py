@@ -20,6 +20,7 @@ from pyro_vae.particles.run import is_observed
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.observed import check_drawable
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.sites import array_of
 from pyro_vae.programs.state import call_network, evaluation, unwrapped
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
@@ -29,7 +30,6 @@ Statistic = Callable[[Mapping[str, Tensor]], Tensor]
 
 _Columns: TypeAlias = dict[str, np.ndarray]
 
-_SUMMED_OUT, _REPLICAS = 61, 62  # first in the keys of streams of random numbers
 _ROUNDING = 1e-6  # what float32 may make of a constant
 _ROWS = 4096  # data that an encoder sees at once
 
@@ -177,9 +177,12 @@ def _replicate(
     rows, count = chunk.rows, chunk.weights.num_particles
     size, key = rows.stop - rows.start, (rows.start, chunk.particles.start)
     values = evaluator.latents(chunk.values)
-    values = {**values, **evaluator.draw_summed_out(rows, values, (_SUMMED_OUT, *key))}
+    values = {
+        **values,
+        **evaluator.draw_summed_out(rows, values, (Purpose.STRANGE_SUMMED_OUT, *key)),
+    }
     names = [site.name for site in evaluator.structure.observed]
-    run = evaluator.predictive_run(rows, count, values, (_REPLICAS, *key))
+    run = evaluator.predictive_run(rows, count, values, (Purpose.STRANGE_REPLICAS, *key))
     with evaluator.evaluating():
         seen = replace(evaluator.model, summed_out=()).run(rows, count, values)
         both = seen.log_prob(is_observed), torch.stack([run.term(name) for name in names]).sum(0)

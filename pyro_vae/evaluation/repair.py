@@ -28,8 +28,7 @@ from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
-from pyro_vae.refinement.refine import checked_steps
-from pyro_vae.refinement.refine import TOLERANCE
+from pyro_vae.refinement.refine import TOLERANCE, checked_steps
 from pyro_vae.report import mending, sections
 from pyro_vae.report.findings import Finding
 from pyro_vae.report.page import page, written

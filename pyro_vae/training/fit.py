@@ -171,8 +171,7 @@ def fit(
     loss = ELBO() if loss is None else loss
     _check_loss(loss, schedule)
     check_compile(compile)
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
+    _check_folder(checkpoint)
     for module in filter(None, map(module_of, (model, guide) if device is not None else ())):
         module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
@@ -231,6 +230,12 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
     elif isinstance(validation_data, (EpochData, StepData)):
         what = "is drawn anew each time, so that epochs could not be compared; pass one draw of it"
         raise ValueError(f"validation_data {what} (a StochasticBinarization has fixed(seed=0))")
+
+
+def _check_folder(checkpoint: str | os.PathLike[str] | None) -> None:
+    """Raise FileNotFoundError for a checkpoint in a folder that is not there."""
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
 
 
 def _check_loss(loss: Any, schedule: Any) -> None:
