@@ -63,8 +63,8 @@ def main(path: Path) -> None:
     for name, guess in (("imputed upper half", mean), ("mean image", train.mean(0))):
         error = (guess - truth)[:, missing].square().mean().sqrt()
         print(f"{name + ', RMSE':26} {error:.3f}")
-    figure = imputed.plot(truth=truth, num_columns=12)
-    figure.savefig(path, dpi=120)
+    ax = imputed.plot(truth=truth, num_columns=12)
+    ax.figure.savefig(path, dpi=120)
     print(f"figure: {path}")
 
 

@@ -286,7 +286,7 @@ class _Demo:
         means = tree["posterior"]["z"].mean(("chain", "draw")).values
         labels = self.images.test_labels
         shown = None if labels is None else labels[: self.settings.num_data].numpy()
-        figures: dict[str, Axes | Figure] = {
+        figures: dict[str, Axes] = {
             "training": plots.plot_history(result),
             "gaps": plots.plot_gaps(
                 found, summaries={n: c.summary() for n, c in comparisons.items()}
@@ -342,7 +342,7 @@ class _Demo:
         names = f"latent {kept[0] + 1}", f"latent {kept[1] + 1}"
         return plots.plot_posterior_pair(z[:, kept], guides, names, f"Test image {image}")
 
-    def _reconstructions(self, tree: Container) -> Figure:
+    def _reconstructions(self, tree: Container) -> Axes:
         """Draw the first test images, what the decoder makes of their codes, and prior samples."""
         x = self.parts["test"][:_IMAGES_SHOWN]
         with torch.no_grad():
@@ -384,12 +384,12 @@ def _report(
     return path
 
 
-def _save(output: Path, figures: Mapping[str, Axes | Figure]) -> None:
+def _save(output: Path, figures: Mapping[str, Axes]) -> None:
     """Write figures by name, and close them."""
     from matplotlib import pyplot
 
     for name, drawn in figures.items():
-        figure = cast("Figure", getattr(drawn, "figure", drawn))
+        figure = cast("Figure", drawn.figure)
         figure.savefig(output / f"{name}.png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
 
@@ -53,6 +56,12 @@ class AggregatePosterior:
         names += ["shift", "shift_se", "spread", "spread_se"]
         table = self.dataset[names].to_dataframe()[names]
         return table.sort_values("p_value", kind="stable")
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw shift and spread of each unit; needs the extra ``plots``."""
+        from pyro_vae.plots.diagnostics import plot_aggregate_posterior
+
+        return plot_aggregate_posterior(self.dataset, ax)
 
     def __repr__(self) -> str:
         data = self.dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["COLLAPSED", "RateDistortion", "rate_distortion"]
 
@@ -103,6 +106,15 @@ class RateDistortion:
         """The units that carry less than 0.01 nats per datum: the posterior is the prior there."""
         units = self.units()
         return [str(name) for name in units.index[units["state"] == "collapsed"]]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw it in the plane of rate and distortion; needs the extra ``plots``.
+
+        :func:`pyro_vae.plots.plot_rate_distortion` draws several models in one.
+        """
+        from pyro_vae.plots.diagnostics import plot_rate_distortion
+
+        return plot_rate_distortion(self.summary(), ax)
 
     def _lengths(self) -> xr.Dataset:
         return self.dataset[[f"{name}{part}" for name in _QUANTITIES for part in ("", "_se")]]

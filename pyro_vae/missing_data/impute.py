@@ -32,7 +32,7 @@ from pyro_vae.programs.sites import Site, Structure, absent, array_of, inner_dim
 from pyro_vae.programs.types import DataPlate, GivenValues, Program, Values
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 _OF_WEIGHTS = ("pareto_k", "ess", "tail_share")
 # Powers of the weights and of the values whose products make mean, sd, error and skewness.
@@ -68,7 +68,7 @@ class Imputation:
         num_columns: int = 10,
         num_draws: int = 3,
         unit: str = "intensity",
-    ) -> Figure:
+    ) -> Axes:
         """Draw images: what is seen, its mean imputation, draws, and the truth; a column per datum.
 
         Needs the extra ``plots``.
@@ -82,7 +82,7 @@ class Imputation:
             unit: what the grey scale measures.
 
         Returns:
-            The figure.
+            The axes.
 
         Raises:
             ValueError: for a site that is not there, or images of another shape.

@@ -1,8 +1,18 @@
-"""How do I get to figures? Figures of results; Matplotlib is imported when they are drawn."""
+"""How do I get to figures? Figures of results; Matplotlib is imported when they are drawn.
+
+Each function draws on one Matplotlib ``Axes``, that it is given or new ones, and returns it;
+``ax.figure`` is the figure.
+"""
 
 from pyro_vae.plots.calibration import plot_coverage, plot_ranks
+from pyro_vae.plots.diagnostics import (
+    plot_aggregate_posterior,
+    plot_bounds,
+    plot_pareto_k_against_gap,
+    plot_rate_distortion,
+)
 from pyro_vae.plots.evidence import plot_evidence
-from pyro_vae.plots.images import plot_imputation, plot_reconstructions
+from pyro_vae.plots.images import plot_imputation, plot_reconstructions, plot_traversals
 from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs, plot_widths
 from pyro_vae.plots.results import (
     plot_gap_distribution,
@@ -13,6 +23,8 @@ from pyro_vae.plots.results import (
 )
 
 __all__ = [
+    "plot_aggregate_posterior",
+    "plot_bounds",
     "plot_coverage",
     "plot_evidence",
     "plot_gap_distribution",
@@ -21,9 +33,12 @@ __all__ = [
     "plot_imputation",
     "plot_latents",
     "plot_pareto_k",
+    "plot_pareto_k_against_gap",
     "plot_posterior_pair",
     "plot_ranks",
+    "plot_rate_distortion",
     "plot_reconstructions",
     "plot_rungs",
+    "plot_traversals",
     "plot_widths",
 ]

@@ -1,17 +1,16 @@
-"""Figures of images, in rows on one grey scale: reconstructions, and what was imputed."""
+"""Figures of images, in rows on one grey scale: reconstructions, imputations, traversals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vae.plots.results import pyplot
+from pyro_vae.plots.results import axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 _MISSING = "#56B4E9"  # no grey, so that a missing pixel is not taken for a black or a white one
@@ -25,7 +24,8 @@ def plot_reconstructions(
     *,
     num_columns: int = 12,
     unit: str = "intensity",
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     """Draw data, their reconstructions below them, and samples of the prior, on one grey scale.
 
     Args:
@@ -35,9 +35,10 @@ def plot_reconstructions(
         shape: (H, W).
         num_columns: how many of each to draw, from the first.
         unit: what the grey scale measures.
+        ax: where to draw; new axes if None.
 
     Returns:
-        The figure, with one panel for each row of images.
+        The axes.
 
     Raises:
         ValueError: if an array has another shape, or there are not as many reconstructions as
@@ -54,10 +55,10 @@ def plot_reconstructions(
         raise ValueError(f"{len(data)} data, but {len(reconstructions)} reconstructions")
     shown = {name: images[:num_columns] for name, images in rows.items()}
     every = np.concatenate(list(shown.values()))
-    figure, panels, picture = _draw_rows(shown, shape, float(every.min()), float(every.max()))
-    figure.colorbar(picture, ax=list(panels.values()), label=unit, aspect=30)
-    figure.suptitle(", ".join(shown).capitalize())
-    return figure
+    ax, picture = _draw_rows(shown, shape, float(every.min()), float(every.max()), ax)
+    ax.figure.colorbar(picture, ax=ax, label=unit, aspect=30)
+    ax.set_title(", ".join(shown).capitalize(), loc="left")
+    return ax
 
 
 def plot_imputation(
@@ -69,7 +70,8 @@ def plot_imputation(
     truth: np.ndarray | None = None,
     num_columns: int = 10,
     unit: str = "intensity",
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     """Draw images with missing pixels, and below each what was imputed, on one grey scale.
 
     The scale is that of the known pixels; where others exceed it, its ends are pointed.
@@ -82,9 +84,10 @@ def plot_imputation(
         truth: [N, H * W], the whole images, if they are known.
         num_columns: how many images to draw, from the first.
         unit: what the grey scale measures.
+        ax: where to draw; new axes if None.
 
     Returns:
-        The figure, with one panel for each row of images.
+        The axes.
 
     Raises:
         ValueError: if an array has another shape.
@@ -108,41 +111,105 @@ def plot_imputation(
     every = np.stack(list(rows.values()))
     below, above = bool((every < low).any()), bool((every > high).any())
     cut = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
-    figure, panels, picture = _draw_rows(rows, shape, low, high)
+    ax, picture = _draw_rows(rows, shape, low, high, ax)
     from matplotlib.colors import ListedColormap  # after pyplot has been asked for
 
-    strip = _strip(np.where(seen, np.nan, 0.0), shape, len(seen))
-    panels["seen"].imshow(strip, cmap=ListedColormap([_MISSING]))
-    figure.colorbar(picture, ax=list(panels.values()), label=unit, aspect=30, extend=cut)
-    figure.suptitle("Missing pixels (blue), imputed from those that are seen")
-    return figure
+    nothing = np.full_like(mean[: len(seen)], np.nan)
+    marked = dict.fromkeys(rows, nothing) | {"seen": np.where(seen, np.nan, 0.0)}
+    ax.imshow(_stacked(marked, shape), cmap=ListedColormap([_MISSING]))
+    ax.figure.colorbar(picture, ax=ax, label=unit, aspect=30, extend=cut)
+    ax.set_title("Missing pixels (blue), imputed from those that are seen", loc="left")
+    return ax
+
+
+def plot_traversals(
+    decode: Callable[[np.ndarray], np.ndarray],
+    center: np.ndarray,
+    shape: tuple[int, int],
+    *,
+    latents: Sequence[int] | None = None,
+    values: Sequence[float] = tuple(np.linspace(-3.0, 3.0, 9)),
+    unit: str = "intensity",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw what a decoder makes of a latent that moves while the others stay; a row per latent.
+
+    Args:
+        decode: from latents [M, D] to images [M, H * W], NumPy arrays both, such as
+            ``lambda z: vae.likelihood(torch.as_tensor(z).float()).mean.detach().numpy()``.
+        center: [D], where the others stay: zeros, or the posterior mean of a datum.
+        shape: (H, W).
+        latents: which, counted from 0; all, or the first twelve, if None.
+        values: that a latent takes in turn.
+        unit: what the grey scale measures.
+        ax: where to draw; new axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: for images of another shape, and a latent that is not there.
+    """
+    center = np.asarray(center, dtype=float)
+    which = list(range(min(len(center), 12))) if latents is None else list(latents)
+    if not which or not all(0 <= latent < len(center) for latent in which):
+        raise ValueError(f"latents={latents!r}: numbers from 0 to {len(center) - 1} are needed")
+    rows = {}
+    for latent in which:
+        z = np.tile(center, (len(values), 1))
+        z[:, latent] = values
+        rows[f"latent {latent + 1}"] = images = np.asarray(decode(z), dtype=float)
+        wanted = (len(values), shape[0] * shape[1])
+        if images.shape != wanted:
+            raise ValueError(
+                f"decode: wanted shape {list(wanted)} for {len(values)} images of {shape[0]} x "
+                f"{shape[1]}, found {list(images.shape)}"
+            )
+    every = np.stack(list(rows.values()))
+    ax, picture = _draw_rows(rows, shape, float(every.min()), float(every.max()), ax)
+    step = shape[1] + _gap(shape[1])
+    places = [(shape[1] - 1) / 2 + step * i for i in range(len(values))]
+    ax.set_xticks(places, [f"{value:.3g}".replace("-", "−") for value in values])
+    ax.tick_params(axis="x", length=0)
+    ax.set_xlabel("value of the latent, the others as they are")
+    ax.figure.colorbar(picture, ax=ax, label=unit, aspect=30)
+    ax.set_title("What each latent does", loc="left")
+    return ax
 
 
 def _draw_rows(
-    rows: Mapping[str, np.ndarray], shape: tuple[int, int], low: float, high: float
-) -> tuple[Figure, dict[str, Axes], AxesImage]:
-    """Draw a strip of images [n, H * W] for each row; return the figure, its panels and a picture.
-
-    The panels are by name; the picture is any, for the grey scale.
-    """
+    rows: Mapping[str, np.ndarray], shape: tuple[int, int], low: float, high: float, ax: Axes | None
+) -> tuple[Axes, AxesImage]:
+    """Draw rows of images [n, H * W], by name; return the axes, and the picture of all of them."""
     num_columns, size = max(map(len, rows.values())), 0.75
-    figsize = (1.6 + size * num_columns, 0.6 + size * shape[0] / shape[1] * len(rows))
-    look: dict[str, Any] = {"figsize": figsize, "layout": "constrained", "squeeze": False}
-    figure, panels = pyplot().subplots(len(rows), 1, **look)
-    by_name = dict(zip(rows, panels[:, 0], strict=True))
-    for name, ax in by_name.items():
-        strip = _strip(rows[name], shape, num_columns)
-        picture = ax.imshow(strip, cmap="gray", vmin=low, vmax=high)
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    return figure, by_name, picture
+    figsize = (1.6 + size * num_columns, 0.8 + size * shape[0] / shape[1] * len(rows))
+    ax = axes(ax, figsize)
+    picture = ax.imshow(_stacked(rows, shape), cmap="gray", vmin=low, vmax=high)
+    step = shape[0] + _gap(shape[0])
+    ax.set_yticks([(shape[0] - 1) / 2 + step * i for i in range(len(rows))], list(rows))
+    ax.set_xticks([])
+    ax.tick_params(axis="y", length=0)
+    ax.spines[:].set_visible(False)
+    return ax, picture
+
+
+def _stacked(rows: Mapping[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Lay rows of images below each other, with gaps of nan, which are drawn blank."""
+    num_columns = max(map(len, rows.values()))
+    strips = [_strip(images, shape, num_columns) for images in rows.values()]
+    gap = np.full((_gap(shape[0]), strips[0].shape[1]), np.nan)
+    return np.concatenate([part for strip in strips for part in (strip, gap)][:-1])
+
+
+def _gap(length: int) -> int:
+    """Return how many pixels lie between images of such a length."""
+    return max(1, length // 12)
 
 
 def _strip(images: np.ndarray, shape: tuple[int, int], num_columns: int) -> np.ndarray:
     """Lay images [n, H * W] side by side, with gaps of nan, which are drawn blank."""
     height, width = shape
-    gap = max(1, width // 12)
+    gap = _gap(width)
     strip = np.full((height, num_columns * (width + gap) - gap), np.nan)
     for i, image in enumerate(images):
         left = i * (width + gap)

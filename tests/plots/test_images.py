@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pyro_vae.plots.images import plot_imputation
+from pyro_vae.plots.images import plot_imputation, plot_traversals
 
 
 @pytest.fixture
@@ -18,24 +18,49 @@ def images():
     return truth, np.tile(observed, (5, 1)), mean, np.stack([mean, mean + ~observed])
 
 
+def names(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def shown(picture):
+    return np.ma.filled(np.ma.masked_invalid(picture.get_array()), np.nan)
+
+
 def test_the_figure_has_a_row_for_each_kind_of_image(images):
     truth, observed, mean, draws = images
-    figure = plot_imputation(mean, draws, observed, (3, 4), truth=truth, num_columns=4)
-    labels = [ax.get_ylabel() for ax in figure.axes]
-    assert labels == ["seen", "mean", "draw 1", "draw 2", "truth", "intensity"]
-    seen = figure.axes[0].images
-    shown = np.ma.filled(np.ma.masked_invalid(seen[1].get_array()), np.nan)
-    # Images are 4 pixels wide with gaps of one; the upper half is marked, the gaps are not.
-    assert shown.shape == (3, 4 * 5 - 1)
-    marked = np.isfinite(shown)
-    np.testing.assert_array_equal(marked[:, :4], ~observed[0].reshape(3, 4))
-    assert not marked[:, 4].any()
-    np.testing.assert_array_equal(
-        figure.axes[4].images[0].get_array()[:, 5:9], truth[1].reshape(3, 4)
-    )
-    low, high = truth[:4].min(), truth[:4].max()
-    assert {ax.images[0].get_clim() for ax in figure.axes[:5]} == {(low, high)}
-    plt.close(figure)
+    ax = plot_imputation(mean, draws, observed, (3, 4), truth=truth, num_columns=4)
+    assert names(ax) == ["seen", "mean", "draw 1", "draw 2", "truth"]
+    assert [each.get_ylabel() for each in ax.figure.axes[1:]] == ["intensity"]
+    picture, marks = ax.images
+    # Images are 3 by 4 pixels with gaps of one; the upper half of those seen is marked.
+    assert shown(picture).shape == shown(marks).shape == (5 * 4 - 1, 4 * 5 - 1)
+    marked = np.isfinite(shown(marks))
+    np.testing.assert_array_equal(marked[:3, :4], ~observed[0].reshape(3, 4))
+    assert not marked[3:].any() and not marked[:, 4].any()
+    np.testing.assert_array_equal(shown(picture)[16:19, 5:9], truth[1].reshape(3, 4))
+    assert np.isnan(shown(picture)[3]).all()
+    assert ax.get_yticks().tolist() == [1.0, 5.0, 9.0, 13.0, 17.0]
+    assert picture.get_clim() == (truth[:4].min(), truth[:4].max())
+    plt.close(ax.figure)
+
+
+def test_a_traversal_moves_one_latent_at_a_time():
+    def decode(z):
+        return z @ np.arange(12.0).reshape(3, 4)
+
+    center = np.array([0.5, -1.0, 2.0])
+    ax = plot_traversals(decode, center, (2, 2), latents=[0, 2], values=[-1.0, 0.0, 1.0])
+    assert names(ax) == ["latent 1", "latent 3"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["−1", "0", "1"]
+    found = shown(ax.images[0])
+    assert found.shape == (2 * 3 - 1, 3 * 3 - 1)
+    wanted = decode(np.array([[0.5, -1.0, 1.0]]))[0].reshape(2, 2)
+    np.testing.assert_allclose(found[3:, 6:], wanted)
+    plt.close(ax.figure)
+    with pytest.raises(ValueError, match=r"latents=\[3\]: numbers from 0 to 2"):
+        plot_traversals(decode, center, (2, 2), latents=[3])
+    with pytest.raises(ValueError, match=r"decode: wanted shape \[9, 9\] .* found \[9, 4\]"):
+        plot_traversals(decode, center, (3, 3))
 
 
 @pytest.mark.parametrize(
@@ -44,9 +69,9 @@ def test_the_figure_has_a_row_for_each_kind_of_image(images):
 )
 def test_the_scale_says_where_draws_exceed_it(images, shift, extend):
     truth, observed, mean, _ = images
-    figure = plot_imputation(mean, np.stack([mean, mean]) + shift, observed, (3, 4), truth=truth)
-    assert figure.axes[-2].images[0].colorbar.extend == extend
-    plt.close(figure)
+    ax = plot_imputation(mean, np.stack([mean, mean]) + shift, observed, (3, 4), truth=truth)
+    assert ax.images[0].colorbar.extend == extend
+    plt.close(ax.figure)
 
 
 def test_an_array_of_another_shape_is_refused(images):
