@@ -145,9 +145,8 @@ def plot_rate_distortion(
     ax = axes(ax, (5.6, 5.0))
     points = []
     for color, (name, table) in zip(itertools.cycle(CYCLE), named.items(), strict=False):
-        (rate, rate_se), (distortion, distortion_se) = (
-            table.loc[row, ["nats", "nats_se"]].astype(float) for row in ("rate", "distortion")
-        )
+        numbers = table.loc[["rate", "distortion"], ["nats", "nats_se"]].to_numpy(dtype=float)
+        (rate, rate_se), (distortion, distortion_se) = numbers.tolist()
         points.append((rate, distortion))
         look: dict[str, Any] = {"color": color, "capsize": 2, "label": name or "_"}
         ax.errorbar(rate, distortion, distortion_se, rate_se, fmt="o", **look)
