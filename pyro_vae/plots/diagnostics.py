@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -141,7 +141,8 @@ def plot_rate_distortion(
     References:
         Alemi, Poole, Fischer, Dillon, Saurous & Murphy (2018). Fixing a broken ELBO. ICML.
     """
-    named = {"": summaries} if hasattr(summaries, "columns") else summaries
+    tables = {"": summaries} if hasattr(summaries, "columns") else summaries
+    named = cast("Mapping[str, pd.DataFrame]", tables)
     ax = axes(ax, (5.6, 5.0))
     points = []
     for color, (name, table) in zip(itertools.cycle(CYCLE), named.items(), strict=False):
