@@ -1,4 +1,4 @@
-"""What approximates the posterior of a datum? Variational families: Gaussians, flows, points.
+"""What approximates the posterior of a datum? Variational families: Gaussians, flows, points, steps.
 
 A family turns parameters into a distribution over one datum's unconstrained latents; each works in
 :class:`pyro_vae.AmortizedGuide` and in :class:`pyro_vae.LocalGuide`.
@@ -14,11 +14,13 @@ To add one, write one class, a frozen dataclass with the options as fields:
 in a file of this folder, in the names below, and in ``FAMILIES`` of ``tests/laws``.
 """
 
+from pyro_vae.families.annealed import Annealed
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.families.flow import Flow
 from pyro_vae.families.gaussian import Delta, FullRankNormal, LowRankNormal, Normal
 
 __all__ = [
+    "Annealed",
     "Delta",
     "FactorizedFamily",
     "Family",

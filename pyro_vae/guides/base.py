@@ -20,12 +20,15 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.families.annealed import Annealed
 from pyro_vae.families.base import FactorizedFamily, Family
 from pyro_vae.families.gaussian import Normal
+from pyro_vae.guides.annealing import Annealing, Walked
 from pyro_vae.guides.coordinates import Coordinates, coordinates_of, prior_moments
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.handlers import Registered, register
+from pyro_vae.programs.moved import moved
 from pyro_vae.programs.preimages import KeepDraws
 from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.structure import ModelLooks
@@ -53,6 +56,7 @@ class FamilyGuide(Registered, DeclaredGuide):
         family: the variational family.
         coordinates: where each latent site's coordinates lie.
         num_coordinates: D, unconstrained coordinates of a datum.
+        annealing: what moves its draws; None for a family without steps.
 
     Raises:
         TypeError: for a family that is no instance of Family.
@@ -80,6 +84,11 @@ class FamilyGuide(Registered, DeclaredGuide):
         self.num_coordinates = self.coordinates[-1].columns.stop
         prior = self.family.initial(*prior_moments(looks, structure, self.coordinates))
         self.register_buffer("_prior_params", prior, persistent=False)
+        self.annealing = None
+        if isinstance(self.family, Annealed):
+            known = structure, self.coordinates, self.family, self._proposal
+            self.annealing = Annealing(looks, *known)
+            self.annealing.check_slopes(prior, looks.batch, structure.num_data)
 
     @abstractmethod
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,38 +106,53 @@ class FamilyGuide(Registered, DeclaredGuide):
     def _sample_batch(self, batch: Batch, shared: Values) -> dict[str, Tensor]:
         """Sample every site of a batch, given values of the global latents that are known."""
         plate = self._data_plate
-        if plate is None:
-            return self._sample(*self._proposed(batch, shared))
-        if plate.drawn:  # under its name, the minibatch that the replayed model takes
+        if plate is not None and plate.drawn:  # under its name, the minibatch of the replayed model
             with pyro.plate(plate.name, plate.full_size, plate.size, dim=plate.dim) as index:
                 drawn = torch.as_tensor(index)
                 with self.rows(drawn) if isinstance(self, RowGuide) else contextlib.nullcontext():
                     proposed = self._proposed(batch.rows(drawn), shared)
                 return self._sample(*proposed)
         params, added = self._proposed(batch, shared)
-        scale = plate.full_size / len(params) if self._is_subsampled else 1.0
-        (made,) = hidden_plates([replace(plate, size=len(params))]).values()
+        walked = None
+        if self.annealing is not None:
+            with self._in_plate(len(params)):
+                noise = self.annealing.draw_noise(params)
+            # Outside of the guide's plate: the model has its own in that place.
+            walked = self.annealing.walk(batch, shared, params, noise)
+        with self._in_plate(len(params)):
+            return self._sample(params, added, walked)
+
+    @contextlib.contextmanager
+    def _in_plate(self, num_data: int) -> Iterator[None]:
+        """Make what is sampled inside the context that of so many data."""
+        if (plate := self._data_plate) is None:
+            yield
+            return
+        scale = plate.full_size / num_data if self._is_subsampled else 1.0
+        (made,) = hidden_plates([replace(plate, size=num_data)]).values()
         with made, poutine.scale(scale=scale):
-            return self._sample(params, added)
+            yield
 
     def _proposed(self, batch: Batch, shared: Values) -> tuple[Tensor, Added | None]:
         """Return the family's parameters, and what a site's gain by draws before it, [N, P]."""
         return self.family_params(*batch.args, **batch.kwargs), None
 
-    def _sample(self, params: Tensor, added: Added | None) -> dict[str, Tensor]:
+    def _sample(
+        self, params: Tensor, added: Added | None, walked: Walked | None = None
+    ) -> dict[str, Tensor]:
         plates = hidden_plates(plate for one in self.coordinates for plate in one.inner)
         values: dict[str, Tensor] = {}
         before: dict[str, Tensor] = {}
+        if walked is not None:
+            walked.score()
+        if isinstance(self.family, Annealed):
+            params = self.family.base_params(params, self.num_coordinates)
         for coordinates in self.coordinates:
-            name, own = coordinates.name, params
-            if isinstance(self.family, FactorizedFamily):
-                own = params[:, coordinates.columns]
-            rows = coordinates.spread(own.flatten(1))
-            if added is not None and (more := added(coordinates, before)) is not None:
-                rows = rows + more
-            rows = rows.unflatten(-1, own.shape[1:])
-            known = list(before.values())
-            fn = proposal(self.family, rows, self.num_coordinates, coordinates, known)
+            name = coordinates.name
+            more = None if added is None else added(coordinates, before)
+            fn = self._proposal(params, coordinates, list(before.values()), more)
+            if walked is not None:
+                fn = moved(fn, walked.draws[name])
             with contextlib.ExitStack() as stack:
                 for plate in coordinates.inner:
                     stack.enter_context(plates[plate.name])
@@ -138,6 +162,27 @@ class FamilyGuide(Registered, DeclaredGuide):
                 z = kept.draws[name] if name in kept.draws else coordinates.transform.inv(value)
                 before[name] = coordinates.flatten(z)
         return values
+
+    def _proposal(
+        self,
+        params: Tensor,
+        coordinates: Coordinates,
+        before: Sequence[Tensor],
+        more: Tensor | None = None,
+    ) -> Distribution:
+        """Return a site's proposal by parameters [N, P], of the base where the family has steps.
+
+        Args:
+            params: of all coordinates.
+            coordinates: the site's.
+            before: spread rows of the draws of the sites before it, where it may depend on them.
+            more: what the parameters gain, in spread rows.
+        """
+        family = self.family.base if isinstance(self.family, Annealed) else self.family
+        own = params[:, coordinates.columns] if isinstance(family, FactorizedFamily) else params
+        rows = coordinates.spread(own.flatten(1))
+        rows = (rows if more is None else rows + more).unflatten(-1, own.shape[1:])
+        return proposal(family, rows, self.num_coordinates, coordinates, before)
 
     def local_part(self, given: Values) -> FamilyGuide:
         """Return this guide without its global part, held at values; the parameters are shared."""

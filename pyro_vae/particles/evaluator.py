@@ -210,6 +210,19 @@ class Evaluator(PairRunner):
         constants = (value.detach() for value in values)
         return dict(zip(self._names, constants, strict=True)), log_guide
 
+    def draw_from(self, rows: slice, given: Values) -> tuple[dict[str, Tensor], Tensor]:
+        """Return draws of the guide given the values of some of its sites, as :meth:`draw` does.
+
+        Args:
+            rows: of which data.
+            given: values as a single run shapes them, ``[K, *batch, *event]``.
+        """
+        with self.evaluating():
+            given = self.from_single(given)
+            run = self.guide.run(rows, next(iter(given.values())).shape[0], given)
+            values = run.values()
+            return values, self.log_guide(run, rows, values)
+
     def score_guide(self, rows: slice, values: Values) -> Tensor:
         """Return log q(z | x) of given values under the guide, [K, N]."""
         with self.evaluating():

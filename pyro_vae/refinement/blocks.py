@@ -15,6 +15,7 @@ from pyro_vae.families.base import Family
 from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.moved import NOISE_SITE
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate
 
@@ -46,6 +47,12 @@ class ScoredGuide:
         left out, and only the path counts.
         """
         rows = slice(0, self.evaluator.num_data)
+        if self.guide.annealing is not None:
+            # Draws that were moved have no score of their own to leave out.
+            given = self.guide.annealing.noise_value(noise, self.evaluator.num_data)
+            with self.guide.using(table):
+                values, log_guide = self.evaluator.draw_from(rows, {NOISE_SITE: given})
+            return power * sum(self.evaluator.score_model(rows, values)) - log_guide
         values = self.evaluator.from_single(self.guide.from_noise(table, noise))
         log_likelihood, log_prior = self.evaluator.score_model(rows, values)
         if not self.guide.family.has_density:
