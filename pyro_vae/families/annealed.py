@@ -15,7 +15,7 @@ from pyro_vae.programs.types import Distribution
 
 _FIRST_ANGLE = 0.2  # radians that a step turns at first
 _FIRST_DAMPING = 0.9  # of the momentum that a step keeps at first
-_MOST_KICK = 100.0  # of a step: far from the posterior its gradient may be any number
+_MOST_KICK = 1.0  # widths of the base: a step that is too long for the posterior stays bounded
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Annealed(Family):
 
     .. math::
         (u', v') &= \mathrm{turn}_{\epsilon / 2}(u_{t-1}, v_{t-1}), \qquad
-        a_t = \epsilon\, \beta_t \nabla r(u'), \\
+        a_t = b(\epsilon\, \beta_t \nabla r(u')), \\
         (u_t, \hat v_t) &= \mathrm{turn}_{\epsilon / 2}(u', v' + a_t), \qquad
         v_t = \gamma \hat v_t + \sqrt{1 - \gamma^2}\, \xi_t, \\
         \log w &= r(u_T) - \sum_t \bigl(v'_t \cdot a_t + \tfrac12 |a_t|^2\bigr).
 
-    The mean of w is p(x), whatever :math:`\epsilon, \beta, \gamma` are: the ELBO over draws *and*
+    with :math:`b(a) = a / \sqrt{1 + a^2}`, by which no step is wild. The mean of w is p(x), whatever :math:`\epsilon, \beta, \gamma` are: the ELBO over draws *and*
     momenta is a bound on log p(x), below the ELBO of the draws alone. Angles :math:`\epsilon` (one
     for each number of the noise), powers :math:`\beta` and damping :math:`\gamma` are parameters of
     the datum beside the base's, learned with them. Turning keeps the base exactly, so steps from
@@ -57,7 +57,9 @@ class Annealed(Family):
     base of any scale and correlation.
 
     Each draw costs T gradients of the model by the latents, and training differentiates them
-    again: the model's operations need second derivatives. No step is accepted or rejected. There
+    again: the model's operations need second derivatives. Where the gradient jumps (ReLU units,
+    absolute values) the bound holds and the gradient that trains the steps is biased: take smooth
+    units (SiLU, softplus, tanh). No step is accepted or rejected. There
     is no density of a draw but the one on its own way: guides of it cannot be scored at the draws
     of others, by "stl" and "dreg" gradients or by wake-sleep. As log q, results report the
     extended density, :math:`\log p(x, z) - \log w`.
@@ -87,6 +89,7 @@ class Annealed(Family):
 
     base: Family
     num_steps: int
+    anneals = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Family):
@@ -98,7 +101,6 @@ class Annealed(Family):
         if isinstance(self.base, Annealed):
             raise ValueError(f"base={self.base!r} has steps already: raise its num_steps")
         object.__setattr__(self, "num_steps", as_count("num_steps", self.num_steps))
-        object.__setattr__(self, "anneals", self.base.anneals)
 
     def params_shape(self, size: int) -> tuple[int, ...]:
         """Return (P,): the base's, an angle for each number of its noise, powers, the damping."""
@@ -184,8 +186,7 @@ class Annealed(Family):
                 kept = steps.damping
                 v = kept * v + (1 - kept.square()).sqrt() * fresh[t - 1]
             u, v = cos * u + sin * v, cos * v - sin * u
-            kick = (steps.angle * steps.power[..., t : t + 1] * slope(u)).nan_to_num(0.0, 0.0, 0.0)
-            kick = kick.clamp(-_MOST_KICK, _MOST_KICK)
+            kick = _bounded(steps.angle * steps.power[..., t : t + 1] * slope(u))
             gained = gained - (kick * (v + 0.5 * kick)).sum(-1)
             v = v + kick
             u, v = cos * u + sin * v, cos * v - sin * u
@@ -204,3 +205,9 @@ class Annealed(Family):
         last = mean.new_zeros(*lead, rest)
         last[..., self.num_steps - 1 :] = math.log(_FIRST_DAMPING / (1 - _FIRST_DAMPING))
         return torch.cat([own.flatten(len(lead)), angle, last], -1)
+
+
+def _bounded(kick: Tensor) -> Tensor:
+    """Return a change of the momentum, bounded smoothly; zero where it is no number."""
+    kick = torch.where(kick.isfinite(), kick, 0.0)
+    return kick / (1 + (kick / _MOST_KICK).square()).sqrt()

@@ -106,6 +106,11 @@ class AmortizedGuide(FamilyGuide):
             self.head.bias.copy_(prior.flatten())
         shares = [site.name for site in structure.global_latents if not site.enumerable]
         is_joint = not isinstance(self.family, FactorizedFamily)
+        if top_down and self.annealing is not None:
+            raise ValueError(
+                f"top_down with {self.family}: steps move all latents of a datum jointly, with the "
+                "global ones as they are drawn; leave top_down out"
+            )
         if top_down and is_joint and not shares:
             raise ValueError(
                 f"top_down with {self.family}: that family is joint over the sites already; "

@@ -10,6 +10,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.families.annealed import Annealed
@@ -19,7 +21,7 @@ from pyro_vae.programs.enumeration import contract, enumerated
 from pyro_vae.programs.masks import lift_masks
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.moved import NOISE_SITE, WORK_SITE, Noise
-from pyro_vae.programs.nodes import sample_nodes
+from pyro_vae.programs.nodes import is_subsample, sample_nodes
 from pyro_vae.programs.preimages import DrawByPreimage, Preimage, density
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Structure
@@ -27,7 +29,7 @@ from pyro_vae.programs.state import evaluation, looking
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.supports import flat_transforms
 from pyro_vae.programs.traces import GiveValues, site_log_prob
-from pyro_vae.programs.types import Distribution, Trace, Values
+from pyro_vae.programs.types import Distribution, Node, Trace, Values
 
 _SEED = 0
 # From the base's parameters, a site and the unconstrained values before it, to its proposal.
@@ -81,6 +83,22 @@ class _Lead:
         if self.count > 1:
             ahead[ndim + self.dim] = self.count
         return value.reshape(*ahead, *value.shape[1:])
+
+
+class _InPlate(Messenger):
+    """Says of sites that they lie in a plate of particles, over which nothing is to be summed.
+
+    The run's own such plate is not seen from inside, and has the dimension taken.
+    """
+
+    def __init__(self, lead: _Lead) -> None:
+        super().__init__()
+        count = lead.count
+        self._frame = CondIndepStackFrame("_particles", lead.dim, count, None, count)
+
+    def _pyro_sample(self, msg: Node) -> None:
+        if not is_subsample(msg):
+            msg["cond_indep_stack"] = (*msg["cond_indep_stack"], self._frame)
 
 
 class Annealing:
@@ -149,7 +167,7 @@ class Annealing:
                 at = u if goes_on and u.requires_grad else u.detach().requires_grad_()
                 draws = self._draws(own, at, lead)
                 with pyro.validation_enabled(False):
-                    ratio = sum(self._terms(batch, shared, own, draws).values())
+                    ratio = sum(self._terms(batch, shared, own, draws, lead).values())
                 (found,) = torch.autograd.grad(ratio, [at], create_graph=goes_on)
             return found if goes_on else found.detach()
 
@@ -165,7 +183,7 @@ class Annealing:
         }
 
     def _terms(
-        self, batch: Batch, shared: Values, own: Tensor, draws: Values
+        self, batch: Batch, shared: Values, own: Tensor, draws: Values, lead: _Lead
     ) -> dict[tuple[str, ...], Tensor]:
         """Return log p(x, z) less log q_0(z), each a sum over particles and data, by sites.
 
@@ -176,7 +194,7 @@ class Annealing:
             for c in self._coordinates
         }
         values = {c.name: c.value(draws[c.name]) for c in self._coordinates}
-        trace, found = self._of_model(batch, {**shared, **values}, preimages)
+        trace, found = self._of_model(batch, {**shared, **values}, preimages, lead)
         terms = {names: term.sum() for names, term in found.items()}
         before: list[Tensor] = []
         for c in self._coordinates:
@@ -189,7 +207,7 @@ class Annealing:
         return terms
 
     def _of_model(
-        self, batch: Batch, values: Values, preimages: Mapping[str, Preimage]
+        self, batch: Batch, values: Values, preimages: Mapping[str, Preimage], lead: _Lead
     ) -> tuple[Trace, dict[tuple[str, ...], Tensor]]:
         """Run the model at values, unseen, in eval mode; return its trace and log densities."""
         discrete = [name for name in self._discrete if name not in values]
@@ -198,6 +216,8 @@ class Annealing:
             [self._nesting, *(values[c.name].ndim - len(c.event) for c in self._coordinates)]
         )
         program = GiveValues(values, kept)(enumerated(self.model, discrete, -1 - nesting))
+        if discrete and lead.count > 1:
+            program = _InPlate(lead)(program)
         # Modules that draw random numbers, or look at other data, would push draws by these.
         with evaluation(self.model), poutine.block(), DrawByPreimage():
             trace = lift_masks(trace_of(program, batch), discrete)
@@ -219,7 +239,7 @@ class Annealing:
 
         def terms(u: Tensor) -> dict[tuple[str, ...], Tensor]:
             torch.manual_seed(_SEED)  # first values of parameters may be drawn
-            return self._terms(batch, self._shared, own, self._draws(own, u, lead))
+            return self._terms(batch, self._shared, own, self._draws(own, u, lead), lead)
 
         with looking(self.model, device=params.device, gradients=True):
             torch.manual_seed(_SEED)

@@ -20,6 +20,7 @@ from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.masks import mask_proposals
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.moved import refuse_moved
 from pyro_vae.programs.nodes import is_point, latent_nodes
 from pyro_vae.programs.traces import dream, site_log_prob, trace_given
 from pyro_vae.programs.types import DataPlate, Program, Values
@@ -102,6 +103,8 @@ class WakeSleep(ImportanceObjective):
     def _loss(self, model: Program, guide: Program, batch: Batch) -> Tensor:
         """Return the negative bound, with the gradients of each phase."""
         run = self._run(model, guide, batch, trace_detached)
+        sites = [name for name, _ in run.guide.latents()]
+        refuse_moved(sites, "wake-sleep needs it, pv.ELBO and pv.IWAE do not")
         weights = WeightedTerms(run)
         scale, log_guide = weights.scale, weights.log_guide(run.guide_terms())
         log_weights = weights.log_joint() - log_guide.detach()

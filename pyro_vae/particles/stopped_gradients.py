@@ -23,6 +23,7 @@ from pyro_vae.particles.training_run import TrainingRun
 from pyro_vae.programs.answers import leaves_of
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide
+from pyro_vae.programs.moved import refuse_moved
 from pyro_vae.programs.nodes import latent_nodes, point_of
 from pyro_vae.programs.preimages import draw_of, with_draw
 from pyro_vae.programs.state import preserved_rng, unwrapped
@@ -49,6 +50,7 @@ class StoppedGradients:
         on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         trace = trace_guide(guide, batch)
         nodes = dict(latent_nodes(trace))
+        refuse_moved(nodes, "take estimator='pathwise'")
         own = unwrapped(guide)
         declared = isinstance(own, DeclaredGuide) and own.global_guide is None
 
