@@ -1,4 +1,4 @@
-"""What approximates the posterior of a datum? Variational families: Gaussians, flows, points, steps.
+"""What approximates the posterior of a datum? Families: Gaussians, flows, steps, points.
 
 A family turns parameters into a distribution over one datum's unconstrained latents; each works in
 :class:`pyro_vae.AmortizedGuide` and in :class:`pyro_vae.LocalGuide`.

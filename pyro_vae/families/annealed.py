@@ -49,12 +49,13 @@ class Annealed(Family):
         v_t = \gamma \hat v_t + \sqrt{1 - \gamma^2}\, \xi_t, \\
         \log w &= r(u_T) - \sum_t \bigl(v'_t \cdot a_t + \tfrac12 |a_t|^2\bigr).
 
-    with :math:`b(a) = a / \sqrt{1 + a^2}`, by which no step is wild. The mean of w is p(x), whatever :math:`\epsilon, \beta, \gamma` are: the ELBO over draws *and*
-    momenta is a bound on log p(x), below the ELBO of the draws alone. Angles :math:`\epsilon` (one
-    for each number of the noise), powers :math:`\beta` and damping :math:`\gamma` are parameters of
-    the datum beside the base's, learned with them. Turning keeps the base exactly, so steps from
-    the exact posterior lose nothing (splitting: Shahbaba et al. 2014); and they are at home in a
-    base of any scale and correlation.
+    with :math:`b(a) = a / \sqrt{1 + a^2}`, that bounds a step. The mean of w is p(x), whatever
+    :math:`\epsilon, \beta, \gamma` are: the ELBO over draws *and* momenta is a bound on log p(x),
+    below the ELBO of the draws alone. Angles :math:`\epsilon` (one for each number of the noise),
+    powers :math:`\beta` and damping :math:`\gamma` are parameters of the datum beside the base's,
+    learned with them. Turning keeps the base exactly, so steps from the exact posterior lose
+    nothing (splitting: Shahbaba et al. 2014); and they are at home in a base of any scale and
+    correlation.
 
     Each draw costs T gradients of the model by the latents, and training differentiates them
     again: the model's operations need second derivatives. Where the gradient jumps (ReLU units,
@@ -111,7 +112,7 @@ class Annealed(Family):
         return (self.num_steps + 1) * self.base.num_noise(size)
 
     def base_params(self, params: Tensor, size: int) -> Tensor:
-        """Return the base's parameters, [..., \\*P]."""
+        """Return the base's parameters, [..., P of the base]."""
         own, _, _ = params.split(self._sizes(size), -1)
         return own.unflatten(-1, self.base.params_shape(size))
 

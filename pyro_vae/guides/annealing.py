@@ -77,12 +77,12 @@ class _Lead:
         return cls(math.prod(lead), place - ndim, ndim)
 
     def place(self, value: Tensor, batch_ndim: int) -> Tensor:
-        """Return a site's value [K, \\*batch, \\*event] with its particles where the run's are."""
+        """Return a site's value ``[K, *batch, *event]`` with particles where the run's are."""
         ndim = max(self.ndim, batch_ndim)
         ahead = [1] * (ndim - batch_ndim)
         if self.count > 1:
             ahead[ndim + self.dim] = self.count
-        return value.reshape(*ahead, *value.shape[1:])
+        return value.reshape((*ahead, *value.shape[1:]))
 
 
 class _InPlate(Messenger):
@@ -94,7 +94,7 @@ class _InPlate(Messenger):
     def __init__(self, lead: _Lead) -> None:
         super().__init__()
         count = lead.count
-        self._frame = CondIndepStackFrame("_particles", lead.dim, count, None, count)
+        self._frame = CondIndepStackFrame("_particles", lead.dim, count, 0, count)
 
     def _pyro_sample(self, msg: Node) -> None:
         if not is_subsample(msg):
@@ -144,7 +144,7 @@ class Annealing:
         return noise
 
     def noise_value(self, noise: Tensor, num_data: int) -> Tensor:
-        """Return noise [K, M] of each datum alike as a single run shapes it, [K, \\*batch, M]."""
+        """Return noise [K, M], alike for each datum, as a single run has it, ``[K, *batch, M]``."""
         inner = [] if self._data_dim is None else [num_data, *[1] * (-1 - self._data_dim)]
         return noise.reshape(len(noise), *[1] * len(inner), -1).expand(-1, *inner, -1)
 
@@ -167,7 +167,9 @@ class Annealing:
                 at = u if goes_on and u.requires_grad else u.detach().requires_grad_()
                 draws = self._draws(own, at, lead)
                 with pyro.validation_enabled(False):
-                    ratio = sum(self._terms(batch, shared, own, draws, lead).values())
+                    ratio = torch.stack(
+                        list(self._terms(batch, shared, own, draws, lead).values())
+                    ).sum()
                 (found,) = torch.autograd.grad(ratio, [at], create_graph=goes_on)
             return found if goes_on else found.detach()
 
@@ -232,7 +234,8 @@ class Annealing:
 
         Args:
             params: of the family, [P].
-            batch: of so many data.
+            batch: the model's arguments.
+            num_data: N, of the batch.
         """
         own = self.family.base_params(params.expand(num_data, -1), self._size)
         lead = _Lead(1, 0, -(self._data_dim or 0))
@@ -254,18 +257,25 @@ class Annealing:
                         f"derivative by them, which the steps of {self.family!r} follow: write it "
                         "in PyTorch's differentiable operations, or take the base alone"
                     )
-            self._check_twice(sum(found.values(), torch.zeros(())), u)
+            self._check_twice(torch.stack(list(found.values())).sum(), u)
 
     def _check_twice(self, ratio: Tensor, u: Tensor) -> None:
         """Raise ValueError where a slope has no derivative, as training needs."""
         (slope,) = torch.autograd.grad(ratio, [u], create_graph=True)
-        try:
-            _slope(slope.square().sum(), u)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the model's log density has no second derivatives by the latents, by which "
-                f"training moves the steps of {self.family!r}: {error}"
-            ) from error
+        seen, stack = set(), [slope.grad_fn]
+        while stack:
+            function = stack.pop()
+            if function is None or function in seen:
+                continue
+            # PyTorch puts it where a derivative is missing; gradients by u alone go past it.
+            if function.name().endswith(("Error", "NotImplemented")):
+                raise ValueError(
+                    "the model's log density has an operation without second derivatives, by which "
+                    f"training moves the steps of {self.family!r}: write it in PyTorch's own "
+                    "operations, or take the base alone"
+                )
+            seen.add(function)
+            stack.extend(before for before, _ in function.next_functions)
 
 
 def _slope(term: Tensor, u: Tensor) -> Tensor | None:

@@ -58,7 +58,7 @@ class Moved(TorchDistribution):
 
     Args:
         base: the proposal, over the reals.
-        draw: of it, moved; [..., \\*event].
+        draw: of it, moved, ``[..., *event]``.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -18,6 +18,7 @@ from pyro_vae.programs.enumeration import enumerated
 from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.masks import lift_masks, mask_proposals
 from pyro_vae.programs.messages import trace_of
+from pyro_vae.programs.moved import Noise
 from pyro_vae.programs.nodes import (
     drawn_subsamples,
     is_enumerable,
@@ -365,7 +366,8 @@ def _check_helpers(guide_trace: Trace) -> None:
     latents = dict(latent_nodes(guide_trace))
     points = numbers(node for node in latents.values() if is_point(node["fn"]))
     helpers = {n: node for n, node in latents.items() if node["infer"].get("is_auxiliary")}
-    free = {n: node for n, node in helpers.items() if not is_point(node["fn"])}
+    plain = {n: node for n, node in helpers.items() if not isinstance(node["fn"], Noise)}
+    free = {n: node for n, node in plain.items() if not is_point(node["fn"])}
     if numbers(free.values()) <= points:
         return
     # A density of one everywhere is no matter.

@@ -92,6 +92,7 @@ FAMILIES = {
     "full rank": pv.families.FullRankNormal(),
     "low rank": pv.families.LowRankNormal(1),
     "flow": pv.families.Flow(bins=3, hidden=2),
+    "annealed": pv.families.Annealed(pv.families.Normal(), 2),
     "point": pv.families.Delta(),
 }
 
@@ -159,7 +160,9 @@ every_model = pytest.mark.parametrize("name", ENTRIES)
 every_amortized = pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.encoder])
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(n, marks=pytest.mark.slow if n == "annealed" else ()) for n in FAMILIES]
+)
 
 
 every_kind = pytest.mark.parametrize("name", KINDS)

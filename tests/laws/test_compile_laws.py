@@ -22,7 +22,7 @@ from tests.laws.registry import ENTRIES, FAMILIES, KINDS, pair
 from tests.runs import warned
 
 NUM_STEPS = 4
-SLOW = {"deep Markov model", "flow"}  # seconds each
+SLOW = {"deep Markov model", "flow", "annealed"}  # seconds each
 LOSSES = {
     "ELBO": pv.ELBO,
     "ELBO, 3 particles": functools.partial(pv.ELBO, 3),
