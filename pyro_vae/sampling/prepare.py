@@ -13,7 +13,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.families.annealed import Annealed
 from pyro_vae.guides.base import of_family
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
@@ -228,8 +227,9 @@ def _ready(
         evaluator.pair.part_agrees(evaluator.structure.data_plate)
         guide = evaluator.pair.user_guide
         family = guide.family if of_family(guide) and guide.family.has_density else None
-        if isinstance(family, Annealed):
-            family = family.base  # with the moments of the draws at the end of their steps
+        if of_family(guide) and guide.annealing is not None:
+            # The base, with the moments of draws at the end of their steps.
+            family = guide.annealing.family.base
         looks = evaluator.pair.looks
         local = LocalGuide(
             evaluator.pair.model,
