@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": {"guides", "losses", "markup", "particles", "plots", "programs"},
     "report": {"diagnostics", "markup", "plots"},
     "sampling": {
-        *("arviz_versions", "diagnostics", "export", "guides", "particles", "programs"),
+        *("arviz_versions", "diagnostics", "export", "guides", "markup", "particles", "programs"),
         "refinement",
     },
     "evaluation": {

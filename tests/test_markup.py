@@ -74,6 +74,13 @@ RESULTS = {
     "Comparison": lambda: Comparison(comparison_dataset(name="<i>mine</i>"), {}),
     "Repair": lambda: Repair(repair_dataset(), {}),
     "Bound": lambda: pv.elbo(model, guide, X, num_particles=10, seed=0),
+    "PosteriorSamples": lambda: pv.sample_posterior(
+        model, guide, X, num_chains=2, num_draws=10, num_warmup=20, seed=0, progress=False
+    ),
+    "ModelComparison": lambda: pv.compare_models(
+        {"<i>one</i>": (model, guide), "two": (model, guide)}, X, seed=0, progress=False
+    ),
+    "Outliers": lambda: pv.outliers(model, guide, X, train=X, level=0.2, num_particles=50, seed=0),
     "RateDistortion": lambda: pv.rate_distortion(model, guide, X, num_particles=10, seed=0),
     "ActiveUnits": lambda: pv.active_units(model, guide, X, num_particles=10, seed=0),
     "AggregatePosterior": lambda: pv.aggregate_posterior(
@@ -88,10 +95,15 @@ def test_a_notebook_shows_a_result(name: str):
     shown = found._repr_html_()
     text = Balanced(shown).found
     assert "<i>" not in shown and "object at" not in shown
-    if name == "Comparison":
+    if name == "ModelComparison":
+        assert text[0] == "model" and "<i>one</i>" in text
+    elif name == "Comparison":
         assert "<i>mine</i>" in text and "-11.990 ± 0.002" in text
-    elif name != "Bound":
+    elif name not in ("Bound", "PosteriorSamples"):
         head = markup.cells(found.summary())[0]
         assert text[: len(head) - 1] == head[1:] or text[: len(head)] == head
     else:
-        assert text[0] in repr(found)
+        assert "; ".join(text) == repr(found)
+    if name == "PosteriorSamples":
+        assert text[0] == "2 chains of 10 draws of z for 10 data"
+        assert text[1] == f"{int(found.converged.sum())} of 10 have converged"

@@ -15,6 +15,7 @@ import xarray as xr
 from pyro_vae.diagnostics.conformal import Conformal, adjusted
 from pyro_vae.diagnostics.robust import RobustMoments
 from pyro_vae.diagnostics.strangeness import Asking, Statistic, Strangeness, encoder_of, features_of
+from pyro_vae.markup import result
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count
@@ -73,6 +74,19 @@ class Outliers:
         return plot_outliers(self.dataset, ax)
 
     def __repr__(self) -> str:
+        head, *notes = self._told()
+        found = int(self.outlier.sum())
+        lines = [head]
+        if found:
+            lines.append(self.summary()[:found].head(_SHOWN).to_string(float_format="%.3f"))
+            lines += [f"and {found - _SHOWN} more"] if found > _SHOWN else []
+        return "\n".join([*lines, *notes])
+
+    def _repr_html_(self) -> str:
+        return result(self.summary().head(max(_SHOWN, int(self.outlier.sum()))), self._told())
+
+    def _told(self) -> list[str]:
+        """Return how many are outliers, and what is to be said of that."""
         data, found = self.dataset, int(self.outlier.sum())
         num_data, level = data.sizes["datum"], data.attrs["level"]
         kind = "calibration" if data.attrs["exact"] else "training"
@@ -81,9 +95,6 @@ class Outliers:
             f"{found} of {num_data} data are outliers at level {level:g} ({level * num_data:.1f} "
             f"expected if all are like the {data.sizes['calibration']} {kind} data){given}"
         ]
-        if found:
-            lines.append(self.summary()[:found].head(_SHOWN).to_string(float_format="%.3f"))
-            lines += [f"and {found - _SHOWN} more"] if found > _SHOWN else []
         if not data.attrs["exact"]:
             lines.append(
                 "ranked among training data, which the model was fitted to: ordinary new data look "
@@ -92,7 +103,7 @@ class Outliers:
             )
         if "distance" not in data:
             lines.append("the guide has no encoder that is known: no distance of features")
-        return "\n".join(lines)
+        return lines
 
 
 def outliers(

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from pyro_vae import markup
 from pyro_vae.particles.estimators import mean_std_error
 
 if TYPE_CHECKING:
@@ -132,21 +133,30 @@ class ModelComparison:
         return {**row, "untrusted": int(bad[model].sum()), "verdict": verdict}
 
     def __repr__(self) -> str:
-        table = self.summary()
-        rows = [
-            ("model", "log p(x)", "difference", "these data", "new data", "untrusted", "verdict")
-        ]
-        for name, row in table.iterrows():
-            numbers = (f"{row[n]:.4f}" for n in ("log_evidence", "difference"))
-            errors = (f"± {row[n]:.4f}" for n in ("difference_se", "difference_se_new"))
-            rows.append((str(name), *numbers, *errors, f"{row['untrusted']}", row["verdict"]))
+        rows, notes = self._told()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         head, *lines = (
             " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in rows
         )
         rule = "-+-".join("-" * width for width in widths)
-        return "\n".join([head, rule, *lines, *self._notes(table)])
+        return "\n".join([head, rule, *lines, *notes])
+
+    def _repr_html_(self) -> str:
+        rows, notes = self._told()
+        return markup.table(rows) + markup.paragraphs(notes)
+
+    def _told(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """Return the table, its first row the head, and what stands below it."""
+        table = self.summary()
+        rows: list[tuple[str, ...]] = [
+            ("model", "log p(x)", "difference", "these data", "new data", "untrusted", "verdict")
+        ]
+        for name, row in table.iterrows():
+            numbers = (f"{row[n]:.4f}" for n in ("log_evidence", "difference"))
+            errors = (f"± {row[n]:.4f}" for n in ("difference_se", "difference_se_new"))
+            rows.append((str(name), *numbers, *errors, f"{row['untrusted']}", str(row["verdict"])))
+        return rows, list(self._notes(table))
 
     def _notes(self, table: pd.DataFrame) -> Iterator[str]:
         """Yield what stands below the table."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from pyro_vae.arviz_versions import Container
 from pyro_vae.export.arviz import Export, LogLikelihood
 from pyro_vae.export.draws import GivenDraws
+from pyro_vae.markup import paragraphs
 from pyro_vae.particles.evaluator import Evaluator
-from pyro_vae.particles.global_latents import Given
+from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.types import DataPlate, Program
 
 __all__ = ["PosteriorSamples"]
@@ -86,6 +87,21 @@ class PosteriorSamples:
             & (self.divergences < 0.01 * num_chains * num_draws)
         )
         return agree if self.missed is None else agree & ~self.missed
+
+    def __repr__(self) -> str:
+        num_chains, num_draws, num_data = self.log_joint.shape
+        given = f"; given {given_text(self.given)}" if self.given else ""
+        ess = torch.minimum(self.ess, self.ess_tail).nan_to_num(0.0)
+        return (
+            f"{num_chains} chains of {num_draws} draws of {', '.join(self.draws)} for {num_data} "
+            f"data{given}; {int(self.converged.sum())} of {num_data} have converged; the largest "
+            f"R-hat is {float(self.rhat.nan_to_num(torch.inf).max()):.3f}, the smallest effective "
+            f"sample size {float(ess.min()):.0f}; {int((self.divergences > 0).sum())} data have "
+            "divergences"
+        )
+
+    def _repr_html_(self) -> str:
+        return paragraphs(repr(self).split("; "))
 
     def mean(self, site: str) -> Tensor:
         """Return the posterior mean of a site's values, ``[N, ...]``."""
