@@ -112,7 +112,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Trials:
     """Some simulations: what they were drawn from, and draws of the guide for their data.
 
     Attributes:
@@ -282,7 +282,7 @@ class Simulations:
                 found[name] = parts[0].movedim(axis, 0)
         return found
 
-    def blocks(self, num_draws: int) -> Iterator[Block]:
+    def blocks(self, num_draws: int) -> Iterator[Trials]:
         """Yield all simulations, with draws of the guide.
 
         Args:
@@ -296,14 +296,14 @@ class Simulations:
             )
             for rows, chunks in pairs:
                 truth = self._truth(evaluator, rows, {n: v[rows] for n, v in self.latents.items()})
-                yield Block(evaluator, rows, rows, truth, chunks)
+                yield Trials(evaluator, rows, rows, truth, chunks)
             return
         for number, batch in enumerate(self.batches):
             evaluator, only = self._of_whole(number, batch), slice(0, 1)
             mine = {name: value[number] for name, value in self.latents.items()}
             truth = self._truth(evaluator, only, mine)
             (chunks,) = evaluator.blocks(num_draws, chunk_size)
-            yield Block(evaluator, only, slice(number, number + 1), truth, chunks)
+            yield Trials(evaluator, only, slice(number, number + 1), truth, chunks)
 
     def _of_whole(self, number: int, batch: Batch) -> Evaluator:
         """Return the evaluator of one data set, whose random numbers are its own."""
@@ -362,7 +362,7 @@ class Simulations:
         return Ranked(torch.cat(found).numpy(), torch.cat(present).numpy(), _doubt(looks))
 
     def _quantities(
-        self, quantities: Quantities, block: Block, there: Tensor, chunk: Chunk
+        self, quantities: Quantities, block: Trials, there: Tensor, chunk: Chunk
     ) -> Tensor:
         numbers, _, _ = self._units(chunk.values, there.shape[0], block.evaluator)
         return quantities(chunk, torch.where(there, numbers, 0.0), there, block.index)
@@ -377,7 +377,7 @@ class Simulations:
         labels = [label for _, own in found.values() for label in own]
         return numbers, labels, [name for name, (_, own) in found.items() for _ in own]
 
-    def _there(self, block: Block) -> Tensor:
+    def _there(self, block: Trials) -> Tensor:
         """Return which numbers no mask of the model leaves out, [n, U]."""
         evaluator, values = block.evaluator, block.truth.values
         masks, wide = evaluator.guide.masks_of(block.rows), dict[str, Tensor]()
