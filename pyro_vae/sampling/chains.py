@@ -225,6 +225,7 @@ def _warm_up(
     sizes = StepSizes(kernel.step, settings.target)
     ends = [max(4, round(share * settings.num_warmup)) for share in _WINDOWS]
     length, places = _QUARTER, list[Tensor]()
+    lengths = torch.full_like(sizes.current, length)  # of each datum, at most
     for number in range(1, settings.num_warmup + 1):
         kernel = Kernel(sizes.current, kernel.scale, _steps(sizes.current, length))
         point, acceptance, _ = kernel(density, point, power, stream)
@@ -236,14 +237,17 @@ def _warm_up(
             window, places = torch.stack(places, 1), []
             # The first window is the way from the guide to the posterior.
             if number != ends[0]:
-                if number != ends[1] and _is_slow(window):
+                slow = _is_slow(window)
+                if number != ends[1] and float(slow.double().mean()) > 1 - _DATA_SERVED:
                     length *= 2
+                    lengths = torch.where(slow, length, lengths)
                 kernel = _learned(kernel, window)
             sizes.restart(sizes.average)
-    # A whole number of steps is longer than was asked for, and a Gaussian's trajectory of twice the
-    # length returns to the height where it began.
+    # More steps than a datum needs, for others' sake or as their number is whole, are smaller ones:
+    # after half a turn a Gaussian's trajectory is at the height where it began, then at the place.
     num_steps = _steps(sizes.average, length)
-    return point, Kernel(sizes.average.clamp_max(length / num_steps), kernel.scale, num_steps)
+    step = torch.minimum(sizes.average, lengths / num_steps)
+    return point, Kernel(step, kernel.scale, num_steps)
 
 
 def _learned(kernel: Kernel, window: Tensor) -> Kernel:
@@ -265,12 +269,12 @@ def _learned(kernel: Kernel, window: Tensor) -> Kernel:
     return Kernel(kernel.step, scale.to(kernel.scale), kernel.num_steps)
 
 
-def _is_slow(window: Tensor) -> bool:
-    """Return whether draws [C, W, n, D] follow too closely on one another, for too many data."""
+def _is_slow(window: Tensor) -> Tensor:
+    """Return for which data draws [C, W, n, D] follow too closely on one another, [n]."""
     centred = window.double() - window.double().mean((0, 1))
     variance = centred.square().mean((0, 1)).clamp_min(torch.finfo(torch.float32).tiny)
     follow = (centred[:, 1:] * centred[:, :-1]).mean((0, 1)) / variance
-    return float(torch.quantile(follow.amax(-1), _DATA_SERVED)) > _SLOW
+    return follow.amax(-1) > _SLOW
 
 
 def _steps(sizes: Tensor, length: float) -> int:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 import pyro_vae as pv
 from pyro_vae.diagnostics.convergence import Convergence
 from pyro_vae.particles import pair_runner
+from pyro_vae.sampling import chains
 from pyro_vae.sampling.chains import _is_slow, _learned, _log_mass, _Settings, _steps, _warm_up
 from pyro_vae.sampling.hmc import Kernel, Point
 from pyro_vae.sampling.streams import Stream
@@ -529,14 +530,13 @@ def test_draws_that_follow_closely_are_slow():
         window = noise.clone()
         for t in range(1, 2000):
             window[:, t] += share * window[:, t - 1]
-        assert _is_slow(window) == slow
-        window[:, :, 0, 1] = noise[:, :, 0, 1].cumsum(1)  # one datum of forty is not served
-        assert _is_slow(window) == slow
+        assert _is_slow(window).tolist() == [slow] * 40
+        window[:, :, 0, 1] = noise[:, :, 0, 1].cumsum(1)
+        assert _is_slow(window).tolist() == [True, *[slow] * 39]
 
 
-def test_trajectories_do_not_come_back_to_the_height_where_they_began():
-    """Of a standard normal; rounded up to whole steps they were half a turn long."""
-    data, draws = 30, 200
+def warmed_up(data, num_warmup):
+    """Chains of a standard normal after the warm-up: density, power, point and kernel."""
 
     def density(z):
         height = -0.5 * z.square().sum(-1)
@@ -545,16 +545,31 @@ def test_trajectories_do_not_come_back_to_the_height_where_they_began():
     power = torch.ones(data, dtype=F64)
     kernel = Kernel(0.5 * power, torch.ones(data, 1, dtype=F64), 4)
     point = density(torch.randn(4, data, 1, dtype=F64, generator=torch.Generator().manual_seed(0)))
-    settings = _Settings(4, draws, 100, 0.8)
+    settings = _Settings(4, 4, num_warmup, 0.8)
     with tqdm(disable=True) as bar:
-        point, kernel = _warm_up(density, point, kernel, power, Stream(0, 1), settings, bar)
-    assert bool((kernel.step * kernel.num_steps <= math.pi / 2 + 1e-12).all())
+        found = _warm_up(density, point, kernel, power, Stream(0, 1), settings, bar)
+    return density, power, *found
+
+
+def test_trajectories_do_not_come_back_to_the_height_where_they_began():
+    """Rounded up to whole steps they were half a turn long."""
+    density, power, point, kernel = warmed_up(30, 100)
     stream, heights = Stream(0, 2), []
-    for _ in range(draws):
+    for _ in range(200):
         point, _, _ = kernel(density, point, power, stream)
         heights.append(point.base)
     sizes = Convergence.of(torch.stack(heights, 1).numpy()).ess_bulk
-    assert np.median(sizes) > 0.5 * 4 * draws  # a quarter of them before
+    assert np.median(sizes) > 0.5 * 4 * 200  # a quarter of them before
+
+
+@pytest.mark.parametrize(("share", "lengthened"), [(0.5, True), (0.025, False)])
+def test_slow_data_alone_have_longer_trajectories(share, lengthened, monkeypatch):
+    slow = torch.arange(40) < share * 40
+    monkeypatch.setattr(chains, "_is_slow", lambda _: slow)
+    *_, kernel = warmed_up(40, 100)
+    length = kernel.step * kernel.num_steps
+    assert bool((length[~slow] <= math.pi / 2 + 1e-12).all())
+    assert bool((length[slow] > math.pi / 2 + 1e-12).any()) == lengthened
 
 
 def test_steps_of_a_trajectory():
