@@ -92,6 +92,26 @@ def test_unnamed_dimensions_get_arviz_names(groups):
     assert tree["log_likelihood"]["x"].dims == ("chain", "draw", "x_dim_0")
 
 
+def test_a_group_may_name_its_own_dimensions(tmp_path):
+    """Coordinates of a simplex are one fewer; densities have no event dimensions."""
+    draws = {"p": np.random.default_rng(0).dirichlet(np.ones(3), (2, 9, N))}
+    tree = bridge.container(
+        {
+            "posterior": draws,
+            "unconstrained_posterior": {"p": np.zeros((2, 9, N, 2))},
+            "log_prior": {"p": np.zeros((2, 9, N))},
+        },
+        dims={"p": ["datum", "part"], "unconstrained_posterior/p": ["datum", "coordinate"]},
+        attrs={"note": "of chains"},
+    )
+    for found in (tree, bridge.read(bridge.write(tree, tmp_path / "chains.nc"))):
+        assert found["posterior"]["p"].dims[2:] == ("datum", "part")
+        assert found["unconstrained_posterior"]["p"].dims[2:] == ("datum", "coordinate")
+        assert found["log_prior"]["p"].dims == ("chain", "draw", "datum")
+        assert found.attrs["note"] == found["posterior"].attrs["note"] == "of chains"
+        assert len(az.summary(found, var_names=["p"])) == 3 * N
+
+
 def test_arviz_works_on_the_file(read, groups):
     summary = az.summary(read, var_names=["z"], round_to="none")
     assert len(summary) == N * Z

@@ -275,7 +275,7 @@ class _Assembly:
         # With the group: a site may have the name of one of these.
         numbers = [f"constant_data/{name}" for name in self._export.draws.constants()]
         names = {name: [self._datum] for name in numbers}
-        names |= {f"sample_stats/{name}": lead for name in drawn["sample_stats"]}
+        names |= {f"sample_stats/{name}": lead for name in drawn.get("sample_stats", {})}
         if self._marginal is not None:
             of_plate = ("log_likelihood/marginal", "constant_data/marginal_se")
             names |= {name: [self._marginal.dim] for name in of_plate}

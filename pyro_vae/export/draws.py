@@ -203,7 +203,7 @@ def _resample(groups: Groups, index: np.ndarray, shared: list[str], *, warn: boo
     the same for every draw.
     """
     whole = groups["sample_stats"].pop("log_weight").ndim == 1  # one datum, no datum dimension
-    posterior = groups["posterior"]
+    posterior = groups.get("posterior", {})  # none of a model without latents
     for name in () if whole else shared:
         if not (posterior[name] == posterior[name][:1]).all():
             del posterior[name]

@@ -87,6 +87,7 @@ class StreamedFile:
 
     def __init__(self, path: Path, kind: Format, labels: np.ndarray | None, dim: str) -> None:
         self._path, self._kind, self._labels, self._dim = path, kind, labels, dim
+        self._groups: set[str] = set()
 
     def add(self, rows: slice, groups: Mapping[str, xr.Dataset]) -> None:
         """Write the groups of a block of data, all variables numbers; blocks come in order.
@@ -94,6 +95,7 @@ class StreamedFile:
         A variable without the dimension of the data is that of the first block.
         """
         if rows.start == 0:
+            self._groups = set(groups)
             for group, data in groups.items():
                 self._write(xr.Dataset(coords=self._coords_of(data)), group)
         with self._opened() as file:
@@ -116,7 +118,8 @@ class StreamedFile:
         for group, data in groups.items():
             self._write(data, group)
         self._write(xr.Dataset(attrs=attrs), None)
-        self._write(xr.Dataset(attrs=attrs), "posterior")
+        if "posterior" in self._groups:
+            self._write(xr.Dataset(attrs=attrs), "posterior")
 
     def _coords_of(self, data: xr.Dataset) -> dict[Any, Any]:
         found: dict[Any, Any] = {name: data.coords[name] for name in data.coords}

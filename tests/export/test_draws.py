@@ -11,6 +11,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.export.draws import GivenDraws, GuideDraws
 from pyro_vae.particles.evaluator import prepare
+from tests.arviz_calls import groups
 from tests.models import NormalModel, mixture
 
 MODEL = NormalModel()
@@ -113,3 +114,18 @@ def test_what_is_discrete_alone_is_drawn():
     assert len(tree["posterior"].data_vars) == 1
     with pytest.raises(KeyError):
         tree["unconstrained_posterior"]
+
+
+@pytest.mark.parametrize("resample", [None, "psis"])
+def test_a_model_without_latents_has_no_posterior(resample, tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x.new_zeros(len(x)), 1.0), obs=x)
+
+    x = torch.tensor([0.5, -1.0])
+    for file in (None, tmp_path / "none.nc"):
+        options = {"num_draws": 5, "resample": resample, "file": file, "seed": 0}
+        found = groups(pv.to_arviz(model, lambda x: None, x, **options))
+        assert "posterior" not in found and "log_prior" not in found
+        wanted = torch.distributions.Normal(0.0, 1.0).log_prob(x).expand(1, 5, 2)
+        np.testing.assert_allclose(found["log_likelihood"]["x"], wanted, rtol=1e-6)
