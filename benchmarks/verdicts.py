@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import machine
 import numpy as np
@@ -93,6 +94,15 @@ class Case:
         return draws["z"]
 
 
+def of_grid(terms: Tensor, values: Tensor, within: Tensor) -> Exact:
+    """Return the answers of parts with log masses [N, G], means [N, G, D] and variances inside."""
+    evidence = terms.logsumexp(-1)
+    weight = (terms - evidence.unsqueeze(-1)).exp().unsqueeze(-1)
+    mean = (weight * values).sum(1)
+    spread = (weight * ((values - mean.unsqueeze(1)).square() + within)).sum(1)
+    return Exact(mean, spread.sqrt(), evidence)
+
+
 @dataclass(frozen=True)
 class Banana:
     """Two latents: z_1 ~ Normal(0, 1), z_2 ~ Normal(z_1^2, 0.5), x ~ Normal(z_1 + z_2, 0.3)."""
@@ -119,19 +129,122 @@ class Banana:
         terms = dist.Normal(torch.zeros((), dtype=F64), 1.0).log_prob(first)
         conditional = dist.Normal(first + middle, math.sqrt(variance + error))
         terms = terms + conditional.log_prob(x.unsqueeze(-1)) + math.log(float(first[1] - first[0]))
-        evidence = terms.logsumexp(-1)
-        weight = (terms - evidence.unsqueeze(-1)).exp()
         gain = variance / (variance + error)
         second = middle + gain * (x.unsqueeze(-1) - first - middle)
         within = torch.tensor([0.0, variance * (1 - gain)], dtype=F64)
-        values = torch.stack([first.expand_as(second), second], -1)
-        mean = (weight.unsqueeze(-1) * values).sum(1)
-        spread = (weight.unsqueeze(-1) * (values - mean.unsqueeze(1)).square()).sum(1)
-        return Exact(mean, (spread + within).sqrt(), evidence)
+        return of_grid(terms, torch.stack([first.expand_as(second), second], -1), within)
 
     def latents(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Return draws [S, N, D]."""
         return torch.stack([draws["z1"], draws["z2"]], -1)
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """Two latents: v ~ Normal(0, 1.5), z ~ Normal(0, exp(v / 2)), x ~ Normal(z, 0.5)."""
+
+    name: str = "funnel"
+
+    def model(self, x: Tensor) -> None:
+        """Draw v and z and observe x, [N]."""
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(x.new_tensor(0.0), 1.5))
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(v), (v / 2).exp()))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def simulate(self, num_data: int) -> Tensor:
+        """Return data of the model."""
+        v, noise, error = torch.randn(3, num_data, dtype=F64)
+        return (0.75 * v).exp() * noise + 0.5 * error
+
+    def exact(self, x: Tensor) -> Exact:
+        """Return the exact answers: v by a grid, z given v and x by algebra."""
+        v = torch.linspace(-14, 14, 20_001, dtype=F64)
+        variance = v.exp()
+        terms = dist.Normal(torch.zeros((), dtype=F64), 1.5).log_prob(v)
+        spread = dist.Normal(torch.zeros_like(v), (variance + 0.25).sqrt())
+        terms = terms + spread.log_prob(x.unsqueeze(-1)) + math.log(float(v[1] - v[0]))
+        gain = variance / (variance + 0.25)
+        within = torch.stack([torch.zeros_like(v), 0.25 * gain], -1)
+        values = torch.stack([v.expand(len(x), -1), gain * x.unsqueeze(-1)], -1)
+        return of_grid(terms, values, within)
+
+    def latents(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Return draws [S, N, D]."""
+        return torch.stack([draws["v"], draws["z"]], -1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Two latents with standard normal priors, and six answers: Bernoulli, logit by both."""
+
+    name: str = "six answers, 2 latents"
+
+    @property
+    def slopes(self) -> Tensor:
+        """Of the answers by the latents, [6, 2]."""
+        rows = [[1.0, 0.5], [2.0, -1.0], [0.3, 1.5], [-1.0, 1.0], [1.5, 1.5], [0.0, 2.0]]
+        return torch.tensor(rows, dtype=F64)
+
+    def model(self, x: Tensor) -> None:
+        """Draw z and observe x, [N, 6]."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            logits = (self.slopes * z.unsqueeze(-2)).sum(-1)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def simulate(self, num_data: int) -> Tensor:
+        """Return data of the model."""
+        z = torch.randn(num_data, 2, dtype=F64)
+        return torch.bernoulli((z @ self.slopes.T).sigmoid())
+
+    def exact(self, x: Tensor) -> Exact:
+        """Return the exact answers, by a grid of both latents."""
+        line = torch.linspace(-6, 6, 301, dtype=F64)
+        values = torch.cartesian_prod(line, line)
+        prior = dist.Normal(torch.zeros((), dtype=F64), 1.0).log_prob(values).sum(-1)
+        logits = values @ self.slopes.T
+        likelihood = dist.Bernoulli(logits=logits).log_prob(x.unsqueeze(1)).sum(-1)
+        terms = prior + likelihood + 2 * math.log(float(line[1] - line[0]))
+        return of_grid(terms, values.expand(len(x), -1, -1), torch.zeros_like(values))
+
+    def latents(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Return draws [S, N, D]."""
+        return draws["z"]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """A kind of three, of unequal shares, z ~ Normal(-3 or 0 or 4, 0.7), x ~ Normal(z, 1.5)."""
+
+    name: str = "kinds, 3 modes"
+
+    def model(self, x: Tensor) -> None:
+        """Draw a kind, which is summed out, and z, and observe x, [N]."""
+        shares, places = x.new_tensor([0.2, 0.5, 0.3]), x.new_tensor([-3.0, 0.0, 4.0])
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Categorical(shares))
+            z = pyro.sample("z", dist.Normal(places[kind], 0.7))
+            pyro.sample("x", dist.Normal(z, 1.5), obs=x)
+
+    def simulate(self, num_data: int) -> Tensor:
+        """Return data of the model."""
+        kind = torch.multinomial(torch.tensor([0.2, 0.5, 0.3], dtype=F64), num_data, True)
+        place = torch.tensor([-3.0, 0.0, 4.0], dtype=F64)[kind]
+        noise, error = torch.randn(2, num_data, dtype=F64)
+        return place + 0.7 * noise + 1.5 * error
+
+    def exact(self, x: Tensor) -> Exact:
+        """Return the exact answers: a mixture of three Gaussians, by algebra."""
+        shares, places = torch.tensor([[0.2, 0.5, 0.3], [-3.0, 0.0, 4.0]], dtype=F64)
+        gain = 0.49 / (0.49 + 1.5**2)
+        far = x.unsqueeze(-1) - places
+        terms = shares.log() + dist.Normal(torch.zeros_like(far), 2.74**0.5).log_prob(far)
+        return of_grid(terms, (places + gain * far).unsqueeze(-1), torch.tensor(2.25 * gain))
+
+    def latents(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Return draws [S, N, D]."""
+        return draws["z"].unsqueeze(-1)
 
 
 class Factors:
@@ -171,6 +284,9 @@ class Factors:
         return draws["z"]
 
 
+Model: TypeAlias = Case | Banana | Funnel | Answers | Kinds | Factors
+
+
 def line(low: float, high: float) -> Tensor:
     return torch.linspace(low, high, 40_001, dtype=F64)
 
@@ -180,7 +296,7 @@ def positive(low: float, high: float) -> Tensor:
     return torch.logspace(low, high, 40_001, dtype=F64)
 
 
-def cases() -> list[Case | Banana | Factors]:
+def cases() -> list[Model]:
     """Return the registry."""
     zero, one = torch.tensor([0.0, 1.0], dtype=F64)
     normal = dist.Normal(zero, 1.0)
@@ -236,11 +352,20 @@ def cases() -> list[Case | Banana | Factors]:
             for size in (2, 3, 4)
         ),
         Banana(),
+        Funnel(),
+        Answers(),
+        Kinds(),
+        Case(
+            "Poisson, single precision",
+            dist.Normal(zero.float(), 1.0),
+            lambda z: dist.Poisson((1.5 * z).exp()),
+            line(-9, 9),
+        ),
         Factors(),
     ]
 
 
-def guides(case: Case | Banana | Factors, x: Tensor) -> dict[str, pv.LocalGuide]:
+def guides(case: Model, x: Tensor) -> dict[str, pv.LocalGuide]:
     """Return guides of a case: the best of the family, and bad ones."""
 
     def copy_of(source: pv.LocalGuide, shift: float, width: float) -> pv.LocalGuide:
@@ -285,9 +410,7 @@ class Judged:
         }
 
 
-def judged(
-    case: Case | Banana | Factors, guide: pv.LocalGuide, x: Tensor, verdict: str, exact: Exact
-) -> Judged:
+def judged(case: Model, guide: pv.LocalGuide, x: Tensor, verdict: str, exact: Exact) -> Judged:
     """Return what a verdict says of each datum, and what is true."""
     options = {"seed": 0, "progress": False}
     every = np.ones(len(x), dtype=bool)
