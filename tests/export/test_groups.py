@@ -131,3 +131,17 @@ def test_blocks_are_joined_along_the_data():
     found = joined(blocks, {"all"})["posterior"]
     assert found["z"].shape == (1, 2, 5) and found["all"].shape == (1, 2)
     assert found["z"][0, 0].tolist() == [2, 2, 3, 3, 3]
+
+
+def test_the_datum_comes_first_where_an_inner_plate_stands_outside():
+    def outside(x):
+        with pyro.plate("inner", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            u = pyro.sample("u", dist.LogNormal(x.new_zeros(2, len(x)), 1.0))
+            pyro.sample("x", dist.Normal(u, 1.0), obs=x.expand(2, -1))
+
+    x = torch.randn(3, dtype=torch.float64)
+    guide = pv.LocalGuide(outside, num_data=3, example=x, data_plate="data")
+    tree = pv.to_arviz(outside, guide, x, num_draws=5, data_plate="data", seed=0)
+    assert tree["unconstrained_posterior"]["u"].dims == ("chain", "draw", "datum", "inner")
+    found = of(tree, "unconstrained_posterior")["u"]
+    torch.testing.assert_close(found.exp(), of(tree, "posterior")["u"])
