@@ -61,7 +61,7 @@ def exact(name: str) -> Tensor:
 def main() -> None:
     """Train a table of each family from the prior; print gaps and seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="of Adam, at each of two rates")
+    parser.add_argument("--steps", type=int, default=500, help="of Adam, at each of two rates")
     steps = parser.parse_args().steps
     print(machine.describe())
     print("| posterior | family | gap of each datum, nats | seconds | draws a second |")

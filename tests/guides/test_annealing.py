@@ -361,3 +361,43 @@ def test_draws_of_another_guide_have_no_density():
     torch.testing.assert_close(evaluator.score_guide(rows, values), log_guide)
     assert evaluator.score_guide(rows, {"z": values["z"]}).isnan().all()
     assert not evaluator.can_score(evaluator)
+
+
+def _two_modes(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.5))
+        pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+
+
+def _funnel(x):
+    with pyro.plate("data", len(x)):
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, s))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [_two_modes, _funnel])
+def test_the_bound_rises_with_the_steps_and_stays_below_the_evidence(model):
+    """Evidence by quadrature: over z, and over log s with z integrated by hand."""
+    x = torch.tensor([0.3, 1.0])
+    at = torch.linspace(-14, 14, 40_001, dtype=torch.float64).unsqueeze(1)
+    if model is _two_modes:
+        joint = dist.Normal(0.0, 1.5).log_prob(at) + dist.Normal(at**2, 0.5).log_prob(x.double())
+    else:
+        wide = dist.Normal(0.0, (at.exp() ** 2 + 0.25).sqrt())
+        joint = dist.Normal(0.0, 1.0).log_prob(at) + wide.log_prob(x.double())
+    truth = joint.logsumexp(0) + math.log(float(at[1] - at[0]))
+    gaps, errors = [], []
+    for num_steps in (1, 4):
+        torch.manual_seed(0)
+        family = Annealed(Normal(), num_steps)
+        guide = pv.LocalGuide(model, num_data=2, example=x, family=family)
+        for rate in (0.05, 0.01):
+            optim = torch.optim.Adam(guide.parameters(), lr=rate)
+            pv.fit(model, guide, x, loss=pv.ELBO(16), optim=optim, max_steps=250, progress=False)
+        bound = pv.elbo(model, guide, x, num_particles=10_000, seed=0)
+        assert (bound.value < truth + 4 * bound.std_error).all()
+        gaps.append(float(truth.mean()) - bound.mean)
+        errors.append(bound.mean_std_error)
+    assert gaps[1] < gaps[0] - 4 * sum(errors)
