@@ -21,7 +21,7 @@ class Observed:
     Attributes:
         name: the site.
         distribution: the name of its likelihood.
-        values: [N, *inner plates, *event]; 0 where a mask leaves them out.
+        values: ``[N, *inner plates, *event]``; 0 where a mask leaves them out.
         left_out: which of them a mask leaves out, likewise.
         discrete: whether the likelihood is a probability and no density; None where it does not
             declare its support.
