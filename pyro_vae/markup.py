@@ -1,4 +1,4 @@
-"""HTML of results: text, tables, escaped; for notebooks and for the report."""
+"""Tables of results as text, and as HTML, escaped; for notebooks and for the report."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ def _cell(value: object, error: float) -> str:
         whole = value == round(value) if math.isfinite(value) else False
         return f"{value:.0f}" if whole and math.isnan(error) else plus_minus(value, error)
     return str(value)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text: its first row is the head, the first cell of each row a name.
+
+    >>> print(text_table([("guide", "ELBO"), ("mine", "-1.25")]))
+    guide |  ELBO
+    ------+------
+    mine  | -1.25
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = (
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+    return "\n".join([head, "-+-".join("-" * width for width in widths), *lines])
 
 
 def table(rows: Sequence[Sequence[str]], caption: str = "") -> str:

@@ -41,7 +41,7 @@ _EFFECTIVE_SHARE = 0.1
 # A share of effective draws above which a heavy tail does no harm: weights that all but agree.
 _NEARLY_EQUAL = 0.9
 # The weight of the tail in units of that of as many average draws, up to which it does no harm.
-_LIGHT_TAIL = 2.0
+LIGHT_TAIL = 2.0
 
 
 def pareto_k_threshold(num_particles: int) -> float:
@@ -152,7 +152,7 @@ class Weights:
             yield (
                 f"{heavy.sum()} with a heavy tail (k-hat above "
                 f"{pareto_k_threshold(self.num_particles):.2f}, and the largest weights carry more "
-                f"than {_LIGHT_TAIL:g} times their share)"
+                f"than {LIGHT_TAIL:g} times their share)"
             )
         if few.any():
             yield f"{few.sum()} with fewer than {self._fewest:g} effective particles"
@@ -175,4 +175,4 @@ class Weights:
     def _light(self) -> Flags:
         """For which data the tail carries no more than it may, [N]; of no k-hat for none."""
         light = self.pareto_k <= pareto_k_threshold(self.num_particles)
-        return light | ((self.tail_share <= _LIGHT_TAIL) & ~np.isnan(self.pareto_k))
+        return light | ((self.tail_share <= LIGHT_TAIL) & ~np.isnan(self.pareto_k))

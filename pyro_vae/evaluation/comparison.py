@@ -15,7 +15,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, Weights, pareto_k_threshold
-from pyro_vae.markup import paragraphs, table
+from pyro_vae.markup import paragraphs, table, text_table
 from pyro_vae.particles.estimators import (
     Estimate,
     calibrated,
@@ -89,9 +89,10 @@ class Comparison:
             columns[f"{name}_se"] = _errors_of_means(
                 errors.values, skews.values, data.attrs["num_particles"]
             )
-        threshold = pareto_k_threshold(int(data.attrs["num_particles"]))
         columns["pareto_k_max"] = data["pareto_k"].max("datum").values
-        columns["pareto_k_bad"] = (data["pareto_k"] > threshold).mean("datum").values
+        columns["pareto_k_bad"] = (
+            (data["pareto_k"] > data.attrs["pareto_k_threshold"]).mean("datum").values
+        )
         columns["ess_median"] = data["ess"].median("datum").values
         columns["good"] = data["good"].mean("datum").values
         columns["not_converged"] = (~data["converged"]).sum("datum").values
@@ -134,12 +135,7 @@ class Comparison:
 def format_table(comparisons: Mapping[str, Comparison]) -> str:
     """Return the gap table of comparisons as text, by a label (train, test) or "", with notes."""
     rows, notes = _rows_and_notes(comparisons)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *lines = (
-        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
-    rule = "-+-".join("-" * width for width in widths)
-    return "\n".join([head, rule, *lines, *notes])
+    return "\n".join([text_table(rows), *notes])
 
 
 def _rows_and_notes(
@@ -238,17 +234,16 @@ def reduce_block(
     bests = [of_name.get(references.get(name, ""), Estimate(nan, nan)) for name in names]
     gaps = (best - own for best, own in zip(bests, elbos, strict=True))
     gains = (bound - own for bound, own in zip(evidences, elbos, strict=False))
-    logs = [each.T.cpu().numpy() for each in raw]
-    looks = [Weights.of(each) for each in logs]
+    own = [Weights.of(each.T.cpu().numpy()) for each in raw]
     return {
         **_columns("elbo", elbos),
         **_columns("amortization_gap", gaps),
         **_columns("approximation_gap", (each - best for best in bests for each in evidences)),
         **_columns("iwae_bound", evidences),
         **_columns("iwae_minus_elbo", gains),
-        "pareto_k": np.stack([each.pareto_k for each in looks]),
-        "tail_share": np.stack([each.tail_share for each in looks]),
-        "ess": np.stack([each.ess for each in looks]),
+        "pareto_k": np.stack([each.pareto_k for each in own]),
+        "tail_share": np.stack([each.tail_share for each in own]),
+        "ess": np.stack([each.ess for each in own]),
     }
 
 
@@ -308,6 +303,7 @@ def gap_dataset(
             "log_evidence_from": text,
             "log_evidence_num_particles": evidence_particles,
             "num_particles": num_particles,
+            "pareto_k_threshold": pareto_k_threshold(num_particles),
             "units": "nats",
         },
     )

@@ -133,20 +133,14 @@ class ModelComparison:
         return {**row, "untrusted": int(bad[model].sum()), "verdict": verdict}
 
     def __repr__(self) -> str:
-        rows, notes = self._told()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        head, *lines = (
-            " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        )
-        rule = "-+-".join("-" * width for width in widths)
-        return "\n".join([head, rule, *lines, *notes])
+        rows, notes = self._rows_and_notes()
+        return "\n".join([markup.text_table(rows), *notes])
 
     def _repr_html_(self) -> str:
-        rows, notes = self._told()
+        rows, notes = self._rows_and_notes()
         return markup.table(rows) + markup.paragraphs(notes)
 
-    def _told(self) -> tuple[list[tuple[str, ...]], list[str]]:
+    def _rows_and_notes(self) -> tuple[list[tuple[str, ...]], list[str]]:
         """Return the table, its first row the head, and what stands below it."""
         table = self.summary()
         rows: list[tuple[str, ...]] = [

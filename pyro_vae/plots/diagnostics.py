@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-_UNRELIABLE_K = 0.7
 _FEWEST_GROUPS = 8  # of particles, from which on their spread tells an error
 _NAMED = 12  # units that a figure names
 
@@ -114,7 +113,7 @@ def plot_pareto_k_against_gap(dataset: xr.Dataset, ax: Axes | None = None) -> Ax
     ax.plot([], [], "o", ls="", mfc="none", mec="black", ms=5, label="no good verdict")
     if lost:
         ax.plot([], [], ls="", label=f"{lost} without a finite gap and k-hat are left out")
-    ax.axhline(_UNRELIABLE_K, color="black", linestyle="--", linewidth=1.0)
+    ax.axhline(dataset.attrs["pareto_k_threshold"], color="black", linestyle="--", linewidth=1.0)
     ax.axvline(0.0, color="black", linewidth=0.6)
     ax.grid(alpha=0.3)
     ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="Pareto k-hat of its weights")

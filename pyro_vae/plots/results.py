@@ -37,8 +37,6 @@ _TEN = (
 GREY = "#999999"
 _STYLES = ("-", "--", ":", "-.")
 
-_UNRELIABLE_K = 0.7  # Vehtari, Simpson, Gelman, Yao and Gabry (2024), section 3.2
-
 
 def plot_history(result: FitResult, ax: Axes | None = None) -> Axes:
     """Draw the ELBO over the epochs of a fit, with the best validation epoch marked.
@@ -140,7 +138,10 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
 
 
 def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
-    """Draw a histogram of Pareto k-hat for each guide, with the share above 0.7.
+    """Draw a histogram of Pareto k-hat for each guide, with the share above its threshold.
+
+    Above it the tail of the weights is heavy, which matters where it carries weight
+    (:mod:`pyro_vae.diagnostics.verdict`).
 
     Values outside -0.5 to 1.5, infinite ones among them, are counted at the ends. Data without
     an estimate are left out and counted beside.
@@ -159,31 +160,34 @@ def plot_pareto_k(datasets: Datasets, ax: Axes | None = None) -> Axes:
     rows = _rows(datasets)
     ax = axes(ax, (8.0, 1.6 + 0.6 * (rows[-1].position + 1)))
     values = [np.asarray(row.dataset["pareto_k"].sel(guide=row.guide), float) for row in rows]
-    width, low, high = 0.05, -0.5, 1.5  # 0.7 is an edge
+    width, low, high = 0.05, -0.5, 1.5
     edges = low + width * np.arange(round((high - low) / width) + 1)
     known = [k[~np.isnan(k)] for k in values]
     within = (k.clip(low + width / 2, high - width / 2) for k in known)
     shares = [np.histogram(k, edges)[0] / max(1, k.size) for k in within]
     tallest = max(float(share.max()) for share in shares) or 1.0
-    colors = [BLUE if edge < _UNRELIABLE_K - width / 2 else VERMILION for edge in edges[:-1]]
-    for row, k, all_k, share in zip(rows, known, values, shares, strict=True):
+    thresholds = [float(row.dataset.attrs["pareto_k_threshold"]) for row in rows]
+    for row, k, all_k, share, at in zip(rows, known, values, shares, thresholds, strict=True):
+        colors = [BLUE if edge < at - width / 2 else VERMILION for edge in edges[:-1]]
         bottom = row.position + 0.42
         # The axis of rows points down, the bars up.
         ax.bar(edges[:-1], -0.8 * share / tallest, width, bottom, align="edge", color=colors)
         ax.hlines(bottom, low, high, color="black", linewidth=0.6)
-        text = f"{np.mean(k > _UNRELIABLE_K):.1%} above" if k.size else "none known"
+        text = f"{np.mean(k > at):.1%} above" if k.size else "none known"
         if k.size < all_k.size:
             text += f"\n{all_k.size - k.size} of {all_k.size} unknown"
         ax.text(high + 0.04, row.position + 0.1, text, va="center", fontsize="small")
     _label_rows(ax, rows, lambda row: f"{row.dataset.sizes['datum']} data")
-    ax.axvline(_UNRELIABLE_K, color="black", linestyle="--", linewidth=1.0)
+    names = " or ".join(f"{at:.2f}" for at in sorted(set(thresholds)))
+    for at in sorted(set(thresholds)):
+        ax.axvline(at, color="black", linestyle="--", linewidth=1.0)
     ax.set_xlim(low - width, high + 0.45)
-    ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", _UNRELIABLE_K: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
+    ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", 1.0: "1", 1.5: "≥ 1.5"}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xlabel("Pareto k-hat of a datum's importance weights")
-    unreliable = _handle(VERMILION, "above 0.7: importance estimates are unreliable")
-    handles = [_handle(BLUE, "up to 0.7"), unreliable]
-    title_and_legend(ax, "Can the importance weights be trusted?", columns=2, handles=handles)
+    heavy = _handle(VERMILION, f"above {names}: a heavy tail")
+    handles = [_handle(BLUE, f"up to {names}"), heavy]
+    title_and_legend(ax, "How heavy is the tail of the weights?", columns=2, handles=handles)
     return ax
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, pareto_k_threshold
+from pyro_vae.diagnostics.verdict import FEWEST_EFFECTIVE, LIGHT_TAIL
 from pyro_vae.markup import plus_minus
 
 __all__ = ["Finding", "of_comparison", "of_generalization"]
@@ -40,8 +40,8 @@ THRESHOLDS = {
     ),
     "few data hold the loss": f"{_TENTH:.0%} of {_FEWEST_DATA} or more data hold half of it",
     "weights are good": (
-        f"{FEWEST_EFFECTIVE} or more are effective and no heavy tail carries more than twice its "
-        "share"
+        f"{FEWEST_EFFECTIVE} or more are effective and no heavy tail carries more than "
+        f"{LIGHT_TAIL:g} times its share"
     ),
 }
 
@@ -376,7 +376,7 @@ def _of_weights(dataset: xr.Dataset, guide: str) -> Finding:
     one, count = dataset.sel(guide=guide), int(dataset.attrs["num_particles"])
     k_hat, ess = (np.asarray(one[name].values, float) for name in ("pareto_k", "ess"))
     good, num_data = np.asarray(one["good"].values, bool), dataset.sizes["datum"]
-    threshold = pareto_k_threshold(count)
+    threshold = float(dataset.attrs["pareto_k_threshold"])
     heavy, few = k_hat > threshold, ess < FEWEST_EFFECTIVE
     text = (
         f"Importance weights through {guide!r} make a posterior that can be trusted for "

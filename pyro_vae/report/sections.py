@@ -51,7 +51,7 @@ def of_comparisons(
         ),
         Drawing(
             lambda: plot_pareto_k(named),
-            "k-hat of each datum's importance weights: of those above 0.7 the tail is heavy.",
+            "k-hat of each datum's importance weights: above the dashed line the tail is heavy.",
         ),
     ]
     part, dataset = next(iter(datasets.items()))

@@ -60,6 +60,7 @@ def comparison_dataset(seed=0, guides=("amortized", "mean-field")):
             "pareto_k": (both, rng.uniform(0.0, 0.6, size=size)),
         },
         coords={"guide": list(guides), "datum": np.arange(N)},
+        attrs={"pareto_k_threshold": 0.7},
     )
 
 
@@ -287,9 +288,21 @@ def test_pareto_k_histogram():
     assert set(threshold.get_xdata()) == {0.7}
     assert f"{12 / N:.1%} above" in words(ax)
     assert f"0.0% above\n4 of {N} unknown" in words(ax)
-    assert "above 0.7: importance estimates are unreliable" in legend_words(ax)
+    assert "above 0.70: a heavy tail" in legend_words(ax)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["amortized", "mean-field"]
     assert_legend_is_above_the_data(ax)
+
+
+def test_pareto_k_with_thresholds_of_several_numbers_of_particles():
+    few = comparison_dataset().assign_attrs(pareto_k_threshold=0.5)
+    many = comparison_dataset()
+    for dataset in (few, many):
+        dataset["pareto_k"][:] = 0.61
+    ax = plots.plot_pareto_k({"few": few, "many": many})
+    drawn = [colors.to_hex(bar.get_facecolor()) for bar in ax.patches if bar.get_height()]
+    assert drawn == ["#d55e00"] * 2 + ["#0072b2"] * 2
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0.5, 0.7]
+    assert "above 0.50 or 0.70: a heavy tail" in legend_words(ax)
 
 
 def test_pareto_k_unknown_everywhere():

@@ -66,6 +66,7 @@ def comparison_dataset(
             "evidence": "iwae",
             "given": "",
             "num_particles": 5000,
+            "pareto_k_threshold": 0.7,
             "log_evidence_from": "IWAE-5000 through 'mean-field'",
             "units": "nats",
         },
