@@ -61,7 +61,7 @@ class Conformal:
         return cls(of_score, combined)
 
 
-def adjusted(p_values: Array) -> Array:
+def benjamini_hochberg(p_values: Array) -> Array:
     """Return p-values adjusted by Benjamini & Hochberg (1995), [N].
 
     Of the data with an adjusted one up to q at most the share q is there by chance, on average:

@@ -1,4 +1,4 @@
-"""How strange each datum of a batch is to a model and a guide: log p(x), and what is predicted."""
+"""Outlier scores of a batch: log p(x), posterior predictive checks, and an encoder's features."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _ROWS = 4096  # data that an encoder sees at once
 
 
 @dataclass(frozen=True, slots=True)
-class Strangeness:
-    """What says of each of N data how strange it is.
+class OutlierScores:
+    """Scores of N data; :func:`pyro_vae.outliers` ranks them.
 
     Attributes:
         log_evidence: log p(x) by importance weights, in nats, [N].
@@ -58,8 +58,8 @@ class Strangeness:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """A pair and how it is asked; see :func:`pyro_vae.outliers`."""
+class Scorer:
+    """A model with a guide, and the settings of the scores; see :func:`pyro_vae.outliers`."""
 
     model: Program
     guide: Program
@@ -69,8 +69,8 @@ class Asking:
     data_plate: DataPlate
     compile: Compile
 
-    def of(self, batch: Batch, seed: int) -> Strangeness:
-        """Return how strange the data of a batch are."""
+    def score(self, batch: Batch, seed: int) -> OutlierScores:
+        """Return the scores of the data of a batch."""
         if row_guide(self.guide) is not None:
             raise ValueError(
                 "outliers: a LocalGuide has parameters for its own data alone, and new data are "
@@ -94,7 +94,7 @@ class Asking:
             {name: np.concatenate([each[name] for each in column]) for name in column[0]}
             for column in columns
         )
-        return Strangeness(evidence, error, good, above, lower, given)
+        return OutlierScores(evidence, error, good, above, lower, given)
 
 
 def features_of(encoder: Program, batch: Batch) -> np.ndarray:
@@ -149,7 +149,7 @@ def _of_block(
         share = (of_replica < of_datum) + 0.5 * (of_replica == of_datum)
         lower[name] = (weights * share).sum(1).clip(0.0, 1.0)
     value = estimate.value.numpy(force=True)
-    return value, error.numpy(force=True), smoothed.look.trusted, above, lower
+    return value, error.numpy(force=True), smoothed.raw.trusted, above, lower
 
 
 def _above(of_datum: np.ndarray, of_replica: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -179,10 +179,10 @@ def _replicate(
     values = evaluator.latents(chunk.values)
     values = {
         **values,
-        **evaluator.draw_summed_out(rows, values, (Purpose.STRANGE_SUMMED_OUT, *key)),
+        **evaluator.draw_summed_out(rows, values, (Purpose.OUTLIER_SUMMED_OUT, *key)),
     }
     names = [site.name for site in evaluator.structure.observed]
-    run = evaluator.predictive_run(rows, count, values, (Purpose.STRANGE_REPLICAS, *key))
+    run = evaluator.predictive_run(rows, count, values, (Purpose.OUTLIER_REPLICAS, *key))
     with evaluator.evaluating():
         seen = replace(evaluator.model, summed_out=()).run(rows, count, values)
         both = seen.log_prob(is_observed), torch.stack([run.term(name) for name in names]).sum(0)
@@ -197,8 +197,11 @@ def _replicate(
             for name, value in of_site.items()
         }
     for name, statistic in statistics.items():
-        of_data = np.broadcast_to(_ask(name, statistic, data, size), (count, size))
-        found[name] = of_data, _ask(name, statistic, replicas, count * size).reshape(count, size)
+        of_data = np.broadcast_to(_value_of(name, statistic, data, size), (count, size))
+        found[name] = (
+            of_data,
+            _value_of(name, statistic, replicas, count * size).reshape(count, size),
+        )
     return found
 
 
@@ -212,7 +215,9 @@ def _data(evaluator: Evaluator, rows: slice) -> dict[str, Tensor]:
     return found
 
 
-def _ask(name: str, statistic: Statistic, values: Mapping[str, Tensor], size: int) -> np.ndarray:
+def _value_of(
+    name: str, statistic: Statistic, values: Mapping[str, Tensor], size: int
+) -> np.ndarray:
     """Return what a statistic says of M data, [M]; ValueError for what is not a number for each."""
     found = torch.as_tensor(statistic(values))
     if found.shape != (size,) or bool(found.isnan().any()):

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 
-from pyro_vae.diagnostics.conformal import Conformal, adjusted
+from pyro_vae.diagnostics.conformal import Conformal, benjamini_hochberg
+from pyro_vae.diagnostics.outlier_scores import (
+    OutlierScores,
+    Scorer,
+    Statistic,
+    encoder_of,
+    features_of,
+)
 from pyro_vae.diagnostics.robust import RobustMoments
-from pyro_vae.diagnostics.strangeness import Asking, Statistic, Strangeness, encoder_of, features_of
 from pyro_vae.markup import result
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 
 if TYPE_CHECKING:
@@ -74,7 +79,7 @@ class Outliers:
         return plot_outliers(self.dataset, ax)
 
     def __repr__(self) -> str:
-        head, *notes = self._told()
+        head, *notes = self._notes()
         found = int(self.outlier.sum())
         lines = [head]
         if found:
@@ -83,9 +88,9 @@ class Outliers:
         return "\n".join([*lines, *notes])
 
     def _repr_html_(self) -> str:
-        return result(self.summary().head(max(_SHOWN, int(self.outlier.sum()))), self._told())
+        return result(self.summary().head(max(_SHOWN, int(self.outlier.sum()))), self._notes())
 
-    def _told(self) -> list[str]:
+    def _notes(self) -> list[str]:
         """Return how many are outliers, and what is to be said of that."""
         data, found = self.dataset, int(self.outlier.sum())
         num_data, level = data.sizes["datum"], data.attrs["level"]
@@ -207,7 +212,7 @@ def outliers(
     others = known if calibration is None else as_batch(calibration)
     if others is None:
         raise ValueError("train= or calibration= is needed: data that new ones are ranked among")
-    asking = Asking(
+    scorer = Scorer(
         model,
         guide,
         as_count("num_particles", num_particles, 2),
@@ -216,10 +221,10 @@ def outliers(
         data_plate,
         compile,
     )
-    seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+    seed = as_seed(seed)
     encoder = encoder_of(guide) if features is None else features
     distances = None if encoder is None else _distances(encoder, (data, others), known)
-    found, beside = asking.of(data, seed), asking.of(others, seed + 1)
+    found, beside = scorer.score(data, seed), scorer.score(others, seed + 1)
     columns, others_columns = _columns(found), _columns(beside)
     if distances is not None:
         columns = {"distance": distances[0], **columns}
@@ -268,7 +273,7 @@ def _distances(
     return first, second
 
 
-def _columns(found: Strangeness) -> dict[str, np.ndarray]:
+def _columns(found: OutlierScores) -> dict[str, np.ndarray]:
     """Return the scores by name."""
     above = {_PREFIX + name: column for name, column in found.predictive.items()}
     above = {"predictive": above.pop(f"{_PREFIX}log_likelihood"), **above}
@@ -278,7 +283,7 @@ def _columns(found: Strangeness) -> dict[str, np.ndarray]:
 def _dataset(
     columns: Mapping[str, np.ndarray],
     beside: Mapping[str, np.ndarray],
-    found: Strangeness,
+    found: OutlierScores,
     level: float,
 ) -> xr.Dataset:
     names = list(columns)
@@ -288,7 +293,7 @@ def _dataset(
     return xr.Dataset(
         {
             "p_value": ("datum", ranked.combined),
-            "adjusted_p_value": ("datum", adjusted(ranked.combined)),
+            "adjusted_p_value": ("datum", benjamini_hochberg(ranked.combined)),
             "outlier": ("datum", ranked.combined <= level),
             "p_value_of": (("datum", "score"), ranked.of_score),
             **{name: ("datum", column) for name, column in columns.items()},

@@ -47,15 +47,15 @@ def pareto_k(log_weights: LogWeights | Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SmoothedWeights:
-    """Pareto-smoothed importance weights, and what they look like before.
+    """Pareto-smoothed importance weights.
 
     Attributes:
         weights: [N, K], which sum to one; nan where every weight is zero.
-        look: k-hat, effective sample size and tail of the weights as they were.
+        raw: k-hat, effective sample size and tail of the weights before smoothing.
     """
 
     weights: np.ndarray
-    look: Weights
+    raw: Weights
 
     @classmethod
     def of(cls, log_weights: np.ndarray) -> SmoothedWeights:

@@ -126,7 +126,7 @@ class UniformRanks:
         return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
-def adjusted(p_values: Array) -> Array:
+def holm(p_values: Array) -> Array:
     """Return p-values of a family of tests such that the least is below α with probability α.
 
     At most that, whatever their dependence (Holm 1979). nan where a test said nothing.

@@ -1,8 +1,35 @@
-"""How large is log p(x), and which guide loses what? Bounds, log weights, comparisons."""
+"""How large is log p(x), which guide loses what, and can it be mended? Bounds to calibration."""
 
 from pyro_vae.evaluation.ais import ais
+from pyro_vae.evaluation.bdmc import Sandwich, bdmc
 from pyro_vae.evaluation.bounds import Bound, elbo, iwae_bound, log_weights
+from pyro_vae.evaluation.calibration import Calibration, sbc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.coverage import Coverage, coverage
+from pyro_vae.evaluation.guide_check import GuideCheck, check_guide
+from pyro_vae.evaluation.model_choice import compare_models
+from pyro_vae.evaluation.model_comparison import ModelComparison
+from pyro_vae.evaluation.repair import Repair, repair
 
-__all__ = ["Bound", "Comparison", "ais", "compare", "elbo", "iwae_bound", "log_weights"]
+__all__ = [
+    "Bound",
+    "Calibration",
+    "Comparison",
+    "Coverage",
+    "GuideCheck",
+    "ModelComparison",
+    "Repair",
+    "Sandwich",
+    "ais",
+    "bdmc",
+    "check_guide",
+    "compare",
+    "compare_models",
+    "coverage",
+    "elbo",
+    "iwae_bound",
+    "log_weights",
+    "repair",
+    "sbc",
+]

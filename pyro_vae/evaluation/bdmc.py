@@ -21,7 +21,7 @@ from pyro_vae.evaluation.simulations import without_globals
 from pyro_vae.markup import paragraphs
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.report import mending
 from pyro_vae.report.findings import Finding
@@ -293,7 +293,7 @@ def bdmc(
     """
     settings = AnnealingSettings(num_chains, num_steps, start, schedule)
     num_chains, num_steps = settings.num_chains, settings.num_steps
-    seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+    seed = as_seed(seed)
     _check_sources(num_data, posterior, dream)
     arguments, fixed, latents = as_batch(*batch), None, None
     if num_data is not None:

@@ -41,7 +41,7 @@ from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import TOLERANCE, checked_steps, refine_scored
@@ -117,7 +117,7 @@ def compare(
     check_evidence(evidence)
     passed = model
     model, guides, fixed = fix_globals(model, guides, arguments, data_plate, given)
-    seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    seed = as_seed(seed)
     work = _Work(model, arguments, data_plate, seed, max_steps, tolerance, progress)
     compared, references = _with_references(work, guides, reference)
     evaluators = {name: work.evaluator(guide) for name, guide in compared.items()}

@@ -25,8 +25,9 @@ from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_seed
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+from pyro_vae.refinement.refine import TOLERANCE
 
 # All that give log p(x); long chains, which give a posterior as well, cost more than they tell.
 EVIDENCE_RUNGS: tuple[Rung, ...] = ("importance", "refined", "full rank", "annealed")
@@ -40,7 +41,7 @@ def compare_models(
     given: Mapping[str, GivenValues] | None = None,
     audit: int = 8,
     max_steps: int = 4000,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     data_plate: DataPlate = None,
     seed: int | None = None,
     compile: Compile = "auto",
@@ -123,7 +124,7 @@ def compare_models(
     """
     _check_models(models, given)
     arguments = as_batch(*batch)
-    seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+    seed = as_seed(seed)
     options: dict[str, Any] = {
         "rungs": rungs,
         "num_particles": num_particles,

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pyro_vae.diagnostics.uniformity import Flags, Ranks, UniformRanks, adjusted
+from pyro_vae.diagnostics.uniformity import Flags, Ranks, UniformRanks, holm
 from pyro_vae.evaluation.simulations import Settings
 
-_NONE = 1e-9
+_NO_SPREAD = 1e-9  # of ranks that are all the same
 _SURE = 3.0  # standard errors by which a shift or a spread is off, to be named
 
 
@@ -46,7 +46,7 @@ def rank_dataset(
             "ranks": (("simulation", dim), np.where(there, ranks, -1)),
             "num_ranks": (dim, counts),
             "p_value": (dim, p_values),
-            "adjusted_p_value": (dim, adjusted(p_values)),
+            "adjusted_p_value": (dim, holm(p_values)),
             "chi_squared_p_value": (dim, chi_squared),
             **{name: (dim, moments[:, k]) for k, name in enumerate(columns)},
             "ecdf_difference": ((dim, "level"), ecdf - shares),
@@ -85,7 +85,9 @@ def _moments(ranks: Ranks, num_draws: int) -> tuple[float, float, float, float]:
     scores, root = table[ranks], len(ranks) ** 0.5
     shift, deviation = scores.mean(), scores.std()
     spread = deviation / table.std()
-    influence = np.square((scores - shift) / deviation) - 1 if deviation > _NONE else np.zeros(1)
+    influence = (
+        np.square((scores - shift) / deviation) - 1 if deviation > _NO_SPREAD else np.zeros(1)
+    )
     error = 0.5 * spread * influence.std() / root
     return float(shift), float(deviation / root), float(spread), float(error)
 
@@ -96,7 +98,7 @@ def way_off(row: xr.Dataset) -> str:
     shift_error, spread_error = float(row["shift_se"]), float(row["spread_se"])
     words = []
     # Ranks that are all the same have no spread, whatever the width of the draws.
-    if abs(spread) > _SURE * spread_error and spread > _NONE - 1:
+    if abs(spread) > _SURE * spread_error and spread > _NO_SPREAD - 1:
         words.append("too narrow" if spread > 0 else "too wide")
     if abs(shift) > _SURE * shift_error:
         words.append("too low" if shift > 0 else "too high")

@@ -26,7 +26,7 @@ from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.batch import as_batch
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import TOLERANCE, checked_steps
 from pyro_vae.report import mending, sections
@@ -260,7 +260,7 @@ def repair(
     """
     if not rungs or set(rungs) - set(EVERY_RUNG) or len(set(rungs)) < len(rungs):
         raise ValueError(f"rungs={rungs!r}: some of {EVERY_RUNG} are needed, each once")
-    seed = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+    seed = as_seed(seed)
     arguments = as_batch(*batch)
     ladder = Ladder(
         model,

@@ -200,7 +200,7 @@ class Ladder:
         never = np.max(of_datum, axis=1, keepdims=True) == -np.inf
         # Where every weight is zero any draws will do: the verdict is bad.
         smoothed = SmoothedWeights.of(np.where(never, 0.0, of_datum))
-        weights = Weights.of(of_datum, smoothed.look.pareto_k)
+        weights = Weights.of(of_datum, smoothed.raw.pareto_k)
         index = smoothed.draw(self.num_draws, [self.seed, Purpose.RUNG_CHOICE, rows.start])
         chosen = torch.as_tensor(index, device=z.device).unsqueeze(-1)
         z = z.gather(0, chosen.expand(-1, -1, z.shape[-1]))

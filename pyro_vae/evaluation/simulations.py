@@ -22,7 +22,7 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.guide_kinds import row_guide
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.state import seeded
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
@@ -96,13 +96,12 @@ class Settings:
             )
         draws = as_count("num_draws", self.num_draws, FEWEST - 1)
         many = 10 * draws if self.num_particles is None else self.num_particles
-        seed = int(torch.randint(2**62, ()).item()) if self.seed is None else self.seed
         return dataclasses.replace(
             self,
             num_simulations=as_count("num_simulations", self.num_simulations, FEWEST),
             num_draws=draws,
             num_particles=as_count("num_particles", many, draws),
-            seed=as_count("seed", seed, 0),
+            seed=as_seed(self.seed),
         )
 
     @property
@@ -344,22 +343,23 @@ class Simulations:
                 computed from draws is equal where it is so but for rounding.
         """
         some, found, present = self.settings, list[Tensor](), list[Tensor]()
-        rng, looks = np.random.default_rng([self._seed, Purpose.CALIBRATED_TIES]), list[Weights]()
+        rng, weights = np.random.default_rng([self._seed, Purpose.CALIBRATED_TIES]), list[Weights]()
         for block in self.blocks(some.num_drawn):
             there = self._there(block)
             of = functools.partial(self._quantities, quantities, block, there)
             truth, each = of(block.truth), ((chunk, of(chunk)) for chunk in block.chunks)
             drawn: Iterable[Tensor] = (values for _, values in each)
             if some.resample is not None:
-                values, look = _resampled(list(each), some.num_draws, self._seed, block.index)
+                values, own = _resampled(list(each), some.num_draws, self._seed, block.index)
                 drawn = [values]
-                looks.append(look)
+                weights.append(own)
             eps = torch.finfo(block.truth.weights.log_prior.dtype).eps
             slack = _ROUNDINGS * eps * (1 + truth[0].abs())
             slack[:, :num_exact] = 0.0
             found.append(_ranks(truth, drawn, slack, rng))
             present.append(there.cpu())
-        return Ranked(torch.cat(found).numpy(), torch.cat(present).numpy(), _doubt(looks))
+        doubt = Weights.joined(weights).doubt if weights else ""
+        return Ranked(torch.cat(found).numpy(), torch.cat(present).numpy(), doubt)
 
     def _quantities(
         self, quantities: Quantities, block: Trials, there: Tensor, chunk: Chunk
@@ -456,18 +456,7 @@ def _resampled(
         smoothed.draw(num_draws, [seed, Purpose.CALIBRATED_CHOICE, index.start])
     )
     data = torch.arange(values.shape[1])
-    return values[chosen.to(values.device), data.to(values.device)], smoothed.look
-
-
-def _doubt(looks: list[Weights]) -> str:
-    """Return for how many of all simulations weights are not to be trusted, in words."""
-    if not looks:
-        return ""
-    pareto_k, ess, tail_share = (
-        np.concatenate([getattr(look, name) for look in looks])
-        for name in ("pareto_k", "ess", "tail_share")
-    )
-    return Weights(looks[0].num_particles, pareto_k, ess, tail_share).doubt
+    return values[chosen.to(values.device), data.to(values.device)], smoothed.raw
 
 
 def _ranks(

@@ -108,7 +108,7 @@ class GuideDraws:
         log_weight = groups["sample_stats"]["log_weight"]
         self._never += int(np.isneginf(log_weight).sum())
         smoothed = SmoothedWeights.of(np.atleast_2d(log_weight.T))
-        self._weights.append(smoothed.look)
+        self._weights.append(smoothed.raw)
         if self._resample is not None:
             key = [self._evaluator.seed, Purpose.EXPORTED_CHOICE, rows.start]
             _resample(groups, smoothed.draw(self._num_draws, key), shared, warn=rows.start == 0)

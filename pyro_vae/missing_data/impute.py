@@ -248,7 +248,7 @@ def _impute_block(
     for piece in _predicted(evaluator, rows, latents, Purpose.IMPUTED_MOMENTS):
         for name in names:
             moments[name].update(piece[name])
-    found = {name: getattr(smoothed.look, name) for name in _OF_WEIGHTS}
+    found = {name: getattr(smoothed.raw, name) for name in _OF_WEIGHTS}
     for name in names:
         found[name] = torch.cat([values[name] for values in drawn]).cpu().numpy().swapaxes(0, 1)
         found |= {f"{name}_{what}": value for what, value in moments[name].results().items()}

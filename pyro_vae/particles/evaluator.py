@@ -31,7 +31,7 @@ from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import Unobserve
-from pyro_vae.programs.messages import as_count, trace_of
+from pyro_vae.programs.messages import as_count, as_seed, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.purposes import Purpose
@@ -107,7 +107,7 @@ class Evaluator(PairRunner):
         self._recorder = Recorder("scoring", False if gradients else compile)
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {tuple(MODES)} is needed")
-        drawn = int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
+        drawn = as_seed(seed)
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self.outside: list[str] | None = None  # sites with draws of no density; None till then

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from pyro import poutine
 
 from pyro_vae.programs.batch import Batch
@@ -43,6 +44,15 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")
     return number
+
+
+def as_seed(seed: Any) -> int:
+    """Return a seed as an int; None takes one from the global random state.
+
+    Raises:
+        ValueError: for what is no whole number of at least 0.
+    """
+    return int(torch.randint(2**62, ()).item()) if seed is None else as_count("seed", seed, 0)
 
 
 def warn_once(logger: logging.Logger, owners: tuple[Any, ...], message: str, *args: Any) -> None:

@@ -47,8 +47,8 @@ class Purpose(IntEnum):
     AGGREGATE_GUIDE = 37
     AGGREGATE_PRIOR = 38
     AGGREGATE_SWAPS = 39
-    STRANGE_SUMMED_OUT = 44
-    STRANGE_REPLICAS = 45
+    OUTLIER_SUMMED_OUT = 44
+    OUTLIER_REPLICAS = 45
     # sampling: draws that are weighed, and what modes are looked for from
     WEIGHED = 41
     FAR_MODES = 42

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pyro_vae.diagnostics.conformal import Conformal, adjusted
+from pyro_vae.diagnostics.conformal import Conformal, benjamini_hochberg
 
 
 def by_hand(calibration, new, two_sided):
@@ -67,4 +67,4 @@ def test_one_calibration_datum_tells_little():
 def test_adjusted_p_values_are_those_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     p = np.random.default_rng(0).uniform(size=50) ** 3
-    np.testing.assert_allclose(adjusted(p), stats.false_discovery_control(p))
+    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.strangeness import Asking, encoder_of, features_of
+from pyro_vae.diagnostics.outlier_scores import Scorer, encoder_of, features_of
 from pyro_vae.programs.batch import as_batch
 from tests.models import NormalModel
 
@@ -23,7 +23,7 @@ SMALL = 4 * 0.5 / 4000**0.5  # four standard errors of a share of 4000 particles
 def ask(model, guide, x=X, seed=0, **options):
     settings = {"num_particles": 4000, "statistics": {}, "given": None, "data_plate": None}
     settings |= {"compile": False, **options}
-    return Asking(model, guide, **settings).of(as_batch(x), seed)
+    return Scorer(model, guide, **settings).score(as_batch(x), seed)
 
 
 def cdf(z):

@@ -77,6 +77,6 @@ def test_resampling_takes_particles_as_often_as_they_weigh():
 def test_weights_that_are_all_zero_are_said_and_not_drawn_from():
     log_weights = np.array([[0.0, -1.0, -2.0], [-np.inf] * 3])
     smoothed = SmoothedWeights.of(log_weights)
-    assert np.isnan(smoothed.weights[1]).all() and np.isinf(smoothed.look.pareto_k[1])
+    assert np.isnan(smoothed.weights[1]).all() and np.isinf(smoothed.raw.pareto_k[1])
     with pytest.raises(ValueError, match=r"every importance weight is zero for 1 of 2 data: \[1\]"):
         smoothed.draw(5, [0])

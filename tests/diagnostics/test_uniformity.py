@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyro_vae.diagnostics.uniformity import UniformRanks, adjusted
+from pyro_vae.diagnostics.uniformity import UniformRanks, holm
 
 
 def local_level(ranks, num_draws):
@@ -93,6 +93,6 @@ def test_many_ranks_and_far_from_uniform():
 
 def test_holm_by_hand():
     """Sorted: 0.01 * 3, 0.02 * 2, 0.9; a nan is no test."""
-    found = adjusted(np.array([0.02, np.nan, 0.01, 0.9]))
+    found = holm(np.array([0.02, np.nan, 0.01, 0.9]))
     np.testing.assert_allclose(found, [0.04, np.nan, 0.03, 0.9])
-    np.testing.assert_allclose(adjusted(np.array([0.03, 0.02])), [0.04, 0.04])  # monotone
+    np.testing.assert_allclose(holm(np.array([0.03, 0.02])), [0.04, 0.04])  # monotone

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
-from pyro_vae.programs.messages import as_count, said, text_of, warn_once
+from pyro_vae.programs.messages import as_count, as_seed, said, text_of, warn_once
 from tests.models import factor_analysis
 from tests.runs import warned
 
@@ -174,3 +174,14 @@ def test_counts_written_as_floats_give_the_same_numbers():
     assert pv.refine(model, local, x, max_steps=1e1, seed=0).table.shape[0] == 3
     fitted = pv.fit(model, local, x, batch_size=2.0, epochs=1e0, max_steps=2.0, progress=False)
     assert fitted.steps == 2
+
+
+def test_a_seed_is_a_number_or_drawn():
+    assert as_seed(np.int64(3)) == 3 and as_seed(0) == 0
+    torch.manual_seed(0)
+    first, second = as_seed(None), as_seed(None)
+    torch.manual_seed(0)
+    assert as_seed(None) == first != second
+    for seed in (-1, 0.5, "0"):
+        with pytest.raises(ValueError, match="seed=.*: a whole number of at least 0 is needed"):
+            as_seed(seed)
