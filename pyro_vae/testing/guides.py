@@ -15,6 +15,7 @@ from pyro_vae.evaluation.bounds import elbo, iwae_bound, log_weights
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.state import module_of, unwrapped
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.testing.laws import Checked, Laws, check, close, require
@@ -112,7 +113,7 @@ def particles_agree(
     together = Evaluator(model, guide, batch, **options)
     alone = Evaluator(model, guide, batch, particles="loop", **options)
     rows = slice(0, together.num_data)
-    values, log_guide = alone.draw(rows, 3, (9,))
+    values, log_guide = alone.draw(rows, 3, (Purpose.CHECKS,))
     close(together.score_guide(rows, values), log_guide, "log q of draws, scored together")
     pairs = zip(
         ("log p(x | z)", "log p(z)"),
@@ -129,8 +130,9 @@ def _gradients(model: Program, guide: Program, batch: Batch, data_plate: DataPla
     module = _module(guide)
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    objective = ELBO(_K, data_plate=data_plate)
     for _ in range(_K):  # of a unit that a rectifier cuts off at some draws
-        loss = ELBO(_K).differentiable_loss(model, guide, *batch.args, **batch.kwargs)
+        loss = objective.differentiable_loss(model, guide, *batch.args, **batch.kwargs)
         require(loss.requires_grad, "the loss has no gradient")
         loss.backward()
     for name, value in before.items():

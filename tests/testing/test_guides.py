@@ -113,6 +113,16 @@ def test_a_right_one(make):
     assert all(torch.equal(before[n], value) for n, value in guide.state_dict().items())
 
 
+def test_a_guide_of_all_data_jointly():
+    def whole(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    guide = pv.LocalGuide(whole, num_data=1, example=X, data_plate=False)
+    assert len(testing.check_guide(whole, guide, X, data_plate=False).kept) == 5
+
+
 def test_a_function_has_fewer_laws():
     def guide(x):
         with pyro.plate("data", len(x)):
