@@ -154,17 +154,17 @@ class Repair:
         note = f"{INDEPENDENT}; constant_data has the verdict, k-hat, ESS and R-hat of each datum"
         draws = GivenDraws(self.evaluator, self.draws, 1, {}, data, note)
         return Export(
-            self.evaluator,
-            Given(self.given),
-            draws,
-            coords,
-            dims,
-            predictive,
-            log_likelihood,
-            num_particles,
-            local_guide,
-            data_plate,
-            file,
+            evaluator=self.evaluator,
+            given=Given(self.given),
+            draws=draws,
+            coords=coords,
+            dims=dims,
+            predictive=predictive,
+            log_likelihood=log_likelihood,
+            num_particles=num_particles,
+            local_guide=local_guide,
+            data_plate=data_plate,
+            file=file,
         ).container()
 
     def __repr__(self) -> str:

@@ -158,17 +158,17 @@ def to_arviz(
     plate: DataPlate = False if joint else data_plate
     evaluator, fixed = prepare(model, guide, batch, given, plate, seed)
     return Export(
-        evaluator,
-        fixed,
-        GuideDraws(evaluator, num_draws, resample),
-        coords,
-        dims,
-        predictive,
-        log_likelihood,
-        num_particles,
-        local_guide,
-        data_plate,
-        file,
+        evaluator=evaluator,
+        given=fixed,
+        draws=GuideDraws(evaluator, num_draws, resample),
+        coords=coords,
+        dims=dims,
+        predictive=predictive,
+        log_likelihood=log_likelihood,
+        num_particles=num_particles,
+        local_guide=local_guide,
+        data_plate=data_plate,
+        file=file,
     ).container()
 
 

@@ -146,17 +146,17 @@ class PosteriorSamples:
             {name: getattr(self, name).numpy(force=True) for name in names},
         )
         return Export(
-            self.evaluator,
-            self.given,
-            given,
-            coords,
-            dims,
-            predictive,
-            log_likelihood,
-            num_particles,
-            local_guide,
-            data_plate,
-            file,
+            evaluator=self.evaluator,
+            given=self.given,
+            draws=given,
+            coords=coords,
+            dims=dims,
+            predictive=predictive,
+            log_likelihood=log_likelihood,
+            num_particles=num_particles,
+            local_guide=local_guide,
+            data_plate=data_plate,
+            file=file,
         ).container()
 
     def warn(self) -> None:
