@@ -124,12 +124,12 @@ def told(pair: Pair, x: Tensor, posterior: pv.PosteriorSamples) -> None:
         print(f"    {one.name:16s} {float(one.value):.2f} ± {float(one.std_error):.2f}")
     ess = float("nan") if bound.ess is None else float(bound.ess)
     print(f"    weights          k-hat {float(bound.pareto_k):.2f}, ESS {ess:.0f}")
-    check = pv.check_guide(*pair, x, posterior=posterior, **options)
+    check = pv.check_draws(*pair, x, posterior=posterior, **options)
     numbers = [
         f"{name} {row['worst']:.3f} ± {row['se']:.3f} ({row['site']})"
         for name, row in check.summary().iterrows()
     ]
-    print(f"    check_guide      {', '.join(numbers)}   {verdict(bool(check.good[0]))}")
+    print(f"    check_draws      {', '.join(numbers)}   {verdict(bool(check.good[0]))}")
 
 
 def beside(found: np.ndarray, truth: Any, parts: dict[str, slice]) -> None:

@@ -15,7 +15,7 @@ from pyro_vae.evaluation.calibration import Calibration, sbc
 from pyro_vae.evaluation.compare import compare
 from pyro_vae.evaluation.comparison import Comparison
 from pyro_vae.evaluation.coverage import Coverage, coverage
-from pyro_vae.evaluation.guide_check import GuideCheck, check_guide
+from pyro_vae.evaluation.draws_check import DrawsCheck, check_draws
 from pyro_vae.evaluation.model_choice import compare_models
 from pyro_vae.evaluation.model_comparison import ModelComparison
 from pyro_vae.evaluation.repair import Repair, repair
@@ -56,11 +56,11 @@ __all__ = [
     "CompiledSVI",
     "Coverage",
     "DataPlateError",
+    "DrawsCheck",
     "EMResult",
     "Epoch",
     "ExactGuide",
     "FitResult",
-    "GuideCheck",
     "Imputation",
     "LocalGuide",
     "LogWeights",
@@ -79,7 +79,7 @@ __all__ = [
     "aggregate_posterior",
     "ais",
     "bdmc",
-    "check_guide",
+    "check_draws",
     "compare",
     "compare_models",
     "coverage",

@@ -19,15 +19,15 @@ class Moments:
 
     Attributes:
         direction: unit vectors in posterior standard deviations, [M, D].
-        off: mean less that of the posterior, in posterior standard deviations, [M].
-        off_se: its standard error, [M].
+        shift: mean less that of the posterior, in posterior standard deviations, [M].
+        shift_se: its standard error, [M].
         width: standard deviation, in those of the posterior, [M].
         width_se: its standard error, [M].
     """
 
     direction: Array
-    off: Array
-    off_se: Array
+    shift: Array
+    shift_se: Array
     width: Array
     width_se: Array
 
@@ -83,8 +83,8 @@ def _measured(draws: Array, chains: Array) -> tuple[Array, Array, Array, Array]:
     width = mine / scale
     ess = ess_of_mean(chains)
     ess_of_squares = ess_of_mean(np.square(chains - centre))
-    off = (draws.mean(0) - centre) / scale
-    off_se = np.sqrt(np.square(width) / len(draws) + 1 / ess)
+    shift = (draws.mean(0) - centre) / scale
+    shift_se = np.sqrt(np.square(width) / len(draws) + 1 / ess)
 
     def spread(deviations: Array) -> Array:
         """Return by how much the standard deviation of one draw of each varies, of one."""
@@ -93,4 +93,4 @@ def _measured(draws: Array, chains: Array) -> tuple[Array, Array, Array, Array]:
 
     error = spread(draws - draws.mean(0)) / math.sqrt(len(draws))
     width_se = width * np.hypot(error, spread(flat - centre) / np.sqrt(ess_of_squares))
-    return off, off_se, width, width_se
+    return shift, shift_se, width, width_se

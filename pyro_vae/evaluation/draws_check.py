@@ -21,24 +21,24 @@ from pyro_vae.sampling.samples import PosteriorSamples
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["GuideCheck", "check_guide"]
+__all__ = ["DrawsCheck", "check_draws"]
 
-OFF, WIDTH = 0.2, 0.1  # posterior standard deviations; a share of one
+SHIFT, WIDTH = 0.2, 0.1  # posterior standard deviations; a share of one
 _LEVEL = 0.01  # of false alarms, for each datum
-_NAMES = ("off", "narrowest", "widest")
+_NAMES = ("shift", "narrowest", "widest")
 
 
 @dataclass(frozen=True)
-class GuideCheck:
-    """The result of :func:`check_guide`.
+class DrawsCheck:
+    """The result of :func:`check_draws`.
 
     Attributes:
-        dataset: dim datum. ``off``, by how many posterior standard deviations the guide's mean is
+        dataset: dim datum. ``shift``, by how many posterior standard deviations the guide's mean is
             away from the posterior's, along the direction where it is furthest; ``narrowest`` and
             ``widest``, the guide's standard deviation in those of the posterior where it is
             smallest and largest; each with its standard error ``<name>_se``, and ``<name>_site``,
             the latent site that the direction is mostly of. ``good``, the verdict;
-            ``converged``, that of the chains. Attributes ``off`` and ``width`` are the limits.
+            ``converged``, that of the chains. Attributes ``shift`` and ``width`` are the limits.
     """
 
     dataset: xr.Dataset
@@ -82,22 +82,22 @@ class GuideCheck:
         note = f"; chains of {doubt} data have not converged, and no verdict is good there"
         return (
             f"{self.summary().to_string(float_format='%.3f')}\n{verdict} (mean within "
-            f"{data.attrs['off']:g} posterior standard deviations, widths within "
+            f"{data.attrs['shift']:g} posterior standard deviations, widths within "
             f"{data.attrs['width']:.0%}, along every direction){note if doubt else ''}"
         )
 
 
-def check_guide(
+def check_draws(
     model: Program,
     guide: Program,
     *batch: Any,
     posterior: PosteriorSamples,
     num_draws: int = 4000,
-    off: float = OFF,
+    shift: float = SHIFT,
     width: float = WIDTH,
     data_plate: DataPlate = None,
     seed: int | None = None,
-) -> GuideCheck:
+) -> DrawsCheck:
     r"""Say whether draws of a guide may stand for the posterior, by chains that have converged.
 
     .. math:: \frac{|v^T (m_q - m_p)|}{\sqrt{v^T \Sigma_p v}} \leq 0.2, \quad
@@ -120,13 +120,13 @@ def check_guide(
         posterior: what :func:`pyro_vae.sample_posterior` gave for the same model and batch, with
             the same ``data_plate``; global latents are held at its values.
         num_draws: S, draws of the guide.
-        off: the limit for means, in posterior standard deviations.
+        shift: the limit for means, in posterior standard deviations.
         width: the limit for standard deviations, a share of one.
         data_plate: as in :func:`pyro_vae.log_weights`.
         seed: of the draws; None takes one from the global random state.
 
     Returns:
-        A :class:`GuideCheck`.
+        A :class:`DrawsCheck`.
 
     Raises:
         ValueError: for what :func:`pyro_vae.sample_posterior` refuses, chains of other data, and a
@@ -138,7 +138,7 @@ def check_guide(
         >>> x = model.simulate(3, seed=0)
         >>> guide = pv.LocalGuide(model, num_data=3, example=x)  # not trained: the prior
         >>> samples = pv.sample_posterior(model, guide, x, seed=0, progress=False)
-        >>> pv.check_guide(model, guide, x, posterior=samples, seed=0).good
+        >>> pv.check_draws(model, guide, x, posterior=samples, seed=0).good
         array([False, False, False])
     """
     num_draws = as_count("num_draws", num_draws, 100)
@@ -156,22 +156,22 @@ def check_guide(
             "sample_posterior returned for this batch, with the same data_plate"
         )
     chains = _coordinates_of_chains(made, posterior)
-    values, _ = evaluator.draw(slice(0, num_data), num_draws, (Purpose.CHECKED_GUIDE,))
+    values, _ = evaluator.draw(slice(0, num_data), num_draws, (Purpose.CHECKED_DRAWS,))
     draws = made.coordinates_of(values).double().numpy(force=True)
     sites = np.concatenate(
         [[c.name] * (c.columns.stop - c.columns.start) for c in made.guide.coordinates]
     )
     converged = posterior.converged.numpy(force=True)
     found = [
-        _verdict(Moments.of(draws[:, n], chains[:, :, n]), sites, off, width)
+        _verdict(Moments.of(draws[:, n], chains[:, :, n]), sites, shift, width)
         for n in range(num_data)
     ]
     columns = {name: ("datum", np.array([row[name] for row in found])) for name in found[0]}
-    dataset = xr.Dataset(columns, {"datum": np.arange(num_data)}, {"off": off, "width": width})
+    dataset = xr.Dataset(columns, {"datum": np.arange(num_data)}, {"shift": shift, "width": width})
     lost = made.lost.numpy(force=True)
     dataset["good"] = dataset["good"] & converged & ~lost
     dataset["converged"] = "datum", converged
-    return GuideCheck(dataset)
+    return DrawsCheck(dataset)
 
 
 def _coordinates_of_chains(made: Ready, posterior: PosteriorSamples) -> np.ndarray:
@@ -190,19 +190,19 @@ def _coordinates_of_chains(made: Ready, posterior: PosteriorSamples) -> np.ndarr
     return torch.unflatten(z.double(), 0, tuple(shape)).numpy(force=True)
 
 
-def _verdict(moments: Moments, sites: np.ndarray, off: float, width: float) -> dict[str, Any]:
+def _verdict(moments: Moments, sites: np.ndarray, shift: float, width: float) -> dict[str, Any]:
     """Return the row of a datum."""
-    chance = _chance(len(sites), len(moments.off) - len(sites))
-    away = np.abs(moments.off)
+    chance = _chance(len(sites), len(moments.shift) - len(sites))
+    away = np.abs(moments.shift)
     at = {
-        "off": int(away.argmax()),
+        "shift": int(away.argmax()),
         "narrowest": int(moments.width.argmin()),
         "widest": int(moments.width.argmax()),
     }
     row: dict[str, Any] = {}
     for name, index in at.items():
         value, error = (
-            (away, moments.off_se) if name == "off" else (moments.width, moments.width_se)
+            (away, moments.shift_se) if name == "shift" else (moments.width, moments.width_se)
         )
         row[name], row[f"{name}_se"] = value[index], error[index]
         shares = {
@@ -210,11 +210,11 @@ def _verdict(moments: Moments, sites: np.ndarray, off: float, width: float) -> d
             for site in dict.fromkeys(sites)
         }
         row[f"{name}_site"] = max(shares, key=shares.__getitem__)
-    slack_off, slack_width = chance * moments.off_se, chance * moments.width_se
-    fine = (away <= off + slack_off).all() and (
+    slack_shift, slack_width = chance * moments.shift_se, chance * moments.width_se
+    fine = (away <= shift + slack_shift).all() and (
         np.abs(moments.width - 1) <= width + slack_width
     ).all()
-    seen = (slack_off <= off).all() and (slack_width <= width).all()
+    seen = (slack_shift <= shift).all() and (slack_width <= width).all()
     row["good"] = bool(fine and seen)
     return row
 

@@ -13,6 +13,8 @@ from pyro_vae.plots.diagnostics import (
 )
 from pyro_vae.plots.evidence import plot_evidence
 from pyro_vae.plots.images import plot_imputation, plot_reconstructions, plot_traversals
+from pyro_vae.plots.models import plot_model_differences
+from pyro_vae.plots.outliers import plot_outliers
 from pyro_vae.plots.posteriors import plot_posterior_pair, plot_rungs, plot_widths
 from pyro_vae.plots.results import (
     plot_gap_distribution,
@@ -32,6 +34,8 @@ __all__ = [
     "plot_history",
     "plot_imputation",
     "plot_latents",
+    "plot_model_differences",
+    "plot_outliers",
     "plot_pareto_k",
     "plot_pareto_k_against_gap",
     "plot_posterior_pair",

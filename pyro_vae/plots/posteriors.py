@@ -69,7 +69,7 @@ def plot_widths(dataset: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Draw the smallest and largest width of a guide beside chains, datum by datum.
 
     Args:
-        dataset: of :class:`pyro_vae.GuideCheck`.
+        dataset: of :class:`pyro_vae.DrawsCheck`.
         ax: where to draw; new axes if None.
 
     Returns:
@@ -83,7 +83,7 @@ def plot_widths(dataset: xr.Dataset, ax: Axes | None = None) -> Axes:
     width = dataset.attrs["width"]
     ax.axhspan(1 - width, 1 + width, color=GREY, alpha=0.2, lw=0, label="good")
     ax.set_xlabel("datum")
-    ax.set_ylabel("standard deviation, of the posterior's")
+    ax.set_ylabel("standard deviation / that of the posterior")
     good = dataset["good"].values
     title_and_legend(
         ax, f"Draws of the guide are good for {good.mean():.0%} of the data", columns=3

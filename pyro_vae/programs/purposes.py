@@ -67,7 +67,7 @@ class Purpose(IntEnum):
     CALIBRATED_OTHERS = 75
     CALIBRATED_DIRECTION = 81
     # evaluation: a guide beside chains
-    CHECKED_GUIDE = 91
+    CHECKED_DRAWS = 91
 
 
 @unique

@@ -47,8 +47,8 @@ def test_a_mean_that_is_off():
     draws = 3.0 + rng.normal(size=(4000, D)) @ root.T + shift
     found = Moments.of(draws, chains(rng, root))
     wanted = shift / np.sqrt(np.diag(root @ root.T))
-    assert (np.abs(found.off[:D] - wanted) < 4.5 * found.off_se[:D]).all()
-    assert abs(found.off[-1]) == pytest.approx(0.5, abs=4 * found.off_se[-1] + 0.05)
+    assert (np.abs(found.shift[:D] - wanted) < 4.5 * found.shift_se[:D]).all()
+    assert abs(found.shift[-1]) == pytest.approx(0.5, abs=4 * found.shift_se[-1] + 0.05)
     assert np.abs(wanted).max() < 0.3  # less along every axis
 
 
@@ -63,6 +63,6 @@ def test_errors_cover():
         for step in range(1, 1200):
             walk[:, step] = 0.8 * walk[:, step - 1] + 0.6 * noise[:, step]
         found = Moments.of(rng.normal(size=(2000, 3)) * 0.7, walk[:, 200:])
-        scores.append([found.off / found.off_se, (found.width - 0.7) / found.width_se])
+        scores.append([found.shift / found.shift_se, (found.width - 0.7) / found.width_se])
     spread = np.square(np.array(scores)).mean((0, 2))
     assert ((spread > 0.8) & (spread < 1.35)).all()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.moments import Moments
-from pyro_vae.evaluation.guide_check import _verdict
+from pyro_vae.evaluation.draws_check import _verdict
 
 N, NOISE = 30, 1.0
 F64 = torch.float64
@@ -79,7 +79,7 @@ def mean_field(x: Tensor, top_down: bool, mu_width: float = 1.0):
 
 
 def check(guide, x: Tensor, posterior, **options):
-    return pv.check_guide(model, guide, x, posterior=posterior, data_plate=False, **options)
+    return pv.check_draws(model, guide, x, posterior=posterior, data_plate=False, **options)
 
 
 def test_right_one_by_one_and_wrong_together():
@@ -136,13 +136,13 @@ def test_each_datum_has_a_verdict(dtype):
     torch.manual_seed(0)
     draws = {"rate": dist.Gamma(shape, torch.full_like(x, 2.0)).sample((4, 1000))}
     posterior = samples(draws, 4, whole=False)
-    found = pv.check_guide(per_datum, guide, x, posterior=posterior, seed=0)
+    found = pv.check_draws(per_datum, guide, x, posterior=posterior, seed=0)
     assert found.good.tolist() == [True, True, False, False]
     assert found.dataset.narrowest[2] == pytest.approx(0.5, abs=0.06)
-    assert found.dataset.off[3] > 0.2
+    assert found.dataset["shift"][3] > 0.2
     assert "good for 50.0% of the data" in repr(found)
     assert found.plot().get_title(loc="left")
-    doubted = pv.check_guide(
+    doubted = pv.check_draws(
         per_datum, guide, x, posterior=samples(draws, 4, whole=False, good=False), seed=0
     )
     assert not doubted.good.any() and "have not converged" in repr(doubted)
@@ -179,13 +179,13 @@ def test_chains_of_our_own():
 
 
 @pytest.mark.parametrize(
-    ("off", "width", "good"),
+    ("shift", "width", "good"),
     [(0.21, 1.0, True), (0.26, 1.0, False), (0.0, 0.89, True), (0.0, 0.84, False)],
 )
-def test_what_chance_explains_is_no_alarm(off, width, good):
+def test_what_chance_explains_is_no_alarm(shift, width, good):
     """One axis and one direction: limits and 3.2 standard errors, normal's at 0.01 / 16."""
     one = np.ones(2)
-    moments = Moments(np.ones((2, 1)), off * one, 0.01 * one, width * one, 0.01 * one)
+    moments = Moments(np.ones((2, 1)), shift * one, 0.01 * one, width * one, 0.01 * one)
     assert _verdict(moments, np.array(["z"]), 0.2, 0.1)["good"] is good
     unsure = replace(moments, width_se=0.1 * one)
     assert _verdict(unsure, np.array(["z"]), 0.2, 0.1)["good"] is False
