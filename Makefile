@@ -39,7 +39,7 @@ help:
 	@echo 'make test-python312  the fast tests on Python 3.12 or newer with ArviZ 1.x'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         the documentation, into docs/_build/html'
-	@echo 'make bench        the scripts of benchmarks/'
+	@echo 'make bench        the shorter scripts of benchmarks/'
 	@echo 'make clean        remove the environments and everything that was built'
 
 demo: $(VENV)/installed-plots
