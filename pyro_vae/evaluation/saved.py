@@ -39,7 +39,7 @@ def report(datasets: Mapping[str, xr.Dataset], title: str = "Report of posterior
         The page: no script, nothing from elsewhere.
 
     Raises:
-        ValueError: for no dataset, or one of another kind.
+        ValueError: for no dataset, one of another kind, or one that lacks what its kind has.
         ImportError: without Matplotlib.
     """
     kinds = {name: kind_of(dataset) for name, dataset in datasets.items()}
@@ -47,7 +47,10 @@ def report(datasets: Mapping[str, xr.Dataset], title: str = "Report of posterior
         raise ValueError(f"{', '.join(unknown)}: {_WANTED}")
     if not kinds:
         raise ValueError(f"nothing to report: {_WANTED}")
-    return page(title, list(_sections(datasets, kinds)))
+    try:
+        return page(title, list(_sections(datasets, kinds)))
+    except KeyError as error:  # of a file that was written in part, or by another version
+        raise ValueError(f"{', '.join(datasets)}: {error.args[0]}; {_WANTED}") from error
 
 
 def _sections(
@@ -97,6 +100,12 @@ def report_of_files(paths: Iterable[Path]) -> str:
 def _read(paths: Iterable[Path]) -> Iterator[tuple[str, xr.Dataset]]:
     """Yield the dataset of each file with its name: comparison-test.nc is "test"."""
     for path in paths:
-        if not path.is_dir():
+        if path.is_dir():
+            continue
+        try:
             with xr.open_dataset(path, engine="h5netcdf") as dataset:
                 yield path.stem.removeprefix("comparison-"), dataset.load()
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # which does not say of which file
+            raise OSError(f"{path}: {error}") from error

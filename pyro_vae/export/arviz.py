@@ -15,7 +15,7 @@ from pyro_vae.arviz_versions import Container, container, datasets, read
 from pyro_vae.export.draws import Draws, Groups, GuideDraws, Resampling
 from pyro_vae.export.groups import GroupMaker, joined
 from pyro_vae.export.marginal import Integrals, Marginal
-from pyro_vae.export.streaming import streamed
+from pyro_vae.export.streaming import format_of, streamed
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
@@ -117,9 +117,9 @@ def to_arviz(
 
     Raises:
         ValueError: for what :func:`pyro_vae.log_weights` refuses, num_draws < 1,
-            another ``resample``, coords and dims that do not fit, with ``predictive``, a
-            likelihood that cannot be drawn from, and ``log_likelihood="marginal"`` of a model
-            without global latents, or without local ones.
+            another ``resample``, coords and dims that do not fit, with ``file`` names that have
+            a "/", with ``predictive`` a likelihood that cannot be drawn from, and
+            ``log_likelihood="marginal"`` of a model without global latents, or without local ones.
         FileNotFoundError: if the folder of ``file`` does not exist.
         ImportError: if no library that writes it is installed.
 
@@ -233,6 +233,9 @@ class _Assembly:
             count = as_count("num_particles", export.num_particles)
             self._marginal = Marginal(evaluator, export.local_guide, export.data_plate, count)
         plates = {p.name for site in evaluator.structure.sites.values() for p in site.plates}
+        if export.file is not None:
+            format_of(export.file)
+            _check_names([*evaluator.structure.sites, *sorted(plates)])
         self._whole = evaluator.structure.data_plate is None
         # Where all is one datum it has no dimension but in constant_data, and not a plate's name.
         self._datum = "batch" if self._whole and _DATUM in plates else _DATUM
@@ -312,3 +315,12 @@ class _Assembly:
             rest = datasets(self.of_data(), coords=self.coords(), dims=self.names(drawn))
             file.finish(rest, self.attrs())
         return read(path)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse names that no file can hold, before anything is drawn."""
+    if bad := [name for name in names if "/" in name]:
+        raise ValueError(
+            f"file=: {', '.join(map(repr, bad))} cannot be written, as '/' stands between groups "
+            "in a file: rename these sites or plates, or leave file out"
+        )

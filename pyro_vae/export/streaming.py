@@ -25,13 +25,19 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     """Return what a file of this name is to be: Zarr where it ends in .zarr, else netCDF.
 
     Raises:
+        ValueError: for an empty name.
         FileNotFoundError: if its folder does not exist.
+        IsADirectoryError: for netCDF, if a folder has its name.
         ImportError: if no library that writes it is installed.
     """
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"file={str(path)!r}: a name is needed")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.suffix != ".zarr":
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: a folder has that name")
         if not all(map(importlib.util.find_spec, ("h5netcdf", "h5py"))):
             raise ImportError(
                 'writing netCDF needs h5netcdf and h5py: pip install "h5netcdf[h5py]"'
@@ -68,8 +74,6 @@ def streamed(
                 os.replace(old, path)
                 raise
         else:
-            if path.is_dir():
-                raise IsADirectoryError(f"cannot write {path}: a folder has that name")
             os.replace(unfinished, path)
         if old.is_dir():
             shutil.rmtree(old)

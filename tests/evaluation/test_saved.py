@@ -63,6 +63,17 @@ def test_bad_input(tmp_path):
         report({"mine": xr.Dataset()})
     with pytest.raises(FileNotFoundError):
         report_of_files([tmp_path / "none.nc"])
+    whole = tmp_path / "whole.nc"
+    comparison_dataset(encoder=0.2).to_netcdf(whole)
+    (tmp_path / "cut.nc").write_bytes(whole.read_bytes()[:1000])
+    for path in (tmp_path / "cut.nc", tmp_path):
+        with pytest.raises(OSError, match=r"cut\.nc: "):
+            report_of_files([path])
+    lacking = comparison_dataset(encoder=0.2)
+    del lacking.attrs["num_particles"]
+    for dataset in (lacking, comparison_dataset(encoder=0.2).drop_vars("pareto_k")):
+        with pytest.raises(ValueError, match=r"mine: .*(pareto_k|num_particles).*; the dataset of"):
+            report({"mine": dataset})
 
 
 @pytest.mark.parametrize("dataset", [repair_dataset(), sandwich_dataset()], ids=["repair", "bdmc"])

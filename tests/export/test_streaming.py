@@ -138,8 +138,27 @@ def test_what_is_missing_is_said(tmp_path, pair, monkeypatch):
     (tmp_path / "folder.nc").mkdir()
     with pytest.raises(IsADirectoryError, match="a folder has that name"):
         pv.to_arviz(*pair, num_draws=2, predictive=False, file=tmp_path / "folder.nc")
+    with pytest.raises(ValueError, match="a name is needed"):
+        pv.to_arviz(*pair, num_draws=2, file="")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r'pip install "pyro-vae\[zarr\]"'):
         pv.to_arviz(*pair, num_draws=2, file=tmp_path / "posterior.zarr")
     with pytest.raises(ImportError, match=r'pip install "h5netcdf\[h5py\]"'):
         pv.to_arviz(*pair, num_draws=2, file=Path(tmp_path / "posterior.nc"))
+
+
+def test_what_cannot_be_written_is_refused_before_drawing(tmp_path):
+    drawn = []
+
+    def scaled(x):
+        with pyro.plate("rows/all", len(x)):
+            z = pyro.sample("a/z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows/all", len(x)):
+            drawn.append(pyro.sample("a/z", dist.Normal(x / 2, 0.7)).shape)
+
+    with pytest.raises(ValueError, match=r"'a/z', 'rows/all' cannot be written.*rename"):
+        pv.to_arviz(scaled, guide, torch.zeros(3), num_draws=4321, file=tmp_path / "a.nc")
+    assert sum(shape.numel() for shape in drawn) < 4321 and not list(tmp_path.iterdir())
