@@ -145,7 +145,9 @@ class Ladder:
         for rows, block in prepared.each():
             weighed = weigh(prepared, rows, block, self.num_particles)
             verdict = functools.partial(_reached, weighed.is_whole.numpy(force=True))
-            parts.append(self._weighed(prepared, rows, weighed.z, weighed.log_weights, verdict))
+            estimate = Estimate.iwae(weighed.log_weights).stratified(weighed.counts)
+            draws = weighed.z, weighed.log_weights, estimate
+            parts.append(self._weighed(prepared, rows, *draws, verdict))
         return _joined(parts, prepared)
 
     def _annealed(self, batch: Batch) -> Found:
@@ -182,7 +184,8 @@ class Ladder:
                 ends.append(every)
             else:
                 every = _Ends.joined([before.of(rows), every], 0)
-            parts.append(self._weighed(prepared, rows, every.z, every.log_weights, _nearly_equal))
+            draws = every.z, every.log_weights, Estimate.iwae(every.log_weights)
+            parts.append(self._weighed(prepared, rows, *draws, _nearly_equal))
         return _joined(parts, prepared), ends
 
     def _weighed(
@@ -191,10 +194,10 @@ class Ladder:
         rows: slice,
         z: Tensor,
         log_weights: Tensor,
+        estimate: Estimate,
         verdict: Callable[[Weights], Flags],
     ) -> Found:
         """Return what draws [K, n, D] with log weights [K, n] give, the draws resampled."""
-        estimate = Estimate.iwae(log_weights)
         error = calibrated(estimate.std_error, estimate.skewness, len(log_weights))
         of_datum = log_weights.T.numpy(force=True)
         never = np.max(of_datum, axis=1, keepdims=True) == -np.inf

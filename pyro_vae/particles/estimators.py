@@ -33,6 +33,7 @@ from torch import Tensor
 _PER_SQUARED_SKEWNESS = 8.0
 # Where one particle carries most of the spread, it has already made the error a large one.
 _WIDEST = 4.0
+_FEWEST_OF_STRATUM = 20  # draws
 _TINY = torch.finfo(torch.float64).tiny
 _HUGE = torch.finfo(torch.float64).max
 
@@ -151,6 +152,27 @@ class Estimate:
 
     def __sub__(self, other: Estimate) -> Estimate:
         return Estimate(self.value - other.value, self.influence - other.influence)
+
+    def stratified(self, counts: Sequence[int]) -> Estimate:
+        r"""Return the estimate of draws of which fixed shares are of several densities.
+
+        What a density's draws have in common is no error, as their number is no chance: the
+        influences of each stratum, of n draws, are about their own mean, times
+        :math:`\sqrt{n / (n - 1)}`, which that mean takes away (Owen 2013, section 8.4).
+
+        Args:
+            counts: of the draws of each density, in the order of the particles. Where one has so
+                few that they say little of its spread, they are taken for draws of the mixture,
+                and the error is too large.
+
+        References:
+            Owen (2013). Monte Carlo theory, methods and examples.
+        """
+        if min(counts) < _FEWEST_OF_STRATUM:
+            return self
+        parts = self.influence.split(list(counts))
+        about = [(each - each.mean(0)) * (len(each) / (len(each) - 1)) ** 0.5 for each in parts]
+        return Estimate(self.value, torch.cat(about))
 
     @property
     def std_error(self) -> Tensor:

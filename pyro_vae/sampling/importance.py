@@ -34,12 +34,14 @@ class Weighed:
         elsewhere: the share of the posterior around a mode that the base does not reach, [n].
         unresolved: the share of it at values that the dtype rounds to the edge of their support,
             where the density that draws have is not the one that weights are divided by, [n].
+        counts: of the draws of each density of the mixture, in their order.
     """
 
     z: Tensor
     log_weights: Tensor
     elsewhere: Tensor
     unresolved: Tensor
+    counts: tuple[int, ...]
 
     @property
     def is_whole(self) -> Tensor:
@@ -96,6 +98,7 @@ def weigh(ready: Ready, rows: slice, block: Block, num_particles: int) -> Weighe
         log_weights,
         torch.where(is_far, (posterior * torch.cat(of_far)).sum(0), 0.0),
         (posterior * ready.is_at_edge(z)).sum(0),
+        tuple(count for count in counts if count),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -11,7 +12,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation import rungs
 from pyro_vae.evaluation.repair import repair
 from pyro_vae.evaluation.rungs import EVERY_RUNG, Found, _with_rows
-from tests.sampling.test_importance import counts, gamma_poisson, local, square
+from tests.sampling.test_importance import counts, gamma_poisson, local, normals, square
 
 
 @pytest.mark.slow
@@ -29,6 +30,19 @@ def test_each_rung_gives_the_posterior(rung):
     evidence = dist.NegativeBinomial(2.0, probs=torch.tensor(1 / 1.5).double()).log_prob(x)
     off = np.abs(found.dataset["log_evidence"].values - evidence.numpy())
     assert (off < 5 * found.dataset["log_evidence_se"].values).all()
+
+
+def test_errors_of_weights_are_how_far_log_evidence_is_off():
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    x = torch.randn(300, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = {"rungs": ("importance",), "num_particles": 1000, "audit": 0, "num_draws": 1}
+    found = repair(normals, posterior, x, seed=0, progress=False, compile=False, **options).dataset
+    exact = dist.Normal(x.new_zeros(()), 2**0.5).log_prob(x).sum(1)
+    far = (found["log_evidence"].values - exact.numpy()) / found["log_evidence_se"].values
+    assert 0.85 < np.sqrt(np.square(far).mean()) < 1.15
 
 
 def annealed(x):
