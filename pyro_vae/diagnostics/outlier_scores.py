@@ -69,13 +69,20 @@ class Scorer:
     data_plate: DataPlate
     compile: Compile
 
-    def score(self, batch: Batch, seed: int) -> OutlierScores:
-        """Return the scores of the data of a batch."""
+    def check_guide(self, data: Batch, others: Batch) -> None:
+        """Raise ValueError for a guide with parameters of each datum, which knows no others."""
         if row_guide(self.guide) is not None:
             raise ValueError(
                 "outliers: a LocalGuide has parameters for its own data alone, and new data are "
                 "compared with others; take an AmortizedGuide, whose encoder knows them all"
             )
+        if data.size == others.size and (size := data.size or 0) > 1:
+            # As many data as it was made for show nothing of it; a run on fewer is refused.
+            fewer = data.rows(slice(0, size - 1))
+            prepare(self.model, self.guide, (fewer,), self.given, self.data_plate, 0)
+
+    def score(self, batch: Batch, seed: int) -> OutlierScores:
+        """Return the scores of the data of a batch."""
         evaluator, given = prepare(
             *(self.model, self.guide, (batch,), self.given, self.data_plate, seed),
             compile=self.compile,

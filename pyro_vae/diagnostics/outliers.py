@@ -174,10 +174,11 @@ def outliers(
         An :class:`Outliers`: a table with a row per datum.
 
     Raises:
-        ValueError: for a LocalGuide, ``data_plate=False``, a level that so few calibration data
-            cannot reach, training data that are needed and not passed, features or statistics of
-            another shape or not finite, a likelihood that cannot be drawn from, and for what
-            :func:`pyro_vae.log_weights` refuses.
+        ValueError: for a guide with parameters of each datum (a LocalGuide, Pyro's AutoNormal),
+            ``data_plate=False``, a level that so few calibration data cannot reach, training data
+            that are needed and not passed, features or statistics of another shape or not finite,
+            a likelihood that cannot be drawn from, and for what :func:`pyro_vae.log_weights`
+            refuses.
 
     References:
         Bates, Candès, Lei, Romano & Sesia (2023). Testing for outliers with conformal p-values.
@@ -224,6 +225,7 @@ def outliers(
     seed = as_seed(seed)
     encoder = encoder_of(guide) if features is None else features
     distances = None if encoder is None else _distances(encoder, (data, others), known)
+    scorer.check_guide(data, others)
     found, beside = scorer.score(data, seed), scorer.score(others, seed + 1)
     columns, others_columns = _columns(found), _columns(beside)
     if distances is not None:

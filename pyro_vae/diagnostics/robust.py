@@ -11,6 +11,7 @@ Array = NDArray[np.float64]
 
 _SHARE = 0.75  # of the data that the covariance is of: a quarter may lie anywhere
 _STEPS = 50
+_POINT = 1e-16  # the variance, in units of the scale, of data that are one point
 _MAD = 1.4826  # of a Gaussian, the standard deviation in units of the median absolute deviation
 
 
@@ -60,7 +61,7 @@ class RobustMoments:
         for _ in range(_STEPS):
             mean = u[chosen].mean(0)
             covariance = (u[chosen] - mean).T @ (u[chosen] - mean) / most
-            target = max(float(np.trace(covariance)) / size, np.finfo(float).tiny)
+            target = max(float(np.trace(covariance)) / size, _POINT)
             covariance = (1 - shrink) * covariance + shrink * target * np.eye(size)
             precision = np.linalg.inv(covariance)
             squared = np.einsum("nf,fg,ng->n", u - mean, precision, u - mean)

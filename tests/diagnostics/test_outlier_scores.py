@@ -146,11 +146,8 @@ def test_data_that_the_model_does_not_allow():
     np.testing.assert_allclose(found.predictive_p["log_likelihood"], [0.0, 0.5, 0.5, 0.0])
 
 
-def test_refuses_what_does_not_know_new_data():
+def test_refuses_data_that_are_one_datum():
     model = NormalModel()
-    local = pv.LocalGuide(model, num_data=4, example=X)
-    with pytest.raises(ValueError, match="a LocalGuide has parameters for its own data alone"):
-        ask(model, local)
     with pytest.raises(ValueError, match="data_plate=False says that all is"):
         ask(model, model.posterior, data_plate=False)
 

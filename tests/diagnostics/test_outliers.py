@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -153,6 +154,18 @@ def test_global_latents_are_held_and_named():
 def test_refuses(pair, options, says):
     with pytest.raises(ValueError, match=says):
         ask(*pair, drawn(3, 0), **options)
+
+
+def test_refuses_a_guide_with_parameters_of_each_datum_for_others_of_the_same_number(pair):
+    """AutoNormal takes them for those of the data that it was fitted to, row by row."""
+    model, _ = pair
+    guide = AutoNormal(model)
+    guide(drawn(30, 1))
+    with pytest.raises(ValueError, match="it has parameters for each of the data that it was"):
+        ask(model, guide, drawn(30, 3), calibration=drawn(30, 2))
+    local = pv.LocalGuide(model, num_data=30, example=drawn(30, 1))
+    with pytest.raises(ValueError, match="a LocalGuide has parameters for its own data alone"):
+        ask(model, local, drawn(30, 3), calibration=drawn(30, 2))
 
 
 def test_refuses_statistics_that_are_no_functions(pair):

@@ -57,3 +57,14 @@ def test_a_single_point():
     moments = RobustMoments.of(np.ones((4, 2)))
     assert moments.distance(np.ones((1, 2)))[0] == 0
     assert moments.distance(np.full((1, 2), 2.0))[0] > 1e3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("num_odd", [0, 1, 10])
+def test_what_is_not_at_the_point_that_most_data_are_is_far(size, num_odd):
+    """An indicator that is rarely on: three quarters of the data have no covariance."""
+    x = np.zeros((50, size))
+    x[:num_odd, 0] = 1.0
+    distance = RobustMoments.of(x).distance(np.array([[0.0] * size, [1.0] * size, [2.0] * size]))
+    assert np.isfinite(distance).all() and distance[0] == 0
+    assert 1e3 < distance[1] < distance[2]
