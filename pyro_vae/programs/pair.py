@@ -36,7 +36,7 @@ from pyro_vae.programs.structure import ModelLooks, default_validation_told_apar
 from pyro_vae.programs.supports import SameMeasure
 from pyro_vae.programs.traces import (
     ReplaceDraws,
-    check_guide,
+    check_proposals,
     site_log_prob,
     trace_given,
     trace_guide,
@@ -187,7 +187,7 @@ class Pair:
             if known is None:
                 _check_absent(self.model, model_trace, self.batch)
             else:
-                check_guide(model_trace, guide_trace)
+                check_proposals(model_trace, guide_trace)
                 for _, node in sample_nodes(model_trace):
                     measures.check(node)
         drawn = by_guide | by_model

@@ -111,7 +111,7 @@ def trace_model(model: Program, guide_trace: Trace, batch: Batch) -> Trace:
     replayed = poutine.replay(model, trace=guide_trace)
     with dtype_errors(batch):
         model_trace = trace_of(replayed, batch)
-    check_guide(model_trace, guide_trace)
+    check_proposals(model_trace, guide_trace)
     lift_masks(model_trace, {n for n, _ in latent_nodes(model_trace) if n not in guide_trace.nodes})
     mask_proposals(model_trace, guide_trace)
     return model_trace
@@ -324,7 +324,7 @@ def non_finite_sites(model: Program, guide: Program, batch: Batch) -> list[str]:
 # --- whether a guide proposes just what the model needs
 
 
-def check_guide(model_trace: Trace, guide_trace: Trace) -> None:
+def check_proposals(model_trace: Trace, guide_trace: Trace) -> None:
     """Raise ValueError if a guide does not propose just the model's latent sites.
 
     Discrete sites of finite support need no proposal: they are summed out. Sites that the
