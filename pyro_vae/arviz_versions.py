@@ -164,7 +164,7 @@ def write(tree: Container, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    engine = _netcdf_engine()
+    engine = netcdf_engine("h5netcdf", "netcdf4")
     # A temporary folder rather than a temporary file: the library creates the file itself, with
     # the permissions that the user's umask gives. Same folder, hence same file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
@@ -185,11 +185,12 @@ def read(path: str | os.PathLike[str]) -> Container:
     return az.InferenceData.from_datatree(tree) if _is_0() else tree
 
 
-def _netcdf_engine() -> str:
-    """Return the name of an installed library that writes netCDF; raise where there is none."""
+def netcdf_engine(*engines: str) -> str:
+    """Return the first of some engines whose libraries are installed; ImportError for none."""
     # h5netcdf comes without h5py, but cannot write without it.
-    for engine, needed in {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)}.items():
-        if all(map(importlib.util.find_spec, needed)):
+    libraries = {"h5netcdf": ("h5netcdf", "h5py"), "netcdf4": ("netCDF4",)}
+    for engine in engines:
+        if all(map(importlib.util.find_spec, libraries[engine])):
             return engine
     raise ImportError('writing netCDF needs h5netcdf and h5py: pip install "h5netcdf[h5py]"')
 

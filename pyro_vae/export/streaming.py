@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
-from pyro_vae.arviz_versions import check_attrs
+from pyro_vae.arviz_versions import check_attrs, netcdf_engine
 
 Format: TypeAlias = Literal["netcdf", "zarr"]
 
@@ -38,10 +38,7 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if path.suffix != ".zarr":
         if path.is_dir():
             raise IsADirectoryError(f"cannot write {path}: a folder has that name")
-        if not all(map(importlib.util.find_spec, ("h5netcdf", "h5py"))):
-            raise ImportError(
-                'writing netCDF needs h5netcdf and h5py: pip install "h5netcdf[h5py]"'
-            )
+        netcdf_engine("h5netcdf")  # the one that writes a part of a variable
         return "netcdf"
     if importlib.util.find_spec("zarr") is None:
         raise ImportError('writing Zarr needs zarr: pip install "pyro-vae[zarr]"')
