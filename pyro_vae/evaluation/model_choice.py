@@ -169,6 +169,10 @@ def _check_models(models: object, given: object) -> None:
     if not isinstance(models, Mapping):
         raise TypeError(f"models={models!r}: {needed}")
     for name, pair in models.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"models has the name {name!r}, of type {type(name).__name__}: {needed}"
+            )
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(map(callable, pair)):
             raise TypeError(f"models[{name!r}]={pair!r}: {needed}")
     if len(models) < 2:

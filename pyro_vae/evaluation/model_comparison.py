@@ -71,7 +71,7 @@ class ModelComparison:
         not to be trusted; and the ``verdict``: "worse" where the difference is below zero by 2 of
         ``difference_se_new`` (and "better" where it is above), else "not distinguishable";
         "unclear" where it would not be worse if it were the reference's equal on its untrusted
-        data.
+        data, and from one datum, whose difference is a log Bayes factor.
 
         Args:
             reference: the model that differences are from; the best one by default.
@@ -164,7 +164,7 @@ class ModelComparison:
             yield (
                 f"{num_data} data are few: the error for new data is rough"
                 if num_data > 1
-                else ("one datum says nothing of new data")
+                else "one datum says nothing of new data: its difference is a log Bayes factor"
             )
         others = [name for name in self.indistinguishable if name != self.best]
         if others:
@@ -188,7 +188,7 @@ def _verdict(
     difference: np.ndarray, error: np.ndarray, bad: np.ndarray, bad_reference: np.ndarray
 ) -> str:
     """Return what differences from a reference say, where bounds of either may be too low."""
-    if np.isnan(difference).any():
+    if np.isnan(difference).any() or len(difference) < 2:  # one says nothing of new data
         return "unclear"
     sign = _sign(difference, error)
     # Bounds that are too low make a model seem worse than it is, by an unknown amount.

@@ -117,7 +117,8 @@ def test_a_datum_that_a_model_does_not_allow():
 def test_one_datum_says_nothing_of_new_ones():
     found = compared([[-1.0], [-3.0]])
     assert math.isnan(found.summary()["difference_se_new"].iloc[1])
-    assert found.indistinguishable == ("model 0", "model 1")
+    assert found.summary()["verdict"].tolist() == ["best", "unclear"]
+    assert compared([[-300.0], [-3.0]]).preferred == "model 1"  # not the first in the order
     assert "one datum says nothing of new data" in repr(found)
 
 
