@@ -58,8 +58,9 @@ def container(
 
     Raises:
         ValueError: for a group that ArviZ does not know, an array without chain and draw, a
-            number of names that is not the array's number of dimensions, or lengths that
-            disagree between arrays or with ``coords``.
+            number of names that is not the array's number of dimensions, a name given to two
+            dimensions of an array or to a variable as well, or lengths that disagree between
+            arrays or with ``coords``.
         TypeError: for an attribute that netCDF cannot hold, such as None or a bool.
 
     Example:
@@ -207,9 +208,17 @@ def _check(
             groups = ", ".join(_SAMPLE_GROUPS + _DATA_GROUPS)
             raise ValueError(f"group {group!r}: wanted one of {groups}")
         draws: tuple[str, tuple[int, ...]] | None = None
+        axes = {dim for own in dims[group].values() for dim in own}
+        if both := sorted(axes.intersection(variables)):
+            raise ValueError(
+                f"group {group!r}: {both} are names of variables and of dimensions: rename the "
+                "sites, or the dimensions by dims"
+            )
         for name, array in variables.items():
             where, shape = f"group {group!r}, variable {name!r}", array.shape
             own = dims[group][name]
+            if len(set(own)) < len(own):
+                raise ValueError(f"{where}: wanted dimensions of different names, found {own}")
             if group in _SAMPLE_GROUPS:
                 draws = draws or (name, shape[:2])
                 _check_draws(where, shape, *draws)

@@ -198,11 +198,23 @@ def test_write_says_what_is_missing(tree, tmp_path, monkeypatch):
             r"group 'observed_data', variable 'x': wanted length 3 along 'x_dim' as in "
             r"group 'posterior_predictive', variable 'x', found 4",
         ),
+        (
+            {"posterior": {"draw": np.zeros((1, 9)), "y": np.zeros((1, 9))}},
+            r"group 'posterior': \['draw'\] are names of variables and of dimensions: rename",
+        ),
     ],
 )
 def test_container_refuses(groups, names, change, message):
     with pytest.raises(ValueError, match=message):
         bridge.container({**groups, **change}, **names)
+
+
+@pytest.mark.parametrize("own", [["k", "k"], ["draw", "k"]])
+def test_a_dimension_is_named_once(own):
+    """xarray would warn, and then go wrong without a word."""
+    matrix = {"posterior": {"matrix": np.zeros((1, 9, 2, 2))}}
+    with pytest.raises(ValueError, match=r"variable 'matrix': wanted dimensions of different name"):
+        bridge.container(matrix, dims={"matrix": own})
 
 
 @pytest.mark.parametrize("value", [None, True, {"a": 1}])
