@@ -68,7 +68,8 @@ def to_arviz(
     drawn from their exact posterior, given each draw of the others, for the posterior;
     posterior_predictive, log_likelihood and log_prior go on from these draws.
 
-    Values that a mask of the model leaves out (steps past the end of a sequence) are NaN.
+    Values that a mask of the model leaves out (steps past the end of a sequence) are NaN, and add 0
+    to log_likelihood and log_prior: ``az.loo`` counts a datum without any as foretold for certain.
 
     Leaving a datum out leaves nothing to say of its own latents, so ``az.loo`` of the pointwise
     log likelihood of a model with local latents reports k-hat above 0.7, and rightly. Where there
