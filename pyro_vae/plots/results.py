@@ -112,6 +112,9 @@ def plot_gaps(
 def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     """Draw the share of the data whose gap log p(x) - ELBO is below a value, for each guide.
 
+    Where some data have an ELBO of minus infinity, their gaps are below no value, and the curve
+    ends short of 1.
+
     Args:
         datasets: a comparison's dataset, or several by name.
         ax: where to draw; new axes if None.
@@ -124,8 +127,9 @@ def plot_gap_distribution(datasets: Datasets, ax: Axes | None = None) -> Axes:
     styles = dict(zip(dict.fromkeys(r.name for r in rows), itertools.cycle(_STYLES), strict=False))
     for row in rows:
         gap = np.asarray(row.dataset["log_evidence"] - row.dataset["elbo"].sel(guide=row.guide))
-        gap = np.sort(gap[np.isfinite(gap)])
-        share = np.arange(1, gap.size + 1) / gap.size
+        known = np.sort(gap[~np.isnan(gap)])
+        gap = known[np.isfinite(known)]  # an infinite one is below no value: the curve ends there
+        share = np.arange(1, gap.size + 1) / known.size
         ax.step(gap, share, where="post", color=colors[row.guide], linestyle=styles[row.name])
     ax.set_ylim(0.0, 1.02)
     ax.set(xlabel="gap log p(x) − ELBO of a datum [nats]", ylabel="share of the data below")
@@ -357,6 +361,8 @@ def _draw_gap(ax: Axes, row: _Row) -> bool:
     end = rightmost = 0.0
     look: dict[str, Any] = {"height": 0.62, "error_kw": {"capsize": 3, "elinewidth": 1.0}}
     for color, mean in parts.items():
+        if not np.isfinite(mean.value):  # no bar is as long: the number beside says it
+            continue
         ax.barh(row.position, mean.value, left=end, xerr=mean.error, color=color, **look)
         end += mean.value
         rightmost = max(rightmost, end + (mean.error or 0.0))

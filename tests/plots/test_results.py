@@ -261,6 +261,20 @@ def test_gap_distribution_of_one_dataset_names_the_guides_only():
     assert legend_words(ax) == ["amortized", "mean-field"]
 
 
+def test_infinite_gaps_are_below_no_value():
+    dataset = comparison_dataset()
+    dataset["elbo"][0, :16] = -np.inf
+    dataset["amortization_gap"][0, :16] = np.inf
+    first = plots.plot_gap_distribution(dataset).get_lines()[0]
+    assert first.get_ydata()[-1] == (N - 16) / N
+    ax = plots.plot_gaps(dataset)
+    ax.figure.canvas.draw()
+    assert len(ax.patches) == 2  # of the other guide
+    assert ["∞" in text.get_text() or "inf" in text.get_text() for text in ax.texts].count(
+        True
+    ) == 1
+
+
 # plot_pareto_k
 
 
