@@ -38,7 +38,7 @@ def trained(num_latents: int, x: Tensor, seed: int) -> tuple[ProbabilisticPCA, p
     torch.manual_seed(seed)
     model = ProbabilisticPCA(FEATURES, num_latents)
     guide = pv.AmortizedGuide(model, torch.nn.Identity(), example=x[:5])
-    for rate, epochs in ((0.02, 60), (0.002, 30)):
+    for rate, epochs in ((0.02, 150), (0.002, 30)):  # with fewer a small model may look worse
         optim = functools.partial(torch.optim.Adam, lr=rate)
         pv.fit(
             model, guide, x, batch_size=100, epochs=epochs, optim=optim, seed=seed, progress=False

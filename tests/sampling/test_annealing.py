@@ -176,10 +176,10 @@ def test_a_sandwich_around_the_evidence_of_factor_analysis():
     with torch.no_grad():  # a mean field around the posterior's mean
         guide.table[..., 0] = posterior.mean
         guide.table[..., 1] = -0.5 * model.posterior_precision.diagonal().log()
-    made = annealer(model, guide, x, chains=16, steps=600, compile="replay")
+    made = annealer(model, guide, x, chains=64, steps=600, compile="replay")
     path, exact = made.path(), model.log_evidence(x)
     lower = Estimate.iwae(made.forward(path)[0])
-    upper = Estimate.iwae(-made.backward(path, posterior.sample((16,)))[0])
+    upper = Estimate.iwae(-made.backward(path, posterior.sample((64,)))[0])
     assert ((-upper.value - lower.value).abs() < 0.1).all()
     assert ((lower.value - exact).abs() < 4.5 * lower.std_error + 1e-3).all()
     assert ((upper.value + exact).abs() < 4.5 * upper.std_error + 1e-3).all()
