@@ -1,21 +1,18 @@
-"""The training loop: batches, validation, checkpoint, resume, progress; it knows no loss."""
+"""fit: checks what it is given, makes the steps of it, and hands them to the training loop."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import pyro.infer
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 
 from pyro_vae.compiler.arguments import check_compile
 from pyro_vae.guides.local import LocalGuide
@@ -24,33 +21,15 @@ from pyro_vae.losses.elbo import ELBO
 from pyro_vae.programs.batch import Batch, EpochData, StepData
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import as_count
-from pyro_vae.programs.state import (
-    Look,
-    module_of,
-    one_thread,
-    random_state,
-    seeded,
-    set_random_state,
-)
+from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
-from pyro_vae.schedules import shortfall
-from pyro_vae.training import checkpoints
-from pyro_vae.training.fit_result import Epoch, FitResult, FitStop
-from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
-from pyro_vae.training.parameters import State
+from pyro_vae.training.fit_result import FitResult, FitStop
+from pyro_vae.training.minibatches import TrainingData
 from pyro_vae.training.steps import TrainingSteps, Validation
+from pyro_vae.training.trainer import Callback, Trainer
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 50  # steps that the running ELBO of the bar is the mean of
-_HISTORY = (
-    *("epoch", "step", "elbo", "elbo_std_error"),
-    *("validation_elbo", "validation_elbo_std_error", "beta"),
-)
-
-# Called after each epoch; one that returns True ends training.
-Callback: TypeAlias = Callable[[Epoch], bool | None] | LRScheduler
 
 
 def fit(
@@ -186,7 +165,7 @@ def fit(
     with one_thread(), seeded(training.batch.device, seed):
         steps = TrainingSteps(training, loss, optim, schedule, compile, total)
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        result = _Trainer(steps, validation, limits, list(callbacks), checkpoint).run(progress)
+        result = Trainer(steps, validation, limits, list(callbacks), checkpoint).run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
@@ -247,178 +226,3 @@ def _check_loss(loss: Any, schedule: Any) -> None:
     if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
         what = "a function from a step to the factor is needed, such as schedules.Constant(beta)"
         raise TypeError(f"schedule={schedule!r}: {what}")
-
-
-@dataclass
-class _Progress:
-    """How far training has come, as a checkpoint holds it beside the parameters."""
-
-    step: int = 0
-    epoch: int = 0
-    elapsed: float = 0.0
-    best_elbo: float = -math.inf
-    best_epoch: int = 0
-    history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
-
-
-@dataclass
-class _Trainer:
-    """The loop over epochs: steps, validation, callbacks, checkpoint."""
-
-    steps: TrainingSteps
-    validation: Validation | None
-    limits: Mapping[FitStop, int]  # of steps, epochs, epochs without a gain: those that a user gave
-    callbacks: list[Callback]
-    checkpoint: str | os.PathLike[str] | None
-    state: _Progress = field(default_factory=_Progress)
-    best: State | None = None  # at the end of the epoch that validated best
-    unsaved: bool = False
-
-    def run(self, progress: bool) -> FitResult:
-        """Train until a limit is reached, and leave the best parameters in place."""
-        if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            self._resume(self.checkpoint)
-        state, total, schedule = self.state, self.steps.expected, self.steps.schedule
-        if total and total > state.step and (text := shortfall(schedule, total)):
-            logger.warning("training will end by %s", text)
-        with tqdm(total=total, initial=state.step, disable=not progress, unit="step") as bar:
-            try:
-                stopped_by = self._loop(bar)
-            except KeyboardInterrupt:
-                stopped_by = "interrupted"
-                self.steps.read()
-                state.step = self.steps.taken
-                if self.unsaved:  # in a callback: the epoch is whole
-                    self._save()
-        self.steps.drop_gradients()
-        kept = f"step {state.step}"
-        if self.best is not None:
-            self.steps.parameters.restore(self.best)
-            kept = f"epoch {state.best_epoch}, the best on the validation data"
-        if stopped_by == "interrupted":
-            text = "interrupted after step %d; model and guide keep the parameters of %s"
-            logger.warning(text, state.step, kept)
-        if short := shortfall(schedule, state.step):
-            logger.warning("training ended (%s) at %s", stopped_by, short)
-        return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
-
-    def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
-        state, ended = self.state, False
-        while not ended:
-            stalled = state.epoch - state.best_epoch
-            counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
-            if reached := [name for name, limit in self.limits.items() if counts[name] >= limit]:
-                return reached[0]
-            epoch = self._epoch(bar)
-            self.unsaved = self.checkpoint is not None
-            ended = self._call_back(epoch)
-            # After them: the checkpoint holds what they set, such as a learning rate.
-            self._save()
-        return "callback"
-
-    def _epoch(self, bar: tqdm[NoReturn]) -> Epoch:
-        state, begin = self.state, time.perf_counter() - self.state.elapsed
-        max_steps = self.limits.get("max_steps", math.inf)
-        elbos: list[MinibatchELBO] = []
-
-        def read() -> None:
-            elbos.extend(self.steps.read())
-            bar.update(self.steps.taken - state.step)
-            state.step = self.steps.taken
-            # At each step, because the time of an epoch that is broken off counts too.
-            state.elapsed = time.perf_counter() - begin
-            self._show(bar, mean_elbo(elbos[-_SHOWN:])[0], refresh=False)
-
-        for index, batch in self.steps.data.epoch():
-            self.steps.take(index, batch)
-            if self.steps.due:
-                read()
-            if self.steps.taken >= max_steps:
-                break
-        read()
-        beta = self.steps.factor  # before validation, which has none
-        elbo, elbo_error = mean_elbo(elbos)
-        validation = error = math.nan
-        if self.validation is not None:
-            validation, error = self.validation.score()
-        self.steps.remember()
-        state.epoch += 1
-        state.elapsed = time.perf_counter() - begin
-        row = (state.epoch, state.step, elbo, elbo_error, validation, error, beta)
-        for name, value in zip(_HISTORY, row, strict=True):
-            state.history[name].append(value)
-        if self.validation is None:
-            state.best_epoch = state.epoch
-        elif validation > state.best_elbo:
-            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
-        self._show(bar, elbo, refresh=True)
-        return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
-
-    def _show(self, bar: tqdm[NoReturn], elbo: float, *, refresh: bool) -> None:
-        shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
-        if self.state.epoch and self.validation is not None:
-            shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
-        bar.set_postfix(shown, refresh=refresh)
-
-    def _call_back(self, epoch: Epoch) -> bool:
-        """Call all callbacks; return whether one of them ends training."""
-        ended = False
-        for callback in self.callbacks:
-            if isinstance(callback, ReduceLROnPlateau):
-                callback.step(-(epoch.elbo if self.validation is None else epoch.validation_elbo))
-            elif isinstance(callback, LRScheduler):
-                callback.step()
-            else:
-                ended |= bool(callback(epoch))
-        if self.callbacks:
-            self.steps.last = self.steps.parameters.state()  # which they may have changed
-        return ended
-
-    # --- checkpoints
-
-    def _save(self) -> None:
-        """Write the checkpoint, if one is wanted."""
-        if self.checkpoint is None:
-            return
-        optimizer, loss = self.steps.optimizer, self.steps.objective
-        schedulers = checkpoints.schedulers_of(self.callbacks, optimizer)
-        content = {
-            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-            "last": self.steps.last,
-            "best": self.best,
-            "optimizer": optimizer.state_dict(),
-            "optimizer_type": type(optimizer).__name__,
-            "loss": {} if loss is None else loss.state_dict(),
-            "progress": dict(vars(self.state)),
-            "random_state": random_state(),
-        }
-        checkpoints.save(content, self.checkpoint)
-        self.unsaved = False
-
-    def _resume(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint; raise ValueError for one of another pair or optimizer."""
-        content, steps = checkpoints.load(checkpoint), self.steps
-        steps.initialize()
-        here, there = type(steps.optimizer).__name__, content["optimizer_type"]
-        written = f"{os.fspath(checkpoint)} was written with"
-        if here != there:
-            raise ValueError(f"{written} the optimizer {there}, not {here}")
-        progress = self.state = _Progress(**content["progress"])
-        steps.resume(content["last"], progress.step, progress.epoch)
-        schedulers = checkpoints.schedulers_of(self.callbacks, steps.optimizer)
-        saved = content.get("schedulers", [])
-        if len(saved) != len(schedulers):
-            raise ValueError(
-                f"{written} {len(saved)} learning rate schedulers among the callbacks, and here "
-                f"are {len(schedulers)}: they go on from their state in it; pass the same callbacks"
-            )
-        steps.optimizer.load_state_dict(content["optimizer"])
-        for scheduler, state in zip(schedulers, saved, strict=True):
-            scheduler.load_state_dict(state)
-        if steps.objective is not None:
-            steps.objective.load_state_dict(content.get("loss", {}))
-        self.best = content["best"]
-        for name in _HISTORY:  # a column that an earlier version did not write is unknown
-            progress.history.setdefault(name, [math.nan] * progress.epoch)
-        set_random_state(content["random_state"])
-        logger.info("resumed from %s at epoch %d", checkpoint, progress.epoch)

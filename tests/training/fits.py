@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -82,3 +83,27 @@ class Drawn:
         drawn = x + 0.1 * torch.randn_like(x)
         self.given.append(drawn.detach())
         return (drawn,)
+
+
+def ctrl_c(epoch):
+    """Return a callback that raises KeyboardInterrupt after an epoch."""
+
+    def callback(told):
+        if told.epoch == epoch:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+class Interrupting(Trace_ELBO):
+    """Raises KeyboardInterrupt in the loss of a step, counted from 1."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.countdown = step
+
+    def loss_and_grads(self, *args, **kwargs):
+        self.countdown -= 1
+        if self.countdown == 0:
+            raise KeyboardInterrupt
+        return super().loss_and_grads(*args, **kwargs)
