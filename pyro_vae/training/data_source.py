@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import tensors_in, version_of
 
 _CPU = torch.device("cpu")
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class DataSource:
@@ -77,25 +82,37 @@ class DataSource:
         count, last = divmod(self.num_data, batch_size)
         return count + (last > 0 and not self._drop_last)
 
-    def epoch(self, batch_size: int | None) -> Iterator[tuple[Tensor | None, Batch]]:
+    def epoch(
+        self, batch_size: int | None, skip: int = 0, ready: Callable[[], None] = _nothing
+    ) -> Iterator[tuple[Tensor | None, Batch]]:
         """Yield the minibatches of an epoch, shuffled, each with its rows.
 
         Args:
             batch_size: None for all data at once, in their order: their rows are None then.
+            skip: how many of the first ones to leave out, without reading their rows.
+            ready: called when the order is drawn and these are passed, before the next is read.
 
         Raises:
             ValueError: where a loader gives none.
         """
         size = self._renew(whole=batch_size is None)
         if batch_size is None or size is None:
-            yield None, self._now
+            ready()
+            if not skip:
+                yield None, self._now
             return
         # Sent to the device at once: to send each part would be to wait for the step before.
-        order = torch.randperm(size).to(self._now.device)
-        for index in order.split(batch_size):
+        parts = torch.randperm(size).to(self._now.device).split(batch_size)
+        ready()
+        for index in parts[skip:]:
             if self._drop_last and index.shape[0] < batch_size:
                 break
             yield index, self.minibatch(index)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that the data hold, beside PyTorch's own."""
+        return []
 
     def _renew(self, *, whole: bool) -> int | None:
         """Prepare the data of an epoch; return how many there are."""
@@ -194,9 +211,21 @@ class _Streamed(DataSource):
     def num_batches(self, batch_size: int) -> int | None:
         return self._num_batches
 
-    def epoch(self, batch_size: int | None) -> Iterator[tuple[None, Batch]]:
-        read = None
-        for read in self._data:
+    @property
+    def generators(self) -> list[torch.Generator]:
+        inner = getattr(self._data.batch_sampler, "sampler", None)
+        holders = (self._data, self._data.sampler, self._data.batch_sampler, inner)
+        found = {id(each): each for h in holders if (each := getattr(h, "generator", None))}
+        return list(found.values())
+
+    def epoch(
+        self, batch_size: int | None, skip: int = 0, ready: Callable[[], None] = _nothing
+    ) -> Iterator[tuple[None, Batch]]:
+        read, batches = None, iter(self._data)
+        for read in itertools.islice(batches, skip):
+            pass
+        ready()
+        for read in batches:
             yield None, self.made(read)
         if read is None:
             what = "a loader, or an IterableDataset, must give its rows anew each time"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class TrainingData:
         bound: why rows keep their order; empty where they need not.
         batch_size: data in a minibatch.
         source: where minibatches come from.
+        structure: of the model on what was looked at first.
 
     Raises:
         ValueError: for data that are empty, hold NaN, or lie outside their support; for what
@@ -77,7 +78,7 @@ class TrainingData:
         self._run: Structure | None = None  # of the model under its prior
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
         # All of them at once: values outside a likelihood's support are refused here.
-        structure = self._inspect(self.source.example(self.batch))
+        structure = self.structure = self._inspect(self.source.example(self.batch))
         if loose := unvalidated(structure):
             logger.warning(
                 "observed sites %s have values outside the support of their likelihoods, which do "
@@ -288,10 +289,17 @@ class TrainingData:
         """Minibatches of an epoch; None where a loader does not know."""
         return 1 if self.whole else self.source.num_batches(self.batch_size)
 
-    def epoch(self) -> Iterator[tuple[Tensor | None, Batch]]:
-        """Yield each minibatch of an epoch and its rows; None for all, or where not known."""
+    def epoch(
+        self, skip: int = 0, ready: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Tensor | None, Batch]]:
+        """Yield each minibatch of an epoch and its rows; None for all, or where not known.
+
+        Args:
+            skip: how many of the first ones to leave out.
+            ready: called when these are passed, before the next one is read.
+        """
         size = None if self.whole else self.batch_size
-        for index, batch in self.source.epoch(size):
+        for index, batch in self.source.epoch(size, skip, ready):
             if not self._looked:
                 self._inspect(batch)
             yield index, batch

@@ -176,3 +176,56 @@ def test_a_dataset_without_a_length():
 
     with pytest.raises(TypeError, match="Endless is a torch Dataset without a length"):
         RowReader(Endless())
+
+
+# --- an epoch that is taken up again
+
+
+def loader(**options):
+    return DataLoader(TensorDataset(X), batch_size=20, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: X,
+        Rows,
+        Stream,
+        lambda: loader(shuffle=True),
+        lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(3)),
+    ],
+)
+@pytest.mark.parametrize("skip", range(4))
+def test_an_epoch_goes_on_behind_the_batches_that_were_taken(make, skip):
+    def epoch(*args):
+        torch.manual_seed(1)
+        source = source_of(make(), 20, None, False)
+        return [(rows, batch.args[0]) for rows, batch in source.epoch(20, *args)]
+
+    whole, called = epoch(), []
+    rest = epoch(skip, lambda: called.append(torch.get_rng_state()))
+    assert len(whole) == 3
+    assert len(called) == 1
+    for (rows, x), (same_rows, same_x) in zip(whole[skip:], rest, strict=True):
+        assert rows is same_rows is None or torch.equal(rows, same_rows)
+        assert torch.equal(x, same_x)
+
+
+def test_rows_that_are_skipped_are_not_read():
+    data = Rows()
+    source = source_of(data, 20, None, False)
+    data.read.clear()
+    sizes = [batch.size for _, batch in source.epoch(20, 2, lambda: data.read.append(-1))]
+    assert sizes == [10]
+    assert data.read[0] == -1
+    assert len(data.read) == 11
+
+
+def test_the_generators_that_a_loader_holds():
+    generator = torch.Generator()
+    assert source_of(loader(shuffle=True, generator=generator), 20, None, False).generators == [
+        generator
+    ]
+    assert source_of(loader(shuffle=True), 20, None, False).generators == []
+    assert source_of(Stream(), 20, None, False).generators == []
+    assert source_of(X, 20, None, False).generators == []
