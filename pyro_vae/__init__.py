@@ -36,6 +36,7 @@ from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.samples import PosteriorSamples
+from pyro_vae.training import callbacks
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
 from pyro_vae.training.fit_result import Epoch, FitResult
@@ -79,6 +80,7 @@ __all__ = [
     "aggregate_posterior",
     "ais",
     "bdmc",
+    "callbacks",
     "check_draws",
     "compare",
     "compare_models",

@@ -24,10 +24,12 @@ from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
+from pyro_vae.training.callbacks import CallbackLike, Callbacks
 from pyro_vae.training.fit_result import FitResult, FitStop
 from pyro_vae.training.minibatches import TrainingData
 from pyro_vae.training.steps import TrainingSteps, Validation
-from pyro_vae.training.trainer import Callback, Trainer
+from pyro_vae.training.stopping import Plateau
+from pyro_vae.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,14 @@ def fit(
     max_steps: int | None = None,
     validation_data: Any = None,
     patience: int | None = None,
+    min_delta: float = 0.0,
+    smoothing: float = 0.0,
     seed: int | None = 0,
     device: torch.device | str | None = None,
     compile: Compile = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[CallbackLike] = (),
     data_plate: DataPlate = None,
     drop_last: bool = False,
 ) -> FitResult:
@@ -96,6 +100,12 @@ def fit(
         validation_data: like data, without ``epoch``; scored after each epoch on the same
             random numbers.
         patience: epochs without a better validation ELBO after which to stop.
+        min_delta: for patience, by how much a validation ELBO must be better to count, in nats per
+            datum.
+        smoothing: for patience, the weight of earlier epochs in a moving average of the validation
+            ELBO, from 0 (the last epoch alone) to below 1. It decides when to stop. The parameters
+            that are kept are those of the epoch with the best validation ELBO itself: scored on the
+            same random numbers each time, it has no noise of draws.
         seed: of everything random in here; the global random state stays as it was. None
             draws from the global random state.
         device: where modules and minibatches go; as they are by default.
@@ -105,13 +115,15 @@ def fit(
             never compiles, True at once, False runs eagerly. Losses are the same to rounding.
         checkpoint: a file written after each epoch and its callbacks, whole or not at all, with
             the last and the best parameters. Where it exists, training resumes from it, with the
-            optimizer's settings in it and the state of schedulers among the callbacks, or that
-            they hold, and goes on as if it had not been interrupted. Other state of callbacks
-            is not saved. An epoch that max_steps cut short is not taken up again.
+            optimizer's settings in it, the state of schedulers among the callbacks, or that
+            they hold, and of callbacks with state_dict and load_state_dict, and goes on as if it
+            had not been interrupted. An epoch that max_steps cut short is not taken up again.
         progress: whether to show a bar.
-        callbacks: called with an Epoch after each; one that returns True ends training. A
-            torch.optim.lr_scheduler takes a step after each (ReduceLROnPlateau by the validation
-            ELBO, or the training ELBO where there is none).
+        callbacks: functions, called with an Epoch after each, of which one that returns True ends
+            training; objects with on_step, on_epoch and on_end
+            (:class:`pyro_vae.callbacks.Callback`). A torch.optim.lr_scheduler takes a step after
+            each epoch (ReduceLROnPlateau by the validation ELBO, or the training ELBO where there
+            is none), in :class:`pyro_vae.callbacks.EachStep` after each step.
         data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
             the data, and ELBOs are of the whole.
         drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
@@ -146,6 +158,9 @@ def fit(
     epochs = 100 if epochs is None and max_steps is None else epochs
     given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
     limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
+    called, plateau = Callbacks(callbacks), Plateau(min_delta, smoothing)
+    if patience is None and (min_delta or smoothing):
+        raise ValueError("min_delta and smoothing are for patience: give it, in epochs")
     _check_data(guide, data, validation_data, patience)
     loss = ELBO() if loss is None else loss
     _check_loss(loss, schedule)
@@ -165,7 +180,7 @@ def fit(
     with one_thread(), seeded(training.batch.device, seed):
         steps = TrainingSteps(training, loss, optim, schedule, compile, total)
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        result = Trainer(steps, validation, limits, list(callbacks), checkpoint).run(progress)
+        result = Trainer(steps, validation, limits, plateau, called, checkpoint).run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.batch, guide.given)
@@ -178,6 +193,7 @@ def fit(
                 "modes of the posterior and says of each row whether it has converged"
             )
             logger.warning(text, result.unfinished)
+    called.end(result)
     return result
 
 

@@ -6,20 +6,21 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeAlias
+from typing import NoReturn
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.schedules import shortfall
 from pyro_vae.training import checkpoints
+from pyro_vae.training.callbacks import Callbacks, Step
 from pyro_vae.training.fit_result import Epoch, FitResult, FitStop
 from pyro_vae.training.minibatches import MinibatchELBO, mean_elbo
 from pyro_vae.training.parameters import State
 from pyro_vae.training.steps import TrainingSteps, Validation
+from pyro_vae.training.stopping import Plateau
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,6 @@ _HISTORY = (
     *("epoch", "step", "elbo", "elbo_std_error"),
     *("validation_elbo", "validation_elbo_std_error", "beta"),
 )
-
-# Called after each epoch; one that returns True ends training.
-Callback: TypeAlias = Callable[[Epoch], bool | None] | LRScheduler
 
 
 @dataclass
@@ -52,11 +50,13 @@ class Trainer:
     steps: TrainingSteps
     validation: Validation | None
     limits: Mapping[FitStop, int]  # of steps, epochs, epochs without a gain: those that a user gave
-    callbacks: list[Callback]
+    plateau: Plateau  # of the validation ELBO
+    callbacks: Callbacks
     checkpoint: str | os.PathLike[str] | None
     state: Progress = field(default_factory=Progress)
     best: State | None = None  # at the end of the epoch that validated best
     unsaved: bool = False
+    ended: bool = False  # by a callback
 
     def run(self, progress: bool) -> FitResult:
         """Train until a limit is reached, and leave the best parameters in place."""
@@ -74,7 +74,8 @@ class Trainer:
                 state.step = self.steps.taken
                 if self.unsaved:  # in a callback: the epoch is whole
                     self._save()
-        self.steps.drop_gradients()
+            finally:
+                self.steps.drop_gradients()
         kept = f"step {state.step}"
         if self.best is not None:
             self.steps.parameters.restore(self.best)
@@ -87,15 +88,17 @@ class Trainer:
         return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
 
     def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
-        state, ended = self.state, False
-        while not ended:
-            stalled = state.epoch - state.best_epoch
+        state = self.state
+        while not self.ended:
+            stalled = self.plateau.stalled
             counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
             if reached := [name for name, limit in self.limits.items() if counts[name] >= limit]:
                 return reached[0]
             epoch = self._epoch(bar)
             self.unsaved = self.checkpoint is not None
-            ended = self._call_back(epoch)
+            self.ended |= self.callbacks.epoch(epoch)
+            if self.callbacks.given:
+                self.steps.last = self.steps.parameters.state()  # which they may have changed
             # After them: the checkpoint holds what they set, such as a learning rate.
             self._save()
         return "callback"
@@ -115,9 +118,12 @@ class Trainer:
 
         for index, batch in self.steps.data.epoch():
             self.steps.take(index, batch)
-            if self.steps.due:
+            if known := self.steps.due or self.callbacks.reads_loss:
                 read()
-            if self.steps.taken >= max_steps:
+            if self.callbacks.of_steps:
+                elbo = elbos[-1].value if known else math.nan
+                self.ended |= self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
+            if self.ended or self.steps.taken >= max_steps:
                 break
         read()
         beta = self.steps.factor  # before validation, which has none
@@ -133,8 +139,11 @@ class Trainer:
             state.history[name].append(value)
         if self.validation is None:
             state.best_epoch = state.epoch
-        elif validation > state.best_elbo:
-            state.best_elbo, state.best_epoch, self.best = validation, state.epoch, self.steps.last
+        else:
+            self.plateau.add(validation)
+            if validation > state.best_elbo:
+                state.best_elbo, state.best_epoch = validation, state.epoch
+                self.best = self.steps.last
         self._show(bar, elbo, refresh=True)
         return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
 
@@ -144,20 +153,6 @@ class Trainer:
             shown["validation"] = f"{self.state.history['validation_elbo'][-1]:.2f}"
         bar.set_postfix(shown, refresh=refresh)
 
-    def _call_back(self, epoch: Epoch) -> bool:
-        """Call all callbacks; return whether one of them ends training."""
-        ended = False
-        for callback in self.callbacks:
-            if isinstance(callback, ReduceLROnPlateau):
-                callback.step(-(epoch.elbo if self.validation is None else epoch.validation_elbo))
-            elif isinstance(callback, LRScheduler):
-                callback.step()
-            else:
-                ended |= bool(callback(epoch))
-        if self.callbacks:
-            self.steps.last = self.steps.parameters.state()  # which they may have changed
-        return ended
-
     # --- checkpoints
 
     def _save(self) -> None:
@@ -165,7 +160,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         optimizer, loss = self.steps.optimizer, self.steps.objective
-        schedulers = checkpoints.schedulers_of(self.callbacks, optimizer)
+        schedulers = checkpoints.schedulers_of(self.callbacks.given, optimizer)
         content = {
             "schedulers": [scheduler.state_dict() for scheduler in schedulers],
             "last": self.steps.last,
@@ -173,6 +168,7 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "optimizer_type": type(optimizer).__name__,
             "loss": {} if loss is None else loss.state_dict(),
+            "callbacks": self.callbacks.state(),
             "progress": dict(vars(self.state)),
             "random_state": random_state(),
         }
@@ -189,7 +185,7 @@ class Trainer:
             raise ValueError(f"{written} the optimizer {there}, not {here}")
         progress = self.state = Progress(**content["progress"])
         steps.resume(content["last"], progress.step, progress.epoch)
-        schedulers = checkpoints.schedulers_of(self.callbacks, steps.optimizer)
+        schedulers = checkpoints.schedulers_of(self.callbacks.given, steps.optimizer)
         saved = content.get("schedulers", [])
         if len(saved) != len(schedulers):
             raise ValueError(
@@ -204,5 +200,10 @@ class Trainer:
         self.best = content["best"]
         for name in _HISTORY:  # a column that an earlier version did not write is unknown
             progress.history.setdefault(name, [math.nan] * progress.epoch)
+        for elbo in progress.history["validation_elbo"] if self.validation is not None else ():
+            self.plateau.add(elbo)
+        if missing := self.callbacks.load(content.get("callbacks", [])):
+            text = "%s the state of callbacks that are not here: %s"
+            logger.warning(text, written, ", ".join(missing))
         set_random_state(content["random_state"])
         logger.info("resumed from %s at epoch %d", checkpoint, progress.epoch)
