@@ -23,11 +23,10 @@ from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.messages import as_count, as_seed
-from pyro_vae.programs.purposes import Purpose
+from pyro_vae.programs.purposes import Purpose, seed_of
 from pyro_vae.programs.state import seeded
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
 from pyro_vae.sampling.exact_draws import Simulator
-from pyro_vae.sampling.streams import seed_of
 
 # A user's own: from a number of simulations to latents, by site, and the batch of their data.
 Simulate: TypeAlias = Callable[[int], tuple[Mapping[str, Any], Any]]

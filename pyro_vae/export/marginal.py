@@ -13,7 +13,7 @@ from pyro_vae.particles.estimators import StreamingIWAE
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.programs.guide_kinds import RowGuide
-from pyro_vae.programs.purposes import Purpose
+from pyro_vae.programs.purposes import Purpose, bits_of
 from pyro_vae.programs.sites import Structure, names_of
 from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.structure import DataPlateError
@@ -102,8 +102,7 @@ class Marginal:
                 evaluator, held = self._held_at(held)
             for name, value in held.items():
                 value.copy_(given[name][s])  # in place: model and guide are held at this tensor
-            key = np.random.SeedSequence([self._whole.seed, Purpose.EXPORTED_MARGINAL, s])
-            evaluator.seed = int(key.generate_state(1, np.uint32)[0])
+            evaluator.seed = bits_of(self._whole.seed, Purpose.EXPORTED_MARGINAL, s, count=32)
             found, error = self._of_draw(evaluator)
             values.append(found)
             errors.append(error)

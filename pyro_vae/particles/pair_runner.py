@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Self
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -26,7 +25,7 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.enumeration_check import check_values
 from pyro_vae.programs.masks import check_proposal_mask, depend_on_draws
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.purposes import Purpose
+from pyro_vae.programs.purposes import Purpose, bits_of
 from pyro_vae.programs.state import Look, as_in_training, preserved_rng
 from pyro_vae.programs.types import ModeName, Particles, Trace, Values
 
@@ -377,8 +376,7 @@ class PairRunner:
 
     def _reseed(self, *key: int) -> None:
         """Seed the random numbers of a stream: they depend on the base seed and the key alone."""
-        low, high = np.random.SeedSequence([self.seed, *key]).generate_state(2, np.uint32)
-        number = int(high) << 32 | int(low)
+        number = bits_of(self.seed, *key)
         # Not torch.manual_seed: it seeds every device, and takes a millisecond to.
         if self.batch.device.type == "cuda":
             torch.cuda.manual_seed(number)

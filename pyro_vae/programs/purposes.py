@@ -1,12 +1,15 @@
-"""What random numbers are for: the first number in the key of each stream, after the seed.
+"""What random numbers are for, and the seed of each stream of them.
 
-Streams whose keys begin alike hold the same numbers, so that what is made of them would depend on
-one another. No two purposes are alike.
+The purpose is the first number in the key of a stream, after the user's seed. Streams whose keys
+begin alike hold the same numbers, so that what is made of them would depend on one another. No two
+purposes are alike.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum, unique
+
+import numpy as np
 
 
 @unique
@@ -78,3 +81,22 @@ class RefinePurpose(IntEnum):
     GAINS = 2
     STARTS = 4
     SLOPES = 5
+
+
+def seed_of(*key: int) -> int:
+    """Return a seed of 63 bits that a key alone decides: the user's seed, then what it is for.
+
+    Zeros at the end of the key count.
+    """
+    sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+
+
+def bits_of(*key: int, count: int = 64) -> int:
+    """Return the lowest bits of a number that a key alone decides, but for zeros at its end.
+
+    Draws of guides, updates of EM, ``refine`` and marginal likelihoods are seeded so: keys of one
+    use have the same length.
+    """
+    number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return number & ((1 << count) - 1)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.particles.estimators import Estimate
-from pyro_vae.programs.purposes import RefinePurpose
+from pyro_vae.programs.purposes import RefinePurpose, bits_of
 from pyro_vae.refinement.blocks import Block, Blocks, ScoredGuide, per_row
 from pyro_vae.refinement.lbfgs import minimize_rows
 
@@ -264,5 +263,4 @@ def _heavy_noise(num_particles: int, size: int, key: tuple[int, ...]) -> tuple[T
 
 
 def _generator(key: tuple[int, ...]) -> torch.Generator:
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    return torch.Generator().manual_seed(bits_of(*key) >> 1)

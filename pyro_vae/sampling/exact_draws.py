@@ -20,7 +20,7 @@ from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.dreams import check_held, sources_of, with_dreamt
 from pyro_vae.programs.nodes import latent_nodes
 from pyro_vae.programs.observed import check_drawable
-from pyro_vae.programs.purposes import Purpose
+from pyro_vae.programs.purposes import Purpose, seed_of
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking, seeded
 from pyro_vae.programs.structure import ModelLooks
@@ -30,7 +30,6 @@ from pyro_vae.programs.types import DataPlate, Program, Trace, Values
 from pyro_vae.sampling.density import TemperedDensity
 from pyro_vae.sampling.prepare import Ready
 from pyro_vae.sampling.samples import PosteriorSamples
-from pyro_vae.sampling.streams import seed_of
 
 # How far log p(x, z) of draws may lie from what the chains that made them said: rounding.
 _NATS, _SHARE = 0.1, 1e-3

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-def seed_of(*key: int) -> int:
-    """Return a seed that depends on a key alone: the seed, then what tells this use from others."""
-    # Of a plain sequence zeros at the end would count for nothing.
-    sequence = np.random.SeedSequence(key[0], spawn_key=key[1:])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+from pyro_vae.programs.purposes import seed_of
 
 
 class Stream:

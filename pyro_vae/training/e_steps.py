@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pyro.infer
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from pyro_vae.losses.elbo import ELBO
 from pyro_vae.particles.estimators import Estimate, effective_sample_size
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.purposes import bits_of
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation, seeded
 from pyro_vae.programs.supports import is_discrete, support_of
@@ -83,7 +83,7 @@ class Problem:
 
     def stream(self, *key: int) -> int:
         """Return the seed of a stream of random numbers of its own."""
-        return int(np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint32)[0])
+        return bits_of(self.seed, *key, count=32)
 
 
 class EStep(ABC):

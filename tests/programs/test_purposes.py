@@ -9,19 +9,26 @@ import numpy as np
 import torch
 
 import pyro_vae
-from pyro_vae.programs.purposes import Purpose, RefinePurpose
+from pyro_vae.programs.purposes import Purpose, RefinePurpose, bits_of, seed_of
 
 SOURCES = sorted(Path(pyro_vae.__file__).parent.rglob("*.py"))
 
 
 def first_numbers(purpose: int, way: str) -> float:
-    sequence = np.random.SeedSequence([7, purpose])
-    if way == "refine":
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-    else:
-        low, high = sequence.generate_state(2, np.uint32)
-        seed = int(high) << 32 | int(low)
+    bits = bits_of(7, purpose)
+    seed = bits >> 1 if way == "refine" else bits
     return torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+
+
+def test_seeds_are_those_of_numpy():
+    """By NumPy's own words, with what each use took before there was one function."""
+    flat = np.random.SeedSequence([7, 3, 1])
+    low, high = map(int, flat.generate_state(2, np.uint32))
+    assert bits_of(7, 3, 1) == high << 32 | low
+    assert bits_of(7, 3, 1, count=32) == low == int(flat.generate_state(1, np.uint32)[0])
+    tree = np.random.SeedSequence(7, spawn_key=(3, 1))
+    assert seed_of(7, 3, 1) == int(tree.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    assert seed_of(7, 3) != seed_of(7, 3, 0) and bits_of(7, 3) == bits_of(7, 3, 0)
 
 
 def test_streams_of_all_purposes_differ():
