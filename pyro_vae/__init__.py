@@ -5,7 +5,6 @@ from importlib.metadata import version
 from pyro_vae import datasets, families, nets, schedules, testing, zoo
 from pyro_vae.diagnostics.active_units import ActiveUnits, active_units
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, aggregate_posterior
-from pyro_vae.diagnostics.outliers import Outliers, outliers
 from pyro_vae.diagnostics.pareto_k import pareto_k
 from pyro_vae.diagnostics.rate_distortion import RateDistortion, rate_distortion
 from pyro_vae.evaluation.ais import ais
@@ -18,6 +17,7 @@ from pyro_vae.evaluation.coverage import Coverage, coverage
 from pyro_vae.evaluation.draws_check import DrawsCheck, check_draws
 from pyro_vae.evaluation.model_choice import compare_models
 from pyro_vae.evaluation.model_comparison import ModelComparison
+from pyro_vae.evaluation.outliers import Outliers, outliers
 from pyro_vae.evaluation.repair import Repair, repair
 from pyro_vae.export.arviz import to_arviz
 from pyro_vae.guides.amortized import AmortizedGuide

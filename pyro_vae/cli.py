@@ -72,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one page of what results say, for a browser")
     report.description = (
         "Write a page of findings in plain words, tables and figures from netCDF files of results: "
-        'result.dataset.to_netcdf("name.nc") of pv.compare, pv.repair and pv.bdmc. The page '
-        "needs nothing else. Comparisons in comparison-train.nc and comparison-test.nc are "
+        'result.dataset.to_netcdf("name.nc") of pv.compare, pv.repair, pv.bdmc, pv.sbc, '
+        "pv.coverage, pv.compare_models and pv.outliers. The page needs nothing else. "
+        "Comparisons in comparison-train.nc and comparison-test.nc are "
         "compared with each other."
     )
     paths = "netCDF files, or folders of them; of a folder, files of other kinds are left out"

@@ -8,6 +8,7 @@ any score and any n: no distribution is assumed (Vovk, Gammerman & Shafer 2005).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,40 @@ def benjamini_hochberg(p_values: Array) -> Array:
     found = np.empty_like(ratio)
     found[order] = np.minimum(1.0, np.minimum.accumulate(ratio[::-1])[::-1])
     return found
+
+
+def chance_of_as_many(count: int, size: int, calibration: int, level: float) -> float:
+    r"""Return with which probability so many of ordinary data have a p-value of at most a level.
+
+    All are ranked among the same n calibration data, so they are more often called together than
+    independent ones: of N data the number is beta-binomial, with
+    :math:`k = \lfloor \alpha (n + 1) \rfloor` and n + 1 - k (Bates et al. 2023); of p-values that
+    combine scores about so.
+
+    Args:
+        count: how many were called.
+        size: of how many, N.
+        calibration: n.
+        level: alpha.
+    """
+    k = math.floor(level * (calibration + 1) * (1 + 1e-12))  # of a product that is whole
+    if count <= 0 or k > calibration:
+        return 1.0
+    if k == 0:
+        return 0.0
+
+    def log_beta(a: float, b: float) -> float:
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    rest = calibration + 1 - k
+    logs = (
+        log_beta(m + k, size - m + rest)
+        - log_beta(k, rest)
+        - math.log(size + 1)
+        - log_beta(m + 1, size - m + 1)
+        for m in range(count, size + 1)
+    )
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def _columns(ordered: Array, values: Array, side: str) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from pyro_vae.evaluation.coverage import Coverage, coverage
 from pyro_vae.evaluation.draws_check import DrawsCheck, check_draws
 from pyro_vae.evaluation.model_choice import compare_models
 from pyro_vae.evaluation.model_comparison import ModelComparison
+from pyro_vae.evaluation.outliers import Outliers, outliers
 from pyro_vae.evaluation.repair import Repair, repair
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Coverage",
     "DrawsCheck",
     "ModelComparison",
+    "Outliers",
     "Repair",
     "Sandwich",
     "ais",
@@ -30,6 +32,7 @@ __all__ = [
     "elbo",
     "iwae_bound",
     "log_weights",
+    "outliers",
     "repair",
     "sbc",
 ]

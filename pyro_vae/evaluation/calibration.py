@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +19,9 @@ from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Chunk
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
+from pyro_vae.report import calibrating, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +84,22 @@ class Calibration:
         from pyro_vae.plots.calibration import plot_ranks
 
         return plot_ranks(self.dataset, ax=ax)
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return calibrating.of_calibration(self.dataset, self.summary())
+
+    def to_html(
+        self, path: str | Path | None = None, title: str = "Ranks of simulated latents"
+    ) -> str:
+        """Return a page of findings, a table and a figure; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        section = sections.of_calibration(self.dataset, self.summary())
+        return written(page(title, [section]), path)
 
     def _repr_html_(self) -> str:
         names = ["p_value", "shift", "shift_se", "spread", "spread_se", "finding"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
+from pyro_vae.report import calibrating, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 from pyro_vae.sampling.streams import Stream
 
 if TYPE_CHECKING:
@@ -76,6 +80,22 @@ class Coverage:
         from pyro_vae.plots.calibration import plot_coverage
 
         return plot_coverage(self.dataset, ax=ax)
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return calibrating.of_coverage(self.dataset, self.summary())
+
+    def to_html(
+        self, path: str | Path | None = None, title: str = "Coverage of credible regions"
+    ) -> str:
+        """Return a page of findings, a table and a figure; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        section = sections.of_coverage(self.dataset, self.summary())
+        return written(page(title, [section]), path)
 
     def __repr__(self) -> str:
         table, doubt = self.summary(), self.dataset.attrs["doubt"]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,9 @@ import xarray as xr
 
 from pyro_vae import markup
 from pyro_vae.particles.estimators import mean_std_error
+from pyro_vae.report import choosing, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,6 +108,20 @@ class ModelComparison:
             num_data=self.dataset.sizes["datum"],
             ax=ax,
         )
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return choosing.of_models(self.dataset, self.summary())
+
+    def to_html(self, path: str | Path | None = None, title: str = "Models compared") -> str:
+        """Return a page of findings, a table and a figure; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        section = sections.of_models(self.dataset, self.summary())
+        return written(page(title, [section]), path)
 
     @property
     def _models(self) -> list[str]:

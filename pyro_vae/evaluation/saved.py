@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import xarray as xr
 
+from pyro_vae.evaluation.calibration import Calibration
 from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.coverage import Coverage
+from pyro_vae.evaluation.model_comparison import ModelComparison
+from pyro_vae.evaluation.outliers import Outliers
 from pyro_vae.evaluation.repair import Repair
 from pyro_vae.report import sections
 from pyro_vae.report.page import Section, page
@@ -19,10 +24,14 @@ _KINDS = {
     "comparison": {"elbo", "iwae_bound", "approximation_gap", "amortization_gap"},
     "repair": {"rung", "good", "tried", "seconds", "audited"},
     "sandwich": {"lower", "upper", "width", "untrusted"},
+    "calibration": {"ranks", "ecdf_difference", "num_ranks", "spread"},
+    "coverage": {"ranks", "expected_coverage"},
+    "models": {"log_evidence", "good", "source"},
+    "outliers": {"outlier", "p_value_of", "log_evidence"},
 }
 _WANTED = (
-    "the dataset of a Comparison, a Repair or a Sandwich is needed, as result.dataset.to_netcdf() "
-    "writes it"
+    "the dataset of a Comparison, ModelComparison, Repair, Sandwich, Calibration, Coverage or "
+    "Outliers is needed, as result.dataset.to_netcdf() writes it"
 )
 
 
@@ -30,9 +39,11 @@ def report(datasets: Mapping[str, xr.Dataset], title: str = "Report of posterior
     """Return one page of HTML that says what results say; needs the extra ``plots``.
 
     Args:
-        datasets: by name, those of any of :class:`~pyro_vae.Comparison`, :class:`~pyro_vae.Repair`
-            and :class:`~pyro_vae.Sandwich`. Comparisons named ``"train"`` and ``"test"`` are
-            compared with each other as well.
+        datasets: by name, those of any of :class:`~pyro_vae.Comparison`,
+            :class:`~pyro_vae.Repair`, :class:`~pyro_vae.Sandwich`,
+            :class:`~pyro_vae.ModelComparison`, :class:`~pyro_vae.Calibration`,
+            :class:`~pyro_vae.Coverage` and :class:`~pyro_vae.Outliers`.
+            Comparisons named ``"train"`` and ``"test"`` are compared with each other as well.
         title: of the page.
 
     Returns:
@@ -62,10 +73,22 @@ def _sections(
     if compared:
         tables = {name: Comparison(each, {}).summary() for name, each in compared.items()}
         yield sections.of_comparisons(compared, tables)
-    for name in (name for name, kind in kinds.items() if kind == "repair"):
-        yield sections.of_repair(datasets[name], Repair(datasets[name], {}).summary())
-    for name in (name for name, kind in kinds.items() if kind == "sandwich"):
-        yield sections.of_sandwich(datasets[name])
+    for kind, section in _SECTIONS.items():
+        some = {name: datasets[name] for name, each in kinds.items() if each == kind}
+        for name, dataset in some.items():
+            made = section(dataset)
+            yield made if len(some) == 1 else replace(made, title=f"{made.title}: {name}")
+
+
+# By kind, in the order of a page.
+_SECTIONS: dict[str, Callable[[xr.Dataset], Section]] = {
+    "repair": lambda dataset: sections.of_repair(dataset, Repair(dataset, {}).summary()),
+    "sandwich": sections.of_sandwich,
+    "calibration": lambda data: sections.of_calibration(data, Calibration(data).summary()),
+    "coverage": lambda data: sections.of_coverage(data, Coverage(data).summary()),
+    "models": lambda data: sections.of_models(data, ModelComparison(data).summary()),
+    "outliers": lambda data: sections.of_outliers(data, Outliers(data).summary()),
+}
 
 
 def kind_of(dataset: xr.Dataset) -> str | None:

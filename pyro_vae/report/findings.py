@@ -25,6 +25,7 @@ SEVERITIES: tuple[Severity, ...] = ("bad", "warning", "note", "good")
 
 SMALL = 0.1  # nats per datum: a gap up to it is no loss worth speaking of
 SURE = 2.0  # standard errors that a number must be away from a threshold
+RARE = 0.01  # probability below which more outliers than expected are no chance
 FEW = 0.05  # share of the data that may be in doubt before a conclusion is
 _GROWS = 2.0  # times the training data's gap, from which on an encoder does not generalize
 _TENTH, _HALF, _FEWEST_DATA = 0.1, 0.5, 20  # a tenth of so many data holds half of the gap
@@ -42,6 +43,13 @@ THRESHOLDS = {
     "weights are good": (
         f"{FEWEST_EFFECTIVE} or more are effective and no heavy tail carries more than "
         f"{LIGHT_TAIL:g} times its share"
+    ),
+    "ranks are not uniform, a coverage is off": (
+        "a calibrated guide would be rejected, by any of them, with probability error_rate"
+    ),
+    "a model predicts worse": f"{SURE:g} standard errors, those for new data",
+    "there are outliers": (
+        f"of as many ordinary data so many would be called with probability {RARE:g} or less"
     ),
 }
 

@@ -75,7 +75,8 @@ overflow-wrap:normal}
 th{text-align:left}thead th:not(:first-child){text-align:right}
 figure{margin:1.2rem 0}
 figure .wide{margin:0;background:#fff;border:1px solid var(--line);padding:.5rem}
-img{display:block;width:100%;min-width:34rem;max-width:50rem;height:auto}
+img{display:block;width:100%;min-width:34rem;max-width:50rem;height:auto;max-height:31rem;
+object-fit:contain;object-position:left}
 figcaption b{display:none}
 @media(max-width:40rem){figcaption b{display:block;font-weight:400}
 main{padding:.7rem}th,td{padding:.25rem .2rem;font-size:.78rem}}

@@ -1,4 +1,4 @@
-"""What a page says of comparisons, of a repair and of a sandwich: findings, tables, figures."""
+"""What a page says of each kind of result: findings, tables, figures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import pandas as pd
 import xarray as xr
 
 from pyro_vae import markup
+from pyro_vae.plots.calibration import plot_coverage, plot_ranks
 from pyro_vae.plots.evidence import plot_evidence
+from pyro_vae.plots.models import plot_model_differences
+from pyro_vae.plots.outliers import plot_outliers
 from pyro_vae.plots.posteriors import plot_rungs
 from pyro_vae.plots.results import plot_gap_distribution, plot_gaps, plot_pareto_k
-from pyro_vae.report import findings, mending
+from pyro_vae.report import calibrating, choosing, findings, mending
 from pyro_vae.report.page import Drawing, Section, Table
 
-__all__ = ["of_comparisons", "of_repair", "of_sandwich"]
+__all__ = [
+    "of_calibration",
+    "of_comparisons",
+    "of_coverage",
+    "of_models",
+    "of_outliers",
+    "of_repair",
+    "of_sandwich",
+]
 
 _WORST = 10  # data that a table names
+_QUANTITIES = 20  # of a test of ranks, that a table names
 
 
 def of_comparisons(
@@ -167,3 +179,130 @@ def of_sandwich(dataset: xr.Dataset) -> Section:
     return Section(
         "log p(x) from both sides", lead, {"": mending.of_sandwich(dataset)}, tables, [drawing]
     )
+
+
+def of_calibration(dataset: xr.Dataset, table: pd.DataFrame) -> Section:
+    """Return the section of a test of ranks, from its dataset and its summary."""
+    names = ["p_value", "adjusted_p_value", "shift", "shift_se", "spread", "spread_se"]
+    shown = table[names].head(_QUANTITIES)
+    of = (
+        f"The {len(shown)} of {len(table)} with the smallest p-values. "
+        if len(table) > len(shown)
+        else ""
+    )
+    caption = (
+        f"{of}Shift and spread of simulated latents, in standard deviations of the guide's draws: "
+        "0 and 1 of a calibrated guide"
+    )
+    drawing = Drawing(
+        lambda: plot_ranks(dataset),
+        "How far the ranks of each quantity are from uniform: those of a calibrated guide all stay "
+        f"in the band with probability {1 - dataset.attrs['error_rate']:g}.",
+    )
+    lead = [
+        f"{_simulated(dataset)} A simulated latent is ranked among the guide's draws given its "
+        "data: where the guide is the posterior, any rank is as probable as any other."
+    ]
+    return Section(
+        "Ranks of simulated latents",
+        lead,
+        {"": calibrating.of_calibration(dataset, table)},
+        [Table(_rows(shown), caption)],
+        [drawing],
+    )
+
+
+def of_coverage(dataset: xr.Dataset, table: pd.DataFrame) -> Section:
+    """Return the section of credible regions, from its dataset and its summary."""
+    shown = table.drop(columns=["chi_squared_p_value", "finding"])
+    drawing = Drawing(
+        lambda: plot_coverage(dataset),
+        "How often credible regions hold the simulated latents, by their level: below the diagonal "
+        "less often than they say.",
+    )
+    lead = [
+        f"{_simulated(dataset)} A credible region of level a should hold the simulated latents in "
+        "a share a of the simulations."
+    ]
+    return Section(
+        "Coverage of credible regions",
+        lead,
+        {"": calibrating.of_coverage(dataset, table)},
+        [Table(_rows(shown), "Shares of the simulations, with standard errors, and p-values")],
+        [drawing],
+    )
+
+
+def _simulated(dataset: xr.Dataset) -> str:
+    said = dataset.attrs
+    resampled = ", resampled by their weights" if said["resampled"] != "no" else ""
+    given = f", given {said['given']}" if said["given"] else ""
+    return (
+        f"{said['num_simulations']} latents with data drawn from the model{given}, "
+        f"{said['num_draws']} draws of the guide for each{resampled}."
+    )
+
+
+def of_models(dataset: xr.Dataset, table: pd.DataFrame) -> Section:
+    """Return the section of a comparison of models, from its dataset and its summary."""
+    (best,) = table.index[table["verdict"] == "best"]
+    head = ["model", "log p(x)", "difference", "error for new data", "untrusted", "verdict"]
+    rows = [head]
+    for name, row in table.iterrows():
+        pairs = [
+            markup.plus_minus(row[key], row[f"{key}_se"]) for key in ("log_evidence", "difference")
+        ]
+        new = markup.plus_minus(row["difference_se_new"])
+        rows.append([str(name), *pairs, new, f"{row['untrusted']}", str(row["verdict"])])
+    drawing = Drawing(
+        lambda: plot_model_differences(
+            {str(name): table[name].to_numpy() for name in table.columns},
+            list(map(str, table.index)),
+            str(best),
+            num_data=dataset.sizes["datum"],
+        ),
+        f"Mean log p(x) of each model less that of {best!r}.",
+    )
+    given = [
+        f"{name}: given {values}."
+        for name, values in zip(table.index, dataset["given"].values, strict=True)
+        if values
+    ]
+    size = dataset.sizes["datum"]
+    lead = [f"{len(table)} models of the same {size} data, by log p(x) of each datum.", *given]
+    caption = (
+        f"Means over the data in nats per datum; differences from {best!r} with Monte Carlo "
+        "errors, for these data, and beside them those for new data"
+    )
+    found = {"": choosing.of_models(dataset, table)}
+    return Section("Models compared", lead, found, [Table(rows, caption)], [drawing])
+
+
+def of_outliers(dataset: xr.Dataset, table: pd.DataFrame) -> Section:
+    """Return the section of a search for outliers, from its dataset and its summary."""
+    count = max(_WORST, min(int(dataset["outlier"].sum()), 5 * _WORST))
+    shown = table.head(count).drop(columns=["adjusted_p_value"])
+    kind = "calibration" if dataset.attrs["exact"] else "training"
+    given = f", given {dataset.attrs['given']}" if dataset.attrs["given"] else ""
+    lead = [
+        f"{len(table)} data, ranked among {dataset.sizes['calibration']} {kind} data by "
+        f"{', '.join(map(str, dataset['score'].values))}{given}. An ordinary datum has a p-value "
+        "up to a level with at most that probability."
+    ]
+    drawing = Drawing(
+        lambda: plot_outliers(dataset), "Two scores of each datum over those of ordinary ones."
+    )
+    caption = f"The {len(shown)} strangest data: p-value of all scores, each score, and its own"
+    found = {"": choosing.of_outliers(dataset)}
+    return Section("Outliers", lead, found, [Table(_rows(shown), caption)], [drawing])
+
+
+def _rows(table: pd.DataFrame) -> list[list[str]]:
+    """Return a table as rows, with its p-values to two digits and verdicts in words."""
+    shown = table.copy()
+    for name in map(str, table.columns):
+        if name == "p_value" or name.startswith("p_") or name == "adjusted_p_value":
+            shown[name] = [f"{value:.2g}" for value in table[name]]
+        elif table[name].dtype == bool:
+            shown[name] = ["yes" if value else "no" for value in table[name]]
+    return markup.cells(shown)

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from pyro_vae.diagnostics.conformal import Conformal, benjamini_hochberg
+from pyro_vae.diagnostics.conformal import Conformal, benjamini_hochberg, chance_of_as_many
 
 
 def by_hand(calibration, new, two_sided):
@@ -68,3 +69,30 @@ def test_adjusted_p_values_are_those_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     p = np.random.default_rng(0).uniform(size=50) ** 3
     np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "calibration", "level"),
+    [(0, 10, 50, 0.05), (1, 10, 50, 0.05), (6, 100, 200, 0.05), (3, 3, 19, 0.05), (9, 40, 99, 0.2)],
+)
+def test_the_chance_of_as_many_is_beta_binomial(count, size, calibration, level):
+    """As SciPy has it."""
+    k = int(level * (calibration + 1) + 1e-9)
+    found = chance_of_as_many(count, size, calibration, level)
+    expected = stats.betabinom.sf(count - 1, size, k, calibration + 1 - k)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_chance_of_as_many_by_counting():
+    """Of 20,000 draws of 30 calibration and 20 new data, to 4 standard errors."""
+    rng = np.random.default_rng(0)
+    old, new = rng.random((20_000, 30)), rng.random((20_000, 20))
+    p_values = (1 + (old[:, :, None] >= new[:, None]).sum(1)) / 31
+    share = float(((p_values <= 0.1).sum(1) >= 4).mean())
+    expected = chance_of_as_many(4, 20, 30, 0.1)
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 20_000) ** 0.5
+
+
+def test_chances_at_the_edges():
+    assert chance_of_as_many(1, 10, 10, 0.01) == 0  # no p-value is so small
+    assert chance_of_as_many(10, 10, 10, 1.0) == 1

@@ -9,8 +9,17 @@ import xarray as xr
 
 import pyro_vae as pv
 from pyro_vae.evaluation.saved import kind_of, report, report_of_files
+from tests.evaluation.off_guides import GUIDES, MODEL
 from tests.models import factor_analysis
-from tests.report.cases import comparison_dataset, repair_dataset, sandwich_dataset
+from tests.report.cases import (
+    calibration_dataset,
+    comparison_dataset,
+    coverage_dataset,
+    models_dataset,
+    outliers_dataset,
+    repair_dataset,
+    sandwich_dataset,
+)
 
 matplotlib.use("Agg")
 
@@ -34,6 +43,36 @@ def test_real_results_are_known_and_round_trip(tmp_path):
         assert kind_of(dataset) == name
         dataset.to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
     assert report_of_files([tmp_path]) == report(datasets)
+
+
+def test_the_other_results_are_known_and_round_trip(tmp_path):
+    """Of sbc, coverage, compare_models and outliers; their own page is that of the report."""
+    guide = GUIDES["exact"]
+    x = 2**0.5 * torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    few = {"num_simulations": 40, "num_draws": 19, "seed": 0}
+    options = {"rungs": ("importance",), "num_particles": 1000, "seed": 0, "progress": False}
+    found = {
+        "calibration": pv.sbc(MODEL, guide, x, **few),
+        "coverage": pv.coverage(MODEL, guide, x, **few),
+        "models": pv.compare_models({"a": (MODEL, guide), "b": (MODEL, guide)}, x, **options),
+        "outliers": pv.outliers(MODEL, guide, x, calibration=x + 0.1, num_particles=50, seed=0),
+    }
+    datasets = {name: result.dataset for name, result in found.items()}
+    for name, result in found.items():
+        assert kind_of(result.dataset) == name
+        result.dataset.to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+        assert result.to_html(tmp_path / "own.html", title="Report of posteriors") == report(
+            {name: result.dataset}
+        )
+        assert "<table>" in result._repr_html_()
+    text = report_of_files([tmp_path])
+    assert text == report(datasets)
+    assert all(finding.text for result in found.values() for finding in result.findings())
+
+
+def test_several_results_of_a_kind_are_named():
+    text = report({"tight": coverage_dataset(off=-0.2), "good": coverage_dataset()})
+    assert "Coverage of credible regions: tight" in text
 
 
 def test_of_a_folder_other_files_are_left_out(tmp_path):
@@ -76,6 +115,17 @@ def test_bad_input(tmp_path):
             report({"mine": dataset})
 
 
-@pytest.mark.parametrize("dataset", [repair_dataset(), sandwich_dataset()], ids=["repair", "bdmc"])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        repair_dataset(),
+        sandwich_dataset(),
+        calibration_dataset(),
+        coverage_dataset(),
+        models_dataset({"a": 0.0, "b": 1.0}),
+        outliers_dataset(),
+    ],
+    ids=["repair", "bdmc", "calibration", "coverage", "models", "outliers"],
+)
 def test_each_kind_alone(dataset):
     assert report({"it": dataset}).count("<h2>") == 3

@@ -6,10 +6,22 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
+from pyro_vae.evaluation.calibration import Calibration
 from pyro_vae.evaluation.comparison import Comparison
+from pyro_vae.evaluation.coverage import Coverage
+from pyro_vae.evaluation.model_comparison import ModelComparison
+from pyro_vae.evaluation.outliers import Outliers
 from pyro_vae.evaluation.repair import Repair
 from pyro_vae.report import sections
-from tests.report.cases import comparison_dataset, repair_dataset, sandwich_dataset
+from tests.report.cases import (
+    calibration_dataset,
+    comparison_dataset,
+    coverage_dataset,
+    models_dataset,
+    outliers_dataset,
+    repair_dataset,
+    sandwich_dataset,
+)
 
 matplotlib.use("Agg")
 
@@ -69,3 +81,30 @@ def test_a_sandwich():
     found = rows(sections.of_sandwich(dataset).tables[0])
     assert found["lower"] == ["-8.025 ± 0.004"] and found["width"] == ["0.050 ± 0.004"]
     assert np.isclose(float(dataset["lower"].mean()), -8.025)
+
+
+def test_ranks_and_coverage():
+    dataset = calibration_dataset(spread=1.5)
+    found = rows(sections.of_calibration(dataset, Calibration(dataset).summary()).tables[0])
+    assert found["z[0]"] == ["1e-09", "4e-09", "0.000 ± 0.020", "1.500 ± 0.030"]
+    dataset = coverage_dataset(off=-0.2)
+    found = rows(sections.of_coverage(dataset, Coverage(dataset).summary()).tables[0])
+    assert found["density"][2:] == ["0.300 ± 0.010", "0.600 ± 0.010", "0.750 ± 0.010"]
+
+
+def test_models():
+    dataset = models_dataset({"small": 0.0, "large": 1.0})
+    found = sections.of_models(dataset, ModelComparison(dataset).summary())
+    table = rows(found.tables[0])
+    assert table["small"][0] == "-5.000 ± 0.001" and table["small"][-2:] == ["0", "worse"]
+    assert table["small"][1] == "-1.000 ± 0.001" and table["large"][-1] == "best"
+    assert "'large'" in found.drawings[0].draw().get_title(loc="left")
+    plt.close("all")
+
+
+def test_outliers():
+    dataset = outliers_dataset(found=12)
+    found = sections.of_outliers(dataset, Outliers(dataset).summary())
+    table = rows(found.tables[0])
+    assert len(table) == 13 and table["88"][:3] == ["0.01", "yes", "-50"]
+    assert "200 calibration data" in found.lead[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
+from pyro_vae.report import choosing, sections
+from pyro_vae.report.findings import Finding
+from pyro_vae.report.page import page, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,6 +81,20 @@ class Outliers:
         from pyro_vae.plots.outliers import plot_outliers
 
         return plot_outliers(self.dataset, ax)
+
+    def findings(self) -> list[Finding]:
+        """Return what the numbers say in plain words, the worst first."""
+        return choosing.of_outliers(self.dataset)
+
+    def to_html(self, path: str | Path | None = None, title: str = "Outliers") -> str:
+        """Return a page of findings, a table and a figure; needs the extra ``plots``.
+
+        Args:
+            path: a file to write it to as well.
+            title: of the page.
+        """
+        section = sections.of_outliers(self.dataset, self.summary())
+        return written(page(title, [section]), path)
 
     def __repr__(self) -> str:
         head, *notes = self._notes()
