@@ -12,6 +12,7 @@ import pyro
 from numpy.typing import ArrayLike
 
 from pyro_vae.arviz_versions import Container, container, datasets, read
+from pyro_vae.export.covariates import covariates
 from pyro_vae.export.draws import Draws, Groups, GuideDraws, Resampling
 from pyro_vae.export.groups import GroupMaker, joined
 from pyro_vae.export.marginal import Integrals, Marginal
@@ -57,7 +58,8 @@ def to_arviz(
     - sample_stats: log_p = log p(x, z), log_q, log_weight, per datum;
     - prior, and with ``predictive`` posterior_predictive and prior_predictive. Without, no
       observed site is drawn, and a latent's prior is that given the observed sites before it;
-    - observed_data; constant_data: pareto_k and ess of each datum's importance weights.
+    - observed_data; constant_data: pareto_k and ess of each datum's importance weights, and the
+      model's arguments that are not observed (covariates, offsets, masks), by their names.
 
     Draws are independent of one another: ``az.summary`` gives an R-hat of 1, or nan of one chain,
     and an effective sample size of about their number for any guide, good or bad; the attribute
@@ -95,7 +97,8 @@ def to_arviz(
             (:mod:`pyro_vae.diagnostics.verdict`) do not bring them there: a warning and the
             attribute ``doubt`` say for how many data and why.
         coords: dimension name to labels; "datum" labels the data.
-        dims: variable name to the names of its dimensions after (chain, draw, datum).
+        dims: variable name to the names of its dimensions after (chain, draw, datum); of an
+            argument after datum.
         data_plate: as in :func:`pyro_vae.log_weights`; with ``log_likelihood="marginal"``, which
             treats the batch as one datum, the name of the plate of the data, if it is not plain.
         predictive: whether to draw new data as well.
@@ -240,6 +243,8 @@ class _Assembly:
         self._whole = evaluator.structure.data_plate is None
         # Where all is one datum it has no dimension but in constant_data, and not a plate's name.
         self._datum = "batch" if self._whole and _DATUM in plates else _DATUM
+        constants = ["pareto_k", "ess", *getattr(export.draws, "of_data", {}), "marginal_se"]
+        self._arguments = covariates(evaluator, [*constants, self._datum, *plates])
         labels = (export.coords or {}).get(_DATUM, np.arange(evaluator.num_data))
         self._labels = np.asarray(labels)
         if not self._whole and len(self._labels) != evaluator.num_data:
@@ -271,6 +276,7 @@ class _Assembly:
         constants = dict(self._export.draws.constants())
         if self._integrals is not None:
             constants["marginal_se"] = self._integrals.of_data
+        constants |= self._arguments
         return {"observed_data": self.maker.observed, "constant_data": constants}
 
     def names(self, drawn: Groups) -> dict[str, list[str]]:
@@ -283,7 +289,23 @@ class _Assembly:
         if self._marginal is not None:
             of_plate = ("log_likelihood/marginal", "constant_data/marginal_se")
             names |= {name: [self._marginal.dim] for name in of_plate}
-        return {**names, **self.maker.dims(lead, self._export.dims or {})}
+        given, batch = dict(self._export.dims or {}), self._export.evaluator.batch
+        alone = set(self._arguments) - set(self.maker.names)  # no site has the name
+        sites = self.maker.dims(lead, {n: d for n, d in given.items() if n not in alone})
+        for name, value in self._arguments.items():
+            own = [self._datum] if value.ndim and batch.has_rows and not self._whole else []
+            rest = value.ndim - len(own)
+            tail = [f"{name}_dim_{i}" for i in range(rest)]
+            if name in alone and len(given.get(name, tail)) != rest:
+                raise ValueError(
+                    f"dims[{name!r}]={list(given[name])}: {rest} names are needed, for the "
+                    f"dimensions of this argument after {own}"
+                )
+            names[f"constant_data/{name}"] = [
+                *own,
+                *(given[name] if name in alone & set(given) else tail),
+            ]
+        return {**names, **sites}
 
     def coords(self, rows: slice = slice(None)) -> dict[str, ArrayLike]:
         """Return the labels of dimensions, of some of the data."""

@@ -47,6 +47,11 @@ class GroupMaker:
         """The deterministic sites without a value for each datum, though there are several."""
         return [site.name for site in self.deterministic if site.data_axis is None]
 
+    @property
+    def names(self) -> list[str]:
+        """All sites, deterministic ones too once a block was made."""
+        return [*self._evaluator.structure.sites, *(site.name for site in self.deterministic)]
+
     def __call__(self, pieces: Iterable[Piece]) -> tuple[slice, Groups]:
         """Return the data of a block, and their groups: arrays [S, N, ...].
 

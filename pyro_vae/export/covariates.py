@@ -1,0 +1,98 @@
+"""Arguments of a model that no observed site holds: covariates, offsets, lengths, masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.sites import Site
+from pyro_vae.programs.state import unwrapped
+from pyro_vae.programs.types import Program
+
+_ONE_BY_ONE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def covariates(evaluator: Evaluator, taken: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arguments that are numbers and not observed, by their names in the model.
+
+    An argument is observed if it has the memory or the values of an observed site. One without a
+    name (``*args``) is ``argument_<position>``; one whose name is taken has that put in front.
+
+    Args:
+        evaluator: of the pair and its batch.
+        taken: names that are in use.
+    """
+    taken = set(taken)
+    seen = [site for site in evaluator.structure.observed if isinstance(site.value, Tensor)]
+    found = {}
+    for name, value in _named(evaluator.pair.model, evaluator.batch):
+        if isinstance(value, Tensor):
+            numbers = value.layout == torch.strided and not value.is_complex()
+            if numbers and not any(_holds(value, each) for each in seen):
+                found[f"argument_{name}" if name in taken else name] = value.numpy(force=True)
+        elif isinstance(value, int | float):
+            found[f"argument_{name}" if name in taken else name] = np.asarray(value)
+    return found
+
+
+def _named(model: Program, batch: Batch) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments with their names."""
+    names = _parameters(model)
+    for position, value in enumerate(batch.args):
+        yield names[position] if position < len(names) else f"argument_{position}", value
+    yield from batch.kwargs.items()
+
+
+def _parameters(model: Program) -> list[str]:
+    """Return the names of a model's positional arguments, those of the model in a wrapper of it."""
+    inner: Any = unwrapped(model)
+    while True:
+        call = inner.forward if isinstance(inner, nn.Module) else inner
+        try:
+            parameters = inspect.signature(call).parameters.values()
+        except (TypeError, ValueError):  # of a built-in: nothing says
+            return []
+        names = [each.name for each in parameters if each.kind in _ONE_BY_ONE]
+        wrapped = getattr(inner, "model", None)
+        if names or not callable(wrapped):
+            return names
+        inner = unwrapped(wrapped)
+
+
+def _holds(argument: Tensor, site: Site) -> bool:
+    """Return whether an observed value is a part of an argument, or equal to it where it counts."""
+    observed: Tensor = site.value
+    if not observed.numel() or not argument.numel():
+        return False
+    last = sum((n - 1) * step for n, step in zip(observed.shape, observed.stride(), strict=True))
+    ends = (observed.data_ptr() + observed.element_size() * offset for offset in (0, last))
+    if argument.dtype == observed.dtype and all(_has_address(argument, end) for end in ends):
+        return True
+    if argument.numel() != observed.numel():
+        return False
+    value = argument.reshape(observed.shape)
+    free = value.isnan() | site.left_out.broadcast_to(observed.shape)
+    return bool(((value.to(observed) == observed) | free).all())
+
+
+def _has_address(argument: Tensor, address: int) -> bool:
+    """Return whether a tensor has an element at an address of memory.
+
+    Columns of one table share their memory, and are arguments of their own.
+    """
+    rest, odd = divmod(address - argument.data_ptr(), argument.element_size())
+    if rest < 0 or odd:
+        return False
+    steps = sorted(zip(argument.stride(), argument.shape, strict=True), reverse=True)
+    for step, size in steps:
+        if step:
+            place = min(rest // step, size - 1)
+            rest -= place * step
+    return rest == 0
