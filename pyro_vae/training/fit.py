@@ -25,9 +25,10 @@ from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
 from pyro_vae.training.callbacks import CallbackLike, Callbacks
+from pyro_vae.training.clipping import Clip
 from pyro_vae.training.fit_result import FitResult, FitStop
 from pyro_vae.training.minibatches import TrainingData
-from pyro_vae.training.steps import TrainingSteps, Validation
+from pyro_vae.training.steps import OnNan, TrainingSteps, Validation
 from pyro_vae.training.stopping import Plateau
 from pyro_vae.training.trainer import Trainer
 
@@ -57,6 +58,9 @@ def fit(
     callbacks: Iterable[CallbackLike] = (),
     data_plate: DataPlate = None,
     drop_last: bool = False,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    on_nan: OnNan = "raise",
 ) -> FitResult:
     r"""Train a model/guide pair by stochastic variational inference.
 
@@ -128,6 +132,13 @@ def fit(
             the data, and ELBOs are of the whole.
         drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
             which data it would have held is another matter in each epoch.
+        clip_norm: the largest norm of the gradients of all parameters together; longer ones are
+            shortened, as by torch.nn.utils.clip_grad_norm_.
+        clip_value: the largest number in a gradient, as in torch.nn.utils.clip_grad_value_.
+        on_nan: what becomes of a step whose loss or gradient is not finite. "raise" ends training
+            with an error. "skip" leaves parameters, the optimizer's moments and buffers as they
+            were, warns, counts the step, and goes on; after 20 in a row, and where a parameter is
+            not finite, it ends like "raise".
 
     Returns:
         A FitResult.
@@ -165,6 +176,7 @@ def fit(
     loss = ELBO() if loss is None else loss
     _check_loss(loss, schedule)
     check_compile(compile)
+    clip = Clip(clip_norm, clip_value)
     _check_folder(checkpoint)
     for module in filter(None, map(module_of, (model, guide) if device is not None else ())):
         module.to(device)
@@ -178,7 +190,9 @@ def fit(
     by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
     total = min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
     with one_thread(), seeded(training.batch.device, seed):
-        steps = TrainingSteps(training, loss, optim, schedule, compile, total)
+        steps = TrainingSteps(
+            training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
+        )
         validation = None if held_out is None else Validation(steps, held_out, seed)
         result = Trainer(steps, validation, limits, plateau, called, checkpoint).run(progress)
     if isinstance(guide, RowGuide):

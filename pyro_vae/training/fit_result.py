@@ -50,6 +50,8 @@ class FitResult:
         elapsed: seconds spent in training and validation, likewise.
         best_epoch: the epoch whose parameters the model and guide now hold, when
             validation data were given; otherwise the last.
+        skipped: steps whose loss or gradient was not finite, which moved nothing
+            (``on_nan="skip"``).
         promised: of a LocalGuide of all data jointly (data_plate=False): about how many nats its
             ELBO is below the optimum, by the slope that is left, and the standard error; else nan.
 
@@ -64,6 +66,7 @@ class FitResult:
     steps: int
     elapsed: float
     best_epoch: int
+    skipped: int = 0
     promised: tuple[float, float] = math.nan, math.nan
 
     @property
@@ -74,7 +77,7 @@ class FitResult:
         than 64 epochs. A rise within the errors is no proof of an optimum: noise of a constant
         learning rate keeps an ELBO from it. :func:`pyro_vae.refine` says whether rows are there.
         """
-        elbos = self.history["elbo"]
+        elbos = [elbo for elbo in self.history["elbo"] if not math.isnan(elbo)]
         size = len(elbos) // (4 * _BATCHES)
         if size < 2:
             return math.nan, math.nan
@@ -99,9 +102,10 @@ class FitResult:
 
     def __repr__(self) -> str:
         epochs = len(self.history["epoch"])
+        skipped = f", skipped={self.skipped}" if self.skipped else ""
         last = f", elbo={self.history['elbo'][-1]:.4f}" if epochs else ""
         last += f", unfinished: {self.unfinished}" if self.unfinished else ""
         return (
-            f"FitResult(stopped_by={self.stopped_by!r}, epochs={epochs}, steps={self.steps}, "
-            f"elapsed={self.elapsed:.1f}s{last})"
+            f"FitResult(stopped_by={self.stopped_by!r}, epochs={epochs}, steps={self.steps}"
+            f"{skipped}, elapsed={self.elapsed:.1f}s{last})"
         )

@@ -324,7 +324,7 @@ class MinibatchELBO(NamedTuple):
 
     Attributes:
         value: in nats per datum.
-        size: for how many data it counts in a mean.
+        size: for how many data it counts in a mean; 0 for a step that was skipped.
     """
 
     value: float
@@ -339,12 +339,16 @@ def mean_elbo(elbos: Sequence[MinibatchELBO]) -> tuple[float, float]:
         \mathrm{se}^2 = \frac{B}{B - 1} \frac{\sum_b n_b^2 (e_b - \bar e)^2}{(\sum_b n_b)^2}
 
     Args:
-        elbos: of B minibatches; the standard error is nan for a single one.
+        elbos: of B minibatches, skipped ones aside; the standard error is nan for a single one,
+            and both are for none.
 
     Returns:
         Mean and standard error, in nats per datum.
     """
+    elbos = [elbo for elbo in elbos if elbo.size]
     count, total = len(elbos), sum(elbo.size for elbo in elbos)
+    if not count:
+        return math.nan, math.nan
     mean = sum(elbo.value * elbo.size for elbo in elbos) / total
     if count < 2:
         return mean, math.nan

@@ -180,15 +180,18 @@ def _check_plain(optim: Any) -> None:
     """Raise ValueError for a pyro.optim object that one torch optimizer cannot stand for."""
     if isinstance(optim, pyro.optim.PyroLRScheduler):
         what = "a learning rate scheduler"
+        advice = "a scheduler of torch.optim.lr_scheduler, made with it, among the callbacks of fit"
     elif not isinstance(optim.pt_optim_args, dict):
         what = "arguments that are a function of the parameter"
+        advice = "its groups of parameters say the same"
     elif optim.pt_clip_args:
         what = "clip_args"
+        advice = "fit(clip_norm=...), or pyro.optim.ClippedAdam({...}), clips gradients"
     else:
         return
     raise ValueError(
         f"optim: a pyro.optim object with {what} cannot be translated; pass a function from "
-        "parameters to a torch optimizer (to clip gradients, pyro.optim.ClippedAdam({...}))"
+        f"parameters to a torch optimizer, or a torch optimizer ({advice})"
     )
 
 

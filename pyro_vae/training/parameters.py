@@ -109,6 +109,12 @@ class Parameters:
         others = (buffer for key, buffer in found.items() if key not in held)
         return {str(number): buffer for number, buffer in enumerate(others)}
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of all modules."""
+        held = [buffer for module in self._modules.values() for buffer in module.buffers()]
+        return [*held, *self._buffers.values()]
+
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""
         self._first.commit()

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
+from pyro_vae.torch_internals import copy_all
+from pyro_vae.training.clipping import Clip
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
 from pyro_vae.training.optimizers import make_optimizer, parameters_in
 from pyro_vae.training.parameters import Parameters, State, all_finite
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Where work is queued while Python goes on. To read a number there is to wait for all of it.
 _QUEUED = frozenset({"cuda"})
 _READ_EVERY = 50  # steps there
+_MAX_SKIPPED = 20  # steps in a row
+
+OnNan: TypeAlias = Literal["raise", "skip"]
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -60,6 +65,41 @@ class _Start:
     random_state: state.RandomState
 
 
+class _NotFiniteError(Exception):
+    """The loss or a gradient of a step is not finite."""
+
+    def __init__(self, what: str, sites: list[str] | None = None) -> None:
+        super().__init__(what)
+        self.what, self.sites = what, sites
+
+
+class _Carried:
+    """What steps write to, parameters and the optimizer's state aside, to come back to.
+
+    Buffers, such as running means, and the state of the loss.
+    """
+
+    def __init__(self, parameters: Parameters, objective: Objective | None) -> None:
+        self._objective = objective
+        self._tensors = [*parameters.buffers, *([] if objective is None else objective.carried)]
+        self._values = [tensor.clone() for tensor in self._tensors]
+        self._state = {} if objective is None else objective.state_dict()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back."""
+        if self._tensors:
+            copy_all(self._tensors, self._values)
+        if self._objective is not None:
+            self._objective.load_state_dict(self._state)
+
+    @torch.no_grad()
+    def restore_where(self, failed: Tensor) -> None:
+        """Go back where a number on the device is not zero."""
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.copy_(torch.where(failed.bool(), value, tensor))
+
+
 class TrainingSteps:
     """Takes the steps of training, each on a minibatch.
 
@@ -75,9 +115,12 @@ class TrainingSteps:
         schedule: from a step, counted from 0, to the factor on the latent terms; or None.
         compile: as in :func:`pyro_vae.fit`.
         expected: steps in all, which decide whether compiling pays; None where not known.
+        clip: how gradients are clipped.
+        on_nan: as in :func:`pyro_vae.fit`.
 
     Attributes:
         taken: steps so far.
+        skipped: those of them that moved nothing.
         epochs: that were :meth:`remember`-ed.
         parameters: of model and guide.
         last: their state at the end of the last epoch.
@@ -97,8 +140,14 @@ class TrainingSteps:
         schedule: Callable[[int], float] | None,
         compile: Compile,
         expected: int | None = None,
+        *,
+        clip: Clip | None = None,
+        on_nan: OnNan = "raise",
     ) -> None:
-        self.data = data
+        if on_nan not in ("raise", "skip"):
+            raise ValueError(f'on_nan={on_nan!r}: "raise" or "skip" is needed')
+        self.data, self._clip, self._skips = data, clip, on_nan == "skip"
+        self.skipped = self._in_a_row = 0
         self.model, self.guide = model, guide = data.model, data.guide
         self.loss, self.schedule, self.compile, self.expected = loss, schedule, compile, expected
         self.objective = loss if isinstance(loss, Objective) else None
@@ -148,7 +197,9 @@ class TrainingSteps:
         """Make the optimizer, now that all parameters have their first values."""
         self.last = self.parameters.state()
         trained = self.parameters.trained
-        update = self._update = Update(make_optimizer(self._optim, trained))
+        update = self._update = Update(
+            make_optimizer(self._optim, trained), self._clip, lasting=not self._skips
+        )
         device, *others = {parameter.device for parameter in trained}
         fused = all(group.get("fused") for group in update.optimizer.param_groups)
         # Only fused optimizers look at the mark: with others, the parameters would be lost.
@@ -228,6 +279,19 @@ class TrainingSteps:
 
     def _take(self, start: _Start, batch: Batch) -> None:
         self.drop_gradients()
+        carried = _Carried(self.parameters, self.objective) if self._skips else None
+        try:
+            self._move(start, batch, carried)
+        except _NotFiniteError as error:
+            if carried is not None:
+                carried.restore()
+            self._fail(error.what, start, error.sites, error.__cause__)
+            # An eager step may have been broken off before its last draw, one of a graph was not.
+            state.set_random_state(start.random_state)
+            torch.manual_seed(int(torch.randint(2**62, ())))
+
+    def _move(self, start: _Start, batch: Batch, carried: _Carried | None) -> None:
+        """Take a step; raise _NotFiniteError where that is known at once."""
         loss = self._run(start, batch)
         update = self._update
         if update is None:  # parameters that were late exist now
@@ -236,11 +300,14 @@ class TrainingSteps:
             update = self._begin()
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
-            self._check(float(loss), start)
+            self._check(float(loss))
+            self._in_a_row = 0
             self._elbos.append(self.data.elbo(float(loss), start.size))
         update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
         if failed is not None:
+            if carried is not None:
+                carried.restore_where(failed)
             loss = torch.as_tensor(loss, dtype=torch.float64, device=failed.device)
             outcome = torch.stack([loss.detach().reshape(()), failed.double()])
             kept = start if self.data.source.streamed else replace(start, batch=None)
@@ -255,7 +322,7 @@ class TrainingSteps:
             self._look()
             # A distribution refuses NaN itself, before there is a loss.
             if sites := self._non_finite_sites(start):
-                raise self._failure("the loss", start, sites) from error
+                raise _NotFiniteError("the loss", sites) from error
             error.add_note(f"in step {self.taken + 1} of training")
             if "more than 1 value per channel" in str(error):
                 what = "a minibatch of 1 datum, which BatchNorm in training mode cannot normalize"
@@ -282,13 +349,15 @@ class TrainingSteps:
         for (start, _), (loss, failed) in zip(unread, outcomes, strict=True):
             if failed:
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
-                raise self._failure(what, start)
+                self._fail(what, start)
+                continue
+            self._in_a_row = 0
             self._elbos.append(self.data.elbo(loss, start.size))
 
-    def _check(self, loss: float, start: _Start) -> None:
+    def _check(self, loss: float) -> None:
         """Raise an error for a loss or gradients that are not finite, or where there are none."""
         if not math.isfinite(loss):
-            raise self._failure(f"the loss ({loss})", start)
+            raise _NotFiniteError(f"the loss ({loss})")
         health = self._traced.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
@@ -297,18 +366,46 @@ class TrainingSteps:
             what = "the loss has no gradient by any parameter of the optimizer. Pyro's losses need"
             raise ValueError(f"{what} modules registered, by pyro.module or as a PyroModule")
         if not all_finite(gradients):
-            raise self._failure("the gradient", start)
+            raise _NotFiniteError("the gradient")
+
+    def _fail(
+        self,
+        what: str,
+        start: _Start,
+        sites: list[str] | None = None,
+        cause: BaseException | None = None,
+    ) -> None:
+        """Count a step that is not finite as skipped, or raise NonFiniteLossError."""
+        if not self._skips or not self.parameters.finite():
+            raise self._failure(what, start, sites) from cause
+        self._in_a_row += 1
+        if self._in_a_row > _MAX_SKIPPED:
+            error = self._failure(what, start, sites)
+            error.add_note(f"on_nan='skip': the {_MAX_SKIPPED} steps before it were skipped too")
+            raise error from cause
+        self.skipped += 1
+        if self.skipped == 1:  # to find the sites is to run the step again
+            sites = self._non_finite_sites(start) if sites is None else sites
+            where = f", at sites {', '.join(sites)}" if sites else ""
+            text = "%s of step %d is not finite%s: it is skipped, and so are others like it"
+            logger.warning(text, what, start.number, where)
+        self._elbos.append(MinibatchELBO(math.nan, 0))
+        self.drop_gradients()
+        self.taken = max(self.taken, start.number)
 
     def _non_finite_sites(self, start: _Start) -> list[str]:
         """Return the sites whose term is not finite, rerunning the step from its random state."""
         source = self.data.source
         batch = source.minibatch(start.index) if start.batch is None else start.batch
+        after = state.random_state()
         state.set_random_state(start.random_state)
         try:
             with self.data.rows(start.index):
                 return non_finite_sites(self.model, self.guide, source.drawn(batch))
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller's error is about that one
+        finally:
+            state.set_random_state(after)
 
     def _failure(
         self, what: str, start: _Start, sites: list[str] | None = None

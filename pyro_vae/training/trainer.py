@@ -40,6 +40,7 @@ class Progress:
     elapsed: float = 0.0
     best_elbo: float = -math.inf
     best_epoch: int = 0
+    skipped: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in _HISTORY})
 
 
@@ -85,7 +86,11 @@ class Trainer:
             logger.warning(text, state.step, kept)
         if short := shortfall(schedule, state.step):
             logger.warning("training ended (%s) at %s", stopped_by, short)
-        return FitResult(state.history, stopped_by, state.step, state.elapsed, state.best_epoch)
+        if state.skipped:
+            text = "%d of %d steps had a loss or a gradient that was not finite, and were skipped"
+            logger.warning(text, state.skipped, state.step)
+        counts = state.step, state.elapsed, state.best_epoch, state.skipped
+        return FitResult(state.history, stopped_by, *counts)
 
     def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
         state = self.state
@@ -111,7 +116,7 @@ class Trainer:
         def read() -> None:
             elbos.extend(self.steps.read())
             bar.update(self.steps.taken - state.step)
-            state.step = self.steps.taken
+            state.step, state.skipped = self.steps.taken, self.steps.skipped
             # At each step, because the time of an epoch that is broken off counts too.
             state.elapsed = time.perf_counter() - begin
             self._show(bar, mean_elbo(elbos[-_SHOWN:])[0], refresh=False)
@@ -185,6 +190,7 @@ class Trainer:
             raise ValueError(f"{written} the optimizer {there}, not {here}")
         progress = self.state = Progress(**content["progress"])
         steps.resume(content["last"], progress.step, progress.epoch)
+        steps.skipped = progress.skipped
         schedulers = checkpoints.schedulers_of(self.callbacks.given, steps.optimizer)
         saved = content.get("schedulers", [])
         if len(saved) != len(schedulers):

@@ -16,6 +16,7 @@ from pyro_vae.compiler.captured import Place, Unchanged
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from pyro_vae.torch_internals import copy_all, has_step_hooks, largest_magnitudes
+from pyro_vae.training.clipping import Clip
 from pyro_vae.training.optimizers import PyroLink, drop_gradients, parameters_in
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,21 @@ class Update:
 
     Args:
         optimizer: a torch optimizer.
+        clip: how the gradients of a step are clipped.
+        lasting: whether a mark of failure stays for all later steps; else it is of the last one.
 
     Attributes:
         failed: for losses that are read later: a number, 0-dimensional, that becomes one with a
-            loss or a gradient that is not finite and stays so; a fused optimizer skips its update
+            loss or a gradient that is not finite; a fused optimizer skips its update
             then, as after loss scaling. None where failures are not marked.
 
     Raises:
         ValueError: for an optimizer that evaluates the loss itself.
     """
 
-    def __init__(self, optimizer: optim.Optimizer) -> None:
+    def __init__(
+        self, optimizer: optim.Optimizer, clip: Clip | None = None, *, lasting: bool = True
+    ) -> None:
         closure = inspect.signature(optimizer.step).parameters["closure"]
         if closure.default is inspect.Parameter.empty:
             raise ValueError(
@@ -56,6 +61,7 @@ class Update:
             )
         self.optimizer = optimizer
         self.failed: Tensor | None = None
+        self._clip, self._lasting = clip, lasting
         self._link: PyroLink | None = vars(optimizer).get("pyro_link")
         self._takes_sparse = isinstance(optimizer, optim.SparseAdam)
         self._graphs: dict[Hashable, Graph] = {}
@@ -186,18 +192,27 @@ class Update:
         """Take the optimizer's step; mark a failure where failures are marked."""
         optimizer: Any = self.optimizer
         if self.failed is None:
+            self._clip_gradients()
             optimizer.step()
             return
         gradients = [p.grad for p in self._moved() if p.grad.numel()]
         largest = largest_magnitudes(gradients) if gradients else []
         loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
         finite = torch.stack([loss, *largest]).isfinite().all()
-        self.failed.copy_(torch.maximum(self.failed, (~finite).to(self.failed)))
+        failed = (~finite).to(self.failed)
+        self.failed.copy_(torch.maximum(self.failed, failed) if self._lasting else failed)
+        self._clip_gradients()
         optimizer.found_inf = self.failed
         try:
             optimizer.step()
         finally:
             del optimizer.found_inf
+
+    def _clip_gradients(self) -> None:
+        """Clip the gradients that the parameters have, where that is wanted."""
+        if self._clip:
+            moved = self._moved()
+            _set_gradients(moved, self._clip([parameter.grad for parameter in moved]))
 
     def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Return a gradient as the optimizer takes it, sparse or not; raise where it cannot."""

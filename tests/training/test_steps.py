@@ -171,3 +171,122 @@ def test_a_validation_row_that_overflows_is_named(compile):
     with pytest.raises(pv.NonFiniteLossError, match=r"validation_data: .* rows 9 \(1 of") as caught:
         run(x, guide, validation_data=held_out, batch_size=8, epochs=2, compile=compile)
     assert caught.value.sites == ["'x' of the model"]
+
+
+# --- on_nan="skip" -------------------------------------------------------------------------
+
+
+class Flaky(nn.Module):
+    """A model that is not finite on batches that hold a large number; with a running mean."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        pyro.module("flaky", self)
+        bad = (x.abs() > 50).any()
+        if self.training and torch.is_grad_enabled():
+            self.mean.mul_(0.9).add_(0.1 * x.mean() + torch.where(bad, math.nan, 0.0))
+        poison = torch.where(bad, self.shift - self.shift, 1.0)
+        scale = poison.sqrt() if self.how == "gradient" else poison.log().exp()
+        scale = torch.where(bad & (self.how == "gradient"), scale + 1, scale)
+        scale = scale * torch.where(bad & (self.how == "nan"), math.nan, 1.0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.shift + x.new_zeros(1), 1.0).to_event(1))
+            with pyro.validation_enabled(False):
+                pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+
+def flaky_fit(how, batches, **options):
+    """Train on minibatches of 4 in order, as a DataLoader gives them."""
+    loader = torch.utils.data.DataLoader(torch.cat(batches), batch_size=4)
+    pair = Flaky(how), None
+    pair = pair[0], make_guide(batches[0], fn=pair[0])
+    options = {"optim": lambda ps: torch.optim.Adam(ps, lr=0.05, fused=True)} | options
+    return pv.fit(*pair, loader, on_nan="skip", progress=False, **options), pair
+
+
+def batch(seed, bad=False):
+    found = make_data(4, seed=seed)
+    return torch.full_like(found, 100.0) if bad else found
+
+
+@pytest.mark.parametrize("how", ["gradient", "nan"])
+@pytest.mark.parametrize("compile", [False, "replay"])
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's own
+def test_a_step_that_is_skipped_moves_nothing(how, compile, caplog):
+    """Steps 1, 4 and 7 of 8 are bad, of SGD on losses without draws: as if they were not there.
+
+    Without their moments, running means, and learning.
+    """
+    good = [batch(seed) for seed in range(5)]
+    bad = batch(0, bad=True)
+    mixed = [bad, *good[:2], bad, *good[2:4], bad, good[4]]
+    still = {"epochs": 2, "compile": compile, "seed": None}
+
+    def fit(batches):
+        torch.manual_seed(0)
+        loss = Still()
+        return flaky_fit(how, batches, loss=loss, **still)
+
+    result, pair = fit(mixed)
+    wanted, other = fit(good)
+    assert result.skipped == 6 and wanted.skipped == 0
+    assert result.steps == 16 and wanted.steps == 10
+    for one, two in zip(pair, other, strict=True):
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(value, two.state_dict()[name], msg=name)
+    assert result.history["elbo"] == pytest.approx(wanted.history["elbo"])
+    assert "skipped=6" in repr(result)
+    assert "of step 1 is not finite" in caplog.text
+    assert "6 of 16 steps had a loss or a gradient that was not finite" in caplog.text
+
+
+class Still(Trace_ELBO):
+    """With draws that are the same at each step."""
+
+    def loss_and_grads(self, *args, **kwargs):
+        with pv.programs.state.seeded(torch.device("cpu"), 0):
+            return super().loss_and_grads(*args, **kwargs)
+
+
+def test_many_in_a_row_are_an_error():
+    batches = [batch(0), *[batch(0, bad=True)] * 25]
+    with pytest.raises(pv.NonFiniteLossError, match="step 22") as raised:
+        flaky_fit("nan", batches, epochs=1)
+    assert "the 20 steps before it were skipped too" in raised.value.__notes__[0]
+
+
+def test_parameters_that_are_not_finite_are_not_skipped_over():
+    """The update itself overflows: no later step could mend it."""
+    x = make_data()
+
+    def optim(parameters):
+        return torch.optim.SGD(parameters, lr=1e308)
+
+    guide = make_guide(x)
+    with pytest.raises(pv.NonFiniteLossError):
+        run(x, guide, optim=optim, on_nan="skip", epochs=3)
+    assert all(p.isfinite().all() for p in parameters_of(guide))
+
+
+def test_a_whole_epoch_that_is_skipped():
+    x = [batch(0, bad=True)] * 2
+    result, _ = flaky_fit("nan", x, epochs=2)
+    assert result.skipped == result.steps == 4
+    assert all(map(math.isnan, result.history["elbo"]))
+
+
+def test_skips_are_counted_by_a_resumed_run(tmp_path):
+    x = [batch(0), batch(0, bad=True)]
+    for epochs in (1, 2):
+        result, _ = flaky_fit("nan", x, epochs=epochs, checkpoint=tmp_path / "run.pt")
+    assert result.skipped == 2
+
+
+def test_another_word_for_on_nan():
+    with pytest.raises(ValueError, match=r"on_nan='ignore': \"raise\" or \"skip\""):
+        run(make_data(), on_nan="ignore")
