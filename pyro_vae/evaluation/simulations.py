@@ -238,10 +238,26 @@ class Simulations:
                 ", so a draw of the guide may lack what the simulated latents have. Mask by the "
                 "data alone, or leave the mask out"
             )
+        self._check_by_datum()
         if self.density and not evaluator.pair.scorable:
             raise ValueError(
                 f"{who}: the density that this guide has at simulated latents is not known (it "
                 "proposes points, or makes latents of auxiliary draws); pass regions='tarp'"
+            )
+
+    def _check_by_datum(self) -> None:
+        """Raise ValueError for a guide that says something else of a datum among other data."""
+        evaluator, who = self.evaluator, self.settings.who
+        plate = evaluator.structure.data_plate
+        if plate is None or evaluator.splittable or row_guide(self._programs[1]) is not None:
+            return
+        if not evaluator.pair.guide_is_by_datum(plate):
+            raise ValueError(
+                f"{who}: what the guide says of a datum depends on its place in the batch (a "
+                "parameter of each datum, as in Pyro's AutoNormal) or on the other data in it (a "
+                "mean over the batch), and here each datum is a simulation of its own. Take a "
+                "guide that is a function of its own datum, such as an AmortizedGuide; or "
+                "data_plate=False, with which each simulation is a whole batch"
             )
 
     def _latents(self, drawn: list[Values]) -> dict[str, Tensor]:

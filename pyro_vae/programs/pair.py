@@ -236,6 +236,32 @@ class Pair:
         self.looks.note_subsampled(plate, self.part)
         return True
 
+    def guide_is_by_datum(self, plate: Plate) -> bool:
+        """Return whether the guide says of a datum the same among other data, in another place.
+
+        It is run once more on as many data: half of them, permuted, twice. What belongs to a place
+        (a parameter of each datum), or to all of the batch (its mean), is another there.
+
+        Args:
+            plate: the data plate.
+
+        Returns:
+            True also where that run says nothing.
+        """
+        size, single = self.batch.size, self.single
+        if size is None or size < 3:
+            return True
+        with state.Look(), self.looking(gradients=True):
+            drawn = Answers.of(single.guide_trace, single.guide_trace, plate, size)
+            index = shuffled(size)[: (size + 1) // 2].repeat(2)[:size]
+            answers, others = (
+                drawn.given(self.guide, self.guide, self.batch.rows(some), some)
+                for some in (torch.arange(size), index)
+            )
+            # By gradients too: rows of a table may all be equal.
+            return not answers.differs(others, index, slack=1.0)
+        return True
+
     # --- other pairs
 
     def with_guide(self, guide: Program, looks: ModelLooks | None = None) -> Pair:

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 
 import pyro_vae as pv
@@ -205,11 +204,16 @@ def test_simulations_that_are_the_same_again_are_refused():
 
 
 def test_a_guide_without_a_density_has_balls_alone():
-    """Pyro's AutoNormal makes a rate of an auxiliary draw: its density elsewhere is not known."""
+    """One that makes a rate of an auxiliary draw, as Pyro's autoguides: else it has no density."""
     model = GammaPoisson()
     x = torch.zeros(30, dtype=torch.float64)
-    guide = AutoNormal(model, create_plates=lambda x: pyro.plate("data", len(x), dim=-1))
-    guide(x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            own = dist.Normal((1 + x).log(), 1.0)
+            log_rate = pyro.sample("log rate", own, infer={"is_auxiliary": True})
+            pyro.sample("rate", dist.Delta(log_rate.exp(), log_density=-log_rate))
+
     with pytest.raises(ValueError, match="density that this guide has .* regions='tarp'"):
         coverage(model, guide, x, num_simulations=30)
     found = coverage(model, guide, x, num_simulations=30, regions="tarp")

@@ -7,8 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from scipy import stats
+from torch import nn
 
+import pyro_vae as pv
 from pyro_vae.evaluation.simulations import Simulations, _ranks, _resampled
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.evaluator import Chunk
@@ -126,3 +129,48 @@ def test_other_simulations_are_others():
     assert latents["z"].shape == (20,) and len(batches) == 1
     assert not (latents["z"] == found.latents["z"]).any()
     assert not (batches[0].args[0] == found.batches[0].args[0]).any()
+
+
+def batch_mean(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + 0.1 * x.mean()) / 2, 0.5**0.5))
+
+
+def fixed_size(x):
+    """Of 20 data and no other number: exact all the same."""
+    with pyro.plate("data", 20):
+        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+
+def of_position(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2 + torch.linspace(0, 1, len(x)), 0.5**0.5))
+
+
+def autonormal(**options):
+    guide = AutoNormal(
+        NormalModel(), create_plates=lambda x: pyro.plate("data", len(x), dim=-1), **options
+    )
+    guide(torch.zeros(20))
+    return guide
+
+
+@pytest.mark.parametrize("guide", [autonormal(), batch_mean, of_position], ids=repr)
+def test_a_guide_that_does_not_answer_for_a_datum_alone_is_refused(guide):
+    """Also a fresh AutoNormal, whose rows are all alike."""
+    with pytest.raises(ValueError, match="depends on its place in the batch .* or on the other"):
+        simulations(NormalModel(), guide, torch.zeros(20))
+    with pytest.raises(ValueError, match="depends on its place in the batch"):
+        pv.coverage(NormalModel(), guide, torch.zeros(20), num_simulations=20, num_draws=19)
+
+
+def test_guides_that_do_are_taken():
+    """Also one of a fixed number of data, and one with BatchNorm, in eval mode."""
+    simulations(NormalModel(), fixed_size, torch.zeros(20))
+    encoder = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    x = torch.zeros(20, 2)
+    simulations(NormalModel(), pv.AmortizedGuide(NormalModel(), encoder, example=x), x)
+
+
+def test_whole_batches_may_depend_on_all_of_their_data():
+    simulations(NormalModel(), batch_mean, torch.zeros(5), data_plate=False)
