@@ -19,7 +19,9 @@ def arviz(draws):
     if not IS_1:
         return float(az.rhat(draws)), float(az.ess(draws)), float(az.ess(draws, method="tail"))
     azstats = xr.DataArray(draws, dims=("chain", "draw")).azstats
-    return float(azstats.rhat()), float(azstats.ess()), float(azstats.ess(method="tail"))
+    # ArviZ 1.x takes the ends of its default credible interval where no quantiles are named.
+    tail = azstats.ess(method="tail", prob=(0.05, 0.95))
+    return float(azstats.rhat()), float(azstats.ess()), float(tail)
 
 
 def chains(num_chains, num_draws):
