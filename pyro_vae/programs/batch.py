@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from pyro_vae.programs.rows import Rows, rows_of, tensor_of
+
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
 _ARGUMENTS_SHOWN = 8
 # Of PyTorch's errors for operands of different dtypes.
 _DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type", "not implemented for")
-# NumPy's kinds of numbers: booleans, integers, floating point, complex.
-_NUMBERS = "biufc"
 
 
 @runtime_checkable
@@ -62,11 +62,14 @@ class Batch:
         args: positional arguments.
         kwargs: keyword arguments.
         has_rows: False where nothing is known to have a row per datum: all is handed on whole.
+        numbers: of its rows among all data, [n], where they were read as a part of these; errors
+            name rows by them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     has_rows: bool = True
+    numbers: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = self.check_kinds() if self.has_rows else {}
@@ -87,7 +90,7 @@ class Batch:
         named = self._named()
         for name, value in named:
             _check_kind(name, value)
-        sizes = {name: value.shape[0] for name, value in named if _has_dimensions(value)}
+        sizes = {name: value.shape[0] for name, value in named if has_dimensions(value)}
         if sizes and not any(sizes.values()):
             raise ValueError(f"the batch is empty: {', '.join(sizes)} has 0 rows")
         return sizes
@@ -118,7 +121,14 @@ class Batch:
         """Return the batch of these data."""
         if isinstance(index, Tensor) and index.device != self.device:
             index = index.to(self.device)
-        return self._map(lambda value: value[index])
+        found = self._map(lambda value: value[index])
+        if self.numbers is None:
+            return found
+        return replace(found, numbers=self.numbers[index if isinstance(index, slice) else index.cpu()])
+
+    def whole(self) -> Batch:
+        """Return the batch with all rows in memory."""
+        return self
 
     def fingerprints(self, *, whole: bool = False) -> tuple[Tensor, Tensor]:
         """Return a number for each datum that tells it from others, and its length, [N] each.
@@ -133,7 +143,7 @@ class Batch:
         number, square = torch.zeros(2, size, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         for _, value in self._named():
-            if not (_has_dimensions(value) if whole else self._is_rows(value)):
+            if not (_is_tensor(value) if whole else self._is_rows(value)):
                 continue
             plain = value.detach().to_dense()
             plain = torch.view_as_real(plain) if plain.is_complex() else plain
@@ -151,7 +161,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        return self._map(lambda value: value.to(device))
+        return replace(self._map(lambda value: value.to(device)), numbers=self.numbers)
 
     def check_finite(self, *, missing: bool = False) -> None:
         """Raise ValueError, naming argument and rows, if there are NaN or infinite values.
@@ -160,14 +170,14 @@ class Batch:
             missing: whether NaN is allowed, as a missing value.
         """
         for name, value in self._named():
-            if not _has_dimensions(value) or not (value.is_floating_point() or value.is_complex()):
+            if not _is_tensor(value) or not (value.is_floating_point() or value.is_complex()):
                 continue
             by_row = value.reshape(value.shape[0], math.prod(value.shape[1:]))
             bad = (by_row.isinf() if missing else ~by_row.isfinite()).any(1)
             if bool(bad.any()):
                 what = "infinite values" if missing else "NaN or infinite values"
                 raise ValueError(
-                    f"{name} of the batch holds {what} in {rows_text(bad)}; remove them, or mark "
+                    f"{name} of the batch holds {what} in {rows_text(bad, self.numbers)}; remove them, or mark "
                     "them as missing: NaN in observed values is, for pyro_vae.MissingData(model)"
                 )
 
@@ -183,13 +193,14 @@ class Batch:
         return Batch(tuple(map(apply, self.args)), kwargs, self.has_rows)
 
     def _is_rows(self, value: object) -> bool:
-        return self.has_rows and _has_dimensions(value)
+        return self.has_rows and has_dimensions(value)
 
 
 def as_batch(*batch: Any) -> Batch:
     """Return the Batch of what a user passes: tensors, one tuple of them, or one mapping.
 
-    NumPy arrays, pandas Series and frames become tensors of their dtype.
+    NumPy arrays, pandas Series and frames become tensors of their dtype; sparse matrices and
+    arrays in files become dense ones, all of them read into memory.
 
     Args:
         *batch: the arguments of the model; or a single tuple or list of them; or a
@@ -197,8 +208,7 @@ def as_batch(*batch: Any) -> Batch:
             which all rows are read.
 
     Raises:
-        TypeError: for arrays that do not hold numbers, sparse ones, iterators, and a list of
-            plain numbers.
+        TypeError: for arrays that do not hold numbers, iterators, and a list of plain numbers.
         ValueError: for tensors of different first dimension, or of none.
 
     Example:
@@ -206,24 +216,48 @@ def as_batch(*batch: Any) -> Batch:
         >>> as_batch(torch.zeros(3, 2)).size, as_batch({"x": torch.zeros(4)}).size
         (3, 4)
     """
-    args, kwargs = batch, {}
     if len(batch) == 1:
         (only,) = batch
         if isinstance(only, Batch):
-            return only
-        only = read_all(only)
+            return only.whole()
+        batch = (read_all(only),)
+    return check_lists(Batch(*as_arguments(batch, _dense)))
+
+
+def as_arguments(
+    batch: tuple[Any, ...], convert: Callable[[str, Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and keyword arguments of what a user passes, each converted.
+
+    Args:
+        batch: as in :func:`as_batch`, datasets read.
+        convert: from the name of an argument and its value to what it becomes.
+
+    Raises:
+        TypeError: for a list of plain numbers.
+    """
+    args = batch
+    if len(batch) == 1:
+        (only,) = batch
         args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
         if isinstance(only, Mapping):
-            args, kwargs = (), {n: _as_tensor(f"argument {n!r}", v) for n, v in only.items()}
+            return (), {n: convert(f"argument {n!r}", v) for n, v in only.items()}
         # A model of as many plain numbers is not met; a column of data in a list is.
-        elif len(args) > 1 and all(isinstance(value, (int, float)) for value in args):
+        if len(args) > 1 and all(isinstance(value, (int, float)) for value in args):
             raise TypeError(
                 f"the batch is a {type(only).__name__} of {len(args)} numbers, which would be as "
                 "many arguments of the model; pass torch.tensor(...) of it"
             )
-    found = Batch(tuple(_as_tensor(f"argument {i}", v) for i, v in enumerate(args)), kwargs)
-    size = found.size
-    for name, value in found._named():  # a list would be passed whole with some rows
+    return tuple(convert(f"argument {i}", v) for i, v in enumerate(args)), {}
+
+
+def check_lists(found: Batch) -> Batch:
+    """Return a batch; raise TypeError for lists in it, which would be passed whole with some rows.
+
+    Those that are as long as the batch has rows.
+    """
+    size = found.size or 0
+    for name, value in found._named():
         if isinstance(value, (list, range)) and len(value) == size and size > 1:
             raise TypeError(
                 f"{name} of the batch is a {type(value).__name__} of {size} entries beside tensors "
@@ -233,27 +267,10 @@ def as_batch(*batch: Any) -> Batch:
     return found
 
 
-def _as_tensor(name: str, value: Any) -> Any:
-    """Return the tensor of an array or a column or frame of a table; other values as they are."""
-    what = type(value).__name__
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} of the batch is a masked array, whose mask would be lost; pass "
-            "x.filled(numpy.nan) with pyro_vae.MissingData(model)"
-        )
-    value = value.to_numpy() if hasattr(value, "to_numpy") else value
-    if not isinstance(value, np.ndarray) or value.ndim == 0:
-        return value
-    if value.dtype.kind not in _NUMBERS:
-        raise TypeError(
-            f"{name} of the batch is a {what} of dtype {value.dtype}, where numbers of one type "
-            "are needed; select the numeric columns, and give missing entries as NaN"
-        )
-    if value.dtype.kind == "u" and value.dtype.itemsize > 1:
-        value = value.astype(np.int64)  # PyTorch does not calculate with these
-    if not value.flags.writeable or not value.dtype.isnative or min(value.strides) < 0:
-        value = value.astype(value.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(value)
+def _dense(name: str, value: Any) -> Any:
+    """Return a value as a dense tensor where it is an array of any kind, in memory or not."""
+    rows = None if isinstance(value, np.ndarray) else rows_of(name, value)
+    return tensor_of(name, value) if rows is None else rows.read(slice(0, rows.shape[0]))
 
 
 def arguments(args: Any, kwargs: Any) -> Batch:
@@ -267,9 +284,16 @@ def arguments(args: Any, kwargs: Any) -> Batch:
         return Batch(tuple(args), kwargs, has_rows=False)
 
 
-def rows_text(bad: Tensor) -> str:
-    """Return 'rows 3, 17 (2 of 100)' for a boolean tensor [N]."""
-    index = torch.nonzero(bad).flatten().tolist()
+def rows_text(bad: Tensor, numbers: Tensor | None = None) -> str:
+    """Return 'rows 3, 17 (2 of 100)' for a boolean tensor [N].
+
+    Args:
+        bad: which rows.
+        numbers: of these rows among all, [N], where they are a part of them.
+    """
+    found = torch.nonzero(bad).flatten().cpu()
+    known = numbers is not None and len(numbers) == len(bad)
+    index = numbers[found].tolist() if known and numbers is not None else found.tolist()
     shown = ", ".join(str(i) for i in index[:_ROWS_SHOWN])
     more = ", ..." if len(index) > _ROWS_SHOWN else ""
     return f"rows {shown}{more} ({len(index)} of {bad.shape[0]})"
@@ -306,9 +330,9 @@ def _check_kind(name: str, value: object) -> None:
         what = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
         dense = "x.to_dense()" if isinstance(value, Tensor) else "torch.as_tensor(x.toarray())"
         raise TypeError(
-            f"{name} of the batch is sparse ({what}), and rows are taken of dense tensors alone; "
-            f"pass {dense}. Where that is too large, pass pyro_vae.fit an object whose source is "
-            "torch.arange(num_data) and whose draw(index) is coo.index_select(0, index).to_dense()"
+            f"{name} of the batch is sparse ({what}), and a model gets dense tensors; pass "
+            f"{dense}, or the matrix itself to pyro_vae.fit and to what evaluates a pair, which "
+            "make rows dense as they need them"
         )
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(f"{name} of the batch is a NumPy array; pass torch.as_tensor(...) of it")
@@ -319,8 +343,13 @@ def _check_kind(name: str, value: object) -> None:
         )
 
 
-def _has_dimensions(value: object) -> TypeGuard[Tensor]:
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim > 0
+
+
+def has_dimensions(value: object) -> TypeGuard[Tensor | Rows]:
+    """Return whether a value has a first dimension: a tensor, or rows on demand."""
+    return isinstance(value, Rows) or _is_tensor(value)
 
 
 # --- data that are read part by part: PyTorch's datasets and loaders

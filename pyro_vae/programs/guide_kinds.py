@@ -135,7 +135,7 @@ class RowGuide(nn.Module):
         other = (number - wanted).abs() > _SAME_DATUM * length + torch.finfo(number.dtype).tiny
         if bool(other.any()):
             raise ValueError(
-                f"{rows_text(other)} of the batch are not the data that this LocalGuide's rows "
+                f"{rows_text(other, batch.numbers)} of the batch are not the data that this LocalGuide's rows "
                 "were fitted to. Where it holds some of those, say which: with guide.rows(index): "
                 "...; for other data, refine it: pyro_vae.refine(model, guide, *batch)"
             )

@@ -16,14 +16,21 @@ from pyro_vae.programs.state import preserved_rng
 from pyro_vae.programs.types import Trace
 
 
-def check_observed(run: Structure, again: Callable[[], Structure], *, strict: bool) -> None:
+def check_observed(
+    run: Structure,
+    again: Callable[[], Structure],
+    *,
+    strict: bool,
+    numbers: Tensor | None = None,
+) -> None:
     """Raise ValueError for observed values of another shape, or outside the support.
 
     Not outside one that is another in a second run: that of Uniform(0, z) is a latent's to draw.
+    Rows are named by ``numbers`` where they were read as a part of the data.
     """
     for site in (site for site in run.observed if isinstance(site.value, Tensor)):
         _check_shape(site)
-        where = _outside_support(site) if site.validated or strict else None
+        where = _outside_support(site, numbers) if site.validated or strict else None
         if where is not None and site.bounds == again().sites[site.name].bounds:
             hint = ". Its validate_args=False lets training take them, but they have no density"
             raise ValueError(
@@ -93,7 +100,7 @@ def _check_shape(site: Site) -> None:
         )
 
 
-def _outside_support(site: Site) -> str | None:
+def _outside_support(site: Site, numbers: Tensor | None = None) -> str | None:
     """Say where an observed site has values outside its support, masks aside; None if nowhere."""
     support = plain_support(site.fn)
     if support is None:
@@ -110,4 +117,4 @@ def _outside_support(site: Site) -> str | None:
         return "the data"
     plate = min(plates, key=lambda plate: plate.dim)  # the outermost
     bad = ~inside.movedim(plate.dim, 0).reshape(inside.shape[plate.dim], -1).all(1)
-    return f"{rows_text(bad)} of plate {plate.name!r}"
+    return f"{rows_text(bad, numbers)} of plate {plate.name!r}"

@@ -11,14 +11,16 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch.distributions import Distribution
 
-from pyro_vae.programs.batch import Batch, as_batch, dtype_errors
+from pyro_vae.programs.batch import Batch, dtype_errors
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import drawn_subsamples, plain_distribution
 from pyro_vae.programs.observed import check_observed, check_repeated
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look, called_modules, looking
 from pyro_vae.programs.types import DataPlate, Node, Program
 
+_EXAMPLE = 256  # rows of data that are read on demand
 _ONE_DATUM = "data_plate=False to treat the whole batch as one datum"
 
 
@@ -50,7 +52,9 @@ class ModelLooks:
         """Return what is known of a model: an example that is a ModelLooks of it, or a new one."""
         if isinstance(example, ModelLooks) and example.model is model:
             return example
-        return cls(model, as_batch(example))
+        batch = on_demand(example)
+        # Shapes are read off it, which some rows show.
+        return cls(model, batch.head(_EXAMPLE) if isinstance(batch, OnDemand) else batch)
 
     def on(self, batch: Batch) -> ModelLooks:
         """Return what is known of the model on some of the rows: all but its sites there."""
@@ -94,7 +98,7 @@ class ModelLooks:
                 likelihood's, or outside its support.
         """
         again = functools.partial(run_model, self.model, self.batch, seed=1)
-        check_observed(self.run, again, strict=strict)
+        check_observed(self.run, again, strict=strict, numbers=self.batch.numbers)
         if data_plate is False:
             return self.run.with_data_plate(None)
         name = None if data_plate is True else data_plate

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pyro_vae.programs.batch import Batch, EpochData, RowReader, StepData, as_batch, tensors_of
+from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import tensors_in, version_of
 
@@ -31,6 +32,7 @@ class DataSource:
         seen: whether ``batch`` is all that training will ever see.
         streamed: whether minibatches come as a loader gives them, and cannot be read again.
         owners: objects whose attributes a step depends on.
+        device: where batches go; None leaves them.
     """
 
     seen = True
@@ -40,7 +42,7 @@ class DataSource:
     def __init__(
         self, data: Any, batch_size: int, device: torch.device | str | None, drop_last: bool
     ) -> None:
-        self._data, self._device, self._drop_last = data, device, drop_last
+        self._data, self.device, self._drop_last = data, device, drop_last
         self.batch = self._now = self._first(batch_size)  # _now: the present epoch's
         self.num_data = self._count()
 
@@ -53,7 +55,7 @@ class DataSource:
     def made(self, data: Any) -> Batch:
         """Return data as a batch, on the device of training."""
         batch = as_batch(data)
-        return batch if self._device is None else batch.to(self._device)
+        return batch if self.device is None else batch.to(self.device)
 
     def some(self, count: int) -> Batch:
         """Return the first rows, as many of them as there are; a loader's whole first batch."""
@@ -61,6 +63,11 @@ class DataSource:
 
     def all(self) -> Batch:
         """Return all rows; a loader's first batch."""
+        return self.batch
+
+    @property
+    def every(self) -> Batch | None:
+        """All the data, read in parts where they are not at hand; None of a loader's."""
         return self.batch
 
     def drawn(self, batch: Batch) -> Batch:
@@ -160,28 +167,33 @@ class _DrawnByStep(DataSource):
 
 class _ReadByRows(DataSource):
     seen = False
-    _data: RowReader
+    _data: OnDemand
 
     def _first(self, batch_size: int) -> Batch:
         return self.some(batch_size)
 
     def _count(self) -> int:
-        return self._data.num_data
+        return self._data.count
 
     def some(self, count: int) -> Batch:
         with preserved_rng(_CPU):  # a dataset may draw
-            return self.made(self._data.read(torch.arange(min(count, self._data.num_data))))
+            return self._data.head(count)
 
     def all(self) -> Batch:
-        return self.some(self._data.num_data)
+        with preserved_rng(_CPU):
+            return self._data.whole()
+
+    @property
+    def every(self) -> Batch:
+        return self._data
 
     def _renew(self, *, whole: bool) -> int:
-        if whole:
-            self._now = self.made(self._data.read())
-        return self._data.num_data
+        if whole and (self._data.drawn_anew or self._now.size != self._data.count):
+            self._now = self._data.whole()
+        return self._data.count
 
     def minibatch(self, index: Tensor | None) -> Batch:
-        return self._now if index is None else self.made(self._data.read(index))
+        return self._now if index is None else self._data.rows(index)
 
 
 class _Streamed(DataSource):
@@ -207,6 +219,10 @@ class _Streamed(DataSource):
 
     def some(self, count: int) -> Batch:
         return self.batch
+
+    @property
+    def every(self) -> None:
+        return None
 
     def num_batches(self, batch_size: int) -> int | None:
         return self._num_batches
@@ -256,6 +272,8 @@ def source_of(
         kind = _Streamed
         if not isinstance(data, DataLoader):
             data = DataLoader(data, batch_size=batch_size, drop_last=drop_last)
-    elif isinstance(data, Dataset) and tensors_of(data) is None:
-        kind, data = _ReadByRows, RowReader(data)
+    else:
+        data = on_demand(data, held=0)
+        if isinstance(data, OnDemand):
+            kind, data = _ReadByRows, data if device is None else data.to(device)
     return kind(data, batch_size, device, drop_last)

@@ -197,7 +197,7 @@ def fit(
         result = Trainer(steps, validation, limits, plateau, called, checkpoint).run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
-        guide.remember(None if drawn_anew else training.batch, guide.given)
+        guide.remember(None if drawn_anew else training.source.every, guide.given)
         if not drawn_anew:
             result = replace(result, promised=_promised(model, guide, training.batch))
         if result.unfinished and result.stopped_by != "interrupted":

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.programs.batch import Batch, read_all
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.observed import unvalidated
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.sites import Plate, Structure, names_of
 from pyro_vae.programs.state import Look, batch_norms
@@ -79,12 +80,8 @@ class TrainingData:
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
         # All of them at once: values outside a likelihood's support are refused here.
         structure = self.structure = self._inspect(self.source.example(self.batch))
-        if loose := unvalidated(structure):
-            logger.warning(
-                "observed sites %s have values outside the support of their likelihoods, which do "
-                "not validate them: they are trained on. No bound on log p(x) takes them",
-                loose,
-            )
+        self._loose: set[str] = set()  # sites that a warning was given for
+        self._warn_of_loose(structure)
         plate = structure.data_plate
         self._plate = False if plate is None else plate.name
         self.batch_size = min(batch_size, self.batch.size or 1)
@@ -100,6 +97,16 @@ class TrainingData:
         if not self.whole:
             self._find_scale()
         self._looked = self.whole or self.source.seen  # at each minibatch
+
+    def _warn_of_loose(self, structure: Structure) -> None:
+        loose = [name for name in unvalidated(structure) if name not in self._loose]
+        self._loose.update(loose)
+        if loose:
+            logger.warning(
+                "observed sites %s have values outside the support of their likelihoods, which do "
+                "not validate them: they are trained on. No bound on log p(x) takes them",
+                loose,
+            )
 
     # --- looks
 
@@ -277,8 +284,14 @@ class TrainingData:
             advice = "Use an AmortizedGuide, or leave validation_data out"
             raise ValueError(f"validation_data: {what}: {self.bound}. {advice}")
         try:
-            batch = self.source.made(read_all(data, ordered=False))
-            self._inspect(batch)
+            batch = on_demand(data, ordered=False)
+            if self.source.device is not None:
+                batch = batch.to(self.source.device)
+            if isinstance(batch, OnDemand) and self.whole:
+                batch = batch.whole()
+            parts = self.parts(batch) if isinstance(batch, OnDemand) else [batch]
+            for part in parts:
+                self._inspect(part)
         except Exception as error:
             error.add_note("in validation_data")
             raise
@@ -301,7 +314,7 @@ class TrainingData:
         size = None if self.whole else self.batch_size
         for index, batch in self.source.epoch(size, skip, ready):
             if not self._looked:
-                self._inspect(batch)
+                self._warn_of_loose(self._inspect(batch))
             yield index, batch
         self._looked = True
 

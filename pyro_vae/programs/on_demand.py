@@ -1,0 +1,237 @@
+"""Batches of which rows are read when they are asked for: data that need not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from pyro_vae.programs.batch import (
+    Batch,
+    RowReader,
+    as_arguments,
+    check_lists,
+    has_dimensions,
+    read_all,
+    tensors_of,
+)
+from pyro_vae.programs.rows import Rows, rows_of, tensor_of
+from pyro_vae.programs.state import preserved_rng
+
+_HELD = 2**26  # bytes of a torch Dataset that evaluation reads at once, and keeps
+_PART, _PART_BYTES = 4096, 2**25  # rows, and bytes of them, that are read at once
+
+
+@dataclass(frozen=True)
+class OnDemand(Batch):
+    """A batch with arguments whose rows lie elsewhere: in files, or in sparse matrices.
+
+    ``rows`` reads some of them, and gives a plain Batch of dense tensors, which knows the numbers
+    of its rows. What was read by a slice is kept until the next one.
+
+    Attributes:
+        target: the device of what is read; None leaves it where it is.
+    """
+
+    target: torch.device | str | None = None
+    _held: list[tuple[int, int, Batch]] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def count(self) -> int:
+        """N, the number of data."""
+        return self.size or 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what is read."""
+        if self.target is not None:
+            return torch.device(self.target)
+        tensors = (value for _, value in self._named() if isinstance(value, Tensor) and value.ndim)
+        return next((value.device for value in tensors), torch.device("cpu"))
+
+    @property
+    def drawn_anew(self) -> bool:
+        """Whether rows may be others each time that they are read: those of a torch Dataset."""
+        return any(isinstance(value, DatasetRows) for _, value in self._named())
+
+    @property
+    def block(self) -> int:
+        """Rows that lie together: reading one of them costs as much as reading all."""
+        return max(value.block for _, value in self._named() if isinstance(value, Rows))
+
+    def rows(self, index: slice | Tensor) -> Batch:
+        """Read these rows."""
+        if isinstance(index, Tensor):
+            index = index.cpu()
+            if index.dtype == torch.bool:
+                index = torch.nonzero(index).flatten()
+            return self._read(index, index)
+        start, stop, _ = index.indices(self.count)
+        if self._held:
+            first, last, held = self._held[0]
+            if first <= start and stop <= last:
+                return held.rows(slice(start - first, stop - first))
+        self._held.clear()  # before the next are read
+        found = self._read(slice(start, stop), torch.arange(start, stop))
+        self._held.append((start, stop, found))
+        return found
+
+    def _read(self, index: slice | Tensor, numbers: Tensor) -> Batch:
+        def of(value: Any) -> Any:
+            if isinstance(value, Rows):
+                part = value.read(index)
+            elif has_dimensions(value):
+                at = index if isinstance(index, slice) else index.to(value.device)
+                part = value[at]
+            else:
+                return value
+            return part if self.target is None else part.to(self.target)
+
+        kwargs = {name: of(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(map(of, self.args)), kwargs, numbers=numbers)
+
+    def head(self, count: int) -> Batch:
+        """Read the first rows."""
+        return self.rows(slice(0, count))
+
+    def whole(self) -> Batch:
+        """Read all rows."""
+        return self._read(slice(0, self.count), torch.arange(self.count))
+
+    def parts(self) -> Iterator[slice]:
+        """Yield all rows in parts of some megabytes."""
+        row = sum(value.row_bytes for _, value in self._named() if isinstance(value, Rows))
+        step = max(1, min(_PART, _PART_BYTES // max(1, row)))
+        for start in range(0, self.count, step):
+            yield slice(start, min(start + step, self.count))
+
+    def fingerprints(self, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`Batch.fingerprints` does, reading part after part."""
+        if whole:
+            return self.whole().fingerprints(whole=True)
+        found = [self._read(part, torch.arange(0)).fingerprints() for part in self.parts()]
+        number, length = (torch.cat(each) for each in zip(*found, strict=True))
+        return number, length
+
+    def to(self, device: torch.device | str) -> OnDemand:
+        """Return the batch with what is read on a device."""
+        return OnDemand(self.args, self.kwargs, target=device)
+
+    def repeat(self, times: int) -> Batch:
+        """Return all rows, repeated."""
+        return self.whole().repeat(times)
+
+
+class DatasetRows(Rows):
+    """One of the tensors that a torch Dataset gives of a datum; the others are read along.
+
+    Args:
+        reader: of the dataset.
+        key: of the tensor in what is collated: a place in a tuple, a name, None for a tensor.
+        example: the tensor of a few rows.
+    """
+
+    def __init__(self, reader: _LastRead, key: Any, example: Tensor) -> None:
+        self._reader, self._key = reader, key
+        self.shape, self.dtype = (reader.num_data, *example.shape[1:]), example.dtype
+
+    def read(self, index: slice | Tensor) -> Tensor:
+        """Return rows, collated."""
+        found = self._reader.read(index)
+        found = found if self._key is None else found[self._key]
+        part: Tensor = tensor_of(f"argument {self._key or 0!r}", found)
+        if not isinstance(part, Tensor) or part.shape[1:] != self.shape[1:]:
+            shape = tuple(part.shape[1:]) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                f"the dataset's rows are not alike: {shape} where the first ones have "
+                f"{self.shape[1:]}"
+            )
+        return part
+
+
+class _LastRead:
+    """Reads rows of a Dataset, all of its tensors at once; keeps the last for the next of them."""
+
+    def __init__(self, reader: RowReader) -> None:
+        self._reader, self.num_data = reader, reader.num_data
+        self._index: slice | Tensor | None = None
+        self._found: Any = None
+
+    def read(self, index: slice | Tensor) -> Any:
+        if self._index is not index:
+            self._index = None
+            of = index
+            if isinstance(index, slice):
+                of = torch.arange(*index.indices(self.num_data))
+            self._found, self._index = self._reader.read(of), index
+        return self._found
+
+
+def on_demand(*batch: Any, held: int = _HELD, ordered: bool = True) -> Batch:
+    """Return the Batch of what a user passes, without reading what is not in memory.
+
+    Memory-mapped arrays, Zarr and HDF5 arrays, sparse matrices and tensors, the matrix X of an
+    AnnData, and torch Datasets that are larger than ``held`` become an :class:`OnDemand`; anything
+    else, what :func:`pyro_vae.programs.batch.as_batch` makes of it.
+
+    Args:
+        *batch: as in :func:`pyro_vae.programs.batch.as_batch`.
+        held: bytes of a Dataset, at most, that are read at once.
+        ordered: whether it matters which row is which.
+
+    Raises:
+        TypeError: as :func:`pyro_vae.programs.batch.as_batch`.
+        ValueError: the same.
+    """
+    if len(batch) == 1:
+        (only,) = batch
+        if isinstance(only, Batch):
+            return only
+        if isinstance(only, torch_data.DataLoader):
+            only = read_all(only, ordered=ordered)
+        if isinstance(only, torch_data.Dataset):
+            found = _of_dataset(only, held)
+            if found is not None:
+                return found
+            only = read_all(only)
+        batch = (only,)
+    args, kwargs = as_arguments(batch, _lazy)
+    if any(isinstance(value, Rows) for value in (*args, *kwargs.values())):
+        return check_lists(OnDemand(args, kwargs))
+    return check_lists(Batch(args, kwargs))
+
+
+def _lazy(name: str, value: Any) -> Any:
+    if type(value).__module__.partition(".")[0] == "anndata" and hasattr(value, "obs"):
+        value = value.X
+    rows = rows_of(name, value)
+    return tensor_of(name, value) if rows is None else rows
+
+
+def _of_dataset(data: Any, held: int) -> OnDemand | None:
+    """Return a Dataset that is read by rows; None for a small one, tensors, and a stream."""
+    if isinstance(data, torch_data.IterableDataset) or tensors_of(data) is not None:
+        return None
+    reader = _LastRead(RowReader(data))
+    with preserved_rng(torch.device("cpu")):  # a dataset may draw
+        first = reader.read(torch.arange(min(2, reader.num_data)))
+    keys: Sequence[Any] = [None]
+    if isinstance(first, (tuple, list)):
+        keys = range(len(first))
+    elif isinstance(first, dict):
+        keys = list(first)
+    leaves = {}
+    for key in keys:
+        value = tensor_of("", first if key is None else first[key])
+        if not isinstance(value, Tensor):
+            what = f"{type(data).__name__} gives, of each datum, values that are no numbers"
+            raise TypeError(f"{what} ({str(value)[:40]}); let it return tensors alone")
+        leaves[key] = DatasetRows(reader, key, value)
+    if sum(leaf.row_bytes for leaf in leaves.values()) * reader.num_data <= held:
+        return None
+    named = isinstance(first, dict)
+    return OnDemand(() if named else tuple(leaves.values()), leaves if named else {})
