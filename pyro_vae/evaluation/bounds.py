@@ -27,6 +27,7 @@ from pyro_vae.particles.estimators import (
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.on_demand import on_demand
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Particles, Program
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,8 @@ def log_weights(
         True
     """
     num_particles = as_count("num_particles", num_particles)
-    evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
+    data = (on_demand(*batch),)
+    evaluator, fixed = prepare(model, guide, data, given, data_plate, seed, particles, compile)
     found = evaluator.blocks(num_particles, chunk_size)
     blocks = [LogWeights.concatenate([chunk.weights for chunk in block], 0) for block in found]
     return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)
@@ -276,7 +278,8 @@ def elbo(
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
     num_particles = as_count("num_particles", num_particles)
-    prepared = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
+    data = (on_demand(*batch),)
+    prepared = prepare(model, guide, data, given, data_plate, seed, particles, compile)
     return _bound(StreamingELBO, prepared, num_particles, chunk_size)
 
 
@@ -320,7 +323,8 @@ def iwae_bound(
         ValueError: for what :func:`pyro_vae.log_weights` refuses.
     """
     num_particles = as_count("num_particles", num_particles)
-    prepared = prepare(model, guide, batch, given, data_plate, seed, particles, compile)
+    data = (on_demand(*batch),)
+    prepared = prepare(model, guide, data, given, data_plate, seed, particles, compile)
     return _bound(StreamingIWAE, prepared, num_particles, chunk_size)
 
 

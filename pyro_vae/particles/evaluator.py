@@ -27,15 +27,18 @@ from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.modes import MODES
-from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step
+from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step, first_block
 from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.guide_kinds import on_rows, row_guide
 from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.messages import as_count, as_seed, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.pyro_internals import is_deterministic
+from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import (
@@ -74,7 +77,8 @@ class Evaluator(PairRunner):
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        batch: the batch.
+        batch: the batch; of one that is read on demand, the first block of rows is looked at now,
+            and each other one when it is its turn.
         data_plate: as in :meth:`ModelLooks.structure`.
         particles: "plate", "repeat", "loop", or "auto" to take the first of them that
             agrees with a loop.
@@ -111,9 +115,57 @@ class Evaluator(PairRunner):
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self.outside: list[str] | None = None  # sites with draws of no density; None till then
-        pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
-        # Modes are chosen anew for each guide: particles of one that is sure of itself are equal.
-        super().__init__(pair.evaluable(data_plate), drawn, particles)
+        whole, rows = batch, None
+        if isinstance(whole, OnDemand):
+            rows = torch.arange(first_block(whole.count))
+            batch = whole.head(len(rows))
+        with on_rows(guide, rows), in_parts(whole):
+            pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
+            # Modes are chosen anew for each guide: particles of one that is sure of itself are
+            # equal.
+            super().__init__(pair.evaluable(data_plate), drawn, particles)
+            if isinstance(whole, OnDemand):
+                self._widen(whole)
+
+    def _widen(self, batch: OnDemand) -> None:
+        """Go on from the first rows to all of them, which are read as they are needed."""
+        if not self.splittable:
+            raise ValueError("model and guide do not say of some of the rows what they say of all")
+        self._looked_at = slice(0, self.num_data), self.structure
+        table = row_guide(self.pair.user_guide)
+        self._speaks_for = table if table is not None and table.speaks_for_data else None
+        self.structure = self.structure.of_size(batch.count)
+        self.guide, self.model = (replace(r, batch=batch) for r in (self.guide, self.model))
+        if self.pair.masked:
+            # Those of the first rows are known: masks come with the draws of each block.
+            self.masks_by_draw, self.guide.masks = True, {}
+
+    def structure_of(self, rows: slice) -> Structure:
+        """Return the structure of the model on a block of data, with the values of its sites.
+
+        Raises:
+            ValueError: where these rows, read on demand, hold what is refused of any data: NaN,
+                values outside the support of their likelihood, data that the rows of a guide were
+                not fitted to.
+        """
+        if not isinstance(self.batch, OnDemand):
+            return self.structure
+        known, found = self._looked_at
+        if (known.start, known.stop) != (rows.start, rows.stop):
+            plate, batch = self.structure.data_plate, self.batch.rows(rows)
+            name = False if plate is None else plate.name
+            with on_rows(self.guide.program, torch.arange(rows.start, rows.stop)):
+                looks = ModelLooks(self.pair.model, batch)
+                found = looks.structure(name, strict=True, latents_needed=False)
+                if self._speaks_for is not None:
+                    self._speaks_for.check_same(batch)
+            if not self.pair.structure.is_like(found):
+                raise ValueError(
+                    f"rows {rows.start} to {rows.stop - 1}: the model has other sites, or other "
+                    "shapes of them, than on the first rows"
+                )
+            self._looked_at = rows, found
+        return found
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""
@@ -131,6 +183,7 @@ class Evaluator(PairRunner):
         num_particles = as_count("num_particles", num_particles)
         pairs = self.chunk_pairs if chunk_size is None else as_count("chunk_size", chunk_size)
         for block, rows in enumerate(self.data_blocks()):
+            self.structure_of(rows)
             size = rows.stop - rows.start
             starts = range(0, num_particles, draw_step(size))
             together = max(1, pairs // (starts.step * size))
@@ -307,12 +360,12 @@ class Evaluator(PairRunner):
         return self._recorder(key, on_tensors, inputs, calls)
 
     def guide_runs(self, count: int) -> list[dict[str, Node]]:
-        """Return the guide's latent nodes in independent runs on the whole batch."""
+        """Return the guide's latent nodes in independent runs on the rows that were looked at."""
         runs = []
-        with self.evaluating():
+        with self.evaluating(), self.pair.its_rows():
             for run in range(count):
                 self._reseed(Purpose.RUNS, run)
-                runs.append(dict(latent_nodes(trace_of(self.guide.program, self.batch))))
+                runs.append(dict(latent_nodes(trace_of(self.guide.program, self.pair.batch))))
         return runs
 
     def predict(
@@ -462,6 +515,20 @@ class Evaluator(PairRunner):
         return other
 
 
+@contextlib.contextmanager
+def in_parts(batch: Batch) -> Iterator[None]:
+    """Say of what is raised inside the context that a batch on demand is looked at by its rows."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(batch, OnDemand):
+            error.add_note(
+                "these data are read in parts, and model and guide are run on the first rows alone "
+                "to see what they are. Where they take all rows at once only, pass these in memory"
+            )
+        raise
+
+
 def prepare(
     model: Program,
     guide: Program,
@@ -474,9 +541,13 @@ def prepare(
 ) -> tuple[Evaluator, Given]:
     """Return an evaluator of a pair on a batch, and the values that global latents are fixed at.
 
-    The arguments are those of :func:`pyro_vae.log_weights`.
+    The arguments are those of :func:`pyro_vae.log_weights`. Of a batch on demand some rows are read
+    at a time, but where all is one datum, or one block.
     """
-    data = as_batch(*batch)
+    data = batch[0] if len(batch) == 1 and isinstance(batch[0], OnDemand) else as_batch(*batch)
+    if isinstance(data, OnDemand):
+        one_block = data.count <= first_block(data.count)
+        data = data.whole() if one_block or data_plate is False else data
     model, guides, fixed = fix_globals(model, {"guide": guide}, data, data_plate, given)
     held = guides["guide"]
     evaluator = Evaluator(

@@ -15,11 +15,14 @@ from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import DeclaredGuide, RowGuide
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import is_point, latent_nodes
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.pyro_internals import unconstrained
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import looking
 from pyro_vae.programs.structure import DataPlateError, ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
+
+_SOME = 256  # rows that are looked at of data that are read on demand
 
 
 def fix_globals(
@@ -62,12 +65,14 @@ def fix_globals(
         shared = {n: guide for n, guide in declared.items() if guide.global_guide is not None}
     if not given and not shared:
         return model, dict(guides), Given({})
+    batches = _ends(batch)
+    batch = batches[0]
     structure = _structure(model, batch, data_plate, given)
     wanted = [site.name for site in structure.global_latents]
     values = chosen = {name: _value(name, value, structure) for name, value in given.items()}
     if shared and set(wanted) - set(chosen):
         name, first = next(iter(shared.items()))
-        values = {**_median(first.global_guide, batch), **chosen}
+        values = {**_medians(first.global_guide, batches), **chosen}
         if missing := [site for site in wanted if site not in values]:
             raise ValueError(
                 f"the median of guide {name!r}'s global_guide has {sorted(values)}, not the "
@@ -175,6 +180,27 @@ def _without(name: str, guide: Any, fixed: Given, batch: Batch) -> Any:
     if not first.keys() & {*fixed, *helpers.values()}:
         return guide
     return _held_at(guide, fixed, helpers.values())
+
+
+def _ends(batch: Batch) -> list[Batch]:
+    """Return a batch; of one that is read on demand its first and its last rows."""
+    if not isinstance(batch, OnDemand):
+        return [batch]
+    return [batch.head(_SOME), batch.rows(slice(max(0, batch.count - _SOME), batch.count))]
+
+
+def _medians(global_guide: Any, batches: list[Batch]) -> dict[str, Tensor]:
+    """Return the median of a global guide; raise ValueError where rows have one each."""
+    found, *others = (_median(global_guide, batch) for batch in batches)
+    for name, value in found.items():
+        for other in others:
+            if value.shape != other[name].shape or not torch.allclose(value, other[name]):
+                raise ValueError(
+                    f"the global_guide's median of {name!r} depends on the rows of the batch, and "
+                    "these data are read in parts: pass its value (given={...}), or the data in "
+                    "memory, as a tensor"
+                )
+    return found
 
 
 def _median(global_guide: Any, batch: Batch) -> dict[str, Tensor]:

@@ -137,8 +137,9 @@ class PairRunner:
     @property
     def chunk_pairs(self) -> int:
         """Pairs (particle, datum) that the model scores at once by default."""
-        observed = sum(site.value.numel() for site in self.structure.observed) * self._num_values
-        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * self.num_data // max(1, observed)))
+        known = self.pair.structure  # of the rows that were looked at
+        observed = sum(site.value.numel() for site in known.observed) * self._num_values
+        return max(1, min(_CHUNK_PAIRS, _CHUNK_ELEMENTS * known.num_data // max(1, observed)))
 
     @property
     def batch(self) -> Batch:
@@ -163,7 +164,7 @@ class PairRunner:
         """Return some of the data in blocks, equal ones, so that they share a graph."""
         if count <= _DRAW_DATA or not self.splittable:
             return [slice(0, count)]
-        size = equal_step(count, _DRAW_DATA)
+        size = first_block(count)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def take_data(self, values: Values, rows: slice, size: int) -> dict[str, Tensor]:
@@ -391,6 +392,11 @@ def _count(values: Values) -> int:
 def draw_step(num_data: int) -> int:
     """Return how many particles of a block of data are drawn at once."""
     return round_down(max(1, _DRAW_PAIRS // num_data))
+
+
+def first_block(count: int) -> int:
+    """Return how many of the data the first block of them holds, where a model takes some."""
+    return equal_step(count, _DRAW_DATA)
 
 
 def equal_step(count: int, most: int) -> int:

@@ -207,7 +207,7 @@ class Runner:
         guide, size = row_guide(self.program), self.batch.size
         index = None if guide is None else guide.current_rows
         if self.mode.data_dim is None or size is None or (rows.start == 0 and rows.stop >= size):
-            return self.batch, index
+            return self.batch.whole(), index
         return self.batch.rows(rows), None if index is None else index[rows]
 
     def run(self, rows: slice, num_particles: int, values: Values | None = None) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -124,7 +124,9 @@ class Batch:
         found = self._map(lambda value: value[index])
         if self.numbers is None:
             return found
-        return replace(found, numbers=self.numbers[index if isinstance(index, slice) else index.cpu()])
+        return replace(
+            found, numbers=self.numbers[index if isinstance(index, slice) else index.cpu()]
+        )
 
     def whole(self) -> Batch:
         """Return the batch with all rows in memory."""
@@ -176,8 +178,9 @@ class Batch:
             bad = (by_row.isinf() if missing else ~by_row.isfinite()).any(1)
             if bool(bad.any()):
                 what = "infinite values" if missing else "NaN or infinite values"
+                where = rows_text(bad, self.numbers)
                 raise ValueError(
-                    f"{name} of the batch holds {what} in {rows_text(bad, self.numbers)}; remove them, or mark "
+                    f"{name} of the batch holds {what} in {where}; remove them, or mark "
                     "them as missing: NaN in observed values is, for pyro_vae.MissingData(model)"
                 )
 
@@ -397,14 +400,46 @@ def read_all(data: Any, *, ordered: bool = True) -> Any:
         TypeError: for a loader that shuffles, or does not end.
     """
     if isinstance(data, torch_data.DataLoader):
-        if ordered and not isinstance(data.sampler, torch_data.SequentialSampler):
-            raise TypeError(
-                "a DataLoader that shuffles gives its rows in another order each time, and results "
-                "for each datum need to know which is which; pass its dataset, or shuffle=False"
-            )
+        stream = isinstance(data.dataset, torch_data.IterableDataset)
+        if ordered and not stream:
+            check_order(data)
+        if stream or data.collate_fn is not torch_data.default_collate:
+            return _read_stream(data, stream)
         data = data.dataset
     if (tensors := tensors_of(data)) is not None:
         return tensors
     if isinstance(data, torch_data.IterableDataset):
         return torch_data.default_collate(list(data))
     return RowReader(data).read() if isinstance(data, torch_data.Dataset) else data
+
+
+def check_order(data: torch_data.DataLoader[Any]) -> None:
+    """Raise TypeError for a loader whose rows come in another order each time."""
+    if not isinstance(data.sampler, torch_data.SequentialSampler):
+        raise TypeError(
+            "a DataLoader that shuffles gives its rows in another order each time, and results "
+            "for each datum need to know which is which; pass its dataset, or shuffle=False"
+        )
+
+
+def _read_stream(data: torch_data.DataLoader[Any], stream: bool) -> Any:
+    """Return all rows that a loader gives, as it collates them."""
+    if data.drop_last and not stream:
+        what = "the DataLoader leaves out a last batch that is smaller, and with it data"
+        raise TypeError(f"{what}; pass drop_last=False")
+    batches = list(map(as_batch, data))
+    if not batches:
+        raise ValueError(f"the data are empty: {type(data.dataset).__name__} gives no row")
+    found = joined(batches)
+    return dict(found.kwargs) or found.args
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return the batch of the rows of several, one after the other."""
+
+    def of(values: tuple[Any, ...]) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+    args = tuple(map(of, zip(*(batch.args for batch in batches), strict=True)))
+    kwargs = {name: of(tuple(b.kwargs[name] for b in batches)) for name in batches[0].kwargs}
+    return Batch(args, kwargs)

@@ -123,19 +123,28 @@ class RowGuide(nn.Module):
     def check_data(self, batch: Batch) -> None:
         """Raise ValueError where the rows in force were fitted to other data than these."""
         self.check_size(batch.size)
+        if self.speaks_for_data:
+            self.check_same(batch)
+
+    @property
+    def speaks_for_data(self) -> bool:
+        """Whether the rows are still those that were fitted to data."""
         checksum, length = self._checksum()
         # Rows that moved since speak for whatever moved them.
-        moved = not bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
-        if self.is_start or moved:
-            return
+        same = bool((checksum - self._fitted.to(checksum)).abs() <= _SAME_TABLE * length)
+        return same and not self.is_start
+
+    def check_same(self, batch: Batch) -> None:
+        """Raise ValueError where data are not those that the rows in force were fitted to."""
         number, length = batch.fingerprints(whole=self.is_whole)
         wanted = self._fingerprints.to(number)
         if not self.is_whole:
             wanted = wanted[self.current_rows.to(wanted.device)]
         other = (number - wanted).abs() > _SAME_DATUM * length + torch.finfo(number.dtype).tiny
         if bool(other.any()):
+            where = rows_text(other, batch.numbers)
             raise ValueError(
-                f"{rows_text(other, batch.numbers)} of the batch are not the data that this LocalGuide's rows "
+                f"{where} of the batch are not the data that this LocalGuide's rows "
                 "were fitted to. Where it holds some of those, say which: with guide.rows(index): "
                 "...; for other data, refine it: pyro_vae.refine(model, guide, *batch)"
             )

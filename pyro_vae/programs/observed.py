@@ -17,11 +17,7 @@ from pyro_vae.programs.types import Trace
 
 
 def check_observed(
-    run: Structure,
-    again: Callable[[], Structure],
-    *,
-    strict: bool,
-    numbers: Tensor | None = None,
+    run: Structure, again: Callable[[], Structure], *, strict: bool, numbers: Tensor | None = None
 ) -> None:
     """Raise ValueError for observed values of another shape, or outside the support.
 

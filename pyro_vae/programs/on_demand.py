@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,13 @@ from pyro_vae.programs.batch import (
     Batch,
     RowReader,
     as_arguments,
+    as_batch,
     check_lists,
     has_dimensions,
     read_all,
     tensors_of,
 )
+from pyro_vae.programs.loaders import StreamReader, rows_of_loader
 from pyro_vae.programs.rows import Rows, rows_of, tensor_of
 from pyro_vae.programs.state import preserved_rng
 
@@ -82,13 +84,12 @@ class OnDemand(Batch):
 
     def _read(self, index: slice | Tensor, numbers: Tensor) -> Batch:
         def of(value: Any) -> Any:
+            if not has_dimensions(value):
+                return value
             if isinstance(value, Rows):
                 part = value.read(index)
-            elif has_dimensions(value):
-                at = index if isinstance(index, slice) else index.to(value.device)
-                part = value[at]
             else:
-                return value
+                part = value[index if isinstance(index, slice) else index.to(value.device)]
             return part if self.target is None else part.to(self.target)
 
         kwargs = {name: of(value) for name, value in self.kwargs.items()}
@@ -156,7 +157,7 @@ class DatasetRows(Rows):
 class _LastRead:
     """Reads rows of a Dataset, all of its tensors at once; keeps the last for the next of them."""
 
-    def __init__(self, reader: RowReader) -> None:
+    def __init__(self, reader: RowReader | StreamReader) -> None:
         self._reader, self.num_data = reader, reader.num_data
         self._index: slice | Tensor | None = None
         self._found: Any = None
@@ -164,10 +165,11 @@ class _LastRead:
     def read(self, index: slice | Tensor) -> Any:
         if self._index is not index:
             self._index = None
-            of = index
             if isinstance(index, slice):
-                of = torch.arange(*index.indices(self.num_data))
-            self._found, self._index = self._reader.read(of), index
+                self._found = self._reader.read(torch.arange(*index.indices(self.num_data)))
+            else:
+                self._found = self._reader.read(index)
+            self._index = index
         return self._found
 
 
@@ -175,12 +177,12 @@ def on_demand(*batch: Any, held: int = _HELD, ordered: bool = True) -> Batch:
     """Return the Batch of what a user passes, without reading what is not in memory.
 
     Memory-mapped arrays, Zarr and HDF5 arrays, sparse matrices and tensors, the matrix X of an
-    AnnData, and torch Datasets that are larger than ``held`` become an :class:`OnDemand`; anything
-    else, what :func:`pyro_vae.programs.batch.as_batch` makes of it.
+    AnnData, and torch Datasets and streams that are larger than ``held`` become an
+    :class:`OnDemand`; anything else, what :func:`pyro_vae.programs.batch.as_batch` makes of it.
 
     Args:
         *batch: as in :func:`pyro_vae.programs.batch.as_batch`.
-        held: bytes of a Dataset, at most, that are read at once.
+        held: bytes of a Dataset or a stream, at most, that are read at once, and kept.
         ordered: whether it matters which row is which.
 
     Raises:
@@ -191,14 +193,13 @@ def on_demand(*batch: Any, held: int = _HELD, ordered: bool = True) -> Batch:
         (only,) = batch
         if isinstance(only, Batch):
             return only
+        if isinstance(only, torch_data.DataLoader | torch_data.IterableDataset):
+            only = rows_of_loader(only, ordered=ordered)
         if isinstance(only, torch_data.DataLoader):
-            only = read_all(only, ordered=ordered)
-        if isinstance(only, torch_data.Dataset):
-            found = _of_dataset(only, held)
-            if found is not None:
-                return found
-            only = read_all(only)
-        batch = (only,)
+            return _of_stream(StreamReader(only, held))
+        if isinstance(only, torch_data.Dataset) and tensors_of(only) is None:
+            return _of_dataset(only, held)
+        batch = (read_all(only),)
     args, kwargs = as_arguments(batch, _lazy)
     if any(isinstance(value, Rows) for value in (*args, *kwargs.values())):
         return check_lists(OnDemand(args, kwargs))
@@ -212,26 +213,37 @@ def _lazy(name: str, value: Any) -> Any:
     return tensor_of(name, value) if rows is None else rows
 
 
-def _of_dataset(data: Any, held: int) -> OnDemand | None:
-    """Return a Dataset that is read by rows; None for a small one, tensors, and a stream."""
-    if isinstance(data, torch_data.IterableDataset) or tensors_of(data) is not None:
-        return None
+def _of_dataset(data: Any, held: int) -> Batch:
+    """Return a Dataset's rows, to be read as they are needed; of a small one all of them."""
     reader = _LastRead(RowReader(data))
     with preserved_rng(torch.device("cpu")):  # a dataset may draw
         first = reader.read(torch.arange(min(2, reader.num_data)))
+    found = _of_reader(reader, first, type(data).__name__)
+    row = sum(leaf.row_bytes for _, leaf in found._named() if isinstance(leaf, Rows))
+    return found if row * reader.num_data > held else as_batch(read_all(data))
+
+
+def _of_stream(stream: StreamReader) -> Batch:
+    """Return the rows of a stream, kept in memory or to be read as they are needed."""
+    if stream.whole is not None:
+        return check_lists(stream.whole)
+    few = stream.example
+    return _of_reader(_LastRead(stream), dict(few.kwargs) or few.args, "the loader")
+
+
+def _of_reader(reader: _LastRead, first: Any, what: str) -> OnDemand:
+    """Return the batch of a reader of which the first rows are known."""
     keys: Sequence[Any] = [None]
     if isinstance(first, (tuple, list)):
         keys = range(len(first))
-    elif isinstance(first, dict):
+    elif isinstance(first, Mapping):
         keys = list(first)
     leaves = {}
     for key in keys:
         value = tensor_of("", first if key is None else first[key])
         if not isinstance(value, Tensor):
-            what = f"{type(data).__name__} gives, of each datum, values that are no numbers"
-            raise TypeError(f"{what} ({str(value)[:40]}); let it return tensors alone")
+            told = f"{what} gives, of each datum, values that are no numbers"
+            raise TypeError(f"{told} ({str(value)[:40]}); let it return tensors alone")
         leaves[key] = DatasetRows(reader, key, value)
-    if sum(leaf.row_bytes for leaf in leaves.values()) * reader.num_data <= held:
-        return None
-    named = isinstance(first, dict)
+    named = isinstance(first, Mapping)
     return OnDemand(() if named else tuple(leaves.values()), leaves if named else {})

@@ -152,35 +152,35 @@ class SparseTensorRows(Rows):
     """Rows of a sparse tensor of PyTorch, of any layout.
 
     Args:
-        name: of the argument, for messages.
         tensor: with one dimension for the data, and any others.
     """
 
-    def __init__(self, name: str, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self._name, self._coo, self._csr = name, None, None
-        if tensor.ndim == 2 and not tensor.dense_dim():
-            self._csr = tensor.detach().to_sparse_csr()
+        tensor = tensor.detach()
+        if tensor.layout is torch.sparse_csr and tensor.ndim == 2:
+            self._first, entry = tensor.crow_indices(), tensor.col_indices().unsqueeze(0)
+            self._entry, self._values = entry, tensor.values()
         else:
-            coo = tensor.detach() if tensor.layout is torch.sparse_coo else tensor.to_sparse_coo()
-            self._coo = coo.coalesce()
+            coo = (
+                tensor if tensor.layout is torch.sparse_coo else tensor.to_sparse_coo()
+            ).coalesce()
+            counts = torch.bincount(coo.indices()[0], minlength=self.shape[0])
+            self._first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self._entry, self._values = coo.indices()[1:], coo.values()
 
     def read(self, index: slice | Tensor) -> Tensor:
         """Return rows, dense."""
-        of = self._coo if self._csr is None else self._csr
-        assert of is not None
+        first = self._first
         if isinstance(index, slice):
             index = torch.arange(*index.indices(self.shape[0]))
-        index = index.to(of.device)
-        if self._csr is None:
-            return of.index_select(0, index).to_dense()
-        first, columns, values = of.crow_indices(), of.col_indices(), of.values()
+        index = index.to(first.device)
         counts = first[index + 1] - first[index]
         row = torch.repeat_interleave(counts)
         start = first[index] - (counts.cumsum(0) - counts)
         place = torch.arange(len(row), device=row.device) + start[row]
-        found = values.new_zeros(len(index), self.shape[1])
-        found[row, columns[place]] = values[place]
+        found = self._values.new_zeros(len(index), *self.shape[1:])
+        found[(row, *self._entry[:, place])] = self._values[place]
         return found
 
 
@@ -236,7 +236,7 @@ def rows_of(name: str, value: Any) -> Rows | None:
         return value
     if isinstance(value, Tensor):
         sparse = value.layout is not torch.strided and value.ndim > 0
-        return SparseTensorRows(name, value) if sparse else None
+        return SparseTensorRows(value) if sparse else None
     if isinstance(value, np.memmap):
         return ArrayRows(name, value) if value.ndim else None
     if hasattr(value, "tocsr") and hasattr(value, "toarray"):

@@ -168,6 +168,27 @@ class Structure:
                 sites[name] = replace(site, kind="local latent" if local else "global latent")
         return replace(self, sites=sites, data_plate=plate)
 
+    def of_size(self, num_data: int) -> Structure:
+        """Return this structure with another number of data; values of sites stay those of a run.
+
+        The size in full of a plate that is no larger than its batch is that number too.
+        """
+        plate = self.data_plate
+        if plate is None:
+            return self
+
+        def resized(each: Plate) -> Plate:
+            if each.name != plate.name:
+                return each
+            full = num_data if each.full_size == each.size else each.full_size
+            return replace(each, size=num_data, full_size=full)
+
+        sites = {
+            name: replace(site, plates=tuple(map(resized, site.plates)))
+            for name, site in self.sites.items()
+        }
+        return replace(self, sites=sites, data_plate=resized(plate))
+
     def is_like(self, other: Structure) -> bool:
         """Return whether another run, on any number of data, has the same sites and events."""
         mine, theirs = (

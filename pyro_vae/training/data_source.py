@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.on_demand import OnDemand, on_demand

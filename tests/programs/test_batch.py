@@ -157,7 +157,6 @@ def test_arrays_and_tables_become_tensors(array):
         (pd.DataFrame({"a": [1.0], "name": ["x"]}), r"argument 1 .* DataFrame of dtype object"),
         (np.array(["a", "b"]), r"argument 1 .* ndarray of dtype <U1, where numbers"),
         (np.ma.masked_array([1.0, 2.0], [True, False]), r"masked array.*MissingData"),
-        (torch.eye(2).to_sparse(), r"argument 1 .* sparse \(torch.sparse_coo tensor\).*to_dense"),
         ([1.0, 2.0, 3.0], r"argument 1 .* list of 3 entries beside tensors of 3 rows"),
         (range(3), r"argument 1 .* range of 3 entries"),
         (iter([X]), r"argument 1 .* iterator.*IterableDataset or DataLoader"),
@@ -168,9 +167,29 @@ def test_values_that_are_no_rows_are_refused(value, told):
         as_batch(X, value)
 
 
-def test_a_scipy_matrix_is_named_as_sparse():
-    with pytest.raises(TypeError, match=r"sparse \(csr_matrix\).*x.toarray\(\)"):
-        as_batch(scipy.sparse.csr_matrix(np.eye(3)))
+@pytest.mark.parametrize(
+    "sparse", [scipy.sparse.coo_array(X.numpy()), scipy.sparse.csr_matrix(X.numpy()), X.to_sparse()]
+)
+def test_sparse_matrices_become_dense(sparse):
+    assert torch.equal(as_batch({"x": sparse}).kwargs["x"], X)
+
+
+def test_the_arguments_of_a_loss_are_dense():
+    """It runs the model on what it is given."""
+    for sparse in (scipy.sparse.csr_matrix(np.eye(3)), torch.eye(3).to_sparse()):
+        with pytest.raises(TypeError, match=r"is sparse \(.*pass (x.to_dense|torch.as_tensor)"):
+            Batch((sparse,), {}).check_kinds()
+
+
+def test_rows_of_a_part_are_named_by_their_numbers():
+    x = torch.zeros(4)
+    x[2] = math.nan
+    batch = Batch((x,), {}, numbers=torch.tensor([7, 3, 90, 5]))
+    with pytest.raises(ValueError, match=r"in rows 90 \(1 of 4\)"):
+        batch.check_finite()
+    part = batch.rows(torch.tensor([2, 0])).rows(slice(0, 1)).to("cpu")
+    with pytest.raises(ValueError, match=r"in rows 90 \(1 of 1\)"):
+        part.check_finite()
 
 
 def test_a_tuple_or_a_short_list_is_handed_on():
@@ -262,6 +281,21 @@ def test_tensors_are_taken_as_they_are():
 def test_all_of_them(data):
     found = read_all(data)
     assert torch.equal(found["x"] if isinstance(found, dict) else found[0], ROWS)
+
+
+@pytest.mark.parametrize("data", [Stream(), Named()])
+def test_a_loader_collates_as_it_is_told(data):
+    """A stream has no sampler that shuffles; what a loader makes of rows is not left out."""
+
+    def doubled(rows):
+        found = torch.utils.data.default_collate(rows)
+        return (2 * found["x"], found["y"]) if isinstance(found, dict) else (2 * found[0], found[1])
+
+    x, y = as_batch(DataLoader(data, batch_size=4, collate_fn=doubled)).args
+    assert torch.equal(x, 2 * ROWS) and torch.equal(y, LABELS)
+    assert as_batch(DataLoader(Stream(), batch_size=4)).size == 6
+    with pytest.raises(TypeError, match="leaves out a last batch"):
+        as_batch(DataLoader(Named(), batch_size=4, collate_fn=doubled, drop_last=True))
 
 
 def test_what_has_no_rows_is_refused():

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -229,3 +235,119 @@ def test_the_generators_that_a_loader_holds():
     assert source_of(loader(shuffle=True), 20, None, False).generators == []
     assert source_of(Stream(), 20, None, False).generators == []
     assert source_of(X, 20, None, False).generators == []
+
+
+# --- rows on demand: the numbers of training are those of the same data in memory
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(2, 4)
+
+    def forward(self, x, shift, scale=1.0):
+        pyro.module("net", self.net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            rate = (self.net(z) + shift.unsqueeze(-1)).exp() * scale
+            pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+
+
+COUNTS = torch.from_numpy(np.random.default_rng(0).poisson(1.0, (90, 4)).astype("float32"))
+SHIFT = torch.linspace(-1, 1, 90)
+
+
+def mapped(x, folder):
+    np.save(folder / "x.npy", x)
+    return np.load(folder / "x.npy", mmap_mode="r")
+
+
+def on_demand_of(kind, x, folder):
+    return {
+        "memmap": lambda: mapped(x.numpy(), folder),
+        "scipy": lambda: scipy.sparse.csr_matrix(x.numpy()),
+        "torch": lambda: x.to_sparse(),
+    }[kind]()
+
+
+def trained(data, local=False, **options):
+    model = Counts()
+    example = {"x": COUNTS[:4], "shift": SHIFT[:4]}
+    if local:
+        guide = pv.LocalGuide(model, num_data=90, example=example)
+    else:
+        guide = pv.AmortizedGuide(model, lambda x, shift: x, example=example)
+    options = {"epochs": 3, "batch_size": 20, "progress": False, **options}
+    result = pv.fit(model, guide, data, **options)
+    return model, guide, result
+
+
+@pytest.mark.parametrize("kind", ["memmap", "scipy", "torch"])
+@pytest.mark.parametrize("local", [False, True])
+def test_rows_on_demand_train_as_those_in_memory(kind, local, tmp_path):
+    """Beside a tensor, to the bit; validation data too."""
+    data = {"x": on_demand_of(kind, COUNTS, tmp_path), "shift": SHIFT}
+    memory = {"x": COUNTS, "shift": SHIFT}
+    held = {} if local else {"validation_data": data}
+    wanted = {} if local else {"validation_data": memory}
+    _, _, found = trained(data, local, **held)
+    model, guide, result = trained(memory, local, **wanted)
+    assert found.history == result.history
+    if local:  # whose rows remember the data, wherever they are
+        assert guide.speaks_for_data
+        pv.elbo(model, guide, data, num_particles=2, seed=0)
+        with pytest.raises(ValueError, match="not the data that this LocalGuide's rows were fit"):
+            pv.elbo(model, guide, {"x": COUNTS.flip(0), "shift": SHIFT}, num_particles=2)
+
+
+def test_no_step_reads_more_than_its_minibatch(monkeypatch):
+    source = source_of((scipy.sparse.csr_matrix(COUNTS.numpy()), SHIFT), 20, None, False)
+    rows, sizes = source.every.args[0], []
+    read = rows.read
+    monkeypatch.setattr(rows, "read", lambda i: sizes.append(len(read(i))) or read(i))
+    seen = [index for index, _ in source.epoch(20)]
+    assert sizes == [20, 20, 20, 20, 10]
+    assert torch.cat(seen).sort().values.tolist() == list(range(90))
+    assert source.num_batches(20) == 5
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (
+            math.nan,
+            r"argument 'x' of the batch holds NaN or infinite values in rows 77 \(1 of 20\)",
+        ),
+        (-1.0, r"outside the support of its Poisson likelihood .* in rows 77 \(1 of 20\)"),
+    ],
+)
+def test_bad_values_are_named_by_their_row_when_they_are_read(bad, told):
+    x = COUNTS.clone()
+    x[77, 2] = bad
+    data = {"x": scipy.sparse.csr_matrix(x.numpy()), "shift": SHIFT}
+    with pytest.raises(ValueError, match=told):
+        trained(data, epochs=1)
+    good = {"x": COUNTS, "shift": SHIFT}
+    with pytest.raises(ValueError, match=told) as error:
+        trained(good, validation_data=data)
+    assert "in validation_data" in error.value.__notes__
+
+
+def test_what_takes_all_rows_gets_them():
+    """An autoguide of Pyro's has parameters by place."""
+    x = scipy.sparse.csr_matrix(X.abs().numpy())
+    wanted, found = (
+        pv.fit(
+            model,
+            pyro.infer.autoguide.AutoNormal(model, create_plates=None),
+            data,
+            epochs=2,
+            batch_size=20,
+            progress=False,
+        )
+        for data in (X.abs(), x)
+    )
+    assert found.steps == wanted.steps == 2
+    # The guide's first values are drawn anew.
+    assert found.history["elbo"] == pytest.approx(wanted.history["elbo"], abs=0.1)

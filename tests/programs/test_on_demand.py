@@ -1,0 +1,157 @@
+"""Batches that are read in parts hold what they would in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.on_demand import OnDemand, on_demand
+
+X = torch.from_numpy(np.random.default_rng(0).poisson(0.7, (50, 5)).astype("float32"))
+SPARSE = scipy.sparse.csr_matrix(X.numpy())
+LABELS = torch.arange(50)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+
+def same(batch, wanted):
+    values = zip((*batch.args, *batch.kwargs.values()), wanted, strict=True)
+    return all(torch.equal(a, b) if torch.is_tensor(b) else a is b for a, b in values)
+
+
+def test_mixtures_with_tensors_and_plain_values(mapped):
+    """Of a tuple or a mapping; what is no row per datum is handed on."""
+    flag = "a flag"
+    for batch in (
+        on_demand(SPARSE, LABELS, mapped, flag),
+        on_demand((SPARSE, LABELS, mapped, flag)),
+    ):
+        assert isinstance(batch, OnDemand)
+        assert (batch.size, batch.count, batch.device.type) == (50, 50, "cpu")
+        for index in (slice(10, 20), torch.tensor([40, 3, 3]), torch.arange(50) % 7 == 0):
+            part = batch.rows(index)
+            assert type(part) is Batch
+            assert same(part, (X[index], LABELS[index], X[index], flag))
+            assert torch.equal(part.numbers, LABELS[index])
+        assert same(batch.whole(), (X, LABELS, X, flag))
+    named = on_demand({"counts": SPARSE, "label": LABELS.numpy()})
+    assert same(named.rows(slice(4, 6)), (X[4:6], LABELS[4:6]))
+    assert list(named.rows(slice(4, 6)).kwargs) == ["counts", "label"]
+    assert on_demand(named) is named
+    assert type(on_demand(X, LABELS)) is Batch
+    assert type(as_batch(named)) is Batch
+    assert same(as_batch(named), (X, LABELS))
+
+
+def test_fingerprints_are_those_of_the_batch_in_memory(monkeypatch):
+    monkeypatch.setattr("pyro_vae.programs.on_demand._PART", 7)
+    lazy, batch = on_demand(SPARSE, LABELS), as_batch(X, LABELS)
+    assert [part.stop - part.start for part in lazy.parts()] == [7] * 7 + [1]
+    for whole in (False, True):
+        found, wanted = lazy.fingerprints(whole=whole), batch.fingerprints(whole=whole)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_are_of_bounded_bytes(monkeypatch):
+    monkeypatch.setattr("pyro_vae.programs.on_demand._PART_BYTES", 100)
+    assert next(on_demand(SPARSE).parts()) == slice(0, 5)  # of 20 bytes each
+
+
+def test_what_was_read_last_is_kept(monkeypatch):
+    batch, read = on_demand(SPARSE), []
+    rows = batch.args[0]
+    monkeypatch.setattr(rows, "read", lambda index, old=rows.read: read.append(index) or old(index))
+    assert torch.equal(batch.rows(slice(10, 30)).args[0], X[10:30])
+    part = batch.rows(slice(15, 20))
+    assert torch.equal(part.args[0], X[15:20])
+    assert part.numbers.tolist() == [15, 16, 17, 18, 19]
+    assert read == [slice(10, 30)]
+    batch.rows(slice(25, 35))
+    assert len(read) == 2
+
+
+def test_on_a_device():
+    batch = on_demand(SPARSE, LABELS).to("meta")
+    assert batch.device.type == "meta"
+    assert {value.device.type for value in batch.rows(slice(0, 3)).args} == {"meta"}
+
+
+class Named(Dataset):
+    def __init__(self, width=5):
+        self.read, self.width = [], width
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return {"x": X[i, : self.width], "y": int(LABELS[i])}
+
+
+def test_a_large_dataset_is_read_by_rows():
+    """All tensors of a datum at once; a small one is read at once."""
+    data = Named()
+    batch = on_demand(data, held=1000)
+    assert isinstance(batch, OnDemand)
+    data.read.clear()
+    index = torch.tensor([9, 4])
+    part = batch.rows(index)
+    assert same(part, (X[index], LABELS[index]))
+    assert data.read == [9, 4]
+    assert type(on_demand(Named())) is Batch
+    assert same(on_demand(Named()), (X, LABELS))
+    tensors = TensorDataset(X, LABELS)
+    assert on_demand(tensors, held=0).args[0] is X
+    (part,) = on_demand(Named(), held=0).rows(slice(3, 5)).kwargs["x"].unbind(1)[:1]
+    assert torch.equal(part, X[3:5, 0])
+
+
+class Words(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return "word", X[i]
+
+
+class Ragged(Named):
+    def __getitem__(self, i):
+        return X[i, : 5 - (i > 30)]
+
+
+def test_refusals(mapped):
+    with pytest.raises(
+        ValueError, match=r"same first dimension.*argument 0 has 50 rows, argument 1 has 49 rows"
+    ):
+        on_demand(mapped, LABELS[:49])
+    with pytest.raises(ValueError, match="the batch is empty: argument 0 has 0 rows"):
+        on_demand(scipy.sparse.csr_matrix((0, 5)))
+    with pytest.raises(TypeError, match=r"Words gives, of each datum, values that are no numbers"):
+        on_demand(Words(), held=0)
+    with pytest.raises(TypeError, match=r"argument 1 .* list of 50 entries beside tensors"):
+        on_demand(mapped, [1.0] * 50)
+    with pytest.raises(TypeError, match="DataLoader that shuffles"):
+        on_demand(DataLoader(TensorDataset(X), shuffle=True))
+    ragged = on_demand(Ragged(), held=0)
+    with pytest.raises(
+        ValueError, match=r"rows are not alike: \(4,\) where the first ones have \(5,\)"
+    ):
+        ragged.rows(slice(40, 45))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, LABELS, strict=True))
+
+
+def test_a_stream_that_fits_is_read_once():
+    assert same(on_demand(Stream()), (X, LABELS))
+    assert same(on_demand(DataLoader(Stream(), batch_size=8)), (X, LABELS))
