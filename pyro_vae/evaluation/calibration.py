@@ -200,7 +200,8 @@ def sbc(
         ValueError: for what :func:`pyro_vae.log_weights` refuses; where the model cannot be drawn
             from, and where it is not plain which argument holds an observed site's values; for
             latents that the model masks by what it draws; for a guide of other data (the rows of a
-            LocalGuide or of Pyro's AutoNormal), or one that looks at the other data of a batch; for latents of ``simulate`` that are missing, misshapen or impossible.
+            LocalGuide or of Pyro's AutoNormal), or one that looks at the other data of a batch;
+            for latents of ``simulate`` that are missing, misshapen or impossible.
 
     References:
         Cook, Gelman & Rubin (2006). Validation of software for Bayesian models using posterior
