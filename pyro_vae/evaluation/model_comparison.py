@@ -194,6 +194,12 @@ class ModelComparison:
             sources = Counter(data["source"].sel(model=name).values.tolist())
             parts = ", ".join(f"{source} ({count})" for source, count in sources.items())
             yield f"{name}: log p(x) by {parts}" + (f"; given {given}" if given else "")
+        for name, count in zip(self._models, np.isneginf(self._values).sum(1), strict=True):
+            if count:
+                yield (
+                    f"{name}: no draw of its latents gives {count} of {num_data} data a density: "
+                    "log p(x) is minus infinity there, unless all draws miss where it is not"
+                )
         for model, row in table[table["untrusted"] > 0].iterrows():
             yield (
                 f"{model}: for {row['untrusted']} of {num_data} data log p(x) is a lower bound "

@@ -177,9 +177,14 @@ class Ladder:
         ends: list[_Ends] = []
         for rows, block in prepared.each(_TOGETHER // num_chains):
             limits: tuple[int, Schedule] = num_steps, "adaptive"
-            path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
             annealer = Annealer(prepared, rows, block, start, num_chains, *limits)
-            every = _Ends(*annealer.forward(path, wave=1 if before is None else 2))
+            wave = 1 if before is None else 2
+            if annealer.is_hopeless(wave):  # whatever steps would do
+                z = annealer.first(wave)
+                every = _Ends(z.new_full(z.shape[:2], -torch.inf, dtype=torch.float64), z)
+            else:
+                path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
+                every = _Ends(*annealer.forward(path, wave=wave))
             if before is None:
                 ends.append(every)
             else:

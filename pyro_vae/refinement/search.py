@@ -23,6 +23,7 @@ _MARGIN, _MOST_MARGIN = 3.0, 10.0  # nats by which a start may lie below, and en
 _PLAIN_CYCLES = 5  # before draws are sent into the tails
 _MOST_HEAVY = 16  # coordinates of a datum whose tails draws can be sent into
 _APART = 1.5  # starts: so many standard deviations, and twice as many of many coordinates
+_LOOKED_AT = 256  # draws of each start, before a row is given up
 _POINT_WIDTH = 1e-3  # of a family of points, in standard deviations of the prior
 
 
@@ -128,12 +129,12 @@ def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
 
     A row takes ``max_steps`` at most from one start.
     """
-    everything = torch.ones(starts.shape[1], dtype=torch.bool, device=starts.device)
+    everything = ~_hopeless(climber, starts)
     may_reach = climber.blocks.family.has_density and climber.blocks.size <= _MOST_HEAVY
     plain_steps = min(max_steps, _PLAIN_CYCLES * _CYCLE) if may_reach else max_steps
     chosen, ended = _from_best(climber, starts, everything, plain_steps)
-    heavy = ~ended.converged & may_reach
-    best = _challenge(climber, ~heavy, starts, chosen, ended, max_steps)
+    heavy = everything & ~ended.converged & may_reach
+    best = _challenge(climber, everything & ~heavy, starts, chosen, ended, max_steps)
     if not bool(heavy.any()):
         return best
     # What plain draws cannot settle may lie in tails that they do not reach.
@@ -144,12 +145,34 @@ def search(climber: Climber, starts: Tensor, max_steps: int) -> Ascent:
     return Ascent(table, torch.where(heavy, reached.converged, best.converged))
 
 
+def _hopeless(climber: Climber, starts: Tensor) -> Tensor:
+    """Return for which rows the model has no density at any draw of any start, [N].
+
+    Draws into the tails are among them. A datum that the model does not allow is such: no slope
+    says where its posterior might be, and no number of steps finds it.
+    """
+    found = torch.zeros(starts.shape[1], dtype=torch.bool, device=starts.device)
+    may_reach = climber.blocks.family.has_density and climber.blocks.size <= _MOST_HEAVY
+    ways = (climber, replace(climber, heavy=True)) if may_reach else (climber,)
+    every = torch.arange(len(found), device=found.device)
+    for block in climber.blocks.at(every):
+        _, elbos = best_of(climber, block, starts[:, block.rows])
+        low = elbos.isneginf().all(0)  # of one draw without density it is minus infinity
+        for way in ways if bool(low.any()) else ():
+            _, noise = way.noise(_LOOKED_AT)
+            for start in starts[:, block.rows]:
+                weights = way.log_weights(block, start, noise, 1)
+                low &= ~weights.isfinite().any(0)
+        found[block.rows] = low
+    return found
+
+
 def _from_best(
     climber: Climber, starts: Tensor, todo: Tensor, max_steps: int
 ) -> tuple[Tensor, Ascent]:
     """Climb from the start where each row has the highest ELBO; return their numbers too, [N]."""
     chosen = torch.zeros_like(todo, dtype=torch.long)
-    for block in climber.blocks.at(torch.nonzero(todo).flatten()):
+    for block in climber.blocks.at(torch.nonzero(todo).flatten()) if bool(todo.any()) else ():
         chosen[block.rows] = best_of(climber, block, starts[:, block.rows])[0]
     table = starts[chosen, torch.arange(len(chosen), device=chosen.device)]
     return chosen, ascend(climber, table, todo, max_steps)

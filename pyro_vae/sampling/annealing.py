@@ -123,6 +123,13 @@ class Annealer:
         centre, width = self._wider
         return centre + width * (draws - centre)
 
+    def is_hopeless(self, wave: int = 1) -> bool:
+        """Whether no chain of a wave begins where the model has a density: every weight is zero."""
+        density = TemperedDensity(
+            self.block, self.ready.table[self.rows], self.start, 1, self._wider
+        )
+        return not bool(density(self.first(wave)).ratio.isfinite().any())
+
     def path(self) -> Path:
         """Return powers and kernels, as a pilot has found them."""
         density = self.density()

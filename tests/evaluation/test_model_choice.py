@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.refinement.climbing import Climber
+from pyro_vae.sampling.annealing import Annealer
 from pyro_vae.zoo import ProbabilisticPCA
 from tests.models import NormalModel
 
@@ -272,3 +274,25 @@ def test_picks_the_dimension_that_the_data_have():
             near = found.dataset["log_evidence"].sel(model=name).values.mean()
             exact = float(model.log_evidence(held_out).detach().double().mean())
             assert abs(near - exact) < 4 * found.summary().loc[name, "log_evidence_se"]
+
+
+def test_data_that_a_model_does_not_allow_are_named_without_a_search(monkeypatch):
+    """No cycle of refine, and no chain, where no draw has a density."""
+
+    def bounded(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    for kind, name in ((Climber, "cycle"), (Annealer, "path")):
+        monkeypatch.setattr(kind, name, lambda *rest, name=name: pytest.fail(name))
+    x = torch.tensor([60.0, -50.0])
+    found = pv.compare_models(
+        {"bounded": (bounded, guide), "again": (bounded, guide)}, x, seed=0, progress=False
+    )
+    assert (found.dataset["log_evidence"] == -math.inf).all() and not found.dataset["good"].any()
+    assert "bounded: no draw of its latents gives 2 of 2 data a density" in repr(found)

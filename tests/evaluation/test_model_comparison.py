@@ -110,6 +110,8 @@ def test_a_datum_that_a_model_does_not_allow():
     good = np.ones(values.shape, dtype=bool)
     good[1, 0] = False
     assert compared(values, good=good).summary().loc["model 1", "verdict"] == "worse"
+    assert "model 1: no draw of its latents gives 1 of 200 data a density" in repr(compared(values))
+    assert "model 0: no draw" not in repr(compared(values))
     values[0, 0] = -math.inf
     assert compared(values).summary()["verdict"].iloc[1] == "unclear"
 

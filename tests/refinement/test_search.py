@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.refinement.climbing import Climber
 from tests.models import GammaPoisson, factor_analysis
 from tests.refinement import certificates
 from tests.refinement.guides import exact_elbo, gamma_poisson_gap
@@ -135,6 +136,62 @@ def test_an_elbo_that_lies_in_the_tails():
     guide = pv.refine(model, pv.LocalGuide(model, num_data=1, example=x), x, seed=0)
     assert guide.converged.all()
     assert gamma_poisson_gap(0.1, x, guide).max() < 0.02
+
+
+def bounded(x):
+    """Likelihood of width 2 around z: a datum that is far from 0 no draw explains."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+
+def limited(x):
+    """A conjugate model that gives no density to data beyond 10."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("range", dist.Uniform(x.new_tensor(-10.0), 10.0, validate_args=False), obs=x)
+
+
+@pytest.fixture
+def cycles(monkeypatch):
+    """How many rows each cycle had."""
+    seen, cycle = [], Climber.cycle
+
+    def counted(self, block, before, *rest):
+        seen.append(len(before))
+        return cycle(self, block, before, *rest)
+
+    monkeypatch.setattr(Climber, "cycle", counted)
+    return seen
+
+
+@pytest.mark.parametrize("family", [pv.families.Normal(), pv.families.Delta()], ids=repr)
+def test_a_datum_that_nothing_drawn_allows_takes_no_steps(family, cycles):
+    """The others end where they do without it."""
+    x = torch.tensor([0.1, 60.0, -0.4], dtype=torch.float64)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.1))
+
+    options = {"family": family, "seed": 0, "max_steps": 400, "progress": False}
+    alone = pv.refine(limited, guide, x[[0, 2]], **options)
+    cycles.clear()
+    found = pv.refine(limited, guide, x, **options)
+    assert cycles and set(cycles) <= {1, 2} and not found.converged[1]
+    torch.testing.assert_close(found.table[[0, 2]], alone.table)
+    cycles.clear()
+    assert not pv.refine(limited, guide, x[[1]], **options).converged.any() and not cycles
+
+
+def test_a_datum_that_a_draw_into_the_tail_allows_is_climbed(cycles):
+    """z beyond 3.3 alone has a density: of 64 draws of the prior none has, of wide ones some."""
+    x = torch.tensor([4.3], dtype=torch.float64)
+    start = pv.LocalGuide(bounded, num_data=1, example=x)
+    options = {"seed": 0, "max_steps": 20, "progress": False}
+    pv.refine(bounded, start, x, **options)
+    assert cycles
 
 
 def test_what_has_not_converged_is_said(caplog):

@@ -160,6 +160,19 @@ def test_a_draw_of_no_density_has_no_weight():
     assert (backward[0] == math.inf).all() and backward[1].isfinite().all()
 
 
+def test_chains_that_all_begin_where_there_is_no_density_are_told():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    for x, hopeless in (([60.0, 70.0], True), ([60.0, 0.0], False)):
+        x = torch.tensor(x, dtype=F64)
+        made = annealer(model, local(NormalModel(), x), x, start="prior", chains=50, steps=3)
+        assert made.is_hopeless() == hopeless
+        assert (made.forward(made.path())[0] == -math.inf).all(0).tolist() == [True, hopeless]
+
+
 # --- closing on the evidence
 
 
