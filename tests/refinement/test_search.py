@@ -150,7 +150,8 @@ def limited(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        pyro.sample("range", dist.Uniform(x.new_tensor(-10.0), 10.0, validate_args=False), obs=x)
+        low = -10 + 1e-3 * z  # a bound that is known before is checked before
+        pyro.sample("range", dist.Uniform(low, 10.0, validate_args=False), obs=x)
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_a_datum_that_nothing_drawn_allows_takes_no_steps(family, cycles):
     cycles.clear()
     found = pv.refine(limited, guide, x, **options)
     assert cycles and set(cycles) <= {1, 2} and not found.converged[1]
-    torch.testing.assert_close(found.table[[0, 2]], alone.table)
+    torch.testing.assert_close(found.table[[0, 2]], alone.table, rtol=0, atol=1e-3)  # other draws
     cycles.clear()
     assert not pv.refine(limited, guide, x[[1]], **options).converged.any() and not cycles
 
