@@ -154,9 +154,10 @@ def structure_of(module: nn.Module) -> list[Mapping[Any, object]]:
     return [module._modules, *forward, module._backward_pre_hooks, module._backward_hooks]
 
 
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer has hooks on its steps, which Python runs."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+def step_hooks(optimizer: torch.optim.Optimizer) -> list[Callable[..., object]]:
+    """Return the hooks on an optimizer's steps, which Python runs."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return [*before.values(), *after.values()]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.compiler.captured import MISSING, Captured, Place, Unchanged, is_library, is_plain
+from pyro_vae.programs.guide_kinds import buffers_of_runs
 from pyro_vae.programs.pyro_internals import STORE_PARAMETERS, store_parameters
 from pyro_vae.torch_internals import buffers_of, parameters_of, structure_of
 
@@ -123,9 +124,9 @@ class Watched:
         return self._captured.snapshot()
 
     def buffers(self) -> Iterator[Tensor]:
-        """Yield the buffers of all modules."""
+        """Yield the buffers of all modules that a step may write to."""
         for module in self.modules.values():
-            yield from (b for b in buffers_of(module).values() if b is not None)
+            yield from buffers_of_runs(module)
 
 
 def _same(one: object, other: object) -> bool:

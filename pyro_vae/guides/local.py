@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -77,14 +76,9 @@ class LocalGuide(FamilyGuide, RowGuide):
         super().__init__(looks, structure, family)
         table = self._prior_params.repeat(num_data, *[1] * self._prior_params.ndim)
         self._make_rows(table, is_whole=structure.data_plate is None)
-        self._trial: Tensor | None = None
-
-    def using(self, table: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Take another table in place of the guide's own inside the context."""
-        return self._holding("_trial", table)
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the rows of the table for a batch, [N, P]: P is family.params_shape(D)."""
         self.check_size(Batch(args, kwargs).size)
-        table = self.table if self._trial is None else self._trial
+        table = self.in_force
         return table if self.given_rows is None else table[self.given_rows]

@@ -215,7 +215,8 @@ class Runner:
         mode, (some, index) = self.mode, self.block(rows)
         (program,) = mode.programs(num_particles, self.program)
         batch, traces = mode.batch(some, num_particles), []
-        with using_rows(self.program, index):
+        # Of the whole batch, the rows are those in force.
+        with using_rows(self.program, None if some is self.batch else index):
             for k in range(mode.num_runs(num_particles)):
                 # Preimages of a guide that this one is compared with may be of another kind.
                 given = values and {

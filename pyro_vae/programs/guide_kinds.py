@@ -21,7 +21,9 @@ from pyro_vae.programs.state import unwrapped
 from pyro_vae.programs.supports import flat_transforms, support_of
 from pyro_vae.programs.traces import trace_guide
 from pyro_vae.programs.types import Distribution, Program, Trace, Values
+from pyro_vae.torch_internals import buffers_of
 
+_PART = 2**20  # numbers of a table that are summed at a time, at least; a multiple of 16
 _SAME_TABLE = 1e-5  # of its length: by less it has moved by rounding
 _PERIOD = 2 * math.pi * (1 + 1e-6)  # ends are rounded
 _SAME_DATUM = 1e-4  # of its length: what two fingerprints of a datum may be apart
@@ -61,10 +63,12 @@ class RowGuide(nn.Module):
         table: the parameters, [num_data, ...].
         converged: [num_data], whether each row is at its optimum.
         given_rows: the rows of :meth:`rows` that are in force, [n]; None for all.
+        RECORDS: buffers with a row per datum, which no run of the guide reads or writes.
         is_start: whether :meth:`for_any_data` is in force.
         is_whole: whether its one row is for all data jointly.
     """
 
+    RECORDS = frozenset({"converged", "_fingerprints"})
     converged: Tensor
     _fingerprints: Tensor
     _fitted: Tensor
@@ -79,6 +83,7 @@ class RowGuide(nn.Module):
         self.register_buffer("_fitted", torch.tensor(math.inf, dtype=torch.float64))
         self.is_whole, self.is_start = is_whole, False
         self.given_rows: Tensor | None = None
+        self._trial: Tensor | None = None
 
     @contextlib.contextmanager
     def _holding(self, name: str, value: object) -> Iterator[None]:
@@ -90,9 +95,24 @@ class RowGuide(nn.Module):
             vars(self)[name] = before
 
     @property
+    def in_force(self) -> Tensor:
+        """The table in force: the guide's own, or that of :meth:`using`."""
+        return self.table if self._trial is None else self._trial
+
+    def using(self, table: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Take another table in place of the guide's own inside the context."""
+        return self._holding("_trial", table)
+
+    @contextlib.contextmanager
+    def using_all_of(self, table: Tensor) -> Iterator[None]:
+        """Take another table, each of its rows once: a batch inside the context has as many."""
+        with self.using(table), self._holding("given_rows", None):
+            yield
+
+    @property
     def num_data(self) -> int:
         """Rows of the table."""
-        return self.table.shape[0]
+        return self.in_force.shape[0]
 
     @property
     def given(self) -> dict[str, Tensor]:
@@ -151,10 +171,17 @@ class RowGuide(nn.Module):
 
     def _checksum(self) -> tuple[Tensor, Tensor]:
         """Return a number that tells the table from others, and its length."""
-        table = self.table.detach().flatten().to("cpu", torch.float64)
         generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(len(table), generator=generator, dtype=torch.float64)
-        return table @ direction, table.norm()
+        product, squares = torch.zeros(2, dtype=torch.float64)
+        table = self.table.detach().flatten()
+        # In parts, which draw what the whole would: a table may be most of the memory.
+        count = max(1, len(table) // _PART)
+        for i in range(count):
+            part = table[i * _PART : (i + 1) * _PART if i + 1 < count else None]
+            numbers = part.to("cpu", torch.float64)
+            direction = torch.randn(len(numbers), generator=generator, dtype=torch.float64)
+            product, squares = product + numbers @ direction, squares + numbers @ numbers
+        return product, squares.sqrt()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of guides that remember nothing: of an earlier version.
@@ -188,14 +215,14 @@ class RowGuide(nn.Module):
 
     def rows_as_given(self, index: Tensor) -> contextlib.AbstractContextManager[None]:
         """Use these rows inside the context, unchecked: rows [n] that were checked before."""
-        return self._holding("given_rows", index.to(self.table.device))
+        return self._holding("given_rows", index.to(self.in_force.device))
 
     @property
     def current_rows(self) -> Tensor:
         """The rows that a batch holds now: those of :meth:`rows`, else all, [n]."""
         if self.given_rows is not None:
             return self.given_rows
-        return torch.arange(self.num_data, device=self.table.device)
+        return torch.arange(self.num_data, device=self.in_force.device)
 
     def check_size(self, size: int | None) -> None:
         """Raise ValueError if a batch of this size does not match the rows in force."""
@@ -209,6 +236,14 @@ class RowGuide(nn.Module):
             f"this LocalGuide has a row for each of {wanted} data but the batch has {size}; "
             "say which rows a minibatch holds: with guide.rows(index): ..."
         )
+
+
+def buffers_of_runs(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers of a module itself that its runs may write to."""
+    kept = module.RECORDS if isinstance(module, RowGuide) else frozenset[str]()
+    for name, buffer in buffers_of(module).items():
+        if buffer is not None and name not in kept:
+            yield buffer
 
 
 def row_guide(program: Program) -> RowGuide | None:

@@ -139,6 +139,17 @@ class TrainingData:
     def _on_rows(self, few: Batch, plate: Plate) -> PairOnRows:
         return PairOnRows(self.model, self.guide, few, plate, self.rows)
 
+    def _first_rows_of_table(self, few: Batch) -> contextlib.AbstractContextManager[None]:
+        """Give a guide with a row per datum no more of its table than the first rows need.
+
+        Of a table of millions of rows, gradients by all of it would be many times the memory.
+        """
+        if not isinstance(self.guide, RowGuide):
+            return contextlib.nullcontext()
+        table = self.guide.in_force
+        first = table[: few.size].detach().clone().requires_grad_(table.requires_grad)
+        return self.guide.using(first)
+
     def _find_order(self) -> None:
         """Find out whether each step must take all rows, in their order."""
         few = self._few()
@@ -170,7 +181,7 @@ class TrainingData:
 
     def _bound_role(self, few: Batch) -> tuple[str | None, dict[str, int]]:
         """Return which of the pair is bound to the order of rows, and what BatchNorms saw."""
-        with self.rows(torch.arange(few.size or 0)):
+        with self._first_rows_of_table(few), self.rows(torch.arange(few.size or 0)):
             pair, refused = Pair(self.model, self.guide, few, gradients=True), False
             with batch_norms() as norms:
                 try:
@@ -195,7 +206,9 @@ class TrainingData:
             structure, part = pair.looks.structure(self._plate, latents_needed=False), pair.part
 
         def divides(plate: Plate, names: list[str]) -> bool:
-            return self._on_rows(self._few(), plate).divides_by_size(names)
+            few = self._few()
+            with self._first_rows_of_table(few):
+                return self._on_rows(few, plate).divides_by_size(names)
 
         self._full_size, self._scaled = minibatch_scale(
             self.model, example, structure, self.num_data, divides, part

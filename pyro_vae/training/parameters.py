@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import buffers_of_runs
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import FirstValues, called_modules, looking, module_of
@@ -111,9 +112,9 @@ class Parameters:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The buffers of all modules."""
-        held = [buffer for module in self._modules.values() for buffer in module.buffers()]
-        return [*held, *self._buffers.values()]
+        """The buffers of all modules that a step may write to."""
+        parts = [part for module in self._modules.values() for part in module.modules()]
+        return [*(b for part in parts for b in buffers_of_runs(part)), *self._buffers.values()]
 
     def initialize(self) -> None:
         """Give the ``late`` ones a value, which is to be replaced by another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from pyro_vae.schedules import factor_at
 from pyro_vae.torch_internals import copy_all
 from pyro_vae.training.clipping import Clip
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
-from pyro_vae.training.optimizers import make_optimizer, parameters_in
+from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, State, all_finite
+from pyro_vae.training.table_rows import TableRows
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
@@ -165,6 +167,7 @@ class TrainingSteps:
                 logger.info(text, role, ", ".join(names))
         self.last = self.parameters.state()
         self._optim = optim
+        self._rows = TableRows(guide) if isinstance(guide, RowGuide) else None
         self._update: Update | None = None
         self._latent_scale = LatentScale()
         self.pair = data.full_size(model), data.full_size(guide)
@@ -198,12 +201,11 @@ class TrainingSteps:
         self.last = self.parameters.state()
         trained = self.parameters.trained
         update = self._update = Update(
-            make_optimizer(self._optim, trained), self._clip, lasting=not self._skips
+            make_optimizer(self._optim, trained), self._clip, self._rows, lasting=not self._skips
         )
         device, *others = {parameter.device for parameter in trained}
-        fused = all(group.get("fused") for group in update.optimizer.param_groups)
         # Only fused optimizers look at the mark: with others, the parameters would be lost.
-        if fused and device.type in _QUEUED and not others:
+        if update.is_fused and device.type in _QUEUED and not others:
             update.failed = torch.zeros((), dtype=torch.float32, device=device)  # as kernels read
         self._traced.checked = update.failed is None
         return update
@@ -316,7 +318,7 @@ class TrainingSteps:
     def _run(self, start: _Start, batch: Batch) -> Any:
         """Return the loss of a step, with gradients at the parameters; explain a failure."""
         try:
-            with self.data.rows(start.index):
+            with self._using_rows(start.index):
                 return self._traced(*batch.args, **batch.kwargs)
         except (ValueError, RuntimeError) as error:
             self._look()
@@ -329,6 +331,13 @@ class TrainingSteps:
                 advice = "pass drop_last=True (to a DataLoader), another batch_size, or more data"
                 raise ValueError(f"step {start.number} has {what}; {advice}") from error
             raise
+
+    def _using_rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Give the guide the rows of a minibatch: alone, where they alone are to move."""
+        rows = self._rows
+        if rows is None or index is None or not rows.serves(index):
+            return self.data.rows(index)
+        return rows.taking(index)
 
     def read(self) -> list[MinibatchELBO]:
         """Return the ELBOs of the steps since the last call.
@@ -361,7 +370,7 @@ class TrainingSteps:
         health = self._traced.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
-        gradients = [p.grad for p in parameters_in(self.optimizer) if p.grad is not None]
+        gradients = [] if self._update is None else self._update.gradients()
         if not gradients:
             what = "the loss has no gradient by any parameter of the optimizer. Pyro's losses need"
             raise ValueError(f"{what} modules registered, by pyro.module or as a PyroModule")

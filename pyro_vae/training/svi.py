@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from pyro_vae.losses.base import Objective
 from pyro_vae.programs.batch import Batch
+from pyro_vae.programs.guide_kinds import row_guide
 from pyro_vae.programs.handlers import keep_apart
 from pyro_vae.programs.messages import plain_errors
 from pyro_vae.programs.state import evaluation, module_of, one_thread, preserved_rng, unwrapped
 from pyro_vae.programs.traces import OUTSIDE, non_finite_sites
 from pyro_vae.programs.types import Compile, Program
 from pyro_vae.training.optimizers import make_optimizer, parameters_in
+from pyro_vae.training.table_rows import TableRows
 from pyro_vae.training.traced_loss import TracedLoss
 from pyro_vae.training.update import Update
 
@@ -120,6 +123,8 @@ class CompiledSVI:
             owners=(loss, loss_and_grads),
             wanted=self._of_optimizer,
         )
+        table = row_guide(guide)
+        self._rows = None if table is None else TableRows(table)
         self._update: Update | None = None
         self._moved: set[int] = set()  # parameters that had a gradient
         self._filled: list[Tensor] | None = None  # of the last step, where all had one
@@ -155,7 +160,8 @@ class CompiledSVI:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a gradient step; return the loss, a number (or what the loss returns)."""
         with one_thread():
-            loss = self._traced(*args, **kwargs)
+            with self._using_rows():
+                loss = self._traced(*args, **kwargs)
             self._warn_of_unregistered()
             moved = self._move()
             number = _number(loss)
@@ -163,13 +169,21 @@ class CompiledSVI:
                 self._refuse_outside(args, kwargs)
             return number
 
+    def _using_rows(self) -> contextlib.AbstractContextManager[None]:
+        """Give the guide the rows of ``guide.rows(index)`` alone, where they alone are to move."""
+        table = row_guide(self.guide)
+        index = None if table is None else table.given_rows
+        if self._rows is None or index is None or not self._rows.serves(index):
+            return contextlib.nullcontext()
+        return self._rows.taking(index, repeats=len(index.unique()) < len(index))
+
     def _move(self) -> bool:
         """Update the parameters by the gradients that they have; return whether there are any."""
         parameters, is_made = self._traced.parameters, isinstance(self.optim, torch.optim.Optimizer)
         if self._update is None:
             if not (parameters or is_made):
                 return False
-            self._update = Update(make_optimizer(self.optim, parameters))
+            self._update = Update(make_optimizer(self.optim, parameters), rows=self._rows)
         if not is_made:  # else its parameters are its maker's
             self._update.add(parameters)
         self._fill_gradients()
@@ -200,9 +214,10 @@ class CompiledSVI:
         As pyro.infer.SVI does: momentum moves them on.
         """
         current = self._traced.current
+        table = None if self._rows is None or self._rows.gradient is None else self._rows.table
         if current is self._filled and self._traced.mode != "eager":
             return  # a graph gives gradients to the same parameters each time
-        missing = [parameter for parameter in current if parameter.grad is None]
+        missing = [p for p in current if p.grad is None and p is not table]
         self._filled = None if missing else current
         self._moved |= set(map(id, current)) - set(map(id, missing))
         for parameter in missing:

@@ -75,7 +75,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         mode: how the last call ran: "eager", "replayed" or "compiled".
         parameters: all that were met so far, each once: those that Pyro knows of
             (:class:`ParamStatements`), and those wanted.
-        current: those of the last call.
+        current: those of the last call, and the rows of a table that it was differentiated by.
         unregistered: those that got a gradient in the first call which is not wanted: of modules
             that Pyro does not know of.
         health: a number of the last call that is finite only if the loss and all gradients are
@@ -209,11 +209,18 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
             text = "training steps run eagerly, which is slower: %s"
             warn_once(logger, self._owners, text, reason)
 
+    @property
+    def _leaf(self) -> list[Tensor]:
+        """The rows of a table that this call is differentiated by, where they are a tensor."""
+        held = None if self._table is None else self._table.in_force
+        return [] if held is None or self._table is None or held is self._table.table else [held]
+
     # --- eager runs
 
     def _learn(self, entry: StepEntry, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run eagerly, and note the parameters and modules that the step uses."""
-        wanted = list(self._wanted())
+        leaf = self._leaf
+        wanted = [*self._wanted(), *leaf]
         drop_gradients([*self.parameters, *wanted])
         first = ParamStatements(checked=self._calls == 1)
         with called_modules() as called, first as statements:
@@ -229,7 +236,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         entry.num_hooks = -1
         entry.unregistered = [p for p in own if id(p) not in found]
         self.unregistered = [p for p in entry.unregistered if p.grad is not None]
-        met = set(map(id, self.parameters))
+        met = set(map(id, [*self.parameters, *leaf]))
         self.parameters += [p for p in entry.parameters if id(p) not in met]
         if not entry.given_up and entry.calls >= entry.min_calls:
             names, entry.known = [name for name, _ in stated], True

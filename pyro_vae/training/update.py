@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from pyro_vae.compiler.agreement import same_state
 from pyro_vae.compiler.captured import Place, Unchanged
 from pyro_vae.compiler.graph import Graph
 from pyro_vae.compiler.tracing import UntraceableError, trace
-from pyro_vae.torch_internals import copy_all, has_step_hooks, largest_magnitudes
+from pyro_vae.torch_internals import copy_all, largest_magnitudes, step_hooks
 from pyro_vae.training.clipping import Clip
 from pyro_vae.training.optimizers import PyroLink, drop_gradients, parameters_in
+from pyro_vae.training.row_rules import has_row_state, rule_of
+from pyro_vae.training.table_rows import RowStep, TableRows
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,13 @@ class Update:
     graph is one of its own, beside that of loss and gradients: a learning rate is a constant of it,
     and a new rate traces these few operations alone.
 
+    Of a table with a row per datum, the rows of a minibatch alone may move, each by moments and a
+    step count of its own; where the optimizer has no rule for that, the whole table does.
+
     Args:
         optimizer: a torch optimizer.
         clip: how the gradients of a step are clipped.
+        rows: of a guide's table, which a step may be differentiated by; None for no such guide.
         lasting: whether a mark of failure stays for all later steps; else it is of the last one.
 
     Attributes:
@@ -50,7 +56,12 @@ class Update:
     """
 
     def __init__(
-        self, optimizer: optim.Optimizer, clip: Clip | None = None, *, lasting: bool = True
+        self,
+        optimizer: optim.Optimizer,
+        clip: Clip | None = None,
+        rows: TableRows | None = None,
+        *,
+        lasting: bool = True,
     ) -> None:
         closure = inspect.signature(optimizer.step).parameters["closure"]
         if closure.default is inspect.Parameter.empty:
@@ -62,6 +73,12 @@ class Update:
         self.optimizer = optimizer
         self.failed: Tensor | None = None
         self._clip, self._lasting = clip, lasting
+        self._rule = None if rows is None else rule_of(optimizer)
+        if rows is not None and self._rule is None:
+            rows.whole_because = f"{type(optimizer).__name__} has no rule for rows by themselves"
+        self._rows = rows
+        self._row_step: RowStep | None = None  # of this step
+        self._group: dict[str, Any] | None = None  # that of the table
         self._link: PyroLink | None = vars(optimizer).get("pyro_link")
         self._takes_sparse = isinstance(optimizer, optim.SparseAdam)
         self._graphs: dict[Hashable, Graph] = {}
@@ -91,6 +108,21 @@ class Update:
         """Leave the parameters without a gradient."""
         for group in self.optimizer.param_groups:
             drop_gradients(group["params"])
+        if self._rows is not None:
+            self._rows.drop()
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of now: of the parameters, and of the rows of a table."""
+        found = [p.grad for p in parameters_in(self.optimizer) if p.grad is not None]
+        rows = None if self._rows is None else self._rows.gradient
+        return found if rows is None else [*found, rows]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a loss that is not finite stops all updates, without a look at it."""
+        own = None if self._rows is None or self._rule is None else self._rows.table
+        groups = self.optimizer.param_groups
+        return all(g.get("fused") or all(p is own for p in g["params"]) for g in groups)
 
     def __call__(self, loss: Loss = None, *, traced: bool) -> None:
         """Take a step of the optimizer on the gradients that the parameters have.
@@ -101,6 +133,7 @@ class Update:
         """
         if self._link is not None:
             self._link.pull()
+        self._row_step = self._rows_to_move()
         if not (traced and self._may_record()):
             self._step(loss)
         elif not self._repeats_last(loss):
@@ -110,20 +143,25 @@ class Update:
 
     def _may_record(self) -> bool:
         """Return whether a step runs no Python that a graph would leave out."""
-        if self._refused or has_step_hooks(self.optimizer):
+        hooks = step_hooks(self.optimizer)
+        if self._refused or any(hook is not _refuse_whole for hook in hooks):
             return False
         return "step" not in vars(self.optimizer)  # where a learning rate scheduler puts its own
 
     def _repeats_last(self, loss: Loss) -> bool:
         """Take the same step as the last time, where nothing but numbers changed; say whether."""
-        last = self._last
+        last, rows = self._last, self._row_step
         if last is None or last.graph.capturable or not last.holds():
+            return False
+        if last.index is not (None if rows is None else rows.index):
             return False
         inputs: list[Any] = []
         for parameter in last.parameters:
             if (gradient := parameter.grad) is None:
                 return False
             inputs.append(gradient)
+        if rows is not None:
+            inputs.append(rows.gradient)
         if self.failed is not None:
             inputs.append(loss)
         last.graph(*inputs)
@@ -131,16 +169,19 @@ class Update:
 
     def _record_or_replay(self, loss: Loss) -> None:
         """Take a step by the graph for these settings, or trace it."""
-        moved = self._moved()
+        moved, rows = self._moved(), self._row_step
         states = [self.optimizer.state.get(parameter) for parameter in moved]
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
         # What a first step would make of the state is no constant of the graph.
-        if not fused or not states or not all(states):
+        may = all(states) and (bool(states) or rows is not None) and self.is_fused
+        if rows is not None and self._rule is not None:
+            may = may and rows.lasts and rows.index is not None and self._rule.tensors_alone
+            states += [self._state_of_table] if self._state_of_table else []
+        if not may:
             self._step(loss)
             return
         key = self._key(states)
-        marked = [] if self.failed is None else [loss]
-        inputs = [*(parameter.grad for parameter in moved), *marked]
+        inputs = self._inputs(moved)
+        inputs += [] if self.failed is None else [loss]
         if (graph := self._graphs.get(key)) is not None:
             self._replay(graph, inputs)
         elif len(self._graphs) >= _MAX_SETTINGS:
@@ -153,8 +194,60 @@ class Update:
         if graph.capturable:
             self._capture(graph, inputs)
         graph(*inputs)
-        is_whole = all(parameter.grad is not None for parameter in parameters_in(self.optimizer))
-        self._last = _Repeated(self.optimizer, graph) if is_whole else None
+        rows, moved = self._row_step, self._moved()
+        num_moved = len(moved) + (rows is not None)
+        is_whole = num_moved == len(parameters_in(self.optimizer))
+        index = None if rows is None else rows.index
+        states = [self._state_of_table] if rows is not None and self._state_of_table else []
+        states += [self.optimizer.state[parameter] for parameter in moved]
+        self._last = _Repeated(self.optimizer, graph, moved, states, index) if is_whole else None
+
+    # --- the rows of a table
+
+    def _table_group(self) -> dict[str, Any] | None:
+        """Return the group of settings that the table is in; None where it is in none."""
+        if self._rows is None:
+            return None
+        table, groups = self._rows.table, self.optimizer.param_groups
+        if not any(group is self._group for group in groups):
+            held = (group for group in groups if any(p is table for p in group["params"]))
+            self._group = next(held, None)
+        return self._group
+
+    @property
+    def _state_of_table(self) -> dict[str, Any]:
+        """The optimizer's state of the table, made where it is not there."""
+        state: dict[str, Any] = self.optimizer.state[self._of_table.table]
+        return state
+
+    @property
+    def _of_table(self) -> TableRows:
+        if self._rows is None:
+            raise RuntimeError("there is no table")
+        return self._rows
+
+    def _rows_to_move(self) -> RowStep | None:
+        """Return the rows that move by states of their own; None where the optimizer's step does."""
+        if self._rows is None or (group := self._table_group()) is None:
+            return None
+        rows, table = self._rows, self._rows.table
+        by_rows = rows.gradient is not None and table.grad is None and self._rule is not None
+        if not by_rows:
+            if (gradient := rows.whole_gradient()) is None:
+                return None
+            table.grad = gradient
+            # An optimizer that does not know the mark of a failure is not to move what it spares.
+            marked = self.failed is not None and not group.get("fused")
+            if self._rule is None or not (has_row_state(self._state_of_table) or marked):
+                return None
+        if self._rule is None:
+            return None
+        self._rule.prepare(group, table, self._state_of_table)
+        if all(hook is not _refuse_whole for hook in step_hooks(self.optimizer)):
+            self.optimizer.register_step_pre_hook(_refuse_whole)
+        step = rows.step(whole=not by_rows)
+        table.grad = None
+        return step
 
     # --- what there is to move
 
@@ -168,11 +261,32 @@ class Update:
         settings = [value for group in groups for name, value in group.items() if name not in own]
         # By identity, because load_state_dict and others put new tensors into the state.
         tensors = [id(next(iter(state.values()))) for state in states]
-        return (*settings, *[p.grad is None for p in parameters_in(self.optimizer)], *tensors)
+        index = None if self._row_step is None else id(self._row_step.index)
+        there = [p.grad is None for p in parameters_in(self.optimizer)]
+        return (*settings, *there, *tensors, index)
 
-    def _written(self) -> list[Tensor]:
-        """Return what a step writes to, the optimizer's state aside."""
-        return [*self._moved(), *([] if self.failed is None else [self.failed])]
+    def _written(self, *, states: bool) -> list[Tensor]:
+        """Return what a step writes to in whole, with the optimizer's state or without."""
+        moved = self._moved()
+        found = [*moved, *([] if self.failed is None else [self.failed])]
+        held = [self.optimizer.state[parameter] for parameter in moved] if states else []
+        return found + [v for state in held for v in state.values() if isinstance(v, Tensor)]
+
+    def _snapshot(self) -> tuple[list[Tensor], Callable[[], None]]:
+        """Return copies of all that a step writes to, and what puts them back."""
+        whole, rows = self._written(states=True), self._row_step
+        parts = [] if rows is None else rows.written(self._state_of_table)
+        values = _copies(whole)
+        of_rows = [] if rows is None else [rows.of(part).detach().clone() for part in parts]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            copy_all(whole, values)
+            for part, value in zip(parts, of_rows, strict=True):
+                if rows is not None:
+                    rows.put(part, value)
+
+        return [*values, *of_rows], put_back
 
     # --- steps of the optimizer itself
 
@@ -194,8 +308,9 @@ class Update:
         if self.failed is None:
             self._clip_gradients()
             optimizer.step()
+            self._move_rows()
             return
-        gradients = [p.grad for p in self._moved() if p.grad.numel()]
+        gradients = [gradient for gradient in self._inputs(self._moved()) if gradient.numel()]
         largest = largest_magnitudes(gradients) if gradients else []
         loss = torch.as_tensor(loss, device=self.failed.device).detach().reshape(())
         finite = torch.stack([loss, *largest]).isfinite().all()
@@ -207,12 +322,28 @@ class Update:
             optimizer.step()
         finally:
             del optimizer.found_inf
+        self._move_rows()
+
+    def _move_rows(self) -> None:
+        """Let the rows of a table take their step."""
+        if self._row_step is not None and self._rule is not None:
+            group = self._table_group() or {}
+            self._row_step.take(self._rule, group, self._state_of_table, self.failed)
 
     def _clip_gradients(self) -> None:
-        """Clip the gradients that the parameters have, where that is wanted."""
-        if self._clip:
-            moved = self._moved()
-            _set_gradients(moved, self._clip([parameter.grad for parameter in moved]))
+        """Clip the gradients that parameters and rows have, where that is wanted."""
+        if not self._clip:
+            return
+        moved, rows = self._moved(), self._row_step
+        clipped = self._clip(self._inputs(moved))
+        _set_gradients(moved, clipped)
+        if rows is not None:
+            self._row_step = replace(rows, gradient=clipped[-1])
+
+    def _inputs(self, moved: list[Any]) -> list[Tensor]:
+        """Return the gradients of parameters, and that of the rows which move."""
+        of_rows = [] if self._row_step is None else [self._row_step.gradient]
+        return [*(parameter.grad for parameter in moved), *of_rows]
 
     def _fitting(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Return a gradient as the optimizer takes it, sparse or not; raise where it cannot."""
@@ -232,16 +363,14 @@ class Update:
 
     def _capture(self, graph: Graph, inputs: list[Tensor]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
-        state = self.optimizer.state
-        values = [value for parameter in self._moved() for value in state[parameter].values()]
-        tensors = [*self._written(), *(value for value in values if isinstance(value, Tensor))]
-        before, error = _copies(tensors), "launched at once, they do not agree"
+        values, put_back = self._snapshot()
+        error = "launched at once, they do not agree"
 
         def outcome() -> list[Tensor]:
             """Take a step and come back."""
             graph(*inputs)
-            found = _copies(tensors)
-            _put_back(tensors, before)
+            found, _ = self._snapshot()
+            put_back()
             return found
 
         wanted = outcome()
@@ -257,11 +386,13 @@ class Update:
 
     def _recorded(self, inputs: list[Tensor]) -> Graph | None:
         """Take a step and return the graph of it; None where it cannot be recorded."""
-        moved, tensors = self._moved(), self._written()
-        state, before = copy.deepcopy(self.optimizer.state_dict()), _copies(tensors)
+        moved, rows = self._moved(), self._row_step
+        _, put_back = self._snapshot()
 
         def function(*tensors: Tensor) -> list[Tensor | None]:
             _set_gradients(moved, tensors)
+            if rows is not None:
+                self._row_step = replace(rows, gradient=tensors[len(moved)])
             self._move(tensors[-1])
             return []
 
@@ -269,10 +400,11 @@ class Update:
             return trace(function, inputs)
         except UntraceableError as error:
             logger.info("the optimizer's step is not part of the graph: %s", error)
+        finally:
+            self._row_step = rows
         self._refused = True
-        _put_back(tensors, before)
+        put_back()
         _set_gradients(moved, inputs)
-        self.optimizer.load_state_dict(state)
         self._step(inputs[-1])
         return None
 
@@ -283,16 +415,22 @@ class _Repeated:
     That nothing has changed is found by identity, in a fraction of the time of comparing values.
     """
 
-    def __init__(self, optimizer: optim.Optimizer, graph: Graph) -> None:
-        self.graph, self.parameters = graph, parameters_in(optimizer)
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        graph: Graph,
+        parameters: list[Tensor],
+        states: list[dict[str, Any]],
+        index: Tensor | None,
+    ) -> None:
+        self.graph, self.parameters, self.index = graph, parameters, index
         groups = optimizer.param_groups
         places = [Place(optimizer, name, is_item=False) for name in ("param_groups", "state")]
         places += [Place(groups, i) for i in range(len(groups))]
         places += [Place(group, name) for group in groups for name in group]
-        for parameter in self.parameters:
-            state = optimizer.state[parameter]
-            # load_state_dict and others put new tensors into the state.
-            places += [Place(optimizer.state, parameter), Place(state, next(iter(state)))]
+        places += [Place(optimizer.state, p) for p in optimizer.state]
+        # load_state_dict and others put new tensors into the state.
+        places += [Place(state, next(iter(state))) for state in states]
         # Whether settings, state and parameters are those of the graph.
         self.holds = Unchanged([groups, *(group["params"] for group in groups)], places).holds
 
@@ -307,6 +445,12 @@ def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor]) -> Non
         parameter.grad = gradient
 
 
-@torch.no_grad()
-def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
-    copy_all(tensors, values)
+def _refuse_whole(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise ValueError for a step of the optimizer alone on a table whose rows count their own."""
+    for parameter in parameters_in(optimizer):
+        if parameter.grad is not None and has_row_state(optimizer.state.get(parameter, {})):
+            raise ValueError(
+                f"this optimizer holds moments and a step count for each row of a table of "
+                f"{len(parameter)} rows, as pyro_vae.fit and pyro_vae.CompiledSVI train it: go on "
+                "with one of these, or make a new optimizer"
+            )

@@ -1,0 +1,201 @@
+"""Updates of optimizers by rows of a parameter: each row has moments and a step count of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor, optim
+
+Group = Mapping[str, Any]  # the settings of a parameter group
+
+STEP = "step"  # in an optimizer's state: of one number, or of one for each row
+
+
+class RowRule(ABC):
+    """What an optimizer does to a row that has a gradient, written for B rows at once.
+
+    A subclass names the moments of a row, and says how a step moves it.
+
+    Attributes:
+        tensors_alone: whether a step is one of tensors alone, which a graph may repeat.
+    """
+
+    tensors_alone = True
+
+    @abstractmethod
+    def moments(self, group: Group) -> Mapping[str, float]:
+        """Return the moments that the optimizer keeps, by name, each with its first value."""
+
+    def counts(self, group: Group) -> bool:
+        """Return whether a step depends on the number of steps before it."""
+        return True
+
+    @abstractmethod
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return rows [B, ...] after a step, and put what becomes of their state into ``state``.
+
+        Args:
+            group: settings.
+            rows: parameters, [B, ...].
+            gradient: of the loss by them, [B, ...].
+            state: moments [B, ...], and under ``STEP`` the steps that each row has taken, [B].
+        """
+
+    def prepare(self, group: Group, table: Tensor, state: dict[str, Any]) -> None:
+        """Give a parameter the state of its rows, where it has none yet.
+
+        A state of all rows together, as after steps that took all of them, is that of each.
+        """
+        moments = self.moments(group)
+        missing = [name for name in moments if not isinstance(state.get(name), Tensor)]
+        if self.counts(group) and not has_row_state(state):
+            # SGD does not count: where there is a momentum, there was a step.
+            before = float(state.get(STEP, 0.0 if missing else 1.0))
+            like = {"dtype": torch.float32, "device": table.device}
+            state[STEP] = torch.full(table.shape[:1], before, **like)
+        elif has_row_state(state) and state[STEP].device != table.device:  # as it was loaded
+            state[STEP] = state[STEP].to(table.device)
+        for name in missing:
+            state[name] = torch.full_like(table, moments[name], requires_grad=False)
+
+
+class _Adam(RowRule):
+    r"""Adam, and AdamW, whose weights decay where a row takes a step (Loshchilov & Hutter 2019).
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        \theta \leftarrow \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with t the steps of the row itself (Kingma & Ba 2015).
+    """
+
+    def moments(self, group: Group) -> Mapping[str, float]:
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        return dict.fromkeys(names, 0.0)
+
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        (beta1, beta2), rate, decay = group["betas"], rate_of(group), group["weight_decay"]
+        gradient = -gradient if group["maximize"] else gradient
+        if decay and group.get("decoupled_weight_decay", False):
+            rows = rows * (1 - rate * decay)
+        elif decay:
+            gradient = gradient + decay * rows
+        step = state[STEP] = state[STEP] + 1
+        mean = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * gradient
+        square = state["exp_avg_sq"] = (
+            beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient.square()
+        )
+        if group["amsgrad"]:
+            square = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+        # Of few steps, float32 would leave four digits of 1 - beta ** step.
+        steps = step.double()
+        size = spread(rate / (1 - beta1**steps), rows)
+        root = square.sqrt() / spread((1 - beta2**steps).sqrt(), rows)
+        return rows - size * mean / (root + group["eps"])
+
+
+class _ClippedAdam(RowRule):
+    """Pyro's Adam of gradients that are clipped entry by entry; its step moves the learning rate."""
+
+    tensors_alone = False
+
+    def moments(self, group: Group) -> Mapping[str, float]:
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        beta1, beta2 = group["betas"]
+        gradient = gradient.clamp(-group["clip_norm"], group["clip_norm"])
+        if group["weight_decay"]:
+            gradient = gradient + group["weight_decay"] * rows
+        step = state[STEP] = state[STEP] + 1
+        mean = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * gradient
+        spread_out = gradient - mean if group["centered_variance"] else gradient
+        square = state["exp_avg_sq"] = (
+            beta2 * state["exp_avg_sq"] + (1 - beta2) * spread_out.square()
+        )
+        steps = step.double()
+        size = rate_of(group) * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
+        return rows - spread(size, rows) * mean / (square.sqrt() + group["eps"])
+
+
+class _SGD(RowRule):
+    """Stochastic gradient descent, with a momentum for each row."""
+
+    def moments(self, group: Group) -> Mapping[str, float]:
+        return {"momentum_buffer": 0.0} if group["momentum"] else {}
+
+    def counts(self, group: Group) -> bool:
+        # A row's first momentum is its gradient: what starts at zero, and nothing dampens, is that.
+        return bool(group["momentum"] and group["dampening"])
+
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"]:
+            gradient = gradient + group["weight_decay"] * rows
+        if momentum := group["momentum"]:
+            kept = momentum * state["momentum_buffer"]
+            if self.counts(group):
+                later = kept + (1 - group["dampening"]) * gradient
+                is_first = (state[STEP] == 0).reshape(-1, *[1] * (rows.ndim - 1))
+                buffer = torch.where(is_first, gradient, later)
+                state[STEP] = state[STEP] + 1
+            else:
+                buffer = kept + gradient
+            state["momentum_buffer"] = buffer
+            gradient = gradient + momentum * buffer if group["nesterov"] else buffer
+        return rows - rate_of(group) * gradient
+
+
+class _Adagrad(RowRule):
+    """Adagrad (Duchi, Hazan & Singer 2011): its sums of squares are by row as they are."""
+
+    def moments(self, group: Group) -> Mapping[str, float]:
+        return {"sum": group["initial_accumulator_value"]}
+
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"]:
+            gradient = gradient + group["weight_decay"] * rows
+        before = state[STEP].double()
+        state[STEP] = state[STEP] + 1
+        size = spread(rate_of(group) / (1 + before * group["lr_decay"]), rows)
+        total = state["sum"] = state["sum"] + gradient.square()
+        return rows - size * gradient / (total.sqrt() + group["eps"])
+
+
+# By the very class: one that inherits may do something else.
+RULES: Mapping[type[optim.Optimizer], RowRule] = {
+    optim.Adam: _Adam(),
+    optim.AdamW: _Adam(),
+    optim.SGD: _SGD(),
+    optim.Adagrad: _Adagrad(),
+    ClippedAdam: _ClippedAdam(),
+}
+
+
+def rule_of(optimizer: optim.Optimizer) -> RowRule | None:
+    """Return how an optimizer moves rows; None for one that is not known to move them alone."""
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return None
+    return RULES.get(type(optimizer))
+
+
+def has_row_state(state: Mapping[str, Any]) -> bool:
+    """Return whether a parameter's state counts the steps of each row."""
+    step = state.get(STEP)
+    return isinstance(step, Tensor) and step.ndim == 1
+
+
+def rate_of(group: Group) -> Any:
+    """Return the learning rate of now, a number or a tensor of no dimension."""
+    rate = group["lr"]
+    return rate.reshape(()) if isinstance(rate, Tensor) else rate
+
+
+def spread(numbers: Tensor, rows: Tensor) -> Tensor:
+    """Return a number for each row, [B], in the dtype of rows [B, ...] and broadcasting with it."""
+    return numbers.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
