@@ -1,16 +1,17 @@
-"""Updates of optimizers by rows of a parameter: each row has moments and a step count of its own."""
+"""Updates of optimizers by rows of a parameter, each with moments and a step count of its own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, optim
 
-Group = Mapping[str, Any]  # the settings of a parameter group
+Group: TypeAlias = Mapping[str, Any]  # the settings of a parameter group
+Moments: TypeAlias = dict[str, Tensor]  # what an optimizer keeps of rows, by name, each [B, ...]
 
 STEP = "step"  # in an optimizer's state: of one number, or of one for each row
 
@@ -35,7 +36,7 @@ class RowRule(ABC):
         return True
 
     @abstractmethod
-    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
         """Return rows [B, ...] after a step, and put what becomes of their state into ``state``.
 
         Args:
@@ -55,8 +56,8 @@ class RowRule(ABC):
         if self.counts(group) and not has_row_state(state):
             # SGD does not count: where there is a momentum, there was a step.
             before = float(state.get(STEP, 0.0 if missing else 1.0))
-            like = {"dtype": torch.float32, "device": table.device}
-            state[STEP] = torch.full(table.shape[:1], before, **like)
+            counts = torch.full((len(table),), before, dtype=torch.float32, device=table.device)
+            state[STEP] = counts
         elif has_row_state(state) and state[STEP].device != table.device:  # as it was loaded
             state[STEP] = state[STEP].to(table.device)
         for name in missing:
@@ -68,7 +69,8 @@ class _Adam(RowRule):
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        \theta \leftarrow \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+        \theta \leftarrow \theta
+        - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     with t the steps of the row itself (Kingma & Ba 2015).
     """
@@ -77,18 +79,16 @@ class _Adam(RowRule):
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         return dict.fromkeys(names, 0.0)
 
-    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-        (beta1, beta2), rate, decay = group["betas"], rate_of(group), group["weight_decay"]
-        gradient = -gradient if group["maximize"] else gradient
-        if decay and group.get("decoupled_weight_decay", False):
-            rows = rows * (1 - rate * decay)
-        elif decay:
-            gradient = gradient + decay * rows
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
+        (beta1, beta2), rate = group["betas"], rate_of(group)
+        if group.get("decoupled_weight_decay", False):
+            gradient = slope_of({**group, "weight_decay": 0}, rows, gradient)
+            rows = rows * (1 - rate * group["weight_decay"])
+        else:
+            gradient = slope_of(group, rows, gradient)
         step = state[STEP] = state[STEP] + 1
         mean = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * gradient
-        square = state["exp_avg_sq"] = (
-            beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient.square()
-        )
+        square = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient.square()
         if group["amsgrad"]:
             square = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         # Of few steps, float32 would leave four digits of 1 - beta ** step.
@@ -99,18 +99,17 @@ class _Adam(RowRule):
 
 
 class _ClippedAdam(RowRule):
-    """Pyro's Adam of gradients that are clipped entry by entry; its step moves the learning rate."""
+    """Pyro's Adam of gradients that are clipped entry by entry; its own step moves the rate."""
 
     tensors_alone = False
 
     def moments(self, group: Group) -> Mapping[str, float]:
         return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
-    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
         beta1, beta2 = group["betas"]
         gradient = gradient.clamp(-group["clip_norm"], group["clip_norm"])
-        if group["weight_decay"]:
-            gradient = gradient + group["weight_decay"] * rows
+        gradient = slope_of(group, rows, gradient)
         step = state[STEP] = state[STEP] + 1
         mean = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * gradient
         spread_out = gradient - mean if group["centered_variance"] else gradient
@@ -132,10 +131,8 @@ class _SGD(RowRule):
         # A row's first momentum is its gradient: what starts at zero, and nothing dampens, is that.
         return bool(group["momentum"] and group["dampening"])
 
-    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-        gradient = -gradient if group["maximize"] else gradient
-        if group["weight_decay"]:
-            gradient = gradient + group["weight_decay"] * rows
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
+        gradient = slope_of(group, rows, gradient)
         if momentum := group["momentum"]:
             kept = momentum * state["momentum_buffer"]
             if self.counts(group):
@@ -156,10 +153,8 @@ class _Adagrad(RowRule):
     def moments(self, group: Group) -> Mapping[str, float]:
         return {"sum": group["initial_accumulator_value"]}
 
-    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-        gradient = -gradient if group["maximize"] else gradient
-        if group["weight_decay"]:
-            gradient = gradient + group["weight_decay"] * rows
+    def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
+        gradient = slope_of(group, rows, gradient)
         before = state[STEP].double()
         state[STEP] = state[STEP] + 1
         size = spread(rate_of(group) / (1 + before * group["lr_decay"]), rows)
@@ -188,6 +183,13 @@ def has_row_state(state: Mapping[str, Any]) -> bool:
     """Return whether a parameter's state counts the steps of each row."""
     step = state.get(STEP)
     return isinstance(step, Tensor) and step.ndim == 1
+
+
+def slope_of(group: Group, rows: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient that a step goes down, that of a penalty on weights added."""
+    gradient = -gradient if group.get("maximize") else gradient
+    decay = group["weight_decay"]
+    return gradient + decay * rows if decay else gradient
 
 
 def rate_of(group: Group) -> Any:

@@ -30,8 +30,8 @@ class TableRows:
     """Takes the rows of a minibatch out of a guide's table, and puts them back after a step.
 
     What a step costs is then a matter of its rows, not of the table's. Inside :meth:`taking`, the
-    guide has a table of these rows alone: the leaf, [B, ...], a tensor of its own by which a loss is
-    differentiated. There is one for each B, so that a graph finds it where it was.
+    guide has a table of these rows alone: the leaf, [B, ...], a tensor of its own that a loss is
+    differentiated by. There is one for each B, so that a graph finds it where it was.
 
     Args:
         guide: with the table.
@@ -120,14 +120,14 @@ class TableRows:
         whole = torch.zeros_like(self.table) if mine is None else mine.clone()
         return whole.index_add_(0, self._index, rows)
 
-    def step(self, *, whole: bool = False) -> RowStep:
-        """Return which rows are to move, with their gradient: those of the leaf, or all."""
+    def step(self, *, whole: bool = False) -> RowStep | None:
+        """Return the rows that are to move, those of the leaf or all; None without a gradient."""
         table = self.table.detach()
         if whole:
             gradient = self.whole_gradient()
-            return RowStep(table, None, table, torch.zeros_like(table) if gradient is None else gradient)
+            return None if gradient is None else RowStep(table, None, table, gradient)
         if self.leaf is None or self.leaf.grad is None:
-            raise RuntimeError("no rows have a gradient")
+            return None
         if not self._repeats:
             return RowStep(table, self._index, self.leaf.detach(), self.leaf.grad)
         index, place = self._index.unique(return_inverse=True)

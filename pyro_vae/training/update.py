@@ -227,7 +227,7 @@ class Update:
         return self._rows
 
     def _rows_to_move(self) -> RowStep | None:
-        """Return the rows that move by states of their own; None where the optimizer's step does."""
+        """Return the rows that move by states of their own; None where the optimizer moves all."""
         if self._rows is None or (group := self._table_group()) is None:
             return None
         rows, table = self._rows, self._rows.table
@@ -265,16 +265,12 @@ class Update:
         there = [p.grad is None for p in parameters_in(self.optimizer)]
         return (*settings, *there, *tensors, index)
 
-    def _written(self, *, states: bool) -> list[Tensor]:
-        """Return what a step writes to in whole, with the optimizer's state or without."""
-        moved = self._moved()
-        found = [*moved, *([] if self.failed is None else [self.failed])]
-        held = [self.optimizer.state[parameter] for parameter in moved] if states else []
-        return found + [v for state in held for v in state.values() if isinstance(v, Tensor)]
-
     def _snapshot(self) -> tuple[list[Tensor], Callable[[], None]]:
-        """Return copies of all that a step writes to, and what puts them back."""
-        whole, rows = self._written(states=True), self._row_step
+        """Return copies of all that a step writes to, of a table its rows, and what undoes it."""
+        moved, rows = self._moved(), self._row_step
+        states = [value for p in moved for value in self.optimizer.state[p].values()]
+        whole = [*moved, *(value for value in states if isinstance(value, Tensor))]
+        whole += [] if self.failed is None else [self.failed]
         parts = [] if rows is None else rows.written(self._state_of_table)
         values = _copies(whole)
         of_rows = [] if rows is None else [rows.of(part).detach().clone() for part in parts]
@@ -363,7 +359,7 @@ class Update:
 
     def _capture(self, graph: Graph, inputs: list[Tensor]) -> None:
         """Go over to one launch, where a trial of it does as the graph does."""
-        values, put_back = self._snapshot()
+        _, put_back = self._snapshot()
         error = "launched at once, they do not agree"
 
         def outcome() -> list[Tensor]:

@@ -1,0 +1,382 @@
+"""Steps on the rows of a minibatch: each row as if it had an optimizer of its own, and no other."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import pyro_vae as pv
+from pyro_vae.training.table_rows import TableRows
+
+N, LATENTS = 11, 2
+ADAM = functools.partial(torch.optim.Adam, lr=0.1, fused=True)
+HOW = {"eager": False, "replayed": "replay"}
+
+
+def model(x):
+    """z ~ Normal(0, 1), x ~ Normal(z, 1): at a point z, the slope of -log p(x, z) is 2 z - x."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def data(num_data=N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_data, LATENTS, dtype=torch.float64, generator=generator)
+
+
+def make(num_data=N, fn=model, family=None, **options):
+    x = data(num_data)
+    family = pv.families.Delta() if family is None else family
+    return pv.LocalGuide(fn, num_data=num_data, example=x, family=family, **options), x
+
+
+class Logged(Dataset):
+    """Rows, and a list of those that were read since training began."""
+
+    def __init__(self, x):
+        self.x, self.read = x, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return self.x[index]
+
+
+class Singles:
+    """A parameter for each row of a guide's table, with an optimizer each, stepped by hand."""
+
+    def __init__(self, guide, x, optim):
+        self.x = x
+        self.rows = [nn.Parameter(row.detach().clone()) for row in guide.table]
+        self.optims = [optim([row]) for row in self.rows]
+
+    def step(self, index):
+        for i in index:
+            row = self.rows[i]
+            row.grad = (2 * row.detach()[:, 0] - self.x[i]).unsqueeze(-1)
+            self.optims[i].step()
+
+    def check(self, guide, rtol=1e-12):
+        rows = torch.stack(list(self.rows))
+        torch.testing.assert_close(guide.table.detach(), rows, rtol=rtol, atol=rtol)
+
+
+OPTIMS = {
+    "Adam": ADAM,
+    "Adam, not fused": functools.partial(torch.optim.Adam, lr=0.1, amsgrad=True),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.2, fused=True),
+    "SGD": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5, fused=True),
+    "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.3, fused=True),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_fit_gives_each_row_an_optimizer_of_its_own(optim, how, drop_last):
+    """To rounding in float64: 5 epochs of minibatches of 4, 4 and 3, or 4 and 4, of 11 rows."""
+    guide, x = make()
+    rows, singles = Logged(x), Singles(guide, x, OPTIMS[optim])
+    options = {"batch_size": 4, "epochs": 5, "drop_last": drop_last, "compile": HOW[how]}
+    made = []
+
+    def begin(parameters):
+        rows.read.clear()
+        made.append(OPTIMS[optim](parameters))
+        return made[0]
+
+    pv.fit(model, guide, rows, optim=begin, progress=False, **options)
+    sizes = [4, 4] if drop_last else [4, 4, 3]
+    order = rows.read[: 5 * sum(sizes)]  # what is read later serves to know the data again
+    for index in torch.tensor(order).split(sizes * 5):
+        singles.step(index.tolist())
+    singles.check(guide)
+    if "Adam" in optim:
+        counts = made[0].state[guide.table]["step"]
+        assert torch.equal(counts, torch.bincount(torch.tensor(order), minlength=N).float())
+
+
+def steps(svi, guide, x, indices):
+    modes = []
+    for index in indices:
+        with guide.rows(torch.tensor(index)):
+            svi.step(x[index])
+        modes.append(svi.mode)
+    return modes
+
+
+MINIBATCHES = [[0, 3, 5], [3, 1, 2], [9, 0, 3], [4, 5, 6], [3, 0, 1], [10, 9]] * 2
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_compiled_svi_takes_the_rows_of_the_context(how):
+    guide, x = make()
+    singles = Singles(guide, x, ADAM)
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile=HOW[how])
+    modes = steps(svi, guide, x, MINIBATCHES)
+    for index in MINIBATCHES:
+        singles.step(index)
+    singles.check(guide)
+    assert modes[-3] == how
+    assert guide.table.grad is None
+    held = [p for group in svi.optimizer.param_groups for p in group["params"]]
+    assert len(held) == 1
+    assert held[0] is guide.table
+
+
+def test_pyro_adam():
+    guide, x = make()
+    singles = Singles(guide, x, ADAM)
+    optim = pyro.optim.Adam({"lr": 0.1})
+    svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), compile="replay")
+    steps(svi, guide, x, MINIBATCHES)
+    for index in MINIBATCHES:
+        singles.step(index)
+    singles.check(guide)
+    state = optim.optim_objs[guide.table].state[guide.table]
+    assert state["step"].sum() == sum(map(len, MINIBATCHES))
+
+
+def test_clipped_adam_whose_rate_falls_with_each_step_of_all():
+    guide, x = make()
+    one = functools.partial(pyro.optim.clipped_adam.ClippedAdam, clip_norm=0.5)
+    singles = Singles(guide, x, one)
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9, "clip_norm": 0.5})
+    svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), compile="replay")
+    steps(svi, guide, x, MINIBATCHES)
+    for number, index in enumerate(MINIBATCHES, 1):
+        for optimizer in singles.optims:
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.9**number
+        singles.step(index)
+    singles.check(guide)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_gradients_of_a_row_that_is_there_twice_add_up(how):
+    guide, x = make()
+    (row,) = (nn.Parameter(guide.table[2].detach().clone()),)
+    single = ADAM([row])
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile=HOW[how])
+    index = [2, 7, 2, 2]
+    for _ in range(4):
+        steps(svi, guide, x, [index])
+        row.grad = 3 * (2 * row.detach()[:, 0] - x[2]).unsqueeze(-1)
+        single.step()
+    torch.testing.assert_close(guide.table[2], row, rtol=1e-12, atol=1e-12)
+    assert svi.optimizer.state[guide.table]["step"].tolist() == [0, 0, 4, 0, 0, 0, 0, 4, 0, 0, 0]
+
+
+def test_steps_of_all_rows_are_those_of_the_optimizer_itself():
+    """To the bit: where each step takes all rows, whatever their order, nothing has changed."""
+    guide, x = make(family=pv.families.Normal())
+    parameter = nn.Parameter(guide.table.detach().clone())
+    optimizer = ADAM([parameter])
+    rows = Logged(x)
+    gradients = []
+    guide.table.register_hook(gradients.append)
+    pv.fit(model, guide, x, optim=ADAM, batch_size=64, epochs=6, progress=False, compile=False)
+    for gradient in gradients[-6:]:
+        parameter.grad = gradient
+        optimizer.step()
+    assert torch.equal(guide.table, parameter)
+    assert rows.read == []
+
+
+def test_rows_after_steps_of_all_and_steps_of_all_after_rows():
+    """Each row goes on from where it is; a step of all rows counts in each."""
+    guide, x = make()
+    singles = Singles(guide, x, ADAM)
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile="replay")
+    everything = list(range(N))
+    for index in [None, None, [0, 1], [1, 5], None, [5, 6], everything, None, [2, 3]]:
+        if index is None:
+            svi.step(x)
+        else:
+            steps(svi, guide, x, [index])
+        singles.step(everything if index is None else index)
+        singles.check(guide)
+
+
+def test_other_parameters_take_the_optimizers_own_steps():
+    """A location that all data share and the model holds moves at each step, the rows at theirs."""
+    shift = nn.Parameter(torch.zeros(LATENTS, dtype=torch.float64))
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x):
+            pyro.module("shifted", self)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z + self.shift, 1.0).to_event(1), obs=x)
+
+    fn = Shifted()
+    guide, x = make(fn=fn)
+    rows = [nn.Parameter(row.detach().clone()) for row in guide.table]
+    optims = [ADAM([row]) for row in rows]
+    mine = nn.Parameter(shift.detach().clone())
+    own = ADAM([mine])
+    svi = pv.CompiledSVI(fn, guide, ADAM, pv.ELBO(), compile="replay")
+    for index in MINIBATCHES:
+        steps(svi, guide, x, [index])
+        off = {i: rows[i].detach()[:, 0] + mine.detach() - x[i] for i in index}
+        for i in index:
+            rows[i].grad = (rows[i].detach()[:, 0] + off[i]).unsqueeze(-1)
+        mine.grad = sum(off.values())
+        for optimizer in (own, *(optims[i] for i in index)):
+            optimizer.step()
+    torch.testing.assert_close(shift, mine, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(guide.table, torch.stack(list(rows)), rtol=1e-11, atol=1e-11)
+
+
+def test_an_optimizer_without_a_rule_moves_the_whole_table_and_says_so(caplog):
+    guide, x = make()
+    parameter = nn.Parameter(guide.table.detach().clone())
+    optim = functools.partial(torch.optim.NAdam, lr=0.1)
+    optimizer = optim([parameter])
+    svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), compile="replay")
+    with caplog.at_level(logging.WARNING):
+        steps(svi, guide, x, MINIBATCHES)
+    (record,) = caplog.records
+    assert "moves all 11 rows" in record.getMessage()
+    assert "NAdam has no rule for rows by themselves" in record.getMessage()
+    for index in MINIBATCHES:
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[index] = (2 * parameter.detach()[index, :, 0] - x[index]).unsqueeze(-1)
+        optimizer.step()
+    torch.testing.assert_close(guide.table, parameter, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_on_the_table_see_the_whole_gradient(caplog):
+    guide, x = make()
+    seen = []
+    guide.table.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
+    parameter = nn.Parameter(guide.table.detach().clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optim = functools.partial(torch.optim.SGD, lr=0.1)
+    svi = pv.CompiledSVI(model, guide, optim, pv.ELBO(), compile=False)
+    with caplog.at_level(logging.WARNING):
+        steps(svi, guide, x, [[1, 3], [3, 5]])
+    assert "it has gradient hooks" in caplog.text
+    for index in ([1, 3], [3, 5]):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[index] = 2 * (2 * parameter.detach()[index, :, 0] - x[index]).unsqueeze(-1)
+        optimizer.step()
+    assert [gradient.shape for gradient in seen] == [guide.table.shape] * 2
+    torch.testing.assert_close(guide.table, parameter, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_reads_the_whole_table_moves_the_whole_table():
+    """A penalty on all rows has a gradient by all of them: it is added to that of the minibatch."""
+    guide, x = make()
+    parameter = nn.Parameter(guide.table.detach().clone())
+    optimizer = ADAM([parameter])
+    elbo = pv.ELBO()
+
+    def loss(fn, its_guide, *args):
+        return elbo.differentiable_loss(fn, its_guide, *args) + guide.table.square().sum()
+
+    svi = pv.CompiledSVI(model, guide, ADAM, loss, compile="replay")
+    for index in ([0, 3, 4], [3, 1, 2], [9, 0, 3], [3, 0, 1]):
+        steps(svi, guide, x, [index])
+        parameter.grad = 2 * parameter.detach()
+        parameter.grad[index] += (2 * parameter.detach()[index, :, 0] - x[index]).unsqueeze(-1)
+        optimizer.step()
+        torch.testing.assert_close(guide.table, parameter, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_table_stays():
+    guide, x = make()
+    guide.table.requires_grad_(False)
+    guide.train(False)  # or Pyro warns
+    start = guide.table.clone()
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            pyro.module("scaled", self)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, self.scale.exp()).to_event(1), obs=x)
+
+    fn = Scaled()
+    svi = pv.CompiledSVI(fn, guide, ADAM, pv.ELBO(), compile="replay")
+    steps(svi, guide, x, MINIBATCHES)
+    assert torch.equal(guide.table, start)
+    assert float(fn.scale.detach()) != 0
+
+
+def test_the_optimizer_alone_is_refused_afterwards():
+    guide, x = make()
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile=False)
+    steps(svi, guide, x, [[1, 3]])
+    guide.table.grad = torch.ones_like(guide.table)
+    with pytest.raises(ValueError, match="a step count for each row of a table of 11 rows"):
+        svi.optimizer.step()
+
+
+def test_the_state_is_saved_and_goes_on():
+    """By the optimizer's state_dict, to the bit."""
+    whole, x = make(family=pv.families.Normal())
+    parts, _ = make(family=pv.families.Normal())
+    runs = []
+    for guide, split in ((whole, False), (parts, True)):
+        torch.manual_seed(1)
+        svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile="replay")
+        steps(svi, guide, x, MINIBATCHES[:6])
+        if split:
+            state = svi.optimizer.state_dict()
+            assert state["state"][0]["step"].shape == (N,)
+            svi = pv.CompiledSVI(model, guide, ADAM([guide.table]), pv.ELBO(), compile="replay")
+            svi.optim.load_state_dict(state)
+        steps(svi, guide, x, MINIBATCHES[6:])
+        runs.append(guide.table.detach())
+    assert torch.equal(*runs)
+
+
+def test_a_leaf_is_one_tensor_for_each_size():
+    guide, _ = make()
+    rows = TableRows(guide)
+    leaves = []
+    for index in ([0, 1], [3, 4], [1, 2, 3], [5, 6]):
+        given = torch.tensor(index)
+        with rows.taking(given):
+            assert guide.num_data == len(index)
+            assert torch.equal(guide.current_rows, torch.arange(len(index)))
+            assert torch.equal(guide.in_force, guide.table[given])
+        leaves.append(rows.leaf)
+    assert leaves[0] is leaves[1] is leaves[3]
+    assert guide.num_data == N
+    with rows.taking(torch.tensor([0, 1])):
+        guide.in_force.sum().backward()
+    assert torch.equal(rows.gradient, torch.ones_like(rows.gradient))
+    whole = torch.zeros_like(guide.table)
+    whole[:2] = 1
+    assert torch.equal(rows.whole_gradient(), whole)
+    guide.double()
+    rows.drop()
+    assert rows.gradient is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_row_at_a_time(dtype):
+    x = data().to(dtype)
+    guide = pv.LocalGuide(model, num_data=N, example=x, family=pv.families.Delta())
+    pv.fit(model, guide, x, optim=ADAM, batch_size=1, epochs=300, progress=False)
+    torch.testing.assert_close(guide.table[..., 0].detach(), x / 2, rtol=0, atol=1e-2)
