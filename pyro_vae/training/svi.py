@@ -48,6 +48,10 @@ class CompiledSVI:
 
     Distributions do not validate their arguments in a graph; the eager steps do.
 
+    Inside ``guide.rows(index)`` of a LocalGuide, a step moves these rows of its table alone, as in
+    :func:`pyro_vae.fit`. A row that stands in the minibatch twice moves once, by the sum of its
+    gradients.
+
     Args:
         model: a Pyro model.
         guide: a Pyro guide.

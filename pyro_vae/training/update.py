@@ -180,7 +180,7 @@ class Update:
             self._step(loss)
             return
         key = self._key(states)
-        inputs = self._inputs(moved)
+        inputs: list[Any] = self._inputs(moved)
         inputs += [] if self.failed is None else [loss]
         if (graph := self._graphs.get(key)) is not None:
             self._replay(graph, inputs)
