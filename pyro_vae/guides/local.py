@@ -32,8 +32,8 @@ class LocalGuide(FamilyGuide, RowGuide):
         converged: [num_data], whether :func:`pyro_vae.refine` found each row's optimum.
         given: the values of global latent sites that its rows were fitted at, by name.
 
-    In :func:`pyro_vae.fit`, and in :class:`pyro_vae.CompiledSVI` inside ``guide.rows(index)``, a step
-    moves the rows of its minibatch alone, each by moments and a step count of its own.
+    In :func:`pyro_vae.fit`, and in :class:`pyro_vae.CompiledSVI` inside ``guide.rows(index)``, a
+    step moves the rows of its minibatch alone, each by moments and a step count of its own.
 
     What :func:`pyro_vae.refine` or :func:`pyro_vae.fit` has fitted rows to is remembered: their
     bounds on other data are refused, in another order too. ``guide.rows(index)`` says

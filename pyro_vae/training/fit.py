@@ -76,9 +76,9 @@ def fit(
     validation ELBO are kept. Where a guide or the model has parameters for each row by its place
     (AutoNormal), every step takes all the data in their order, and a warning says so.
 
-    Of a LocalGuide the rows of the minibatch alone move, each row of the table by moments and a step
-    count of its own, as by an optimizer for it alone: a step's cost does not depend on the number of
-    rows. An optimizer without a rule for that moves the whole table, and a warning says so.
+    Of a LocalGuide the rows of the minibatch alone move, each by moments and a step count of its
+    own, as by an optimizer for it alone: a step's cost does not depend on the number of rows. An
+    optimizer without a rule for that moves the whole table, and a warning says so.
 
     Where all data share latents and the data plate has the size of the minibatch, the terms in the
     plate are scaled by N / B, as by ``pyro.plate(name, num_data, subsample=x)`` in the model,
