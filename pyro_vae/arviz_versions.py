@@ -26,7 +26,7 @@ _SAMPLE_GROUPS = (
     *("posterior", "posterior_predictive", "prior", "prior_predictive", "unconstrained_posterior"),
     *("log_likelihood", "log_prior", "sample_stats"),
 )
-_DATA_GROUPS = ("observed_data", "constant_data")
+DATA_GROUPS = ("observed_data", "constant_data")
 # A number for each event: of a variable's dimensions those of its events are summed out.
 _OF_EVENTS = ("log_likelihood", "log_prior")
 
@@ -204,8 +204,8 @@ def _check(
     """Refuse what xarray would refuse in its own words, and groups that ArviZ does not know."""
     lengths = {dim: (len(values), "coords") for dim, values in coords.items()}
     for group, variables in arrays.items():
-        if group not in _SAMPLE_GROUPS + _DATA_GROUPS:
-            groups = ", ".join(_SAMPLE_GROUPS + _DATA_GROUPS)
+        if group not in _SAMPLE_GROUPS + DATA_GROUPS:
+            groups = ", ".join(_SAMPLE_GROUPS + DATA_GROUPS)
             raise ValueError(f"group {group!r}: wanted one of {groups}")
         draws: tuple[str, tuple[int, ...]] | None = None
         axes = {dim for own in dims[group].values() for dim in own}

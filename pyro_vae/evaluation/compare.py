@@ -38,10 +38,11 @@ from pyro_vae.guides.base import FamilyGuide, of_family
 from pyro_vae.guides.coordinates import normal_moments
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.evaluator import Chunk, Evaluator, worth_parts
 from pyro_vae.particles.global_latents import fix_globals, given_text
-from pyro_vae.programs.batch import Batch, as_batch
+from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.messages import as_count, as_seed
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import TOLERANCE, checked_steps, refine_scored
@@ -112,7 +113,7 @@ def compare(
     """
     num_particles = as_count("num_particles", num_particles)
     max_steps = checked_steps(max_steps, tolerance)
-    arguments = as_batch(*batch)
+    arguments = worth_parts(on_demand(*batch), data_plate)
     _check_guides(guides, reference)
     check_evidence(evidence)
     passed = model
@@ -229,7 +230,9 @@ class _Work:
         """Return a guide of a family refined from another's answer, or from the prior."""
         model, batch, plate = self.model, self.batch, self.data_plate
         if start is None:
-            num_data = ModelLooks(model, batch).structure(plate).num_data
+            num_data = batch.size or 1
+            if not isinstance(batch, OnDemand):
+                num_data = ModelLooks(model, batch).structure(plate).num_data
             start = LocalGuide(
                 model, num_data=num_data, example=batch, family=family, data_plate=plate
             )

@@ -22,6 +22,7 @@ from pyro_vae.particles.estimators import independent_difference
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.sampling.density import Start
@@ -192,7 +193,12 @@ def exact(
     if callable(formula := getattr(model, "log_evidence", None)) and not fixed:
         name = f"{type(model).__name__}.log_evidence"
         with torch.no_grad(), evaluation(model):
-            value = torch.as_tensor(formula(*batch.args, **batch.kwargs)).double().cpu()
+            if isinstance(batch, OnDemand):
+                parts = (batch.rows(rows) for rows in batch.parts())
+                found = [torch.as_tensor(formula(*part.args, **part.kwargs)) for part in parts]
+                value = torch.cat(found).double().cpu()
+            else:
+                value = torch.as_tensor(formula(*batch.args, **batch.kwargs)).double().cpu()
         if value.shape != (num_data,) or not bool(value.isfinite().all()):
             raise ValueError(
                 f"evidence='exact': {name} returned shape {list(value.shape)} with "
@@ -202,7 +208,7 @@ def exact(
     elif latents and all(site.enumerable for site in latents):
         name = "the sum over all values of discrete latents"
         program = evaluator.pair.model
-        guide = ExactGuide(program, example=batch, data_plate=data_plate)
+        guide = ExactGuide(program, example=evaluator.pair.batch, data_plate=data_plate)
         scored = Evaluator(program, guide, batch, data_plate=data_plate, seed=0)
         value = torch.cat([chunk.weights.total[0] for chunk in scored.chunks(1)]).double().cpu()
     else:

@@ -23,10 +23,10 @@ from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder, Rung
 from pyro_vae.export.arviz import Export, LogLikelihood
 from pyro_vae.export.draws import INDEPENDENT, GivenDraws
 from pyro_vae.markup import result
-from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.particles.evaluator import Evaluator, worth_parts
 from pyro_vae.particles.global_latents import Given
-from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.messages import as_count, as_seed
+from pyro_vae.programs.on_demand import on_demand
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import TOLERANCE, checked_steps
 from pyro_vae.report import mending, sections
@@ -261,7 +261,7 @@ def repair(
     if not rungs or set(rungs) - set(EVERY_RUNG) or len(set(rungs)) < len(rungs):
         raise ValueError(f"rungs={rungs!r}: some of {EVERY_RUNG} are needed, each once")
     seed = as_seed(seed)
-    arguments = as_batch(*batch)
+    arguments = worth_parts(on_demand(*batch), data_plate)
     ladder = Ladder(
         model,
         guide,

@@ -223,6 +223,7 @@ class Ladder:
         )
 
     def _chains(self, batch: Batch) -> Found:
+        batch = batch.whole()  # as their draws are
         options: dict[str, Any] = {
             "given": self.given,
             "data_plate": self.data_plate,

@@ -12,7 +12,7 @@ import pyro
 from numpy.typing import ArrayLike
 
 from pyro_vae.arviz_versions import Container, container, datasets, read
-from pyro_vae.export.covariates import covariates
+from pyro_vae.export.covariates import covariates, of_rows
 from pyro_vae.export.draws import Draws, Groups, GuideDraws, Resampling
 from pyro_vae.export.groups import GroupMaker, joined
 from pyro_vae.export.marginal import Integrals, Marginal
@@ -21,6 +21,7 @@ from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 # Of each observed site given all latents, or of each datum given the global ones.
@@ -160,7 +161,7 @@ def to_arviz(
         raise ValueError(f"resample={resample!r}: None or 'psis' is needed")
     joint = log_likelihood == "marginal"  # whose plate data_plate names then
     plate: DataPlate = False if joint else data_plate
-    evaluator, fixed = prepare(model, guide, batch, given, plate, seed)
+    evaluator, fixed = prepare(model, guide, (on_demand(*batch),), given, plate, seed)
     return Export(
         evaluator=evaluator,
         given=fixed,
@@ -213,7 +214,8 @@ class Export:
             return assembly.written(self.file)
         blocks = [groups for _, groups in assembly.blocks()]
         drawn = joined(blocks, assembly.maker.shared)
-        groups = {**drawn, **assembly.of_data()}
+        rest = assembly.of_data()
+        groups = {name: drawn.get(name, {}) | rest.get(name, {}) for name in {**drawn, **rest}}
         names, coords = assembly.names(drawn), assembly.coords()
         return container(groups, coords=coords, dims=names, attrs=assembly.attrs())
 
@@ -244,7 +246,9 @@ class _Assembly:
         # Where all is one datum it has no dimension but in constant_data, and not a plate's name.
         self._datum = "batch" if self._whole and _DATUM in plates else _DATUM
         constants = ["pareto_k", "ess", *getattr(export.draws, "of_data", {}), "marginal_se"]
-        self._arguments = covariates(evaluator, [*constants, self._datum, *plates])
+        self._taken = [*constants, self._datum, *plates]
+        self._arguments = covariates(evaluator, self._taken)
+        self._in_parts = isinstance(evaluator.batch, OnDemand)
         labels = (export.coords or {}).get(_DATUM, np.arange(evaluator.num_data))
         self._labels = np.asarray(labels)
         if not self._whole and len(self._labels) != evaluator.num_data:
@@ -263,19 +267,26 @@ class _Assembly:
                 groups["log_likelihood"] = {"marginal": self._integrals.value}
             maker.hide_absent(rows, groups)
             shape = draws.num_chains, -1
-            yield (
-                rows,
-                {
-                    group: {n: value.reshape(*shape, *value.shape[1:]) for n, value in some.items()}
-                    for group, some in groups.items()
-                },
-            )
+            drawn = {
+                group: {n: value.reshape(*shape, *value.shape[1:]) for n, value in some.items()}
+                for group, some in groups.items()
+            }
+            yield rows, {**drawn, **(self._data_of(rows) if self._in_parts else {})}
+
+    def _data_of(self, rows: slice) -> Groups:
+        """Return what is observed, and other arguments, of some rows that are read on demand."""
+        arguments = of_rows(self._export.evaluator, rows, self._arguments, self._taken)
+        found = {"observed_data": self.maker.observed, "constant_data": arguments}
+        return {group: some for group, some in found.items() if some}
 
     def of_data(self) -> Groups:
         """Return the groups without draws, once all blocks are made."""
         constants = dict(self._export.draws.constants())
         if self._integrals is not None:
             constants["marginal_se"] = self._integrals.of_data
+        if self._in_parts:  # those of rows are in the blocks
+            constants |= {n: value for n, value in self._arguments.items() if not value.ndim}
+            return {"constant_data": constants}
         constants |= self._arguments
         return {"observed_data": self.maker.observed, "constant_data": constants}
 

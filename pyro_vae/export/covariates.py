@@ -24,22 +24,49 @@ def covariates(evaluator: Evaluator, taken: Iterable[str] = ()) -> dict[str, np.
 
     An argument is observed if it has the memory or the values of an observed site. One without a
     name (``*args``) is ``argument_<position>``; one whose name is taken has that put in front.
+    Of data that are read on demand they are those of the rows that were looked at first.
 
     Args:
         evaluator: of the pair and its batch.
         taken: names that are in use.
     """
-    taken = set(taken)
-    seen = [site for site in evaluator.structure.observed if isinstance(site.value, Tensor)]
-    found = {}
-    for name, value in _named(evaluator.pair.model, evaluator.batch):
-        if isinstance(value, Tensor):
-            numbers = value.layout == torch.strided and not value.is_complex()
-            if numbers and not any(_holds(value, each) for each in seen):
-                found[f"argument_{name}" if name in taken else name] = value.numpy(force=True)
-        elif isinstance(value, int | float):
-            found[f"argument_{name}" if name in taken else name] = np.asarray(value)
-    return found
+    seen = [site for site in evaluator.pair.structure.observed if isinstance(site.value, Tensor)]
+    numbers = _numbers(evaluator, evaluator.pair.batch, set(taken))
+    return {
+        name: np.asarray(value) if isinstance(value, int | float) else value.numpy(force=True)
+        for name, value in numbers
+        if not (isinstance(value, Tensor) and any(_holds(value, each) for each in seen))
+    }
+
+
+def of_rows(
+    evaluator: Evaluator, rows: slice, names: Iterable[str], taken: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """Return those :func:`covariates` of some names that have a row for each datum, of some rows.
+
+    Args:
+        evaluator: of the pair, and a batch that is read on demand.
+        rows: of which data.
+        names: that :func:`covariates` gave.
+        taken: names that are in use.
+    """
+    numbers = dict(_numbers(evaluator, evaluator.batch.rows(rows), set(taken)))
+    some = {name: numbers[name] for name in names}
+    return {
+        name: value.numpy(force=True)
+        for name, value in some.items()
+        if isinstance(value, Tensor) and value.ndim
+    }
+
+
+def _numbers(
+    evaluator: Evaluator, batch: Batch, taken: set[str]
+) -> Iterator[tuple[str, Tensor | float]]:
+    """Yield the arguments that are numbers, with their names."""
+    for name, value in _named(evaluator.pair.model, batch):
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if (dense and not value.is_complex()) or isinstance(value, int | float):
+            yield (f"argument_{name}" if name in taken else name), value
 
 
 def _named(model: Program, batch: Batch) -> Iterator[tuple[str, Any]]:

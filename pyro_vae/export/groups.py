@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.arviz_versions import DATA_GROUPS
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.export.draws import Groups, Piece
 from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.sites import Structure, absent, inner_dims, observed_values
 from pyro_vae.programs.types import Values
@@ -30,6 +32,7 @@ class GroupMaker:
     Attributes:
         deterministic: the model's pyro.deterministic sites, once a block was made.
         coordinates: of continuous latents on a constrained support.
+        observed: what is observed; of data that are read on demand, of the last block alone.
     """
 
     def __init__(self, evaluator: Evaluator, *, predictive: bool) -> None:
@@ -37,8 +40,14 @@ class GroupMaker:
         self._deterministic: DeterministicValues | None = None
         self.deterministic: list[DeterministicSite] = []
         self.coordinates = list(_constrained(evaluator.structure))
-        structure = evaluator.structure
-        self._absent = {n: absent(site, structure) for n, site in structure.sites.items()}
+        self._in_parts = isinstance(evaluator.batch, OnDemand)
+        self._look_at(evaluator.structure)
+
+    def _look_at(self, structure: Structure) -> None:
+        """Note what is observed, and what masks leave out: of all data, or of a block of them."""
+        # One dtype for all blocks: NaN, in one of them, is no integer.
+        sites, of_part = structure.sites.items(), self._in_parts
+        self._absent = {name: absent(site, structure, of_part=of_part) for name, site in sites}
         self.observed = {s.name: observed_values(s, structure) for s in structure.observed}
         _hide(self.observed, self._absent, slice(None), keep_float=False)
 
@@ -64,6 +73,8 @@ class GroupMaker:
                 self._deterministic = DeterministicValues(self._evaluator, rows, piece.values)
                 self.deterministic = list(self._deterministic.sites.values())
             found.append(self._of_piece(piece, self._deterministic))
+        if self._in_parts:
+            self._look_at(self._evaluator.structure_of(rows))
         return rows, {
             group: {name: torch.cat([each[group][name] for each in found]).numpy() for name in some}
             for group, some in found[0].items()
@@ -115,7 +126,8 @@ class GroupMaker:
 
     def hide_absent(self, rows: slice, groups: Groups) -> None:
         """Write NaN, in place, where masks say that a site has no value: padding, for example."""
-        here = slice(None) if self._evaluator.structure.data_plate is None else rows
+        all_here = self._evaluator.structure.data_plate is None or self._in_parts
+        here = slice(None) if all_here else rows
         for group in _DRAWN:
             _hide(groups.get(group, {}), self._absent, here)
         of_events = {}
@@ -194,11 +206,14 @@ def _hide(
 
 
 def joined(blocks: Sequence[Groups], shared: Collection[str]) -> Groups:
-    """Join groups of blocks of data, arrays [C, S, N, ...] but for shared ones, which have no N."""
+    """Join groups of blocks of data, arrays [C, S, N, ...] but for shared ones, which have no N.
+
+    Arrays of groups without draws are [N, ...].
+    """
 
     def of(group: str, name: str) -> np.ndarray:
         parts = [block[group][name] for block in blocks]
         alike = len(parts) == 1 or (group == "posterior" and name in shared)
-        return parts[0] if alike else np.concatenate(parts, 2)
+        return parts[0] if alike else np.concatenate(parts, 0 if group in DATA_GROUPS else 2)
 
     return {group: {name: of(group, name) for name in some} for group, some in blocks[0].items()}

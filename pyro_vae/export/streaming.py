@@ -154,7 +154,9 @@ class StreamedFile:
 
     def _create(self, group: Any, name: str, variable: xr.DataArray, values: np.ndarray) -> None:
         """Create a variable of the size that it has for all data."""
-        dims, chunks = variable.dims, _chunks(values)
+        dims = variable.dims
+        # A piece of draws; of what has none, a block of the data.
+        chunks = _chunks(values) if "chain" in dims else tuple(max(1, n) for n in values.shape)
         if self._kind == "netcdf":  # whose dimensions have their sizes
             group.create_variable(name, dims, values.dtype, chunks=chunks)
             if variable.dtype == bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -79,6 +80,19 @@ class LocalGuide(FamilyGuide, RowGuide):
         super().__init__(looks, structure, family)
         table = self._prior_params.repeat(num_data, *[1] * self._prior_params.ndim)
         self._make_rows(table, is_whole=structure.data_plate is None)
+
+    def of_rows(self, rows: slice | Tensor) -> LocalGuide:
+        """Return a guide of some of the rows, with a copy of their parameters."""
+        return self.with_table(self.table.detach()[rows].clone())
+
+    def with_table(self, table: Tensor) -> LocalGuide:
+        """Return a guide of the same family with other rows, [n, P], fitted to nothing yet."""
+        other = copy.copy(self)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            setattr(other, kind, dict(getattr(self, kind)))
+        other._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        other._make_rows(table, is_whole=self.is_whole)
+        return other
 
     def family_params(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the rows of the table for a batch, [N, P]: P is family.params_shape(D)."""

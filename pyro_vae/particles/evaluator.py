@@ -140,6 +140,16 @@ class Evaluator(PairRunner):
             # Those of the first rows are known: masks come with the draws of each block.
             self.masks_by_draw, self.guide.masks = True, {}
 
+    @contextlib.contextmanager
+    def of_part(self, rows: slice) -> Iterator[Evaluator]:
+        """Yield an evaluator of some of the data alone, in memory, with the guide on these rows."""
+        plate, batch = self.structure.data_plate, self.batch.rows(rows)
+        model, guide = self.pair.model, self.pair.user_guide
+        with on_rows(guide, torch.arange(rows.start, rows.stop)):
+            yield Evaluator(
+                model, guide, batch, data_plate=plate.name if plate else False, seed=self.seed
+            )
+
     def structure_of(self, rows: slice) -> Structure:
         """Return the structure of the model on a block of data, with the values of its sites.
 
@@ -515,6 +525,14 @@ class Evaluator(PairRunner):
         return other
 
 
+def worth_parts(batch: Batch, data_plate: DataPlate) -> Batch:
+    """Return a batch, in memory where it is read on demand but all is one datum, or one block."""
+    if not isinstance(batch, OnDemand):
+        return batch
+    one_block = batch.count <= first_block(batch.count)
+    return batch.whole() if one_block or data_plate is False else batch
+
+
 @contextlib.contextmanager
 def in_parts(batch: Batch) -> Iterator[None]:
     """Say of what is raised inside the context that a batch on demand is looked at by its rows."""
@@ -545,9 +563,7 @@ def prepare(
     at a time, but where all is one datum, or one block.
     """
     data = batch[0] if len(batch) == 1 and isinstance(batch[0], OnDemand) else as_batch(*batch)
-    if isinstance(data, OnDemand):
-        one_block = data.count <= first_block(data.count)
-        data = data.whole() if one_block or data_plate is False else data
+    data = worth_parts(data, data_plate)
     model, guides, fixed = fix_globals(model, {"guide": guide}, data, data_plate, given)
     held = guides["guide"]
     evaluator = Evaluator(

@@ -120,6 +120,15 @@ def is_enumerable(fn: Distribution) -> bool:
     return True
 
 
+def is_masked(fn: Distribution) -> bool:
+    """Return whether there is a mask inside of a distribution (fn.mask(...))."""
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
+
+
 def left_out(fn: Distribution, mask: Mask, device: torch.device) -> Tensor:
     """Return which values of a sample statement masks leave out, ``[*batch, *event]``.
 

@@ -78,9 +78,19 @@ class OnDemand(Batch):
             if first <= start and stop <= last:
                 return held.rows(slice(start - first, stop - first))
         self._held.clear()  # before the next are read
-        found = self._read(slice(start, stop), torch.arange(start, stop))
-        self._held.append((start, stop, found))
-        return found
+        last = self._end_of_chunk(start, stop)
+        found = self._read(slice(start, last), torch.arange(start, last))
+        self._held.append((start, last, found))
+        return found.rows(slice(0, stop - start)) if last > stop else found
+
+    def _end_of_chunk(self, start: int, stop: int) -> int:
+        """Return where the chunk of a row ends, if it is few enough bytes: it is opened anyway."""
+        last = min(-(-stop // self.block) * self.block, self.count)
+        return last if (last - start) * self._row_bytes <= _PART_BYTES else stop
+
+    @property
+    def _row_bytes(self) -> int:
+        return sum(value.row_bytes for _, value in self._named() if isinstance(value, Rows))
 
     def _read(self, index: slice | Tensor, numbers: Tensor) -> Batch:
         def of(value: Any) -> Any:
@@ -105,8 +115,7 @@ class OnDemand(Batch):
 
     def parts(self) -> Iterator[slice]:
         """Yield all rows in parts of some megabytes."""
-        row = sum(value.row_bytes for _, value in self._named() if isinstance(value, Rows))
-        step = max(1, min(_PART, _PART_BYTES // max(1, row)))
+        step = max(1, min(_PART, _PART_BYTES // max(1, self._row_bytes)))
         for start in range(0, self.count, step):
             yield slice(start, min(start + step, self.count))
 

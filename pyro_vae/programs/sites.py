@@ -102,6 +102,11 @@ class Site:
         return nodes.left_out(self.fn, self.mask, self.value.device)
 
     @property
+    def is_masked(self) -> bool:
+        """Whether a mask may leave values of it out, in these data or in others."""
+        return self.mask is not None or nodes.is_masked(self.fn)
+
+    @property
     def validated(self) -> bool:
         """Whether its distribution looks at values before it gives their density.
 
@@ -337,13 +342,19 @@ def observed_values(site: Site, structure: Structure) -> np.ndarray:
     return array_of(value, site, structure)
 
 
-def absent(site: Site, structure: Structure) -> np.ndarray | None:
+def absent(site: Site, structure: Structure, *, of_part: bool = False) -> np.ndarray | None:
     """Return where masks say that a site has no value: padding, for example; None for nowhere.
 
     A missing value is not absent: it is there, though not seen.
+
+    Args:
+        site: of the model.
+        structure: of the model.
+        of_part: whether there are other data, of which a mask may leave some out.
     """
     left_out = site.left_out if site.missing is None else site.left_out & ~site.missing
-    return array_of(left_out, site, structure) if bool(left_out.any()) else None
+    somewhere = bool(left_out.any()) or (of_part and site.is_masked)
+    return array_of(left_out, site, structure) if somewhere else None
 
 
 def inner_dims(site: Site, structure: Structure) -> list[str]:

@@ -186,7 +186,7 @@ class Blocks:
             kept = self._kept[fewer] = []
             for mine in (rows[some] for some in whole.blocks_of(len(rows))):
                 looks, size = self._looks, len(mine)
-                looks = looks.on(looks.batch.rows(mine)) if size < whole.num_data else looks
+                looks = looks.on(whole.batch.rows(mine)) if size < whole.num_data else looks
                 kept.append(Block(mine, self.score(looks, size, self.family), self))
         self.current = kept
         return kept

@@ -16,6 +16,7 @@ from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.blocks import Blocks
@@ -105,10 +106,11 @@ def refine(
         if isinstance(guide, LocalGuide):  # rows of other data may be a start too
             stack.enter_context(guide.for_any_data())
             given = {**guide.given, **(given or {})}
-        evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed)
-    local = refine_scored(
-        evaluator, family, data_plate, max_steps, tolerance, compile, progress=progress
-    )
+        data = (on_demand(*batch),)
+        evaluator, fixed = prepare(model, guide, data, given, data_plate, seed)
+        local = refine_scored(
+            evaluator, family, data_plate, max_steps, tolerance, compile, progress=progress
+        )
     local.remember(evaluator.batch, fixed)
     return local
 
@@ -131,6 +133,17 @@ def refine_scored(
     progress: bool,
 ) -> LocalGuide:
     """Do what :func:`refine` does from the guide of an evaluator, on its batch; limits checked."""
+    if isinstance(evaluator.batch, OnDemand):
+        return _refine_in_parts(
+            evaluator,
+            evaluator.batch,
+            family,
+            data_plate,
+            max_steps,
+            tolerance,
+            compile,
+            progress=progress,
+        )
     guide = evaluator.pair.user_guide
     if family is None and of_family(guide):
         family = guide.family
@@ -152,6 +165,31 @@ def refine_scored(
     if open_rows := int((~best.converged).sum()):
         told = "refine: %d of %d data have not converged to within %g nats in %d steps"
         logger.warning(told, open_rows, evaluator.num_data, tolerance, max_steps)
+    return local
+
+
+def _refine_in_parts(
+    whole: Evaluator,
+    batch: OnDemand,
+    family: Family | None,
+    data_plate: DataPlate,
+    max_steps: int,
+    tolerance: float,
+    compile: Compile,
+    *,
+    progress: bool,
+) -> LocalGuide:
+    """Do what :func:`refine_scored` does, with some thousands of the data in memory at a time."""
+    tables, converged = [], []
+    for rows in batch.parts():
+        with whole.of_part(rows) as evaluator:
+            local = refine_scored(
+                evaluator, family, data_plate, max_steps, tolerance, compile, progress=progress
+            )
+        tables.append(local.table.detach())
+        converged.append(local.converged)
+    local = local.with_table(torch.cat(tables))
+    local.converged.copy_(torch.cat(converged))
     return local
 
 

@@ -11,6 +11,7 @@ from pyro_vae.guides.base import of_family
 from pyro_vae.guides.coordinates import middle_moments, normal_moments
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.types import Node, Program, Values
 from pyro_vae.refinement.blocks import Block, ScoredGuide
@@ -132,6 +133,12 @@ def answer_of(local: LocalGuide, guide: Program, evaluator: Evaluator) -> Tensor
     Read off where the guide is of the same family, else matched to its proposals.
     """
     batch = evaluator.batch
+    if isinstance(batch, OnDemand):
+        found = []
+        for rows in batch.parts():
+            with evaluator.of_part(rows) as part:
+                found.append(answer_of(local.of_rows(rows), guide, part))
+        return torch.cat(found)
     with evaluation(guide), torch.no_grad():
         like = local.family, local.coordinates
         if of_family(guide) and (guide.family, guide.coordinates) == like:

@@ -18,6 +18,8 @@ from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given
+from pyro_vae.particles.pair_runner import first_block
+from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
 from pyro_vae.refinement.blocks import Block, Blocks
@@ -60,7 +62,9 @@ class Ready:
             most: data in a block, where the model takes some of them.
         """
         num_data = self.table.shape[0]
-        if most is None or not self.evaluator.splittable:
+        if isinstance(self.evaluator.batch, OnDemand):  # a block at a time is in memory
+            most = min(most or num_data, first_block(num_data))
+        elif most is None or not self.evaluator.splittable:
             most = num_data
         for start in range(0, num_data, most):
             stop = min(start + most, num_data)
@@ -191,8 +195,11 @@ def _unchecked(
             made = _ready(model, guide, batch, *options)
         except ValueError:  # for another cause, which the first error says
             return None
-        everything = slice(0, made.evaluator.num_data)
-        _, log_guide = made.evaluator.draw(everything, 2, (Purpose.BASE_KIND,))
+        parts = [slice(0, made.evaluator.num_data)]
+        if isinstance(made.evaluator.batch, OnDemand):
+            parts = made.evaluator.data_blocks()
+        drawn = (made.evaluator.draw(rows, 2, (Purpose.BASE_KIND,)) for rows in parts)
+        log_guide = torch.cat([each for _, each in drawn], 1)
     lost = made.lost | ~log_guide.isfinite().all(0)
     return dataclasses.replace(made, lost=lost) if bool(lost.any()) else None
 

@@ -8,11 +8,13 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse
 import torch
+import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.programs.on_demand import OnDemand, on_demand
+from tests.arviz_calls import groups
 
 N, D = 600, 4  # three blocks of 200
 COUNTS = torch.from_numpy(np.random.default_rng(0).poisson(1.0, (N, D)).astype("float32"))
@@ -184,3 +186,99 @@ def test_a_median_of_the_batch_is_refused():
     )
     with pytest.raises(ValueError, match=r"median of 'shift' depends on the rows .*read in parts"):
         pv.elbo(shared, guide, scipy.sparse.csr_matrix(COUNTS.numpy()), SEEN)
+
+
+# --- comparisons, refined guides, mended posteriors, containers
+
+
+@pytest.mark.parametrize("model", [counts, masked, mixture])
+def test_comparisons(model):
+    guides = {"encoder": guide_of(model), "rows": guide_of(model, local=True)}
+    options = {"num_particles": 50, "reference": "rows", "seed": 1, "progress": False}
+    found, wanted = (
+        pv.compare(model, guides, x, SEEN, **options).dataset
+        for x in (scipy.sparse.csr_matrix(COUNTS.numpy()), COUNTS)
+    )
+    xr.testing.assert_identical(found, wanted)
+
+
+def normal(x, seen):
+    """Whose posterior is Normal: E[z] = w'x / (1 + w'w)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1) * WEIGHTS[0], 1.0).to_event(1), obs=x)
+
+
+def log_evidence(x):
+    covariance = torch.eye(D) + torch.outer(WEIGHTS[0], WEIGHTS[0])
+    return dist.MultivariateNormal(torch.zeros(D), covariance).log_prob(x).double()
+
+
+class Known(nn.Module):
+    def forward(self, x, seen):
+        return normal(x, seen)
+
+    def log_evidence(self, x, seen):
+        return log_evidence(x)
+
+
+@pytest.mark.slow
+def test_refined_guides_are_at_the_optimum(monkeypatch):
+    """In parts of 250 data; they remember which data they are for."""
+    monkeypatch.setattr("pyro_vae.programs.on_demand._PART", 250)
+    sparse = scipy.sparse.csr_matrix(COUNTS.numpy())
+    start = pv.AmortizedGuide(normal, Encoder(), example=(COUNTS[:10], SEEN[:10]))
+    guide = pv.refine(normal, start, sparse, SEEN, seed=0, progress=False)
+    assert guide.num_data == N and bool(guide.converged.all())
+    mean = COUNTS @ WEIGHTS[0] / (1 + WEIGHTS[0] @ WEIGHTS[0])
+    torch.testing.assert_close(guide.table[:, 0, 0].detach(), mean, atol=0.02, rtol=0)
+    bound = pv.elbo(normal, guide, sparse, SEEN, num_particles=50, seed=0)
+    torch.testing.assert_close(bound.value, log_evidence(COUNTS), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match="not the data that this LocalGuide's rows were fitted to"):
+        pv.elbo(normal, guide, COUNTS.flip(0), SEEN)
+    again = pv.refine(normal, guide, sparse, SEEN, seed=0, progress=False)
+    assert bool(again.converged.all())
+
+
+def test_a_comparison_refines_and_takes_exact_evidence(monkeypatch):
+    monkeypatch.setattr("pyro_vae.programs.on_demand._PART", 300)
+    sparse, model = scipy.sparse.csr_matrix(COUNTS.numpy()), Known()
+    guide = pv.AmortizedGuide(model, Encoder(), example=(COUNTS[:10], SEEN[:10]))
+    options = {"num_particles": 100, "evidence": "exact", "progress": False, "seed": 0}
+    found = pv.compare(model, {"encoder": guide}, sparse, SEEN, **options).dataset
+    np.testing.assert_allclose(found["log_evidence"], log_evidence(COUNTS), rtol=1e-6)
+    best = found.sel(guide="Normal per datum")
+    assert float(best["approximation_gap"].max()) < 0.02
+    assert bool(best["converged"].all())
+
+
+def test_repair():
+    """Draws have the moments of the posterior."""
+    sparse = scipy.sparse.csr_matrix(COUNTS[:300].numpy())
+    guide = pv.AmortizedGuide(normal, Encoder(), example=(COUNTS[:10], SEEN[:10]))
+    found = pv.repair(
+        normal, guide, sparse, SEEN[:300], num_particles=1000, num_draws=400, seed=0, progress=False
+    )
+    assert found.good.all()
+    mean = COUNTS[:300] @ WEIGHTS[0] / (1 + WEIGHTS[0] @ WEIGHTS[0])
+    width = (1 + WEIGHTS[0] @ WEIGHTS[0]) ** -0.5
+    assert ((found.draws["z"].mean(0) - mean) / width).abs().max() < 0.4  # of 300, by 400 draws
+    tree = found.to_arviz(predictive=False)
+    np.testing.assert_array_equal(tree["observed_data"]["x"], COUNTS[:300])
+
+
+@pytest.mark.parametrize("file", [None, "posterior.nc", "posterior.zarr"])
+@pytest.mark.parametrize(("model", "local"), [(counts, True), (masked, False), (mixture, False)])
+def test_containers(model, local, file, tmp_path):
+    """Every group of them: arguments, observed values, and what masks leave out."""
+    guide = guide_of(model, local)
+    sparse = scipy.sparse.csr_matrix(COUNTS.numpy())
+    path = None if file is None else tmp_path / file
+    options = {"num_draws": 3, "seed": 0}
+    wanted = groups(pv.to_arviz(model, guide, COUNTS, SEEN, **options))
+    found = groups(pv.to_arviz(model, guide, sparse, SEEN, file=path, **options))
+    assert found.keys() == wanted.keys()
+    for group, data in wanted.items():
+        xr.testing.assert_equal(found[group], data)
+        dtypes = [{n: v.dtype for n, v in each.items()} for each in (found[group], data)]
+        assert dtypes[0] == dtypes[1]

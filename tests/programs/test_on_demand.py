@@ -155,3 +155,23 @@ class Stream(IterableDataset):
 def test_a_stream_that_fits_is_read_once():
     assert same(on_demand(Stream()), (X, LABELS))
     assert same(on_demand(DataLoader(Stream(), batch_size=8)), (X, LABELS))
+
+
+def test_a_chunk_is_opened_once(monkeypatch):
+    """The rest of it is kept, unless it is large."""
+
+    def reads(size):
+        batch, read = on_demand(SPARSE), []
+        rows = batch.args[0]
+        rows.block = 16
+        old = rows.read
+        monkeypatch.setattr(rows, "read", lambda index: read.append(index) or old(index))
+        for start in range(0, 50, 10):
+            part = batch.rows(slice(start, start + 10))
+            assert torch.equal(part.args[0], X[start : start + 10])
+            assert part.numbers.tolist() == list(range(start, start + 10))
+        return read
+
+    assert reads(16) == [slice(0, 16), slice(10, 32), slice(30, 48), slice(40, 50)]
+    monkeypatch.setattr("pyro_vae.programs.on_demand._PART_BYTES", 200)
+    assert reads(16) == [slice(n, n + 10) for n in range(0, 50, 10)]
