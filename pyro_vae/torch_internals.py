@@ -7,6 +7,7 @@ tests/test_torch_internals.py says of each what is gone where a version of PyTor
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
@@ -194,11 +195,24 @@ def is_tracing() -> bool:
 
 
 def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Code:
-    """Return a module's code by TorchInductor, with PyTorch's own random numbers."""
-    from torch import _inductor
-    from torch._inductor import config
+    """Return a module's code by TorchInductor, with PyTorch's own random numbers.
 
-    options: dict[str, Any] = {"fallback_random": True}
+    PyTorch keeps it on disk, by the text of the module, the versions, the settings and the
+    processor: what any process has compiled before is read and not compiled again.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # The code is for a number of threads, so these are part of what tells it from other code.
+    options: dict[str, Any] = {"fallback_random": True, "cpp.threads": torch.get_num_threads()}
     if hasattr(config.cpp, "use_decompose_tanh"):  # a third of the time, and a rounding more
         options["cpp.use_decompose_tanh"] = True
-    return cast("Code", _inductor.compile(module, [*inputs], options=options))
+    if "ignore_shape_env" not in inspect.signature(compile_fx).parameters:  # PyTorch before 2.7
+        return cast("Code", compile_fx(module, [*inputs], config_patches=options))
+    # Nothing is kept on disk without an environment of shapes, though all of them are fixed.
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+        code = compile_fx(module, [*inputs], config_patches=options, ignore_shape_env=True)
+    return cast("Code", code)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -188,3 +191,38 @@ def test_compiled_code():
     module = internals.traced(lambda x: [x.exp() + 1], [x])
     warnings.simplefilter("ignore")  # of PyTorch's own compiler
     torch.testing.assert_close(internals.compiled(module, [x])(x)[0], x.exp() + 1)
+
+
+_COMPILED_TWICE = """
+import torch
+from torch._dynamo.utils import counters
+from pyro_vae import torch_internals as internals
+x = torch.arange(3.0)
+module = internals.traced(lambda x: [x.exp() + torch.rand(3)], [x])
+torch.manual_seed(0)
+(found,) = internals.compiled(module, [x])(x)
+torch.manual_seed(0)
+torch.testing.assert_close(found, x.exp() + torch.rand(3))
+print(*(counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss", "bypass")))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_process_has_compiled_another_one_reads(tmp_path):
+    """Neither text nor settings differ in the second; threads, which the code is for, in the third.
+
+    Where nothing may be kept, the same code is compiled.
+    """
+
+    def counts(threads: int, **variables: str) -> str:
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-W", "ignore", "-c", _COMPILED_TWICE]
+        variables = {**os.environ, **own, **variables}
+        return subprocess.run(
+            command, env=variables, check=True, text=True, capture_output=True
+        ).stdout.strip()
+
+    assert counts(1) == "0 1 0"
+    assert counts(1) == "1 0 0"
+    assert counts(2) == "0 1 0"
+    assert counts(1, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1") == "0 0 0"

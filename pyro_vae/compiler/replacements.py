@@ -115,14 +115,20 @@ def _sum_by_products(node: fx.Node) -> fx.Node | None:
     groups = _num_factors(shape[-1]) if args_of(node)[1] in ([-1], [len(shape) - 1]) else 0
     if not groups:
         return None
-    logits: Any
-    logits, x = map(fx.Proxy, args_of(loss)[:2])
+    # By operators, and not by methods, so that PyTorch keeps what is compiled on disk.
+    call, (logits, x) = node.graph.call_function, args_of(loss)[:2]
     parts = [*shape[:-1], groups, shape[-1] // groups]
-    logs = ((-logits.abs()).exp() + 1.0).reshape(parts).prod(-2).log()
+    decay = call(
+        _aten.exp.default, (call(_aten.neg.default, (call(_aten.abs.default, (logits,)),)),)
+    )
+    factors = call(_aten.reshape.default, (call(_aten.add.Scalar, (decay, 1.0)), parts))
+    logs = call(_aten.log.default, (call(_aten.prod.dim_int, (factors, -2)),))
     # In the products' order, so that both are one loop over the numbers.
-    rest = (logits * x - logits.clamp_min(0.0)).reshape(parts).sum(-2)
-    value = (rest - logs).sum(-1)
-    return (value if is_negative else -value).node
+    positive = call(_aten.clamp_min.default, (logits, 0.0))
+    rest = call(_aten.sub.Tensor, (call(_aten.mul.Tensor, (logits, x)), positive))
+    rest = call(_aten.sum.dim_IntList, (call(_aten.reshape.default, (rest, parts)), [-2]))
+    value = call(_aten.sum.dim_IntList, (call(_aten.sub.Tensor, (rest, logs)), [-1]))
+    return value if is_negative else call(_aten.neg.default, (value,))
 
 
 def _bernoulli_loss(node: fx.Node) -> tuple[fx.Node | None, bool]:
