@@ -61,7 +61,9 @@ ARROWS: dict[str, set[str]] = {
         *("guides", "nets", "plots", "report", "sampling", "training", "zoo"),
     },
     "cli": {"demo", "evaluation"},
-    "testing": {"evaluation", "families", "losses", "particles", "programs", "training"},
+    "testing": {
+        *("evaluation", "families", "guides", "losses", "particles", "programs", "training")
+    },
 }
 
 # What a newcomer asks, by folder, from the top of the house to its bottom.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.evaluation.bounds import elbo, iwae_bound, log_weights
+from pyro_vae.guides.coordinates import Coordinates
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.purposes import Purpose
-from pyro_vae.programs.state import module_of, unwrapped
+from pyro_vae.programs.state import Look, module_of, unwrapped
+from pyro_vae.programs.supports import is_discrete
 from pyro_vae.programs.types import DataPlate, Program
 from pyro_vae.testing.laws import Checked, Laws, check, close, require
 from pyro_vae.training.fit import fit
@@ -24,6 +26,9 @@ from pyro_vae.training.fit import fit
 __all__ = ["check_guide"]
 
 _K, _CHUNK = 4, 5
+_DRAWS, _FEWEST_DRAWS = 4096, 64  # (draw, datum) pairs of a comparison of draws and density
+_STRETCH = 0.02  # of draws, about their middle
+_SURE = 5.0  # standard errors
 
 
 def check_guide(
@@ -36,7 +41,8 @@ def check_guide(
     """Check that a guide's numbers do not depend on how they are made, and that it can be trained.
 
     Log weights are finite and the same in chunks; particles run together are particles run alone,
-    and the density of a draw is the one it was drawn with; a gradient of the ELBO reaches every
+    and the density of a draw is the one it was drawn with; draws are as wide as their density says;
+    a gradient of the ELBO reaches every
     parameter of the guide; a trained guide that is saved and loaded gives the same log weights, and
     so does a copy. Of a guide that is no module the last two are left out. The guide and the model
     that are passed stay as they are.
@@ -66,7 +72,7 @@ def check_guide(
         >>> x = torch.tensor([-1.0, 0.5, 2.0])
         >>> guide = pv.LocalGuide(model, num_data=3, example=x)
         >>> len(pv.testing.check_guide(model, guide, x).kept)
-        5
+        6
     """
     laws = laws_of(model, guide, as_batch(*batch), data_plate)
     return check(guide, laws, expected_failures)
@@ -78,6 +84,7 @@ def laws_of(model: Program, guide: Program, batch: Batch, data_plate: DataPlate 
     laws = {
         "log weights are finite, and the same in chunks": partial(log_weights_hold, *pair),
         "particles together are particles alone": partial(particles_agree, *pair),
+        "draws are as wide as their density": partial(_widths_agree, *pair),
     }
     if module_of(unwrapped(guide)) is not None:
         laws |= {
@@ -123,6 +130,60 @@ def particles_agree(
     )
     for name, one, other in pairs:
         close(one, other, f"{name}, scored together")
+
+
+def _widths_agree(model: Program, guide: Program, batch: Batch, data_plate: DataPlate) -> None:
+    r"""Raise LawError for draws that are wider or narrower than their density says.
+
+    .. math:: E_q[(u - c) \cdot \nabla_u \log q(u)] = -D
+
+    in unconstrained coordinates u, whatever c is (Stein's identity); of K draws about their own
+    median -D (K - 1) / K. The slope is that between draws stretched and shrunk by a little. Of a
+    guide with points, discrete latents or masks nothing is said.
+    """
+    evaluator = Evaluator(model, guide, batch, data_plate=data_plate, seed=0)
+    structure, num_data = evaluator.structure, evaluator.num_data
+    proposed = [structure.sites[n] for n in structure.sites if n in evaluator.pair.guide_sites]
+    if not evaluator.pair.scorable or evaluator.pair.masked:
+        return
+    with Look() as look:
+        found = {site.name: Coordinates.of(site, structure.data_plate, 0) for site in proposed}
+    if look.error is not None or any(is_discrete(site.fn) is not False for site in proposed):
+        return
+    rows, count = slice(0, num_data), max(_FEWEST_DRAWS, _DRAWS // num_data)
+    drawn, _ = evaluator.draw(rows, count, (Purpose.CHECKS, 2))
+    single = evaluator.single_values({name: drawn[name] for name in found})
+    u = {name: mine.transform.inv(single[name]) for name, mine in found.items()}
+    middle = {name: value.median(0).values for name, value in u.items()}
+
+    def density(stretched: Collection[str], by: float) -> Tensor:
+        """Return the density in unconstrained coordinates, of some stretched, [K, N]."""
+        total, moved = u[next(iter(u))].new_zeros(count, num_data, dtype=torch.float64), {}
+        for name, mine in found.items():
+            at = u[name]
+            at = torch.lerp(middle[name], at, 1 + by) if name in stretched else at
+            moved[name] = mine.transform(at)
+            volume = mine.transform.log_abs_det_jacobian(at, moved[name])
+            if mine.data_dim is None:
+                by_datum = volume.unsqueeze(1)
+            else:
+                by_datum = volume.movedim(1 + len(mine.batch) + mine.data_dim, 1)
+            total = total + by_datum.reshape(count, num_data, -1).sum(2)
+        return total + evaluator.score_guide(rows, evaluator.from_single(moved))
+
+    groups = [list(found), *([name] for name in found)] if len(found) > 1 else [list(found)]
+    for names in groups:
+        slope = (density(names, _STRETCH) - density(names, -_STRETCH)) / (2 * _STRETCH)
+        if not bool(slope.isfinite().all()):  # where rounding cuts a support off
+            return
+        size = sum(u[name][0].numel() for name in names) / num_data
+        off = slope + size * (count - 1) / count
+        error = float(off.std()) / off.numel() ** 0.5
+        width = max(0.0, 1 - float(off.mean()) / size) ** 0.5
+        require(
+            abs(float(off.mean())) < _SURE * error,
+            f"draws of {', '.join(names)} are about {width:.2f} times as wide as log q says",
+        )
 
 
 def _gradients(model: Program, guide: Program, batch: Batch, data_plate: DataPlate) -> None:
