@@ -258,6 +258,20 @@ class Empty(Named):
         return 0
 
 
+@pytest.mark.parametrize("index", [[2, 0, 2], [-1, 0], [True, False, True, False, False, False]])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "expanded", "integers"])
+def test_rows_by_a_tensor_are_those_of_indexing(index, kind):
+    """Negative numbers and masks too, however the numbers lie in memory."""
+    whole = {
+        "dense": torch.arange(12.0).reshape(6, 2),
+        "transposed": torch.arange(12.0).reshape(2, 6).T,
+        "expanded": torch.arange(6.0)[:, None].expand(6, 3),
+        "integers": torch.arange(6),
+    }[kind]
+    index = torch.tensor(index)
+    assert torch.equal(as_batch(whole).rows(index).args[0], whole[index])
+
+
 def test_rows_in_any_order():
     reader = RowReader(Named())
     found = reader.read(torch.tensor([4, 0]))
