@@ -246,6 +246,14 @@ def buffers_of_runs(module: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
+def is_given(name: str) -> bool:
+    """Return whether a name in a module's state is that of a value that rows were fitted at.
+
+    Such values come and go with what a table was last fitted to.
+    """
+    return "_given" in name.split(".")[:-1]
+
+
 def row_guide(program: Program) -> RowGuide | None:
     """Return the guide inside Pyro's handlers if it has a row per datum, else None."""
     inner = unwrapped(program)

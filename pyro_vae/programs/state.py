@@ -334,4 +334,4 @@ def set_random_state(state: RandomState) -> None:
     """Put back what :func:`random_state` returned; on a machine without CUDA, the CPU's."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

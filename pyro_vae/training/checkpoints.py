@@ -1,101 +1,191 @@
-"""Checkpoints on disk: written whole or not at all, read without running code."""
+"""The checkpoints of a run: the last ones on disk, when the next is due, which one is good."""
 
 from __future__ import annotations
 
-import functools
-import inspect
+import contextlib
+import logging
 import os
-import tempfile
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from pyro_vae.programs.messages import as_count
+from pyro_vae.training import sealed
 
-_VERSION = 1
+logger = logging.getLogger(__name__)
 
-# Objects that are not searched, and how many entries of others are.
-_CLOSED = (type, types.ModuleType, torch.Tensor, torch.nn.Module, Optimizer, LRScheduler)
-_LONG = 50
-_EMPTY = types.CellType()
+_KEY, _VERSION, _WHAT = "pyro_vae_checkpoint", 2, "a checkpoint of pyro_vae.fit"
+
+Every: TypeAlias = int | timedelta | None  # steps, or time; None for each epoch
 
 
-def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint whole or not at all: a temporary file beside it, then a rename."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"pyro_vae_checkpoint": _VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def save(
+    content: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Write a checkpoint whole or not at all; see :func:`sealed.write`.
+
+    Raises:
+        TypeError: for content that cannot be read without running code.
+        OSError: where it cannot be written; the file that was there stays.
+    """
+    sealed.write({_KEY: _VERSION, **content}, path, before)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint; no code in the file is run.
 
     Raises:
-        ValueError: for a file that is not a checkpoint of :func:`save`.
+        ValueError: for a file that is not a checkpoint of :func:`save`, is damaged or newer.
+        OSError: where there is none.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # of whatever kind: torch.load meets bytes that are not its own
-        raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit") from error
-    if not isinstance(content, dict) or content.get("pyro_vae_checkpoint") != _VERSION:
-        raise ValueError(f"{os.fspath(path)} is not a checkpoint of pyro_vae.fit")
-    return content
+    return sealed.read(path, _KEY, _VERSION, _WHAT)
 
 
-def schedulers_of(callbacks: Iterable[object], optimizer: Optimizer) -> list[LRScheduler]:
-    """Return the learning rate schedulers of an optimizer that callbacks are, or hold.
+class Checkpoints:
+    """The checkpoints of a run: a file, and those before it as ``file.prev1``, ``file.prev2``, ...
+
+    Args:
+        path: of the last one.
+        every: steps, or time, between two; None to write one after each epoch.
+        keep: how many are kept.
 
     Raises:
-        ValueError: where a scheduler moves the optimizer that no callback is seen to hold, so
-            that its state would be lost.
+        FileNotFoundError: for a folder that does not exist.
+        ValueError: for a path that is a folder, and for other intervals and numbers.
     """
-    found = {
-        id(value): value
-        for callback in callbacks
-        for value in _held(callback)
-        if isinstance(value, LRScheduler) and value.optimizer is optimizer
-    }
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not found:
-        raise ValueError(
-            "checkpoint: a learning rate scheduler has the optimizer and is in no callback, so its "
-            "state would be lost; pass callbacks=[scheduler], which takes a step after each epoch"
-        )
-    return list(found.values())
+
+    def __init__(self, path: str | os.PathLike[str], every: Every, keep: int) -> None:
+        self.path = Path(path)
+        if not self.path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"checkpoint={os.fspath(path)!r}: its folder does not exist")
+        if self.path.is_dir():
+            raise ValueError(f"checkpoint={os.fspath(path)!r} is a folder; name a file in it")
+        self._every, self._keep = _as_interval(every), as_count("checkpoint_keep", keep)
+        self._written = 0  # by this run
+        self._step, self._time = 0, time.monotonic()  # of the last one
+        self._last: int | None = None  # steps of the one that stays when another fails
+
+    def due(self, step: int, *, whole: bool) -> bool:
+        """Return whether it is time to write.
+
+        Args:
+            step: steps so far.
+            whole: whether an epoch is at its end.
+        """
+        if self._every is None:
+            return whole
+        if isinstance(self._every, timedelta):
+            return time.monotonic() - self._time >= self._every.total_seconds()
+        return step - self._step >= self._every
+
+    def write(self, content: Mapping[str, Any], step: int) -> None:
+        """Write one; a failure is told, and leaves those before it.
+
+        Args:
+            content: of the checkpoint.
+            step: steps so far.
+
+        Raises:
+            OSError: where the first one of a run cannot be written.
+        """
+        self._step, self._time = step, time.monotonic()
+        try:
+            save(content, self.path, self._shift)
+        except OSError as error:
+            if not self._written:
+                error.add_note(
+                    f"checkpoint={os.fspath(self.path)!r} cannot be written. Model and guide keep "
+                    f"the parameters of step {step}"
+                )
+                raise
+            text = (
+                "%s cannot be written after step %d (%s); the checkpoint of step %s stays, and "
+                "training goes on"
+            )
+            logger.warning(text, self.path, step, error, self._last)
+            return
+        self._written += 1
+        self._last = step
+
+    def _file(self, number: int) -> Path:
+        """Return the path of the checkpoint of so many before the last one."""
+        return self.path if number == 0 else self.path.with_name(f"{self.path.name}.prev{number}")
+
+    def _shift(self) -> None:
+        """Give each checkpoint its next name, the last one a second name: none is ever missing."""
+        if self._keep < 2 or not self.path.exists():
+            return
+        for number in range(self._keep - 2, 0, -1):
+            if self._file(number).exists():
+                os.replace(self._file(number), self._file(number + 1))
+        link = self.path.with_name(f".{self.path.name}.link.tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(self.path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.path, link)
+        os.replace(link, self._file(1))
+
+    def resume(self, take_up: Callable[[Mapping[str, Any]], None]) -> Path | None:
+        """Take up the last checkpoint that is good; a logged warning names those that are not.
+
+        Args:
+            take_up: goes on from a content; raises ValueError where it is of another run.
+
+        Returns:
+            Its path; None where there is none.
+
+        Raises:
+            ValueError: where all that there are are refused: what is wrong with the last one.
+        """
+        sealed.remove_leftovers(self.path)
+        files = [file for i in range(self._keep) if (file := self._file(i)).exists()]
+        refused: list[ValueError] = []
+        for file in files:
+            try:
+                content = load(file)
+                try:
+                    take_up(content)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from error
+            except ValueError as error:
+                refused.append(error)
+                continue
+            if file != self.path:
+                self._set_aside(file, refused)
+            self._step = content["progress"]["step"]
+            return file
+        for other in refused[1:]:
+            refused[0].add_note(f"nor can one before it serve: {other}")
+        if refused:
+            raise refused[0]
+        return None
+
+    def _set_aside(self, file: Path, refused: list[ValueError]) -> None:
+        """Tell why a checkpoint before the last one is taken, and keep the last one from its place.
+
+        Written over the good one, that is, when the next ones are shifted.
+        """
+        why: object = f"{self.path} is missing"
+        if self.path.exists():
+            aside = self.path.with_name(f"{self.path.name}.refused")
+            os.replace(self.path, aside)
+            why = f"{refused[0]} (it is now {aside.name})"
+        logger.warning("%s. Training goes on from %s, written before it", why, file)
 
 
-def _held(value: object, depth: int = 3) -> Iterator[object]:
-    """Yield an object, and those that it holds, directly or through others."""
-    yield value
-    if depth > 0 and not isinstance(value, _CLOSED):
-        for item in _parts(value):
-            yield from _held(item, depth - 1)
-
-
-def _parts(value: Any) -> Sequence[object]:
-    """Return the objects in a value: in its closure, in globals that it names, its attributes."""
-    if isinstance(value, Mapping):
-        return list(value.values())[:_LONG]
-    if isinstance(value, (list, tuple)):
-        return value[:_LONG]
-    if inspect.isfunction(value):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
-        named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return [*cells, *named, *(value.__defaults__ or ())]
-    if inspect.ismethod(value):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    return list(getattr(value, "__dict__", {}).values())[:_LONG]
+def _as_interval(every: Any) -> Every:
+    """Return steps or a time between checkpoints; raise ValueError for anything else."""
+    if isinstance(every, timedelta) and every > timedelta(0):
+        return every
+    if every is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return as_count("checkpoint_every", every)
+    what = "steps, a whole number of at least 1, or a datetime.timedelta(minutes=10), is needed"
+    raise ValueError(f"checkpoint_every={every!r}: {what}")

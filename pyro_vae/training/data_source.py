@@ -237,13 +237,13 @@ class _Streamed(DataSource):
     def epoch(
         self, batch_size: int | None, skip: int = 0, ready: Callable[[], None] = _nothing
     ) -> Iterator[tuple[None, Batch]]:
-        read, batches = None, iter(self._data)
-        for read in itertools.islice(batches, skip):
-            pass
+        batches = iter(self._data)
+        seen = sum(1 for _ in itertools.islice(batches, skip))
         ready()
         for read in batches:
+            seen += 1
             yield None, self.made(read)
-        if read is None:
+        if not seen:
             what = "a loader, or an IterableDataset, must give its rows anew each time"
             raise ValueError(f"the data gave no batch in this epoch: {what} it is iterated over")
 

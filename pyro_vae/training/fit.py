@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyro.infer
@@ -25,12 +24,15 @@ from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
 from pyro_vae.training.callbacks import CallbackLike, Callbacks
+from pyro_vae.training.checkpoints import Checkpoints, Every
 from pyro_vae.training.clipping import Clip
 from pyro_vae.training.fit_result import FitResult, FitStop
 from pyro_vae.training.minibatches import TrainingData
-from pyro_vae.training.steps import OnNan, TrainingSteps, Validation
+from pyro_vae.training.run_state import settings_of
+from pyro_vae.training.steps import OnNan, TrainingSteps
 from pyro_vae.training.stopping import Plateau
 from pyro_vae.training.trainer import Trainer
+from pyro_vae.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ def fit(
     device: torch.device | str | None = None,
     compile: Compile = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: Every = None,
+    checkpoint_keep: int = 2,
     progress: bool = True,
     callbacks: Iterable[CallbackLike] = (),
     data_plate: DataPlate = None,
@@ -120,11 +124,16 @@ def fit(
             operations of a step as a graph and replays them, and compiles the graph where
             training is long enough for that to save time (few steps run eagerly); "replay"
             never compiles, True at once, False runs eagerly. Losses are the same to rounding.
-        checkpoint: a file written after each epoch and its callbacks, whole or not at all, with
-            the last and the best parameters. Where it exists, training resumes from it, with the
-            optimizer's settings in it, the state of schedulers among the callbacks, or that
-            they hold, and of callbacks with state_dict and load_state_dict, and goes on as if it
-            had not been interrupted. An epoch that max_steps cut short is not taken up again.
+        checkpoint: a file with all that the run needs to go on as if it had not been interrupted,
+            written whole or not at all. Where it exists, training resumes from it: parameters,
+            optimizer and its settings, schedulers among the callbacks or that they hold, callbacks
+            with state_dict and load_state_dict, history, random numbers (PyTorch's, NumPy's and
+            Python's, and generators of a DataLoader), and the place in the epoch. Where it is
+            damaged, or of another run, the one before it serves, and a logged warning says so.
+        checkpoint_every: steps, or a datetime.timedelta, between two checkpoints, also inside an
+            epoch; one after each epoch by default. One more is written when training ends.
+        checkpoint_keep: how many checkpoints are kept: the file, and those before it beside it,
+            with the ending .prev1, .prev2, ... Each holds the best parameters so far as well.
         progress: whether to show a bar.
         callbacks: functions, called with an Epoch after each, of which one that returns True ends
             training; objects with on_step, on_epoch and on_end
@@ -150,10 +159,13 @@ def fit(
         NonFiniteLossError: for a loss or gradient that is not finite, naming step and
             sites; the parameters are those of the last good step.
         ValueError: for data that are empty, hold NaN or lie outside the likelihood's
-            support, a guide that does not fit the model, a checkpoint of another pair, a
+            support, a guide that does not fit the model, a checkpoint of another pair or of
+            other settings (loss, optimizer, batch_size, number of data, seed), naming these, a
             factor of the schedule that is negative or not finite, or arguments that do not
             go together.
         FileNotFoundError: for a checkpoint in a folder that does not exist.
+        OSError: where the first checkpoint cannot be written; of a later one (the disk is full) a
+            logged warning tells, the one before stays, and training goes on.
 
     Example:
         >>> import pyro, torch
@@ -180,7 +192,7 @@ def fit(
     _check_loss(loss, schedule)
     check_compile(compile)
     clip = Clip(clip_norm, clip_value)
-    _check_folder(checkpoint)
+    files = _checkpoints(checkpoint, checkpoint_every, checkpoint_keep)
     for module in filter(None, map(module_of, (model, guide) if device is not None else ())):
         module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
@@ -197,7 +209,9 @@ def fit(
             training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
         )
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        result = Trainer(steps, validation, limits, plateau, called, checkpoint).run(progress)
+        settings = settings_of(training, loss, seed, drop_last)
+        trainer = Trainer(steps, validation, limits, plateau, called, files, settings)
+        result = trainer.run(progress)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.source.every, guide.given)
@@ -244,10 +258,15 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
         raise ValueError(f"validation_data {what} (a StochasticBinarization has fixed(seed=0))")
 
 
-def _check_folder(checkpoint: str | os.PathLike[str] | None) -> None:
-    """Raise FileNotFoundError for a checkpoint in a folder that is not there."""
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise FileNotFoundError(f"checkpoint={os.fspath(checkpoint)!r}: its folder does not exist")
+def _checkpoints(
+    path: str | os.PathLike[str] | None, every: Every, keep: int
+) -> Checkpoints | None:
+    """Return the checkpoints of the run; None where none are wanted."""
+    if path is not None:
+        return Checkpoints(path, every, keep)
+    if every is not None:
+        raise ValueError(f"checkpoint_every={every!r}: name the file, checkpoint=path")
+    return None
 
 
 def _check_loss(loss: Any, schedule: Any) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import buffers_of_runs
+from pyro_vae.programs.guide_kinds import buffers_of_runs, is_given
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import FirstValues, called_modules, looking, module_of
@@ -138,21 +138,33 @@ class Parameters:
         """Return whether all parameters and buffers are finite."""
         return all(all_finite(tensors.values()) for tensors in self._tensors().values())
 
+    def differ(self, state: State) -> str:
+        """Return how a state differs from this pair's in names, shapes and dtypes; "" for none."""
+        here, there = map(_forms, (self._tensors(), state))
+        differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+        first = [key for key in differ if key[0] == differ[0][0]]
+        parts = []
+        for key in first[:5]:
+            (shape, dtype), (shape_here, dtype_here) = (
+                form.get(key, ("none", None)) for form in (there, here)
+            )
+            if shape == shape_here:
+                shape, shape_here = dtype, dtype_here
+            parts.append(f"{key[1]}: saved {shape}, here {shape_here}")
+        if not parts:
+            return ""
+        more = f" and {len(differ) - len(parts)} more" if len(differ) > len(parts) else ""
+        return f"the saved parameters ({first[0][0]}) are not this pair's: {'; '.join(parts)}{more}"
+
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put a state back, in place.
 
         Raises:
-            ValueError: where its names or shapes are not these.
+            ValueError: where its names, shapes or dtypes are not these.
         """
-        here, there = map(_shapes, (self._tensors(), state))
-        if differ := [key for key in sorted(here | there) if here.get(key) != there.get(key)]:
-            first = differ[0][0]
-            text = "; ".join(
-                f"{key[1]}: saved {there.get(key, 'none')}, here {here.get(key, 'none')}"
-                for key in [key for key in differ if key[0] == first][:5]
-            )
-            raise ValueError(f"the saved parameters ({first}) are not this pair's: {text}")
+        if text := self.differ(state):
+            raise ValueError(text)
         for role, module in self._modules.items():
             module.load_state_dict(state[role])
         for holder, tensors in (("buffers", self._buffers), ("store", self._stored)):
@@ -160,11 +172,13 @@ class Parameters:
                 value.copy_(state[holder][name])
 
 
-def _shapes(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
+def _forms(state: State) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """Return shape and dtype by holder and name."""
     return {
-        (holder, name): tuple(value.shape)
+        (holder, name): (tuple(value.shape), value.dtype)
         for holder, tensors in state.items()
         for name, value in tensors.items()
+        if not is_given(name)
     }
 
 

@@ -1,4 +1,4 @@
-"""Steps of training, and scores of validation data; an error where they are not finite."""
+"""Steps of training; an error, or a step that is skipped, where they are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
 from pyro_vae.torch_internals import copy_all
 from pyro_vae.training.clipping import Clip
-from pyro_vae.training.minibatches import MinibatchELBO, TrainingData, mean_elbo
+from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.table_rows import TableRows
@@ -243,13 +243,41 @@ class TrainingSteps:
             self.parameters.initialize()
             self._begin()
 
-    def resume(self, last: State, steps: int, epochs: int) -> None:
-        """Go on from the parameters at the end of an epoch.
+    @property
+    def compiled(self) -> bool:
+        """Whether the last step ran compiled."""
+        return self._traced.mode == "compiled"
+
+    def rehearse(self) -> None:
+        """Trace and compile steps before :meth:`resume`, which undoes all that they change.
+
+        Steps run eagerly at first, and compiled ones sum in another order: a run that is taken up
+        where it was compiled is to go on with its numbers.
+        """
+        data = self.data
+        last = (data.num_data or 0) % data.batch_size
+        for size in {data.batch_size, last or data.batch_size}:
+            known = not data.whole and not data.source.streamed
+            index = torch.arange(size) if known else None
+            batch = data.source.minibatch(index) if known else data.example
+            for _ in range(2):
+                with self._using_rows(index):
+                    self._traced(*batch.args, **batch.kwargs)
+        self.drop_gradients()
+
+    def resume(self, last: State, steps: int, epochs: int, now: State | None = None) -> None:
+        """Go on from the parameters at the end of an epoch, or after it.
+
+        Args:
+            last: at the end of the epoch.
+            steps: taken in all.
+            epochs: that had ended.
+            now: after these steps; None where that is the end of the epoch.
 
         Raises:
             ValueError: where they are another pair's.
         """
-        self.parameters.restore(last)
+        self.parameters.restore(last if now is None else now)
         self.last, self.taken, self.epochs = last, steps, epochs
 
     @property
@@ -433,67 +461,3 @@ class TrainingSteps:
         advice = "Try a smaller learning rate, or bound the scale or logit there"
         text = f"{what} of step {start.number} is not finite, {where}. {kept}. {advice}"
         return NonFiniteLossError(text, start.number, sites)
-
-
-class Validation:
-    """Scores validation data by the loss of training, without the schedule's factor.
-
-    Args:
-        steps: of training.
-        batch: the validation data.
-        seed: of the random numbers, the same at each call.
-    """
-
-    def __init__(self, steps: TrainingSteps, batch: Batch, seed: int | None) -> None:
-        self._steps, self._batch, self._seed = steps, batch, 0 if seed is None else seed
-        # Validation is too little of a run for a second compilation to pay.
-        how = "replay" if steps.compile == "auto" else steps.compile
-        self._traced = TracedLoss(
-            *steps.pair, steps.loss.loss, compile=how, modes=False, owners=(steps.loss,)
-        )
-        if total := steps.expected:
-            epochs = math.ceil(total / (steps.data.steps_per_epoch or total))
-            self._traced.steps = epochs * sum(1 for _ in steps.data.parts(batch))
-
-    def score(self) -> tuple[float, float]:
-        """Return the ELBO and its standard error over minibatches, in nats per datum.
-
-        Raises:
-            NonFiniteLossError: where it is not finite, naming rows and sites.
-        """
-        data, elbos, start = self._steps.data, [], 0
-        self._steps.set_factor(1.0)
-        running = state.evaluation(self._steps.model, self._steps.guide)
-        with torch.no_grad(), running, state.seeded(self._batch.device, self._seed):
-            for part in data.parts(self._batch):
-                elbos.append(data.elbo(self._loss(part, start), part.size))
-                start += part.size or 0
-        return mean_elbo(elbos)
-
-    def _loss(self, batch: Batch, start: int) -> float:
-        """Return the loss of a part of the data that begins at row ``start``."""
-        with state.Look() as look:
-            loss = float(self._traced(*batch.args, **batch.kwargs))
-            if math.isfinite(loss):
-                return loss
-        sites_of = self._sites_by_row(batch)
-        if look.error is not None and not sites_of:
-            look.error.add_note("in validation_data")
-            raise look.error
-        rows = ", ".join(str(start + row) for row in list(sites_of)[:5])
-        sites = sorted(set().union(*sites_of.values()))
-        text = (
-            f"validation_data: after step {self._steps.taken} the loss is not finite, in rows "
-            f"{rows} ({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. "
-            "Rescale or leave out these rows, or bound the scale or logit there"
-        )
-        raise NonFiniteLossError(text, self._steps.taken, sites) from look.error
-
-    def _sites_by_row(self, batch: Batch) -> dict[int, list[str]]:
-        """Return the sites that are not finite at each row where there are any."""
-        found = {}
-        for row in range(batch.size or 0):
-            with state.Look():
-                alone = batch.rows(slice(row, row + 1))
-                found[row] = non_finite_sites(self._steps.model, self._steps.guide, alone)
-        return {row: sites for row, sites in found.items() if sites}

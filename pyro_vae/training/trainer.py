@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
-from pyro_vae.programs.state import random_state, set_random_state
 from pyro_vae.schedules import shortfall
-from pyro_vae.training import checkpoints
+from pyro_vae.training import run_state
 from pyro_vae.training.callbacks import Callbacks, Step
+from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.fit_result import Epoch, FitResult, FitStop
-from pyro_vae.training.minibatches import MinibatchELBO, mean_elbo
+from pyro_vae.training.interrupts import HeldInterrupt
+from pyro_vae.training.minibatches import mean_elbo
 from pyro_vae.training.parameters import State
-from pyro_vae.training.steps import TrainingSteps, Validation
+from pyro_vae.training.run_state import OpenEpoch
+from pyro_vae.training.steps import TrainingSteps
 from pyro_vae.training.stopping import Plateau
+from pyro_vae.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +55,17 @@ class Trainer:
     limits: Mapping[FitStop, int]  # of steps, epochs, epochs without a gain: those that a user gave
     plateau: Plateau  # of the validation ELBO
     callbacks: Callbacks
-    checkpoint: str | os.PathLike[str] | None
+    checkpoints: Checkpoints | None
+    settings: run_state.Settings  # of the run, which a checkpoint must have too
     state: Progress = field(default_factory=Progress)
     best: State | None = None  # at the end of the epoch that validated best
-    unsaved: bool = False
+    opened: OpenEpoch | None = None  # that is under way
+    unsaved: bool = False  # whether what is in memory is whole, and on no disk
     ended: bool = False  # by a callback
 
     def run(self, progress: bool) -> FitResult:
         """Train until a limit is reached, and leave the best parameters in place."""
-        if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            self._resume(self.checkpoint)
+        self._resume()
         state, total, schedule = self.state, self.steps.expected, self.steps.schedule
         if total and total > state.step and (text := shortfall(schedule, total)):
             logger.warning("training will end by %s", text)
@@ -73,7 +76,7 @@ class Trainer:
                 stopped_by = "interrupted"
                 self.steps.read()
                 state.step = self.steps.taken
-                if self.unsaved:  # in a callback: the epoch is whole
+                if self.unsaved:  # in a callback, say: the epoch is whole
                     self._save()
             finally:
                 self.steps.drop_gradients()
@@ -92,26 +95,47 @@ class Trainer:
         counts = state.step, state.elapsed, state.best_epoch, state.skipped
         return FitResult(state.history, stopped_by, *counts)
 
-    def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
+    def _reached(self) -> FitStop | None:
+        """Return the limit that is reached; None while training goes on."""
         state = self.state
-        while not self.ended:
-            stalled = self.plateau.stalled
-            counts = {"max_steps": state.step, "epochs": state.epoch, "patience": stalled}
-            if reached := [name for name, limit in self.limits.items() if counts[name] >= limit]:
-                return reached[0]
-            epoch = self._epoch(bar)
-            self.unsaved = self.checkpoint is not None
+        counts = {"max_steps": state.step, "epochs": state.epoch, "patience": self.plateau.stalled}
+        reached = (name for name, limit in self.limits.items() if counts[name] >= limit)
+        return next(reached, None)
+
+    def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
+        while not self.ended and (not (reached := self._reached()) or self.opened is not None):
+            opened = self.opened = self.opened or self._open()
+            is_whole = self._take_steps(opened, bar)
+            if not is_whole and self.unsaved:
+                self._save()  # before the epoch is closed: a longer run goes on inside it
+            epoch = self._close_epoch(opened, bar)
+            self.unsaved = is_whole and self.checkpoints is not None
             self.ended |= self.callbacks.epoch(epoch)
             if self.callbacks.given:
                 self.steps.last = self.steps.parameters.state()  # which they may have changed
             # After them: the checkpoint holds what they set, such as a learning rate.
-            self._save()
-        return "callback"
+            if self.unsaved and (self._is_due(whole=True) or self.ended or self._reached()):
+                self._save()
+        return "callback" if self.ended or reached is None else reached
 
-    def _epoch(self, bar: tqdm[NoReturn]) -> Epoch:
-        state, begin = self.state, time.perf_counter() - self.state.elapsed
-        max_steps = self.limits.get("max_steps", math.inf)
-        elbos: list[MinibatchELBO] = []
+    def _is_due(self, *, whole: bool) -> bool:
+        return self.checkpoints is not None and self.checkpoints.due(self.steps.taken, whole=whole)
+
+    def _open(self) -> OpenEpoch:
+        if self.checkpoints is None:
+            return OpenEpoch({})
+        return OpenEpoch(run_state.random_states(self.steps.data.source))
+
+    def _take_steps(self, opened: OpenEpoch, bar: tqdm[NoReturn]) -> bool:
+        """Take the steps that are left of an epoch; return whether it is whole then."""
+        state, data, begin = self.state, self.steps.data, time.perf_counter() - self.state.elapsed
+        max_steps, elbos = self.limits.get("max_steps", math.inf), opened.elbos
+        start, now = self.steps.taken, None
+        if opened.batches:  # of a checkpoint: the order of the data is drawn once more
+            now = run_state.random_states(data.source)
+            run_state.set_random_states(opened.begin, data.source)
+        self.unsaved = False
+        found: object = ()
 
         def read() -> None:
             elbos.extend(self.steps.read())
@@ -121,34 +145,55 @@ class Trainer:
             state.elapsed = time.perf_counter() - begin
             self._show(bar, mean_elbo(elbos[-_SHOWN:])[0], refresh=False)
 
-        for index, batch in self.steps.data.epoch():
-            self.steps.take(index, batch)
-            if known := self.steps.due or self.callbacks.reads_loss:
+        def ready() -> None:
+            if now is not None:
+                run_state.set_random_states(now, data.source)
+
+        with HeldInterrupt() as interrupt:
+            batches = data.epoch(opened.batches, ready)
+            while not self.ended and self.steps.taken < max_steps and not interrupt.pending:
+                if (found := next(batches, None)) is None:
+                    break
+                self.steps.take(*found)
+                opened.batches += 1
+                if known := self.steps.due or self.callbacks.reads_loss:
+                    read()
+                if self.callbacks.of_steps:
+                    elbo = elbos[-1].value if known else math.nan
+                    self.ended |= self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
+                if self._is_due(whole=False):
+                    read()
+                    opened.factor = self.steps.factor
+                    self._save()
+            if self.steps.taken > start:
                 read()
-            if self.callbacks.of_steps:
-                elbo = elbos[-1].value if known else math.nan
-                self.ended |= self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
-            if self.ended or self.steps.taken >= max_steps:
-                break
-        read()
-        beta = self.steps.factor  # before validation, which has none
-        elbo, elbo_error = mean_elbo(elbos)
+                opened.factor = self.steps.factor
+            self.unsaved = self.checkpoints is not None
+        # A loader that does not know its length has none left only where it says so.
+        return found is None or opened.batches == data.steps_per_epoch
+
+    def _close_epoch(self, opened: OpenEpoch, bar: tqdm[NoReturn]) -> Epoch:
+        """Score an epoch, and add it to the history."""
+        state, begin = self.state, time.perf_counter() - self.state.elapsed
+        elbo, elbo_error = mean_elbo(opened.elbos)
         validation = error = math.nan
         if self.validation is not None:
             validation, error = self.validation.score()
-        self.steps.remember()
-        state.epoch += 1
-        state.elapsed = time.perf_counter() - begin
-        row = (state.epoch, state.step, elbo, elbo_error, validation, error, beta)
-        for name, value in zip(_HISTORY, row, strict=True):
-            state.history[name].append(value)
-        if self.validation is None:
-            state.best_epoch = state.epoch
-        else:
-            self.plateau.add(validation)
-            if validation > state.best_elbo:
-                state.best_elbo, state.best_epoch = validation, state.epoch
-                self.best = self.steps.last
+        with HeldInterrupt():
+            self.steps.remember()
+            self.opened = None
+            state.epoch += 1
+            state.elapsed = time.perf_counter() - begin
+            row = (state.epoch, state.step, elbo, elbo_error, validation, error, opened.factor)
+            for name, value in zip(_HISTORY, row, strict=True):
+                state.history[name].append(value)
+            if self.validation is None:
+                state.best_epoch = state.epoch
+            else:
+                self.plateau.add(validation)
+                if validation > state.best_elbo:
+                    state.best_elbo, state.best_epoch = validation, state.epoch
+                    self.best = self.steps.last
         self._show(bar, elbo, refresh=True)
         return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
 
@@ -161,55 +206,47 @@ class Trainer:
     # --- checkpoints
 
     def _save(self) -> None:
-        """Write the checkpoint, if one is wanted."""
-        if self.checkpoint is None:
-            return
-        optimizer, loss = self.steps.optimizer, self.steps.objective
-        schedulers = checkpoints.schedulers_of(self.callbacks.given, optimizer)
-        content = {
-            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-            "last": self.steps.last,
-            "best": self.best,
-            "optimizer": optimizer.state_dict(),
-            "optimizer_type": type(optimizer).__name__,
-            "loss": {} if loss is None else loss.state_dict(),
-            "callbacks": self.callbacks.state(),
-            "progress": dict(vars(self.state)),
-            "random_state": random_state(),
-        }
-        checkpoints.save(content, self.checkpoint)
+        """Write a checkpoint of what is in memory, if one is wanted and the state is whole."""
+        # What an update made infinite, the next step refuses: it is worse than what is on disk.
+        if self.checkpoints is not None and self.steps.parameters.finite():
+            progress = dict(vars(self.state))
+            opened = self.opened if self.opened and self.opened.batches else None
+            known = self.callbacks, self.settings, progress, self.best, opened
+            self.checkpoints.write(run_state.gather(self.steps, *known), self.state.step)
         self.unsaved = False
 
-    def _resume(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint; raise ValueError for one of another pair or optimizer."""
-        content, steps = checkpoints.load(checkpoint), self.steps
+    def _take_up(self, content: Mapping[str, Any]) -> None:
+        """Go on from the content of a checkpoint; raise ValueError for one of another run."""
+        steps = self.steps
         steps.initialize()
-        here, there = type(steps.optimizer).__name__, content["optimizer_type"]
-        written = f"{os.fspath(checkpoint)} was written with"
-        if here != there:
-            raise ValueError(f"{written} the optimizer {there}, not {here}")
-        progress = self.state = Progress(**content["progress"])
-        steps.resume(content["last"], progress.step, progress.epoch)
-        steps.skipped = progress.skipped
-        schedulers = checkpoints.schedulers_of(self.callbacks.given, steps.optimizer)
-        saved = content.get("schedulers", [])
-        if len(saved) != len(schedulers):
-            raise ValueError(
-                f"{written} {len(saved)} learning rate schedulers among the callbacks, and here "
-                f"are {len(schedulers)}: they go on from their state in it; pass the same callbacks"
-            )
-        steps.optimizer.load_state_dict(content["optimizer"])
-        for scheduler, state in zip(schedulers, saved, strict=True):
-            scheduler.load_state_dict(state)
-        if steps.objective is not None:
-            steps.objective.load_state_dict(content.get("loss", {}))
-        self.best = content["best"]
+        before = steps.parameters.state()
+        try:
+            run_state.check(content, steps, self.callbacks, self.settings)
+            progress = Progress(**content["progress"])
+            self.best, self.opened, missing = run_state.put_back(content, steps, self.callbacks)
+        except Exception as error:
+            steps.parameters.restore(before)
+            if isinstance(error, (KeyError, TypeError, AttributeError, IndexError, RuntimeError)):
+                raise ValueError(f"it holds something else than a run of fit: {error}") from error
+            raise
+        self.state = progress
         for name in _HISTORY:  # a column that an earlier version did not write is unknown
             progress.history.setdefault(name, [math.nan] * progress.epoch)
         for elbo in progress.history["validation_elbo"] if self.validation is not None else ():
             self.plateau.add(elbo)
-        if missing := self.callbacks.load(content.get("callbacks", [])):
-            text = "%s the state of callbacks that are not here: %s"
-            logger.warning(text, written, ", ".join(missing))
-        set_random_state(content["random_state"])
-        logger.info("resumed from %s at epoch %d", checkpoint, progress.epoch)
+        if missing:
+            text = "the checkpoint has the state of callbacks that are not here: %s"
+            logger.warning(text, ", ".join(missing))
+
+    def _resume(self) -> None:
+        """Go on from the last good checkpoint, if there is one."""
+        if self.checkpoints is None or (path := self.checkpoints.resume(self._take_up)) is None:
+            return
+        state = self.state
+        logger.info("resumed from %s at step %d, epoch %d", path, state.step, state.epoch)
+        if self._reached() == "patience":
+            logger.warning(
+                "%s is of a run that patience=%d has stopped after epoch %d: nothing is trained "
+                "beyond it. To train on, raise patience; more epochs alone change nothing",
+                *(path, self.limits["patience"], state.epoch),
+            )

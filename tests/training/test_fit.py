@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_pair_or_optimizer_is_refused(tmp_path):
         run(x, checkpoint=path, optim=torch.optim.SGD)
     path.write_text("a poem")
     with pytest.raises(ValueError, match=r"run.pt is not a checkpoint"):
-        run(x, checkpoint=path)
+        run(x, checkpoint=path, checkpoint_keep=1)
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         run(x, checkpoint=tmp_path / "no" / "run.pt")
 
@@ -478,7 +478,7 @@ def test_a_resumed_run_goes_on_at_its_step_of_the_schedule(tmp_path):
     x, path, begun, resumed = make_data(), tmp_path / "run.pt", Recording(), Recording()
     run(x, epochs=4, schedule=begun, checkpoint=path, loss=Interrupting(5))
     assert begun.asked[:5] == [0, 1, 2, 3, 4]
-    result, _ = run(x, epochs=4, schedule=resumed, checkpoint=path, loss=Trace_ELBO())
+    result, _ = run(x, epochs=4, schedule=resumed, checkpoint=path, loss=Interrupting(99))
     assert resumed.asked == list(range(3, 12))
     assert result.history["beta"] == [0.25, 0.625, 1.0, 1.0]
 

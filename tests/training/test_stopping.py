@@ -70,7 +70,7 @@ def test_without_patience_they_are_refused():
 
 def told_by(values, **options):
     """Train at a rate of 0, with the validation ELBO of each epoch put in the place of its own."""
-    from pyro_vae.training.steps import Validation
+    from pyro_vae.training.validation import Validation
 
     scores = iter(values)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,7 @@ def test_a_resumed_run_counts_as_a_whole_one(tmp_path):
     assert whole.stopped_by == "patience" and len(whole.history["epoch"]) > 4
     told_by(VALUES[:4], checkpoint=path, **options)
     # The rest of the scores, after the epochs that the checkpoint holds.
-    from pyro_vae.training.steps import Validation
+    from pyro_vae.training.validation import Validation
 
     scores = iter(VALUES[4:])
     with pytest.MonkeyPatch.context() as patch:
