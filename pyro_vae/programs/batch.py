@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from pyro_vae.programs.rows import Rows, rows_of, tensor_of
+from pyro_vae.programs.rows import Rows, matrix_of, rows_of, tensor_of
 
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
@@ -272,6 +272,7 @@ def check_lists(found: Batch) -> Batch:
 
 def _dense(name: str, value: Any) -> Any:
     """Return a value as a dense tensor where it is an array of any kind, in memory or not."""
+    value = matrix_of(value)
     rows = None if isinstance(value, np.ndarray) else rows_of(name, value)
     return tensor_of(name, value) if rows is None else rows.read(slice(0, rows.shape[0]))
 

@@ -21,7 +21,7 @@ from pyro_vae.programs.batch import (
     tensors_of,
 )
 from pyro_vae.programs.loaders import StreamReader, rows_of_loader
-from pyro_vae.programs.rows import Rows, rows_of, tensor_of
+from pyro_vae.programs.rows import Rows, matrix_of, rows_of, tensor_of
 from pyro_vae.programs.state import preserved_rng
 
 _HELD = 2**26  # bytes of a torch Dataset that evaluation reads at once, and keeps
@@ -216,8 +216,7 @@ def on_demand(*batch: Any, held: int = _HELD, ordered: bool = True) -> Batch:
 
 
 def _lazy(name: str, value: Any) -> Any:
-    if type(value).__module__.partition(".")[0] == "anndata" and hasattr(value, "obs"):
-        value = value.X
+    value = matrix_of(value)
     rows = rows_of(name, value)
     return tensor_of(name, value) if rows is None else rows
 

@@ -41,6 +41,13 @@ def tensor_of(name: str, value: Any) -> Any:
     return torch.from_numpy(value)
 
 
+def matrix_of(value: Any) -> Any:
+    """Return the matrix X of an AnnData; other values as they are."""
+    if type(value).__module__.partition(".")[0] == "anndata" and hasattr(value, "obs"):
+        return value.X
+    return value
+
+
 def _check_numbers(name: str, what: str, dtype: Any) -> None:
     if getattr(dtype, "kind", "") not in _NUMBERS:
         raise TypeError(
