@@ -89,6 +89,11 @@ class OnDemand(Batch):
         return last if (last - start) * self._row_bytes <= _PART_BYTES else stop
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that lie elsewhere, were they read."""
+        return self.count * self._row_bytes
+
+    @property
     def _row_bytes(self) -> int:
         return sum(value.row_bytes for _, value in self._named() if isinstance(value, Rows))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +16,15 @@ from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
 from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import tensors_in, version_of
+from pyro_vae.training.block_order import ShuffledBlocks
+
+logger = logging.getLogger(__name__)
+
+# What is shuffled: rows; or the blocks that they lie in, and the rows of some of these together.
+Shuffle: TypeAlias = Literal["rows", "blocks"]
 
 _CPU = torch.device("cpu")
+_LARGE = 2**26  # bytes of a file of which chunks are opened again and again
 
 
 def _nothing() -> None:
@@ -33,6 +41,7 @@ class DataSource:
         streamed: whether minibatches come as a loader gives them, and cannot be read again.
         owners: objects whose attributes a step depends on.
         device: where batches go; None leaves them.
+        shuffle: what of data that are read by rows is shuffled, rows or blocks of them.
     """
 
     seen = True
@@ -40,9 +49,15 @@ class DataSource:
     owners: tuple[Any, ...] = ()
 
     def __init__(
-        self, data: Any, batch_size: int, device: torch.device | str | None, drop_last: bool
+        self,
+        data: Any,
+        batch_size: int,
+        device: torch.device | str | None,
+        drop_last: bool,
+        shuffle: Shuffle = "rows",
     ) -> None:
         self._data, self.device, self._drop_last = data, device, drop_last
+        self.shuffle = shuffle
         self.batch = self._now = self._first(batch_size)  # _now: the present epoch's
         self.num_data = self._count()
 
@@ -109,12 +124,16 @@ class DataSource:
                 yield None, self._now
             return
         # Sent to the device at once: to send each part would be to wait for the step before.
-        parts = torch.randperm(size).to(self._now.device).split(batch_size)
+        parts = self._order(size).to(self._now.device).split(batch_size)
         ready()
         for index in parts[skip:]:
             if self._drop_last and index.shape[0] < batch_size:
                 break
             yield index, self.minibatch(index)
+
+    def _order(self, size: int) -> Tensor:
+        """Return the rows of an epoch, shuffled."""
+        return torch.randperm(size)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -168,6 +187,7 @@ class _DrawnByStep(DataSource):
 class _ReadByRows(DataSource):
     seen = False
     _data: OnDemand
+    _blocks: ShuffledBlocks | None = None  # of the present epoch
 
     def _first(self, batch_size: int) -> Batch:
         return self.some(batch_size)
@@ -192,8 +212,16 @@ class _ReadByRows(DataSource):
             self._now = self._data.whole()
         return self._data.count
 
+    def _order(self, size: int) -> Tensor:
+        if self.shuffle == "rows":
+            return super()._order(size)
+        self._blocks = ShuffledBlocks(self._data)
+        return self._blocks.order
+
     def minibatch(self, index: Tensor | None) -> Batch:
-        return self._now if index is None else self._data.rows(index)
+        if index is None:
+            return self._now
+        return self._data.rows(index) if self._blocks is None else self._blocks.rows(index)
 
 
 class _Streamed(DataSource):
@@ -249,7 +277,11 @@ class _Streamed(DataSource):
 
 
 def source_of(
-    data: Any, batch_size: int, device: torch.device | str | None, drop_last: bool
+    data: Any,
+    batch_size: int,
+    device: torch.device | str | None,
+    drop_last: bool,
+    shuffle: Shuffle = "rows",
 ) -> DataSource:
     """Return where minibatches of a user's training data come from.
 
@@ -258,11 +290,14 @@ def source_of(
         batch_size: data in a minibatch.
         device: where batches go; None leaves them.
         drop_last: whether a last minibatch that is smaller is left out; a loader has its own.
+        shuffle: as in :func:`pyro_vae.fit`.
 
     Raises:
-        ValueError: for data that are empty.
+        ValueError: for data that are empty, and another ``shuffle``.
         TypeError: for other types.
     """
+    if shuffle not in get_args(Shuffle):
+        raise ValueError(f"shuffle={shuffle!r}: one of {get_args(Shuffle)} is needed")
     kind: type[DataSource] = DataSource
     if isinstance(data, StepData):
         kind = _DrawnByStep
@@ -276,4 +311,18 @@ def source_of(
         data = on_demand(data, held=0)
         if isinstance(data, OnDemand):
             kind, data = _ReadByRows, data if device is None else data.to(device)
-    return kind(data, batch_size, device, drop_last)
+            _warn_of_chunks(data, batch_size, shuffle)
+    return kind(data, batch_size, device, drop_last, shuffle)
+
+
+def _warn_of_chunks(data: OnDemand, batch_size: int, shuffle: Shuffle) -> None:
+    """Log what shuffled rows of a large file in chunks cost."""
+    chunks = min(batch_size, -(-data.count // data.block))
+    if shuffle == "rows" and data.block > 1 and data.nbytes > _LARGE:
+        logger.warning(
+            "the data lie in chunks of %d rows, and a minibatch of %d rows opens up to %d of them; "
+            "shuffle='blocks' opens each once in an epoch",
+            data.block,
+            batch_size,
+            chunks,
+        )

@@ -26,6 +26,7 @@ from pyro_vae.refinement.refine import promised_gain
 from pyro_vae.training.callbacks import CallbackLike, Callbacks
 from pyro_vae.training.checkpoints import Checkpoints, Every
 from pyro_vae.training.clipping import Clip
+from pyro_vae.training.data_source import Shuffle
 from pyro_vae.training.fit_result import FitResult, FitStop
 from pyro_vae.training.minibatches import TrainingData
 from pyro_vae.training.run_state import settings_of
@@ -62,6 +63,7 @@ def fit(
     callbacks: Iterable[CallbackLike] = (),
     data_plate: DataPlate = None,
     drop_last: bool = False,
+    shuffle: Shuffle = "rows",
     clip_norm: float | None = None,
     clip_value: float | None = None,
     on_nan: OnNan = "raise",
@@ -91,9 +93,11 @@ def fit(
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        data: a tensor or an array, a tuple or a mapping of them, first dimension the datum; a
-            torch Dataset, of which each step reads its rows; a DataLoader or an IterableDataset,
-            whose batches are the minibatches; or an object that draws such data anew, for
+        data: a tensor or an array, a tuple or a mapping of them, first dimension the datum. Of a
+            memory-mapped, Zarr or HDF5 array, a sparse matrix of SciPy or PyTorch, an AnnData
+            (:func:`pyro_vae.datasets.cells`) or a torch Dataset each step reads its rows, dense,
+            and bad values are refused when they are read. A DataLoader's or an IterableDataset's
+            batches are the minibatches. Or an object that draws such data anew, for
             each step (:class:`pyro_vae.programs.batch.StepData`) or each epoch
             (:class:`pyro_vae.programs.batch.EpochData`).
         loss: a pyro.infer.ELBO, Pyro's or ours; pyro_vae.ELBO() by default.
@@ -144,6 +148,10 @@ def fit(
             the data, and ELBOs are of the whole.
         drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
             which data it would have held is another matter in each epoch.
+        shuffle: what of data in a file is shuffled. "rows": each minibatch is of any rows, and of a
+            chunked file it opens as many chunks. "blocks": chunks (1,024 rows of a file without)
+            are shuffled, and the rows of as many of them as are 128 MiB; each is opened once in an
+            epoch. Where the rows of a file lie in an order, minibatches are less mixed.
         clip_norm: the largest norm of the gradients of all parameters together; longer ones are
             shortened, as by torch.nn.utils.clip_grad_norm_.
         clip_value: the largest number in a gradient, as in torch.nn.utils.clip_grad_value_.
@@ -198,7 +206,15 @@ def fit(
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
     as_svi = not isinstance(loss, Objective)
     training = TrainingData(
-        model, guide, data, batch_size, device, data_plate, drop_last, as_svi=as_svi
+        model,
+        guide,
+        data,
+        batch_size,
+        device,
+        data_plate,
+        drop_last,
+        shuffle=shuffle,
+        as_svi=as_svi,
     )
     held_out = None if validation_data is None else training.validation(validation_data)
     per_epoch = training.steps_per_epoch

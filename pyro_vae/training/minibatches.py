@@ -22,7 +22,7 @@ from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import drawn_by, run_pair, under_guide
 from pyro_vae.programs.types import DataPlate, Program
-from pyro_vae.training.data_source import source_of
+from pyro_vae.training.data_source import Shuffle, source_of
 from pyro_vae.training.plate_scale import minibatch_scale
 from pyro_vae.training.row_order import NotSetUpError, PairOnRows, set_up_before
 
@@ -40,6 +40,7 @@ class TrainingData:
         device: where batches go; None leaves them.
         data_plate: as in :meth:`ModelLooks.structure`.
         drop_last: whether an epoch leaves out a last minibatch that is smaller.
+        shuffle: as in :func:`pyro_vae.fit`.
         as_svi: whether the loss asks for no more than pyro.infer.SVI does: the model may then be
             one that runs under the guide's draws alone, and have no data plate.
 
@@ -70,11 +71,12 @@ class TrainingData:
         data_plate: DataPlate,
         drop_last: bool = False,
         *,
+        shuffle: Shuffle = "rows",
         as_svi: bool = False,
     ) -> None:
         self.model, self.guide, self._plate = model, guide, data_plate
         self._drop_last, self._as_svi = drop_last, as_svi
-        self.source = source_of(data, batch_size, device, drop_last)
+        self.source = source_of(data, batch_size, device, drop_last, shuffle)
         self.batch, self.num_data = self.source.batch, self.source.num_data
         self._run: Structure | None = None  # of the model under its prior
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
