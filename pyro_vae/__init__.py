@@ -40,6 +40,7 @@ from pyro_vae.training import callbacks
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
 from pyro_vae.training.fit_result import Epoch, FitResult
+from pyro_vae.training.saved_pair import load, save
 from pyro_vae.training.steps import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 
@@ -94,6 +95,7 @@ __all__ = [
     "fit",
     "impute",
     "iwae_bound",
+    "load",
     "log_weights",
     "nets",
     "outliers",
@@ -102,6 +104,7 @@ __all__ = [
     "refine",
     "repair",
     "sample_posterior",
+    "save",
     "sbc",
     "schedules",
     "testing",

@@ -17,7 +17,10 @@ from pyro_vae.training import sealed
 
 logger = logging.getLogger(__name__)
 
-_KEY, _VERSION, _WHAT = "pyro_vae_checkpoint", 2, "a checkpoint of pyro_vae.fit"
+KEY, VERSION = "pyro_vae_checkpoint", 2
+# Of the first format, which has no checksum.
+UNSEALED = 1
+_WHAT = "a checkpoint of pyro_vae.fit"
 
 Every: TypeAlias = int | timedelta | None  # steps, or time; None for each epoch
 
@@ -33,7 +36,7 @@ def save(
         TypeError: for content that cannot be read without running code.
         OSError: where it cannot be written; the file that was there stays.
     """
-    sealed.write({_KEY: _VERSION, **content}, path, before)
+    sealed.write({KEY: VERSION, **content}, path, before)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: for a file that is not a checkpoint of :func:`save`, is damaged or newer.
         OSError: where there is none.
     """
-    return sealed.read(path, _KEY, _VERSION, _WHAT)
+    return sealed.read(path, {KEY: VERSION}, _WHAT, {KEY: UNSEALED})
 
 
 class Checkpoints:

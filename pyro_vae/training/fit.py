@@ -225,7 +225,7 @@ def fit(
             training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
         )
         validation = None if held_out is None else Validation(steps, held_out, seed)
-        settings = settings_of(training, loss, seed, drop_last)
+        settings = settings_of(steps, seed, drop_last)
         trainer = Trainer(steps, validation, limits, plateau, called, files, settings)
         result = trainer.run(progress)
     if isinstance(guide, RowGuide):

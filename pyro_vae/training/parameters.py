@@ -36,8 +36,9 @@ class Parameters:
     Args:
         model: a Pyro model.
         guide: a Pyro guide.
-        batch: their arguments.
+        batch: their arguments; None for no run, and the parameters of modules alone.
         seen: the three as a pair that has run.
+        needed: whether there must be something to train.
 
     Attributes:
         trained: those that are not frozen, each once.
@@ -51,9 +52,16 @@ class Parameters:
     """
 
     def __init__(
-        self, model: Program, guide: Program, batch: Batch, seen: Pair | None = None
+        self,
+        model: Program,
+        guide: Program,
+        batch: Batch | None,
+        seen: Pair | None = None,
+        *,
+        needed: bool = True,
     ) -> None:
         self._pair, self._batch = (model, guide), batch
+        self._needed = needed and batch is not None
         self._modules: dict[str, nn.Module] = {}
         for role, program in (("model", model), ("guide", guide)):
             module = module_of(program)
@@ -89,7 +97,7 @@ class Parameters:
         }
         found = {**held, **{id(p): p for p in self._stored.values()}}
         self.trained = [parameter for parameter in found.values() if parameter.requires_grad]
-        if not self.trained:
+        if not self.trained and self._needed:
             raise ValueError(
                 "model and guide have no parameters to train. Plain functions register theirs with "
                 "pyro.param or pyro.module(name, module); others are invisible to Pyro"
@@ -97,6 +105,8 @@ class Parameters:
 
     def _run(self) -> tuple[list[nn.Module], ParamStatements]:
         """Run the pair; return the modules that it calls, and its param statements."""
+        if self._batch is None:
+            return [], ParamStatements()
         statements = ParamStatements(checked=True)
         seen = looking(*self._pair, device=self._batch.device, first=self._first)
         with seen, called_modules() as called, statements:
@@ -120,6 +130,17 @@ class Parameters:
         """Give the ``late`` ones a value, which is to be replaced by another."""
         self._first.commit()
         self.late = ()
+
+    @property
+    def held(self) -> set[int]:
+        """The identities of the parameters of modules."""
+        return {id(p) for root in self._modules.values() for p in root.parameters()}
+
+    def constraints(self) -> dict[str, str]:
+        """Return in words what values in Pyro's store are kept to, by the names of parameters."""
+        known = pyro.get_param_store().get_state()["constraints"]
+        known = {**known, **{name: made[1] for name, made in self._first.made.items()}}
+        return {name: repr(known[name]) for name in self._stored if name in known}
 
     def _tensors(self) -> State:
         """Return all parameters and buffers, themselves."""

@@ -17,7 +17,7 @@ from pyro_vae.programs.types import Program
 from pyro_vae.training.callbacks import Callbacks
 from pyro_vae.training.data_source import DataSource
 from pyro_vae.training.lr_schedulers import schedulers_of
-from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
+from pyro_vae.training.minibatches import MinibatchELBO
 from pyro_vae.training.parameters import State
 from pyro_vae.training.steps import TrainingSteps
 
@@ -77,11 +77,13 @@ def set_random_states(states: Mapping[str, Any], source: DataSource) -> None:
 # --- settings, by which a run is told from another
 
 
-def settings_of(data: TrainingData, loss: Any, seed: int | None, drop_last: bool) -> Settings:
+def settings_of(steps: TrainingSteps, seed: int | None, drop_last: bool) -> Settings:
     """Return what must be the same for a run to go on as it would have."""
+    data = steps.data
     return {
         **pair_settings(data.guide, data.structure),
-        "loss": _text(loss),
+        "constraints": steps.parameters.constraints(),
+        "loss": _text(steps.loss),
         "batch_size": data.batch_size,
         "data": data.num_data,
         "drop_last": drop_last,
@@ -111,7 +113,8 @@ def outline(structure: Structure) -> dict[str, str]:
     found = {}
     for name, site in structure.sites.items():
         plates = ", ".join(plate.name for plate in site.plates) or "no plate"
-        found[name] = f"{site.kind} {site.distribution} in {plates}"
+        kind = site.kind.rpartition(" ")[2]  # which of the latents are local, the plates say
+        found[name] = f"{kind} {site.distribution} in {plates}"
     return found
 
 
@@ -131,7 +134,8 @@ def differences(here: Settings, there: Settings) -> list[str]:
         one, other = there[name], here[name]
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             keys = [k for k in dict.fromkeys([*one, *other]) if one.get(k) != other.get(k)]
-            pairs = [(f"site {k!r}", one.get(k, "none"), other.get(k, "none")) for k in keys[:5]]
+            what = name.removesuffix("s")
+            pairs = [(f"{what} {k!r}", one.get(k, "none"), other.get(k, "none")) for k in keys[:5]]
         else:
             pairs = [(name, one, other)] if one != other else []
         found += [f"{what}: {saved} there, {now} here" for what, saved, now in pairs]

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -41,6 +42,8 @@ def write(
         OSError: where the disk is full, say; the file that was there stays.
     """
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{os.fspath(path)}: its folder does not exist")
     plain = _plain(content, target.name)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
@@ -59,14 +62,20 @@ def write(
     sync_folder(target.parent)
 
 
-def read(path: str | os.PathLike[str], key: str, version: int, what: str) -> dict[str, Any]:
+def read(
+    path: str | os.PathLike[str],
+    versions: Mapping[str, int],
+    what: str,
+    unsealed: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Read a file of :func:`write`; no code in it is run.
 
     Args:
         path: of the file.
-        key: of the number of the format in its content, which tells kinds of files apart.
-        version: the highest number that can be read; from 2 on, files have a checksum.
+        versions: the kinds of files that are read: the key of a kind's format in its content, and
+            the highest format that is known.
         what: the file is, for messages.
+        unsealed: the highest format of a kind that has no checksum, of those that have one such.
 
     Raises:
         ValueError: for a file that is damaged, cut off, of another kind or a newer version.
@@ -74,22 +83,24 @@ def read(path: str | os.PathLike[str], key: str, version: int, what: str) -> dic
     """
     path = os.fspath(path)
     with open(path, "rb") as file:
-        sealed = _check_seal(file, path, what)
+        sealed = _check_seal(file, path)
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of whatever kind: torch.load meets bytes that are not its own
             if sealed and isinstance(error, MemoryError):
                 raise
             raise ValueError(f"{path} is not {what}, or is cut off") from error
-    found = content.get(key) if isinstance(content, dict) else None
+    kinds = [key for key in versions if key in content] if isinstance(content, dict) else []
+    key, *others = kinds or [""]
+    found = content[key] if kinds and not others else None
     if type(found) is not int or found < 1:
         raise ValueError(f"{path} is not {what}")
-    if found > version:
+    if found > versions[key]:
         raise ValueError(
             f"{path} was written by a newer version of pyro_vae (format {found}, and this one "
-            f"reads up to {version}): update pyro_vae"
+            f"reads up to {versions[key]}): update pyro_vae"
         )
-    if found > 1 and not sealed:
+    if found > unsealed.get(key, 0) and not sealed:
         raise ValueError(f"{path} is cut off: its last bytes, the checksum, are missing")
     return content
 
@@ -128,7 +139,7 @@ class _Hashed:
         return self._hash.hexdigest().encode()
 
 
-def _check_seal(file: IO[bytes], path: str, what: str) -> bool:
+def _check_seal(file: IO[bytes], path: str) -> bool:
     """Return whether a file has a checksum, and stand at its begin; raise where it is wrong."""
     size = file.seek(0, os.SEEK_END)
     body = max(size - _SEAL_SIZE, 0)

@@ -192,7 +192,7 @@ def test_another_number_of_data_is_refused(tmp_path):
     ("name", "told"),
     [
         ("local", "not this pair's: .*saved"),
-        ("discrete", "site 'k': none there, local latent Categorical in data here"),
+        ("discrete", "site 'k': none there, latent Categorical in data here"),
         ("store", "not this pair's"),
     ],
 )

@@ -33,8 +33,8 @@ def model(x):
 
 def test_the_outline_of_a_model():
     wanted = {
-        "mu": "global latent Normal in no plate",
-        "k": "local latent Bernoulli in data",
+        "mu": "latent Normal in no plate",
+        "k": "latent Bernoulli in data",
         "x": "observed Normal in data",
     }
     assert run_state.outline(structure_of(model, X[:, 0])) == wanted

@@ -28,7 +28,7 @@ def written(path, content=CONTENT):
 
 
 def read(path):
-    return sealed.read(path, "kind", 2, "a file of a test")
+    return sealed.read(path, {"kind": 2}, "a file of a test", {"kind": 1})
 
 
 def test_what_is_written_comes_back(tmp_path):
