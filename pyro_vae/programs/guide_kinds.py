@@ -63,12 +63,12 @@ class RowGuide(nn.Module):
         table: the parameters, [num_data, ...].
         converged: [num_data], whether each row is at its optimum.
         given_rows: the rows of :meth:`rows` that are in force, [n]; None for all.
-        RECORDS: buffers with a row per datum, which no run of the guide reads or writes.
+        RECORDS: buffers that no run of the guide reads or writes: of what its rows were fitted to.
         is_start: whether :meth:`for_any_data` is in force.
         is_whole: whether its one row is for all data jointly.
     """
 
-    RECORDS = frozenset({"converged", "_fingerprints"})
+    RECORDS = frozenset({"converged", "_fingerprints", "_fitted"})
     converged: Tensor
     _fingerprints: Tensor
     _fitted: Tensor

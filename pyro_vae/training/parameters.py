@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import buffers_of_runs, is_given
+from pyro_vae.programs.guide_kinds import RowGuide, buffers_of_runs, is_given
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import FirstValues, called_modules, looking, module_of
@@ -156,8 +156,14 @@ class Parameters:
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Return whether all parameters and buffers are finite."""
-        return all(all_finite(tensors.values()) for tensors in self._tensors().values())
+        """Return whether all parameters are finite, and buffers that are saved with them."""
+        held = [m.state_dict(keep_vars=True) for m in self._modules.values()]
+        parts = [part for module in self._modules.values() for part in module.modules()]
+        guides = (part for part in parts if isinstance(part, RowGuide))
+        # What a guide remembers of its data is infinite where there is nothing to remember.
+        records = {id(getattr(guide, name)) for guide in guides for name in guide.RECORDS}
+        of_modules = ([t for t in some.values() if id(t) not in records] for some in held)
+        return all(map(all_finite, (*of_modules, self._buffers.values(), self._stored.values())))
 
     def differ(self, state: State) -> str:
         """Return how a state differs from this pair's in names, shapes and dtypes; "" for none."""

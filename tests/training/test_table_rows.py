@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import pyro_vae as pv
+from pyro_vae.torch_internals import DispatchMode
 from pyro_vae.training.table_rows import TableRows
 
 N, LATENTS = 11, 2
@@ -380,3 +381,157 @@ def test_one_row_at_a_time(dtype):
     guide = pv.LocalGuide(model, num_data=N, example=x, family=pv.families.Delta())
     pv.fit(model, guide, x, optim=ADAM, batch_size=1, epochs=300, progress=False)
     torch.testing.assert_close(guide.table[..., 0].detach(), x / 2, rtol=0, atol=1e-2)
+
+
+# --- what fit does around its steps
+
+
+class Breaks(nn.Module):
+    """A model whose likelihood has no finite density where a datum is large."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+            bad = torch.where(x.abs() > 50, torch.inf, 0.0)
+            pyro.factor("penalty", ((z - x).square() / -2 - bad).sum(-1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1).mask(x.abs().sum(-1) < 50), obs=x)
+
+
+def broken(row):
+    guide, x = make(fn=Breaks())
+    x[row] = 100.0
+    return guide, x
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_bad_step_leaves_table_and_moments_as_they_were(how):
+    guide, x = broken(7)
+    made = []
+
+    def begin(parameters):
+        made.append(ADAM(parameters))
+        return made[0]
+
+    options = {"batch_size": 1, "epochs": 1, "progress": False, "compile": HOW[how]}
+    with pytest.raises(pv.NonFiniteLossError, match="parameters of the step before") as error:
+        pv.fit(Breaks(), guide, x, optim=begin, seed=1, **options)
+    counts = made[0].state[guide.table]["step"]
+    assert counts.sum() == error.value.step - 1 > 0
+    assert counts[7] == 0
+    assert bool(guide.table.isfinite().all())
+    moved = counts > 0
+    start, _ = make(fn=Breaks())
+    steps_of_adam = (guide.table - start.table).abs().flatten(1)
+    torch.testing.assert_close(steps_of_adam, 0.1 * moved.double()[:, None].expand(N, LATENTS))
+
+
+def test_skipped_steps_move_no_row():
+    guide, x = broken(7)
+    start = guide.table.detach().clone()
+    pv.fit(Breaks(), guide, x, optim=ADAM, batch_size=1, epochs=3, progress=False, on_nan="skip")
+    assert torch.equal(guide.table[7], start[7])
+    assert not bool((guide.table == start).flatten(1).all(1)[[0, 1, 2, 3, 4, 5, 6, 8, 9, 10]].any())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_scheduler_moves_the_rate_of_all_rows(how):
+    guide, x = make()
+    rows, made = Logged(x), []
+
+    def begin(parameters):
+        rows.read.clear()
+        made.append(ADAM(parameters))
+        return made[0]
+
+    def lower(epoch):
+        made[0].param_groups[0]["lr"] = 0.1 * 0.5**epoch.epoch
+
+    options = {"batch_size": 4, "epochs": 4, "compile": HOW[how], "progress": False}
+    pv.fit(model, guide, rows, optim=begin, callbacks=[lower], **options)
+    singles = Singles(make()[0], x, ADAM)
+    for number, index in enumerate(torch.tensor(rows.read[: 4 * N]).split([4, 4, 3] * 4)):
+        for optimizer in singles.optims:
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (number // 3)
+        singles.step(index.tolist())
+    singles.check(guide)
+
+
+def test_clipped_gradients_are_of_the_minibatch():
+    """By the norm of the rows that are there, beside those of an optimizer each."""
+    guide, x = make()
+    rows, bound = Logged(x), 0.8
+    optim = functools.partial(torch.optim.SGD, lr=0.1)
+
+    def begin(parameters):
+        rows.read.clear()
+        return optim(parameters)
+
+    pv.fit(model, guide, rows, optim=begin, batch_size=4, epochs=3, clip_norm=bound, progress=False)
+    table = make()[0].table.detach()
+    for index in torch.tensor(rows.read[: 3 * N]).split([4, 4, 3] * 3):
+        slope = 2 * table[index, :, 0] - x[index]
+        table[index, :, 0] -= 0.1 * slope * min(1, bound / (float(slope.norm()) + 1e-6))
+    torch.testing.assert_close(guide.table.detach(), table, rtol=1e-12, atol=1e-12)
+
+
+def test_training_resumes_to_the_bit(tmp_path):
+    options = {"optim": ADAM, "batch_size": 4, "progress": False, "compile": "replay"}
+    normal = pv.families.Normal()
+    whole, x = make(family=normal)
+    pv.fit(model, whole, x, epochs=6, **options)
+    first, _ = make(family=normal)
+    pv.fit(model, first, x, epochs=3, checkpoint=tmp_path / "c", **options)
+    second, _ = make(family=normal)
+    pv.fit(model, second, x, epochs=6, checkpoint=tmp_path / "c", **options)
+    assert torch.equal(second.table, whole.table)
+
+
+def test_ctrl_c_keeps_the_rows_of_the_last_step(monkeypatch):
+    guide, x = make()
+    rows = Logged(x)
+
+    def begin(parameters):
+        rows.read.clear()
+        return ADAM(parameters)
+
+    def interrupt(epoch):
+        raise KeyboardInterrupt
+
+    result = pv.fit(
+        model,
+        guide,
+        rows,
+        optim=begin,
+        batch_size=4,
+        epochs=9,
+        callbacks=[interrupt],
+        progress=False,
+    )
+    assert result.stopped_by == "interrupted"
+    assert result.steps == 3
+    singles = Singles(make()[0], x, ADAM)
+    singles.step(rows.read[:N])
+    singles.check(guide)
+
+
+def test_looks_and_steps_hold_no_copy_of_the_table():
+    """By what PyTorch allocates: no step makes a tensor as large as the table."""
+    num_data = 50_000
+    guide, x = make(num_data, family=pv.families.Normal())
+    sizes = []
+
+    class Sizes(DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func._schema.is_mutable:
+                sizes.append((out.numel(), str(func)))
+            return out
+
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile=False)
+    steps(svi, guide, x, [[0, 3, 5]])  # makes the moments
+    with Sizes():
+        steps(svi, guide, x, [[0, 3, 5], [2, 8, 9]])
+    views = ("detach", "view", "alias", "t.default", "unbind", "select.int")
+    large = [name for size, name in sizes if size >= num_data and not any(v in name for v in views)]
+    assert sizes
+    assert large == []
