@@ -2,16 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/local_rows.py
 
-A linear Gaussian model of 10 latents and 20 features, a table of families.Normal in float32, Adam, minibatches of
-128. A step of pv.fit moves the rows of its minibatch alone, each by moments and a step count of its own; beside it
-stands a step that moves the whole table, which is what an optimizer without a rule for rows does (a class that
-inherits from Adam). Both in graphs that are replayed (compile="replay"), and run eagerly (compile=False).
+A linear Gaussian model of 10 latents and 20 features, a table of families.Normal in float32, Adam,
+minibatches of 128. A step of pv.fit moves the rows of its minibatch alone, each by moments and a
+step count of its own; beside it stands a step that moves the whole table, which is what an
+optimizer without a rule for rows does (a class that inherits from Adam). Both by graphs that are
+replayed (compile="replay"), the former eagerly too (compile=False).
 
-Each cell is a process of its own, in turns. It makes data and guide, takes some steps that are not measured, and then
-measures some hundred, one by one, minibatch included, as the processor's time of this process: others that run on the
-machine do not count in it, but in what they leave of caches and memory. Said are the median over steps, the time
-before the first step, and the resident memory at its peak: the data, the table, its moments, the
-copy that fit keeps to come back to, and what fit remembers of each datum at its end.
+Each cell is a process of its own, in turns. It makes data and guide, takes some steps that are not
+measured, and then measures some hundred, one by one, minibatch included, as the processor's time of
+this process: others that run on the machine do not count in it, but in what they leave of caches.
+Said are the median over steps, the time before the first step, and the resident memory at its peak:
+the data, the table, its moments, the copy that fit keeps to come back to, and what it remembers of
+each datum at its end.
 """
 
 from __future__ import annotations
@@ -45,13 +47,13 @@ class WholeTable(torch.optim.Adam):
     """Adam under another name, for which there is no rule of rows: it moves the whole table."""
 
 
-class Clock(pv.Callback):
+class Clock:
     """Notes the processor's time after each step, and ends training after some."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.times = steps, list[float]()
 
-    def on_step(self, step: pv.Step) -> bool:
+    def on_step(self, step: object) -> bool:
         """Note the time; return whether there were steps enough."""
         self.times.append(time.process_time())
         return len(self.times) > self.steps
@@ -121,7 +123,9 @@ def main() -> None:
         for cell in cells:
             steps = arguments.steps if not cell[2] or cell[0] < 1e6 else 20
             found[cell].append(row(*cell, steps))
-    print("| rows | step | moves | ms | against the fewest rows | before the first, s | peak, MiB |")
+    print(
+        "| rows | step | moves | ms | against the fewest rows | before the first, s | peak, MiB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for cell in sorted(cells, key=lambda cell: (cell[2], cell[1], cell[0])):
         num_data, how, whole = cell

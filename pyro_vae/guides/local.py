@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import FamilyGuide, refuse_globals
+from pyro_vae.guides.coordinates import prior_moments
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import as_count
@@ -26,6 +30,9 @@ class LocalGuide(FamilyGuide, RowGuide):
         family: the variational family; families.Normal() by default.
         data_plate: the name of the plate of the data, where it is not plain; False for all
             latents of the model jointly, as one datum, in one row.
+        init_scale: how wide each row's proposals are at first, in standard deviations of the prior
+            in unconstrained coordinates, whatever the family; about the prior's mean. Pyro's
+            AutoNormal begins at 0.1, of whatever unit its latents are in.
 
     Attributes:
         table: the parameters, [num_data, P]: P is family.params_shape(D), for a factorized family
@@ -43,7 +50,8 @@ class LocalGuide(FamilyGuide, RowGuide):
     Raises:
         DataPlateError: where no plate is plainly that of the data.
         ValueError: where no latent site is continuous, for a discrete one of infinitely many
-            values, a global one, or num_data < 1.
+            values, a global one, num_data < 1, an init_scale that is no finite number above 0,
+            or one for a family without a width (a point).
 
     Example:
         >>> import pyro, torch
@@ -68,8 +76,10 @@ class LocalGuide(FamilyGuide, RowGuide):
         example: Any,
         family: Family | None = None,
         data_plate: DataPlate = None,
+        init_scale: float = 1.0,
     ) -> None:
         num_data = as_count("num_data", num_data)
+        _check_scale(init_scale)
         looks = ModelLooks.of(model, example)
         structure = looks.structure(data_plate)
         refuse_globals(structure, "Train an AmortizedGuide(global_guide=...) with them")
@@ -78,7 +88,14 @@ class LocalGuide(FamilyGuide, RowGuide):
                 f"num_data={num_data}: with data_plate=False the whole batch is one datum"
             )
         super().__init__(looks, structure, family)
-        table = self._prior_params.repeat(num_data, *[1] * self._prior_params.ndim)
+        start = self._prior_params
+        if init_scale != 1:
+            mean, std = prior_moments(looks, structure, self.coordinates)
+            start = self.family.initial(mean, init_scale * std)
+            if torch.equal(start, self._prior_params):
+                what = f"families.{type(self.family).__name__} is a point, and has no width"
+                raise ValueError(f"init_scale={init_scale}: {what}; leave init_scale out")
+        table = start.repeat(num_data, *[1] * start.ndim)
         self._make_rows(table, is_whole=structure.data_plate is None)
 
     def of_rows(self, rows: slice | Tensor) -> LocalGuide:
@@ -99,3 +116,10 @@ class LocalGuide(FamilyGuide, RowGuide):
         self.check_size(Batch(args, kwargs).size)
         table = self.in_force
         return table if self.given_rows is None else table[self.given_rows]
+
+
+def _check_scale(init_scale: Any) -> None:
+    """Raise ValueError for a width that is no finite number above 0."""
+    is_number = isinstance(init_scale, (int, float, np.number)) and init_scale is not True
+    if not is_number or not 0 < float(init_scale) < math.inf:
+        raise ValueError(f"init_scale={init_scale!r}: a finite number above 0 is needed")

@@ -18,6 +18,7 @@ from pyro_vae.programs.rows import Rows, matrix_of, rows_of, tensor_of
 # How many offending rows an error message lists, and how many arguments.
 _ROWS_SHOWN = 5
 _ARGUMENTS_SHOWN = 8
+_ROWS = 2**16  # of all data, that are fingerprinted at a time
 # Of PyTorch's errors for operands of different dtypes.
 _DTYPE_WORDS = ("dtype", "scalar type", "Input type", "data type", "not implemented for")
 
@@ -149,12 +150,15 @@ class Batch:
                 continue
             plain = value.detach().to_dense()
             plain = torch.view_as_real(plain) if plain.is_complex() else plain
-            rows = plain.reshape(size, plain.numel() // size).to("cpu", torch.float64)
-            direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
-            # A missing value is unlike any number.
-            rows = torch.nan_to_num(rows, nan=-1 / 3, posinf=1e30, neginf=-1e30)
-            number += rows @ direction
-            square += rows.square().sum(1)
+            flat = plain.reshape(size, plain.numel() // size)
+            direction = torch.randn(flat.shape[1], generator=generator, dtype=torch.float64)
+            for start in range(0, size, _ROWS):  # so that no copy of all data is made
+                part = slice(start, start + _ROWS)
+                rows = flat[part].to("cpu", torch.float64)
+                # A missing value is unlike any number.
+                rows = torch.nan_to_num(rows, nan=-1 / 3, posinf=1e30, neginf=-1e30)
+                number[part] += rows @ direction
+                square[part] += rows.square().sum(1)
         return number, square.sqrt()
 
     def repeat(self, times: int) -> Batch:

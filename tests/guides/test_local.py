@@ -173,3 +173,69 @@ def test_all_data_as_one_datum_are_known_too():
     pv.elbo(model, guide, x, num_particles=10, **options)
     with pytest.raises(ValueError, match=r"rows 0 \(1 of 1\) of the batch are not the data"):
         pv.elbo(model, guide, x.flip(0), num_particles=10, **options)
+
+
+# --- the first width
+
+WIDE = {
+    "Normal": pv.families.Normal(),
+    "FullRankNormal": pv.families.FullRankNormal(),
+    "LowRankNormal": pv.families.LowRankNormal(1),
+    "Annealed": pv.families.Annealed(pv.families.Normal(), 2),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_the_first_width_is_that_share_of_the_priors(name):
+    """Of z ~ Normal(3, 2)^2: by draws of the guide, to 5 standard errors; as for 1 at the mean."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor([3.0, 3.0]), 2.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x, scale, num_draws = torch.zeros(4000, 2, dtype=torch.float64), 0.05, 4000
+    guide = pv.LocalGuide(model, num_data=4000, example=x[:3], family=WIDE[name], init_scale=scale)
+    plain = pv.LocalGuide(model, num_data=1, example=x[:3], family=WIDE[name])
+    base = WIDE[name].base if name == "Annealed" else WIDE[name]
+    noise = torch.randn(num_draws, base.num_noise(2), dtype=torch.float64)
+
+    def moments(one):
+        params = one.table[:1].detach()
+        params = WIDE[name].base_params(params, 2) if name == "Annealed" else params
+        z = base.from_noise(params, 2, noise.unsqueeze(1))[:, 0]
+        return z.mean(0), z.std(0)
+
+    (mean, std), (wide_mean, wide_std) = moments(guide), moments(plain)
+    torch.testing.assert_close(std / wide_std, torch.full((2,), scale).double(), rtol=1e-6, atol=0)
+    error = 5 * 2.0 * scale / num_draws**0.5
+    torch.testing.assert_close(mean, wide_mean, rtol=0, atol=error + 5 * 2.0 / num_draws**0.5)
+    torch.testing.assert_close(wide_std, torch.full((2,), 2.0).double(), rtol=0.1, atol=0)
+
+
+def test_the_first_width_of_a_positive_latent_is_on_the_log_scale():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            s = pyro.sample("s", dist.LogNormal(1.0, 0.5))
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x)
+
+    x = torch.zeros(2)
+    one, tenth = (
+        pv.LocalGuide(model, num_data=2, example=x, init_scale=scale).table for scale in (1.0, 0.1)
+    )
+    torch.testing.assert_close(tenth[..., 1].exp(), 0.1 * one[..., 1].exp())
+    assert torch.equal(tenth[..., 0], one[..., 0])
+    assert torch.equal(one, pv.LocalGuide(model, num_data=2, example=x).table)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1, float("nan"), float("inf"), "0.1", True, None])
+def test_a_first_width_that_is_none_is_refused(setting, scale):
+    model, x = setting
+    with pytest.raises(ValueError, match="init_scale=.*: a finite number above 0 is needed"):
+        pv.LocalGuide(model, num_data=9, example=x, init_scale=scale)
+
+
+def test_a_point_has_no_first_width(setting):
+    model, x = setting
+    with pytest.raises(ValueError, match=r"families\.Delta is a point, and has no width"):
+        pv.LocalGuide(model, num_data=9, example=x, family=pv.families.Delta(), init_scale=0.1)
