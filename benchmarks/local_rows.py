@@ -6,7 +6,9 @@ A linear Gaussian model of 10 latents and 20 features, a table of families.Norma
 minibatches of 128. A step of pv.fit moves the rows of its minibatch alone, each by moments and a
 step count of its own; beside it stands a step that moves the whole table, which is what an
 optimizer without a rule for rows does (a class that inherits from Adam). Both by graphs that are
-replayed (compile="replay"), the former eagerly too (compile=False).
+replayed (compile="replay"), the former eagerly too (compile=False), and with the table and its
+moments in memory-mapped files (storage=...; pages of these count in a process's memory while they are
+in the machine's, and it may drop them).
 
 Each cell is a process of its own, in turns. It makes data and guide, takes some steps that are not
 measured, and then measures some hundred, one by one, minibatch included, as the processor's time of
@@ -28,7 +30,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import machine
 import pyro
@@ -41,6 +45,7 @@ import pyro_vae as pv
 NUM_LATENTS, NUM_FEATURES, BATCH_SIZE = 10, 20, 128
 WARM = 60  # steps that are not measured
 COMPILE = {"replayed": "replay", "eager": False}
+ROWS, DISK, WHOLE = "its rows", "its rows, on disk", "all rows"
 
 
 class WholeTable(torch.optim.Adam):
@@ -59,8 +64,16 @@ class Clock:
         return len(self.times) > self.steps
 
 
-def measure(num_data: int, how: str, whole: bool, steps: int) -> dict[str, float]:
+def measure(num_data: int, how: str, what: str, steps: int) -> dict[str, float]:
     """Return the milliseconds of a step, the seconds before the first, and MiB at the peak."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        storage = Path(folder) / "table.npy" if what == DISK else None
+        return _measure(num_data, how, what == WHOLE, storage, steps)
+
+
+def _measure(
+    num_data: int, how: str, whole: bool, storage: Path | None, steps: int
+) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(NUM_LATENTS, NUM_FEATURES, generator=generator)
     x = torch.randn(num_data, NUM_FEATURES, generator=generator)
@@ -72,7 +85,7 @@ def measure(num_data: int, how: str, whole: bool, steps: int) -> dict[str, float
 
     optim = functools.partial(WholeTable if whole else torch.optim.Adam, lr=1e-3, fused=True)
     clock, begin = Clock(WARM + steps), time.process_time()
-    guide = pv.LocalGuide(model, num_data=num_data, example=x[:5])
+    guide = pv.LocalGuide(model, num_data=num_data, example=x[:5], storage=storage)
     pv.fit(
         model,
         guide,
@@ -91,9 +104,9 @@ def measure(num_data: int, how: str, whole: bool, steps: int) -> dict[str, float
     return {"ms": 1e3 * statistics.median(each), "start": start, "peak": peak}
 
 
-def row(num_data: int, how: str, whole: bool, steps: int) -> dict[str, float]:
+def row(num_data: int, how: str, what: str, steps: int) -> dict[str, float]:
     """Return what a process of its own measures."""
-    options = ["--one", json.dumps([num_data, how, whole, steps])]
+    options = ["--one", json.dumps([num_data, how, what, steps])]
     found = subprocess.run(
         [sys.executable, __file__, *options], capture_output=True, text=True, check=True
     )
@@ -116,25 +129,26 @@ def main() -> None:
         return
     load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
     print(f"{machine.describe()}; load {load}; {arguments.steps} steps, medians of processes")
-    cells = [(int(n), how, False) for n in arguments.rows for how in COMPILE]
-    cells += [(int(n), "replayed", True) for n in arguments.rows if n <= arguments.whole_up_to]
-    found: dict[tuple[int, str, bool], list[dict[str, float]]] = {cell: [] for cell in cells}
+    sizes = [int(n) for n in arguments.rows]
+    cells = [(n, how, ROWS) for n in sizes for how in COMPILE]
+    cells += [(n, "replayed", DISK) for n in sizes]
+    cells += [(n, "replayed", WHOLE) for n in sizes if n <= arguments.whole_up_to]
+    found: dict[tuple[int, str, str], list[dict[str, float]]] = {cell: [] for cell in cells}
     for _ in range(arguments.repeats):
         for cell in cells:
-            steps = arguments.steps if not cell[2] or cell[0] < 1e6 else 20
-            found[cell].append(row(*cell, steps))
+            slow = cell[2] == WHOLE and cell[0] >= 1e6
+            found[cell].append(row(*cell, 20 if slow else arguments.steps))
     print(
         "| rows | step | moves | ms | against the fewest rows | before the first, s | peak, MiB |"
     )
     print("|---|---|---|---|---|---|---|")
     for cell in sorted(cells, key=lambda cell: (cell[2], cell[1], cell[0])):
-        num_data, how, whole = cell
+        num_data, *kind = cell
         median = {n: statistics.median(r[n] for r in found[cell]) for n in ("ms", "start", "peak")}
-        fewest = min(n for n, *others in cells if others == [how, whole])
-        base = statistics.median(r["ms"] for r in found[fewest, how, whole])
-        moves = "all rows" if whole else "its rows"
+        fewest = min(other for other in cells if list(other[1:]) == kind)
+        share = median["ms"] / statistics.median(r["ms"] for r in found[fewest])
         print(
-            f"| {num_data:,} | {how} | {moves} | {median['ms']:.3f} | {median['ms'] / base:.2f} "
+            f"| {num_data:,} | {kind[0]} | {kind[1]} | {median['ms']:.3f} | {share:.2f} "
             f"| {median['start']:.1f} | {median['peak']:,.0f} |"
         )
 

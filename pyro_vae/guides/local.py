@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,14 @@ from torch import Tensor
 from pyro_vae.families.base import Family
 from pyro_vae.guides.base import FamilyGuide, refuse_globals
 from pyro_vae.guides.coordinates import prior_moments
+from pyro_vae.guides.table_file import file_of, open_table, write_out
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, Program
+
+logger = logging.getLogger(__name__)
 
 
 class LocalGuide(FamilyGuide, RowGuide):
@@ -33,6 +39,10 @@ class LocalGuide(FamilyGuide, RowGuide):
         init_scale: how wide each row's proposals are at first, in standard deviations of the prior
             in unconstrained coordinates, whatever the family; about the prior's mean. Pyro's
             AutoNormal begins at 0.1, of whatever unit its latents are in.
+        storage: a file to hold the table, for tables larger than memory: an array of NumPy, which
+            is read and written in place. One that is there is taken with the numbers in it, else
+            it is made. Moments of rows, and the copies that :func:`pyro_vae.fit` keeps, then lie
+            beside it, in files without a name that are gone with the process. None for memory.
 
     Attributes:
         table: the parameters, [num_data, P]: P is family.params_shape(D), for a factorized family
@@ -51,7 +61,8 @@ class LocalGuide(FamilyGuide, RowGuide):
         DataPlateError: where no plate is plainly that of the data.
         ValueError: where no latent site is continuous, for a discrete one of infinitely many
             values, a global one, num_data < 1, an init_scale that is no finite number above 0,
-            or one for a family without a width (a point).
+            or one for a family without a width (a point); for a file of another size or dtype.
+        FileNotFoundError: for a file in a folder that does not exist.
 
     Example:
         >>> import pyro, torch
@@ -77,6 +88,7 @@ class LocalGuide(FamilyGuide, RowGuide):
         family: Family | None = None,
         data_plate: DataPlate = None,
         init_scale: float = 1.0,
+        storage: str | os.PathLike[str] | None = None,
     ) -> None:
         num_data = as_count("num_data", num_data)
         _check_scale(init_scale)
@@ -95,7 +107,10 @@ class LocalGuide(FamilyGuide, RowGuide):
             if torch.equal(start, self._prior_params):
                 what = f"families.{type(self.family).__name__} is a point, and has no width"
                 raise ValueError(f"init_scale={init_scale}: {what}; leave init_scale out")
-        table = start.repeat(num_data, *[1] * start.ndim)
+        if storage is None:
+            table = start.repeat(num_data, *[1] * start.ndim)
+        else:
+            table = open_table(storage, start, num_data)
         self._make_rows(table, is_whole=structure.data_plate is None)
 
     def of_rows(self, rows: slice | Tensor) -> LocalGuide:
@@ -116,6 +131,22 @@ class LocalGuide(FamilyGuide, RowGuide):
         self.check_size(Batch(args, kwargs).size)
         table = self.in_force
         return table if self.given_rows is None else table[self.given_rows]
+
+    def flush(self) -> None:
+        """Wait until a table in a file is on the disk itself.
+
+        What was written is in the file for all processes at once, and survives this one however
+        it ends; a power failure it survives once it is flushed.
+        """
+        write_out(self.table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        path = file_of(self.table)
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if path is not None and file_of(self.table) is None:
+            text = "the table was copied to another device or dtype: %s keeps the numbers of before"
+            logger.warning(text, path)
+        return moved
 
 
 def _check_scale(init_scale: Any) -> None:

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.guides.table_file import copy_of
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide, buffers_of_runs, is_given
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
@@ -148,9 +149,9 @@ class Parameters:
         return {**held, "buffers": self._buffers, "store": self._stored}
 
     def state(self) -> State:
-        """Return a copy of all parameters and buffers."""
+        """Return a copy of all parameters and buffers, on disk where they are."""
         return {
-            holder: {name: value.detach().clone() for name, value in tensors.items()}
+            holder: {name: copy_of(value) for name, value in tensors.items()}
             for holder, tensors in self._tensors().items()
         }
 

@@ -10,6 +10,8 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, optim
 
+from pyro_vae.guides.table_file import empty_beside, file_of, full_like
+
 Group: TypeAlias = Mapping[str, Any]  # the settings of a parameter group
 Moments: TypeAlias = dict[str, Tensor]  # what an optimizer keeps of rows, by name, each [B, ...]
 
@@ -47,11 +49,11 @@ class RowRule(ABC):
         """
 
     def prepare(self, group: Group, table: Tensor, state: dict[str, Any]) -> None:
-        """Give a parameter the state of its rows, where it has none yet.
+        """Give a parameter the state of its rows, where it has none yet; on disk beside one there.
 
         A state of all rows together, as after steps that took all of them, is that of each.
         """
-        moments = self.moments(group)
+        moments, on_disk = self.moments(group), file_of(table) is not None
         missing = [name for name in moments if not isinstance(state.get(name), Tensor)]
         if self.counts(group) and not has_row_state(state):
             # SGD does not count: where there is a momentum, there was a step.
@@ -60,8 +62,11 @@ class RowRule(ABC):
             state[STEP] = counts
         elif has_row_state(state) and state[STEP].device != table.device:  # as it was loaded
             state[STEP] = state[STEP].to(table.device)
-        for name in missing:
-            state[name] = torch.full_like(table, moments[name], requires_grad=False)
+        for name, value in moments.items():
+            if name in missing:
+                state[name] = full_like(table, value)
+            elif on_disk and file_of(state[name]) is None:
+                state[name] = empty_beside(table.detach()).copy_(state[name])
 
 
 class _Adam(RowRule):
