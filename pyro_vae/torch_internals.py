@@ -77,9 +77,20 @@ def written_values(
 
 def is_pure(operator: Operator) -> bool:
     """Return whether an operator neither writes to an argument nor draws random numbers."""
-    if operator._schema.is_mutable or torch.Tag.nondeterministic_seeded in operator.tags:
+    if operator._schema.is_mutable or is_random(operator):
         return False
     return not any(a.name in _SILENTLY_WRITTEN for a in operator._schema.arguments)
+
+
+def is_random(operator: Operator) -> bool:
+    """Return whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def draws_in_place(operator: Operator) -> bool:
+    """Return whether an operator of random numbers writes them to its first argument."""
+    alias = operator._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
 
 
 def schema_text(operator: Operator) -> tuple[str, str]:

@@ -105,7 +105,7 @@ class _Watch(DispatchMode):
                 "register it by register_buffer"
             )
         result = func(*args, **kwargs)
-        is_random = torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func)
+        is_random = torch_internals.is_random(func) or "empty" in str(func)
         of_constants = all(map(self.is_constant, tensors_in((args, kwargs))))
         if (of_constants or func in nodes.LIFTS | nodes.LIKE) and not is_random:
             self._add(result)

@@ -115,6 +115,11 @@ class Objective(pyro.infer.ELBO, abc.ABC):
         return loss.item()
 
     @property
+    def coupling(self) -> str:
+        """What keeps the loss of a minibatch from being a sum over its data; empty if nothing."""
+        return ""
+
+    @property
     def carried(self) -> list[Tensor]:
         """The tensors that a step leaves to the next, and may write to."""
         return list(self._baselines.values())

@@ -119,6 +119,12 @@ class ELBO(Objective):
         if estimator == "score" or free_bits:
             self._data = "wanted"
 
+    @property
+    def coupling(self) -> str:
+        """As in :class:`Objective`."""
+        what = f"free_bits={self.free_bits} hold on average over a minibatch"
+        return what if self.free_bits else ""
+
     def __repr__(self) -> str:
         how = f"kl={self.kl!r}, estimator={self.estimator!r}"
         return f"ELBO(num_particles={self.num_particles}, {how})"

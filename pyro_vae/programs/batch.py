@@ -452,7 +452,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """Return the batch of the rows of several, one after the other."""
 
     def of(values: tuple[Any, ...]) -> Any:
-        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+        return torch.cat(values) if has_dimensions(values[0]) else values[0]
 
     args = tuple(map(of, zip(*(batch.args for batch in batches), strict=True)))
     kwargs = {name: of(tuple(b.kwargs[name] for b in batches)) for name in batches[0].kwargs}

@@ -45,6 +45,8 @@ class Callback:
     Attributes:
         reads_loss: whether ``on_step`` looks at the ELBO. On a CUDA device, where losses are
             otherwise read every 50 steps, that waits for each step.
+        first_only: whether, of several processes that train together, the first alone calls it,
+            because it writes a file, say.
 
     Example:
         >>> class Largest(Callback):
@@ -58,6 +60,7 @@ class Callback:
     """
 
     reads_loss = True
+    first_only = False
 
     def on_step(self, step: Step) -> bool | None:
         """Called after each step; True ends training, after an epoch that is cut short."""
@@ -140,6 +143,8 @@ class CSV(Callback):
         ['step,epoch,elbo', '1,1,-2.5']
     """
 
+    first_only = True
+
     def __init__(self, path: str | os.PathLike[str], each: Each = "epoch") -> None:
         self.path, self.each, self._size = Path(path), _each(each), 0
         self.reads_loss = each == "step"
@@ -195,6 +200,8 @@ class TensorBoard(Callback):
     Example:
         >>> callbacks = [TensorBoard("runs/first")]  # doctest: +SKIP
     """
+
+    first_only = True
 
     def __init__(self, folder: str | os.PathLike[str], each: Each = "epoch") -> None:
         try:
@@ -253,6 +260,7 @@ class Callbacks:
 
     Args:
         given: as in :func:`pyro_vae.fit`.
+        is_first: whether this is the first of the processes that train together.
 
     Attributes:
         given: the same, in order.
@@ -263,15 +271,16 @@ class Callbacks:
         TypeError: for what can be called at no time.
     """
 
-    def __init__(self, given: Iterable[CallbackLike]) -> None:
+    def __init__(self, given: Iterable[CallbackLike], *, is_first: bool = True) -> None:
         self.given: Sequence[Any] = list(given)
         for callback in self.given:
             _check(callback)
         of_steps = [c for c in self.given if _hook(c, "on_step")]
         self.of_steps = bool(of_steps)
         self.reads_loss = any(getattr(c, "reads_loss", True) for c in of_steps)
+        here = [c for c in self.given if is_first or not getattr(c, "first_only", False)]
         self._hooks = {
-            name: [(c, hook) for c in self.given if (hook := _hook(c, name))] for name in _HOOKS
+            name: [(c, hook) for c in here if (hook := _hook(c, name))] for name in _HOOKS
         }
 
     def step(self, step: Step) -> bool:

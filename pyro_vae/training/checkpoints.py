@@ -9,10 +9,12 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.processes import Processes
 from pyro_vae.training import sealed
 
 logger = logging.getLogger(__name__)
@@ -56,22 +58,34 @@ class Checkpoints:
         path: of the last one.
         every: steps, or time, between two; None to write one after each epoch.
         keep: how many are kept.
+        processes: that train together, of which the first one reads and writes.
 
     Raises:
         FileNotFoundError: for a folder that does not exist.
         ValueError: for a path that is a folder, and for other intervals and numbers.
     """
 
-    def __init__(self, path: str | os.PathLike[str], every: Every, keep: int) -> None:
-        self.path = Path(path)
-        if not self.path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"checkpoint={os.fspath(path)!r}: its folder does not exist")
-        if self.path.is_dir():
-            raise ValueError(f"checkpoint={os.fspath(path)!r} is a folder; name a file in it")
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        every: Every,
+        keep: int,
+        processes: Processes | None = None,
+    ) -> None:
+        self.path, self._processes = Path(path), processes or Processes()
+        self._processes.by_first(self._check)
         self._every, self._keep = _as_interval(every), as_count("checkpoint_keep", keep)
         self._written = 0  # by this run
         self._step, self._time = 0, time.monotonic()  # of the last one
         self._last: int | None = None  # steps of the one that stays when another fails
+
+    def _check(self) -> None:
+        """Raise an error for a path that no file can be written to."""
+        if not self.path.absolute().parent.is_dir():
+            text = f"checkpoint={os.fspath(self.path)!r}: its folder does not exist"
+            raise FileNotFoundError(text)
+        if self.path.is_dir():
+            raise ValueError(f"checkpoint={os.fspath(self.path)!r} is a folder; name a file in it")
 
     def due(self, step: int, *, whole: bool) -> bool:
         """Return whether it is time to write.
@@ -83,7 +97,8 @@ class Checkpoints:
         if self._every is None:
             return whole
         if isinstance(self._every, timedelta):
-            return time.monotonic() - self._time >= self._every.total_seconds()
+            passed, wanted = time.monotonic() - self._time, self._every.total_seconds()
+            return self._processes.by_first(lambda: passed >= wanted)
         return step - self._step >= self._every
 
     def write(self, content: Mapping[str, Any], step: int) -> None:
@@ -98,7 +113,7 @@ class Checkpoints:
         """
         self._step, self._time = step, time.monotonic()
         try:
-            save(content, self.path, self._shift)
+            self._processes.by_first(lambda: save(content, self.path, self._shift))
         except OSError as error:
             if not self._written:
                 error.add_note(
@@ -146,12 +161,11 @@ class Checkpoints:
         Raises:
             ValueError: where all that there are are refused: what is wrong with the last one.
         """
-        sealed.remove_leftovers(self.path)
-        files = [file for i in range(self._keep) if (file := self._file(i)).exists()]
+        files = self._processes.by_first(self._files)
         refused: list[ValueError] = []
         for file in files:
             try:
-                content = load(file)
+                content = self._processes.by_first(partial(load, file))
                 try:
                     take_up(content)
                 except ValueError as error:
@@ -160,7 +174,7 @@ class Checkpoints:
                 refused.append(error)
                 continue
             if file != self.path:
-                self._set_aside(file, refused)
+                self._processes.by_first(partial(self._set_aside, file, refused))
             self._step = content["progress"]["step"]
             return file
         for other in refused[1:]:
@@ -168,6 +182,11 @@ class Checkpoints:
         if refused:
             raise refused[0]
         return None
+
+    def _files(self) -> list[Path]:
+        """Return the checkpoints that there are, the last one first."""
+        sealed.remove_leftovers(self.path)
+        return [file for i in range(self._keep) if (file := self._file(i)).exists()]
 
     def _set_aside(self, file: Path, refused: list[ValueError]) -> None:
         """Tell why a checkpoint before the last one is taken, and keep the last one from its place.

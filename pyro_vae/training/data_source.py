@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch
+from pyro_vae.programs.batch import Batch, EpochData, StepData, as_batch, joined
 from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.processes import Processes, Share
 from pyro_vae.programs.state import preserved_rng, seeded
 from pyro_vae.torch_internals import tensors_in, version_of
 from pyro_vae.training.block_order import ShuffledBlocks
@@ -42,11 +43,17 @@ class DataSource:
         owners: objects whose attributes a step depends on.
         device: where batches go; None leaves them.
         shuffle: what of data that are read by rows is shuffled, rows or blocks of them.
+        processes: that share each minibatch, one by default.
+        share: the part of the present minibatch that is this process's.
+        index: the rows of all of it; None where they are not known.
     """
 
     seen = True
     streamed = False
     owners: tuple[Any, ...] = ()
+    processes = Processes()
+    share = Share(0, 1, 1)
+    index: Tensor | None = None
 
     def __init__(
         self,
@@ -119,6 +126,7 @@ class DataSource:
         """
         size = self._renew(whole=batch_size is None)
         if batch_size is None or size is None:
+            self.share = Share(0, 1, 1)
             ready()
             if not skip:
                 yield None, self._now
@@ -129,7 +137,8 @@ class DataSource:
         for index in parts[skip:]:
             if self._drop_last and index.shape[0] < batch_size:
                 break
-            yield index, self.minibatch(index)
+            own = self.own(index)
+            yield own, self.minibatch(own)
 
     def _order(self, size: int) -> Tensor:
         """Return the rows of an epoch, shuffled."""
@@ -139,6 +148,29 @@ class DataSource:
     def generators(self) -> list[torch.Generator]:
         """Generators of random numbers that the data hold, beside PyTorch's own."""
         return []
+
+    def own(self, index: Tensor) -> Tensor:
+        """Return those rows of a minibatch that are this process's."""
+        self.share, self.index = self.processes.share(len(index)), index
+        return index[self.share.rows]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Read rows, which may draw: where each process has others, by numbers of its own."""
+        if self.processes.size == 1:
+            yield
+            return
+        with preserved_rng(_CPU):
+            torch.manual_seed(int(torch.randint(2**62, ()).item()) + self.processes.rank)
+            yield
+
+    def common(self, count: int) -> tuple[Batch, Share]:
+        """Return so many data that all processes have, and the part of this one.
+
+        Raises:
+            ValueError: where processes were given other data, or, by loaders, the same.
+        """
+        return common_rows(self.some(count), self.num_data, self.processes)
 
     def _renew(self, *, whole: bool) -> int | None:
         """Prepare the data of an epoch; return how many there are."""
@@ -221,7 +253,8 @@ class _ReadByRows(DataSource):
     def minibatch(self, index: Tensor | None) -> Batch:
         if index is None:
             return self._now
-        return self._data.rows(index) if self._blocks is None else self._blocks.rows(index)
+        with self._reading():
+            return self._data.rows(index) if self._blocks is None else self._blocks.rows(index)
 
 
 class _Streamed(DataSource):
@@ -229,6 +262,7 @@ class _Streamed(DataSource):
     streamed = True
     _data: DataLoader[Any]
     _num_batches: int | None
+    _told = False  # that processes have batches of other numbers
 
     def _count(self) -> int | None:
         data: Any = self._data
@@ -266,14 +300,71 @@ class _Streamed(DataSource):
         self, batch_size: int | None, skip: int = 0, ready: Callable[[], None] = _nothing
     ) -> Iterator[tuple[None, Batch]]:
         batches = iter(self._data)
-        seen = sum(1 for _ in itertools.islice(batches, skip))
+        count = sum(1 for _ in itertools.islice(batches, skip))
         ready()
-        for read in batches:
-            seen += 1
-            yield None, self.made(read)
-        if not seen:
+        while (given := self._next(batches)) is not None:
+            count += 1
+            yield None, given
+        if not count:
             what = "a loader, or an IterableDataset, must give its rows anew each time"
             raise ValueError(f"the data gave no batch in this epoch: {what} it is iterated over")
+
+    def _next(self, batches: Iterator[Any]) -> Batch | None:
+        """Return the next batch; None at the end, which is where the first process has no more."""
+        with self._reading():
+            read = next(batches, None)
+        batch = None if read is None else self.made(read)
+        if self.processes.size == 1:
+            return batch
+        sizes = self.processes.gather(0 if batch is None else batch.size or 1)
+        rank = self.processes.rank
+        self.share = Share(sum(sizes[:rank]), sizes[rank], sum(sizes))
+        if all(sizes) or not any(sizes):
+            return batch
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "the loader of process %d has fewer batches than others: epochs end there, and "
+                "what others have left is not used. Give each as many: DistributedSampler does",
+                sizes.index(0),
+            )
+        return None
+
+    def common(self, count: int) -> tuple[Batch, Share]:
+        processes = self.processes
+        few = self.batch.rows(slice(0, max(2, count // processes.size)))
+        found = processes.gather((few, self.batch.fingerprints()[0]), few.device)
+        numbers = [numbers for _, numbers in found]
+        for rank, one in enumerate(numbers):
+            if any(torch.equal(one, other) for other in numbers[:rank]):
+                raise ValueError(
+                    f"the loader of process {rank} gives the same batches as that of another one, "
+                    "and each is taken for a share of its own. Pass the dataset itself; or a "
+                    "DataLoader with torch.utils.data.DistributedSampler; or have the "
+                    "IterableDataset give each process (RANK, WORLD_SIZE) data of its own"
+                )
+        parts = [part for part, _ in found]
+        sizes = [part.size or 0 for part in parts]
+        rank = processes.rank
+        return joined(parts), Share(sum(sizes[:rank]), sizes[rank], sum(sizes))
+
+
+def common_rows(batch: Batch, num_data: int | None, processes: Processes) -> tuple[Batch, Share]:
+    """Return the first of N data, and the part of this process.
+
+    Raises:
+        ValueError: where processes were given other data.
+    """
+    sizes = (num_data, [tensor.shape for tensor in tensors_in((batch.args, batch.kwargs))])
+    found = processes.gather((sizes, batch.fingerprints()[0]))
+    for rank, (theirs, numbers) in enumerate(found):
+        if theirs != found[0][0] or not torch.equal(numbers, found[0][1]):
+            raise ValueError(
+                f"process {rank} was given other data than process 0 ({theirs[0]} and "
+                f"{found[0][0][0]} of them). Each takes its share of a minibatch by itself: give "
+                "all processes the same data, or a DataLoader with a DistributedSampler"
+            )
+    return batch, processes.share(batch.size or 0)
 
 
 def source_of(

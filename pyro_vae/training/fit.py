@@ -19,7 +19,8 @@ from pyro_vae.losses.base import Objective
 from pyro_vae.losses.elbo import ELBO
 from pyro_vae.programs.batch import Batch, EpochData, StepData
 from pyro_vae.programs.guide_kinds import RowGuide
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_seed
+from pyro_vae.programs.processes import Processes, alone, processes
 from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
@@ -67,6 +68,7 @@ def fit(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     on_nan: OnNan = "raise",
+    distributed: bool = True,
 ) -> FitResult:
     r"""Train a model/guide pair by stochastic variational inference.
 
@@ -159,6 +161,8 @@ def fit(
             with an error. "skip" leaves parameters, the optimizer's moments and buffers as they
             were, warns, counts the step, and goes on; after 20 in a row, and where a parameter is
             not finite, it ends like "raise".
+        distributed: whether processes of an initialized torch.distributed group, or those that
+            torchrun started, share each minibatch; False trains in each process by itself.
 
     Returns:
         A FitResult.
@@ -192,7 +196,10 @@ def fit(
     epochs = 100 if epochs is None and max_steps is None else epochs
     given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
     limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
-    called, plateau = Callbacks(callbacks), Plateau(min_delta, smoothing)
+    with alone(not distributed):
+        together = processes()
+    called = Callbacks(callbacks, is_first=together.is_first)
+    plateau = Plateau(min_delta, smoothing)
     if patience is None and (min_delta or smoothing):
         raise ValueError("min_delta and smoothing are for patience: give it, in epochs")
     _check_data(guide, data, validation_data, patience)
@@ -200,40 +207,43 @@ def fit(
     _check_loss(loss, schedule)
     check_compile(compile)
     clip = Clip(clip_norm, clip_value)
-    files = _checkpoints(checkpoint, checkpoint_every, checkpoint_keep)
+    files = _checkpoints(checkpoint, checkpoint_every, checkpoint_keep, together)
     for module in filter(None, map(module_of, (model, guide) if device is not None else ())):
         module.to(device)
     # Pyro's own losses ask for no data plate, and never run the model under its prior.
     as_svi = not isinstance(loss, Objective)
-    training = TrainingData(
-        model,
-        guide,
-        data,
-        batch_size,
-        device,
-        data_plate,
-        drop_last,
-        shuffle=shuffle,
-        as_svi=as_svi,
-    )
-    held_out = None if validation_data is None else training.validation(validation_data)
+    with together.first_tells():
+        training = TrainingData(
+            model,
+            guide,
+            data,
+            batch_size,
+            device,
+            data_plate,
+            drop_last,
+            shuffle=shuffle,
+            processes=together,
+            as_svi=as_svi,
+        )
+        held_out = None if validation_data is None else training.validation(validation_data)
     per_epoch = training.steps_per_epoch
     by_epochs = limits["epochs"] * per_epoch if "epochs" in limits and per_epoch else None
     total = min(filter(None, (limits.get("max_steps"), by_epochs)), default=None)
-    with one_thread(), seeded(training.batch.device, seed):
+    begin = together.gather(as_seed(None))[0] if seed is None and together.size > 1 else seed
+    with one_thread(), together.first_tells(), seeded(training.batch.device, begin):
         steps = TrainingSteps(
             training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
         )
         validation = None if held_out is None else Validation(steps, held_out, seed)
         settings = settings_of(steps, seed, drop_last)
         trainer = Trainer(steps, validation, limits, plateau, called, files, settings)
-        result = trainer.run(progress)
+        result = trainer.run(progress and together.is_first)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.source.every, guide.given)
         if not drawn_anew:
             result = replace(result, promised=_promised(model, guide, training.batch))
-        if result.unfinished and result.stopped_by != "interrupted":
+        if result.unfinished and result.stopped_by != "interrupted" and together.is_first:
             text = (
                 "the rows of the LocalGuide are not at their optimum: %s. Train longer, with a "
                 "learning rate that falls to nothing; or call pyro_vae.refine, which starts at "
@@ -275,11 +285,11 @@ def _check_data(guide: Program, data: Any, validation_data: Any, patience: int |
 
 
 def _checkpoints(
-    path: str | os.PathLike[str] | None, every: Every, keep: int
+    path: str | os.PathLike[str] | None, every: Every, keep: int, together: Processes
 ) -> Checkpoints | None:
     """Return the checkpoints of the run; None where none are wanted."""
     if path is not None:
-        return Checkpoints(path, every, keep)
+        return Checkpoints(path, every, keep, together)
     if every is not None:
         raise ValueError(f"checkpoint_every={every!r}: name the file, checkpoint=path")
     return None

@@ -17,6 +17,7 @@ from pyro_vae.programs.handlers import FullSize
 from pyro_vae.programs.observed import unvalidated
 from pyro_vae.programs.on_demand import OnDemand, on_demand
 from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.processes import Processes, Share
 from pyro_vae.programs.sites import Plate, Structure, names_of
 from pyro_vae.programs.state import Look, batch_norms
 from pyro_vae.programs.structure import ModelLooks
@@ -27,6 +28,8 @@ from pyro_vae.training.plate_scale import minibatch_scale
 from pyro_vae.training.row_order import NotSetUpError, PairOnRows, set_up_before
 
 logger = logging.getLogger(__name__)
+
+_TRIED = 32  # data on which processes try what they are to share, if not more processes
 
 
 class TrainingData:
@@ -41,6 +44,7 @@ class TrainingData:
         data_plate: as in :meth:`ModelLooks.structure`.
         drop_last: whether an epoch leaves out a last minibatch that is smaller.
         shuffle: as in :func:`pyro_vae.fit`.
+        processes: that share each minibatch.
         as_svi: whether the loss asks for no more than pyro.infer.SVI does: the model may then be
             one that runs under the guide's draws alone, and have no data plate.
 
@@ -72,11 +76,13 @@ class TrainingData:
         drop_last: bool = False,
         *,
         shuffle: Shuffle = "rows",
+        processes: Processes | None = None,
         as_svi: bool = False,
     ) -> None:
         self.model, self.guide, self._plate = model, guide, data_plate
         self._drop_last, self._as_svi = drop_last, as_svi
         self.source = source_of(data, batch_size, device, drop_last, shuffle)
+        self.processes = self.source.processes = processes or Processes()
         self.batch, self.num_data = self.source.batch, self.source.num_data
         self._run: Structure | None = None  # of the model under its prior
         self._pair: Pair | None = None  # on the first rows, where runs of it have shown enough
@@ -131,9 +137,14 @@ class TrainingData:
                     return found
             raise
 
+    @property
+    def _share_size(self) -> int:
+        """Data of a minibatch that one process runs, at most."""
+        return self.batch_size if self.whole else -(-self.batch_size // self.processes.size)
+
     def _few(self) -> Batch:
         """Return the first rows, at least two, as model and guide get them."""
-        return self.source.example(self.source.some(max(2, self.batch_size)))
+        return self.source.example(self.source.some(max(2, self._share_size)))
 
     def _all(self) -> Batch:
         return self.source.example(self.source.all())
@@ -264,18 +275,32 @@ class TrainingData:
         """The rows of the first minibatch that was looked at; None for all, or where not known."""
         if self.whole or self.source.streamed:
             return None
-        return torch.arange(self.batch_size)
+        return torch.arange(self._share_size)
 
     @property
     def example(self) -> Batch:
         """The first minibatch that was looked at, as model and guide get it."""
-        part = self.batch if self.first_rows is None else self.source.some(self.batch_size)
+        part = self.batch if self.first_rows is None else self.source.some(self._share_size)
         return self.source.example(part)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss of a minibatch is scaled to all data."""
+        return self._full_size is not None and not self.whole
+
+    def common(self) -> tuple[Batch, Share]:
+        """Return some data that all processes have, and the part of this one."""
+        return self.source.common(self.num_tried)
+
+    @property
+    def num_tried(self) -> int:
+        """Data on which processes try whether parts of them add up."""
+        return min(self.batch_size, max(_TRIED, 2 * self.processes.size + 1))
 
     def looked_at(self) -> Pair | None:
         """Return the pair on the example, with what runs of it have shown, once; None without."""
         pair, self._pair = self._pair, None
-        return pair if pair is not None and pair.batch.size == self.batch_size else None
+        return pair if pair is not None and pair.batch.size == self._share_size else None
 
     def rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a guide with a row per datum uses these; None for all."""

@@ -148,6 +148,14 @@ class Parameters:
         held = {role: module.state_dict() for role, module in self._modules.items()}
         return {**held, "buffers": self._buffers, "store": self._stored}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers, themselves, by holder and name."""
+        return {
+            f"{holder} {name}": tensor
+            for holder, tensors in self._tensors().items()
+            for name, tensor in tensors.items()
+        }
+
     def state(self) -> State:
         """Return a copy of all parameters and buffers, on disk where they are."""
         return {

@@ -22,6 +22,7 @@ from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
 from pyro_vae.torch_internals import copy_all
 from pyro_vae.training.clipping import Clip
+from pyro_vae.training.joint_loss import Example, JointLoss
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, State, all_finite
@@ -176,14 +177,17 @@ class TrainingSteps:
             # A tensor, which a graph reads where it is: a number would be a constant of it.
             like = next(p for p in self.parameters.trained if p.is_floating_point())
             self._latent_scale.factor = torch.ones((), dtype=like.dtype, device=like.device)
+        self.processes = data.processes
+        self._joint = joint = self.joint(self._loss_and_grads)
         self._traced = TracedLoss(
             *self.pair,
-            self._loss_and_grads,
+            joint or self._loss_and_grads,
             compile=compile,
             steps=expected,
             state=self.objective,
             owners=(*data.source.owners, loss),
             wanted=lambda: self.parameters.trained,
+            setting=lambda: data.source.share,
         )
         if pair is not None and self.pair == (model, guide) and self.objective is not None:
             self.objective.take_up(pair)
@@ -191,6 +195,37 @@ class TrainingSteps:
         self._elbos: list[MinibatchELBO] = []
         if not self.parameters.late:
             self._begin()
+        if joint is not None:
+            joint.state = self.objective
+            self._prepare(joint)
+
+    def joint(self, function: Callable[..., Any]) -> JointLoss | None:
+        """Return a loss that several processes share; None where there is but one."""
+        if self.processes.size == 1:
+            return None
+        joint = JointLoss(self.processes, function)
+        joint.is_scaled = self.data.is_scaled
+        return joint
+
+    def _prepare(self, joint: JointLoss) -> None:
+        """Begin alike in all processes; refuse a loss that they cannot share."""
+        if self.objective is not None and (what := self.objective.coupling):
+            raise ValueError(
+                f"loss: {what}, of which each process has a part alone. Take another loss, or "
+                "train in one process (distributed=False)"
+            )
+        self.processes.take_first(self.parameters.tensors().values())
+        self.last = self.parameters.state()
+        if self.data.whole:
+            logger.warning("each step takes all data at once, and each process takes the same ones")
+            return
+        example = Example(*self.data.common(), self._using_rows)
+        table = None if self._rows is None else self._rows.table
+        joint.prepare(*self.pair, example, [p for p in self.parameters.trained if p is not table])
+        self.drop_gradients()
+        if self._rows is not None:
+            self._rows.drop()
+            self._rows.table.grad = None
 
     def _loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         drawn = self.data.source.drawn(Batch(args, kwargs))
@@ -207,7 +242,7 @@ class TrainingSteps:
         # Only fused optimizers look at the mark: with others, the parameters would be lost.
         if update.is_fused and device.type in _QUEUED and not others:
             update.failed = torch.zeros((), dtype=torch.float32, device=device)  # as kernels read
-        self._traced.checked = update.failed is None
+        self._traced.checked = update.failed is None and self._joint is None
         return update
 
     @property
@@ -227,8 +262,31 @@ class TrainingSteps:
         if isinstance(self._latent_scale.factor, Tensor):
             self._latent_scale.factor.fill_(factor)
 
+    def stop(self) -> None:
+        """Have all processes stop at the end of the next step."""
+        if self._joint is not None:
+            self._joint.stop_wanted = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of several processes wanted to stop at the last step."""
+        return self._joint is not None and self._joint.stopped
+
+    def agree(self, ended: bool) -> bool:
+        """Return whether training ends in any process, and have all draw the same numbers again.
+
+        After what may have drawn in one alone.
+        """
+        if self._joint is None:
+            return ended
+        self._joint.draw_alike(self.parameters.tensors())
+        self._joint.stopped = self.processes.any(self._joint.stop_wanted)
+        return self.processes.any(ended)
+
     def remember(self) -> None:
         """Keep the parameters at the end of an epoch, to come back to."""
+        if self._joint is not None:
+            self._joint.align(self.parameters.tensors())
         self.last = self.parameters.state()
         self.epochs += 1
 
@@ -258,7 +316,9 @@ class TrainingSteps:
         last = (data.num_data or 0) % data.batch_size
         for size in {data.batch_size, last or data.batch_size}:
             known = not data.whole and not data.source.streamed
-            index = torch.arange(size) if known else None
+            index = data.source.own(torch.arange(size)) if known else None
+            if self._joint is not None and known:
+                self._joint.use(data.source.share)
             batch = data.source.minibatch(index) if known else data.example
             for _ in range(2):
                 with self._using_rows(index):
@@ -301,7 +361,11 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
-            start = _Start(self.taken + 1, batch.size, index, batch, state.random_state())
+            size = batch.size
+            if self._joint is not None and not self.data.whole:
+                self._joint.use(self.data.source.share)
+                size = self._joint.share.total
+            start = _Start(self.taken + 1, size, index, batch, state.random_state())
             self._take(start, batch)
         except Exception:
             self._look()  # at steps before, one of which may have failed first
@@ -322,12 +386,7 @@ class TrainingSteps:
 
     def _move(self, start: _Start, batch: Batch, carried: _Carried | None) -> None:
         """Take a step; raise _NotFiniteError where that is known at once."""
-        loss = self._run(start, batch)
-        update = self._update
-        if update is None:  # parameters that were late exist now
-            with self.data.rows(self.data.first_rows):
-                self.parameters.find()
-            update = self._begin()
+        loss, update = self._run(start, batch), self._ready()
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
             self._check(float(loss))
@@ -343,22 +402,46 @@ class TrainingSteps:
             kept = start if self.data.source.streamed else replace(start, batch=None)
             self._unread.append((kept, outcome))
 
+    def _ready(self) -> Update:
+        """Return the update; parameters that were late exist now."""
+        if self._update is not None:
+            return self._update
+        with self.data.rows(self.data.first_rows):
+            self.parameters.find()
+        return self._begin()
+
     def _run(self, start: _Start, batch: Batch) -> Any:
         """Return the loss of a step, with gradients at the parameters; explain a failure."""
+        loss: Any = None
+        error: Exception | None = None
         try:
             with self._using_rows(start.index):
-                return self._traced(*batch.args, **batch.kwargs)
-        except (ValueError, RuntimeError) as error:
-            self._look()
-            # A distribution refuses NaN itself, before there is a loss.
-            if sites := self._non_finite_sites(start):
-                raise _NotFiniteError("the loss", sites) from error
-            error.add_note(f"in step {self.taken + 1} of training")
-            if "more than 1 value per channel" in str(error):
-                what = "a minibatch of 1 datum, which BatchNorm in training mode cannot normalize"
-                advice = "pass drop_last=True (to a DataLoader), another batch_size, or more data"
-                raise ValueError(f"step {start.number} has {what}; {advice}") from error
-            raise
+                loss = self._traced(*batch.args, **batch.kwargs)
+            self._ready()
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        if self._joint is not None:
+            loss, error = self._joint.total(loss, error, self._moving())
+        if error is None:
+            return loss
+        self._look()
+        # A distribution refuses NaN itself, before there is a loss.
+        if sites := self._non_finite_sites(start):
+            raise _NotFiniteError("the loss", sites) from error
+        error.add_note(f"in step {self.taken + 1} of training")
+        if "more than 1 value per channel" in str(error):
+            what = "a minibatch of 1 datum, which BatchNorm in training mode cannot normalize"
+            advice = "pass drop_last=True (to a DataLoader), another batch_size, or more data"
+            raise ValueError(f"step {start.number} has {what}; {advice}") from error
+        raise error
+
+    def _moving(self) -> list[Tensor]:
+        """Return what has gradients to be added up: of a table, the rows of the minibatch."""
+        rows, source, trained = self._rows, self.data.source, self.parameters.trained
+        if rows is None or rows.leaf is None or source.index is None:
+            return trained
+        rows.widen(source.index, source.share)
+        return [p for p in trained if p is not rows.table] + [rows.leaf]
 
     def _using_rows(self, index: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Give the guide the rows of a minibatch: alone, where they alone are to move."""
@@ -395,7 +478,7 @@ class TrainingSteps:
         """Raise an error for a loss or gradients that are not finite, or where there are none."""
         if not math.isfinite(loss):
             raise _NotFiniteError(f"the loss ({loss})")
-        health = self._traced.health
+        health = self._traced.health if self._joint is None else self._joint.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
         gradients = [] if self._update is None else self._update.gradients()
@@ -432,12 +515,17 @@ class TrainingSteps:
 
     def _non_finite_sites(self, start: _Start) -> list[str]:
         """Return the sites whose term is not finite, rerunning the step from its random state."""
+        found = self.processes.gather(self._own_non_finite_sites(start))
+        return list(dict.fromkeys(site for sites in found for site in sites))
+
+    def _own_non_finite_sites(self, start: _Start) -> list[str]:
+        """Return those of this process's share."""
         source = self.data.source
         batch = source.minibatch(start.index) if start.batch is None else start.batch
         after = state.random_state()
         state.set_random_state(start.random_state)
         try:
-            with self.data.rows(start.index):
+            with self.data.rows(start.index), self._joint or contextlib.nullcontext():
                 return non_finite_sites(self.model, self.guide, source.drawn(batch))
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller's error is about that one

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import warn_once
+from pyro_vae.programs.processes import Share
 from pyro_vae.torch_internals import gradient_hooks_of
 from pyro_vae.training.row_rules import Group, RowRule
 
@@ -103,6 +104,27 @@ class TableRows:
             place = torch.empty(len(index), dtype=torch.long, device=table.device)
             self._leaves[key] = leaf, place
         return self._leaves[key]
+
+    @torch.no_grad()
+    def widen(self, index: Tensor, share: Share) -> None:
+        """Take up all rows of a minibatch of which the leaf holds a share.
+
+        The gradient of the others is zero, to be added to that of other processes.
+
+        Args:
+            index: [B], the rows of the minibatch, in range.
+            share: which of these the leaf holds.
+        """
+        if self.leaf is None or share.is_all:
+            return
+        part, self.leaf.grad = self.leaf.grad, None
+        self.leaf, self._index = self._leaf(index)
+        self._index.copy_(index)
+        torch.index_select(self.table.detach(), 0, self._index, out=self.leaf.detach())
+        self.leaf.grad = None
+        if part is not None:
+            self.leaf.grad = torch.zeros_like(self.leaf)
+            self.leaf.grad[share.rows] = part
 
     def drop(self) -> None:
         """Forget the rows of the last step, and their gradient."""

@@ -70,6 +70,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         modes: whether train() and eval() make a difference; not where each call is in one mode.
         owners: objects, beside model and guide, whose plain attributes the loss depends on.
         wanted: returns parameters whose gradients are wanted, whether Pyro knows of them or not.
+        setting: returns what a graph is for beside the arguments.
 
     Attributes:
         mode: how the last call ran: "eager", "replayed" or "compiled".
@@ -97,6 +98,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         modes: bool = True,
         owners: tuple[object, ...] = (),
         wanted: Callable[[], Iterable[Tensor]] = tuple,
+        setting: Callable[[], Hashable] = tuple,
     ) -> None:
         pair = unwrapped(model), unwrapped(guide)
         super().__init__("training steps", compile, pair)
@@ -106,7 +108,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         self.parameters: list[Tensor] = []
         self.current: list[Tensor] = []
         self.unregistered: list[Tensor] = []
-        self._state, self._modes, self._wanted = state, modes, wanted
+        self._state, self._modes, self._wanted, self._setting = state, modes, wanted, setting
         self._roots = (model, guide, *owners)
         self._calls = 0
         self._numbers = VaryingNumbers()
@@ -165,7 +167,7 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         if any(tensor.requires_grad for tensor in inputs):
             self._warn("an argument requires gradients, which no graph would give it")
             return None
-        setting = torch.get_default_dtype(), torch.is_grad_enabled()
+        setting = torch.get_default_dtype(), torch.is_grad_enabled(), self._setting()
         numbers: tuple[int | float, ...] = ()
         key, entry = None, self._find((form, *setting))
         if entry is None:

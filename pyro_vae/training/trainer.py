@@ -6,11 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
+from pyro_vae.programs.processes import note_interrupts
 from pyro_vae.schedules import shortfall
 from pyro_vae.training import run_state
 from pyro_vae.training.callbacks import Callbacks, Step
@@ -69,7 +71,10 @@ class Trainer:
         state, total, schedule = self.state, self.steps.expected, self.steps.schedule
         if total and total > state.step and (text := shortfall(schedule, total)):
             logger.warning("training will end by %s", text)
-        with tqdm(total=total, initial=state.step, disable=not progress, unit="step") as bar:
+        several = self.steps.processes.size > 1
+        noted = note_interrupts(self.steps.stop) if several else nullcontext()
+        bars = tqdm(total=total, initial=state.step, disable=not progress, unit="step")
+        with bars as bar, noted:
             try:
                 stopped_by = self._loop(bar)
             except KeyboardInterrupt:
@@ -110,9 +115,11 @@ class Trainer:
                 self._save()  # before the epoch is closed: a longer run goes on inside it
             epoch = self._close_epoch(opened, bar)
             self.unsaved = is_whole and self.checkpoints is not None
-            self.ended |= self.callbacks.epoch(epoch)
+            self.ended = self.steps.agree(self.callbacks.epoch(epoch) or self.ended)
             if self.callbacks.given:
                 self.steps.last = self.steps.parameters.state()  # which they may have changed
+            if self.steps.stopped:
+                raise KeyboardInterrupt
             # After them: the checkpoint holds what they set, such as a learning rate.
             if self.unsaved and (self._is_due(whole=True) or self.ended or self._reached()):
                 self._save()
@@ -156,11 +163,13 @@ class Trainer:
                     break
                 self.steps.take(*found)
                 opened.batches += 1
+                interrupt.pending |= self.steps.stopped
                 if known := self.steps.due or self.callbacks.reads_loss:
                     read()
                 if self.callbacks.of_steps:
                     elbo = elbos[-1].value if known else math.nan
-                    self.ended |= self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
+                    ended = self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
+                    self.ended |= self.steps.processes.any(ended)
                 if self._is_due(whole=False):
                     read()
                     opened.factor = self.steps.factor
@@ -234,6 +243,7 @@ class Trainer:
             progress.history.setdefault(name, [math.nan] * progress.epoch)
         for elbo in progress.history["validation_elbo"] if self.validation is not None else ():
             self.plateau.add(elbo)
+        steps.agree(False)
         if missing:
             text = "the checkpoint has the state of callbacks that are not here: %s"
             logger.warning(text, ", ".join(missing))
