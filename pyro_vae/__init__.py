@@ -40,8 +40,8 @@ from pyro_vae.training import callbacks
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
 from pyro_vae.training.fit_result import Epoch, FitResult
+from pyro_vae.training.not_finite import NonFiniteLossError
 from pyro_vae.training.saved_pair import load, save
-from pyro_vae.training.steps import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 
 __version__ = version("pyro-vae")

@@ -3,7 +3,7 @@
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
 from pyro_vae.training.fit_result import Epoch, FitResult
-from pyro_vae.training.steps import NonFiniteLossError
+from pyro_vae.training.not_finite import NonFiniteLossError
 from pyro_vae.training.svi import CompiledSVI
 
 __all__ = [

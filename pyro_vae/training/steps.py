@@ -20,10 +20,10 @@ from pyro_vae.programs.handlers import LatentScale
 from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.programs.types import Compile
 from pyro_vae.schedules import factor_at
-from pyro_vae.torch_internals import copy_all
 from pyro_vae.training.clipping import Clip
 from pyro_vae.training.joint_loss import Example, JointLoss
 from pyro_vae.training.minibatches import MinibatchELBO, TrainingData
+from pyro_vae.training.not_finite import Carried, NonFiniteLossError, NotFiniteError
 from pyro_vae.training.optimizers import make_optimizer
 from pyro_vae.training.parameters import Parameters, State, all_finite
 from pyro_vae.training.table_rows import TableRows
@@ -40,23 +40,6 @@ _MAX_SKIPPED = 20  # steps in a row
 OnNan: TypeAlias = Literal["raise", "skip"]
 
 
-class NonFiniteLossError(ArithmeticError):
-    """Training met a loss or gradient that is not finite, and stopped.
-
-    Model and guide keep the parameters of the last good step; of the last epoch, where
-    that step's update itself overflowed.
-
-    Attributes:
-        step: the step that failed, counted from 1.
-        sites: the sites whose value or log density is not finite.
-    """
-
-    def __init__(self, message: str, step: int, sites: list[str]) -> None:
-        super().__init__(message)
-        self.step = step
-        self.sites = sites
-
-
 @dataclass(frozen=True, slots=True)
 class _Start:
     """What is needed to take a step again; ``batch`` is None where the rows are enough."""
@@ -66,41 +49,6 @@ class _Start:
     index: Tensor | None
     batch: Batch | None
     random_state: state.RandomState
-
-
-class _NotFiniteError(Exception):
-    """The loss or a gradient of a step is not finite."""
-
-    def __init__(self, what: str, sites: list[str] | None = None) -> None:
-        super().__init__(what)
-        self.what, self.sites = what, sites
-
-
-class _Carried:
-    """What steps write to, parameters and the optimizer's state aside, to come back to.
-
-    Buffers, such as running means, and the state of the loss.
-    """
-
-    def __init__(self, parameters: Parameters, objective: Objective | None) -> None:
-        self._objective = objective
-        self._tensors = [*parameters.buffers, *([] if objective is None else objective.carried)]
-        self._values = [tensor.clone() for tensor in self._tensors]
-        self._state = {} if objective is None else objective.state_dict()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back."""
-        if self._tensors:
-            copy_all(self._tensors, self._values)
-        if self._objective is not None:
-            self._objective.load_state_dict(self._state)
-
-    @torch.no_grad()
-    def restore_where(self, failed: Tensor) -> None:
-        """Go back where a number on the device is not zero."""
-        for tensor, value in zip(self._tensors, self._values, strict=True):
-            tensor.copy_(torch.where(failed.bool(), value, tensor))
 
 
 class TrainingSteps:
@@ -373,10 +321,10 @@ class TrainingSteps:
 
     def _take(self, start: _Start, batch: Batch) -> None:
         self.drop_gradients()
-        carried = _Carried(self.parameters, self.objective) if self._skips else None
+        carried = Carried(self.parameters, self.objective) if self._skips else None
         try:
             self._move(start, batch, carried)
-        except _NotFiniteError as error:
+        except NotFiniteError as error:
             if carried is not None:
                 carried.restore()
             self._fail(error.what, start, error.sites, error.__cause__)
@@ -384,8 +332,8 @@ class TrainingSteps:
             state.set_random_state(start.random_state)
             torch.manual_seed(int(torch.randint(2**62, ())))
 
-    def _move(self, start: _Start, batch: Batch, carried: _Carried | None) -> None:
-        """Take a step; raise _NotFiniteError where that is known at once."""
+    def _move(self, start: _Start, batch: Batch, carried: Carried | None) -> None:
+        """Take a step; raise NotFiniteError where that is known at once."""
         loss, update = self._run(start, batch), self._ready()
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
@@ -427,7 +375,7 @@ class TrainingSteps:
         self._look()
         # A distribution refuses NaN itself, before there is a loss.
         if sites := self._non_finite_sites(start):
-            raise _NotFiniteError("the loss", sites) from error
+            raise NotFiniteError("the loss", sites) from error
         error.add_note(f"in step {self.taken + 1} of training")
         if "more than 1 value per channel" in str(error):
             what = "a minibatch of 1 datum, which BatchNorm in training mode cannot normalize"
@@ -477,7 +425,7 @@ class TrainingSteps:
     def _check(self, loss: float) -> None:
         """Raise an error for a loss or gradients that are not finite, or where there are none."""
         if not math.isfinite(loss):
-            raise _NotFiniteError(f"the loss ({loss})")
+            raise NotFiniteError(f"the loss ({loss})")
         health = self._traced.health if self._joint is None else self._joint.health
         if self.taken and health is not None and math.isfinite(float(health)):
             return
@@ -486,7 +434,7 @@ class TrainingSteps:
             what = "the loss has no gradient by any parameter of the optimizer. Pyro's losses need"
             raise ValueError(f"{what} modules registered, by pyro.module or as a PyroModule")
         if not all_finite(gradients):
-            raise _NotFiniteError("the gradient")
+            raise NotFiniteError("the gradient")
 
     def _fail(
         self,

@@ -12,7 +12,8 @@ from pyro_vae.programs.traces import non_finite_sites
 from pyro_vae.training.data_source import common_rows
 from pyro_vae.training.joint_loss import Example
 from pyro_vae.training.minibatches import mean_elbo
-from pyro_vae.training.steps import NonFiniteLossError, TrainingSteps
+from pyro_vae.training.not_finite import NonFiniteLossError
+from pyro_vae.training.steps import TrainingSteps
 from pyro_vae.training.traced_loss import TracedLoss
 
 
