@@ -32,6 +32,7 @@ from pyro_vae.missing_data.impute import Imputation, impute
 from pyro_vae.missing_data.model import MissingData
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.programs.describe import describe
+from pyro_vae.programs.on_demand import take
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.chains import sample_posterior
@@ -107,6 +108,7 @@ __all__ = [
     "save",
     "sbc",
     "schedules",
+    "take",
     "testing",
     "to_arviz",
     "zoo",

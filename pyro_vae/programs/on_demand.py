@@ -21,7 +21,7 @@ from pyro_vae.programs.batch import (
     tensors_of,
 )
 from pyro_vae.programs.loaders import StreamReader, rows_of_loader
-from pyro_vae.programs.rows import Rows, matrix_of, rows_of, tensor_of
+from pyro_vae.programs.rows import Rows, SomeRows, matrix_of, rows_of, tensor_of
 from pyro_vae.programs.state import preserved_rng
 
 _HELD = 2**26  # bytes of a torch Dataset that evaluation reads at once, and keeps
@@ -260,3 +260,46 @@ def _of_reader(reader: _LastRead, first: Any, what: str) -> OnDemand:
         leaves[key] = DatasetRows(reader, key, value)
     named = isinstance(first, Mapping)
     return OnDemand(() if named else tuple(leaves.values()), leaves if named else {})
+
+
+def take(data: Any, rows: slice | Tensor) -> Any:
+    """Return some rows of data, without reading what is not in memory.
+
+    For a part to train on and one to validate on, say: ``x[:900_000]`` of a Zarr array would be
+    read at once.
+
+    Args:
+        data: an array, a matrix or a tensor, a tuple or a mapping of them, first dimension the
+            datum: what :func:`pyro_vae.fit` takes, but for loaders.
+        rows: a slice, or numbers or booleans [N].
+
+    Returns:
+        The same, with these rows, in their order; what is in memory as tensors.
+
+    Raises:
+        ValueError: where there are none.
+        IndexError: for numbers that are out of range.
+
+    Example:
+        >>> import numpy as np, scipy.sparse
+        >>> import pyro_vae as pv
+        >>> counts = scipy.sparse.csr_matrix(np.eye(5))
+        >>> train = pv.take({"x": counts, "label": np.arange(5)}, slice(0, 3))
+        >>> train["x"].shape, train["label"]
+        ((3, 5), tensor([0, 1, 2]))
+    """
+    batch = on_demand(data)
+    if batch.size is None:
+        raise ValueError("the data have no rows: no array with a first dimension is among them")
+    numbers = torch.arange(batch.size)[rows.cpu() if isinstance(rows, Tensor) else rows]
+
+    def of(value: Any) -> Any:
+        if not has_dimensions(value):
+            return value
+        if isinstance(value, Rows):
+            return SomeRows(value, numbers)
+        return value[rows if isinstance(rows, slice) else numbers.to(value.device)]
+
+    args, kwargs = tuple(map(of, batch.args)), {n: of(v) for n, v in batch.kwargs.items()}
+    Batch(args, kwargs)  # which checks that there are some
+    return kwargs or (args[0] if len(args) == 1 else args)

@@ -232,6 +232,26 @@ class SparseFileRows(Rows):
         np.add.at(found, (row, column), np.asarray(self._group["data"][entries]))
 
 
+class SomeRows(Rows):
+    """Some of the rows of others, by their numbers.
+
+    Args:
+        rows: all of them.
+        numbers: which, [n], in any order.
+    """
+
+    def __init__(self, rows: Rows, numbers: Tensor) -> None:
+        self._rows, self._numbers = rows, numbers
+        self.shape, self.dtype = (len(numbers), *rows.shape[1:]), rows.dtype
+        first = int(numbers[0]) if len(numbers) else 0
+        together = torch.equal(numbers, torch.arange(first, first + len(numbers)))
+        self.block = rows.block if together and first % rows.block == 0 else 1
+
+    def read(self, index: slice | Tensor) -> Tensor:
+        """Return rows, dense."""
+        return self._rows.read(self._numbers[index])
+
+
 def rows_of(name: str, value: Any) -> Rows | None:
     """Return the rows on demand of a value that is memory-mapped, chunked or sparse; else None.
 

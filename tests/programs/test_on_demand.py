@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.on_demand import OnDemand, on_demand, take
 
 X = torch.from_numpy(np.random.default_rng(0).poisson(0.7, (50, 5)).astype("float32"))
 SPARSE = scipy.sparse.csr_matrix(X.numpy())
@@ -175,3 +175,33 @@ def test_a_chunk_is_opened_once(monkeypatch):
     assert reads(16) == [slice(0, 16), slice(10, 32), slice(30, 48), slice(40, 50)]
     monkeypatch.setattr("pyro_vae.programs.on_demand._PART_BYTES", 200)
     assert reads(16) == [slice(n, n + 10) for n in range(0, 50, 10)]
+
+
+@pytest.mark.parametrize("rows", [slice(10, 40), slice(20, None), torch.tensor([3, 0, 49, 3])])
+def test_some_rows_are_taken_without_reading_them(rows, mapped):
+    """Again of what was taken, too."""
+    found = take({"x": mapped, "label": LABELS.numpy(), "flag": "a flag"}, rows)
+    batch = on_demand(found)
+    assert isinstance(batch, OnDemand)
+    assert same(batch.whole(), (X[rows], LABELS[rows], "a flag"))
+    assert same(
+        on_demand(take(found, slice(1, 3))).whole(), (X[rows][1:3], LABELS[rows][1:3], "a flag")
+    )
+    assert torch.equal(take(X, rows), X[rows])
+    x, label = take((SPARSE, LABELS), rows)
+    assert torch.equal(on_demand(x).whole().args[0], X[rows])
+    assert torch.equal(label, LABELS[rows])
+
+
+def test_chunks_of_what_is_taken():
+    batch = on_demand(SPARSE)
+    batch.args[0].block = 10
+    assert take(batch, slice(20, 40)).block == 10
+    assert take(batch, slice(25, 40)).block == 1
+    assert take(batch, torch.arange(50) % 2 == 0).shape == (25, 5)
+    with pytest.raises(ValueError, match="the batch is empty"):
+        take(batch, slice(60, 70))
+    with pytest.raises(ValueError, match="the data have no rows"):
+        take(0.5, slice(0, 2))
+    with pytest.raises(IndexError):
+        take(batch, torch.tensor([50]))
