@@ -27,6 +27,7 @@ _SAMPLE_GROUPS = (
     *("log_likelihood", "log_prior", "sample_stats"),
 )
 DATA_GROUPS = ("observed_data", "constant_data")
+GROUPS = (*_SAMPLE_GROUPS, *DATA_GROUPS)
 # A number for each event: of a variable's dimensions those of its events are summed out.
 _OF_EVENTS = ("log_likelihood", "log_prior")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
-from pyro_vae.arviz_versions import check_attrs, netcdf_engine
+from pyro_vae.arviz_versions import GROUPS, check_attrs, netcdf_engine
 
 Format: TypeAlias = Literal["netcdf", "zarr"]
 
@@ -28,6 +28,7 @@ def format_of(path: str | os.PathLike[str]) -> Format:
         ValueError: for an empty name.
         FileNotFoundError: if its folder does not exist.
         IsADirectoryError: for netCDF, if a folder has its name.
+        FileExistsError: for Zarr, if a folder has its name that is no such container.
         ImportError: if no library that writes it is installed.
     """
     path = Path(path)
@@ -42,6 +43,11 @@ def format_of(path: str | os.PathLike[str]) -> Format:
         return "netcdf"
     if importlib.util.find_spec("zarr") is None:
         raise ImportError('writing Zarr needs zarr: pip install "pyro-vae[zarr]"')
+    if path.is_dir() and any(path.iterdir()) and not any((path / g).is_dir() for g in GROUPS):
+        raise FileExistsError(
+            f"cannot write {path}: a folder has that name which is no container of ArviZ's (other "
+            "data, say), and would be lost; remove it, or take another name"
+        )
     return "zarr"
 
 
@@ -64,11 +70,12 @@ def streamed(
         unfinished, old = Path(folder) / path.name, Path(folder) / "old"
         yield StreamedFile(unfinished, kind, labels, dim)
         if kind == "zarr" and path.exists():  # a folder does not take the place of another one
-            os.replace(path, old)
             try:
+                os.replace(path, old)
                 os.replace(unfinished, path)
             except BaseException:
-                os.replace(old, path)
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
                 raise
         else:
             os.replace(unfinished, path)

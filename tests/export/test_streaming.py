@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,55 @@ def test_what_cannot_be_written_is_refused_before_drawing(tmp_path):
     with pytest.raises(ValueError, match=r"'a/z', 'rows/all' cannot be written.*rename"):
         pv.to_arviz(scaled, guide, torch.zeros(3), num_draws=4321, file=tmp_path / "a.nc")
     assert sum(shape.numel() for shape in drawn) < 4321 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_rename_that_fails_leaves_the_old_folder(fails, tmp_path, pair, monkeypatch):
+    """The first puts the old one aside, the second the new one in its place."""
+    pytest.importorskip("zarr")
+    path = tmp_path / "posterior.zarr"
+    options = {"num_draws": 2, "seed": 0, "predictive": False, "file": path}
+    pv.to_arviz(*pair, **options)
+    calls, replace = [], os.replace
+
+    def failing(source, target):
+        ours = Path(target).name in ("old", path.name)  # Zarr renames files of its own
+        calls.extend([target] * ours)
+        if ours and len(calls) == fails:
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("pyro_vae.export.streaming.os.replace", failing)
+    if fails < 3:
+        with pytest.raises(OSError, match="no space left"):
+            pv.to_arviz(*pair, **{**options, "num_draws": 3})
+    else:
+        pv.to_arviz(*pair, **{**options, "num_draws": 3})
+    monkeypatch.undo()
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert read(path)["posterior"].sizes["draw"] == (3 if fails == 3 else 2)
+
+
+def test_a_folder_of_other_data_is_not_overwritten(tmp_path, pair):
+    """That of an array that is trained on, for one."""
+    zarr = pytest.importorskip("zarr")
+    path = tmp_path / "counts.zarr"
+    zarr.create_array(str(path), shape=(3,), dtype="i4")[:] = [1, 2, 3]
+    with pytest.raises(FileExistsError, match="no container of ArviZ's"):
+        pv.to_arviz(*pair, num_draws=2, predictive=False, file=path)
+    assert zarr.open_array(str(path))[2] == 3
+    empty = tmp_path / "empty.zarr"
+    empty.mkdir()
+    assert pv.to_arviz(*pair, num_draws=2, predictive=False, file=empty)["posterior"].sizes["draw"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path, pair):
+    (tmp_path / "posterior.nc").write_text("old")
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError):
+            pv.to_arviz(*pair, num_draws=2, predictive=False, file=tmp_path / "posterior.nc")
+    finally:
+        tmp_path.chmod(0o700)
+    assert (tmp_path / "posterior.nc").read_text() == "old"
