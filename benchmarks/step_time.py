@@ -2,13 +2,17 @@
 
     python benchmarks/step_time.py --data mnist.npz
 
-A step picks a minibatch from tensors by index, then computes loss, gradients and Adam's update.
+A step picks a minibatch from tensors by index_select, then computes loss, gradients and Adam's update.
 Competitors are
 
 - Pyro's SVI, with pyro.optim.Adam and the loss of Pyro's own that fits;
 - the same model in plain PyTorch (handwritten.py), with fused Adam and with Adam's default;
 - the same under torch.compile: the loss is compiled, fused Adam stands outside;
 - pv.CompiledSVI with fused Adam, its traced graph replayed, and compiled.
+
+The last row is the matrix products (and convolutions) of the step by hand alone, forward and
+backward: no elementwise work, no update, outputs allocated once. The share of a competitor is
+their time over its own, in the same turn.
 
 With --device cuda there is one more: torch.compile with CUDA graphs (mode="reduce-overhead").
 
@@ -48,6 +52,7 @@ import pyro.infer
 import pyro.optim
 import torch
 from handwritten import Amortized, mlp
+from products import Products
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
@@ -69,6 +74,7 @@ HAND_GRAPHS = "by hand, torch.compile, CUDA graphs"
 AT_ONCE = "by hand, steps at once, torch.compile"
 REPLAY = "CompiledSVI, replay"
 COMPILED = "CompiledSVI, compiled"
+LIMIT = "matrix products alone"
 RATIOS = (
     (COMPILED, HAND_COMPILED),
     (COMPILED, HAND_GRAPHS),
@@ -115,7 +121,7 @@ class Case:
 
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return a minibatch."""
-        return tuple(tensor[index] for tensor in self.data)
+        return tuple(tensor.index_select(0, index) for tensor in self.data)
 
     def index(self, batch_size: int) -> Tensor:
         """Return the rows of a minibatch, drawn with replacement: data may be few."""
@@ -295,6 +301,14 @@ def our_step(case: Case, how: str | bool) -> Step:
     return lambda index: svi.step(*case.batch(index))
 
 
+def product_step(case: Case, batch_size: int) -> Step:
+    """Return a step of the matrix products alone: those of a step by hand."""
+    module = case.by_hand().to(case.device)
+    batch = case.batch(case.index(batch_size))
+    products = Products(lambda: module(*batch).backward(), case.device)
+    return lambda _: products.run()
+
+
 def competitors(case: Case) -> dict[str, Step]:
     """Return a step of each, of a model of its own."""
     found = {
@@ -348,7 +362,7 @@ def timed(step: Step, indices: list[Tensor]) -> float:
 def measure(case: Case, batch_size: int, options: argparse.Namespace) -> None:
     """Print a table of one model and batch size."""
     torch.compiler.reset()  # else a second batch size would be compiled for any size
-    steps = competitors(case)
+    steps = {**competitors(case), LIMIT: product_step(case, batch_size)}
     names = list(steps)
     torch.manual_seed(2)
     warm_up = [case.index(batch_size) for _ in range(WARM_UP)]
@@ -375,7 +389,7 @@ def measure(case: Case, batch_size: int, options: argparse.Namespace) -> None:
     beyond = {
         name: starting[name] - WARM_UP * statistics.median(times[name])
         for name in names
-        if name not in (PYRO, HAND, DEFAULT_ADAM)
+        if name not in (PYRO, HAND, DEFAULT_ADAM, LIMIT)
     }
     print(f"\n{case.title}, batch {batch_size}, {turns} turns")
     print("seconds to start: " + "; ".join(f"{k} {v:.1f}" for k, v in beyond.items()))
@@ -386,10 +400,14 @@ def report(
     times: Mapping[str, list[float]], block: Mapping[str, int], first_loss: Mapping[str, float]
 ) -> None:
     """Print what was measured, and the ratios."""
-    print(f"{'':<40}{'ms per step':>12}{'steps a turn':>14}{'first loss, nats per datum':>28}")
+    print(
+        f"{'':<40}{'ms per step':>12}{'share of limit':>16}{'steps a turn':>14}"
+        f"{'first loss, nats per datum':>28}"
+    )
     for name, found in times.items():
         middle = 1e3 * statistics.median(found)
-        print(f"{name:<40}{middle:>12.3f}{block[name]:>14}{first_loss[name]:>28.2f}")
+        share = statistics.median(a / b for a, b in zip(times[LIMIT], found, strict=True))
+        print(f"{name:<40}{middle:>12.3f}{share:>16.2f}{block[name]:>14}{first_loss[name]:>28.2f}")
     print(f"{'ratio':<64}{'median':>8}   (quartiles)")
     for above, below in RATIOS:
         if above in times and below in times:
