@@ -1,4 +1,4 @@
-"""Operations put in the place of others: oneDNN's LSTM layers, a formula for compiled code."""
+"""Operations put in the place of others: oneDNN's LSTM layers, and what compiled code needs."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ def _backward() -> Operator:
     return _define("lstm_layer_backward", f"({arguments}) -> {results}", original, original)
 
 
-# --- a formula that compiled code does faster
+# --- for compiled code: a formula that it does faster, and the same random numbers
 
 
 def for_compiler(graph: fx.Graph) -> fx.GraphModule:
-    """Return a copy of a graph as a module, with a formula that compiled code does faster.
+    """Return a copy of a graph as a module, as the compiler takes it.
 
-    Results are the same to rounding.
+    With a formula that compiled code does faster, and draws that it does as they are: results are
+    the same to rounding.
     """
     root, own = torch.nn.Module(), fx.Graph()
     own.output(own.graph_copy(graph, {}))
@@ -91,13 +92,26 @@ def for_compiler(graph: fx.Graph) -> fx.GraphModule:
     module = fx.GraphModule(root, own)
     for node in calls(module.graph):
         with module.graph.inserting_before(node):
-            value = _sum_by_products(node)
+            value = _bernoulli_draw(node) or _sum_by_products(node)
         if value is not None:
             node.replace_all_uses_with(value)
             module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _bernoulli_draw(node: fx.Node) -> fx.Node | None:
+    """Return the same draw by the operator in place, which the compiler leaves as it is.
+
+    Of torch.bernoulli it makes a comparison with uniform numbers, which are others than those that
+    PyTorch's kernel draws: on a CUDA device, and on the CPU in float64.
+    """
+    if node.target is not _aten.bernoulli.default or node.kwargs:
+        return None
+    probabilities, contiguous = args_of(node)[0], {"memory_format": torch.contiguous_format}
+    empty = node.graph.call_function(_aten.empty_like.default, (probabilities,), contiguous)
+    return node.graph.call_function(_aten.bernoulli_.Tensor, (empty, probabilities))
 
 
 def _sum_by_products(node: fx.Node) -> fx.Node | None:

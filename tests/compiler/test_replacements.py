@@ -193,6 +193,39 @@ def test_fit_bounds_and_refine():
         torch.testing.assert_close(value, eager, rtol=1e-3, atol=1e-3)
 
 
+# --- for the compiler: draws as they are
+
+
+def drawn(probabilities: Tensor) -> list[Tensor]:
+    return [torch.bernoulli(probabilities), torch.bernoulli(probabilities.t()) + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_draws_are_those_of_an_eager_run(dtype):
+    """The compiler's own formula for torch.bernoulli gives others in float64, and on CUDA."""
+    p = data(50, 20).sigmoid().to(dtype)
+    module = replacements.for_compiler(trace(drawn, [p])._graph)
+    torch.manual_seed(0)
+    wanted = drawn(p)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, wanted, module(p)))
+    # What PyTorch would put in the operator's place is not asked for.
+    assert not any(n.target is aten.bernoulli.default for n in module.graph.nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_bernoulli_draws_are_those_of_an_eager_run(dtype):
+    warnings.simplefilter("ignore")  # of PyTorch's own compiler
+    p = data(50, 20).sigmoid().to(dtype)
+    graph = trace(drawn, [p])
+    graph.compile(p)
+    torch.manual_seed(0)
+    wanted = drawn(p)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, wanted, graph(p)))
+
+
 # --- the formula for the compiler: the same to rounding
 
 
