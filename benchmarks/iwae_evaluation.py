@@ -128,6 +128,8 @@ class MatrixProducts:
         decoder: whose linear layers are taken, in their order.
         pairs: rows of a product (columns, where transposed).
         transposed: whether a pair is a column: weight @ inputs in place of inputs @ weight.T.
+
+    On the device of the decoder, which is waited for.
     """
 
     def __init__(self, decoder: nn.Module, pairs: int, transposed: bool) -> None:
@@ -135,9 +137,9 @@ class MatrixProducts:
         layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
         self.weights = [layer.weight.detach() for layer in layers]
         widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-        self.buffers = [
-            torch.randn((width, pairs) if transposed else (pairs, width)) for width in widths
-        ]
+        self.device = self.weights[0].device
+        shapes = [(width, pairs) if transposed else (pairs, width) for width in widths]
+        self.buffers = [torch.randn(shape, device=self.device) for shape in shapes]
 
     def run(self, num_pairs: int) -> None:
         """Multiply as often as this many pairs need; a last chunk that is not full counts whole."""
@@ -149,17 +151,21 @@ class MatrixProducts:
                     torch.mm(weight, given, out=out)
                 else:
                     torch.mm(given, weight.t(), out=out)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def __repr__(self) -> str:
         return f"{self.pairs} pairs as {'columns' if self.transposed else 'rows'}"
 
 
-def best_products(decoder: nn.Module) -> MatrixProducts:
+def best_products(decoder: nn.Module, sizes: tuple[int, ...] = GEMM_PAIRS) -> MatrixProducts:
     """Return the matrix products whose chunk is fastest, by short trials."""
-    candidates = [
-        MatrixProducts(decoder, n, across) for n in GEMM_PAIRS for across in (False, True)
-    ]
-    return fastest(candidates, lambda products: products.run(64_000), lambda products: 1.0)
+    candidates = [MatrixProducts(decoder, n, across) for n in sizes for across in (False, True)]
+    return fastest(
+        candidates,
+        lambda some: some.run(64_000),
+        lambda some: math.ceil(64_000 / some.pairs) * some.pairs,
+    )
 
 
 def fastest(

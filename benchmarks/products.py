@@ -27,7 +27,7 @@ class _Seen(TorchDispatchMode):
     """Notes the products that are called inside, as functions that run them again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Callable[[], object]] = []
         self.flops = 0
 

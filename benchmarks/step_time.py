@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py --data mnist.npz
 
-A step picks a minibatch from tensors by index_select, then computes loss, gradients and Adam's update.
-Competitors are
+A step picks a minibatch from tensors by index_select, then computes loss, gradients and Adam's
+update. Competitors are
 
 - Pyro's SVI, with pyro.optim.Adam and the loss of Pyro's own that fits;
 - the same model in plain PyTorch (handwritten.py), with fused Adam and with Adam's default;
@@ -359,8 +359,10 @@ def timed(step: Step, indices: list[Tensor]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(case: Case, batch_size: int, options: argparse.Namespace) -> None:
-    """Print a table of one model and batch size."""
+def measure(
+    case: Case, batch_size: int, options: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
+    """Print a table of one model and batch size; return seconds of a step and shares by name."""
     torch.compiler.reset()  # else a second batch size would be compiled for any size
     steps = {**competitors(case), LIMIT: product_step(case, batch_size)}
     names = list(steps)
@@ -394,6 +396,15 @@ def measure(case: Case, batch_size: int, options: argparse.Namespace) -> None:
     print(f"\n{case.title}, batch {batch_size}, {turns} turns")
     print("seconds to start: " + "; ".join(f"{k} {v:.1f}" for k, v in beyond.items()))
     report(times, block, first_loss)
+    return {
+        name: (statistics.median(found), share_of_limit(times, name))
+        for name, found in times.items()
+    }
+
+
+def share_of_limit(times: Mapping[str, list[float]], name: str) -> float:
+    """Return the median over turns of the matrix products' time over a competitor's."""
+    return statistics.median(a / b for a, b in zip(times[LIMIT], times[name], strict=True))
 
 
 def report(
@@ -406,7 +417,7 @@ def report(
     )
     for name, found in times.items():
         middle = 1e3 * statistics.median(found)
-        share = statistics.median(a / b for a, b in zip(times[LIMIT], found, strict=True))
+        share = share_of_limit(times, name)
         print(f"{name:<40}{middle:>12.3f}{share:>16.2f}{block[name]:>14}{first_loss[name]:>28.2f}")
     print(f"{'ratio':<64}{'median':>8}   (quartiles)")
     for above, below in RATIOS:

@@ -109,7 +109,8 @@ def _bernoulli_draw(node: fx.Node) -> fx.Node | None:
     """
     if node.target is not _aten.bernoulli.default or node.kwargs:
         return None
-    probabilities, contiguous = args_of(node)[0], {"memory_format": torch.contiguous_format}
+    probabilities = args_of(node)[0]
+    contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
     empty = node.graph.call_function(_aten.empty_like.default, (probabilities,), contiguous)
     return node.graph.call_function(_aten.bernoulli_.Tensor, (empty, probabilities))
 

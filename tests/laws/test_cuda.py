@@ -90,16 +90,23 @@ def test_training(name: str, loss, caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("compile", ["replay", True])
-def test_training_with_a_factor_that_changes(compile, caplog: pytest.LogCaptureFixture):
-    """A warm-up gives graphs a number that is another one at each step."""
+def test_training_with_a_factor_that_changes(compile, drawn, caplog: pytest.LogCaptureFixture):
+    """A warm-up gives graphs a number that is another one at each step.
+
+    Images that are drawn at each step are the same in eager and in compiled steps.
+    """
     torch.manual_seed(0)
     model = pv.zoo.VAE(784, 50, hidden=[200, 200])
     x = (torch.rand(400, 784) < 0.3).float()
     guide = pv.AmortizedGuide(model, model.make_encoder([200, 200]), example=x)
     optim = torch.optim.Adam(nn.ModuleList([model, guide]).to(DEVICE).parameters(), lr=1e-3)
     options = {"schedule": pv.schedules.LinearWarmup(100), "compile": compile, "device": DEVICE}
-    pv.fit(model, guide, x, optim=optim, batch_size=100, max_steps=100, progress=False, **options)
+    data = pv.datasets.StochasticBinarization(torch.rand(400, 784), 1) if drawn else x
+    pv.fit(
+        model, guide, data, optim=optim, batch_size=100, max_steps=100, progress=False, **options
+    )
     assert "run eagerly" not in caplog.text
 
 
