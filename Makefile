@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # packages into it.
 unexport PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
 
-.PHONY: help demo test test-slow test-arviz1 test-python312 lint docs bench clean
+.PHONY: help demo test test-slow test-arviz1 test-python312 lint docs bench dist clean
 
 help:
 	@echo 'make demo         train on the digits, print gaps and repairs, write demo-output/'
@@ -40,6 +40,7 @@ help:
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         the documentation, into docs/_build/html'
 	@echo 'make bench        the shorter scripts of benchmarks/'
+	@echo 'make dist         wheel and sdist into dist/, each installed and tried in a clean environment'
 	@echo 'make clean        remove the environments and everything that was built'
 
 demo: $(VENV)/installed-plots
@@ -71,6 +72,13 @@ bench: $(VENV)/installed-plots
 	$(BIN)/python benchmarks/repair.py
 	$(BIN)/python benchmarks/chains.py
 	$(BIN)/python benchmarks/calibration.py
+
+# Not editable, so that what was left out of an archive is missed.
+dist: $(BIN)/python
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist .
+	for archive in dist/*.whl dist/*.tar.gz; do tools/try_archive.sh "$$archive" $(BIN)/python; done
 
 # Without torch and Pyro: the only files these tests need are arviz_versions.py and
 # diagnostics/psis.py of the package.
