@@ -51,6 +51,14 @@ class Convergence(NamedTuple):
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
+def split_rhat(draws: Array) -> Array:
+    """Return the R-hat of the halves of chains [C, S, M], [M]; nan where a quantity stands still.
+
+    Of the numbers themselves, as Gelman et al. (2013, Bayesian Data Analysis, section 11.4) have it.
+    """
+    return _rhat(_split(draws))
+
+
 def ess_of_mean(draws: Array) -> Array:
     """Return for how many independent draws chains [C, S, M] count in their means, [M]."""
     return _ess(_split(draws))
