@@ -38,6 +38,7 @@ from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.chains import sample_posterior
 from pyro_vae.sampling.samples import PosteriorSamples
 from pyro_vae.training import callbacks
+from pyro_vae.training.convergence import Converged
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
 from pyro_vae.training.fit_result import Epoch, FitResult
@@ -57,6 +58,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "CompiledSVI",
+    "Converged",
     "Coverage",
     "DataPlateError",
     "DrawsCheck",

@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "refinement": {"compiler", "families", "guides", "particles", "programs"},
     "training": {
         *("compiler", "guides", "losses", "particles", "programs", "refinement", "schedules"),
-        *("recording", "torch_internals"),
+        *("diagnostics", "recording", "torch_internals"),
     },
     "diagnostics": {"guides", "losses", "markup", "particles", "plots", "programs"},
     "report": {"diagnostics", "markup", "plots"},

@@ -54,7 +54,7 @@ class Convergence(NamedTuple):
 def split_rhat(draws: Array) -> Array:
     """Return the R-hat of the halves of chains [C, S, M], [M]; nan where a quantity stands still.
 
-    Of the numbers themselves, as Gelman et al. (2013, Bayesian Data Analysis, section 11.4) have it.
+    Of the numbers themselves, as in Gelman et al. (2013), Bayesian Data Analysis, section 11.4.
     """
     return _rhat(_split(draws))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae.training.fit_result import Epoch, FitResult
+from pyro_vae.training.fit_result import Epoch, FitResult, FitStop
 
 Each: TypeAlias = Literal["epoch", "step"]
 
@@ -61,6 +61,8 @@ class Callback:
 
     reads_loss = True
     first_only = False
+    stopped_by: FitStop = "callback"  # what a result says of training that it ends
+    done = False  # whether it has ended training, and would again
 
     def on_step(self, step: Step) -> bool | None:
         """Called after each step; True ends training, after an epoch that is cut short."""
@@ -266,6 +268,7 @@ class Callbacks:
         given: the same, in order.
         reads_loss: whether one looks at the ELBO of each step.
         of_steps: whether one is called at each step.
+        ended_by: what a result says of training that one of them has ended.
 
     Raises:
         TypeError: for what can be called at no time.
@@ -275,6 +278,7 @@ class Callbacks:
         self.given: Sequence[Any] = list(given)
         for callback in self.given:
             _check(callback)
+        self.ended_by: FitStop = "callback"
         of_steps = [c for c in self.given if _hook(c, "on_step")]
         self.of_steps = bool(of_steps)
         self.reads_loss = any(getattr(c, "reads_loss", True) for c in of_steps)
@@ -282,6 +286,12 @@ class Callbacks:
         self._hooks = {
             name: [(c, hook) for c in here if (hook := _hook(c, name))] for name in _HOOKS
         }
+
+    def are_done(self) -> bool:
+        """Return whether one has ended training, before it was taken up again."""
+        done = [c for c in self.given if isinstance(c, Callback) and c.done]
+        self.ended_by = done[0].stopped_by if done else self.ended_by
+        return bool(done)
 
     def step(self, step: Step) -> bool:
         """Call those of a step; return whether one ends training."""
@@ -299,7 +309,8 @@ class Callbacks:
         ended = False
         for callback, hook in self._hooks[name]:
             try:
-                ended |= bool(hook(told))
+                if hook(told):
+                    ended, self.ended_by = True, getattr(callback, "stopped_by", "callback")
             except Exception as error:
                 error.add_note(f"in the callback {_name(callback)}, after {when}")
                 raise

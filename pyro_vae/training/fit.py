@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro.infer
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_vae.compiler.arguments import check_compile
@@ -24,9 +25,10 @@ from pyro_vae.programs.processes import Processes, alone, processes
 from pyro_vae.programs.state import Look, module_of, one_thread, seeded
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.refine import promised_gain
-from pyro_vae.training.callbacks import CallbackLike, Callbacks
+from pyro_vae.training.callbacks import CallbackLike, Callbacks, EachStep
 from pyro_vae.training.checkpoints import Checkpoints, Every
 from pyro_vae.training.clipping import Clip
+from pyro_vae.training.convergence import Converged
 from pyro_vae.training.data_source import Shuffle
 from pyro_vae.training.fit_result import FitResult, FitStop
 from pyro_vae.training.minibatches import TrainingData
@@ -69,6 +71,7 @@ def fit(
     clip_value: float | None = None,
     on_nan: OnNan = "raise",
     distributed: bool = True,
+    stop: Converged | None = None,
 ) -> FitResult:
     r"""Train a model/guide pair by stochastic variational inference.
 
@@ -163,6 +166,10 @@ def fit(
             not finite, it ends like "raise".
         distributed: whether processes of an initialized torch.distributed group, or those that
             torchrun started, share each minibatch; False trains in each process by itself.
+        stop: a rule that lowers the learning rate in stages and ends training when no more than a
+            tolerance is left to gain: ``pv.Converged(tolerance=0.01)``. It sets averages of the
+            parameters, and scores them on the training data; without it rates are left alone.
+            Give max_steps or epochs as well, for it may never be reached.
 
     Returns:
         A FitResult.
@@ -196,9 +203,12 @@ def fit(
     epochs = 100 if epochs is None and max_steps is None else epochs
     given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
     limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
+    callbacks = list(callbacks)
     with alone(not distributed):
         together = processes()
-    called = Callbacks(callbacks, is_first=together.is_first)
+    _check_stop(stop, callbacks, together)
+    all_of_them = [*callbacks, *([] if stop is None else [stop])]
+    called = Callbacks(all_of_them, is_first=together.is_first)
     plateau = Plateau(min_delta, smoothing)
     if patience is None and (min_delta or smoothing):
         raise ValueError("min_delta and smoothing are for patience: give it, in epochs")
@@ -234,15 +244,20 @@ def fit(
         steps = TrainingSteps(
             training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
         )
+        if stop is not None:
+            stop.begin(steps)
         validation = None if held_out is None else Validation(steps, held_out, seed)
         settings = settings_of(steps, seed, drop_last)
         trainer = Trainer(steps, validation, limits, plateau, called, files, settings)
         result = trainer.run(progress and together.is_first)
+    if stop is not None and result.stopped_by == "converged":
+        result = replace(result, promised=stop.left)
     if isinstance(guide, RowGuide):
         drawn_anew = isinstance(data, (EpochData, StepData))
         guide.remember(None if drawn_anew else training.source.every, guide.given)
         if not drawn_anew:
-            result = replace(result, promised=_promised(model, guide, training.batch))
+            promised = _promised(model, guide, training.batch)
+            result = result if math.isnan(promised[0]) else replace(result, promised=promised)
         if result.unfinished and result.stopped_by != "interrupted" and together.is_first:
             text = (
                 "the rows of the LocalGuide are not at their optimum: %s. Train longer, with a "
@@ -293,6 +308,21 @@ def _checkpoints(
     if every is not None:
         raise ValueError(f"checkpoint_every={every!r}: name the file, checkpoint=path")
     return None
+
+
+def _check_stop(
+    stop: Converged | None, callbacks: list[CallbackLike], together: Processes
+) -> None:
+    """Raise TypeError or ValueError for a rule that is none, or that others interfere with."""
+    if stop is not None and not issubclass(type(stop), Converged):
+        raise TypeError(f"stop={stop!r}: a pv.Converged(...) is needed")
+    rates = [c for c in callbacks if isinstance(c, (LRScheduler, EachStep))]
+    if stop is not None and rates:
+        what = "sets the learning rate, and so does a scheduler among the callbacks; leave one out"
+        raise ValueError(f"stop: pv.Converged {what}")
+    if stop is not None and together.size > 1:
+        what = "compares parameters in one process; train with distributed=False, or without it"
+        raise ValueError(f"stop: pv.Converged {what}")
 
 
 def _check_loss(loss: Any, schedule: Any) -> None:

@@ -14,7 +14,9 @@ from pyro_vae.refinement.refine import TOLERANCE
 _BATCHES = 8  # of a quarter of the epochs, whose means the error of a trend is from
 _PROMISE = 5 * TOLERANCE  # nats per datum
 
-FitStop: TypeAlias = Literal["epochs", "max_steps", "patience", "callback", "interrupted"]
+FitStop: TypeAlias = Literal[
+    "epochs", "max_steps", "patience", "converged", "callback", "interrupted"
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class FitResult:
             elbo_std_error, validation_elbo, validation_elbo_std_error (ELBOs in nats
             per datum; standard errors over minibatches; nan where there is nothing to
             estimate from), beta (the factor on the latent terms at the epoch's last step).
-        stopped_by: "epochs", "max_steps", "patience", "callback" or "interrupted".
+        stopped_by: "epochs", "max_steps", "patience", "converged", "callback" or "interrupted".
         steps: optimizer steps taken, those of resumed runs included.
         elapsed: seconds spent in training and validation, likewise.
         best_epoch: the epoch whose parameters the model and guide now hold, when
@@ -53,7 +55,8 @@ class FitResult:
         skipped: steps whose loss or gradient was not finite, which moved nothing
             (``on_nan="skip"``).
         promised: of a LocalGuide of all data jointly (data_plate=False): about how many nats its
-            ELBO is below the optimum, by the slope that is left, and the standard error; else nan.
+            ELBO is below the optimum, by the slope that is left, and the standard error. Of other
+            training that "converged": what :class:`pyro_vae.Converged` takes to be left. Else nan.
 
     Example:
         >>> history = {"epoch": list(range(100)), "elbo": [step / 7 for step in range(100)]}
@@ -91,10 +94,11 @@ class FitResult:
         """What says that training has not reached the optimum; "" where nothing does.
 
         A :attr:`trend` or a gain :attr:`promised` that is plain: 3 standard errors, and more than
-        0.02 nats, or 0.1 for the latter.
+        0.02 nats, or 0.1 for the latter. Of training that "converged" the trend tells nothing: its
+        rates fell, and the parameters are averages.
         """
         found = []
-        if self.trend[0] > max(TOLERANCE, 3 * self.trend[1]):
+        if self.stopped_by != "converged" and self.trend[0] > max(TOLERANCE, 3 * self.trend[1]):
             found.append("the ELBO still rises by {:.2g} ± {:.1g} nats".format(*self.trend))
         if self.promised[0] > max(_PROMISE, 3 * self.promised[1]):
             found.append("its slope promises {:.2g} ± {:.1g} nats".format(*self.promised))

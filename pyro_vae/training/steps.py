@@ -72,6 +72,7 @@ class TrainingSteps:
     Attributes:
         taken: steps so far.
         skipped: those of them that moved nothing.
+        latest: the rows and the minibatch of the last one.
         epochs: that were :meth:`remember`-ed.
         parameters: of model and guide.
         last: their state at the end of the last epoch.
@@ -99,6 +100,7 @@ class TrainingSteps:
             raise ValueError(f'on_nan={on_nan!r}: "raise" or "skip" is needed')
         self.data, self._clip, self._skips = data, clip, on_nan == "skip"
         self.skipped = self._in_a_row = 0
+        self.latest: tuple[Tensor | None, Batch] = None, data.batch
         self.model, self.guide = model, guide = data.model, data.guide
         self.loss, self.schedule, self.compile, self.expected = loss, schedule, compile, expected
         self.objective = loss if isinstance(loss, Objective) else None
@@ -309,6 +311,7 @@ class TrainingSteps:
         try:
             if self.schedule is not None:
                 self.set_factor(factor_at(self.schedule, self.taken))
+            self.latest = index, batch
             size = batch.size
             if self._joint is not None and not self.data.whole:
                 self._joint.use(self.data.source.share)

@@ -68,6 +68,7 @@ class Trainer:
     def run(self, progress: bool) -> FitResult:
         """Train until a limit is reached, and leave the best parameters in place."""
         self._resume()
+        self.ended = self.callbacks.are_done()
         state, total, schedule = self.state, self.steps.expected, self.steps.schedule
         if total and total > state.step and (text := shortfall(schedule, total)):
             logger.warning("training will end by %s", text)
@@ -108,7 +109,8 @@ class Trainer:
         return next(reached, None)
 
     def _loop(self, bar: tqdm[NoReturn]) -> FitStop:
-        while not self.ended and (not (reached := self._reached()) or self.opened is not None):
+        reached: FitStop | None = None
+        while self.opened is not None or not (self.ended or (reached := self._reached())):
             opened = self.opened = self.opened or self._open()
             is_whole = self._take_steps(opened, bar)
             if not is_whole and self.unsaved:
@@ -123,7 +125,7 @@ class Trainer:
             # After them: the checkpoint holds what they set, such as a learning rate.
             if self.unsaved and (self._is_due(whole=True) or self.ended or self._reached()):
                 self._save()
-        return "callback" if self.ended or reached is None else reached
+        return self.callbacks.ended_by if reached is None else reached
 
     def _is_due(self, *, whole: bool) -> bool:
         return self.checkpoints is not None and self.checkpoints.due(self.steps.taken, whole=whole)
