@@ -310,9 +310,7 @@ def _checkpoints(
     return None
 
 
-def _check_stop(
-    stop: Converged | None, callbacks: list[CallbackLike], together: Processes
-) -> None:
+def _check_stop(stop: Converged | None, callbacks: list[CallbackLike], together: Processes) -> None:
     """Raise TypeError or ValueError for a rule that is none, or that others interfere with."""
     if stop is not None and not issubclass(type(stop), Converged):
         raise TypeError(f"stop={stop!r}: a pv.Converged(...) is needed")
