@@ -31,6 +31,8 @@ from pyro_vae.missing_data.encoder import MissingEncoder
 from pyro_vae.missing_data.impute import Imputation, impute
 from pyro_vae.missing_data.model import MissingData
 from pyro_vae.particles.estimators import LogWeights
+from pyro_vae.prediction.generate import generate
+from pyro_vae.prediction.predict import predict, reconstruct
 from pyro_vae.programs.describe import describe
 from pyro_vae.programs.on_demand import take
 from pyro_vae.programs.structure import DataPlateError
@@ -96,6 +98,7 @@ __all__ = [
     "explain",
     "families",
     "fit",
+    "generate",
     "impute",
     "iwae_bound",
     "load",
@@ -103,7 +106,9 @@ __all__ = [
     "nets",
     "outliers",
     "pareto_k",
+    "predict",
     "rate_distortion",
+    "reconstruct",
     "refine",
     "repair",
     "sample_posterior",

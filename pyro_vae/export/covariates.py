@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.sites import Site
-from pyro_vae.programs.state import unwrapped
+from pyro_vae.programs.state import arguments_of
 from pyro_vae.programs.types import Program
-
-_ONE_BY_ONE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def covariates(evaluator: Evaluator, taken: Iterable[str] = ()) -> dict[str, np.ndarray]:
@@ -71,26 +68,10 @@ def _numbers(
 
 def _named(model: Program, batch: Batch) -> Iterator[tuple[str, Any]]:
     """Yield the arguments with their names."""
-    names = _parameters(model)
+    names = list(arguments_of(model))
     for position, value in enumerate(batch.args):
         yield names[position] if position < len(names) else f"argument_{position}", value
     yield from batch.kwargs.items()
-
-
-def _parameters(model: Program) -> list[str]:
-    """Return the names of a model's positional arguments, those of the model in a wrapper of it."""
-    inner: Any = unwrapped(model)
-    while True:
-        call = inner.forward if isinstance(inner, nn.Module) else inner
-        try:
-            parameters = inspect.signature(call).parameters.values()
-        except (TypeError, ValueError):  # of a built-in: nothing says
-            return []
-        names = [each.name for each in parameters if each.kind in _ONE_BY_ONE]
-        wrapped = getattr(inner, "model", None)
-        if names or not callable(wrapped):
-            return names
-        inner = unwrapped(wrapped)
 
 
 def _holds(argument: Tensor, site: Site) -> bool:

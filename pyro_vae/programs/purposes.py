@@ -69,6 +69,11 @@ class Purpose(IntEnum):
     CALIBRATED_WHOLE = 74
     CALIBRATED_OTHERS = 75
     CALIBRATED_DIRECTION = 81
+    # prediction
+    PREDICTED_DRAWS = 101
+    PREDICTED_CHOICE = 102
+    PREDICTED_SUMMED_OUT = 103
+    GENERATED = 104
     # evaluation: a guide beside chains
     CHECKED_DRAWS = 91
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
@@ -37,6 +38,25 @@ def unwrapped(fn: Any) -> Any:
     while hasattr(inner, "__wrapped__"):  # of poutine's functions
         inner = unwrap(inner.__wrapped__)
     return inner
+
+
+def arguments_of(model: Any) -> dict[str, bool]:
+    """Return a model's positional arguments by name, and of each whether a call must have it.
+
+    Of a wrapper that takes any arguments they are those of the model in it.
+    """
+    inner = unwrapped(model)
+    while True:
+        call = inner.forward if isinstance(inner, nn.Module) else inner
+        try:
+            parameters = inspect.signature(call).parameters.values()
+        except (TypeError, ValueError):  # of a built-in: nothing says
+            return {}
+        each = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        wrapped = getattr(inner, "model", None)
+        if each or not callable(wrapped):
+            return {p.name: p.default is p.empty for p in each}
+        inner = unwrapped(wrapped)
 
 
 class FirstValues:

@@ -95,9 +95,9 @@ class Simulator:
         Raises:
             ValueError: where the model cannot be drawn from.
         """
-        batch = _of_size(example, num_data, whole=data_plate is False)
+        batch = of_size(example, num_data, whole=data_plate is False)
         structure = ModelLooks(model, batch).structure(data_plate)
-        _check_generative(structure, batch, remedy)
+        check_generative(structure, batch, remedy)
         return cls(model, batch, structure, dreamt, who, remedy)
 
     def draw(self, seed: int) -> Simulated:
@@ -144,8 +144,8 @@ class Simulator:
         return found
 
 
-def _of_size(example: Batch, num_data: int, *, whole: bool) -> Batch:
-    """Return an example with as many rows."""
+def of_size(example: Batch, num_data: int, *, whole: bool) -> Batch:
+    """Return an example with as many rows; ValueError where it has none."""
     if whole:
         if num_data != 1:
             raise ValueError(
@@ -161,7 +161,7 @@ def _of_size(example: Batch, num_data: int, *, whole: bool) -> Batch:
     return example.rows(torch.arange(num_data) % example.size)
 
 
-def _check_generative(structure: Structure, batch: Batch, remedy: str) -> None:
+def check_generative(structure: Structure, batch: Batch, remedy: str) -> None:
     """Raise ValueError for a model of which running it does not draw the data."""
     if factors := [s.name for s in structure.observed if isinstance(s.fn, dist.Unit)]:
         raise ValueError(

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.missing_data.impute import WeightedMoments
-from pyro_vae.particles.estimators import Estimate, calibrated
 from tests.missing_data.models import NAN, PartlySeen, data, mixture, of, proposal, scattered
 from tests.models import factor_analysis
 
@@ -353,34 +351,3 @@ def test_weights_of_the_best_guide_are_trusted_whatever_their_k_hat():
     found = pv.impute(pv.MissingData(model), guide, x, num_particles=5000, seed=0)
     assert (found.dataset["pareto_k"] > 0.7).all() and (found.dataset["ess"] > 4990).all()
     assert found.doubt == ""
-
-
-def test_moments_are_those_of_all_draws_at_once():
-    generator = np.random.default_rng(0)
-    weights = generator.dirichlet(np.ones(30), size=4)
-    draws = torch.as_tensor(1e3 + generator.normal(size=(30, 4, 2)))
-    moments = WeightedMoments(weights)
-    for piece in draws.split(7):
-        moments.update(piece)
-    found = moments.results()
-    shares = torch.as_tensor(weights.T).unsqueeze(-1)
-    mean = (shares * draws).sum(0)
-    influence = 30 * shares * (draws - mean)
-    estimate = Estimate(mean, influence)
-    # The sum of squares over K^2, where std_error takes K (K - 1).
-    plain = estimate.std_error * (29 / 30) ** 0.5
-    error = calibrated(plain, estimate.skewness, 30)
-    np.testing.assert_allclose(found["mean"], mean.numpy(), rtol=1e-12)
-    np.testing.assert_allclose(
-        found["sd"], (shares * (draws - mean) ** 2).sum(0).sqrt().numpy(), rtol=1e-9
-    )
-    np.testing.assert_allclose(found["mean_se"], error.numpy(), rtol=1e-6)
-
-
-def test_a_single_particle_tells_no_error():
-    moments = WeightedMoments(np.array([[1.0, 0.0]]))
-    moments.update(torch.tensor([[2.0], [5.0]]))
-    found = moments.results()
-    assert found["mean"] == 2.0
-    assert found["sd"] == 0.0
-    assert np.isnan(found["mean_se"]).all()
