@@ -18,6 +18,7 @@ from tests.training.fits import (
     make_guide,
     model,
     parameters_of,
+    same,
 )
 from tests.training.fits import run as fit
 
