@@ -7,8 +7,8 @@ minibatches of 128. A step of pv.fit moves the rows of its minibatch alone, each
 step count of its own; beside it stands a step that moves the whole table, which is what an
 optimizer without a rule for rows does (a class that inherits from Adam). Both by graphs that are
 replayed (compile="replay"), the former eagerly too (compile=False), and with the table and its
-moments in memory-mapped files (storage=...; pages of these count in a process's memory while they are
-in the machine's, and it may drop them).
+moments in memory-mapped files (storage=...; their pages count in a process's memory while they are
+in the machine's, which may drop them).
 
 Each cell is a process of its own, in turns. It makes data and guide, takes some steps that are not
 measured, and then measures some hundred, one by one, minibatch included, as the processor's time of

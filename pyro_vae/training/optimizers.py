@@ -111,7 +111,7 @@ class PyroLink:
         found = {id(p): group.get("lr") for group in groups for p in group["params"]}
         self._rates = [found[id(parameter)] for parameter in self._parameters]
         for parameter, rate in zip(self._parameters, self._rates, strict=True):
-            self._single(parameter).param_groups[0]["lr"] = rate
+            self.single(parameter).param_groups[0]["lr"] = rate
 
     def _regroup(self) -> None:
         """Give the torch optimizer the groups of the parameters as they are now."""
@@ -127,7 +127,7 @@ class PyroLink:
         members: list[list[Tensor]] = []
         self._rates = []
         for parameter in self._parameters:
-            group = self._single(parameter).param_groups[0]
+            group = self.single(parameter).param_groups[0]
             settings = {name: group[name] for name in group if name not in _OF_ITS_OWN}
             self._rates.append(settings.get("lr"))
             if settings not in alike:
@@ -137,7 +137,7 @@ class PyroLink:
         self._of_groups = [settings.get("lr") for settings in alike]
         return [{"params": p, **settings} for p, settings in zip(members, alike, strict=True)]
 
-    def _single(self, parameter: Tensor) -> torch.optim.Optimizer:
+    def single(self, parameter: Tensor) -> torch.optim.Optimizer:
         """Return Pyro's optimizer of one parameter, made as Pyro does."""
         optim = self._optim
         if parameter not in optim.optim_objs:
@@ -154,7 +154,7 @@ class PyroLink:
     def _share_state(self) -> None:
         """Make the state of each parameter one object in both."""
         for parameter in self._parameters:
-            self.optimizer.state[parameter] = self._single(parameter).state[parameter]
+            self.optimizer.state[parameter] = self.single(parameter).state[parameter]
         # A fused SGD fails where some parameters have a momentum and some not, as where one gets
         # its first gradient in a later step.
         is_sgd = isinstance(self.optimizer, torch.optim.SGD)
@@ -167,7 +167,7 @@ class PyroLink:
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         """Put a state that was loaded in the place of the one that is shared."""
         for parameter in self._parameters:
-            shared = self._single(parameter).state[parameter]
+            shared = self.single(parameter).state[parameter]
             if optimizer.state[parameter] is not shared:
                 loaded = dict(optimizer.state[parameter])
                 shared.clear()

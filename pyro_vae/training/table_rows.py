@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import warn_once
 from pyro_vae.programs.processes import Share
-from pyro_vae.torch_internals import gradient_hooks_of
+from pyro_vae.torch_internals import gradient_hooks_of, parameters_of
 from pyro_vae.training.row_rules import Group, RowRule
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,9 @@ class TableRows:
     @property
     def table(self) -> Tensor:
         """The whole table."""
-        return self._guide.table
+        # A fraction of the time of an attribute; elsewhere than there where it is parametrized.
+        held: Tensor | None = parameters_of(self._guide).get("table")
+        return self._guide.table if held is None else held
 
     @property
     def gradient(self) -> Tensor | None:
@@ -69,7 +71,7 @@ class TableRows:
         table = self.table
         if index is None or not table.requires_grad or not table.is_leaf:
             return False
-        if len(index) >= len(table):
+        if index.shape[0] >= table.shape[0]:
             return False
         hooked = "it has gradient hooks, which are for the gradient of all rows"
         if why := self.whole_because or (hooked if any(gradient_hooks_of(table)) else ""):
@@ -96,7 +98,7 @@ class TableRows:
     def _leaf(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the leaf for so many rows, and where their numbers lie."""
         table = self.table
-        key = len(index), table.shape[1:], table.dtype, table.device
+        key = index.shape[0], table.shape[1:], table.dtype, table.device
         if key not in self._leaves:
             if len(self._leaves) >= _MAX_LEAVES:
                 del self._leaves[next(iter(self._leaves))]

@@ -79,10 +79,11 @@ class Update:
         self._rows = rows
         self._row_step: RowStep | None = None  # of this step
         self._group: dict[str, Any] | None = None  # that of the table
+        self._prepared: tuple[int, ...] = ()  # tensors of the table's state, by identity
         self._link: PyroLink | None = vars(optimizer).get("pyro_link")
         self._takes_sparse = isinstance(optimizer, optim.SparseAdam)
         self._graphs: dict[Hashable, Graph] = {}
-        self._last: _Repeated | None = None
+        self._repeated: dict[int, _Repeated] = {}  # by the index of the rows that move
         self._num_added = -1  # parameters that add() was given last
         self._refused = False  # True once tracing failed
 
@@ -102,7 +103,7 @@ class Update:
             else:
                 self._link.add(new)
             self._graphs.clear()
-            self._last = None
+            self._repeated.clear()
 
     def drop_gradients(self) -> None:
         """Leave the parameters without a gradient."""
@@ -150,10 +151,12 @@ class Update:
 
     def _repeats_last(self, loss: Loss) -> bool:
         """Take the same step as the last time, where nothing but numbers changed; say whether."""
-        last, rows = self._last, self._row_step
-        if last is None or last.graph.capturable or not last.holds():
+        rows = self._row_step
+        index = None if rows is None else rows.index
+        last = self._repeated.get(id(index))
+        if last is None or last.index is not index:  # in a copy, identities are others
             return False
-        if last.index is not (None if rows is None else rows.index):
+        if last.graph.capturable or not last.holds():
             return False
         inputs: list[Any] = []
         for parameter in last.parameters:
@@ -195,12 +198,13 @@ class Update:
             self._capture(graph, inputs)
         graph(*inputs)
         rows, moved = self._row_step, self._moved()
-        num_moved = len(moved) + (rows is not None)
-        is_whole = num_moved == len(parameters_in(self.optimizer))
         index = None if rows is None else rows.index
-        states = [self._state_of_table] if rows is not None and self._state_of_table else []
-        states += [self.optimizer.state[parameter] for parameter in moved]
-        self._last = _Repeated(self.optimizer, graph, moved, states, index) if is_whole else None
+        self._repeated.pop(id(index), None)
+        if len(moved) + (rows is not None) == len(parameters_in(self.optimizer)):
+            states = [self._state_of_table] if rows is not None and self._state_of_table else []
+            states += [self.optimizer.state[parameter] for parameter in moved]
+            repeated = _Repeated(self.optimizer, graph, moved, states, index)
+            self._repeated[id(index)] = repeated
 
     # --- the rows of a table
 
@@ -242,9 +246,14 @@ class Update:
                 return None
         if self._rule is None:
             return None
-        self._rule.prepare(group, table, self._state_of_table)
+        state = self._state_of_table
+        if not state or (*map(id, state.values()),) != self._prepared:
+            self._rule.prepare(group, table, state)
+            self._prepared = (*map(id, state.values()),)
         if all(hook is not _refuse_whole for hook in step_hooks(self.optimizer)):
-            self.optimizer.register_step_pre_hook(_refuse_whole)
+            single = [] if self._link is None else [self._link.single(table)]
+            for optimizer in (self.optimizer, *single):
+                optimizer.register_step_pre_hook(_refuse_whole)
         step = rows.step(whole=not by_rows)
         table.grad = None
         return step

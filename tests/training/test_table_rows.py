@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 
@@ -10,12 +11,14 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.utils.data import Dataset
 
 import pyro_vae as pv
 from pyro_vae.torch_internals import DispatchMode
 from pyro_vae.training.table_rows import TableRows
+from tests.runs import some
 
 N, LATENTS = 11, 2
 ADAM = functools.partial(torch.optim.Adam, lr=0.1, fused=True)
@@ -330,6 +333,79 @@ def test_the_optimizer_alone_is_refused_afterwards():
     guide.table.grad = torch.ones_like(guide.table)
     with pytest.raises(ValueError, match="a step count for each row of a table of 11 rows"):
         svi.optimizer.step()
+    guide, x = make()
+    optim = pyro.optim.Adam({"lr": 0.1})
+    steps(pv.CompiledSVI(model, guide, optim, pv.ELBO(), compile=False), guide, x, [[1, 3]])
+    with (
+        guide.rows(torch.tensor([1, 3])),
+        pytest.raises(ValueError, match="a step count for each row of a table of 11 rows"),
+    ):
+        SVI(model, guide, optim, loss=pv.ELBO()).step(x[[1, 3]])
+
+
+def test_a_copy_goes_on_as_the_one_it_is_of():
+    guide, x = make(family=pv.families.Normal())
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO(), compile="replay")
+    steps(svi, guide, x, MINIBATCHES[:6])
+    twin = copy.deepcopy(svi)
+    for one in (svi, twin):
+        torch.manual_seed(3)
+        steps(one, one.guide, x, MINIBATCHES[6:])
+    assert twin.guide is not guide
+    assert torch.equal(twin.guide.table, guide.table)
+
+
+# --- every loss and family: SGD has no state, so whole and rows are one and the same
+
+
+class WholeSGD(torch.optim.SGD):
+    """For which there is no rule."""
+
+
+def several(x):
+    """Two latents, one of them positive, a mask, a discrete latent and a minibatch's scale."""
+    with pyro.plate("data", N, subsample=x):
+        c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.3)))
+        z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+        s = pyro.sample("s", dist.LogNormal(x.new_zeros(()), 0.5))
+        with pyro.poutine.mask(mask=x[:, 1] > -1):
+            pyro.sample("y", dist.Normal(z[..., 0] + c, s), obs=x[:, 1])
+        pyro.sample("x", dist.Normal(z, s.unsqueeze(-1)).to_event(1), obs=x)
+
+
+NORMAL, FULL = pv.families.Normal(), pv.families.FullRankNormal()
+LOSSES = {
+    "ELBO": (model, NORMAL, pv.ELBO(3)),
+    "ELBO, sticking the landing": (model, FULL, pv.ELBO(2, kl="sample", estimator="stl")),
+    "ELBO, score": (model, NORMAL, pv.ELBO(2, kl="sample", estimator="score")),
+    "IWAE": (model, pv.families.LowRankNormal(1), pv.IWAE(4)),
+    "IWAE, doubly reparameterized": (model, NORMAL, pv.IWAE(4, estimator="dreg")),
+    "WakeSleep": (model, NORMAL, pv.WakeSleep(3)),
+    "Annealed": (model, pv.families.Annealed(NORMAL, 2), pv.ELBO(2)),
+    "Pyro's Trace_ELBO": (model, NORMAL, Trace_ELBO()),
+    "Pyro's TraceMeanField_ELBO": (model, NORMAL, TraceMeanField_ELBO()),
+    "several sites, ELBO": (several, NORMAL, pv.ELBO(2)),
+    "several sites, IWAE": (several, FULL, pv.IWAE(3)),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", some(LOSSES, ["ELBO", "IWAE", "several sites, IWAE"]))
+def test_every_loss_has_the_gradient_of_the_whole_table(name, how):
+    """In float64, under one seed: to 1e-10."""
+    fn, family, loss = LOSSES[name]
+    tables = []
+    for optim in (torch.optim.SGD, WholeSGD):
+        pyro.clear_param_store()
+        guide, x = make(fn=fn, family=family)
+        torch.manual_seed(2)
+        made = functools.partial(optim, lr=0.01)
+        svi = pv.CompiledSVI(fn, guide, made, copy.deepcopy(loss), compile=HOW[how])
+        modes = steps(svi, guide, x, [[0, 3, 5], [3, 1, 2], [9, 0, 3], [4, 5, 6], [3, 0, 1]])
+        tables.append(guide.table.detach())
+        assert modes[-1] == how
+    torch.testing.assert_close(*tables, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(tables[0], make(fn=fn, family=family)[0].table)
 
 
 def test_the_state_is_saved_and_goes_on():
