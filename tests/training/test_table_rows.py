@@ -390,10 +390,10 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", some(LOSSES, ["ELBO", "IWAE", "several sites, IWAE"]))
-def test_every_loss_has_the_gradient_of_the_whole_table(name, how):
+@pytest.mark.parametrize("case", some(LOSSES, ["ELBO", "IWAE", "several sites, IWAE"]))
+def test_every_loss_has_the_gradient_of_the_whole_table(case, how):
     """In float64, under one seed: to 1e-10."""
-    fn, family, loss = LOSSES[name]
+    fn, family, loss = case
     tables = []
     for optim in (torch.optim.SGD, WholeSGD):
         pyro.clear_param_store()
