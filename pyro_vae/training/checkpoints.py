@@ -138,15 +138,15 @@ class Checkpoints:
         """Give each checkpoint its next name, the last one a second name: none is ever missing."""
         if self._keep < 2 or not self.path.exists():
             return
-        for number in range(self._keep - 2, 0, -1):
-            if self._file(number).exists():
-                os.replace(self._file(number), self._file(number + 1))
         link = self.path.with_name(f".{self.path.name}.link.tmp")
         link.unlink(missing_ok=True)
         try:
             os.link(self.path, link)
         except OSError:  # a file system without hard links
             shutil.copyfile(self.path, link)
+        for number in range(self._keep - 2, 0, -1):
+            if self._file(number).exists():
+                os.replace(self._file(number), self._file(number + 1))
         os.replace(link, self._file(1))
 
     def resume(self, take_up: Callable[[Mapping[str, Any]], None]) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae.guides.table_file import copy_of
 from pyro_vae.programs.batch import Batch
-from pyro_vae.programs.guide_kinds import RowGuide, buffers_of_runs, is_given
+from pyro_vae.programs.guide_kinds import buffers_of_runs, is_given
 from pyro_vae.programs.handlers import ParamStatements, constrained_parameters
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.state import FirstValues, called_modules, looking, module_of
@@ -91,6 +91,7 @@ class Parameters:
         first = {n: p for n, p in self._stored.items() if n in self._first.made and "$$$" not in n}
         self.late = tuple(name for name, p in first.items() if id(p) not in of_modules)
         self._buffers = self._find_buffers(called)
+        self._infinite = {id(buffer) for buffer in self.buffers if not all_finite([buffer])}
         ids = {id(tensor) for _, tensor in registered}
         self.unregistered = {
             role: [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in ids]
@@ -165,14 +166,12 @@ class Parameters:
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Return whether all parameters are finite, and buffers that are saved with them."""
-        held = [m.state_dict(keep_vars=True) for m in self._modules.values()]
-        parts = [part for module in self._modules.values() for part in module.modules()]
-        guides = (part for part in parts if isinstance(part, RowGuide))
-        # What a guide remembers of its data is infinite where there is nothing to remember.
-        records = {id(getattr(guide, name)) for guide in guides for name in guide.RECORDS}
-        of_modules = ([t for t in some.values() if id(t) not in records] for some in held)
-        return all(map(all_finite, (*of_modules, self._buffers.values(), self._stored.values())))
+        """Return whether all parameters are finite, and the buffers that were so at first.
+
+        Some are not by what they are: a mask of minus infinity, what a table knows of its data.
+        """
+        buffers = [buffer for buffer in self.buffers if id(buffer) not in self._infinite]
+        return all_finite([*self.trained, *buffers])
 
     def differ(self, state: State) -> str:
         """Return how a state differs from this pair's in names, shapes and dtypes; "" for none."""

@@ -121,6 +121,8 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, where):
     assert "the checkpoint of step 2 stays, and training goes on" in caplog.text
     monkeypatch.undo()
     assert step_of(path) == 2
+    if where != "replace":  # of which the first is of the file before the last
+        assert step_of(tmp_path / "a.prev1") == 1
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".x.tmp")]
     files.write(content(4), 4)
     assert step_of(path) == 4

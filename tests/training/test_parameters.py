@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pyro.optim
@@ -270,3 +272,30 @@ def test_buffers_of_modules_that_functions_close_over_are_kept():
     net.running_mean += 3
     parameters.restore(state)
     assert torch.equal(net.running_mean, torch.zeros(2))
+
+
+def test_buffers_that_are_infinite_by_what_they_are():
+    """A table's memory of its data, a mask: they do not hide a parameter that overflowed."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(()))
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x)
+
+    model, x = Masked(), torch.zeros(4)
+    guide = pv.LocalGuide(model, num_data=4, example=x)
+    parameters = Parameters(model, guide, as_batch(x))
+    assert parameters.finite()
+    model.mean.fill_(math.nan)
+    assert not parameters.finite()
+    model.mean.fill_(0.0)
+    with torch.no_grad():
+        guide.table[2, 0, 1] = math.inf
+    assert not parameters.finite()

@@ -77,6 +77,8 @@ def test_a_run_that_max_steps_cuts_goes_on_where_it_was(name, compile, tmp_path)
     for cut in (1, 3, 5):
         part = trained(kind, max_steps=cut, epochs=EPOCHS, checkpoint=path, **options)
         assert part[0].steps == min(cut, EPOCHS * per_epoch)
+        # Else the next one would begin anew, and come to the same numbers.
+        assert checkpoints.load(path)["progress"]["step"] == part[0].steps
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path, **options))
     # There is nothing left to do.
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path, **options))
@@ -165,7 +167,7 @@ def test_ctrl_c_loses_no_step(name, step, tmp_path):
     whole = trained(kind, epochs=EPOCHS)
     begun, _ = trained(callbacks_with(kind, CtrlC(step)), epochs=EPOCHS, checkpoint=path)
     assert begun.stopped_by == "interrupted"
-    assert begun.steps == step
+    assert begun.steps == checkpoints.load(path)["progress"]["step"] == step
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
 
@@ -182,7 +184,7 @@ def test_ctrl_c_in_validation_loses_no_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Validation, "score", interrupted)
         begun, _ = trained(kind, epochs=EPOCHS, checkpoint=path)
-    assert begun.steps == 3
+    assert begun.steps == checkpoints.load(path)["progress"]["step"] == 3
     assert begun.history["epoch"] == []
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
 
@@ -221,6 +223,7 @@ def test_a_callback_that_ended_training_inside_an_epoch(tmp_path):
     begun, _ = trained(callbacks_with(kind, Stop()), epochs=EPOCHS, checkpoint=path)
     assert begun.stopped_by == "callback"
     assert begun.history["step"] == [3, 5]
+    assert checkpoints.load(path)["progress"]["step"] == 5
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
 
 

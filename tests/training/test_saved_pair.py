@@ -267,6 +267,13 @@ def test_a_run_is_asked_for_where_the_store_may_hold_parameters(tmp_path):
     for pair in others:
         pv.save(path, *pair)
 
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    pv.save(path, model, pv.LocalGuide(model, num_data=len(X), example=X))
+
 
 def test_other_files_are_refused(tmp_path):
     pair = KINDS["plain"].pair()
