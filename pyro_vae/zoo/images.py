@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.programs.handlers import Registered, register
 from pyro_vae.programs.types import Distribution
-from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot
+from pyro_vae.zoo.likelihoods import Bernoulli, Binomial, Likelihood, OneHot, WithMask
 from pyro_vae.zoo.simulation import draw, draw_integers
 
 
@@ -94,15 +94,25 @@ class _VectorModel(_DecoderModel):
         sizes = [num_inputs, *hidden, num_features * observation.params_per_feature]
         super().__init__([num_features], MLP(sizes), observation)
 
-    def make_encoder(self, hidden: Sequence[int] = (64,), **options: Any) -> nn.Module:
+    def make_encoder(
+        self, hidden: Sequence[int] = (64,), *, missing: bool = False, **options: Any
+    ) -> nn.Module:
         """Return a new encoder, from data [N, D] to features [N, hidden[-1]].
 
         Args:
             hidden: widths of its layers.
+            missing: whether it is to be wrapped by :class:`pyro_vae.MissingEncoder`, which gives
+                it the data and their mask, [N, 2 D].
             **options: of :class:`pyro_vae.nets.MLP`.
         """
-        network = MLP(self._encoder_sizes(hidden), activate_last=True, **options)
-        return nn.Sequential(self.observation.make_input(), network).to(self._like)
+        first, *others = self._encoder_sizes(hidden)
+        first += self.data_shape[0] * missing
+        network = MLP([first, *others], activate_last=True, **options)
+        return nn.Sequential(self._make_input(missing), network).to(self._like)
+
+    def _make_input(self, missing: bool) -> nn.Module:
+        made = self.observation.make_input()
+        return WithMask(made) if missing else made
 
 
 class VAE(_VectorModel):
@@ -194,17 +204,22 @@ class ConvVAE(_DecoderModel):
         super().__init__(shape, decoder, observation)
         self.num_latents = num_latents
 
-    def make_encoder(self, num_features: int = 64, **options: Any) -> nn.Module:
+    def make_encoder(
+        self, num_features: int = 64, *, missing: bool = False, **options: Any
+    ) -> nn.Module:
         """Return a new encoder, from images [N, C, H, W] to features [N, num_features].
 
         Args:
             num_features: width of the output.
+            missing: whether it is to be wrapped by ``pyro_vae.MissingEncoder(..., dim=1)``, which
+                gives it the images and their masks, [N, 2 C, H, W].
             **options: of :class:`pyro_vae.nets.ConvEncoder`.
         """
         channels, height, width = self.data_shape
-        shape = (channels * self.observation.inputs_per_feature, height, width)
-        network = ConvEncoder(shape, num_features, **options)
-        return nn.Sequential(self.observation.make_input(), network).to(self._like)
+        inputs = channels * (self.observation.inputs_per_feature + missing)
+        network = ConvEncoder((inputs, height, width), num_features, **options)
+        made = self.observation.make_input()
+        return nn.Sequential(WithMask(made, 1) if missing else made, network).to(self._like)
 
 
 class TwoLayerVAE(_VectorModel):
@@ -351,14 +366,17 @@ class ConditionalVAE(_VectorModel):
         """Return latents [..., N, L] beside the indicators of classes [N]: [..., N, L + C]."""
         return torch.cat([z, self.one_hot(y).expand(*z.shape[:-1], -1)], -1)
 
-    def make_encoder(self, hidden: Sequence[int] = (64,), **options: Any) -> nn.Module:
+    def make_encoder(
+        self, hidden: Sequence[int] = (64,), *, missing: bool = False, **options: Any
+    ) -> nn.Module:
         """Return a new encoder, from data [N, D] and classes [N] to features [N, hidden[-1]].
 
         Arguments as in :meth:`VAE.make_encoder`.
         """
         first, *others = self._encoder_sizes(hidden)
-        network = MLP([first + self.num_classes, *others], activate_last=True, **options)
-        make_input, one_hot = self.observation.make_input(), OneHot(self.num_classes)
+        first += self.num_classes + self.data_shape[0] * missing
+        network = MLP([first, *others], activate_last=True, **options)
+        make_input, one_hot = self._make_input(missing), OneHot(self.num_classes)
         return _ConditionalEncoder(make_input, one_hot, network).to(self._like)
 
     def _draw(self, blank: Tensor, seed: int) -> dict[str, Tensor]:

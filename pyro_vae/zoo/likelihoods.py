@@ -192,6 +192,28 @@ class OneHot(nn.Module):
             ) from error
 
 
+class WithMask(nn.Module):
+    """What an encoder sees of data whose mask stands beside them: the mask stays what it is.
+
+    Args:
+        make_input: of the data alone.
+        dim: along which values and mask stand, half of it each.
+
+    Example:
+        >>> WithMask(_Divide(10.0))(torch.tensor([[5.0, 0.0, 1.0, 0.0]]))
+        tensor([[0.5000, 0.0000, 1.0000, 0.0000]])
+    """
+
+    def __init__(self, make_input: nn.Module, dim: int = -1) -> None:
+        super().__init__()
+        self.make_input, self.dim = make_input, dim
+
+    def forward(self, both: Tensor) -> Tensor:
+        """Return the input made of the values, and the mask behind it."""
+        values, seen = both.chunk(2, self.dim)
+        return torch.cat([self.make_input(values), seen], self.dim)
+
+
 class _CategoriesFirst(nn.Module):
     """Bring [N, D, ..., C] to [N, C * D, ...]: more channels, as a convolution wants them."""
 

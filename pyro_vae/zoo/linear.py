@@ -87,9 +87,13 @@ class FactorAnalysis(Registered):
         location = torch.linalg.solve(precision, (x - self.mean) @ weighted, left=False)
         return dist.MultivariateNormal(location, precision_matrix=precision)
 
-    def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
-        """Return a new encoder of x [N, D] to features [N, hidden[-1]]."""
-        return MLP([len(self.mean), *hidden], activate_last=True).to(self.mean)
+    def make_encoder(self, hidden: Sequence[int], *, missing: bool = False) -> nn.Module:
+        """Return a new encoder of x [N, D] to features [N, hidden[-1]].
+
+        With ``missing`` of [N, 2 D], as :class:`pyro_vae.MissingEncoder` gives it.
+        """
+        sizes = [len(self.mean) * (1 + missing), *hidden]
+        return MLP(sizes, activate_last=True).to(self.mean)
 
     def simulate(self, num_data: int, seed: int = 0) -> Tensor:
         """Draw data [num_data, D] from the model."""

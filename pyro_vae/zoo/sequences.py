@@ -69,13 +69,15 @@ class DeepMarkovModel(Registered):
                 values.append(pyro.sample(f"x_{step + 1}", likelihood, obs=sequences[:, step]))
         return torch.stack(values, -2)
 
-    def make_encoder(self, hidden: int) -> nn.Module:
+    def make_encoder(self, hidden: int, *, missing: bool = False) -> nn.Module:
         """Return a new encoder of (sequences, lengths) to features [N, 2 T hidden].
 
         Recurrent in both directions, with ``hidden`` units each. A step's features depend on
-        its own sequence alone, not on the padding.
+        its own sequence alone, not on the padding. With ``missing`` sequences are [N, T, 2 D],
+        as :class:`pyro_vae.MissingEncoder` gives them.
         """
-        return _BidirectionalEncoder(len(self.log_noise), hidden).to(self.log_noise)
+        size = len(self.log_noise) * (1 + missing)
+        return _BidirectionalEncoder(size, hidden).to(self.log_noise)
 
     def simulate(
         self, num_data: int, seed: int = 0, *, num_steps: int = 10

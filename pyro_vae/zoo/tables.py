@@ -68,9 +68,14 @@ class TopicModel(Registered):
             words = Multinomial(counts.sum(-1), shares @ self.topics)
             return pyro.sample("counts", words, obs=counts)
 
-    def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
-        """Return a new encoder of word counts [N, V] to features [N, hidden[-1]]."""
-        return _LogCountEncoder(self.topic_logits.shape[1], hidden).to(self.topic_logits)
+    def make_encoder(self, hidden: Sequence[int], *, missing: bool = False) -> nn.Module:
+        """Return a new encoder of word counts [N, V] to features [N, hidden[-1]].
+
+        With ``missing`` of [N, 2 V], as :class:`pyro_vae.MissingEncoder` gives it. The counts of a
+        document are one joint event: all of them are missing, or none is.
+        """
+        num_words = self.topic_logits.shape[1]
+        return _LogCountEncoder(num_words, hidden, missing=missing).to(self.topic_logits)
 
     def simulate(self, num_data: int, seed: int = 0, *, document_length: int = 100) -> Tensor:
         """Draw word counts [num_data, V] of documents of one length from the model."""
@@ -143,10 +148,13 @@ class SingleCellCounts(Registered):
         r = self.inverse_dispersion
         return dist.NegativeBinomial(r, logits=log_mean - self.log_inverse_dispersion)
 
-    def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
-        """Return a new encoder of counts [N, G] (sizes ignored) to features [N, hidden[-1]]."""
-        num_genes = len(self.log_inverse_dispersion)
-        return _LogCountEncoder(num_genes, hidden).to(self.log_inverse_dispersion)
+    def make_encoder(self, hidden: Sequence[int], *, missing: bool = False) -> nn.Module:
+        """Return a new encoder of counts [N, G] (sizes ignored) to features [N, hidden[-1]].
+
+        With ``missing`` of [N, 2 G], as :class:`pyro_vae.MissingEncoder` gives it.
+        """
+        like = self.log_inverse_dispersion
+        return _LogCountEncoder(len(like), hidden, missing=missing).to(like)
 
     def simulate(
         self, num_data: int, seed: int = 0, *, size: Tensor | None = None
@@ -160,8 +168,9 @@ class SingleCellCounts(Registered):
 class _LogCountEncoder(MLP):
     """A multilayer perceptron of log(1 + counts)."""
 
-    def __init__(self, num_features: int, hidden: Sequence[int]) -> None:
-        super().__init__([num_features, *hidden], activate_last=True)
+    def __init__(self, num_features: int, hidden: Sequence[int], *, missing: bool) -> None:
+        # Of the mask, 0 and 1, the logarithm is the same on another scale.
+        super().__init__([num_features * (1 + missing), *hidden], activate_last=True)
 
     def forward(self, counts: Tensor, size: Tensor | None = None) -> Tensor:
         return super().forward(counts.log1p())
@@ -278,9 +287,12 @@ class ItemResponse(Registered):
             likelihood = dist.Bernoulli(logits=logits).to_event(1)
             return pyro.sample("responses", likelihood, obs=responses)
 
-    def make_encoder(self, hidden: Sequence[int]) -> nn.Module:
-        """Return a new encoder of responses [N, J] to features [N, hidden[-1]]."""
-        return MLP([self.num_items, *hidden], activate_last=True)
+    def make_encoder(self, hidden: Sequence[int], *, missing: bool = False) -> nn.Module:
+        """Return a new encoder of responses [N, J] to features [N, hidden[-1]].
+
+        With ``missing`` of [N, 2 J], as :class:`pyro_vae.MissingEncoder` gives it.
+        """
+        return MLP([self.num_items * (1 + missing), *hidden], activate_last=True)
 
     def make_global_guide(self) -> AutoNormal:
         """Return a new AutoNormal of the items, for AmortizedGuide(global_guide=...)."""

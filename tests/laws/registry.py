@@ -126,8 +126,13 @@ def double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def pair(name: str, family: Any = None, *, missing: bool = False) -> tuple[Any, Any, Batch]:
-    """Return a model, a guide and a batch, in float64."""
+def pair(
+    name: str, family: Any = None, *, missing: bool = False, sees_mask: bool = False
+) -> tuple[Any, Any, Batch]:
+    """Return a model, a guide and a batch, in float64.
+
+    With ``missing`` some values are, and the encoder fills them in, or ``sees_mask``.
+    """
     entry = ENTRIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -137,7 +142,8 @@ def pair(name: str, family: Any = None, *, missing: bool = False) -> tuple[Any, 
         batch = Batch(tuple(map(double, data.args)), kwargs)
         if entry.encoder is None:
             return model, pv.ExactGuide(model, example=batch), batch
-        encoder = model.make_encoder(*entry.encoder).double()
+        options = {"missing": True} if sees_mask else {}
+        encoder = model.make_encoder(*entry.encoder, **options).double()
         options = {"family": family, **entry.guide(model)}
         if not missing:
             return model, pv.AmortizedGuide(model, encoder, example=batch, **options), batch
@@ -150,7 +156,14 @@ def pair(name: str, family: Any = None, *, missing: bool = False) -> tuple[Any, 
         else:
             batch = Batch(batch.args, {**kwargs, "seen": seen})
             whole = pv.MissingData(model, mask="seen")
-        guide = pv.AmortizedGuide(whole, Filling(encoder), example=batch, **options)
+        wrapped: nn.Module = Filling(encoder)
+        if sees_mask:
+            key = 0 if batch.args else "x"
+            mask = "seen" if "seen" in batch.kwargs else None
+            wrapped = pv.MissingEncoder(
+                encoder, dim=1 if x.ndim == 4 else -1, mask=mask, values=key
+            )
+        guide = pv.AmortizedGuide(whole, wrapped, example=batch, **options)
         return whole, guide, batch
 
 

@@ -112,6 +112,35 @@ def test_impute(name):
     assert torch.isfinite(draws).all()
 
 
+@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.missing])
+def test_an_encoder_that_sees_what_is_missing(name):
+    """It trains on data with holes; bounds are finite, and the mask reaches the features."""
+    model, guide, batch = pair(name, missing=True, sees_mask=True)
+    check_training(model, guide, batch, pv.ELBO(2))
+    assert torch.isfinite(pv.iwae_bound(model, guide, batch, num_particles=20, seed=0).value).all()
+    if "seen" in batch.kwargs:
+        return
+    filled = Batch(
+        tuple(map(torch.nan_to_num, batch.args)),
+        {name: torch.nan_to_num(value) for name, value in batch.kwargs.items()},
+    )  # as the encoder fills them in: the mask alone is another
+    with torch.no_grad():
+        one, other = (guide.encoder(*b.args, **b.kwargs) for b in (batch, filled))
+    assert not torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_an_encoder_of_documents_sees_a_mask_too():
+    """Counts of a document are one joint event, of which no part can be missing."""
+    model, _, batch = pair("topic model")
+    counts = batch.args[0]
+    encoder = pv.MissingEncoder(model.make_encoder([5], missing=True).double())
+    assert encoder(counts).shape == (N, 5)
+    counts = counts.clone()
+    counts[0, 0] = math.nan
+    with pytest.raises(ValueError, match="The batch has missing values"):
+        pv.fit(pv.MissingData(model), pv.AmortizedGuide(model, encoder, example=batch), counts)
+
+
 @every_kind
 @every_family
 def test_a_family_for_every_kind_of_model(name, family):
