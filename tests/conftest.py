@@ -20,6 +20,12 @@ pytest.register_assert_rewrite(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that hold an address: processes that share the tests would not agree on them."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"parametrize needs ids: {named[0]}")
+
+
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     """Empty param store, float32, one seed, nothing said yet."""

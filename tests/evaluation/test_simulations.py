@@ -155,7 +155,9 @@ def autonormal(**options):
     return guide
 
 
-@pytest.mark.parametrize("guide", [autonormal(), batch_mean, of_position], ids=repr)
+@pytest.mark.parametrize(
+    "guide", [autonormal(), batch_mean, of_position], ids=["autonormal", "batch mean", "position"]
+)
 def test_a_guide_that_does_not_answer_for_a_datum_alone_is_refused(guide):
     """Also a fresh AutoNormal, whose rows are all alike."""
     with pytest.raises(ValueError, match="depends on its place in the batch .* or on the other"):
