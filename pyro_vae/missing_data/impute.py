@@ -67,6 +67,7 @@ class Imputation:
         num_columns: int = 10,
         num_draws: int = 3,
         unit: str = "intensity",
+        ax: Axes | None = None,
     ) -> Axes:
         """Draw images: what is seen, its mean imputation, draws, and the truth; a column per datum.
 
@@ -79,6 +80,7 @@ class Imputation:
             num_columns: how many data, from the first.
             num_draws: how many draws of each.
             unit: what the grey scale measures.
+            ax: where to draw; new axes if None.
 
         Returns:
             The axes.
@@ -107,6 +109,7 @@ class Imputation:
             truth=None if truth is None else np.asarray(truth).reshape(rows, -1),
             num_columns=num_columns,
             unit=unit,
+            ax=ax,
         )
 
     @property

@@ -320,9 +320,18 @@ def pyplot() -> ModuleType:
 
 
 def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return axes to draw on: new ones of a size in inches where none are given."""
+    """Return axes to draw on: new ones of a size in inches where none are given.
+
+    Raises:
+        TypeError: for what is no Axes, such as a figure or an array of subplots.
+    """
     if ax is None:
         _, ax = pyplot().subplots(figsize=size, layout="constrained")
+    elif not hasattr(ax, "spines"):
+        raise TypeError(
+            f"ax={type(ax).__name__}: one Matplotlib Axes is needed, as plt.subplots() returns it "
+            "beside its figure; of an array of them pass one entry"
+        )
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
