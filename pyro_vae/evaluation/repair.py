@@ -22,6 +22,7 @@ from pyro_vae.arviz_versions import Container
 from pyro_vae.evaluation.rungs import EVERY_RUNG, RUNGS, Found, Ladder, Rung
 from pyro_vae.export.arviz import Export, LogLikelihood
 from pyro_vae.export.draws import INDEPENDENT, GivenDraws
+from pyro_vae.export.marginal import MarginalBound
 from pyro_vae.markup import result
 from pyro_vae.particles.evaluator import Evaluator, worth_parts
 from pyro_vae.particles.global_latents import Given
@@ -130,6 +131,7 @@ class Repair:
         log_likelihood: LogLikelihood = "pointwise",
         num_particles: int = 100,
         local_guide: Program | None = None,
+        bound: MarginalBound | None = None,
         data_plate: DataPlate = None,
         file: str | os.PathLike[str] | None = None,
     ) -> Container:
@@ -163,6 +165,7 @@ class Repair:
             log_likelihood=log_likelihood,
             num_particles=num_particles,
             local_guide=local_guide,
+            bound=bound,
             data_plate=data_plate,
             file=file,
         ).container()

@@ -15,7 +15,7 @@ from pyro_vae.arviz_versions import Container, container, datasets, read
 from pyro_vae.export.covariates import covariates, of_rows
 from pyro_vae.export.draws import Draws, Groups, GuideDraws, Resampling
 from pyro_vae.export.groups import GroupMaker, joined
-from pyro_vae.export.marginal import Integrals, Marginal
+from pyro_vae.export.marginal import Integrals, Marginal, MarginalBound
 from pyro_vae.export.streaming import format_of, streamed
 from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
@@ -44,6 +44,7 @@ def to_arviz(
     log_likelihood: LogLikelihood = "pointwise",
     num_particles: int = 100,
     local_guide: Program | None = None,
+    bound: MarginalBound | None = None,
     given: GivenValues | None = None,
     file: str | os.PathLike[str] | None = None,
     seed: int | None = None,
@@ -108,6 +109,11 @@ def to_arviz(
         local_guide: a guide of the latents of each datum given the global ones, for "marginal";
             by default the guide itself. One is needed where that has no density of one datum's
             latents alone, such as a Gaussian of all latents jointly.
+        bound: what bounds log p(x_n | g_s) for "marginal", in the place of K particles of that
+            guide: a function of (model, guide, batch) and the keywords ``given``, ``data_plate``
+            and ``seed``, such as :func:`pyro_vae.ais` with settings of its own,
+            ``functools.partial(pv.ais, num_chains=8, num_steps=50, progress=False)``. Annealed
+            chains serve where the guide is far from the posterior, and take a run for each draw.
         given: values of global latent sites, as in :func:`pyro_vae.log_weights`.
         file: where to write the container, block by block of at most 256 data, so that memory
             holds the draws of a block alone: a netCDF file, or a Zarr folder if the name ends in
@@ -172,6 +178,7 @@ def to_arviz(
         log_likelihood=log_likelihood,
         num_particles=num_particles,
         local_guide=local_guide,
+        bound=bound,
         data_plate=data_plate,
         file=file,
     ).container()
@@ -191,6 +198,7 @@ class Export:
         log_likelihood: of what.
         num_particles: K, for a marginal one.
         local_guide: for a marginal one.
+        bound: for a marginal one, in the place of particles.
         data_plate: for a marginal one.
         file: to be written to; None for a container in memory.
     """
@@ -204,6 +212,7 @@ class Export:
     log_likelihood: LogLikelihood = "pointwise"
     num_particles: int = 100
     local_guide: Program | None = None
+    bound: MarginalBound | None = None
     data_plate: DataPlate = None
     file: str | os.PathLike[str] | None = None
 
@@ -237,7 +246,9 @@ class _Assembly:
         self._integrals: Integrals | None = None
         if export.log_likelihood == "marginal":
             count = as_count("num_particles", export.num_particles)
-            self._marginal = Marginal(evaluator, export.local_guide, export.data_plate, count)
+            self._marginal = Marginal(
+                evaluator, export.local_guide, export.data_plate, count, export.bound
+            )
         plates = {p.name for site in evaluator.structure.sites.values() for p in site.plates}
         if export.file is not None:
             format_of(export.file)
@@ -333,8 +344,8 @@ class _Assembly:
             **self._export.draws.attrs(),
         }
         if self._integrals is not None:
-            count = self._export.num_particles
-            attrs["log_likelihood"] = f"log p(x_n | global latents), by IWAE-{count}"
+            name = self._integrals.name
+            attrs["log_likelihood"] = f"log p(x_n | global latents), by {name}"
             attrs["marginal_loo_bias"] = self._integrals.loo_bias
         return attrs
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_vae.particles.estimators import StreamingIWAE
 from pyro_vae.particles.evaluator import Evaluator
@@ -31,10 +34,12 @@ class Integrals:
     Attributes:
         value: log p(x_n | g_s), importance-weighted bounds, [S, N], in nats.
         std_error: their standard errors, [S, N].
+        name: of the bounds.
     """
 
     value: np.ndarray
     std_error: np.ndarray
+    name: str = ""
 
     @property
     def of_data(self) -> np.ndarray:
@@ -51,6 +56,38 @@ class Integrals:
         return -float(np.square(self.std_error).mean(0).sum())
 
 
+class FoundBound(Protocol):
+    """A bound on log p(x) of each datum, as :class:`pyro_vae.Bound`."""
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+
+    @property
+    def value(self) -> Tensor:
+        """In nats, [N]."""
+
+    @property
+    def std_error(self) -> Tensor:
+        """Its standard error, [N]."""
+
+
+class MarginalBound(Protocol):
+    """A function that bounds log p(x) of each datum, given the global latents."""
+
+    def __call__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Any,
+        *,
+        given: Mapping[str, Tensor],
+        data_plate: DataPlate,
+        seed: int,
+    ) -> FoundBound:
+        """Return the bound."""
+
+
 class Marginal:
     """Integrates out the latents of each datum by importance sampling, given draws of the globals.
 
@@ -59,6 +96,7 @@ class Marginal:
         guide: proposes the latents of each datum given the globals; None for that of ``whole``.
         data_plate: the name of the plate of the data, where it is not plain.
         num_particles: K, of each datum for each draw.
+        bound: what integrates in the place of so many particles; None for these.
 
     Raises:
         ValueError: for a model without global latents, or without latents of each datum.
@@ -69,9 +107,14 @@ class Marginal:
     """
 
     def __init__(
-        self, whole: Evaluator, guide: Program | None, data_plate: DataPlate, num_particles: int
+        self,
+        whole: Evaluator,
+        guide: Program | None,
+        data_plate: DataPlate,
+        num_particles: int,
+        bound: MarginalBound | None = None,
     ) -> None:
-        self._whole, self._num_particles = whole, num_particles
+        self._whole, self._num_particles, self._bound = whole, num_particles, bound
         self._guide = whole.pair.user_guide if guide is None else guide
         self._plate = data_plate if isinstance(data_plate, str) else None
         self.structure = _structure(whole, self._plate)
@@ -92,6 +135,8 @@ class Marginal:
         names = names_of(self.structure.global_latents)
         device = self._whole.batch.device
         given = {name: torch.as_tensor(draws[name], device=device) for name in names}
+        if self._bound is not None:
+            return self._by_bound(self._bound, given)
         values, errors = [], []
         held: dict[str, torch.Tensor] = {}
         evaluator: Evaluator | None = None
@@ -106,8 +151,28 @@ class Marginal:
             found, error = self._of_draw(evaluator)
             values.append(found)
             errors.append(error)
-        integrals = Integrals(np.stack(values), np.stack(errors))
-        _warn(integrals, self._num_particles)
+        name = f"IWAE-{self._num_particles}"
+        integrals = Integrals(np.stack(values), np.stack(errors), name)
+        _warn(integrals, f"{self._num_particles} particles", "Take more (num_particles)")
+        return integrals
+
+    def _by_bound(self, bound: MarginalBound, given: Mapping[str, Tensor]) -> Integrals:
+        """Return the integrals that a function gives, one draw of the globals after the other."""
+        found, pair = [], self._whole.pair
+        with contextlib.ExitStack() as stack:
+            if isinstance(guide := unwrapped(self._guide), RowGuide):
+                stack.enter_context(guide.for_any_data())
+            for s in range(len(next(iter(given.values())))):
+                held = {name: value[s] for name, value in given.items()}
+                seed = bits_of(self._whole.seed, Purpose.EXPORTED_MARGINAL, s, count=32)
+                options: dict[str, Any] = {"given": held, "data_plate": self._plate, "seed": seed}
+                found.append(bound(pair.model, self._guide, pair.batch, **options))
+        value, error = (
+            torch.stack([getattr(each, what) for each in found]).numpy(force=True)
+            for what in ("value", "std_error")
+        )
+        integrals = Integrals(value, error, found[0].name)
+        _warn(integrals, integrals.name, "Take one that is tighter (bound)")
         return integrals
 
     def _held_at(
@@ -174,16 +239,17 @@ def _structure(whole: Evaluator, plate: str | None) -> Structure:
     return structure
 
 
-def _warn(found: Integrals, num_particles: int) -> None:
+def _warn(found: Integrals, means: str, advice: str) -> None:
     large = found.of_data > _LARGE
     if large.any():
         logger.warning(
             "to_arviz: the integral over the latents of %d of %d data has a standard error of more "
-            "than %g nats, by %d particles: az.loo comes out low by about %.1f nats in all. Take "
-            "more (num_particles), or a better guide of these latents (local_guide)",
+            "than %g nats, by %s: az.loo comes out low by about %.1f nats in all. %s, or a better "
+            "guide of these latents (local_guide)",
             int(large.sum()),
             large.size,
             _LARGE,
-            num_particles,
+            means,
             -found.loo_bias,
+            advice,
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae.arviz_versions import Container
 from pyro_vae.export.arviz import Export, LogLikelihood
 from pyro_vae.export.draws import GivenDraws
+from pyro_vae.export.marginal import MarginalBound
 from pyro_vae.markup import paragraphs
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import Given, given_text
@@ -120,6 +121,7 @@ class PosteriorSamples:
         log_likelihood: LogLikelihood = "pointwise",
         num_particles: int = 100,
         local_guide: Program | None = None,
+        bound: MarginalBound | None = None,
         data_plate: DataPlate = None,
         file: str | os.PathLike[str] | None = None,
     ) -> Container:
@@ -155,6 +157,7 @@ class PosteriorSamples:
             log_likelihood=log_likelihood,
             num_particles=num_particles,
             local_guide=local_guide,
+            bound=bound,
             data_plate=data_plate,
             file=file,
         ).container()
