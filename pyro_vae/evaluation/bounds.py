@@ -193,7 +193,8 @@ def log_weights(
     Args:
         model: a Pyro model.
         guide: a Pyro guide of its latent sites, of any make.
-        *batch: their arguments: tensors with a row per datum; or one tuple or mapping.
+        *batch: their arguments: tensors with a row per datum; or one tuple or mapping. Arrays in
+            files, sparse matrices, an AnnData and loaders are read some rows at a time.
         num_particles: K, draws for each datum.
         given: values of global latent sites, by name: the weights are then of p(x, z | these),
             model and guide alike. Without it a guide's ``global_guide`` gives its median.
