@@ -18,6 +18,7 @@ from pyro_vae.programs.enumeration import Conditional, conditionals, enumerated,
 from pyro_vae.programs.handlers import Registered
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import plain_distribution, sample_nodes
+from pyro_vae.programs.on_demand import example_of
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.state import evaluation
 from pyro_vae.programs.structure import ModelLooks
@@ -74,7 +75,7 @@ class ExactGuide(Registered):
         super().__init__()
         # In a tuple: a module of its own would make the model's parameters the guide's.
         self._model = (model,)
-        batch = as_batch(example)
+        batch = example_of(example)
         structure = ModelLooks(model, batch).structure(data_plate, strict=True)
         _check(structure)
         self._nesting = structure.nesting

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.programs.batch import as_batch
+from pyro_vae.programs.on_demand import example_of
 from pyro_vae.programs.structure import DataPlateError, ModelLooks
 from pyro_vae.programs.types import DataPlate, Program
 
@@ -58,7 +58,7 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
 
     Args:
         model: a Pyro model.
-        *batch: its arguments; a minibatch is enough.
+        *batch: its arguments; a minibatch is enough. Of data in a file the first rows are read.
         data_plate: as in :meth:`ModelLooks.structure`.
 
     Returns:
@@ -70,7 +70,7 @@ def describe(model: Program, *batch: Any, data_plate: DataPlate = None) -> Descr
             sites that are others, or of another shape, in another run.
     """
     note = ""
-    looks = ModelLooks(model, as_batch(*batch))
+    looks = ModelLooks(model, example_of(*batch))
     try:
         structure = looks.structure(data_plate)
         looks.check_stable(structure, 5)

@@ -25,6 +25,7 @@ from pyro_vae.programs.rows import Rows, SomeRows, matrix_of, rows_of, tensor_of
 from pyro_vae.programs.state import preserved_rng
 
 _HELD = 2**26  # bytes of a torch Dataset that evaluation reads at once, and keeps
+_EXAMPLE = 256  # rows that shapes are read off
 _PART, _PART_BYTES = 4096, 2**25  # rows, and bytes of them, that are read at once
 
 
@@ -52,8 +53,8 @@ class OnDemand(Batch):
         """The device of what is read."""
         if self.target is not None:
             return torch.device(self.target)
-        tensors = (value for _, value in self._named() if isinstance(value, Tensor) and value.ndim)
-        return next((value.device for value in tensors), torch.device("cpu"))
+        of_rows = (value for _, value in self._named() if has_dimensions(value))
+        return next(value.device for value in of_rows)
 
     @property
     def drawn_anew(self) -> bool:
@@ -218,6 +219,12 @@ def on_demand(*batch: Any, held: int = _HELD, ordered: bool = True) -> Batch:
     if any(isinstance(value, Rows) for value in (*args, *kwargs.values())):
         return check_lists(OnDemand(args, kwargs))
     return check_lists(Batch(args, kwargs))
+
+
+def example_of(*batch: Any) -> Batch:
+    """Return a batch to read shapes from: of data that are read on demand, the first rows."""
+    found = on_demand(*batch)
+    return found.head(_EXAMPLE) if isinstance(found, OnDemand) else found
 
 
 def _lazy(name: str, value: Any) -> Any:

@@ -64,11 +64,13 @@ class Rows(ABC):
         dtype: of the tensors.
         block: rows that lie together: reading one of them costs as much as reading all; 1 where
             rows are read one by one.
+        device: of the tensors.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     block: int = 1
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def read(self, index: slice | Tensor) -> Tensor:
@@ -164,7 +166,7 @@ class SparseTensorRows(Rows):
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        tensor = tensor.detach()
+        tensor, self.device = tensor.detach(), tensor.device
         if tensor.layout is torch.sparse_csr and tensor.ndim == 2:
             self._first, entry = tensor.crow_indices(), tensor.col_indices().unsqueeze(0)
             self._entry, self._values = entry, tensor.values()
@@ -243,6 +245,7 @@ class SomeRows(Rows):
     def __init__(self, rows: Rows, numbers: Tensor) -> None:
         self._rows, self._numbers = rows, numbers
         self.shape, self.dtype = (len(numbers), *rows.shape[1:]), rows.dtype
+        self.device = rows.device
         first = int(numbers[0]) if len(numbers) else 0
         together = torch.equal(numbers, torch.arange(first, first + len(numbers)))
         self.block = rows.block if together and first % rows.block == 0 else 1

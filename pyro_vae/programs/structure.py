@@ -15,12 +15,11 @@ from pyro_vae.programs.batch import Batch, dtype_errors
 from pyro_vae.programs.messages import trace_of
 from pyro_vae.programs.nodes import drawn_subsamples, plain_distribution
 from pyro_vae.programs.observed import check_observed, check_repeated
-from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.on_demand import example_of
 from pyro_vae.programs.sites import Plate, Site, Structure, names_of
 from pyro_vae.programs.state import Look, called_modules, looking
 from pyro_vae.programs.types import DataPlate, Node, Program
 
-_EXAMPLE = 256  # rows of data that are read on demand
 _ONE_DATUM = "data_plate=False to treat the whole batch as one datum"
 
 
@@ -52,9 +51,7 @@ class ModelLooks:
         """Return what is known of a model: an example that is a ModelLooks of it, or a new one."""
         if isinstance(example, ModelLooks) and example.model is model:
             return example
-        batch = on_demand(example)
-        # Shapes are read off it, which some rows show.
-        return cls(model, batch.head(_EXAMPLE) if isinstance(batch, OnDemand) else batch)
+        return cls(model, example_of(example))
 
     def on(self, batch: Batch) -> ModelLooks:
         """Return what is known of the model on some of the rows: all but its sites there."""

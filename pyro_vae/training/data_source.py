@@ -89,7 +89,7 @@ class DataSource:
 
     @property
     def every(self) -> Batch | None:
-        """All the data, read in parts where they are not at hand; None of a loader's."""
+        """All the data, read in parts where they are not at hand; None of a loader or Dataset."""
         return self.batch
 
     def drawn(self, batch: Batch) -> Batch:
@@ -236,8 +236,8 @@ class _ReadByRows(DataSource):
             return self._data.whole()
 
     @property
-    def every(self) -> Batch:
-        return self._data
+    def every(self) -> Batch | None:
+        return None if self._data.drawn_anew else self._data
 
     def _renew(self, *, whole: bool) -> int:
         if whole and (self._data.drawn_anew or self._now.size != self._data.count):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.on_demand import OnDemand, on_demand, take
+from pyro_vae.programs.on_demand import OnDemand, example_of, on_demand, take
 
 X = torch.from_numpy(np.random.default_rng(0).poisson(0.7, (50, 5)).astype("float32"))
 SPARSE = scipy.sparse.csr_matrix(X.numpy())
@@ -205,3 +205,9 @@ def test_chunks_of_what_is_taken():
         take(0.5, slice(0, 2))
     with pytest.raises(IndexError):
         take(batch, torch.tensor([50]))
+
+
+def test_shapes_are_read_off_the_first_rows(monkeypatch):
+    monkeypatch.setattr("pyro_vae.programs.on_demand._EXAMPLE", 7)
+    assert same(example_of({"x": SPARSE, "y": LABELS}), (X[:7], LABELS[:7]))
+    assert example_of(X).args[0] is X

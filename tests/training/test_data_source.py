@@ -351,3 +351,64 @@ def test_what_takes_all_rows_gets_them():
     assert found.steps == wanted.steps == 2
     # The guide's first values are drawn anew.
     assert found.history["elbo"] == pytest.approx(wanted.history["elbo"], abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["zarr", "sharded"])
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_a_zarr_of_counts_trains_as_memory_does(kind, shuffle, tmp_path):
+    """Whole numbers, which become int64; the order is another one in blocks of 10 rows."""
+    zarr = pytest.importorskip("zarr")
+    x, shards = COUNTS.numpy().astype("u2"), (30, 4) if kind == "sharded" else None
+    options = {"chunks": (10, 4), "shards": shards}
+    array = zarr.create_array(str(tmp_path / "x.zarr"), shape=x.shape, dtype="u2", **options)
+    array[:] = x
+
+    class Whole(Counts):
+        def forward(self, x, shift):
+            assert x.dtype is torch.int64
+            return super().forward(x, shift)
+
+    def run(data):
+        model = Whole()
+        guide = pv.AmortizedGuide(
+            model, lambda x, shift: x.float(), example={"x": COUNTS[:4].long(), "shift": SHIFT[:4]}
+        )
+        options = {"epochs": 3, "batch_size": 20, "progress": False, "shuffle": shuffle}
+        return pv.fit(model, guide, {"x": data, "shift": SHIFT}, **options).history["elbo"]
+
+    opened = zarr.open_array(str(tmp_path / "x.zarr"), mode="r")
+    found, wanted = run(opened), run(x)
+    if shuffle == "rows":
+        assert found == wanted
+    assert found == pytest.approx(wanted, rel=0.1)  # of other minibatches
+    assert found == run(opened)
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_training_on_demand_is_taken_up_again(shuffle, tmp_path):
+    """Within an epoch, to the last bit."""
+    options = {"epochs": 3, "batch_size": 20, "progress": False, "shuffle": shuffle}
+    data = {"x": mapped(COUNTS.numpy(), tmp_path), "shift": SHIFT}
+    wanted = trained(data, **options)
+    file = tmp_path / "fit.pt"
+
+    class Cut(pv.callbacks.Callback):
+        def on_step(self, step):
+            if step.step == 8:
+                raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        trained(data, checkpoint=file, checkpoint_every=1, callbacks=[Cut()], **options)
+    found = trained(data, checkpoint=file, checkpoint_every=1, **options)
+    assert found[2].history["elbo"] == wanted[2].history["elbo"]
+    for a, b in zip(found[1].parameters(), wanted[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_workers_and_pinned_memory_serve():
+    plain, workers = (
+        DataLoader(TensorDataset(X), batch_size=16, num_workers=count) for count in (0, 2)
+    )
+    assert fit(workers).history["elbo"] == fit(plain).history["elbo"]
+    found = fit(X, validation_data=workers).history["validation_elbo"]
+    assert found == fit(X, validation_data=X).history["validation_elbo"]
