@@ -611,3 +611,25 @@ def test_looks_and_steps_hold_no_copy_of_the_table():
     large = [name for size, name in sizes if size >= num_data and not any(v in name for v in views)]
     assert sizes
     assert large == []
+
+
+@pytest.mark.parametrize("taken", [1, 4, 5])
+def test_training_resumes_within_an_epoch_to_the_bit(tmp_path, taken):
+    """Epochs of 3 steps, of which the last is smaller; broken off after some steps."""
+    options = {"optim": ADAM, "batch_size": 4, "progress": False, "compile": "replay"}
+    normal = pv.families.Normal()
+    whole, x = make(family=normal)
+    pv.fit(model, whole, x, epochs=4, **options)
+
+    class Interrupt:
+        def on_step(self, step):
+            if step.step == taken:
+                raise KeyboardInterrupt
+
+    kept = {"checkpoint": tmp_path / "c", "checkpoint_every": 1}
+    first, _ = make(family=normal)
+    result = pv.fit(model, first, x, epochs=4, callbacks=[Interrupt()], **kept, **options)
+    assert result.stopped_by == "interrupted"
+    second, _ = make(family=normal)
+    pv.fit(model, second, x, epochs=4, **kept, **options)
+    assert torch.equal(second.table, whole.table)
