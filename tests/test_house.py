@@ -120,7 +120,7 @@ OF_MANY = {"laws", "closed_forms", "patterns", "recorded"}
 # Tests of pages, scripts and settings.
 OF_NO_MODULE = {
     *("test_examples.py", "test_house.py", "test_models.py", "test_readme.py", "test_theory.py"),
-    *("compiler/test_cuda_graphs.py", "training/test_resume.py"),
+    *("test_report_figure.py", "compiler/test_cuda_graphs.py", "training/test_resume.py"),
     "training/test_resume_anywhere.py",
 }
 
