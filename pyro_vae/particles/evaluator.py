@@ -538,7 +538,7 @@ def in_parts(batch: Batch) -> Iterator[None]:
     """Say of what is raised inside the context that a batch on demand is looked at by its rows."""
     try:
         yield
-    except Exception as error:
+    except (ValueError, RuntimeError) as error:
         if isinstance(batch, OnDemand):
             error.add_note(
                 "these data are read in parts, and model and guide are run on the first rows alone "

@@ -319,8 +319,9 @@ def dtype_errors(batch: Batch) -> Iterator[None]:
         seen = ", ".join(f"{n} is {v.dtype}" for n, v in batch._named() if isinstance(v, Tensor))
         raise TypeError(
             f"{text}. Of the batch, {seen or 'nothing is a tensor'}, and a network takes the dtype "
-            "of its parameters, float32 unless you changed it: pass x.float(); or make the "
-            "networks double, model.double() and guide.double(), for data in float64"
+            "of its parameters, float32 unless you changed it: pass x.float(), or of data in a "
+            "file pyro_vae.take(x, dtype=torch.float32); or make the networks double, "
+            "model.double() and guide.double(), for data in float64"
         ) from error
 
 

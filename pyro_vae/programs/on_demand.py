@@ -269,22 +269,29 @@ def _of_reader(reader: _LastRead, first: Any, what: str) -> OnDemand:
     return OnDemand(() if named else tuple(leaves.values()), leaves if named else {})
 
 
-def take(data: Any, rows: slice | Tensor) -> Any:
-    """Return some rows of data, without reading what is not in memory.
+def take(
+    data: Any,
+    rows: slice | Tensor = slice(None),
+    *,
+    dtype: torch.dtype | Mapping[Any, torch.dtype] | None = None,
+) -> Any:
+    """Return some rows of data, in another dtype, without reading what is not in memory.
 
     For a part to train on and one to validate on, say: ``x[:900_000]`` of a Zarr array would be
-    read at once.
+    read at once, and so would ``x.astype("float32")``.
 
     Args:
         data: an array, a matrix or a tensor, a tuple or a mapping of them, first dimension the
             datum: what :func:`pyro_vae.fit` takes, but for loaders.
-        rows: a slice, or numbers or booleans [N].
+        rows: a slice, or numbers or booleans [N]; all by default.
+        dtype: of floating-point numbers; or of each of some arguments, by its name or position,
+            whole numbers too.
 
     Returns:
         The same, with these rows, in their order; what is in memory as tensors.
 
     Raises:
-        ValueError: where there are none.
+        ValueError: where there are none, and for a dtype of an argument that is not there.
         IndexError: for numbers that are out of range.
 
     Example:
@@ -300,13 +307,21 @@ def take(data: Any, rows: slice | Tensor) -> Any:
         raise ValueError("the data have no rows: no array with a first dimension is among them")
     numbers = torch.arange(batch.size)[rows.cpu() if isinstance(rows, Tensor) else rows]
 
-    def of(value: Any) -> Any:
+    def of(key: Any, value: Any) -> Any:
         if not has_dimensions(value):
             return value
+        wanted = dtype.get(key) if isinstance(dtype, Mapping) else None
+        if isinstance(dtype, torch.dtype) and value.dtype.is_floating_point:
+            wanted = dtype
         if isinstance(value, Rows):
-            return SomeRows(value, numbers)
-        return value[rows if isinstance(rows, slice) else numbers.to(value.device)]
+            return SomeRows(value, numbers, wanted)
+        return value[rows if isinstance(rows, slice) else numbers.to(value.device)].to(wanted)
 
-    args, kwargs = tuple(map(of, batch.args)), {n: of(v) for n, v in batch.kwargs.items()}
+    named: dict[Any, Any] = {**dict(enumerate(batch.args)), **batch.kwargs}
+    if isinstance(dtype, Mapping) and (unknown := dtype.keys() - named.keys()):
+        raise ValueError(f"dtype names {sorted(map(str, unknown))}, the data have {list(named)}")
+    found = {key: of(key, value) for key, value in named.items()}
+    args = tuple(found.pop(position) for position in range(len(batch.args)))
+    kwargs = found
     Batch(args, kwargs)  # which checks that there are some
     return kwargs or (args[0] if len(args) == 1 else args)

@@ -240,11 +240,12 @@ class SomeRows(Rows):
     Args:
         rows: all of them.
         numbers: which, [n], in any order.
+        dtype: of what is read; None leaves it.
     """
 
-    def __init__(self, rows: Rows, numbers: Tensor) -> None:
+    def __init__(self, rows: Rows, numbers: Tensor, dtype: torch.dtype | None = None) -> None:
         self._rows, self._numbers = rows, numbers
-        self.shape, self.dtype = (len(numbers), *rows.shape[1:]), rows.dtype
+        self.shape, self.dtype = (len(numbers), *rows.shape[1:]), dtype or rows.dtype
         self.device = rows.device
         first = int(numbers[0]) if len(numbers) else 0
         together = torch.equal(numbers, torch.arange(first, first + len(numbers)))
@@ -252,7 +253,7 @@ class SomeRows(Rows):
 
     def read(self, index: slice | Tensor) -> Tensor:
         """Return rows, dense."""
-        return self._rows.read(self._numbers[index])
+        return self._rows.read(self._numbers[index]).to(self.dtype)
 
 
 def rows_of(name: str, value: Any) -> Rows | None:

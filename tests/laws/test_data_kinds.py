@@ -188,6 +188,31 @@ def test_a_median_of_the_batch_is_refused():
         pv.elbo(shared, guide, scipy.sparse.csr_matrix(COUNTS.numpy()), SEEN)
 
 
+class Seen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(D, 8)
+
+    def forward(self, x):
+        return self.net(x.nan_to_num(0.0))
+
+
+def test_missing_values_may_begin_behind_the_first_rows():
+    def values(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ WEIGHTS, 1.0).to_event(1), obs=x)
+
+    model, x = pv.MissingData(values), COUNTS.clone()
+    x[300:, 1] = np.nan
+    guide = pv.AmortizedGuide(model, Seen(), example=x[:10])
+    found, wanted = (
+        pv.elbo(model, guide, data, num_particles=5, seed=0).value
+        for data in (scipy.sparse.csr_matrix(x.numpy()), x)
+    )
+    assert torch.equal(found, wanted)
+
+
 # --- comparisons, refined guides, mended posteriors, containers
 
 

@@ -211,3 +211,19 @@ def test_shapes_are_read_off_the_first_rows(monkeypatch):
     monkeypatch.setattr("pyro_vae.programs.on_demand._EXAMPLE", 7)
     assert same(example_of({"x": SPARSE, "y": LABELS}), (X[:7], LABELS[:7]))
     assert example_of(X).args[0] is X
+
+
+def test_another_dtype(tmp_path):
+    """Of floating-point numbers, or of the arguments that are named."""
+    np.save(tmp_path / "x.npy", X.double().numpy())
+    data = {"x": np.load(tmp_path / "x.npy", mmap_mode="r"), "y": LABELS}
+    found = take(data, dtype=torch.float32)
+    assert found["x"].dtype is torch.float32
+    batch = on_demand(found).rows(slice(3, 9))
+    assert torch.equal(batch.kwargs["x"], X[3:9]) and batch.kwargs["x"].dtype is torch.float32
+    assert batch.kwargs["y"].dtype is torch.int64
+    x, y = take((SPARSE.astype("int16"), LABELS), slice(0, 5), dtype={0: torch.float32})
+    assert on_demand(x).whole().args[0].dtype is torch.float32 and y.dtype is torch.int64
+    assert take(LABELS, dtype={0: torch.float64}).dtype is torch.float64
+    with pytest.raises(ValueError, match=r"dtype names \['z'\], the data have \['x', 'y'\]"):
+        take(data, dtype={"z": torch.float32})
