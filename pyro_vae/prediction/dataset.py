@@ -88,17 +88,22 @@ def as_dataset(
 
 def _dims(ready: Prepared, site: str, deterministic: Mapping[str, DeterministicSite]) -> list[str]:
     """Return the names of a site's own dimensions, the plate of data drawn jointly by "datum"."""
-    structure = ready.evaluator.structure
+    structure, plate = ready.evaluator.structure, ready.plate
     if site in structure.sites:
-        found = inner_dims(structure.sites[site], structure)
-    elif site in deterministic:
+        one = structure.sites[site]
+        if plate is None or not one.is_in(plate.name):
+            return inner_dims(one, structure)
+        found = inner_dims(one, structure.with_data_plate(plate))
+        found.insert(len(one.batch_shape) + plate.dim, _DATUM)
+        return found
+    if site in deterministic:
         found = list(deterministic[site].dims)
     else:
         raise ValueError(
             f"the deterministic site {site!r} is made of all the data at once, which are predicted "
             "in blocks: pass fewer data, or data_plate=False"
         )
-    return [_DATUM if name == ready.data_dim else name for name in found]
+    return [_DATUM if plate is not None and name == plate.name else name for name in found]
 
 
 def _renamed(order: list[str], site: str, dims: Mapping[str, Sequence[str]] | None) -> list[str]:

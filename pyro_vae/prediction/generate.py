@@ -190,7 +190,7 @@ def _structure(
         # That nothing in these counts, draws of NaN have shown.
         shown = Batch(tuple(map(torch.zeros_like, batch.args)), {}) if blank else batch
         own = {
-            site.name: nodes[site.name]["value"]
+            site.name: torch.as_tensor(nodes[site.name]["value"]).to(site.value.dtype)
             for site in ModelLooks(model, shown).run.observed
             if site.name in nodes
         }

@@ -28,14 +28,13 @@ class Prepared:
     Attributes:
         evaluator: of the pair.
         given: the values that global latents were fixed at.
-        data_dim: the name of the plate of the data, where all of them are drawn jointly with
-            global latents; None else.
+        plate: that of the data, where all of them are drawn jointly with global latents; None else.
         unknown: sites that the model observes and the batch has no values of.
     """
 
     evaluator: Evaluator
     given: Given
-    data_dim: str | None
+    plate: Plate | None
     unknown: tuple[str, ...]
 
     @property
@@ -65,7 +64,7 @@ def prepared(
         return Prepared(*prepare(model, guide, batch, given, data_plate, seed), None, ())
     data = as_batch(*batch)
     unknown: dict[str, Tensor] = {}
-    plate: str | None = None
+    plate: Plate | None = None
     if (proposed := _proposed(guide, data)) is not None:
         unknown = _unknown(model, data, proposed)
         model = pyro.condition(model, data=unknown) if unknown else model
@@ -100,14 +99,14 @@ def _unknown(model: Program, batch: Batch, proposed: set[str]) -> dict[str, Tens
 
 def _joint_plate(
     model: Program, batch: Batch, data_plate: DataPlate, proposed: set[str]
-) -> str | None:
+) -> Plate | None:
     """Return the plate of the data where a guide draws the model's global latents, None else."""
     run = ModelLooks(model, batch).run
     if (plate := plate_of_data(run, batch, data_plate)) is None:  # says the evaluator
         return None
     latent = [site for site in run.sites.values() if site.kind != "observed"]
     shared = {site.name for site in latent if not site.is_in(plate.name)}
-    return plate.name if shared and shared <= proposed else None
+    return plate if shared and shared <= proposed else None
 
 
 def plate_of_data(run: Structure, batch: Batch, data_plate: DataPlate) -> Plate | None:

@@ -198,6 +198,16 @@ class Multinomial(dist.TorchDistribution):
         total, probs = self.total_count.expand(batch_shape), self.probs.expand(*batch_shape, -1)
         return Multinomial(total, probs, validate_args=False)
 
+    @property
+    def mean(self) -> Tensor:
+        """The expected counts."""
+        return self.total_count.unsqueeze(-1) * self.probs
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each count."""
+        return self.mean * (1 - self.probs)
+
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's default
         longest = int(self.total_count.max())
         if longest == 0:

@@ -17,17 +17,17 @@ X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 def test_local_latents_alone_are_drawn_by_datum():
     model = NormalModel()
     ready = prepared(model, model.posterior, (X,), None, None, 0)
-    assert ready.data_dim is None and ready.evaluator.num_data == 3 and ready.unknown == ()
+    assert ready.plate is None and ready.evaluator.num_data == 3 and ready.unknown == ()
 
 
 def test_globals_that_the_guide_proposes_are_drawn_with_the_data():
     model = HierarchicalNormal()
     ready = prepared(model, model.posterior, (X,), None, None, 0)
-    assert ready.data_dim == "data" and ready.evaluator.num_data == 1
-    assert prepared(model, model.posterior, (X,), {"mu": X[0]}, None, 0).data_dim is None
+    assert ready.plate.name == "data" and ready.evaluator.num_data == 1
+    assert prepared(model, model.posterior, (X,), {"mu": X[0]}, None, 0).plate is None
     named = prepared(model, model.posterior, (X,), None, "data", 0)
-    assert named.data_dim == "data"
-    assert prepared(model, model.posterior, (X,), None, False, 0).data_dim is None
+    assert named.plate.name == "data"
+    assert prepared(model, model.posterior, (X,), None, False, 0).plate is None
 
 
 def test_globals_that_it_does_not_propose_need_values():
