@@ -6,6 +6,7 @@ order, those of autograd included; Python that led to them is gone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, cast
 
@@ -67,6 +68,7 @@ class Graph:
     """
 
     def __init__(self, graph: fx.Graph, live: list[Tensor]) -> None:
+        keep_freed_memory()
         self._graph = graph
         self._live = live
         operations = [node for node in graph.nodes if node.op == "call_function"]
@@ -165,6 +167,17 @@ class Graph:
         if self._captured is not None:  # of the operations one by one
             self.release()
             self.capturable = True
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have what operations free stay in the process, for the next operations.
+
+    glibc gives large blocks back to the system when they are freed, and waits for the pages of new
+    ones: a seventh of the time of a replay. It does so until a block as large has been freed: this
+    one, of no more than it will keep (32 MiB), which is never written to.
+    """
+    torch.empty(33_000_000, dtype=torch.uint8)
 
 
 # What was compiled in this process, by all that it depends on: the same operations on the same
