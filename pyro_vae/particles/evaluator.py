@@ -27,6 +27,7 @@ from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.modes import MODES
+from pyro_vae.particles.noise import NoiseAhead, OtherNoiseError
 from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step, first_block
 from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
@@ -36,7 +37,7 @@ from pyro_vae.programs.messages import as_count, as_seed, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.purposes import Purpose
+from pyro_vae.programs.purposes import Purpose, bits_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.structure import ModelLooks
@@ -114,6 +115,7 @@ class Evaluator(PairRunner):
         drawn = as_seed(seed)
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
+        self._ahead = NoiseAhead()
         self.outside: list[str] | None = None  # sites with draws of no density; None till then
         whole, rows = batch, None
         if isinstance(whole, OnDemand):
@@ -210,8 +212,15 @@ class Evaluator(PairRunner):
     ) -> Chunk:
         """Return the chunk of the draws that begin with these particles."""
         step, total = starts.step, len(range(0, num_particles, starts.step))
+        last = num_particles // step  # the next one, if any, has fewer particles
         drawn = [
-            self.draw(rows, min(step, num_particles - k), (Purpose.DRAWS, block, k // step), total)
+            self.draw(
+                rows,
+                min(step, num_particles - k),
+                (Purpose.DRAWS, block, k // step),
+                total,
+                [(Purpose.DRAWS, block, i) for i in range(k // step, last)],
+            )
             for k in starts
         ]
         if len(drawn) == 1:
@@ -241,7 +250,12 @@ class Evaluator(PairRunner):
             )
 
     def draw(
-        self, rows: slice, num_particles: int, key: tuple[int, ...], calls: int = 1
+        self,
+        rows: slice,
+        num_particles: int,
+        key: tuple[int, ...],
+        calls: int = 1,
+        coming: Sequence[tuple[int, ...]] = (),
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Draw from the guide: values, and their log density [K, N].
 
@@ -252,22 +266,32 @@ class Evaluator(PairRunner):
             num_particles: K.
             key: tells the random numbers from others.
             calls: how many such calls are to be expected.
+            coming: the keys of this call and of later ones of its kind, if there are any: their
+                random numbers are made on several threads, and are the same.
         """
         names: list[str] = []
+        kind = (rows.stop - rows.start, num_particles)
 
-        def drawn(runner: PairRunner, rows: slice, _: Values) -> list[Tensor]:
-            run = runner.guide.run(rows, num_particles)
+        def drawn(runner: PairRunner, rows: slice, noise: Values) -> list[Tensor]:
+            with self._ahead.around(kind, noise):
+                run = runner.guide.run(rows, num_particles)
             values = run.values()
             names[:] = values
             return [*values.values(), runner.log_guide(run, rows, values)]
 
         with self.evaluating():
             self._reseed(*key)
-            *values, log_guide = (
-                drawn(self, rows, {})  # eagerly, for a graph has no place for a check
-                if self.masks_by_draw
-                else self._recorded(self.guide, drawn, rows, {}, num_particles, calls)
-            )
+            if self.masks_by_draw:  # eagerly, for a graph has no place for a check
+                *values, log_guide = drawn(self, rows, {})
+            else:
+                noise = self._ahead.take(kind, (bits_of(self.seed, *k) for k in coming))
+                call = functools.partial(self._recorded, self.guide, drawn, rows)
+                try:
+                    *values, log_guide = call(noise, num_particles, calls)
+                except OtherNoiseError:
+                    self._ahead.refuse(kind)
+                    self._reseed(*key)
+                    *values, log_guide = call({}, num_particles, calls)
         self._names = names or self._names  # a graph does not give them
         # What a guide gives as it is, such as the parameter of a point, requires gradients still.
         constants = (value.detach() for value in values)
