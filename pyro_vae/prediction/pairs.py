@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_vae.particles.evaluator import Evaluator, prepare
@@ -19,6 +20,8 @@ from pyro_vae.programs.sites import Plate, Structure
 from pyro_vae.programs.state import Look, looking
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
+
+_ROWS = 64  # of data that are read on demand, which are looked at first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,12 @@ class Prepared:
         return max(1, evaluator.chunk_pairs // size)
 
     @property
+    def observed(self) -> list[str]:
+        """The sites that can be drawn anew: a pyro.factor has nothing to draw."""
+        sites = self.evaluator.structure.observed
+        return [site.name for site in sites if not isinstance(site.fn, dist.Unit)]
+
+    @property
     def deterministic(self) -> list[str]:
         """The model's pyro.deterministic sites."""
         nodes = sample_nodes(self.evaluator.pair.single.model_trace)
@@ -60,16 +69,16 @@ def prepared(
     seed: int | None,
 ) -> Prepared:
     """Return a pair that is ready to predict; arguments as of :func:`pyro_vae.predict`."""
-    if len(batch) == 1 and isinstance(batch[0], OnDemand):
-        return Prepared(*prepare(model, guide, batch, given, data_plate, seed), None, ())
-    data = as_batch(*batch)
+    data = batch[0] if len(batch) == 1 and isinstance(batch[0], OnDemand) else as_batch(*batch)
+    on_demand = isinstance(data, OnDemand)
+    looked_at = data.rows(slice(0, _ROWS)) if on_demand else data
     unknown: dict[str, Tensor] = {}
     plate: Plate | None = None
-    if (proposed := _proposed(guide, data)) is not None:
-        unknown = _unknown(model, data, proposed)
+    if (proposed := _proposed(guide, looked_at)) is not None:
+        unknown = {} if on_demand else _unknown(model, data, proposed)
         model = pyro.condition(model, data=unknown) if unknown else model
         if given is None and data_plate is not False:
-            plate = _joint_plate(model, data, data_plate, proposed)
+            plate = _joint_plate(model, looked_at, data_plate, proposed)
     whole = data_plate if plate is None else False
     evaluator, fixed = prepare(model, guide, (data,), given, whole, seed)
     return Prepared(evaluator, fixed, plate, tuple(unknown))

@@ -240,7 +240,7 @@ class _Prediction:
         """Return the predictions."""
         self._check()
         evaluator, self.keep_draws = self.evaluator, min(self.keep_draws, self.num_draws)
-        names = names_of(evaluator.structure.observed) if sites is None else self._checked(sites)
+        names = self.ready.observed if sites is None else self._checked(sites)
         blocks, raw = [], list[Weights]()
         for chunks in evaluator.blocks(self.num_draws, self.ready.chunk_size):
             found, of_block = self._block(chunks, names)
@@ -278,7 +278,9 @@ class _Prediction:
 
     def _checked(self, sites: Iterable[str]) -> list[str]:
         names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-        known = [*self.evaluator.structure.sites, *self.ready.deterministic]
+        factors = {*names_of(self.evaluator.structure.observed)} - {*self.ready.observed}
+        known = [name for name in self.evaluator.structure.sites if name not in factors]
+        known += self.ready.deterministic
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"sites={names}: the model has no {unknown}, only {known}")
         if not names:

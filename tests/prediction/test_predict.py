@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from tests.models import (
@@ -369,6 +370,39 @@ def test_what_has_no_mean_has_none():
 
     found = predict(model, of_x, X, num_draws=50)
     assert found["x_mean"].isnull().all() and found["x"].notnull().all()
+
+
+def test_data_that_are_read_on_demand(tmp_path):
+    """By rows for latents of each datum; in memory where they are drawn jointly."""
+    x = torch.linspace(-1, 1, 600)
+    np.save(tmp_path / "x.npy", x.numpy())
+    read = np.load(tmp_path / "x.npy", mmap_mode="r")
+    model, joint = NormalModel(), HierarchicalNormal()
+    for data in (read, TensorDataset(x), DataLoader(TensorDataset(x), batch_size=64)):
+        for one in (model, joint):
+            options = {"num_draws": 20, "keep_draws": 2}
+            found = predict(one, one.posterior, data, **options)
+            assert found.equals(predict(one, one.posterior, x, **options))
+            assert found["x_mean"].dims == ("datum",)
+
+
+def test_a_factor_is_not_predicted():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("f", -z.square())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    assert "f_mean" not in predict(model, of_x, X, num_draws=5)
+    with pytest.raises(ValueError, match=r"no \['f'\]"):
+        predict(model, of_x, X, sites=["f"])
+
+
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_few_draws(num_draws):
+    found = predict(NormalModel(), NormalModel().posterior, X, num_draws=num_draws)
+    assert found["x_mean_se"].isnull().all() == (num_draws == 1)
+    assert found["x"].shape == (num_draws, 4) and found["x_mean"].notnull().all()
 
 
 # --- refusals
