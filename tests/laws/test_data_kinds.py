@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.on_demand import OnDemand, on_demand
 from tests.arviz_calls import groups
 
@@ -186,6 +187,16 @@ def test_a_median_of_the_batch_is_refused():
     )
     with pytest.raises(ValueError, match=r"median of 'shift' depends on the rows .*read in parts"):
         pv.elbo(shared, guide, scipy.sparse.csr_matrix(COUNTS.numpy()), SEEN)
+
+
+def test_rows_of_a_guide_that_were_fitted_to_other_data():
+    """They are named by their number, in whatever block."""
+    guide, x = guide_of(counts, local=True), COUNTS.clone()
+    guide.remember(as_batch(COUNTS, SEEN))
+    pv.elbo(counts, guide, scipy.sparse.csr_matrix(x.numpy()), SEEN, num_particles=2)
+    x[431] += 5
+    with pytest.raises(ValueError, match=r"rows 431 \(1 of 200\) of the batch are not the data"):
+        pv.elbo(counts, guide, scipy.sparse.csr_matrix(x.numpy()), SEEN, num_particles=2)
 
 
 class Seen(nn.Module):
