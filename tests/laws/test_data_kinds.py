@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.on_demand import OnDemand, on_demand
 from tests.arviz_calls import groups
@@ -127,6 +128,24 @@ def test_no_more_is_read_than_a_block(monkeypatch):
     assert sizes == [200] * 3  # each once
 
 
+def test_pieces_are_as_large_as_in_memory():
+    """Memory is bounded by observed numbers of a datum, which all rows tell as the first ones."""
+    wide = torch.ones(N, 3000)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            likelihood = dist.Normal(z.unsqueeze(-1), torch.ones(3000))
+            pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    guide = pv.LocalGuide(model, num_data=N, example=wide[:3])
+    found, wanted = (
+        Evaluator(model, guide, batch, seed=0).chunk_pairs
+        for batch in (on_demand(scipy.sparse.csr_matrix(wide.numpy())), as_batch(wide))
+    )
+    assert found == wanted < 8192
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
@@ -197,6 +216,27 @@ def test_rows_of_a_guide_that_were_fitted_to_other_data():
     x[431] += 5
     with pytest.raises(ValueError, match=r"rows 431 \(1 of 200\) of the batch are not the data"):
         pv.elbo(counts, guide, scipy.sparse.csr_matrix(x.numpy()), SEEN, num_particles=2)
+
+
+def late(x, seen):
+    """Whole numbers, of which a mask leaves some out, in the last block alone."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.poutine.mask(mask=seen):
+            pyro.sample("x", dist.Poisson((z @ WEIGHTS).exp()).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("file", [None, "posterior.nc", "posterior.zarr"])
+def test_values_that_are_left_out_behind_the_first_rows_are_nan(file, tmp_path):
+    x, seen = COUNTS.long(), torch.arange(N) < 500
+    guide = guide_of(late)
+    guide.encoder.forward = lambda x, seen: guide.encoder.net(x.float().log1p())
+    options = {"num_draws": 3, "seed": 0, "file": None if file is None else tmp_path / file}
+    data = pv.to_arviz(late, guide, scipy.sparse.csr_matrix(x.numpy()), seen, **options)
+    observed = data["observed_data"]["x"].values
+    np.testing.assert_array_equal(observed[:500], x[:500])
+    assert np.isnan(observed[500:]).all()
+    assert np.isnan(data["posterior_predictive"]["x"].values[:, :, 500:]).all()
 
 
 class Seen(nn.Module):
