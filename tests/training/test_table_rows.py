@@ -85,9 +85,15 @@ OPTIMS = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("optim", OPTIMS)
-@pytest.mark.parametrize("drop_last", [False, True])
+FITS = [(optim, how, drop) for optim in OPTIMS for how in HOW for drop in (False, True)]
+FAST = [("Adam", "replayed", False), ("Adam", "eager", True), ("SGD", "replayed", True)]
+FAST += [(optim, "eager", False) for optim in ("Adam, not fused", "AdamW", "Adagrad")]
+
+
+@pytest.mark.parametrize(
+    ("optim", "how", "drop_last"),
+    [pytest.param(*fit, marks=() if fit in FAST else pytest.mark.slow) for fit in FITS],
+)
 def test_fit_gives_each_row_an_optimizer_of_its_own(optim, how, drop_last):
     """To rounding in float64: 5 epochs of minibatches of 4, 4 and 3, or 4 and 4, of 11 rows."""
     guide, x = make()
@@ -613,7 +619,9 @@ def test_looks_and_steps_hold_no_copy_of_the_table():
     assert large == []
 
 
-@pytest.mark.parametrize("taken", [1, 4, 5])
+@pytest.mark.parametrize(
+    "taken", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_training_resumes_within_an_epoch_to_the_bit(tmp_path, taken):
     """Epochs of 3 steps, of which the last is smaller; broken off after some steps."""
     options = {"optim": ADAM, "batch_size": 4, "progress": False, "compile": "replay"}
