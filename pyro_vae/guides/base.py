@@ -150,7 +150,14 @@ class FamilyGuide(Registered, DeclaredGuide):
         for coordinates in self.coordinates:
             name = coordinates.name
             more = None if added is None else added(coordinates, before)
-            fn = self._proposal(params, coordinates, list(before.values()), more)
+            try:
+                fn = self._proposal(params, coordinates, list(before.values()), more)
+            except ValueError as error:  # of PyTorch, which does not know whose parameters they are
+                what = (
+                    "whose parameters overflow: rescale the data, or bound what the encoder gives"
+                )
+                error.add_note(f"at the guide's site {name!r}, {what}")
+                raise
             if walked is not None:
                 fn = moved(fn, walked.draws[name])
             with contextlib.ExitStack() as stack:

@@ -405,5 +405,6 @@ def mean_elbo(elbos: Sequence[MinibatchELBO]) -> tuple[float, float]:
     mean = sum(elbo.value * elbo.size for elbo in elbos) / total
     if count < 2:
         return mean, math.nan
-    squares = sum(((elbo.value - mean) * elbo.size) ** 2 for elbo in elbos)
+    apart = [(elbo.value - mean) * elbo.size for elbo in elbos]
+    squares = sum(each * each for each in apart)  # inf where a power would raise OverflowError
     return mean, math.sqrt(squares * count / (count - 1)) / total

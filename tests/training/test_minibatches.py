@@ -253,3 +253,10 @@ def test_a_model_that_draws_its_own_minibatch():
     result, _ = run(x, make_guide(x, fn=draws), fn=draws, epochs=None, max_steps=5)
     assert result.steps == 5
     assert all(-4 < elbo < -1 for elbo in result.history["elbo"])
+
+
+def test_the_error_of_huge_elbos_is_infinite_and_no_error():
+    elbos = [MinibatchELBO(-1e200, 8), MinibatchELBO(-3e200, 8)]
+    mean, error = mean_elbo(elbos)
+    assert mean == pytest.approx(-2e200)
+    assert error == math.inf
