@@ -80,13 +80,17 @@ class _Adam(RowRule):
     with t the steps of the row itself (Kingma & Ba 2015).
     """
 
+    def __init__(self, *, decoupled: bool = False) -> None:
+        self._decoupled = decoupled
+
     def moments(self, group: Group) -> Mapping[str, float]:
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         return dict.fromkeys(names, 0.0)
 
     def step(self, group: Group, rows: Tensor, gradient: Tensor, state: Moments) -> Tensor:
         (beta1, beta2), rate = group["betas"], rate_of(group)
-        if group.get("decoupled_weight_decay", False):
+        # Before PyTorch 2.7, AdamW does not say so in its groups.
+        if self._decoupled or group.get("decoupled_weight_decay", False):
             gradient = slope_of({**group, "weight_decay": 0}, rows, gradient)
             rows = rows * (1 - rate * group["weight_decay"])
         else:
@@ -170,7 +174,7 @@ class _Adagrad(RowRule):
 # By the very class: one that inherits may do something else.
 RULES: Mapping[type[optim.Optimizer], RowRule] = {
     optim.Adam: _Adam(),
-    optim.AdamW: _Adam(),
+    optim.AdamW: _Adam(decoupled=True),
     optim.SGD: _SGD(),
     optim.Adagrad: _Adagrad(),
     ClippedAdam: _ClippedAdam(),

@@ -20,9 +20,9 @@ from pyro_vae.training.row_rules import Group, RowRule
 logger = logging.getLogger(__name__)
 
 _WHOLE = (
-    "each step moves all %d rows of the LocalGuide's table, and costs as much, for %s. The moments "
-    "of rows outside of the minibatch move them too; one of its %d rows alone does with "
-    "torch.optim.Adam, AdamW, SGD, Adagrad or pyro.optim.ClippedAdam, on a table without hooks"
+    "each step moves all %d rows of the LocalGuide's table, and costs as much: %s. Rows outside of "
+    "the minibatch move by their moments. Under torch.optim.Adam, AdamW, SGD and Adagrad, and "
+    "pyro.optim.ClippedAdam, a table without hooks has its %d rows of the minibatch moved alone"
 )
 _MAX_LEAVES = 16  # sizes of minibatches whose leaves are kept
 

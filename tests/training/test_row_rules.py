@@ -134,3 +134,12 @@ def test_optimizers_without_a_rule():
     parameter = nn.Parameter(torch.zeros(1))
     for make in (Mine, optim.RMSprop, functools.partial(optim.Adam, differentiable=True)):
         assert rule_of(make([parameter], lr=0.1)) is None
+
+
+def test_adamw_decays_apart_where_its_groups_do_not_say_so():
+    """As those of PyTorch before 2.7."""
+    both = Rows(OPTIMIZERS["AdamW"])
+    both.group = {n: v for n, v in both.group.items() if n != "decoupled_weight_decay"}
+    for _ in range(3):
+        both.step([1, 2])
+    both.same()

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.optim
@@ -641,3 +642,15 @@ def test_training_resumes_within_an_epoch_to_the_bit(tmp_path, taken):
     second, _ = make(family=normal)
     pv.fit(model, second, x, epochs=4, **kept, **options)
     assert torch.equal(second.table, whole.table)
+
+
+def test_rows_of_data_in_a_file_are_those_of_data_in_memory(tmp_path):
+    """To the bit, data and table both memory-mapped."""
+    inside, x = make(family=pv.families.Normal())
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    outside, _ = make(family=pv.families.Normal(), storage=tmp_path / "rows.npy")
+    options = {"optim": ADAM, "batch_size": 4, "epochs": 3, "progress": False}
+    pv.fit(model, inside, x, **options)
+    pv.fit(model, outside, mapped, **options)
+    assert torch.equal(outside.table, inside.table)
