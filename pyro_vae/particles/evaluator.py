@@ -436,11 +436,17 @@ class Evaluator(PairRunner):
         observed: bool = True,
     ) -> Run:
         """Return the run of the model that :meth:`predict` takes its draws from."""
-        program = Unobserve()(self.model.program) if observed else self.model.program
-        model = replace(self.model, program=program, summed_out=())
+        runner = self.unobserved() if observed else self
+        model = replace(runner.model, summed_out=())
         with self.evaluating():
             self._reseed(*key)
             return model.run(rows, num_particles, values and self.latents(values))
+
+    def unobserved(self) -> Evaluator:
+        """Return this evaluator, whose model observes nothing: sites are drawn, or given."""
+        other = copy.copy(self)
+        other.model = replace(self.model, program=Unobserve()(self.model.program), summed_out=())
+        return other
 
     def draw_prior(self, rows: slice, num_particles: int, key: tuple[int, ...]) -> Values:
         """Return draws of what :meth:`score_model` calls log p(z), as :meth:`draw` does.

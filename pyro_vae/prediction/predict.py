@@ -59,7 +59,7 @@ def predict(
 
     Latents are drawn from the guide, all else that the model samples from the model given these:
     an observed site is drawn anew, whatever its value, missing values too. A latent is the guide's
-    draw, a pyro.deterministic site its value given the latents.
+    draw, a pyro.deterministic site its value given all that is drawn.
 
     The mean of a site that is drawn anew is the average of the means of its distribution given each
     draw of what it depends on, where the distribution has one: it has less noise than an average of
@@ -204,6 +204,7 @@ class _Kept:
         """Keep what is wanted of the draws [k, n, ...] of the particles from one on."""
         here = (self.index >= start) & (self.index < start + len(drawn))
         place, datum = torch.nonzero(here, as_tuple=True)
+        drawn = drawn.float() if drawn.dtype == torch.bfloat16 else drawn  # which NumPy has not
         if name not in self.values:
             self.values[name] = drawn.new_zeros(*self.index.shape, *drawn.shape[2:])
         self.values[name][place, datum] = drawn[self.index[place, datum] - start, datum]
@@ -340,25 +341,28 @@ class _Prediction:
         evaluator, found = self.evaluator, dict[str, tuple[Tensor, Tensor, Tensor | None]]()
         sites, seen = evaluator.structure.sites, names_of(evaluator.structure.observed)
         count = len(next(iter(values.values()))) if values else self.num_draws
-        if any(name in seen for name in names):
+        everything: Values = values
+        if any(name in seen or name not in sites for name in names):
             key = Purpose.PREDICTED_DRAWS, rows.start, start
             run = evaluator.predictive_run(rows, count, values, key)
-            everything = run.values()
+            everything = {**values, **run.values()}
             found |= {n: self._observed(run, n, everything[n]) for n in names if n in seen}
         own = evaluator.by_datum({n: values[n] for n in names if n in sites and n not in seen})
         own = {name: self._with_data(value) for name, value in own.items()}
-        for name, value in {**own, **self._deterministic(rows, values, names)}.items():
+        for name, value in {**own, **self._deterministic(rows, everything, names)}.items():
             classes = name in sites and is_categorical(sites[name].fn)
             found[name] = value, one_hot(value, sites[name].fn) if classes else value, None
         return found
 
     def _deterministic(self, rows: slice, values: Values, names: Sequence[str]) -> Values:
-        """Return the values of deterministic sites, ``[k, n, ...]``."""
+        """Return the values of deterministic sites given all others, observed ones drawn too."""
         wanted = set(names) & set(self.ready.deterministic)
         if not wanted:
             return {}
         if self.fixed is None:
-            self.fixed = DeterministicValues(self.evaluator, rows, values)
+            free = self.evaluator.unobserved()
+            free.splittable = self.evaluator.splittable  # which densities of what is observed tell
+            self.fixed = DeterministicValues(free, rows, values)
         size = rows.stop - rows.start
         found = {n: v for n, v in self.fixed(rows, values).items() if n in wanted}
         for name, value in found.items():

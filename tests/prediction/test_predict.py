@@ -172,6 +172,33 @@ def test_a_regression_of_new_covariates(y):
     np.testing.assert_allclose(slope[:, 1:], found["slope"].values[:, None].repeat(3, 1))
 
 
+def chain(x, y):
+    """Of an observed value depend another one and a deterministic one."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        seen = pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.deterministic("twice", 2 * seen)
+        pyro.sample("y", dist.Normal(3 * seen, 0.1), obs=y)
+
+
+@pytest.mark.parametrize("data_plate", [None, False])
+def test_what_depends_on_an_observed_value_follows_its_draw(data_plate):
+    options = {"sites": ["x", "y", "twice"], "num_draws": 3000, "data_plate": data_plate}
+    found = predict(chain, of_x, X, X, **options)
+    is_right(found, "twice", X, np.full(4, 2 * 1.5**0.5), 0.06)
+    is_right(found, "y", 1.5 * X, np.full(4, (9 * 1.5 + 0.01) ** 0.5), 0.06)
+    np.testing.assert_allclose(found["twice"], 2 * found["x"])
+    assert np.abs(found["y"] - 3 * found["x"]).max() < 0.6
+    alone = predict(chain, of_x, X, X, sites=["twice"], num_draws=3000, data_plate=data_plate)
+    np.testing.assert_array_equal(alone["twice"], found["twice"])
+
+
+def test_numbers_of_a_dtype_that_numpy_has_not():
+    found = predict(NormalModel(), NormalModel().posterior, X.bfloat16(), num_draws=200)
+    is_right(found, "x", X / 2)
+    assert found["x"].dtype == np.float32
+
+
 def test_a_class_that_is_not_known_of_global_latents():
     def model(x, y=None):
         slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
