@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyro_vae.diagnostics.rates import in_common_mode, pieces_of
 from pyro_vae.diagnostics.units import check_over_data, units_of
 from pyro_vae.markup import result
 from pyro_vae.particles.estimators import StreamingELBO
-from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.messages import as_count
@@ -144,18 +145,21 @@ def active_units(
     num_particles = as_count("num_particles", num_particles, 2)
     evaluator, fixed = prepare(model, guide, batch, given, data_plate, seed, particles)
     check_over_data(evaluator, "active_units", 3)
-    labels, blocks = dict[str, list[str]](), []
     runner = in_common_mode(evaluator)
-    for chunks in evaluator.blocks(num_particles, chunk_size):
-        stream = StreamingELBO()
+
+    def spread_of(chunks: Iterable[Chunk]) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
+        stream, labels = StreamingELBO(), dict[str, list[str]]()
         for number, piece in enumerate(p for chunk in chunks for p in pieces_of(runner, chunk)):
             key = (Purpose.UNITS_PRIOR, piece.rows.start, number)
             prior = runner.prior_run(piece.rows, piece.guide.num_particles, key)
             with runner.evaluating():
                 means, variances, labels = _moments(runner, piece.guide, prior)
             stream.update(torch.cat([means, variances], -1))
-        blocks.append((stream.value, stream.std_error.square() * num_particles))
-    values, spreads = (torch.cat(column).cpu() for column in zip(*blocks, strict=True))
+        return stream.value, stream.std_error.square() * num_particles, labels
+
+    found = evaluator.over_blocks(spread_of, num_particles, chunk_size)
+    *columns, (labels, *_) = zip(*found, strict=True)
+    values, spreads = (torch.cat(column).cpu() for column in columns)
     dataset = _dataset(values, spreads, labels, num_particles, threshold)
     units = dataset["unit"].values
     rates = pd.DataFrame(columns=["rate", "rate_se"], dtype=float)

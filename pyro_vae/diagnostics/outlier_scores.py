@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -93,9 +93,11 @@ class Scorer:
                 "one datum"
             )
         check_drawable(evaluator.structure, batch.device)
-        blocks = evaluator.blocks(self.num_particles)
-        parts = [_of_block(evaluator, list(block), self.statistics) for block in blocks]
-        columns = zip(*parts, strict=True)
+
+        def scores(chunks: Iterable[Chunk]) -> tuple[object, ...]:
+            return _of_block(evaluator, list(chunks), self.statistics)
+
+        columns = zip(*evaluator.over_blocks(scores, self.num_particles), strict=True)
         evidence, error, good = (np.concatenate(next(columns)) for _ in range(3))
         above, lower = (
             {name: np.concatenate([each[name] for each in column]) for name in column[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_vae.diagnostics.rates import Piece, SiteRate, in_common_mode, pieces_of, rates_of
 from pyro_vae.markup import result
 from pyro_vae.particles.estimators import StreamingELBO, calibrated, mean_std_error
-from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.sites import Structure
@@ -252,18 +252,26 @@ def rate_distortion(
 
 def measured(evaluator: Evaluator, num_particles: int, chunk_size: int | None) -> xr.Dataset:
     """Return the dataset of a :class:`RateDistortion`, without what globals are given."""
-    blocks: list[tuple[Tensor, ...]] = []
     runner = in_common_mode(evaluator)
-    for chunks in evaluator.blocks(num_particles, chunk_size):
+
+    def rated(chunks: Iterable[Chunk]) -> tuple[tuple[Tensor, ...], Any]:
         stream = StreamingELBO()
         for piece in (p for chunk in chunks for p in pieces_of(runner, chunk, chunk_size)):
             rates = rates_of(runner, piece)
             columns = _columns(piece, rates)
             stream.update(torch.cat(list(columns.values()), -1))
         error = calibrated(stream.std_error, stream.skewness, num_particles)
-        blocks.append((stream.value, error, stream.skewness))
+        widths = {name: each.shape[-1] for name, each in columns.items()}
+        known = {
+            n: ("analytic" if r.closed else "sampled", list(r.labels)) for n, r in rates.items()
+        }
+        return (stream.value, error, stream.skewness), (widths, known)
+
+    found_blocks = evaluator.over_blocks(rated, num_particles, chunk_size)
+    blocks, layouts = zip(*found_blocks, strict=True)
+    columns, rates = layouts[-1]
     arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-    widths = [each.shape[-1] for each in columns.values()]
+    widths = list(columns.values())
     for part, found in zip(_PARTS, zip(*blocks, strict=True), strict=True):
         of_columns = torch.cat(found).cpu().split(widths, -1)
         for name, numbers in zip(columns, of_columns, strict=True):
@@ -271,15 +279,15 @@ def measured(evaluator: Evaluator, num_particles: int, chunk_size: int | None) -
                 arrays[f"{name}{part}"] = (("datum",), numbers.squeeze(-1).numpy())
             elif name != "unit_there" or not part:
                 arrays[f"{name}{part}"] = (("datum", name.partition("_")[0]), numbers.numpy())
-    forms = ["analytic" if rate.closed else "sampled" for rate in rates.values()]
+    forms = [form for form, _ in rates.values()]
     return xr.Dataset(
         {**arrays, "num_dimensions": ("datum", num_dimensions(evaluator.structure).numpy())},
         coords={
             "datum": np.arange(evaluator.num_data),
             "site": list(rates),
             "form": ("site", forms),
-            "unit": [label for rate in rates.values() for label in rate.labels],
-            "site_of": ("unit", [name for name, rate in rates.items() for _ in rate.labels]),
+            "unit": [label for _, labels in rates.values() for label in labels],
+            "site_of": ("unit", [name for name, (_, labels) in rates.items() for _ in labels]),
         },
         attrs={"num_particles": num_particles, "units": "nats"},
     )

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_vae.evaluation.bounds import Bound
 from pyro_vae.particles.estimators import Estimate, calibrated, effective_sample_size
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 from pyro_vae.sampling.annealing import Annealer, Schedule
 from pyro_vae.sampling.density import Start
@@ -110,7 +111,8 @@ def ais(
     prepared = ready(model, guide, batch, given, data_plate, seed, compile)
     annealers = settings.annealers(prepared)
     total = settings.num_steps * prepared.evaluator.num_data
-    with tqdm(total=total, desc="ais", unit="step", disable=not progress, delay=1.0) as bar:
+    shown = progress and processes().is_first
+    with tqdm(total=total, desc="ais", unit="step", disable=not shown, delay=1.0) as bar:
         return lower_bound(f"AIS-{settings.num_steps}", annealers, prepared, bar.update)
 
 
@@ -142,11 +144,12 @@ def lower_bound(
     name: str, annealers: list[Annealer], prepared: Ready, report: Callable[[int], object]
 ) -> Bound:
     """Return the bound of chains that are run, each block of the data in turn."""
-    found, missed = [], []
-    for annealer in annealers:
+
+    def annealed(annealer: Annealer) -> tuple[Tensor, Tensor]:
         log_weights, z = annealer.forward(annealer.path(), report)
-        found.append(log_weights)
-        missed.append(annealer.misses(log_weights, z))
+        return log_weights, annealer.misses(log_weights, z)
+
+    found, missed = zip(*processes().by_turns(annealed, annealers), strict=True)
     return bound_of(name, torch.cat(found, 1), prepared, missed=torch.cat(missed))
 
 

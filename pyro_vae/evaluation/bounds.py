@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from pyro_vae.particles.estimators import (
     calibrated,
     mean_std_error,
 )
-from pyro_vae.particles.evaluator import Evaluator, prepare
+from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.on_demand import on_demand
@@ -238,9 +238,12 @@ def log_weights(
     num_particles = as_count("num_particles", num_particles)
     data = (on_demand(*batch),)
     evaluator, fixed = prepare(model, guide, data, given, data_plate, seed, particles, compile)
-    found = evaluator.blocks(num_particles, chunk_size)
-    blocks = [LogWeights.concatenate([chunk.weights for chunk in block], 0) for block in found]
-    return dataclasses.replace(LogWeights.concatenate(blocks, 1), given=fixed)
+
+    def weights_of(chunks: Iterable[Chunk]) -> LogWeights:
+        return LogWeights.concatenate([chunk.weights for chunk in chunks], 0)
+
+    found = evaluator.over_blocks(weights_of, num_particles, chunk_size)
+    return dataclasses.replace(LogWeights.concatenate(list(found), 1), given=fixed)
 
 
 def elbo(
@@ -345,16 +348,17 @@ def _bound(
             "IWAE" if of_weights else "ELBO",
             ", ".join(map(repr, points)),
         )
-    blocks = []
-    for chunks in evaluator.blocks(num_particles, chunk_size):
+
+    def bound_of(chunks: Iterable[Chunk]) -> tuple[Tensor, ...]:
         bound, largest = stream(), LargestWeights(tail_length(num_particles))
         weights = bound if isinstance(bound, StreamingIWAE) else StreamingIWAE()
         for chunk in chunks:
             for each in {bound, weights, largest}:
                 each.update(chunk.weights.total)
         results = (bound.value, bound.skewness, bound.std_error, weights.value)
-        blocks.append((*results, weights.effective_sample_size, largest.value))
-    columns = zip(*blocks, strict=True)
+        return (*results, weights.effective_sample_size, largest.value)
+
+    columns = zip(*evaluator.over_blocks(bound_of, num_particles, chunk_size), strict=True)
     value, skewness, plain, log_mean, ess, top = (torch.cat(column, -1) for column in columns)
     name = f"IWAE-{num_particles}" if of_weights else "ELBO"
     evaluator.warn_of_outside(name, value == -math.inf)

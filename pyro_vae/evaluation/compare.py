@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 from pyro_vae.refinement.refine import TOLERANCE, checked_steps, refine_scored
@@ -129,8 +130,7 @@ def compare(
                 "height of a density, no bound on log p(x), with no gap to it. Leave it out"
             )
     names = list(compared)
-    blocks = _blocks(list(evaluators.values()), num_particles, chunk_size, progress)
-    reduced = [reduce_block(block, names, references) for block in blocks]
+    reduced = _reduced(evaluators, references, num_particles, chunk_size, progress)
     dataset = gap_dataset(reduced, names, references, num_particles)
     dataset.attrs.update(given=given_text(fixed), evidence=evidence)
     if evidence == "exact":
@@ -296,28 +296,47 @@ def _name_of(family: Family, guides: Container[str], references: Mapping[str, st
     return name
 
 
-def _blocks(
-    evaluators: Sequence[Evaluator], num_particles: int, chunk_size: int | None, progress: bool
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yield for each block of data, by guide, log p(x, z) of its draws and their log densities.
+def _reduced(
+    evaluators: Mapping[str, Evaluator],
+    references: Mapping[str, str],
+    num_particles: int,
+    chunk_size: int | None,
+    progress: bool,
+) -> list[dict[str, np.ndarray]]:
+    """Return what :func:`reduce_block` returns of each block of data."""
+    names, several = list(evaluators), list(evaluators.values())
+    crossed, here = _aligned(several), processes()
+    total = num_particles * several[0].num_data
+    look: dict[str, Any] = {"unit": "draw", "unit_scale": True, "delay": 1.0}
+    with tqdm(total=total, desc="compare", disable=not (progress and here.is_first), **look) as bar:
+
+        def reduced(blocks: Sequence[Iterator[Chunk]]) -> dict[str, np.ndarray]:
+            scored = _scored(several, blocks, crossed, lambda count: bar.update(count * here.size))
+            return reduce_block(scored, names, references)
+
+        streams = (each.blocks(num_particles, chunk_size) for each in several)
+        return list(here.by_turns(reduced, zip(*streams, strict=True)))
+
+
+def _scored(
+    evaluators: Sequence[Evaluator],
+    blocks: Sequence[Iterator[Chunk]],
+    crossed: bool,
+    report: Callable[[int], object],
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for a block of data, by guide, log p(x, z) of its draws and their log densities.
 
     The first are [K, n], the second [G, K, n], under every guide in turn; [1, K, n] under the one
     that drew them where another cannot score them.
     """
-    crossed = _aligned(evaluators)
-    total = num_particles * evaluators[0].num_data
-    look: dict[str, Any] = {"unit": "draw", "unit_scale": True, "delay": 1.0}
-    with tqdm(total=total, desc="compare", disable=not progress, **look) as bar:
-        streams = (each.blocks(num_particles, chunk_size) for each in evaluators)
-        for blocks in zip(*streams, strict=True):
-            scored: list[list[tuple[Tensor, Tensor]]] = [[] for _ in evaluators]
-            for chunks in zip(*blocks, strict=True):
-                for mine, chunk in enumerate(chunks):
-                    log_guides = _log_guides(evaluators, mine, chunk, crossed)
-                    scored[mine].append((chunk.weights.log_joint, log_guides))
-                bar.update(chunks[0].weights.total.numel())
-            columns = (zip(*each, strict=True) for each in scored)
-            yield [(torch.cat(joints), torch.cat(guides, 1)) for joints, guides in columns]
+    scored: list[list[tuple[Tensor, Tensor]]] = [[] for _ in evaluators]
+    for chunks in zip(*blocks, strict=True):
+        for mine, chunk in enumerate(chunks):
+            log_guides = _log_guides(evaluators, mine, chunk, crossed)
+            scored[mine].append((chunk.weights.log_joint, log_guides))
+        report(chunks[0].weights.total.numel())
+    columns = (zip(*each, strict=True) for each in scored)
+    return [(torch.cat(joints), torch.cat(guides, 1)) for joints, guides in columns]
 
 
 def _aligned(evaluators: Sequence[Evaluator]) -> bool:

@@ -21,8 +21,10 @@ from pyro_vae.guides.base import of_family
 from pyro_vae.particles.estimators import Estimate, calibrated
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program, Values
+from pyro_vae.refinement.blocks import Block
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.annealing import Annealer, Schedule
 from pyro_vae.sampling.chains import sample_posterior
@@ -141,14 +143,16 @@ class Ladder:
 
     def _importance(self, guide: Program, batch: Batch) -> Found:
         prepared = self.ready(guide, batch)
-        parts = []
-        for rows, block in prepared.each():
+
+        def found(some: tuple[slice, Block]) -> Found:
+            rows, block = some
             weighed = weigh(prepared, rows, block, self.num_particles)
             verdict = functools.partial(_reached, weighed.is_whole.numpy(force=True))
             estimate = Estimate.iwae(weighed.log_weights).stratified(weighed.counts)
             draws = weighed.z, weighed.log_weights, estimate
-            parts.append(self._weighed(prepared, rows, *draws, verdict))
-        return _joined(parts, prepared)
+            return self._weighed(prepared, rows, *draws, verdict)
+
+        return _joined(list(processes().by_turns(found, prepared.each())), prepared)
 
     def _annealed(self, batch: Batch) -> Found:
         prepared = self.ready(self.guide, batch)
@@ -173,9 +177,9 @@ class Ladder:
         follows.
         """
         start: Start = "guide" if prepared.evaluator.pair.masked else "prior"
-        parts: list[Found] = []
-        ends: list[_Ends] = []
-        for rows, block in prepared.each(_TOGETHER // num_chains):
+
+        def annealed(some: tuple[slice, Block]) -> tuple[Found, _Ends]:
+            rows, block = some
             limits: tuple[int, Schedule] = num_steps, "adaptive"
             annealer = Annealer(prepared, rows, block, start, num_chains, *limits)
             wave = 1 if before is None else 2
@@ -185,13 +189,14 @@ class Ladder:
             else:
                 path = Annealer(prepared, rows, block, start, _SCOUTS, *limits).path()
                 every = _Ends(*annealer.forward(path, wave=wave))
-            if before is None:
-                ends.append(every)
-            else:
+            if before is not None:
                 every = _Ends.joined([before.of(rows), every], 0)
             draws = every.z, every.log_weights, Estimate.iwae(every.log_weights)
-            parts.append(self._weighed(prepared, rows, *draws, _nearly_equal))
-        return _joined(parts, prepared), ends
+            return self._weighed(prepared, rows, *draws, _nearly_equal), every
+
+        blocks = prepared.each(_TOGETHER // num_chains)
+        parts, ends = zip(*processes().by_turns(annealed, blocks), strict=True)
+        return _joined(list(parts), prepared), list(ends) if before is None else []
 
     def _weighed(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -22,6 +24,7 @@ from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
 from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.processes import Processes, processes
 from pyro_vae.programs.types import DataPlate, GivenValues, Program
 
 # Of each observed site given all latents, or of each datum given the global ones.
@@ -270,8 +273,7 @@ class _Assembly:
     def blocks(self) -> Iterator[tuple[slice, Groups]]:
         """Yield the groups of each block of data, arrays [chain, draw, ...]."""
         draws, maker = self._export.draws, self.maker
-        for pieces in draws.blocks():
-            rows, groups = maker(pieces)
+        for rows, groups in self._made():
             draws.settle(rows, groups, maker.shared)
             if self._marginal is not None:
                 self._integrals = self._marginal(groups["posterior"])
@@ -283,6 +285,15 @@ class _Assembly:
                 for group, some in groups.items()
             }
             yield rows, {**drawn, **(self._data_of(rows) if self._in_parts else {})}
+
+    def _made(self) -> Iterator[tuple[slice, Groups]]:
+        """Yield the groups of each block as they are made, by processes in turn."""
+        blocks = iter(self._export.draws.blocks())
+        # What the first one shows of the model, all processes are to know.
+        yield from map(self.maker, itertools.islice(blocks, 1))
+        # Of data on demand the maker knows the observed values of the block that it made last.
+        several = Processes() if self._in_parts else processes()
+        yield from several.by_turns(self.maker, blocks)
 
     def _data_of(self, rows: slice) -> Groups:
         """Return what is observed, and other arguments, of some rows that are read on demand."""
@@ -353,12 +364,17 @@ class _Assembly:
         """Write the container to a file, block by block, and return it opened."""
         labels = None if self._whole else self._labels
         drawn: Groups = {}
-        with streamed(path, labels, self._datum) as file:
+        here = processes()
+        writes = streamed(path, labels, self._datum) if here.is_first else nullcontext()
+        with writes as file:
             for rows, drawn in self.blocks():
                 names, coords = self.names(drawn), self.coords(rows)
-                file.add(rows, datasets(drawn, coords=coords, dims=names))
+                if file is not None:
+                    file.add(rows, datasets(drawn, coords=coords, dims=names))
             rest = datasets(self.of_data(), coords=self.coords(), dims=self.names(drawn))
-            file.finish(rest, self.attrs())
+            if file is not None:
+                file.finish(rest, self.attrs())
+        here.any(False)  # which waits for the file to be whole
         return read(path)
 
 

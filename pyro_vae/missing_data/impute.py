@@ -10,7 +10,7 @@ r"""Missing values drawn given the seen ones, by importance resampling.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -209,8 +209,11 @@ def impute(
     sites = _with_missing(structure)
     check_drawable(structure, evaluator.batch.device)
     names = tuple(names_of(sites))
-    grouped = evaluator.blocks(num_particles)
-    blocks = [_impute_block(evaluator, list(chunks), names, num_draws) for chunks in grouped]
+
+    def imputed(chunks: Iterable[Chunk]) -> dict[str, np.ndarray]:
+        return _impute_block(evaluator, list(chunks), names, num_draws)
+
+    blocks = list(evaluator.over_blocks(imputed, num_particles))
     dataset = _dataset(structure, sites, blocks).assign_attrs(given=given_text(fixed))
     return Imputation(dataset, names, num_particles)
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from pyro_vae.programs.messages import as_count, as_seed, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
 from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.purposes import Purpose, bits_of
 from pyro_vae.programs.pyro_internals import is_deterministic
 from pyro_vae.programs.sites import Structure
@@ -53,6 +54,8 @@ from pyro_vae.programs.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ class Evaluator(PairRunner):
         if particles not in ("auto", *MODES):
             raise ValueError(f"particles={particles!r}: one of 'auto', {tuple(MODES)} is needed")
         drawn = as_seed(seed)
+        if seed is None:
+            drawn = processes().by_first(lambda: drawn)
         self.gradients = gradients
         self._names: list[str] = []  # of what the guide draws
         self._ahead = NoiseAhead()
@@ -203,6 +208,26 @@ class Evaluator(PairRunner):
             chunk = functools.partial(self._chunk, block, rows, num_particles, pairs)
             yield map(chunk, groups)
 
+    def over_blocks(
+        self,
+        function: Callable[[Iterator[Chunk]], _T],
+        num_particles: int,
+        chunk_size: int | None = None,
+    ) -> Iterator[_T]:
+        """Yield what a function returns of the chunks of each block of :meth:`blocks`.
+
+        Processes under torchrun take the blocks by turns. As each block has random numbers of its
+        own, they are what one process would return.
+        """
+
+        def with_outside(chunks: Iterator[Chunk]) -> tuple[_T, list[str] | None]:
+            return function(chunks), self.outside
+
+        blocks = self.blocks(num_particles, chunk_size)
+        for result, outside in processes().by_turns(with_outside, blocks):
+            self.outside = self.outside or outside
+            yield result
+
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Chunk]:
         """Yield the chunks of all :meth:`blocks`."""
         return itertools.chain.from_iterable(self.blocks(num_particles, chunk_size))
@@ -241,7 +266,7 @@ class Evaluator(PairRunner):
 
     def warn_of_outside(self, what: str, infinite: Tensor) -> None:
         """Log why ELBOs are -inf, of a result of this name and for these data."""
-        if self.outside and bool(infinite.any()):
+        if self.outside and bool(infinite.any()) and processes().is_first:
             logger.warning(
                 f"{what} is -inf for {int(infinite.sum())} of {infinite.numel()} data: the guide "
                 f"proposes values of {', '.join(self.outside)} where the model's density is zero. "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
+import functools
 import io
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _COUNTED = 2**20  # bytes at a time
 _ONE_PRESS = 5.0  # seconds in which signals are one and the same Ctrl-C
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 _alone = [0]  # contexts in which this process works for itself
 
@@ -96,8 +100,8 @@ class Processes:
                 with torch.no_grad():
                     tensor.copy_(value)
 
-    def gather(self, value: Any, device: torch.device | str = "cpu") -> list[Any]:
-        """Return the values of all processes, in their order; tensors come to a device."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in their order; tensors of a GPU on one's own."""
         if self.size == 1:
             return [value]
         file, found = io.BytesIO(), [b""] * self.size
@@ -105,7 +109,7 @@ class Processes:
         dist.all_gather_object(found, file.getvalue())
         # What these processes wrote themselves, code among it.
         read = (io.BytesIO(content) for content in found)
-        return [torch.load(each, map_location=device, weights_only=False) for each in read]
+        return [torch.load(each, map_location=_here, weights_only=False) for each in read]
 
     def any(self, value: bool) -> bool:
         """Return whether it is so in any process."""
@@ -118,13 +122,33 @@ class Processes:
         """
         if self.size == 1:
             return function()
-        result = None
-        with Look() as look:
-            result = function() if self.is_first else None
-        result, error = self.gather((result, look.error))[0]
-        if error is not None:
-            raise error
-        return cast("_T", result)
+        return self._told([function] if self.is_first else [])[0]
+
+    def _told(self, functions: Sequence[Callable[[], _T]]) -> list[_T]:
+        """Return what the functions of all processes return, in their order.
+
+        What one raises is raised in all, in the others as one of Python's own exceptions.
+        """
+        results: list[_T] = []
+        with Look() as look, alone():
+            results = [function() for function in functions]
+        text = None if look.error is None else _described(look.error)
+        found = self.gather((results, text))
+        if look.error is not None:
+            raise look.error
+        if (told := next((text for _, text in found if text is not None), None)) is not None:
+            raise _error_of(*told)
+        return [result for results, _ in found for result in results]
+
+    def by_turns(self, function: Callable[[_S], _T], items: Iterable[_S]) -> Iterator[_T]:
+        """Yield what a function returns of each item, of which each process takes one in turn."""
+        if self.size == 1:
+            yield from map(function, items)
+            return
+        items = iter(items)
+        while turn := list(itertools.islice(items, self.size)):
+            mine = turn[self.rank : self.rank + 1]
+            yield from self._told([functools.partial(function, item) for item in mine])
 
     def named_difference(self, tensors: Mapping[str, Tensor]) -> str | None:
         """Return the name of a tensor whose bits are not the same in all processes, or None."""
@@ -143,6 +167,26 @@ class Processes:
             yield
         finally:
             package.setLevel(level)
+
+
+def _here(storage: Any, place: str) -> Any:
+    """Return a storage that was read, on this process's device of its kind."""
+    return storage.cuda() if place.startswith("cuda") else storage
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """Return an exception as the name of one of Python's own, and its text."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return kind.__name__, str(error)
+
+
+def _error_of(name: str, text: str) -> Exception:
+    """Return the exception that :func:`_described` has described."""
+    try:
+        made = getattr(builtins, name)(text)
+    except TypeError:  # of one that is made of more than a text
+        made = RuntimeError(f"{name}: {text}")
+    return cast("Exception", made)
 
 
 def _bits(tensor: Tensor) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from pyro_vae.families.gaussian import Normal
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.moved import NOISE_SITE
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate
 
 _PIECES = 4  # of one step, recorded at most
 _FLAT = 8.0  # log of how many times wider than the prior a flat density is
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,15 @@ class Blocks:
                 kept.append(Block(mine, self.score(looks, size, self.family), self))
         self.current = kept
         return kept
+
+    def over(self, rows: Tensor, function: Callable[[Block], _T]) -> Iterator[tuple[Tensor, _T]]:
+        """Yield what a function returns of each block of some data, and which these are.
+
+        Processes under torchrun take the blocks by turns.
+        """
+        blocks = self.at(rows) if len(rows) else []
+        found = processes().by_turns(function, blocks)
+        yield from ((block.rows, result) for block, result in zip(blocks, found, strict=True))
 
     def score(self, looks: ModelLooks, num_data: int, family: Family) -> ScoredGuide:
         """Return a guide of a family with a row for each datum of a batch, and its evaluator."""

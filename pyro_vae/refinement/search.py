@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyro_vae.refinement.blocks import Block, per_row
-from pyro_vae.refinement.climbing import Climber
+from pyro_vae.refinement.climbing import Climber, Cycle
 from pyro_vae.refinement.starts import best_of
 
 _CYCLE = 200  # steps between two comparisons
@@ -52,10 +53,9 @@ def ascend(climber: Climber, start: Tensor, todo: Tensor, max_steps: int) -> Asc
     while left > 0 and not bool(settled.all()):
         # Data that have settled leave the batch, where the model takes fewer.
         steps = min(_CYCLE, left)
-        for block in climber.blocks.at(torch.nonzero(~settled).flatten()):
-            rows = block.rows
+        cycled = functools.partial(_cycled, climber, table, rate, steps, cycle)
+        for rows, done in climber.blocks.over(torch.nonzero(~settled).flatten(), cycled):
             before, open_rows = table[rows], ~settled[rows]
-            done = climber.cycle(block, before, steps, cycle, rate[rows])
             better = per_row(open_rows & (done.gain > 0), before)
             table[rows] = torch.where(better, done.after, before)
             settled[rows] |= done.sound & (done.gain + 2 * done.error < tolerance)
@@ -68,6 +68,12 @@ def ascend(climber: Climber, start: Tensor, todo: Tensor, max_steps: int) -> Asc
     return Ascent(table, _certified(climber, table, settled & todo))
 
 
+def _cycled(
+    climber: Climber, table: Tensor, rate: Tensor, steps: int, number: int, block: Block
+) -> Cycle:
+    return climber.cycle(block, table[block.rows], steps, number, rate[block.rows])
+
+
 def _certified(climber: Climber, table: Tensor, claimed: Tensor) -> Tensor:
     """Return which of the rows that claim to have converged pass the checks, [N]."""
     if not climber.blocks.family.has_density:
@@ -77,18 +83,26 @@ def _certified(climber: Climber, table: Tensor, claimed: Tensor) -> Tensor:
         if not bool(undecided.any()):
             break
         still = torch.zeros_like(claimed)
-        for block in climber.blocks.at(torch.nonzero(undecided).flatten()):
-            rows = block.rows
-            promised, error = promise(climber, block, table[rows], effort)
-            most = _SLOPE * climber.tolerance
-            flat = promised + 2 * error < most
-            still[rows] = ~flat & (promised < most)
-            if effort == 1 and not climber.heavy:
-                seen = _unseen(climber, block, table[rows]) < climber.tolerance
-                flat, still[rows] = flat & seen, still[rows] & seen
-            passed[rows] |= flat
+        decided = functools.partial(_decided, climber, table, effort)
+        rows = torch.nonzero(undecided).flatten()
+        for some, (flat, unsure) in climber.blocks.over(rows, decided):
+            still[some] = unsure
+            passed[some] |= flat
         undecided = still & undecided
     return passed & claimed
+
+
+def _decided(climber: Climber, table: Tensor, effort: int, block: Block) -> tuple[Tensor, Tensor]:
+    """Return which rows of a block pass, and of which that cannot be told, [n] each."""
+    rows = table[block.rows]
+    promised, error = promise(climber, block, rows, effort)
+    most = _SLOPE * climber.tolerance
+    flat = promised + 2 * error < most
+    unsure = ~flat & (promised < most)
+    if effort == 1 and not climber.heavy:
+        seen = _unseen(climber, block, rows) < climber.tolerance
+        flat, unsure = flat & seen, unsure & seen
+    return flat, unsure
 
 
 def promise(
@@ -154,8 +168,8 @@ def _hopeless(climber: Climber, starts: Tensor) -> Tensor:
     found = torch.zeros(starts.shape[1], dtype=torch.bool, device=starts.device)
     may_reach = climber.blocks.family.has_density and climber.blocks.size <= _MOST_HEAVY
     ways = (climber, replace(climber, heavy=True)) if may_reach else (climber,)
-    every = torch.arange(len(found), device=found.device)
-    for block in climber.blocks.at(every):
+
+    def lost(block: Block) -> Tensor:
         _, elbos = best_of(climber, block, starts[:, block.rows])
         low = elbos.isneginf().all(0)  # of one draw without density it is minus infinity
         for way in ways if bool(low.any()) else ():
@@ -163,7 +177,10 @@ def _hopeless(climber: Climber, starts: Tensor) -> Tensor:
             for start in starts[:, block.rows]:
                 weights = way.log_weights(block, start, noise, 1)
                 low &= ~weights.isfinite().any(0)
-        found[block.rows] = low
+        return low
+
+    for rows, low in climber.blocks.over(torch.arange(len(found), device=found.device), lost):
+        found[rows] = low
     return found
 
 
@@ -172,8 +189,12 @@ def _from_best(
 ) -> tuple[Tensor, Ascent]:
     """Climb from the start where each row has the highest ELBO; return their numbers too, [N]."""
     chosen = torch.zeros_like(todo, dtype=torch.long)
-    for block in climber.blocks.at(torch.nonzero(todo).flatten()) if bool(todo.any()) else ():
-        chosen[block.rows] = best_of(climber, block, starts[:, block.rows])[0]
+
+    def best(block: Block) -> Tensor:
+        return best_of(climber, block, starts[:, block.rows])[0]
+
+    for rows, number in climber.blocks.over(torch.nonzero(todo).flatten(), best):
+        chosen[rows] = number
     table = starts[chosen, torch.arange(len(chosen), device=chosen.device)]
     return chosen, ascend(climber, table, todo, max_steps)
 
@@ -191,9 +212,8 @@ def _challenge(
         rival = ascend(climber, start, tried, climber.more(min(max_steps, _RIVAL_CYCLES * _CYCLE)))
         passed = rival.converged
         gain, error = table.new_zeros(2, len(table), dtype=torch.float64)
-        for block in climber.blocks.at(torch.nonzero(tried).flatten()):
-            rows = block.rows
-            found = climber.gain(block, table[rows], rival.table[rows], _RIVAL_CYCLES)
+        gained = functools.partial(_gained, climber, table, rival.table)
+        for rows, found in climber.blocks.over(torch.nonzero(tried).flatten(), gained):
             gain[rows], error[rows] = found
         higher = tried & (gain > 2 * error) & (gain > 0)
         if bool((unfinished := higher & ~passed).any()):
@@ -205,16 +225,24 @@ def _challenge(
     return Ascent(table, converged)
 
 
+def _gained(climber: Climber, table: Tensor, rival: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    return climber.gain(block, table[block.rows], rival[block.rows], _RIVAL_CYCLES)
+
+
 def _hopeful(climber: Climber, todo: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Return for which rows a start is elsewhere, and not so low that it cannot win, [C, N]."""
     found = torch.zeros(starts.shape[:2], dtype=torch.bool, device=table.device)
     margin = min(_MARGIN + climber.blocks.size / 4, _MOST_MARGIN)
-    for block in climber.blocks.at(torch.nonzero(todo).flatten()) if bool(todo.any()) else ():
+
+    def hopeful(block: Block) -> Tensor:
         here, there = table[block.rows], starts[:, block.rows]
         _, elbos = best_of(climber, block, torch.cat([here.unsqueeze(0), there]))
         higher = elbos[1:] > elbos[0] + climber.tolerance
         apart = _apart(climber, block, here, there)
-        found[:, block.rows] = higher | (apart & (elbos[1:] > elbos[0] - margin))
+        return higher | (apart & (elbos[1:] > elbos[0] - margin))
+
+    for rows, some in climber.blocks.over(torch.nonzero(todo).flatten(), hopeful):
+        found[:, rows] = some
     return found
 
 

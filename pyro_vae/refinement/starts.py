@@ -173,11 +173,14 @@ def starts_of(climber: Climber, own: Tensor, prior: Tensor) -> Tensor:
 
     That is the guide's own answer [N, P], parameters with the prior's moments, and others.
     """
-    found = []
-    for block in climber.blocks.at(torch.arange(own.shape[0], device=own.device)):
+
+    def of_block(block: Block) -> Tensor:
         mine = own[block.rows]
         rivals = _rivals(climber, block, mine, prior[block.rows])
-        found.append(torch.cat([mine.unsqueeze(0), rivals]))
+        return torch.cat([mine.unsqueeze(0), rivals])
+
+    every = torch.arange(own.shape[0], device=own.device)
+    found = [tables for _, tables in climber.blocks.over(every, of_block)]
     most = max(len(tables) for tables in found)
     # A block whose data have fewer modes than another's repeats their own answer.
     return torch.cat([torch.cat([t, t[:1].expand(most - len(t), *t.shape[1:])]) for t in found], 1)

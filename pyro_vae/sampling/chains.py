@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae.diagnostics.convergence import Convergence
 from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Compile, DataPlate, GivenValues, Program
 from pyro_vae.refinement.blocks import Block
@@ -124,16 +125,19 @@ def sample_posterior(
         raise ValueError(f"target_acceptance={target_acceptance}: a number in (0, 1) is needed")
     prepared = ready(model, guide, batch, given, data_plate, seed, compile)
     total = settings.num_warmup + settings.num_draws
-    found = []
+    here = processes()
     with tqdm(
         total=total * prepared.evaluator.num_data,
         desc="sample_posterior",
         unit="transition",
-        disable=not progress,
+        disable=not (progress and here.is_first),
         delay=1.0,
     ) as bar:
-        for rows, block in prepared.each():
-            found.append(_sample_block(prepared, rows, block, settings, bar))
+
+        def sampled(some: tuple[slice, Block]) -> _Sampled:
+            return _sample_block(prepared, *some, settings, bar)
+
+        found = list(here.by_turns(sampled, prepared.each()))
     samples = _samples(prepared, found)
     samples.warn()
     return samples

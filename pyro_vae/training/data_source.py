@@ -333,7 +333,7 @@ class _Streamed(DataSource):
     def common(self, count: int) -> tuple[Batch, Share]:
         processes = self.processes
         few = self.batch.rows(slice(0, max(2, count // processes.size)))
-        found = processes.gather((few, self.batch.fingerprints()[0]), few.device)
+        found = processes.gather((few, self.batch.fingerprints()[0]))
         numbers = [numbers for _, numbers in found]
         for rank, one in enumerate(numbers):
             if any(torch.equal(one, other) for other in numbers[:rank]):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_vae.programs.processes import Processes, alone, note_interrupts, processes
+from pyro_vae.programs.structure import DataPlateError
 from tests.together import together
 
 
@@ -101,3 +102,32 @@ def test_an_interrupt_is_noted_once():
         os.kill(os.getpid(), signal.SIGINT)  # from torchrun, of the same Ctrl-C
     assert noted
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_items_are_taken_by_turns_in_their_order(tmp_path):
+    def function(rank):
+        here, mine = processes(), []
+
+        def square(item):
+            mine.append(item)
+            assert processes().size == 1  # nothing inside is shared once more
+            return torch.tensor(item) ** 2
+
+        found = [int(each) for each in here.by_turns(square, iter(range(5)))]
+
+        def fails(item):
+            if item == 3:
+                raise DataPlateError("odd item")
+            return item
+
+        texts = []
+        try:
+            list(here.by_turns(fails, range(5)))
+        except ValueError as error:
+            texts.append(str(error))
+        return found, mine, texts
+
+    for rank, (found, mine, texts) in enumerate(together(function, tmp_path)):
+        assert found == [0, 1, 4, 9, 16]
+        assert mine == [[0, 2, 4], [1, 3]][rank]
+        assert texts == ["odd item"]
