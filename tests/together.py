@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ def together(function: Callable[[int], Any], folder: Path, size: int = 2) -> lis
 
     An exception that it raises is returned as a text, with the name of its type.
     """
+    folder = Path(tempfile.mkdtemp(dir=folder))  # a group has a file of its own
     context = multiprocessing.get_context("fork")
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -31,7 +33,7 @@ def together(function: Callable[[int], Any], folder: Path, size: int = 2) -> lis
         for worker in workers:
             worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(900)
         if worker.is_alive():
             worker.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]

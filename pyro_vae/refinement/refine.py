@@ -17,6 +17,7 @@ from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.on_demand import OnDemand, on_demand
+from pyro_vae.programs.processes import processes
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.types import Compile, DataPlate, Program
 from pyro_vae.refinement.blocks import Blocks
@@ -155,14 +156,15 @@ def refine_scored(
     )
     own = answer_of(local, guide, evaluator)
     local = local.to(own)
-    blocks = Blocks(looks, evaluator, local, data_plate, compile)
-    with tqdm(total=max_steps, desc="refine", unit="step", disable=not progress, delay=1.0) as bar:
+    blocks, here = Blocks(looks, evaluator, local, data_plate, compile), processes()
+    shown = progress and here.is_first
+    with tqdm(total=max_steps, desc="refine", unit="step", disable=not shown, delay=1.0) as bar:
         climber = Climber(blocks, tolerance, bar)
         best = search(climber, starts_of(climber, own, local.table.detach()), max_steps)
     with torch.no_grad():
         local.table.copy_(best.table)
         local.converged.copy_(best.converged)
-    if open_rows := int((~best.converged).sum()):
+    if (open_rows := int((~best.converged).sum())) and here.is_first:
         told = "refine: %d of %d data have not converged to within %g nats in %d steps"
         logger.warning(told, open_rows, evaluator.num_data, tolerance, max_steps)
     return local

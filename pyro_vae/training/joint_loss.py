@@ -173,6 +173,11 @@ class JointLoss:
         """
         share, draws, kept = example.share, self._draws, {}
         if self.state is not None:
+            if what := self.state.coupling:
+                raise ValueError(
+                    f"loss: {what}, of which each process has a part alone. Take another loss, or "
+                    "train in one process (distributed=False)"
+                )
             kept = self.state.state_dict()
         error: Exception | None = None
         index = torch.arange(share.total)

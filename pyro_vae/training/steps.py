@@ -159,16 +159,13 @@ class TrainingSteps:
 
     def _prepare(self, joint: JointLoss) -> None:
         """Begin alike in all processes; refuse a loss that they cannot share."""
-        if self.objective is not None and (what := self.objective.coupling):
-            raise ValueError(
-                f"loss: {what}, of which each process has a part alone. Take another loss, or "
-                "train in one process (distributed=False)"
-            )
         self.processes.take_first(self.parameters.tensors().values())
         self.last = self.parameters.state()
         if self.data.whole:
             logger.warning("each step takes all data at once, and each process takes the same ones")
             return
+        if self._rows is not None:
+            self._rows.check_apart(self.processes)
         example = Example(*self.data.common(), self._using_rows)
         table = None if self._rows is None else self._rows.table
         joint.prepare(*self.pair, example, [p for p in self.parameters.trained if p is not table])

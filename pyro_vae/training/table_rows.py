@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import platform
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.guides.table_file import file_of
 from pyro_vae.programs.guide_kinds import RowGuide
 from pyro_vae.programs.messages import warn_once
-from pyro_vae.programs.processes import Share
+from pyro_vae.programs.processes import Processes, Share
 from pyro_vae.torch_internals import gradient_hooks_of, parameters_of
 from pyro_vae.training.row_rules import Group, RowRule
 
@@ -61,6 +64,17 @@ class TableRows:
     def gradient(self) -> Tensor | None:
         """The gradient by the leaf; None where there is none."""
         return None if self.leaf is None else self.leaf.grad
+
+    def check_apart(self, processes: Processes) -> None:
+        """Raise ValueError where processes hold the table in one file, which each would step."""
+        path = file_of(self.table)
+        place = None if path is None else (platform.node(), os.path.realpath(path))
+        places = processes.gather(place)
+        if place is not None and places.count(place) > 1:
+            raise ValueError(
+                f"the LocalGuide's table lies in {path}, and all processes would write to it, "
+                "once each at each step: give each a file of its own (storage=f'rows.{rank}.npy')"
+            )
 
     def serves(self, index: Tensor | None) -> bool:
         """Return whether a step on these rows is to be differentiated by them alone.

@@ -73,12 +73,12 @@ def pv_globals(model, x):
 
 def compared(x):
     guides = {"amortized": guide_of(model, x), "full": pv.families.FullRankNormal()}
-    options = {"num_particles": 200, "max_steps": 200, "seed": 3, "progress": False}
+    options = {"num_particles": 200, "max_steps": 20, "seed": 3, "progress": False}
     return pv.compare(model, guides, x, **options)
 
 
 def refined(x):
-    return pv.refine(model, guide_of(model, x), x, max_steps=200, progress=False, seed=3)
+    return pv.refine(model, guide_of(model, x), x, max_steps=20, progress=False, seed=3)
 
 
 def annealed(x):

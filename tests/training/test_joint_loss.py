@@ -4,6 +4,8 @@ import copy
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -280,6 +282,22 @@ def test_validation_data_must_be_the_same(tmp_path):
     assert all("process 1 was given other data than process 0 (20 and 20 of" in f for f in found)
 
 
+def test_a_table_in_a_file_that_processes_share_is_refused(tmp_path):
+    def stored(name):
+        storage = tmp_path / name
+        return pv.LocalGuide(model, num_data=N, example=data(8), storage=storage)
+
+    def function(name):
+        pyro.get_param_store()  # of the process
+        return fitted(guide=lambda: stored(name))
+
+    stored("rows.npy")
+    found = together(lambda rank: function("rows.npy"), tmp_path)
+    assert all("all processes would write to it, once each at each step" in each for each in found)
+    for found in together(lambda rank: function(f"{rank}.npy"), tmp_path):
+        assert not isinstance(found, str), found
+
+
 # --- loaders
 
 
@@ -448,9 +466,78 @@ def test_a_checkpoint_of_two_processes_goes_on_in_three(tmp_path):
     wanted, *_ = fitted(shared, epochs=5)
     first = together(lambda rank: fitted(shared, epochs=2, checkpoint=path), tmp_path)
     assert not isinstance(first[0], str), first[0]
-    (tmp_path / "second").mkdir()
-    for found in together(
-        lambda rank: fitted(shared, epochs=5, checkpoint=path), tmp_path / "second", 3
-    ):
+    for found in together(lambda rank: fitted(shared, epochs=5, checkpoint=path), tmp_path, 3):
         assert not isinstance(found, str), found
         assert found[0]["elbo"] == pytest.approx(wanted["elbo"], rel=1e-9)
+
+
+# --- under torchrun itself
+
+
+SCRIPT = """
+import os, signal, sys
+import pyro, pyro.distributions as dist, torch
+import pyro_vae as pv
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(60, 3, dtype=torch.float64)
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+guide = pv.AmortizedGuide(model, torch.nn.Linear(3, 4).double(), example=x[:5]).double()
+attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+rank, die_at = int(os.environ.get("RANK", 0)), int(sys.argv[2])
+
+class Steps(pv.callbacks.Callback):
+    def on_step(self, step):
+        with open(f"{sys.argv[1]}/steps.{attempt}.{rank}", "a") as file:
+            file.write(f"{step.step} {step.elbo!r}\\n")
+        if attempt == 0 and rank == 1 and step.step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+pv.fit(
+    model, guide, x, batch_size=20, epochs=8, compile=False, progress=False, callbacks=[Steps()],
+    checkpoint=f"{sys.argv[1]}/run.ckpt", checkpoint_every=5,
+)
+torch.save(guide.state_dict(), f"{sys.argv[1]}/guide.{rank}")
+"""
+
+
+def torchrun(folder, size, die_at=0, restarts=0):
+    """Steps and their ELBOs by attempt, and the parameters of each process."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    launcher = [*launcher, f"--max-restarts={restarts}"] if size > 1 else []
+    command = [sys.executable, *launcher, str(script), str(folder), str(die_at)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = {
+        file.name: [(int(s), float(e)) for s, e in map(str.split, file.read_text().splitlines())]
+        for file in folder.glob("steps.*")
+    }
+    return steps, [torch.load(folder / f"guide.{rank}") for rank in range(size)]
+
+
+@pytest.mark.slow
+def test_the_same_script_under_torchrun_and_after_a_worker_is_killed(tmp_path):
+    one, (wanted,) = torchrun(tmp_path / "one", 1)
+    curve = dict(one["steps.0.0"])
+    for die_at, restarts in ((0, 0), (17, 1)):
+        steps, guides = torchrun(tmp_path / f"two{die_at}", 2, die_at, restarts)
+        for found in guides:
+            for name, value in wanted.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+        for file, rows in steps.items():
+            for step, elbo in rows:
+                assert elbo == pytest.approx(curve[step], rel=1e-9), (file, step)
+        if restarts:
+            # A worker that is lost costs the steps since the last checkpoint, and no more.
+            assert steps["steps.0.1"][-1][0] == die_at
+            assert [rows[0][0] for file, rows in sorted(steps.items()) if ".1." in file] == [16, 16]
