@@ -35,6 +35,7 @@ from pyro_vae.prediction.generate import generate
 from pyro_vae.prediction.predict import predict, reconstruct
 from pyro_vae.programs.describe import describe
 from pyro_vae.programs.on_demand import take
+from pyro_vae.programs.processes import alone
 from pyro_vae.programs.structure import DataPlateError
 from pyro_vae.refinement.refine import refine
 from pyro_vae.sampling.chains import sample_posterior
@@ -85,6 +86,7 @@ __all__ = [
     "active_units",
     "aggregate_posterior",
     "ais",
+    "alone",
     "bdmc",
     "callbacks",
     "check_draws",

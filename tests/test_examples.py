@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_every_example_is_run():
     assert EXAMPLES
     for path in EXAMPLES:
         assert f'run("{path.name}")' in source, f"no test runs {path.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
+def test_lightning_module():
+    printed = run("lightning_module.py")
+    before, after = (number(f"ELBO of test digits {w}, nats", printed) for w in ("before", "after"))
+    assert after > before + 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lightning") is not None, reason="Lightning is installed")
+def test_lightning_module_says_what_it_needs():
+    with pytest.raises(AssertionError, match="this example needs Lightning: pip install lightning"):
+        run("lightning_module.py")
 
 
 @pytest.mark.slow

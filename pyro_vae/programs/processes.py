@@ -217,13 +217,16 @@ def processes() -> Processes:
 def alone(wanted: bool = True) -> Iterator[None]:
     """Work for this process alone inside the context, whatever others do.
 
+    Under torchrun, functions of this package are called by all processes, which share the work and
+    wait for one another. Inside the context one may call them that the others do not.
+
     Args:
         wanted: False changes nothing.
 
     Example:
-        >>> with alone():
-        ...     processes().size
-        1
+        >>> import pyro_vae as pv
+        >>> with pv.alone():
+        ...     pass  # if rank == 0: print(pv.elbo(model, guide, x).mean)
     """
     _alone[0] += wanted
     try:
