@@ -44,6 +44,7 @@ from pyro_vae.training import callbacks
 from pyro_vae.training.convergence import Converged
 from pyro_vae.training.em import EMResult, NonFiniteHalfStepError, em
 from pyro_vae.training.fit import fit
+from pyro_vae.training.fit_many import ManyFits, fit_many
 from pyro_vae.training.fit_result import Epoch, FitResult
 from pyro_vae.training.not_finite import NonFiniteLossError
 from pyro_vae.training.saved_pair import load, save
@@ -72,6 +73,7 @@ __all__ = [
     "Imputation",
     "LocalGuide",
     "LogWeights",
+    "ManyFits",
     "MissingData",
     "MissingEncoder",
     "ModelComparison",
@@ -100,6 +102,7 @@ __all__ = [
     "explain",
     "families",
     "fit",
+    "fit_many",
     "generate",
     "impute",
     "iwae_bound",

@@ -101,6 +101,11 @@ class Graph:
                 self.capturable = self._moves < _MAX_MOVES  # where the tensors are now
             return tuple(self._run(*self._live, *inputs))
 
+    @property
+    def operations(self) -> tuple[fx.Graph, list[Tensor]]:
+        """The graph, whose first inputs are the live tensors, and these."""
+        return self._graph, self._live
+
     def capture(self, *inputs: Tensor, adopt: bool = False) -> None:
         """Launch all kernels at once from the next call on: as a CUDA graph.
 

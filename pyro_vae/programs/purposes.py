@@ -56,6 +56,8 @@ class Purpose(IntEnum):
     WEIGHED = 41
     FAR_MODES = 42
     WEIGHED_FAR = 43
+    # training: posteriors of several runs
+    MANY_FITS = 90
     # evaluation: of a rung of a repair
     RUNG_CHOICE = 51
     RUNG_SUMMED_OUT = 52

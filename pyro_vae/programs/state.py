@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypedDict
 
 import pyro
@@ -132,6 +133,10 @@ class _Held:
             now.update(before)
 
 
+# Set in threads of which one goes on at a time, while the thread that started them waits inside.
+by_turns: ContextVar[bool] = ContextVar("by_turns", default=False)
+
+
 class one_thread:  # noqa: N801 - a context manager, without the time that a generator takes
     """Refuse to run beside another thread that runs models and guides.
 
@@ -143,6 +148,8 @@ class one_thread:  # noqa: N801 - a context manager, without the time that a gen
     """
 
     def __enter__(self) -> None:
+        if by_turns.get():
+            return
         if not _lock.acquire(blocking=False):
             raise RuntimeError(
                 "pyro_vae is at work in another thread, with Pyro's handlers and parameters and "
@@ -151,7 +158,8 @@ class one_thread:  # noqa: N801 - a context manager, without the time that a gen
             )
 
     def __exit__(self, *raised: object) -> None:
-        _lock.release()
+        if not by_turns.get():
+            _lock.release()
 
 
 @contextlib.contextmanager

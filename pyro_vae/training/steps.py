@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -51,6 +52,12 @@ class _Start:
     random_state: state.RandomState
 
 
+# What takes the steps of a run in its place: those of several runs at once.
+taken_by: ContextVar[Callable[[TrainingSteps, Tensor | None, Batch], None] | None] = ContextVar(
+    "taken_by", default=None
+)
+
+
 class TrainingSteps:
     """Takes the steps of training, each on a minibatch.
 
@@ -73,6 +80,7 @@ class TrainingSteps:
         taken: steps so far.
         skipped: those of them that moved nothing.
         latest: the rows and the minibatch of the last one.
+        seen: called with the loss of a step when all have their gradients; None for nothing.
         epochs: that were :meth:`remember`-ed.
         parameters: of model and guide.
         last: their state at the end of the last epoch.
@@ -100,6 +108,7 @@ class TrainingSteps:
             raise ValueError(f'on_nan={on_nan!r}: "raise" or "skip" is needed')
         self.data, self._clip, self._skips = data, clip, on_nan == "skip"
         self.skipped = self._in_a_row = 0
+        self.seen: Callable[[Any], None] | None = None
         self.latest: tuple[Tensor | None, Batch] = None, data.batch
         self.model, self.guide = model, guide = data.model, data.guide
         self.loss, self.schedule, self.compile, self.expected = loss, schedule, compile, expected
@@ -230,6 +239,11 @@ class TrainingSteps:
         self._joint.stopped = self.processes.any(self._joint.stop_wanted)
         return self.processes.any(ended)
 
+    def prepare_factor(self) -> None:
+        """Give the latent terms the factor of the next step, where there is a schedule."""
+        if self.schedule is not None:
+            self.set_factor(factor_at(self.schedule, self.taken))
+
     def remember(self) -> None:
         """Keep the parameters at the end of an epoch, to come back to."""
         if self._joint is not None:
@@ -288,12 +302,37 @@ class TrainingSteps:
         self.last, self.taken, self.epochs = last, steps, epochs
 
     @property
+    def update(self) -> Update:
+        """The update of the optimizer."""
+        if self._update is None:
+            raise RuntimeError("the update is made in the first step, or by resume()")
+        return self._update
+
+    @property
+    def traced(self) -> TracedLoss:
+        """The loss with its gradients, by graphs."""
+        return self._traced
+
+    def took(self, loss: float, size: int | None) -> None:
+        """Count a step that was taken for this run, beside those of others."""
+        self._in_a_row = 0
+        self._elbos.append(self.data.elbo(loss, size))
+        self.taken += 1
+
+    @property
     def due(self) -> bool:
         """Whether it is time to :meth:`read`."""
         queues = self._update is not None and self._update.failed is not None
         return not queues or len(self._unread) >= _READ_EVERY
 
     def take(self, index: Tensor | None, batch: Batch) -> None:
+        """Take a step; where several runs go together, when all of them have come to theirs."""
+        if (taken := taken_by.get()) is not None:
+            taken(self, index, batch)
+        else:
+            self.take_alone(index, batch)
+
+    def take_alone(self, index: Tensor | None, batch: Batch) -> None:
         """Take a step.
 
         Args:
@@ -306,8 +345,7 @@ class TrainingSteps:
             ValueError: where nothing is to be learned.
         """
         try:
-            if self.schedule is not None:
-                self.set_factor(factor_at(self.schedule, self.taken))
+            self.prepare_factor()
             self.latest = index, batch
             size = batch.size
             if self._joint is not None and not self.data.whole:
@@ -335,6 +373,8 @@ class TrainingSteps:
     def _move(self, start: _Start, batch: Batch, carried: Carried | None) -> None:
         """Take a step; raise NotFiniteError where that is known at once."""
         loss, update = self._run(start, batch), self._ready()
+        if self.seen is not None:
+            self.seen(loss)
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
             self._check(float(loss))

@@ -145,6 +145,17 @@ class TracedLoss(Replayer[StepEntry, Step, tuple[Tensor, list[Tensor | None]], A
         new = step.numbers not in compared and len(compared) < _MAX_COMPARED_NUMBERS
         return self._advance(step, expected, is_due=new or calls in _COMPARED)
 
+    def graph_of(self, *args: Any, **kwargs: Any) -> tuple[Graph, list[Tensor]] | None:
+        """Return the graph that serves a call, and the parameters whose gradients it gives.
+
+        Its results are the loss, :attr:`health` or None, and a gradient for each parameter; None
+        where there is no graph, or hooks are on the gradients.
+        """
+        step = self._as_step(args, kwargs) if self._may_record() else None
+        if step is None or step.entry.graph is None or step.numbers or step.entry.with_hooks():
+            return None
+        return step.entry.graph, step.entry.parameters
+
     def _may_record(self) -> bool:
         """Return whether a graph may serve this call, whatever its arguments."""
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

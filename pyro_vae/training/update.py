@@ -105,6 +105,11 @@ class Update:
             self._graphs.clear()
             self._repeated.clear()
 
+    def forget(self) -> None:
+        """Record the update anew: the optimizer's state has come to lie elsewhere."""
+        self._graphs.clear()
+        self._last = None
+
     def drop_gradients(self) -> None:
         """Leave the parameters without a gradient."""
         for group in self.optimizer.param_groups:
