@@ -143,7 +143,7 @@ def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
     share, square = count / total, z * z / total
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def settings() -> Iterator[tuple[int, float, float, float, float]]:

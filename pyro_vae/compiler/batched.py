@@ -78,7 +78,7 @@ class Batched:
 
         Args:
             inputs: all inputs; those with a setting each [R, ...].
-            noise: the random numbers, [R, ...] each.
+            noise: the random numbers, [R, ...] each; they may be written over.
         """
         if self._run is None:
             axes = tuple(0 if i in self._own else None for i in range(len(inputs)))
@@ -89,7 +89,8 @@ class Batched:
                 found: Sequence[Tensor] = together(tensors[:count], tensors[count:])
                 return found
 
-            self._run = trace(function, [*inputs, *noise])
+            # To trace is to run, and to write to what is given.
+            self._run = trace(function, [tensor.clone() for tensor in (*inputs, *noise)])
         results = iter(self._run(*inputs, *noise))
         return [next(results) if given else None for given in self._given]
 

@@ -27,10 +27,18 @@ def x_of(num_data=70, seed=0):
     return torch.randn(num_data, D, dtype=torch.float64, generator=generator)
 
 
-def vae(seed, *layers, guide_layers=(), family=None):
+def no_layers():
+    return ()
+
+
+def normed():
+    return nn.BatchNorm1d(4), nn.Dropout(0.3)
+
+
+def vae(seed, layers=no_layers, family=None):
     """Without a seed of its own: fit_many seeds the call."""
-    net = Model(*layers)
-    encoder = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), *guide_layers).double()
+    net = Model()
+    encoder = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), *layers()).double()
     return net, pv.AmortizedGuide(net, encoder, example=x_of(), family=family)
 
 
@@ -62,10 +70,7 @@ def equal_to_single_runs(make, x, *, seeds=(3, 5, 8), at_once=True, rtol=1e-9, *
 
 CASES = {
     "VAE": (vae, {}),
-    "BatchNorm, Dropout": (
-        functools.partial(vae, guide_layers=(nn.BatchNorm1d(4), nn.Dropout(0.3))),
-        {},
-    ),
+    "BatchNorm, Dropout": (functools.partial(vae, layers=normed), {}),
     "full rank": (functools.partial(vae, family=pv.families.FullRankNormal()), {}),
     "IWAE": (vae, {"loss": pv.IWAE(4)}),
     "Trace_ELBO": (vae, {"loss": pyro.infer.Trace_ELBO(), "rtol": 1e-6}),
