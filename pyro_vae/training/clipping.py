@@ -23,8 +23,8 @@ class Clip:
     where g are the gradients of all parameters together (Pascanu, Mikolov & Bengio 2013).
 
     Args:
-        norm: c, as in torch.nn.utils.clip_grad_norm_; None for no such bound.
-        value: v, as in torch.nn.utils.clip_grad_value_; None for no such bound.
+        norm: c, as in ``torch.nn.utils.clip_grad_norm_``; None for no such bound.
+        value: v, as in ``torch.nn.utils.clip_grad_value_``; None for no such bound.
 
     Raises:
         ValueError: for a bound that is no finite number above 0, or for both at once.

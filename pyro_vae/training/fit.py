@@ -158,8 +158,8 @@ def fit(
             are shuffled, and the rows of as many of them as are 128 MiB; each is opened once in an
             epoch. Where the rows of a file lie in an order, minibatches are less mixed.
         clip_norm: the largest norm of the gradients of all parameters together; longer ones are
-            shortened, as by torch.nn.utils.clip_grad_norm_.
-        clip_value: the largest number in a gradient, as in torch.nn.utils.clip_grad_value_.
+            shortened, as by ``torch.nn.utils.clip_grad_norm_``.
+        clip_value: the largest number in a gradient, as in ``torch.nn.utils.clip_grad_value_``.
         on_nan: what becomes of a step whose loss or gradient is not finite. "raise" ends training
             with an error. "skip" leaves parameters, the optimizer's moments and buffers as they
             were, warns, counts the step, and goes on; after 20 in a row, and where a parameter is
