@@ -272,8 +272,10 @@ def _initialize() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local < torch.cuda.device_count():  # NCCL takes one process for each GPU
-            torch.cuda.set_device(local)  # what "cuda" means from now on
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        count = torch.cuda.device_count()
+        torch.cuda.set_device(local % count)  # what "cuda" means from now on
+        if size <= count:  # NCCL takes one process for each GPU
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     atexit.register(_destroy)
