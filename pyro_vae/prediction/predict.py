@@ -7,6 +7,7 @@ r"""What a fitted model predicts: means, standard deviations and draws of any si
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Weights
-from pyro_vae.export.deterministic import DeterministicValues
+from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.export.draws import Resampling
 from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
@@ -242,13 +243,10 @@ class _Prediction:
         self._check()
         evaluator, self.keep_draws = self.evaluator, min(self.keep_draws, self.num_draws)
         names = self.ready.observed if sites is None else self._checked(sites)
-        blocks, raw = [], list[Weights]()
-        for chunks in evaluator.blocks(self.num_draws, self.ready.chunk_size):
-            found, of_block = self._block(chunks, names)
-            blocks.append(found)
-            raw.append(of_block)
+        predicted = functools.partial(self._block, names=names)
+        found = evaluator.over_blocks(predicted, self.num_draws, self.ready.chunk_size)
+        blocks, raw, (shapes, *_) = zip(*found, strict=True)
         weights = None if self.ready.unknown else Weights.joined(raw)
-        shapes = {} if self.fixed is None else self.fixed.sites
         dataset = named(self.ready, blocks, shapes, names, coords, dims)
         if weights is not None:
             lead = [] if evaluator.structure.data_dim is None else ["datum"]
@@ -290,8 +288,11 @@ class _Prediction:
 
     def _block(
         self, chunks: Iterator[Chunk], names: Sequence[str]
-    ) -> tuple[dict[str, np.ndarray], Weights]:
-        """Return what is predicted of a block of data, with the datum in front, and its weights."""
+    ) -> tuple[dict[str, np.ndarray], Weights, dict[str, DeterministicSite]]:
+        """Return what is predicted of a block of data, with the datum in front, and its weights.
+
+        And the shapes of deterministic sites.
+        """
         if self.resample is not None:  # weights of all of them come first
             chunks = iter(held := list(chunks))
             total = torch.cat([chunk.weights.total for chunk in held])
@@ -318,7 +319,8 @@ class _Prediction:
                     moments.setdefault(name, WeightedMoments(weights)).update(mean, variance)
         found = self._results(moments, kept)
         self._hide(rows, found)
-        return found, Weights.of(torch.cat(totals).T.double().numpy())
+        shapes = {} if self.fixed is None else self.fixed.sites
+        return found, Weights.of(torch.cat(totals).T.double().numpy()), shapes
 
     def _pieces(self, chunk: Chunk) -> Iterator[tuple[int, Values]]:
         """Yield draws of all latents of a chunk, as many as can be predicted at once."""

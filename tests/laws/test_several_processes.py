@@ -123,10 +123,15 @@ def imputed(x):
     return pv.impute(held, guide.to(x), x, num_draws=5, num_particles=30, seed=3)
 
 
+def predicted(x):
+    found = pv.predict(model, guide_of(model, x), x, num_draws=20, keep_draws=3, seed=3)
+    return {name: torch.as_tensor(np.array(found[name])) for name in found}
+
+
 RESULTS = {
     f.__name__: f
     for f in (weights, bound, shared_latents, compared, refined, annealed, sampled, repaired)
-} | {f.__name__: f for f in (exported, rates, units)}
+} | {f.__name__: f for f in (exported, predicted, rates, units)}
 FAST = ("bound", "exported")
 
 
