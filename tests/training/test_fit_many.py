@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some(CASES, ["VAE", "clipped, warm-up"]))
+@pytest.mark.parametrize("case", some(CASES, ["clipped, warm-up"]))
 def test_each_run_is_that_of_fit(case):
     make, options = case
     equal_to_single_runs(make, x_of(), **options)
@@ -97,6 +97,7 @@ def test_a_compiled_run_too():
     equal_to_single_runs(vae, x_of(), compile=True, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_is_apart_in_the_end():
     fits = pv.fit_many(vae, x_of(), num_runs=2, epochs=40, batch_size=32, progress=False)
     first, second = (parameters_of(guide) for _, guide in fits.pairs)
@@ -142,6 +143,7 @@ def test_random_numbers_that_depend_on_parameters_take_steps_one_by_one(caplog):
     assert "each run takes its steps by itself" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_table_of_rows_takes_steps_one_by_one():
     x = make_data(40)
 
@@ -159,6 +161,7 @@ def linear(seed):
     return model, make_guide(make_data(60), seed)
 
 
+@pytest.mark.slow
 def test_runs_of_one_optimum_agree():
     """The linear encoder, whose optimum is the exact posterior: log p(x), and z itself."""
     x = make_data(60)
@@ -179,6 +182,7 @@ def test_runs_of_one_optimum_agree():
     assert list(fits.summary().index) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_rotated_latents_are_far_and_aligned():
     """Factor analysis with free loadings: z is known up to a rotation, and so are its means."""
     fa = factor_analysis()
