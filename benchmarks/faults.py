@@ -46,6 +46,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+import torch._dynamo  # what a first run would import, in each forked process anew
 from torch import nn
 
 import pyro_vae as pv
@@ -95,7 +96,7 @@ def train(path: Path | None, compile: Any, pipe: int | None = None, **options: A
     """Return the hash of all that a run leaves behind."""
     model, guide = make_pair()
     x, more = torch.from_numpy(X), options.pop("callbacks", [])
-    given = {"epochs": 12, "checkpoint_every": INTERVAL if path else None, "checkpoint": path}
+    given = {"epochs": 8, "checkpoint_every": INTERVAL if path else None, "checkpoint": path}
     result = pv.fit(
         *(model, guide, x[:50]),
         **(given | options),
@@ -139,16 +140,19 @@ def forked(task: Callable[[], Any]) -> Any:
 
 def killed(runs: int, rng: random.Random, folder: Path) -> tuple[Counter[str], bool]:
     """Kill runs at random moments; return counts, and whether all is well."""
-    kinds = (False, "replay")
-    wanted = {kind: forked(lambda kind=kind: train(None, kind)) for kind in kinds}
-    lasts = one_life(folder / "timed", "replay", None, early=False)[2]
+    kinds = (False, False, False, "replay")
+    wanted = {kind: forked(lambda kind=kind: train(None, kind)) for kind in set(kinds)}
+    steps, _, lasts = one_life(folder / "timed", False, None, 0.0)
+    step = lasts / len(steps)
     counts: Counter[str] = Counter(runs=runs)
     for number in range(runs):
-        kind, path = kinds[number % 2], folder / f"run{number}"
+        kind, path = kinds[number % 4], folder / f"run{number}"
         last = kills = 0
         while True:
-            wait = rng.uniform(0.0, lasts) if kills < 3 else None
-            steps, digest, _ = one_life(path, kind, wait, early=rng.random() < 0.25)
+            # Within two steps after one, before and during a write; now and then before the first.
+            after = rng.choice((0, 1, *range(1, 30))) if kills < 3 else None
+            wait = rng.uniform(0.0, 2 * step if after else lasts / 4)
+            steps, digest, _ = one_life(path, kind, after, wait)
             if steps:
                 lost = last - (steps[0] - 1)
                 counts["steps lost, at most"] = max(counts["steps lost, at most"], lost)
@@ -165,22 +169,21 @@ def killed(runs: int, rng: random.Random, folder: Path) -> tuple[Counter[str], b
     return counts, right and counts["steps lost, at most"] <= INTERVAL
 
 
-def one_life(
-    path: Path, kind: Any, wait: float | None, *, early: bool
-) -> tuple[list[int], str, float]:
-    """Let a run live, or kill it some seconds after its first step.
+def one_life(path: Path, kind: Any, after: int | None, wait: float) -> tuple[list[int], str, float]:
+    """Let a run live, or kill it.
 
     Args:
         path: of its checkpoint.
         kind: how its steps run.
-        wait: seconds; None to let it live.
-        early: whether to count them from its begin.
+        after: so many steps; None to let it live.
+        wait: and so many seconds.
 
     Returns:
-        Its steps, what it left, and how many seconds its steps took.
+        Its steps, what it left, and how many seconds it lived.
     """
     inside, outside = os.pipe()
     result = path.with_name(f"{path.name}-result")
+    begin = time.perf_counter()
     pid = os.fork()
     if pid == 0:
         try:
@@ -189,9 +192,10 @@ def one_life(
         finally:
             os._exit(0)
     os.close(outside)
-    told = b"" if early else os.read(inside, 4)
-    begin = time.perf_counter()
-    if wait is not None:
+    told = b""
+    if after is not None:
+        while len(told) < 4 * after and (part := os.read(inside, 4 * after - len(told))):
+            told += part
         time.sleep(wait)
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(inside, "rb") as file:
