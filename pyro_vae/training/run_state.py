@@ -230,9 +230,9 @@ def put_back(
         The best parameters, the epoch that is under way, and the types of callbacks whose state
         nothing takes.
     """
-    if content.get("compiled") and steps.compile in (True, "auto"):
-        steps.rehearse()
     progress = content["progress"]
+    if content.get("compiled") and steps.compile in (True, "auto"):
+        steps.rehearse(progress["epoch"])
     steps.resume(content["last"], progress["step"], progress["epoch"], content.get("now"))
     steps.skipped = progress.get("skipped", 0)
     schedulers = schedulers_of(callbacks.given, steps.optimizer)

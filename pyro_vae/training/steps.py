@@ -267,21 +267,23 @@ class TrainingSteps:
         """Whether the last step ran compiled."""
         return self._traced.mode == "compiled"
 
-    def rehearse(self) -> None:
-        """Trace and compile steps before :meth:`resume`, which undoes all that they change.
+    def rehearse(self, epochs: int) -> None:
+        """Trace steps before :meth:`resume`, which undoes all that they change.
 
-        Steps run eagerly at first, and compiled ones sum in another order: a run that is taken up
-        where it was compiled is to go on with its numbers.
+        The first call of a size is eager, the third is compiled, and compiled ones sum in another
+        order: a run that is taken up where it was compiled is to go on with its numbers.
+
+        Args:
+            epochs: that were taken, each with one minibatch of the last size.
         """
         data = self.data
         last = (data.num_data or 0) % data.batch_size
-        for size in {data.batch_size, last or data.batch_size}:
+        calls = {last: min(epochs, 2)} if last else {}
+        for size, times in {**calls, data.batch_size: 2}.items():
             known = not data.whole and not data.source.streamed
-            index = data.source.own(torch.arange(size)) if known else None
-            if self._joint is not None and known:
-                self._joint.use(data.source.share)
+            index = torch.arange(size) if known else None
             batch = data.source.minibatch(index) if known else data.example
-            for _ in range(2):
+            for _ in range(times):
                 with self._using_rows(index):
                     self._traced(*batch.args, **batch.kwargs)
         self.drop_gradients()

@@ -234,6 +234,9 @@ class Trainer:
         try:
             run_state.check(content, steps, self.callbacks, self.settings)
             progress = Progress(**content["progress"])
+            if content.get("compiled") and self.validation is not None:
+                for _ in range(min(progress.epoch, 2)):  # which are not compiled, as in rehearse
+                    self.validation.score()
             self.best, self.opened, missing = run_state.put_back(content, steps, self.callbacks)
         except Exception as error:
             steps.parameters.restore(before)
