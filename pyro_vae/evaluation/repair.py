@@ -24,7 +24,8 @@ from pyro_vae.export.arviz import Export, LogLikelihood
 from pyro_vae.export.draws import INDEPENDENT, GivenDraws
 from pyro_vae.export.marginal import MarginalBound
 from pyro_vae.markup import result
-from pyro_vae.particles.evaluator import Evaluator, worth_parts
+from pyro_vae.particles.blocks import worth_parts
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import Given
 from pyro_vae.programs.messages import as_count, as_seed
 from pyro_vae.programs.on_demand import on_demand

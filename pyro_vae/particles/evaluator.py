@@ -23,15 +23,16 @@ from torch import Tensor
 
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
+from pyro_vae.particles.blocks import BlockRunner, worth_parts
 from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.particles.modes import MODES
 from pyro_vae.particles.noise import NoiseAhead, OtherNoiseError
-from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step, first_block
+from pyro_vae.particles.pair_runner import PairRunner, draw_step, equal_step
 from pyro_vae.particles.run import Run, Runner, using_rows
 from pyro_vae.programs.batch import Batch, as_batch
-from pyro_vae.programs.guide_kinds import on_rows, row_guide
+from pyro_vae.programs.guide_kinds import on_rows
 from pyro_vae.programs.handlers import Unobserve
 from pyro_vae.programs.messages import as_count, as_seed, trace_of
 from pyro_vae.programs.nodes import latent_nodes, sample_nodes
@@ -40,7 +41,6 @@ from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.processes import processes
 from pyro_vae.programs.purposes import Purpose, bits_of
 from pyro_vae.programs.pyro_internals import is_deterministic
-from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.structure import ModelLooks
 from pyro_vae.programs.traces import outside_sites
 from pyro_vae.programs.types import (
@@ -75,7 +75,7 @@ class Chunk:
     weights: LogWeights
 
 
-class Evaluator(PairRunner):
+class Evaluator(BlockRunner):
     """A model, a guide and a batch, made ready to draw and to score.
 
     Args:
@@ -122,30 +122,13 @@ class Evaluator(PairRunner):
         self._names: list[str] = []  # of what the guide draws
         self._ahead = NoiseAhead()
         self.outside: list[str] | None = None  # sites with draws of no density; None till then
-        whole, rows = batch, None
-        if isinstance(whole, OnDemand):
-            rows = torch.arange(first_block(whole.count))
-            batch = whole.head(len(rows))
-        with on_rows(guide, rows), in_parts(whole):
-            pair = Pair(model, guide, batch) if like is None else like.pair.with_guide(guide, looks)
-            # Modes are chosen anew for each guide: particles of one that is sure of itself are
-            # equal.
-            super().__init__(pair.evaluable(data_plate), drawn, particles)
-            if isinstance(whole, OnDemand):
-                self._widen(whole)
 
-    def _widen(self, batch: OnDemand) -> None:
-        """Go on from the first rows to all of them, which are read as they are needed."""
-        if not self.splittable:
-            raise ValueError("model and guide do not say of some of the rows what they say of all")
-        self._looked_at = slice(0, self.num_data), self.structure
-        table = row_guide(self.pair.user_guide)
-        self._speaks_for = table if table is not None and table.speaks_for_data else None
-        self.structure = self.structure.of_size(batch.count)
-        self.guide, self.model = (replace(r, batch=batch) for r in (self.guide, self.model))
-        if self.pair.masked:
-            # Those of the first rows are known: masks come with the draws of each block.
-            self.masks_by_draw, self.guide.masks = True, {}
+        def pair_of(rows: Batch) -> Pair:
+            pair = Pair(model, guide, rows) if like is None else like.pair.with_guide(guide, looks)
+            return pair.evaluable(data_plate)
+
+        # Modes are chosen anew for each guide: particles of one that is sure of itself are equal.
+        super().__init__(pair_of, guide, batch, drawn, particles)
 
     @contextlib.contextmanager
     def of_part(self, rows: slice) -> Iterator[Evaluator]:
@@ -156,33 +139,6 @@ class Evaluator(PairRunner):
             yield Evaluator(
                 model, guide, batch, data_plate=plate.name if plate else False, seed=self.seed
             )
-
-    def structure_of(self, rows: slice) -> Structure:
-        """Return the structure of the model on a block of data, with the values of its sites.
-
-        Raises:
-            ValueError: where these rows, read on demand, hold what is refused of any data: NaN,
-                values outside the support of their likelihood, data that the rows of a guide were
-                not fitted to.
-        """
-        if not isinstance(self.batch, OnDemand):
-            return self.structure
-        known, found = self._looked_at
-        if (known.start, known.stop) != (rows.start, rows.stop):
-            plate, batch = self.structure.data_plate, self.batch.rows(rows)
-            name = False if plate is None else plate.name
-            with on_rows(self.guide.program, torch.arange(rows.start, rows.stop)):
-                looks = ModelLooks(self.pair.model, batch)
-                found = looks.structure(name, strict=True, latents_needed=False)
-                if self._speaks_for is not None:
-                    self._speaks_for.check_same(batch)
-            if not self.pair.structure.is_like(found):
-                raise ValueError(
-                    f"rows {rows.start} to {rows.stop - 1}: the model has other sites, or other "
-                    "shapes of them, than on the first rows"
-                )
-            self._looked_at = rows, found
-        return found
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no value checks at every chunk, random state kept."""
@@ -522,51 +478,6 @@ class Evaluator(PairRunner):
             self._reseed(*key)
             return self.run_model(rows, values).draw_summed_out()
 
-    def by_datum(self, values: Values) -> dict[str, Tensor]:
-        """Return ``[K, N, *inner plates, *event]`` values; of one datum ``[K, *batch, *event]``."""
-        single, dim = self.single_values(values), self.structure.data_dim
-        if dim is None:
-            return single
-        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in single.items()}
-        return {name: value.movedim(axes[name], 1) for name, value in single.items()}
-
-    def single_by_datum(self, values: Values) -> dict[str, Tensor]:
-        """Undo :meth:`by_datum` up to :meth:`single_values`: ``[K, *batch, *event]``."""
-        dim = self.structure.data_dim
-        if dim is None:
-            return dict(values)
-        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in values.items()}
-        return {name: value.movedim(1, axes[name]) for name, value in values.items()}
-
-    def single_values(self, values: Values) -> dict[str, Tensor]:
-        """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
-        return {
-            name: value.reshape(value.shape[:1] + value.shape[1 + self._missing_dims(name) :])
-            for name, value in values.items()
-        }
-
-    def from_single(self, values: Values) -> dict[str, Tensor]:
-        """Undo :meth:`single_values`: return values as ``[K, *plates, *event]``."""
-        return {
-            name: value.reshape(value.shape[:1] + (1,) * self._missing_dims(name) + value.shape[1:])
-            for name, value in values.items()
-        }
-
-    def _missing_dims(self, name: str) -> int:
-        """Return how many plate dimensions of all values a site has not."""
-        return self.pair.nesting - self.guide.shapes[name].batch_ndim
-
-    def share_preimages(self, other: Evaluator) -> None:
-        """Take up the preimages of another guide's draws, to score these by."""
-        theirs = {n: s for n, s in other.guide.shapes.items() if s.preimage_of is not None}
-        shapes = {**theirs, **self.guide.shapes}
-        self.guide, self.model = (replace(r, shapes=shapes) for r in (self.guide, self.model))
-
-    def can_score(self, other: Evaluator) -> bool:
-        """Whether this guide's density of the other guide's draws is known."""
-        same = self.pair.guide_sites == other.pair.guide_sites
-        return same and self.pair.scorable and self.pair.nesting == other.pair.nesting
-
     def without_graphs(self) -> Evaluator:
         """Return this evaluator without what it recorded, to be kept for long and used seldom."""
         other = copy.copy(self)
@@ -578,28 +489,6 @@ class Evaluator(PairRunner):
         other = copy.copy(self)
         other.gradients = False
         return other
-
-
-def worth_parts(batch: Batch, data_plate: DataPlate) -> Batch:
-    """Return a batch, in memory where it is read on demand but all is one datum, or one block."""
-    if not isinstance(batch, OnDemand):
-        return batch
-    one_block = batch.count <= first_block(batch.count)
-    return batch.whole() if one_block or data_plate is False else batch
-
-
-@contextlib.contextmanager
-def in_parts(batch: Batch) -> Iterator[None]:
-    """Say of what is raised inside the context that a batch on demand is looked at by its rows."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if isinstance(batch, OnDemand):
-            error.add_note(
-                "these data are read in parts, and model and guide are run on the first rows alone "
-                "to see what they are. Where they take all rows at once only, pass these in memory"
-            )
-        raise
 
 
 def prepare(

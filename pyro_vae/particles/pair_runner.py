@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import pyro
@@ -207,6 +208,51 @@ class PairRunner:
                 same = self._agree(log_guide[:, half], found)
                 return same and self._agree(log_joint[:, half], found_joint)
         return False  # it takes batches of this one size
+
+    def by_datum(self, values: Values) -> dict[str, Tensor]:
+        """Return ``[K, N, *inner plates, *event]`` values; of one datum ``[K, *batch, *event]``."""
+        single, dim = self.single_values(values), self.structure.data_dim
+        if dim is None:
+            return single
+        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in single.items()}
+        return {name: value.movedim(axes[name], 1) for name, value in single.items()}
+
+    def single_by_datum(self, values: Values) -> dict[str, Tensor]:
+        """Undo :meth:`by_datum` up to :meth:`single_values`: ``[K, *batch, *event]``."""
+        dim = self.structure.data_dim
+        if dim is None:
+            return dict(values)
+        axes = {n: v.ndim - self.guide.shapes[n].event_ndim + dim for n, v in values.items()}
+        return {name: value.movedim(1, axes[name]) for name, value in values.items()}
+
+    def single_values(self, values: Values) -> dict[str, Tensor]:
+        """Return values as a single run shapes them, particles first: ``[K, *batch, *event]``."""
+        return {
+            name: value.reshape(value.shape[:1] + value.shape[1 + self._missing_dims(name) :])
+            for name, value in values.items()
+        }
+
+    def from_single(self, values: Values) -> dict[str, Tensor]:
+        """Undo :meth:`single_values`: return values as ``[K, *plates, *event]``."""
+        return {
+            name: value.reshape(value.shape[:1] + (1,) * self._missing_dims(name) + value.shape[1:])
+            for name, value in values.items()
+        }
+
+    def _missing_dims(self, name: str) -> int:
+        """Return how many plate dimensions of all values a site has not."""
+        return self.pair.nesting - self.guide.shapes[name].batch_ndim
+
+    def share_preimages(self, other: PairRunner) -> None:
+        """Take up the preimages of another guide's draws, to score these by."""
+        theirs = {n: s for n, s in other.guide.shapes.items() if s.preimage_of is not None}
+        shapes = {**theirs, **self.guide.shapes}
+        self.guide, self.model = (replace(r, shapes=shapes) for r in (self.guide, self.model))
+
+    def can_score(self, other: PairRunner) -> bool:
+        """Whether this guide's density of the other guide's draws is known."""
+        same = self.pair.guide_sites == other.pair.guide_sites
+        return same and self.pair.scorable and self.pair.nesting == other.pair.nesting
 
     def in_mode(self, name: ModeName) -> Self:
         """Return this runner with guide and model in another mode."""
