@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own compiler
-@pytest.mark.parametrize("name", ["validation, warm-up", "iwae", "local"])
+@pytest.mark.parametrize("name", ["iwae"])
 def test_compiled_steps_go_on_bit_for_bit(name, tmp_path):
     """Cut where both sizes of minibatches ran compiled; those before are traced once more."""
     kind, path, options = KINDS[name], tmp_path / "run.ckpt", {"epochs": 6, "compile": True}
