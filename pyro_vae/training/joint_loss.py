@@ -76,6 +76,7 @@ class JointLoss:
         share: of the present minibatch.
         is_scaled: whether the loss of a part is scaled to all data.
         health: a number that is finite only if the sums of the last step are.
+        skips: whether steps that are not finite are left out.
         stop_wanted: whether this process wants training to stop.
         stopped: whether one of them did at the last step.
     """
@@ -83,7 +84,7 @@ class JointLoss:
     def __init__(self, processes: Processes, function: Callable[..., Any]) -> None:
         self.processes, self._function = processes, function
         self.state: Objective | None = None
-        self.is_scaled, self.health = False, 0.0
+        self.is_scaled, self.skips, self.health = False, False, 0.0
         self.stop_wanted = self.stopped = False
         self._draws = JointDraws(processes)
         self._sums: dict[Hashable, _Sums] = {}  # by what has gradients
@@ -199,6 +200,11 @@ class JointLoss:
                 run(example.batch, index)  # plans are made: what they draw is no part of a step
                 draws.watch(share.total)
                 wanted = run(example.batch, index)
+            if self.skips and (look.error is not None or not bool(wanted[0].isfinite())):
+                raise ValueError(
+                    "on_nan='skip': the loss of the first rows is not finite, on which processes "
+                    "try whether parts add up to the whole. Begin the data with other rows"
+                ) from look.error
             if look.error is not None:
                 return  # the first step says what is wrong
             draws.learn(share)

@@ -155,7 +155,7 @@ class TrainingSteps:
         if not self.parameters.late:
             self._begin()
         if joint is not None:
-            joint.state = self.objective
+            joint.state, joint.skips = self.objective, self._skips
             self._prepare(joint)
 
     def joint(self, function: Callable[..., Any]) -> JointLoss | None:

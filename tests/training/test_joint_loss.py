@@ -182,7 +182,6 @@ CASES = {
     "schedule": {"schedule": lambda step: min(1.0, (step + 1) / 6)},
     "max_steps": {"max_steps": 4},
     "clipped": {"clip_norm": 0.1},
-    "no seed": {"seed": None},
 }
 
 
@@ -369,6 +368,38 @@ def test_nan_of_one_process_is_seen_by_all(tmp_path):
 
     (step, sites, one), (other_step, other_sites, other) = together(function, tmp_path)
     assert step == other_step > 1 and sites == other_sites and "'z' of the guide" in sites
+    assert all(
+        torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_what_cannot_be_tried_is_not_skipped(tmp_path):
+    class Whole(nn.Module):
+        """Breaks on a whole minibatch, which is run in the trial alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = encoder()
+
+        def forward(self, x):
+            return self.net(x) * (math.nan if len(x) == 20 else 1.0)
+
+    def guide():
+        return pv.AmortizedGuide(model, Whole(), example=data(8)).double()
+
+    found = together(lambda rank: fitted(guide=guide, on_nan="skip"), tmp_path)
+    assert all("the loss of the first rows is not finite, on which processes" in f for f in found)
+
+
+def test_steps_that_are_not_finite_in_one_process_are_skipped_in_all(tmp_path):
+    def function(rank):
+        guide = pv.AmortizedGuide(model, Breaks(20), example=data(8)).double()
+        options = {"batch_size": 20, "epochs": 9, "compile": False, "progress": False}
+        found = pv.fit(model, guide, data(), on_nan="skip", **options)
+        return found.skipped, [p.detach() for p in guide.parameters()]
+
+    (skipped, one), (other_skipped, other) = together(function, tmp_path)
+    assert skipped == other_skipped > 0
     assert all(
         torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(one, other, strict=True)
     )
