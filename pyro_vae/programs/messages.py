@@ -46,6 +46,22 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def as_number(name: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        ValueError: for what is none, such as text or a bool.
+
+    Example:
+        >>> as_number("clip_norm", 2)
+        2.0
+    """
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(value, (str, bytes, bool)):
+            return float(value)
+    raise ValueError(f"{name}={value!r}: a number is needed")
+
+
 def as_seed(seed: Any) -> int:
     """Return a seed as an int; None takes one from the global random state.
 

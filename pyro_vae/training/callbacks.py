@@ -40,7 +40,8 @@ class Callback:
 
     Any object with one of the three methods will do; a plain function is an ``on_epoch``. An
     exception that one raises ends training: model and guide keep the parameters as they are, and
-    the last checkpoint stays. Ctrl-C in one ends training as elsewhere.
+    the last checkpoint stays. Ctrl-C in one ends training when all of them have been called; a
+    second one breaks off the one that it comes in.
 
     Attributes:
         reads_loss: whether ``on_step`` looks at the ELBO. On a CUDA device, where losses are
@@ -307,13 +308,18 @@ class Callbacks:
 
     def _call(self, name: str, told: Any, when: str) -> bool:
         ended = False
+        interrupt: KeyboardInterrupt | None = None
         for callback, hook in self._hooks[name]:
             try:
                 if hook(told):
                     ended, self.ended_by = True, getattr(callback, "stopped_by", "callback")
+            except KeyboardInterrupt as raised:
+                interrupt = raised  # those after it, a scheduler say, are not called again
             except Exception as error:
                 error.add_note(f"in the callback {_name(callback)}, after {when}")
                 raise
+        if interrupt is not None:
+            raise interrupt
         return ended
 
     def state(self) -> list[dict[str, Any]]:

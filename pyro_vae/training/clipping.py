@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.messages import as_number
+
 _AS_TORCH = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
 
 
@@ -39,7 +41,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         for name, bound in (("clip_norm", self.norm), ("clip_value", self.value)):
-            if bound is not None and not 0 < bound < math.inf:
+            if bound is not None and not 0 < as_number(name, bound) < math.inf:
                 raise ValueError(f"{name}={bound!r}: a finite number above 0 is needed")
         if self.norm is not None and self.value is not None:
             what = "which of them comes first makes a difference; give one"

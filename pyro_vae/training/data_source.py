@@ -403,6 +403,9 @@ def source_of(
         if isinstance(data, OnDemand):
             kind, data = _ReadByRows, data if device is None else data.to(device)
             _warn_of_chunks(data, batch_size, shuffle)
+    # A Dataset may draw: of blocks that are read ahead, a run that resumes would have others.
+    if not isinstance(data, OnDemand) or data.drawn_anew:
+        shuffle = "rows"
     return kind(data, batch_size, device, drop_last, shuffle)
 
 

@@ -156,7 +156,7 @@ def fit(
         shuffle: what of data in a file is shuffled. "rows": each minibatch is of any rows, and of a
             chunked file it opens as many chunks. "blocks": chunks (1,024 rows of a file without)
             are shuffled, and the rows of as many of them as are 128 MiB; each is opened once in an
-            epoch. Where the rows of a file lie in an order, minibatches are less mixed.
+            epoch. Rows of data in memory and of a torch Dataset are shuffled with either. Where the rows of a file lie in an order, minibatches are less mixed.
         clip_norm: the largest norm of the gradients of all parameters together; longer ones are
             shortened, as by ``torch.nn.utils.clip_grad_norm_``.
         clip_value: the largest number in a gradient, as in ``torch.nn.utils.clip_grad_value_``.
@@ -203,7 +203,7 @@ def fit(
     epochs = 100 if epochs is None and max_steps is None else epochs
     given: dict[FitStop, Any] = {"max_steps": max_steps, "epochs": epochs, "patience": patience}
     limits = {name: as_count(name, limit) for name, limit in given.items() if limit is not None}
-    callbacks = list(callbacks)
+    callbacks = _listed(callbacks)
     with alone(not distributed):
         together = processes()
     _check_stop(stop, callbacks, together)
@@ -276,6 +276,12 @@ def _promised(model: Program, guide: Program, batch: Batch) -> tuple[float, floa
             return promised_gain(model, guide, batch)
         logger.info("what is left to gain is not known: %s", look.error)
     return math.nan, math.nan
+
+
+def _listed(callbacks: Any) -> list[CallbackLike]:
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks={callbacks!r}: a list of them is needed")
+    return list(callbacks)
 
 
 def _check_data(guide: Program, data: Any, validation_data: Any, patience: int | None) -> None:

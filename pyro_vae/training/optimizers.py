@@ -13,8 +13,8 @@ from torch import Tensor
 # Have a fused kernel on the CPU and on CUDA, and all their state in tensors.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # How a kernel is called: no setting of what it does.
-_KERNELS = frozenset({"fused", "foreach", "capturable", "differentiable"})
-_OF_ITS_OWN = _KERNELS | {"params", "param_names"}  # of a group
+KERNELS = frozenset({"fused", "foreach", "capturable", "differentiable"})
+_OF_ITS_OWN = KERNELS | {"params", "param_names"}  # of a group
 
 
 def make_optimizer(optim: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -144,7 +144,7 @@ class PyroLink:
             single = optim.optim_objs[parameter] = optim._get_optim(parameter)
             optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
             for group in single.param_groups:  # its state is to be that of the same kernel
-                group.update({n: v for n, v in self._options.items() if n in _KERNELS})
+                group.update({n: v for n, v in self._options.items() if n in KERNELS})
             name = pyro.get_param_store().param_name(parameter)
             if (state := optim._state_waiting_to_be_consumed.pop(name, None)) is not None:
                 single.load_state_dict(state)
@@ -200,7 +200,7 @@ def _fused_options(
 ) -> dict[str, Any]:
     """Return the arguments of an optimizer, with a fused kernel where the user chose no other."""
     # A first momentum that is dampened is not that which starts at zero.
-    is_chosen = _KERNELS & set(options) or options.get("dampening")
+    is_chosen = KERNELS & set(options) or options.get("dampening")
     if make in _FUSED and not is_chosen and all(map(torch.is_floating_point, parameters)):
         return {**options, "fused": True}
     return options

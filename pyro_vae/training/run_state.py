@@ -18,6 +18,7 @@ from pyro_vae.training.callbacks import Callbacks
 from pyro_vae.training.data_source import DataSource
 from pyro_vae.training.lr_schedulers import schedulers_of
 from pyro_vae.training.minibatches import MinibatchELBO
+from pyro_vae.training.optimizers import KERNELS
 from pyro_vae.training.parameters import State
 from pyro_vae.training.steps import TrainingSteps
 
@@ -87,6 +88,7 @@ def settings_of(steps: TrainingSteps, seed: int | None, drop_last: bool) -> Sett
         "batch_size": data.batch_size,
         "data": data.num_data,
         "drop_last": drop_last,
+        "shuffle": data.source.shuffle,
         "seed": seed,
         "generators of the loader": len(data.source.generators),
     }
@@ -172,6 +174,7 @@ def gather(
         "best": best,
         "optimizer": optimizer.state_dict(),
         "optimizer_type": type(optimizer).__name__,
+        "optimizer_made_with": _made_with(optimizer),
         "loss": {} if loss is None else loss.state_dict(),
         "schedulers": [scheduler.state_dict() for scheduler in schedulers],
         "callbacks": callbacks.state(),
@@ -207,7 +210,10 @@ def check(
     here, there = type(steps.optimizer).__name__, content["optimizer_type"]
     if here != there:
         found.append(f"{written} the optimizer {there}, not {here}")
-    num_here, num_there = len(schedulers_of(callbacks.given, steps.optimizer)), 0
+    elif _groups(steps.optimizer.state_dict()) != (saved := _groups(content["optimizer"])):
+        parts = f"{saved}, not {_groups(steps.optimizer.state_dict())}"
+        found.append(f"{written} an optimizer with groups of so many parameters: {parts}")
+    num_here = len(schedulers_of(callbacks.given, steps.optimizer))
     num_there = len(content.get("schedulers", []))
     if num_here != num_there:
         found.append(
@@ -219,6 +225,23 @@ def check(
             "To begin another run with its parameters, pyro_vae.load them, and name another file"
         )
         raise ValueError(f"{'. And '.join(found)}. {advice}")
+
+
+def _groups(state: Mapping[str, Any]) -> list[int]:
+    """Return how many parameters each group of an optimizer has, from its state."""
+    return [len(group["params"]) for group in state["param_groups"]]
+
+
+def _made_with(optimizer: torch.optim.Optimizer) -> Settings:
+    """Return the numbers that an optimizer was made with, which no scheduler changes."""
+    named = {n: v for n, v in optimizer.defaults.items() if n not in KERNELS}
+    return {n: v for n, v in named.items() if isinstance(v, (bool, int, float, tuple))}
+
+
+def other_settings(content: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return in words which settings an optimizer was made with that are not a content's."""
+    here = _made_with(optimizer)
+    return differences(here, content.get("optimizer_made_with", here))
 
 
 def put_back(

@@ -112,7 +112,8 @@ def load(path: str | os.PathLike[str], model: Program, guide: Program, *batch: A
 
 def _read(path: str | os.PathLike[str]) -> tuple[State, Settings]:
     """Return the parameters and settings of a file of either kind."""
-    content = sealed.read(path, {_KEY: _VERSION, checkpoints.KEY: checkpoints.VERSION}, _WHAT)
+    versions = {_KEY: _VERSION, checkpoints.KEY: checkpoints.VERSION}
+    content = sealed.read(path, versions, _WHAT, {checkpoints.KEY: checkpoints.UNSEALED})
     state = content.get("parameters")
     if _KEY not in content:
         kinds = (content.get(name) for name in ("best", "now", "last"))

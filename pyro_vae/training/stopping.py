@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pyro_vae.programs.messages import as_number
+
 
 @dataclass
 class Plateau:
@@ -41,10 +43,10 @@ class Plateau:
     _weight: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_delta < math.inf:
+        if not 0 <= as_number("min_delta", self.min_delta) < math.inf:
             what = "nats per datum that a rise is at least, a finite number of at least 0"
             raise ValueError(f"min_delta={self.min_delta!r}: {what}")
-        if not 0 <= self.smoothing < 1:
+        if not 0 <= as_number("smoothing", self.smoothing) < 1:
             what = "the weight of earlier epochs is at least 0 and below 1"
             raise ValueError(f"smoothing={self.smoothing!r}: {what}")
 

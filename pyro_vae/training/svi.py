@@ -177,9 +177,12 @@ class CompiledSVI:
         """Give the guide the rows of ``guide.rows(index)`` alone, where they alone are to move."""
         table = row_guide(self.guide)
         index = None if table is None else table.given_rows
-        if self._rows is None or index is None or not self._rows.serves(index):
+        if self._rows is None or index is None:
             return contextlib.nullcontext()
-        return self._rows.taking(index, repeats=len(index.unique()) < len(index))
+        repeats = len(index.unique()) < len(index)
+        if not self._rows.serves(index, repeats=repeats):
+            return contextlib.nullcontext()
+        return self._rows.taking(index, repeats=repeats)
 
     def _move(self) -> bool:
         """Update the parameters by the gradients that they have; return whether there are any."""

@@ -76,16 +76,16 @@ class TableRows:
                 "once each at each step: give each a file of its own (storage=f'rows.{rank}.npy')"
             )
 
-    def serves(self, index: Tensor | None) -> bool:
+    def serves(self, index: Tensor | None, *, repeats: bool = False) -> bool:
         """Return whether a step on these rows is to be differentiated by them alone.
 
-        Not where they are all rows. A warning says once why a step that takes a few moves the
+        Not where they are all rows, which so many may not be where one is there twice. A warning says once why a step that takes a few moves the
         whole table, at its cost.
         """
         table = self.table
         if index is None or not table.requires_grad or not table.is_leaf:
             return False
-        if index.shape[0] >= table.shape[0]:
+        if index.shape[0] >= table.shape[0] and not repeats:
             return False
         hooked = "it has gradient hooks, which are for the gradient of all rows"
         if why := self.whole_because or (hooked if any(gradient_hooks_of(table)) else ""):

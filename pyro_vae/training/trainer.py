@@ -115,11 +115,7 @@ class Trainer:
             is_whole = self._take_steps(opened, bar)
             if not is_whole and self.unsaved:
                 self._save()  # before the epoch is closed: a longer run goes on inside it
-            epoch = self._close_epoch(opened, bar)
-            self.unsaved = is_whole and self.checkpoints is not None
-            self.ended = self.steps.agree(self.callbacks.epoch(epoch) or self.ended)
-            if self.callbacks.given:
-                self.steps.last = self.steps.parameters.state()  # which they may have changed
+            self._close_epoch(opened, bar, is_whole=is_whole)
             if self.steps.stopped:
                 raise KeyboardInterrupt
             # After them: the checkpoint holds what they set, such as a learning rate.
@@ -155,8 +151,10 @@ class Trainer:
             self._show(bar, mean_elbo(elbos[-_SHOWN:])[0], refresh=False)
 
         def ready() -> None:
+            nonlocal now
             if now is not None:
                 run_state.set_random_states(now, data.source)
+            now = None
 
         with HeldInterrupt() as interrupt:
             batches = data.epoch(opened.batches, ready)
@@ -176,6 +174,7 @@ class Trainer:
                     read()
                     opened.factor = self.steps.factor
                     self._save()
+            ready()  # where there was no step to take
             if self.steps.taken > start:
                 read()
                 opened.factor = self.steps.factor
@@ -183,14 +182,14 @@ class Trainer:
         # A loader that does not know its length has none left only where it says so.
         return found is None or opened.batches == data.steps_per_epoch
 
-    def _close_epoch(self, opened: OpenEpoch, bar: tqdm[NoReturn]) -> Epoch:
-        """Score an epoch, and add it to the history."""
+    def _close_epoch(self, opened: OpenEpoch, bar: tqdm[NoReturn], *, is_whole: bool) -> None:
+        """Score an epoch, add it to the history, and call what is called after it."""
         state, begin = self.state, time.perf_counter() - self.state.elapsed
         elbo, elbo_error = mean_elbo(opened.elbos)
         validation = error = math.nan
         if self.validation is not None:
             validation, error = self.validation.score()
-        with HeldInterrupt():
+        with HeldInterrupt():  # a scheduler that was not called would leave another run
             self.steps.remember()
             self.opened = None
             state.epoch += 1
@@ -205,8 +204,14 @@ class Trainer:
                 if validation > state.best_elbo:
                     state.best_elbo, state.best_epoch = validation, state.epoch
                     self.best = self.steps.last
-        self._show(bar, elbo, refresh=True)
-        return Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
+            self.unsaved = is_whole and self.checkpoints is not None
+            self._show(bar, elbo, refresh=True)
+            told = Epoch(state.epoch, state.step, elbo, validation, state.elapsed)
+            try:
+                self.ended = self.steps.agree(self.callbacks.epoch(told) or self.ended)
+            finally:
+                if self.callbacks.given:
+                    self.steps.last = self.steps.parameters.state()  # which they may have changed
 
     def _show(self, bar: tqdm[NoReturn], elbo: float, *, refresh: bool) -> None:
         shown = {"epoch": str(self.state.epoch), "ELBO": f"{elbo:.2f}"}
@@ -233,6 +238,7 @@ class Trainer:
         before = steps.parameters.state()
         try:
             run_state.check(content, steps, self.callbacks, self.settings)
+            other = run_state.other_settings(content, steps.optimizer)
             progress = Progress(**content["progress"])
             if content.get("compiled") and self.validation is not None:
                 for _ in range(min(progress.epoch, 2)):  # which are not compiled, as in rehearse
@@ -249,6 +255,9 @@ class Trainer:
         for elbo in progress.history["validation_elbo"] if self.validation is not None else ():
             self.plateau.add(elbo)
         steps.agree(False)
+        if other:
+            text = "the optimizer goes on with the settings of the checkpoint: %s"
+            logger.warning(text, ", ".join(other))
         if missing:
             text = "the checkpoint has the state of callbacks that are not here: %s"
             logger.warning(text, ", ".join(missing))

@@ -188,6 +188,7 @@ KINDS = {
     "TraceEnum_ELBO": Kind(discrete, options={"loss": lambda: TraceEnum_ELBO(max_plate_nesting=1)}),
     "global": Kind(with_global),
     "rows": Kind(data=Noisy),
+    "rows, no blocks": Kind(data=Noisy, options={"shuffle": "blocks"}),
     "loader": Kind(data=lambda: loader(shuffle=True)),
     "loader with a generator": Kind(
         data=lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(3))

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+import pyro_vae as pv
 from pyro_vae.training import checkpoints
 from pyro_vae.training.checkpoints import Checkpoints
 from tests.training.fits import equal_histories
@@ -252,6 +253,10 @@ def test_the_first_format_is_read(tmp_path):
     first |= {"pyro_vae_checkpoint": 1, "random_state": found["random"]["torch"]}
     torch.save(first, path)
     (tmp_path / "a.prev1").unlink()
+    pair = kind.pair()
+    pv.load(path, *pair)
+    best = found["best"]["model"]
+    assert all(torch.equal(v, best[name]) for name, v in pair[0].state_dict().items())
     result = trained(kind, epochs=3, checkpoint=path)
     equal_histories(result[0].history, whole[0].history)
     for name, value in whole[1].items():

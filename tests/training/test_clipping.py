@@ -136,6 +136,8 @@ def test_gradients_that_are_not_finite_are_found_before_they_are_clipped():
         ({"clip_norm": -1}, r"clip_norm=-1"),
         ({"clip_value": math.inf}, r"clip_value=inf"),
         ({"clip_value": math.nan}, r"clip_value=nan"),
+        ({"clip_norm": "1"}, r"clip_norm='1': a number is needed"),
+        ({"clip_value": True}, r"clip_value=True: a number is needed"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm and clip_value: .* give one"),
     ],
 )

@@ -146,6 +146,15 @@ def test_an_interval_without_a_file_and_a_folder_are_refused(tmp_path):
         trained(KINDS["plain"], epochs=1, checkpoint=tmp_path)
 
 
+def test_the_same_script_again_changes_nothing(tmp_path):
+    """It has no step to take, and writes its checkpoint once more."""
+    kind, path = KINDS["plain"], tmp_path / "run.ckpt"
+    whole = trained(kind, epochs=EPOCHS)
+    for cut in (1, 1, 5, 5):
+        trained(kind, max_steps=cut, epochs=EPOCHS, checkpoint=path)
+    assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
+
+
 # --- Ctrl-C -----------------------------------------------------------------------------
 
 
@@ -189,6 +198,56 @@ def test_ctrl_c_in_validation_loses_no_step(tmp_path, monkeypatch):
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
 
 
+class Halving(pv.callbacks.Callback):
+    """Halves the learning rate after each epoch."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def on_epoch(self, epoch):
+        self.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_after_an_epoch_leaves_out_no_callback(times, tmp_path):
+    """A scheduler that was not called would be called once less in the run that goes on."""
+
+    def with_rates(times):
+        def interrupt(epoch):
+            for _ in range(times if epoch.epoch == 2 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def more(model, guide):
+            optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.02)
+            return {"optim": optimizer, "callbacks": [interrupt, Halving(optimizer)]}
+
+        return Kind(more=more)
+
+    path, whole = tmp_path / "run.ckpt", trained(with_rates(0), epochs=EPOCHS)
+    begun, _ = trained(with_rates(times), epochs=EPOCHS, checkpoint=path)
+    assert begun.stopped_by == "interrupted"
+    assert begun.history["epoch"] == [1, 2]
+    assert_same(whole, trained(with_rates(0), epochs=EPOCHS, checkpoint=path))
+
+
+def test_ctrl_c_while_an_epoch_is_closed(tmp_path, monkeypatch):
+    from pyro_vae.training.steps import TrainingSteps
+
+    kind, path = KINDS["plateau"], tmp_path / "run.ckpt"
+    whole = trained(kind, epochs=EPOCHS)
+    remember = TrainingSteps.remember
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        remember(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSteps, "remember", interrupted)
+        begun, _ = trained(kind, epochs=EPOCHS, checkpoint=path)
+    assert begun.history["epoch"] == [1]
+    assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
+
+
 # --- after a stop ------------------------------------------------------------------------
 
 
@@ -211,6 +270,23 @@ def test_a_run_that_patience_stopped_goes_on_where_patience_is_raised(tmp_path, 
     longer = trained(kind, epochs=60, patience=3)
     assert longer[0].steps > stopped[0].steps
     assert_same(longer, trained(kind, epochs=60, patience=3, checkpoint=path))
+
+
+def test_an_optimizer_of_other_settings_and_of_other_groups(tmp_path, caplog):
+    def slow(parameters):
+        return torch.optim.Adam(parameters, lr=0.001)
+
+    def grouped(parameters):
+        return torch.optim.Adam([{"params": [p]} for p in parameters])
+
+    kind, path = KINDS["plain"], tmp_path / "run.ckpt"
+    whole = trained(kind, epochs=EPOCHS)
+    trained(kind, epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"groups of so many parameters: \[8\], not \[1, 1, "):
+        trained(kind, epochs=EPOCHS, checkpoint=path, optim=grouped)
+    assert "goes on with" not in caplog.text
+    assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path, optim=slow))
+    assert "goes on with the settings of the checkpoint: lr: 0.02 there, 0.001 here" in caplog.text
 
 
 def test_a_callback_that_ended_training_inside_an_epoch(tmp_path):

@@ -51,6 +51,8 @@ def test_a_slow_rise_counts_once_it_is_enough():
     [
         ({"min_delta": -0.1}, "min_delta=-0.1: nats per datum"),
         ({"min_delta": math.nan}, "min_delta=nan"),
+        ({"min_delta": "x"}, "min_delta='x': a number is needed"),
+        ({"smoothing": None}, "smoothing=None: a number is needed"),
         ({"smoothing": 1.0}, r"smoothing=1.0: the weight of earlier epochs"),
         ({"smoothing": -0.5}, r"smoothing=-0.5"),
     ],

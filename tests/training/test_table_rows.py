@@ -188,6 +188,18 @@ def test_gradients_of_a_row_that_is_there_twice_add_up(how):
     assert svi.optimizer.state[guide.table]["step"].tolist() == [0, 0, 4, 0, 0, 0, 0, 4, 0, 0, 0]
 
 
+def test_as_many_rows_as_there_are_but_some_twice():
+    """Rows that are not among them stay where they are."""
+    guide, x = make()
+    svi = pv.CompiledSVI(model, guide, ADAM, pv.ELBO())
+    steps(svi, guide, x, [[9, 10]] * 3)
+    before = guide.table.detach().clone()
+    steps(svi, guide, x, [[0, 0, *range(9)]])
+    assert torch.equal(guide.table[9:], before[9:])
+    assert not torch.equal(guide.table[:9], before[:9])
+    assert svi.optimizer.state[guide.table]["step"].tolist() == [1] * 9 + [3, 3]
+
+
 def test_steps_of_all_rows_are_those_of_the_optimizer_itself():
     """To the bit: where each step takes all rows, whatever their order, nothing has changed."""
     guide, x = make(family=pv.families.Normal())
