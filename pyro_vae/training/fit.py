@@ -156,7 +156,8 @@ def fit(
         shuffle: what of data in a file is shuffled. "rows": each minibatch is of any rows, and of a
             chunked file it opens as many chunks. "blocks": chunks (1,024 rows of a file without)
             are shuffled, and the rows of as many of them as are 128 MiB; each is opened once in an
-            epoch. Rows of data in memory and of a torch Dataset are shuffled with either. Where the rows of a file lie in an order, minibatches are less mixed.
+            epoch. Where the rows of a file lie in an order, minibatches are less mixed. Rows of
+            data in memory and of a torch Dataset are shuffled either way.
         clip_norm: the largest norm of the gradients of all parameters together; longer ones are
             shortened, as by ``torch.nn.utils.clip_grad_norm_``.
         clip_value: the largest number in a gradient, as in ``torch.nn.utils.clip_grad_value_``.

@@ -79,8 +79,8 @@ class TableRows:
     def serves(self, index: Tensor | None, *, repeats: bool = False) -> bool:
         """Return whether a step on these rows is to be differentiated by them alone.
 
-        Not where they are all rows, which so many may not be where one is there twice. A warning says once why a step that takes a few moves the
-        whole table, at its cost.
+        Not where they are all rows: as many as there are, if none is there twice. A warning says
+        once why a step that takes a few moves the whole table, at its cost.
         """
         table = self.table
         if index is None or not table.requires_grad or not table.is_leaf:

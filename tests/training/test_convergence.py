@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.training.convergence import Blocks, Followed, Stages
@@ -186,6 +187,25 @@ def test_a_resumed_run_converges_as_a_whole_one(tmp_path):
     finer = pv.Converged(1e-4, window=200)
     longer, *_ = converging(x, stop=finer, max_steps=whole.steps + 100, **options)
     assert longer.steps == whole.steps + 100
+
+
+def test_a_run_on_a_loader_goes_on_with_the_minibatches_that_it_compared(tmp_path):
+    def stages(steps, path=None):
+        torch.manual_seed(5)
+        x, stop = make_data(), pv.Converged(0.01, window=16)
+        loader = DataLoader(TensorDataset(x), batch_size=10, shuffle=True)
+        options = {"max_steps": steps, "epochs": None, "compile": False}
+        fit(loader, make_guide(x), stop=stop, checkpoint=path, **options)
+        return stop._stages
+
+    whole = stages(70)
+    for steps in (20, 50):
+        stages(steps, tmp_path / "run.ckpt")
+    resumed = stages(70, tmp_path / "run.ckpt")
+    assert whole._steps == resumed._steps
+    assert whole._followed.rows
+    for one, other in zip(whole._followed.rows, resumed._followed.rows, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow

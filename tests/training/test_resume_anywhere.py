@@ -233,7 +233,11 @@ def test_ctrl_c_after_an_epoch_leaves_out_no_callback(times, tmp_path):
 def test_ctrl_c_while_an_epoch_is_closed(tmp_path, monkeypatch):
     from pyro_vae.training.steps import TrainingSteps
 
-    kind, path = KINDS["plateau"], tmp_path / "run.ckpt"
+    def halving(model, guide):
+        optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.02)
+        return {"optim": optimizer, "callbacks": [Halving(optimizer)]}
+
+    kind, path = Kind(more=halving), tmp_path / "run.ckpt"
     whole = trained(kind, epochs=EPOCHS)
     remember = TrainingSteps.remember
 
