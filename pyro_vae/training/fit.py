@@ -40,6 +40,12 @@ from pyro_vae.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_UNFINISHED = (
+    "the rows of the LocalGuide are not at their optimum: %s. Train longer, with a learning rate "
+    "that falls to nothing; or call pyro_vae.refine, which starts at modes of the posterior and "
+    "says of each row whether it has converged"
+)
+
 
 def fit(
     model: Program,
@@ -254,20 +260,23 @@ def fit(
     if stop is not None and result.stopped_by == "converged":
         result = replace(result, promised=stop.left)
     if isinstance(guide, RowGuide):
-        drawn_anew = isinstance(data, (EpochData, StepData))
-        guide.remember(None if drawn_anew else training.source.every, guide.given)
-        if not drawn_anew:
-            promised = _promised(model, guide, training.batch)
-            result = result if math.isnan(promised[0]) else replace(result, promised=promised)
+        result = _with_rows(result, model, guide, training, data)
         if result.unfinished and result.stopped_by != "interrupted" and together.is_first:
-            text = (
-                "the rows of the LocalGuide are not at their optimum: %s. Train longer, with a "
-                "learning rate that falls to nothing; or call pyro_vae.refine, which starts at "
-                "modes of the posterior and says of each row whether it has converged"
-            )
-            logger.warning(text, result.unfinished)
+            logger.warning(_UNFINISHED, result.unfinished)
     called.end(result)
     return result
+
+
+def _with_rows(
+    result: FitResult, model: Program, guide: RowGuide, training: TrainingData, data: Any
+) -> FitResult:
+    """Have a guide remember what its rows are fitted to; return with what is left to gain."""
+    if isinstance(data, (EpochData, StepData)):
+        guide.remember(None, guide.given)
+        return result
+    guide.remember(training.source.every, guide.given)
+    promised = _promised(model, guide, training.batch)
+    return result if math.isnan(promised[0]) else replace(result, promised=promised)
 
 
 def _promised(model: Program, guide: Program, batch: Batch) -> tuple[float, float]:
