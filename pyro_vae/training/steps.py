@@ -512,7 +512,7 @@ class TrainingSteps:
         """Return those of this process's share."""
         source = self.data.source
         batch = source.minibatch(start.index) if start.batch is None else start.batch
-        after = state.random_state()
+        after, carried = state.random_state(), Carried(self.parameters, self.objective)
         state.set_random_state(start.random_state)
         try:
             with self.data.rows(start.index), self._joint or contextlib.nullcontext():
@@ -520,6 +520,7 @@ class TrainingSteps:
         except (ValueError, RuntimeError):
             return []  # it fails as the step did: the caller's error is about that one
         finally:
+            carried.restore()  # running means, which this run would make NaN
             state.set_random_state(after)
 
     def _failure(

@@ -95,7 +95,6 @@ class Validation:
             f"{rows} ({len(sites_of)} of the {batch.size} looked at) at sites {', '.join(sites)}. "
             "Rescale or leave out these rows, or bound the scale or logit there"
         )
-        raise NonFiniteLossError(text, self._steps.taken, sites) from look.error
         raise NonFiniteLossError(text, self._steps.taken, sites) from error
 
     def _sites_by_row(self, batch: Batch) -> dict[int, list[str]]:
