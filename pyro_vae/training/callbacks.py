@@ -126,7 +126,8 @@ class CSV(Callback):
     """A file of comma-separated values with a row for each epoch or step, written at once.
 
     A run that resumes from a checkpoint first cuts the file back to the rows that the checkpoint
-    knows, so that none is there twice. Any other run begins the file anew with its first row.
+    knows, so that none is there twice. Any other run begins the file anew with its first row;
+    given the same object once more, it adds its rows.
 
     Args:
         path: of the file; its folder must exist.

@@ -154,7 +154,8 @@ def fit(
             training; objects with on_step, on_epoch and on_end
             (:class:`pyro_vae.callbacks.Callback`). A torch.optim.lr_scheduler takes a step after
             each epoch (ReduceLROnPlateau by the validation ELBO, or the training ELBO where there
-            is none), in :class:`pyro_vae.callbacks.EachStep` after each step.
+            is none), in :class:`pyro_vae.callbacks.EachStep` after each step; it must be of
+            ``optim``, a torch optimizer.
         data_plate: as in :func:`pyro_vae.log_weights`; with False every step takes all
             the data, and ELBOs are of the whole.
         drop_last: whether an epoch leaves out a last minibatch that is smaller than the others;
@@ -251,6 +252,7 @@ def fit(
         steps = TrainingSteps(
             training, loss, optim, schedule, compile, total, clip=clip, on_nan=on_nan
         )
+        _check_schedulers(callbacks, optim, steps)
         if stop is not None:
             stop.begin(steps)
         validation = None if held_out is None else Validation(steps, held_out, seed)
@@ -337,6 +339,18 @@ def _check_stop(stop: Converged | None, callbacks: list[CallbackLike], together:
     if stop is not None and together.size > 1:
         what = "compares parameters in one process; train with distributed=False, or without it"
         raise ValueError(f"stop: pv.Converged {what}")
+
+
+def _check_schedulers(callbacks: list[CallbackLike], optim: Any, steps: TrainingSteps) -> None:
+    """Raise ValueError for a scheduler of another optimizer, which would change nothing here."""
+    given = [c.scheduler if isinstance(c, EachStep) else c for c in callbacks]
+    late = bool(steps.parameters.late)
+    found = optim if isinstance(optim, torch.optim.Optimizer) or late else steps.optimizer
+    for scheduler in given:
+        if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not found:
+            what = "moves the learning rate of another optimizer than that of this run"
+            advice = "make one torch optimizer, and give it to both: fit(optim=optimizer)"
+            raise ValueError(f"callbacks: {type(scheduler).__name__} {what}; {advice}")
 
 
 def _check_loss(loss: Any, schedule: Any) -> None:

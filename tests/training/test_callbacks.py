@@ -189,6 +189,19 @@ def test_a_scheduler_steps_after_each_step(make, tmp_path):
     assert same(parameters_of(resumed), parameters_of(guide))
 
 
+@pytest.mark.parametrize("optim", [None, torch.optim.Adam, "another"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_scheduler_of_another_optimizer_is_refused(optim, wrapped):
+    """It would leave the learning rate of the run as it is, and say nothing."""
+    x = make_data()
+    guide = make_guide(x)
+    scheduler = ExponentialLR(torch.optim.Adam(guide.parameters()), 0.5)
+    optim = torch.optim.Adam(guide.parameters()) if optim == "another" else optim
+    callback = EachStep(scheduler) if wrapped else scheduler
+    with pytest.raises(ValueError, match="ExponentialLR moves the learning rate of another opt"):
+        run(x, guide, optim=optim, callbacks=[callback])
+
+
 def test_what_cannot_step_is_refused():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TypeError, match="ReduceLROnPlateau goes by the ELBO of an epoch"):
