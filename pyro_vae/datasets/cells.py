@@ -78,13 +78,13 @@ def cells(
     """
     if isinstance(data, (str, os.PathLike)):
         data = _opened(data)
-    if not all(hasattr(data, name) for name in ("X", "layers", "obs")):
-        raise TypeError(f"an AnnData or the path of one is needed, found a {type(data).__name__}")
     if getattr(data, "is_view", False) and getattr(data, "isbacked", False):
         raise ValueError(
             "the AnnData is a view of one that is backed by a file, of which a part is no array; "
             "pass view.to_memory(), or all of it"
         )
+    if not all(hasattr(data, name) for name in ("X", "layers", "obs")):
+        raise TypeError(f"an AnnData or the path of one is needed, found a {type(data).__name__}")
     if layer is not None and layer not in data.layers:
         raise ValueError(f"layer={layer!r}: the AnnData has {_names(data.layers)}")
     matrix = data.X if layer is None else data.layers[layer]

@@ -51,7 +51,10 @@ class WeightedMoments:
         self._seen += len(x)
 
     def results(self) -> dict[str, np.ndarray]:
-        """Return ``mean``, its standard error ``mean_se``, and ``sd``, [N, ...] each."""
+        """Return ``mean``, its standard error ``mean_se``, and ``sd``, [N, ...] each.
+
+        NaN are ``mean_se`` where one particle has nearly all weight, and ``sd`` of one particle.
+        """
         wx, wxx, vx, vxx, ux, uxx, uxxx = self._sums
         num_particles, inner = self._weights.shape[1], [1] * (wx.ndim - 1)
         powers = (torch.as_tensor((self._weights**power).sum(1)) for power in (2, 3))
@@ -64,4 +67,5 @@ class WeightedMoments:
         # Of about one particle there is no spread to tell from.
         error = torch.where(v < 0.9, error, math.nan)
         sd = ((wxx - wx**2).clamp(min=0) + self._within).sqrt()
+        sd = sd if num_particles > 1 else torch.full_like(sd, math.nan)
         return {"mean": (wx + self._first).numpy(), "mean_se": error.numpy(), "sd": sd.numpy()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pyro_vae.prediction.pairs import Prepared
 from pyro_vae.programs.sites import inner_dims
 
 _DATUM, _DRAW = "datum", "draw"
+WEIGHTS = ("pareto_k", "ess")  # what is said of importance weights
 # Ends of the names of what is said of a site; its draws have none.
 ENDS = ("", "_mean", "_mean_se", "_sd", "_probability", "_probability_se")
 
@@ -43,7 +44,7 @@ def named(
         for name in blocks[0]
     }
     own = {site: _dims(ready, site, deterministic) for site in names}
-    return as_dataset(joined, own, [] if whole else [_DATUM], coords, dims)
+    return as_dataset(joined, own, [] if whole else [_DATUM], coords, dims, WEIGHTS)
 
 
 def as_dataset(
@@ -52,6 +53,7 @@ def as_dataset(
     lead: Sequence[str],
     coords: Mapping[str, ArrayLike] | None,
     dims: Mapping[str, Sequence[str]] | None,
+    reserved: Iterable[str] = (),
 ) -> xr.Dataset:
     """Return what is said of sites, draw and datum the first dimensions.
 
@@ -61,6 +63,10 @@ def as_dataset(
         lead: names of dimensions in front.
         coords: dimension name to labels.
         dims: site name to names of its dimensions after (draw, datum).
+        reserved: names of other variables that the result gets.
+
+    Raises:
+        ValueError: for names of what is not there, and where two things would have one name.
     """
     if unknown := set(dims or {}) - set(own):
         raise ValueError(f"dims names {sorted(unknown)}, which are not predicted: {list(own)}")
@@ -74,6 +80,7 @@ def as_dataset(
         order += [d for d in axes if d not in order]
         value = np.transpose(value, [axes.index(d) for d in order])
         found[f"{site}{end}"] = _renamed(order, site, dims), value
+    _check_names(own, found, set(reserved))
     dataset = xr.Dataset(found)
     sizes = dataset.sizes
     labels: dict[str, Any] = {d: np.arange(sizes[d]) for d in (_DRAW, _DATUM) if d in sizes}
@@ -104,6 +111,22 @@ def _dims(ready: Prepared, site: str, deterministic: Mapping[str, DeterministicS
             "in blocks: pass fewer data, or data_plate=False"
         )
     return [_DATUM if plate is not None and name == plate.name else name for name in found]
+
+
+def _check_names(
+    sites: Iterable[str], found: Mapping[str, tuple[list[str], np.ndarray]], reserved: set[str]
+) -> None:
+    """Raise ValueError where two variables, or a variable and a dimension, have one name."""
+    made = [name for site in sites for end in ENDS if (name := f"{site}{end}") in found]
+    axes = {name for order, _ in found.values() for name in order}
+    twice = {name for name in made if made.count(name) > 1 or name in axes | reserved}
+    twice |= axes & reserved
+    twice |= {n for order, _ in found.values() for n in order if order.count(n) > 1}
+    if twice:
+        raise ValueError(
+            f"{sorted(twice)} would name two things in the result, whose variables are {made} and "
+            f"dimensions {sorted(axes)}: name the dimensions by dims=, or fewer sites by sites="
+        )
 
 
 def _renamed(order: list[str], site: str, dims: Mapping[str, Sequence[str]] | None) -> list[str]:

@@ -32,6 +32,8 @@ from pyro_vae.sampling.exact_draws import check_generative, of_size
 __all__ = ["generate"]
 
 _WHO = "generate"
+# Values of arguments that nothing but their number may be taken from, beside NaN.
+_TRIED = (0.0, 1.0, -1.0, 1e3)
 
 
 def generate(
@@ -172,6 +174,34 @@ def _blank(model: Program, count: int) -> Batch:
     return Batch(tuple(torch.full((count,), torch.nan) for _ in needed), {})
 
 
+def _check_blank(
+    model: Program, batch: Batch, given: Mapping[str, Tensor], nodes: Mapping[str, Node]
+) -> None:
+    """Raise ValueError where values of arguments change what is drawn, or what a mask leaves out.
+
+    NaN alone would not tell: a comparison with it is false, and torch.where and nan_to_num hide it.
+    """
+    count = batch.size or 0
+    tried = torch.tensor(_TRIED).repeat(-(-count // len(_TRIED)) + 1)
+    for start in range(len(_TRIED) if 0 < count < len(_TRIED) else min(count, 1)):
+        others = Batch(tuple(tried[start : start + count] for _ in batch.args), {})
+        found = _drawn(model, others, given, 0)
+        for name, node in nodes.items():
+            masks = not _same(node.get("mask"), found[name].get("mask"))
+            known = "_missing" in node.get("infer", {})  # what is missing is drawn all the same
+            if node["type"] == "sample" and (
+                (masks and not known) or not _same(node["value"], found[name]["value"])
+            ):
+                raise ValueError(f"what it draws of {name!r} changes with their values")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values or masks are the same."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other or bool(torch.all(torch.as_tensor(one == other)))
+    return one.shape == other.shape and bool(torch.isclose(one, other, 0, 0, True).all())
+
+
 def _drawn(model: Program, batch: Batch, given: Mapping[str, Tensor], seed: int) -> dict[str, Node]:
     """Return the statements of a run whose observed sites are drawn, but for what is given."""
     with looking(model, device=batch.device), seeded(batch.device, seed), poutine.block():
@@ -187,6 +217,8 @@ def _structure(
     """Return the structure of a model on data of its own."""
     with Look() as look:
         nodes = _drawn(model, batch, given, 0)
+        if blank:
+            _check_blank(model, batch, given, nodes)
         # That nothing in these counts, draws of NaN have shown.
         shown = Batch(tuple(map(torch.zeros_like, batch.args)), {}) if blank else batch
         own = {

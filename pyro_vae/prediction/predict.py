@@ -26,7 +26,7 @@ from pyro_vae.particles.evaluator import Chunk, Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.particles.weighted_moments import WeightedMoments
-from pyro_vae.prediction.dataset import ENDS, named
+from pyro_vae.prediction.dataset import ENDS, WEIGHTS, named
 from pyro_vae.prediction.expectations import expected_of, is_categorical, one_hot
 from pyro_vae.prediction.pairs import Prepared, prepared
 from pyro_vae.programs.messages import as_count
@@ -250,7 +250,7 @@ class _Prediction:
         dataset = named(self.ready, blocks, shapes, names, coords, dims)
         if weights is not None:
             lead = [] if evaluator.structure.data_dim is None else ["datum"]
-            for name in ("pareto_k", "ess"):
+            for name in WEIGHTS:
                 value = getattr(weights, name)
                 dataset[name] = (lead, value if lead else value[0])
         return dataset.assign_attrs(

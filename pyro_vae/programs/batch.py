@@ -247,7 +247,8 @@ def as_arguments(
     if len(batch) == 1:
         (only,) = batch
         args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
-        if isinstance(only, Mapping):
+        # SciPy's matrix of keys and values is a dict of pairs of numbers.
+        if isinstance(only, Mapping) and not hasattr(only, "tocsr"):
             return (), {n: convert(f"argument {n!r}", v) for n, v in only.items()}
         # A model of as many plain numbers is not met; a column of data in a list is.
         if len(args) > 1 and all(isinstance(value, (int, float)) for value in args):

@@ -42,10 +42,22 @@ def tensor_of(name: str, value: Any) -> Any:
 
 
 def matrix_of(value: Any) -> Any:
-    """Return the matrix X of an AnnData; other values as they are."""
-    if type(value).__module__.partition(".")[0] == "anndata" and hasattr(value, "obs"):
+    """Return the matrix X of an AnnData; other values as they are.
+
+    Raises:
+        ValueError: for a view of a backed AnnData, of which anndata does not read the rows.
+    """
+    if type(value).__module__.partition(".")[0] != "anndata" or not hasattr(value, "obs"):
+        return value
+    try:
         return value.X
-    return value
+    except AttributeError as error:
+        if not (value.is_view and value.isbacked):
+            raise
+        raise ValueError(
+            "the batch is a view of an AnnData that is backed by a file, of whose sparse matrix no "
+            "part is read; pass view.to_memory(), or all of it"
+        ) from error
 
 
 def _check_numbers(name: str, what: str, dtype: Any) -> None:

@@ -323,16 +323,25 @@ def site_shapes(*traces: Trace) -> dict[str, SiteShape]:
 def array_of(value: Tensor, site: Site, structure: Structure) -> np.ndarray:
     """Return values of a site, broadcast to its shape, as ``[N, *inner plates, *event]``.
 
+    Those of a global latent, and of all sites where all is one datum, as ``[*batch, *event]``.
+
     Args:
         value: what broadcasts with ``[*batch, *event]``.
         site: whose values they are.
-        structure: of the model; as ``[*batch, *event]`` where it is one datum.
+        structure: of the model.
     """
     shape = torch.broadcast_shapes(value.shape, (*site.batch_shape, *site.event_shape))
     value = value.broadcast_to(shape)
-    if structure.data_dim is not None:
-        value = value.movedim(value.ndim - len(site.event_shape) + structure.data_dim, 0)
+    if (dim := _data_dim(site, structure)) is not None:
+        value = value.movedim(value.ndim - len(site.event_shape) + dim, 0)
     return value.detach().cpu().numpy()
+
+
+def _data_dim(site: Site, structure: Structure) -> int | None:
+    """Return the dimension of the data in a site's batch; None of one that all data share."""
+    plate = structure.data_plate
+    shared = plate is not None and not site.is_in(plate.name)
+    return None if shared else structure.data_dim
 
 
 def observed_values(site: Site, structure: Structure) -> np.ndarray:
@@ -361,7 +370,8 @@ def inner_dims(site: Site, structure: Structure) -> list[str]:
     """Return names of a site's dimensions but the data's: inner plates, then ``<site>_dim_i``."""
     batch = len(site.batch_shape)
     inner = {batch + p.dim: p.name for p in site.plates if p != structure.data_plate}
-    data_axis = None if structure.data_dim is None else batch + structure.data_dim
+    dim = _data_dim(site, structure)
+    data_axis = None if dim is None else batch + dim
     axes = [axis for axis in range(batch) if axis != data_axis]
     names = [inner.get(axis, f"{site.name}_dim_{i}") for i, axis in enumerate(axes)]
     return names + [f"{site.name}_dim_{len(axes) + i}" for i in range(len(site.event_shape))]

@@ -138,3 +138,13 @@ def test_what_is_no_anndata(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "anndata", None)
     with pytest.raises(ImportError, match=r'pip install "pyro-vae\[cells\]"'):
         cells(tmp_path / "x.h5ad")
+
+
+def test_views_of_a_sparse_matrix_in_a_file_are_refused(tmp_path):
+    import anndata
+
+    path = written(made(scipy.sparse.csr_matrix(X)), tmp_path / "cells.h5ad")
+    view = anndata.read_h5ad(path, backed="r")[[2, 0]]
+    for function in (cells, on_demand):
+        with pytest.raises(ValueError, match=r"view of .* backed by a file.*to_memory"):
+            function(view)

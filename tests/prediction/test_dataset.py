@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
 import torch
 
 import pyro_vae as pv
@@ -32,3 +35,29 @@ def test_data_that_are_drawn_jointly_are_data_all_the_same():
     )  # fmt: skip
     assert found["z_mean"].dims == ("datum",) and found["mu"].dims == ("draw",)
     assert list(found["datum"].values) == list("abc")
+
+
+def two_names(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("x_mean", dist.Normal(z, 1.0), obs=x)
+
+
+def number_of_draw(x):
+    with pyro.plate("data", len(x)):
+        draw = pyro.sample("draw", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(draw, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(("model", "name"), [(two_names, "x_mean"), (number_of_draw, "draw")])
+def test_two_things_of_one_name_are_refused(model, name):
+    with pytest.raises(ValueError, match=rf"\['{name}'\] would name two things"):
+        pv.generate(model, 3, like=X, seed=0)
+
+
+@pytest.mark.parametrize("name", ["datum", "draw", "x", "x_mean", "pareto_k"])
+def test_dimensions_with_the_name_of_something_else_are_refused(name):
+    model, x = factor_analysis(), torch.zeros(6, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"\['{name}'\] would name two things"):
+        pv.predict(model, model.posterior, x, num_draws=6, dims={"x": [name]}, seed=0)

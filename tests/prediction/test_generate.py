@@ -119,3 +119,56 @@ def test_a_factor_cannot_be_drawn():
 
     with pytest.raises(ValueError, match="factor"):
         pv.generate(model, 3, like=X)
+
+
+# --- names, shapes, and what is taken from arguments
+
+
+def loadings(x):
+    """A matrix shared by all data, and a number for each gene beside the data's own plate."""
+    means = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
+    matrix = pyro.sample("matrix", dist.Normal(means, 0.01).to_event(2))
+    with pyro.plate("gene", 3):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ matrix + shift, 1.0).to_event(1), obs=x)
+
+
+def test_global_latents_keep_the_order_of_their_dimensions():
+    found = pv.generate(loadings, 5, seed=0)
+    means = [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]
+    np.testing.assert_allclose(found["matrix_mean"], means, atol=0.05)
+    assert found["matrix"].dims == ("draw", "matrix_dim_0", "matrix_dim_1")
+    assert found["shift"].dims == ("draw", "gene") and found["x"].shape == (5, 3)
+
+
+def by_sign(x, c):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(torch.where(c > 0, z + 9, z - 9), 1.0), obs=x)
+
+
+def by_own_sign(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.poutine.mask(mask=x > 0):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("num_draws", [1, 7])
+@pytest.mark.parametrize(("model", "site"), [(by_sign, "x"), (by_own_sign, "x")])
+def test_values_that_nan_would_hide_need_an_example(model, site, num_draws):
+    """A comparison with NaN is false, and all data would be on one side of it."""
+    with pytest.raises(ValueError, match=rf"draws of '{site}' changes with their values.* like="):
+        pv.generate(model, num_draws, seed=0)
+
+
+def test_missing_data_need_no_example():
+    found = pv.generate(pv.MissingData(NormalModel()), 2000, seed=0)
+    is_right(found, "x", 0.0, 2**0.5, 0.05)
+
+
+def test_one_draw_has_no_spread():
+    found = pv.generate(NormalModel(), 1, seed=0)
+    assert found["x_sd"].isnull() and found["x_mean_se"].isnull() and found["x"].notnull().all()

@@ -429,6 +429,7 @@ def test_a_factor_is_not_predicted():
 def test_few_draws(num_draws):
     found = predict(NormalModel(), NormalModel().posterior, X, num_draws=num_draws)
     assert found["x_mean_se"].isnull().all() == (num_draws == 1)
+    assert found["x_sd"].isnull().all() == (num_draws == 1)  # of one there is no spread
     assert found["x"].shape == (num_draws, 4) and found["x_mean"].notnull().all()
 
 

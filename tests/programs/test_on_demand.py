@@ -227,3 +227,8 @@ def test_another_dtype(tmp_path):
     assert take(LABELS, dtype={0: torch.float64}).dtype is torch.float64
     with pytest.raises(ValueError, match=r"dtype names \['z'\], the data have \['x', 'y'\]"):
         take(data, dtype={"z": torch.float32})
+
+
+def test_a_sparse_matrix_of_keys_is_no_mapping_of_arguments():
+    found = on_demand(scipy.sparse.dok_matrix(X.numpy()))
+    assert isinstance(found, OnDemand) and torch.equal(found.whole().args[0], X)
