@@ -21,7 +21,7 @@ from pyro_vae.programs.batch import (
     tensors_of,
 )
 from pyro_vae.programs.loaders import StreamReader, rows_of_loader
-from pyro_vae.programs.rows import Rows, SomeRows, matrix_of, rows_of, tensor_of
+from pyro_vae.programs.rows import Chosen, Rows, SomeRows, matrix_of, rows_of, tensor_of
 from pyro_vae.programs.state import preserved_rng
 
 _HELD = 2**26  # bytes of a torch Dataset that evaluation reads at once, and keeps
@@ -59,7 +59,7 @@ class OnDemand(Batch):
     @property
     def drawn_anew(self) -> bool:
         """Whether rows may be others each time that they are read: those of a torch Dataset."""
-        return any(isinstance(value, DatasetRows) for _, value in self._named())
+        return any(isinstance(_origin(value), DatasetRows) for _, value in self._named())
 
     @property
     def block(self) -> int:
@@ -140,6 +140,13 @@ class OnDemand(Batch):
     def repeat(self, times: int) -> Batch:
         """Return all rows, repeated."""
         return self.whole().repeat(times)
+
+
+def _origin(value: Any) -> Any:
+    """Return what rows are taken of, of some rows of others."""
+    while isinstance(value, SomeRows):
+        value = value.whole
+    return value
 
 
 class DatasetRows(Rows):
@@ -307,6 +314,8 @@ def take(
         raise ValueError("the data have no rows: no array with a first dimension is among them")
     numbers = torch.arange(batch.size)[rows.cpu() if isinstance(rows, Tensor) else rows]
 
+    chosen = Chosen(numbers)
+
     def of(key: Any, value: Any) -> Any:
         if not has_dimensions(value):
             return value
@@ -314,7 +323,7 @@ def take(
         if isinstance(dtype, torch.dtype) and value.dtype.is_floating_point:
             wanted = dtype
         if isinstance(value, Rows):
-            return SomeRows(value, numbers, wanted)
+            return SomeRows(value, chosen, wanted)
         return value[rows if isinstance(rows, slice) else numbers.to(value.device)].to(wanted)
 
     named: dict[Any, Any] = {**dict(enumerate(batch.args)), **batch.kwargs}

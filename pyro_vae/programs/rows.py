@@ -246,17 +246,34 @@ class SparseFileRows(Rows):
         np.add.at(found, (row, column), np.asarray(self._group["data"][entries]))
 
 
+class Chosen:
+    """Which rows are taken of several arguments, by their numbers [n], in any order.
+
+    The last ones are kept, so that arguments of one datum are read by one and the same index.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self._last: tuple[slice | Tensor, Tensor] | None = None
+
+    def at(self, index: slice | Tensor) -> Tensor:
+        """Return the numbers of some of them among all rows."""
+        if self._last is None or self._last[0] is not index:
+            self._last = index, self.numbers[index]
+        return self._last[1]
+
+
 class SomeRows(Rows):
     """Some of the rows of others, by their numbers.
 
     Args:
         rows: all of them.
-        numbers: which, [n], in any order.
+        chosen: which; the same object for all arguments.
         dtype: of what is read; None leaves it.
     """
 
-    def __init__(self, rows: Rows, numbers: Tensor, dtype: torch.dtype | None = None) -> None:
-        self._rows, self._numbers = rows, numbers
+    def __init__(self, rows: Rows, chosen: Chosen, dtype: torch.dtype | None = None) -> None:
+        self.whole, self._chosen, numbers = rows, chosen, chosen.numbers
         self.shape, self.dtype = (len(numbers), *rows.shape[1:]), dtype or rows.dtype
         self.device = rows.device
         first = int(numbers[0]) if len(numbers) else 0
@@ -265,7 +282,7 @@ class SomeRows(Rows):
 
     def read(self, index: slice | Tensor) -> Tensor:
         """Return rows, dense."""
-        return self._rows.read(self._numbers[index]).to(self.dtype)
+        return self.whole.read(self._chosen.at(index)).to(self.dtype)
 
 
 def rows_of(name: str, value: Any) -> Rows | None:

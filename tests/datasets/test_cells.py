@@ -140,6 +140,7 @@ def test_what_is_no_anndata(monkeypatch, tmp_path):
         cells(tmp_path / "x.h5ad")
 
 
+@pytest.mark.filterwarnings("ignore")  # of an option of pandas that anndata sets
 def test_views_of_a_sparse_matrix_in_a_file_are_refused(tmp_path):
     import anndata
 

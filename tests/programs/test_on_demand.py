@@ -232,3 +232,22 @@ def test_another_dtype(tmp_path):
 def test_a_sparse_matrix_of_keys_is_no_mapping_of_arguments():
     found = on_demand(scipy.sparse.dok_matrix(X.numpy()))
     assert isinstance(found, OnDemand) and torch.equal(found.whole().args[0], X)
+
+
+class Drawn(Dataset):
+    """Whose rows are drawn when they are read: a number, and the same once more."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        number = torch.rand(())
+        return {"x": number, "same": number}
+
+
+def test_rows_taken_of_a_dataset_that_draws_are_read_together():
+    found = on_demand(take(on_demand(Drawn(), held=0), torch.tensor([7, 2, 2])))
+    for index in (slice(0, 2), torch.tensor([2, 0])):
+        part = found.rows(index)
+        assert torch.equal(part.kwargs["x"], part.kwargs["same"])
+    assert found.drawn_anew and not on_demand(take(SPARSE, slice(0, 2))).drawn_anew
