@@ -112,14 +112,18 @@ def _opened(path: str | os.PathLike[str]) -> Any:
         raise ImportError('reading .h5ad needs anndata: pip install "pyro-vae[cells]"') from error
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)}")
-    if os.path.isdir(path):
-        import zarr
+    try:
+        if os.path.isdir(path):
+            import zarr
 
-        file: Any = zarr.open_group(os.fspath(path), mode="r")
-    else:
-        import h5py
+            file: Any = zarr.open_group(os.fspath(path), mode="r")
+        else:
+            import h5py
 
-        file = h5py.File(path, "r")  # open as long as its matrices are in use
+            file = h5py.File(path, "r")  # open as long as its matrices are in use
+    except (OSError, ValueError) as error:  # GroupNotFoundError of Zarr too
+        what = "is no AnnData: neither an .h5ad file nor a Zarr folder"
+        raise ValueError(f"{os.fspath(path)} {what} ({error})") from error
     if "obs" not in file:
         raise ValueError(f"{os.fspath(path)} is no AnnData: it has no obs")
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.programs.messages import as_path
+
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -34,11 +36,13 @@ def open_table(path: str | os.PathLike[str], start: Tensor, num_data: int) -> Te
         FileNotFoundError: for a folder that is not there.
         ValueError: for a file that holds something else, and a dtype that NumPy lacks.
     """
-    path, shape = Path(path).absolute(), (num_data, *start.shape)
+    path, shape = as_path("storage", path).absolute(), (num_data, *start.shape)
     if start.dtype not in _NUMPY:
         raise ValueError(f"storage: a table on disk is of float32 or float64, not {start.dtype}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"storage={os.fspath(path)!r}: its folder does not exist")
+    if path.is_dir():
+        raise ValueError(f"storage={os.fspath(path)!r} is a folder; name a file in it")
     if not path.exists():
         _make(path, start, shape)
     dtype, offset = _look(path, shape, _NUMPY[start.dtype])
@@ -83,9 +87,9 @@ def _look(path: Path, shape: tuple[int, ...], wanted: np.dtype[Any]) -> tuple[to
     name = f"storage={os.fspath(path)!r}"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError) as error:  # which may advise to unpickle the file
         what = "is no array of NumPy, or cut off"
-        raise ValueError(f"{name} {what}: {error}. Give the name of a new file") from error
+        raise ValueError(f"{name} {what}. Give the name of a new file") from error
     if not isinstance(found, np.memmap) or (found.shape, found.dtype) != (shape, wanted):
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "no array"
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -241,11 +242,16 @@ def as_arguments(
         convert: from the name of an argument and its value to what it becomes.
 
     Raises:
-        TypeError: for a list of plain numbers.
+        TypeError: for a list of plain numbers, and for a path.
     """
     args = batch
     if len(batch) == 1:
         (only,) = batch
+        if isinstance(only, str | os.PathLike):
+            raise TypeError(
+                f"the batch is a path, {os.fspath(only)!r}; open the file: "
+                'numpy.load(path, mmap_mode="r"), zarr.open_array(path, mode="r")'
+            )
         args = tuple(only) if isinstance(only, (tuple, list)) else (only,)
         # SciPy's matrix of keys and values is a dict of pairs of numbers.
         if isinstance(only, Mapping) and not hasattr(only, "tocsr"):

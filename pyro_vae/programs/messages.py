@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,23 @@ def as_number(name: str, value: Any) -> float:
         if not isinstance(value, (str, bytes, bool)):
             return float(value)
     raise ValueError(f"{name}={value!r}: a number is needed")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Return a path.
+
+    Raises:
+        TypeError: for what is none, such as the arguments of a call in another order.
+
+    Example:
+        >>> as_path("checkpoint", 3)
+        Traceback (most recent call last):
+        TypeError: checkpoint: the path of a file is needed, found a value of type int
+    """
+    if not isinstance(value, str | os.PathLike):
+        what = f"the path of a file is needed, found a value of type {type(value).__name__}"
+        raise TypeError(f"{name}: {what}")
+    return Path(value)
 
 
 def as_seed(seed: Any) -> int:

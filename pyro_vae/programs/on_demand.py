@@ -276,6 +276,19 @@ def _of_reader(reader: _LastRead, first: Any, what: str) -> OnDemand:
     return OnDemand(() if named else tuple(leaves.values()), leaves if named else {})
 
 
+def _numbers(rows: Any, size: int) -> Tensor:
+    """Return the numbers of rows that a slice, numbers or booleans stand for, from 0."""
+    if isinstance(rows, slice):
+        return torch.arange(size)[rows]
+    wanted = torch.as_tensor(rows).cpu()
+    if wanted.dim() != 1 or (
+        wanted.numel() and (wanted.is_floating_point() or wanted.is_complex())
+    ):
+        what = "a slice, or whole numbers or booleans [N] are needed; one row is slice(n, n + 1)"
+        raise TypeError(f"rows={rows!r}: {what}")
+    return torch.arange(size)[wanted if wanted.numel() else wanted.long()]
+
+
 def take(
     data: Any,
     rows: slice | Tensor = slice(None),
@@ -300,6 +313,7 @@ def take(
     Raises:
         ValueError: where there are none, and for a dtype of an argument that is not there.
         IndexError: for numbers that are out of range.
+        TypeError: for rows that are no such numbers.
 
     Example:
         >>> import numpy as np, scipy.sparse
@@ -312,7 +326,7 @@ def take(
     batch = on_demand(data)
     if batch.size is None:
         raise ValueError("the data have no rows: no array with a first dimension is among them")
-    numbers = torch.arange(batch.size)[rows.cpu() if isinstance(rows, Tensor) else rows]
+    numbers = _numbers(rows, batch.size)
 
     chosen = Chosen(numbers)
 

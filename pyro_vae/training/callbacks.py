@@ -7,11 +7,11 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vae.programs.messages import as_path
 from pyro_vae.training.fit_result import Epoch, FitResult, FitStop
 
 Each: TypeAlias = Literal["epoch", "step"]
@@ -135,7 +135,7 @@ class CSV(Callback):
             (:class:`pyro_vae.Epoch`); "step" for step, epoch and elbo (:class:`Step`).
 
     Raises:
-        ValueError: for another ``each``.
+        ValueError: for another ``each``, and for a path that is a folder.
         FileNotFoundError: for a folder that does not exist.
 
     Example:
@@ -150,10 +150,12 @@ class CSV(Callback):
     first_only = True
 
     def __init__(self, path: str | os.PathLike[str], each: Each = "epoch") -> None:
-        self.path, self.each, self._size = Path(path), _each(each), 0
+        self.path, self.each, self._size = as_path("CSV", path), _each(each), 0
         self.reads_loss = each == "step"
         if not self.path.absolute().parent.is_dir():
             raise FileNotFoundError(f"CSV({os.fspath(path)!r}): its folder does not exist")
+        if self.path.is_dir():
+            raise ValueError(f"CSV({os.fspath(path)!r}) is a folder; name a file in it")
 
     def on_step(self, step: Step) -> None:
         """Write a row, where there is one for each step."""

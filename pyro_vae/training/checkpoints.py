@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pyro_vae.programs.messages import as_count
+from pyro_vae.programs.messages import as_count, as_path
 from pyro_vae.programs.processes import Processes
 from pyro_vae.training import sealed
 
@@ -72,7 +72,7 @@ class Checkpoints:
         keep: int,
         processes: Processes | None = None,
     ) -> None:
-        self.path, self._processes = Path(path), processes or Processes()
+        self.path, self._processes = as_path("checkpoint", path), processes or Processes()
         self._processes.by_first(self._check)
         self._every, self._keep = _as_interval(every), as_count("checkpoint_keep", keep)
         self._written = 0  # by this run

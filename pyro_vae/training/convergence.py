@@ -17,6 +17,7 @@ from pyro_vae.diagnostics.convergence import split_rhat
 from pyro_vae.programs import state
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import RowGuide
+from pyro_vae.programs.messages import as_number
 from pyro_vae.schedules import Cyclical, Schedule
 from pyro_vae.training.callbacks import Callback, Step
 from pyro_vae.training.fit_result import FitStop
@@ -300,7 +301,7 @@ class Converged(Callback):
             ("factor", factor, 0.0, 1.0),
             ("window", window, 15, math.inf),
         ):
-            if not least < value < most:
+            if not least < as_number(name, value) < most:
                 raise ValueError(f"{name}={value!r}: a number between {least} and {most} is needed")
         self.tolerance, self.level, self.factor, self.window = tolerance, level, factor, window
         self._stages: Stages | None = None

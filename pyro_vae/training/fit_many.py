@@ -164,7 +164,8 @@ def fit_many(
         A ManyFits. Runs that failed have an error there, and no numbers.
 
     Raises:
-        TypeError: for an argument that fit does not have, or an optimizer that is made already.
+        TypeError: for an argument that fit does not have, or an optimizer that is made already,
+            a ``make`` that is no function.
         ValueError: for arguments of one run alone, or runs that share parameters. What every run
             raises is raised too.
 
@@ -183,6 +184,7 @@ def fit_many(
         >>> fits.summary().shape
         (2, 8)
     """
+    _check_make(make)
     chosen = _checked_seeds(num_runs, seeds)
     _check_options(options)
     pairs = [_made(make, seed) for seed in chosen]
@@ -216,6 +218,8 @@ def fit_many(
 
 
 def _checked_seeds(num_runs: int, seeds: Sequence[int] | None) -> list[int]:
+    if seeds is not None and not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds={seeds!r}: a list is needed, of at least 2")
     found = list(range(as_count("num_runs", num_runs, 2))) if seeds is None else list(seeds)
     if len(found) < 2 or len(set(found)) < len(found):
         raise ValueError(f"seeds={found}: at least 2 are needed, all different")
@@ -234,6 +238,12 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(options.get("optim"), (torch.optim.Optimizer, pyro.optim.PyroOptim)):
         what = "it moves the parameters of one run; pass a function from parameters to an optimizer"
         raise TypeError(f"optim: {what}, such as lambda parameters: torch.optim.Adam(parameters)")
+
+
+def _check_make(make: object) -> None:
+    if not callable(make):
+        what = "a function from a seed to a new model and a new guide is needed"
+        raise TypeError(f"make: {what}, found a {type(make).__name__}")
 
 
 def _made(make: Make, seed: int) -> tuple[Program, Program]:

@@ -12,6 +12,7 @@ import torch
 
 from pyro_vae.programs.batch import as_batch
 from pyro_vae.programs.guide_kinds import on_rows, row_guide
+from pyro_vae.programs.messages import as_path
 from pyro_vae.programs.pyro_internals import store_parameters
 from pyro_vae.programs.state import Look, module_of, one_thread
 from pyro_vae.programs.structure import ModelLooks
@@ -66,6 +67,7 @@ def save(path: str | os.PathLike[str], model: Program, guide: Program, *batch: A
         >>> pv.elbo(model, other, x, seed=0).mean == pv.elbo(model, guide, x, seed=0).mean
         True
     """
+    path = as_path("save(path, model, guide)", path)
     parameters, settings = _found(model, guide, batch, "save(path, model, guide, x[:9])")
     parameters.initialize()
     versions = {name: version(name) for name in ("pyro-vae", "pyro-ppl", "torch")}
@@ -95,7 +97,7 @@ def load(path: str | os.PathLike[str], model: Program, guide: Program, *batch: A
             there is no batch.
         OSError: where there is no such file.
     """
-    state, saved = _read(path)
+    state, saved = _read(as_path("load(path, model, guide)", path))
     parameters, settings = _found(model, guide, batch, "load(path, model, guide, x[:9])")
     found = [text] if (text := parameters.differ(state)) else []
     found += differences({**settings, "constraints": parameters.constraints()}, saved)

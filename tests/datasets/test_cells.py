@@ -130,6 +130,10 @@ def test_what_is_no_anndata(monkeypatch, tmp_path):
         cells(X)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         cells(tmp_path / "x.h5ad")
+    (tmp_path / "poem.h5ad").write_text("a poem")
+    for path in (tmp_path / "poem.h5ad", tmp_path):
+        with pytest.raises(ValueError, match=r"is no AnnData: neither an .h5ad file nor a Zarr"):
+            cells(path)
     import anndata
 
     empty = anndata.AnnData(obs=made().obs)

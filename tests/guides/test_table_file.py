@@ -175,7 +175,7 @@ def test_a_file_that_is_cut_off_is_refused(setting, tmp_path, cut):
 def test_objects_in_a_file_are_never_loaded(setting, tmp_path):
     path = tmp_path / "table.npy"
     np.save(path, np.array([{}] * N, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"table.npy'"):
+    with pytest.raises(ValueError, match=r"table.npy' is no array of NumPy, or cut off. Give"):
         make(setting, path)
     np.savez(tmp_path / "several", np.zeros(3))
     with pytest.raises(ValueError, match=r"several.npz'"):
@@ -185,6 +185,8 @@ def test_objects_in_a_file_are_never_loaded(setting, tmp_path):
 def test_a_folder_that_is_not_there_is_refused(setting, tmp_path):
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         make(setting, tmp_path / "nowhere" / "table.npy")
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        make(setting, tmp_path)
 
 
 def test_a_disk_that_is_full_is_an_error_and_leaves_no_file(setting, tmp_path, monkeypatch):

@@ -78,6 +78,8 @@ def test_refusals():
         Batch((X,), {"y": Y[:2]})
     with pytest.raises(ValueError, match="the batch is empty: argument 0 has 0 rows"):
         as_batch(X[:0])
+    with pytest.raises(TypeError, match=r"the batch is a path, 'x.npy'; open the file"):
+        as_batch("x.npy")
     with pytest.raises(ValueError, match="the batch is empty"):
         as_batch(X).rows(slice(3, 6))
     with pytest.raises(TypeError, match=r"argument 'x' .* NumPy array; pass torch.as_tensor"):

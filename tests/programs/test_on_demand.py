@@ -193,6 +193,12 @@ def test_some_rows_are_taken_without_reading_them(rows, mapped):
     assert torch.equal(label, LABELS[rows])
 
 
+@pytest.mark.parametrize("rows", [3, [0.5], torch.tensor([[1, 2]])])
+def test_what_is_no_rows(rows, mapped):
+    with pytest.raises(TypeError, match=r"a slice, or whole numbers or booleans \[N\]"):
+        take(mapped, rows)
+
+
 def test_chunks_of_what_is_taken():
     batch = on_demand(SPARSE)
     batch.args[0].block = 10

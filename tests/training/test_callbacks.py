@@ -259,6 +259,8 @@ def test_a_csv_that_is_gone_begins_anew(tmp_path):
 def test_places_and_words_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         CSV(tmp_path / "no" / "log.csv")
+    with pytest.raises(ValueError, match=r"is a folder; name a file in it"):
+        CSV(tmp_path)
     with pytest.raises(ValueError, match="each='minute'"):
         CSV(tmp_path / "log.csv", each="minute")
 

@@ -92,6 +92,8 @@ def test_a_folder_that_is_missing(tmp_path):
         Checkpoints(tmp_path / "no" / "a", None, 1)
     with pytest.raises(ValueError, match="checkpoint_keep=0"):
         Checkpoints(tmp_path / "a", None, 0)
+    with pytest.raises(TypeError, match="checkpoint: the path of a file is needed, .* type int"):
+        Checkpoints(3, None, 1)
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace", "link", "save"])

@@ -234,6 +234,11 @@ def test_numbers_out_of_range(options):
         pv.Converged(**options)
 
 
+def test_a_tolerance_is_a_number():
+    with pytest.raises(ValueError, match="tolerance='a': a number is needed"):
+        pv.Converged(tolerance="a")
+
+
 def test_what_does_not_go_together_is_refused():
     x, guide = make_data(), make_guide(make_data())
     optimizer = torch.optim.Adam(guide.parameters())

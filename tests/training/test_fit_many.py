@@ -281,6 +281,11 @@ def test_arguments_that_several_runs_cannot_have(options, error, told):
         pv.fit_many(vae, x_of(), progress=False, **options)
 
 
+def test_what_makes_no_pairs_is_refused():
+    with pytest.raises(TypeError, match="make: a function from a seed to .*, found a tuple"):
+        pv.fit_many(vae(0), x_of())
+
+
 def test_the_random_state_stays_and_other_threads_are_kept_out():
     before = torch.get_rng_state()
     one = pv.fit_many(linear, make_data(60), num_runs=2, epochs=2, progress=False)

@@ -296,6 +296,11 @@ def test_other_files_are_refused(tmp_path):
         pv.load(tmp_path / "nowhere", *pair)
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         pv.save(tmp_path / "no" / "pair", *pair)
+    for function in (pv.save, pv.load):
+        with pytest.raises(
+            TypeError, match=r"\(path, model, guide\): the path of a file is needed"
+        ):
+            function(*pair, path)
     pv.save(path, *pair)
     with pytest.raises(ValueError, match="is not a checkpoint of pyro_vae.fit"):
         trained(KINDS["plain"], epochs=1, checkpoint=path)
