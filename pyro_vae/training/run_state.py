@@ -179,6 +179,7 @@ def gather(
         "schedulers": [scheduler.state_dict() for scheduler in schedulers],
         "callbacks": callbacks.state(),
         "progress": progress,
+        "skipped_in_a_row": steps.in_a_row,
         "random": random_states(steps.data.source),
         "epoch": None if opened is None else _packed(opened),
         "compiled": steps.compiled,
@@ -258,6 +259,7 @@ def put_back(
         steps.rehearse(progress["epoch"])
     steps.resume(content["last"], progress["step"], progress["epoch"], content.get("now"))
     steps.skipped = progress.get("skipped", 0)
+    steps.in_a_row = content.get("skipped_in_a_row", 0)
     schedulers = schedulers_of(callbacks.given, steps.optimizer)
     steps.optimizer.load_state_dict(content["optimizer"])
     for scheduler, state in zip(schedulers, content.get("schedulers", []), strict=True):

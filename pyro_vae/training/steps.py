@@ -79,6 +79,7 @@ class TrainingSteps:
     Attributes:
         taken: steps so far.
         skipped: those of them that moved nothing.
+        in_a_row: of these, those after the last one that did.
         latest: the rows and the minibatch of the last one.
         seen: called with the loss of a step when all have their gradients; None for nothing.
         epochs: that were :meth:`remember`-ed.
@@ -107,7 +108,7 @@ class TrainingSteps:
         if on_nan not in ("raise", "skip"):
             raise ValueError(f'on_nan={on_nan!r}: "raise" or "skip" is needed')
         self.data, self._clip, self._skips = data, clip, on_nan == "skip"
-        self.skipped = self._in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self.seen: Callable[[Any], None] | None = None
         self.latest: tuple[Tensor | None, Batch] = None, data.batch
         self.model, self.guide = model, guide = data.model, data.guide
@@ -317,7 +318,7 @@ class TrainingSteps:
 
     def took(self, loss: float, size: int | None) -> None:
         """Count a step that was taken for this run, beside those of others."""
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._elbos.append(self.data.elbo(loss, size))
         self.taken += 1
 
@@ -380,7 +381,7 @@ class TrainingSteps:
         failed = update.failed if self.taken else None  # the first step is looked at closely
         if failed is None:
             self._check(float(loss))
-            self._in_a_row = 0
+            self.in_a_row = 0
             self._elbos.append(self.data.elbo(float(loss), start.size))
         update(loss, traced=self._traced.mode != "eager")
         self.taken += 1
@@ -461,7 +462,7 @@ class TrainingSteps:
                 what = "the gradient" if math.isfinite(loss) else f"the loss ({loss})"
                 self._fail(what, start)
                 continue
-            self._in_a_row = 0
+            self.in_a_row = 0
             self._elbos.append(self.data.elbo(loss, start.size))
 
     def _check(self, loss: float) -> None:
@@ -488,8 +489,8 @@ class TrainingSteps:
         """Count a step that is not finite as skipped, or raise NonFiniteLossError."""
         if not self._skips or not self.parameters.finite():
             raise self._failure(what, start, sites) from cause
-        self._in_a_row += 1
-        if self._in_a_row > _MAX_SKIPPED:
+        self.in_a_row += 1
+        if self.in_a_row > _MAX_SKIPPED:
             error = self._failure(what, start, sites)
             error.add_note(f"on_nan='skip': the {_MAX_SKIPPED} steps before it were skipped too")
             raise error from cause

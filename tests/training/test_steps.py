@@ -209,10 +209,16 @@ class Still(Trace_ELBO):
             return super().loss_and_grads(*args, **kwargs)
 
 
-def test_many_in_a_row_are_an_error():
-    batches = [batch(0), *[batch(0, bad=True)] * 25]
+def test_many_in_a_row_are_an_error(tmp_path):
+    """In a run that was taken up again too."""
+    batches, options = [batch(0), *[batch(0, bad=True)] * 25], {"epochs": 1, "compile": False}
     with pytest.raises(pv.NonFiniteLossError, match="step 22") as raised:
-        flaky_fit("nan", batches, epochs=1)
+        flaky_fit("nan", batches, **options)
+    assert "the 20 steps before it were skipped too" in raised.value.__notes__[0]
+    options["checkpoint"] = tmp_path / "run.ckpt"
+    flaky_fit("nan", batches, max_steps=12, **options)
+    with pytest.raises(pv.NonFiniteLossError, match="step 22") as raised:
+        flaky_fit("nan", batches, **options)
     assert "the 20 steps before it were skipped too" in raised.value.__notes__[0]
 
 
