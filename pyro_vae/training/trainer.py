@@ -168,7 +168,11 @@ class Trainer:
                     read()
                 if self.callbacks.of_steps:
                     elbo = elbos[-1].value if known else math.nan
-                    ended = self.callbacks.step(Step(self.steps.taken, state.epoch + 1, elbo))
+                    told, ended = Step(self.steps.taken, state.epoch + 1, elbo), False
+                    try:
+                        ended = self.callbacks.step(told)
+                    except KeyboardInterrupt:  # the step is whole, and all of them were called
+                        interrupt.pending = True
                     self.ended |= self.steps.processes.any(ended)
                 if self._is_due(whole=False):
                     read()

@@ -181,6 +181,20 @@ def test_ctrl_c_loses_no_step(name, step, tmp_path):
     assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
 
 
+def test_a_second_ctrl_c_in_a_callback_loses_no_step(tmp_path):
+    class Twice(pv.callbacks.Callback):
+        def on_step(self, step):
+            for _ in range(2 if step.step == 4 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    kind, path = KINDS["one cycle"], tmp_path / "run.ckpt"
+    whole = trained(kind, epochs=EPOCHS)
+    begun, _ = trained(callbacks_with(kind, Twice()), epochs=EPOCHS, checkpoint=path)
+    assert begun.stopped_by == "interrupted"
+    assert begun.steps == checkpoints.load(path)["progress"]["step"] == 4
+    assert_same(whole, trained(kind, epochs=EPOCHS, checkpoint=path))
+
+
 def test_ctrl_c_in_validation_loses_no_step(tmp_path, monkeypatch):
     kind, path = KINDS["validation, warm-up"], tmp_path / "run.ckpt"
     whole = trained(kind, epochs=EPOCHS)
