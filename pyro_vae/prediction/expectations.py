@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,21 @@ def one_hot(value: Tensor, fn: Distribution) -> Tensor:
     """Return the classes of a categorical distribution as vectors of 0 and 1."""
     classes = plain_distribution(fn).probs.shape[-1]
     return torch.nn.functional.one_hot(value.long(), classes)
+
+
+def error_of_shares(share: np.ndarray, error: np.ndarray, count: int) -> np.ndarray:
+    """Return the standard errors of shares of drawn classes, none of them 0.
+
+    Where all draws agree there is no spread among them, and yet a rare class may be missed: the
+    error is then that of the share with half a draw more of either kind (Jeffreys' prior).
+
+    Args:
+        share: of each class.
+        error: its standard error from the spread of the draws.
+        count: how many draws there are.
+    """
+    smooth = (share * count + 0.5) / (count + 1)
+    return np.where(error == 0, np.sqrt(smooth * (1 - smooth) / (count + 1)), error)
 
 
 def expected_of(run: Run, name: str) -> Expected | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae.particles.weighted_moments import WeightedMoments
 from pyro_vae.prediction.dataset import as_dataset
-from pyro_vae.prediction.expectations import is_categorical, one_hot
+from pyro_vae.prediction.expectations import error_of_shares, is_categorical, one_hot
 from pyro_vae.prediction.pairs import plate_of_data
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.handlers import Unobserve
@@ -263,7 +263,9 @@ def _dataset(
         variables[name] = draws
         if classes:
             variables[f"{name}_probability"] = results["mean"]
-            variables[f"{name}_probability_se"] = results["mean_se"]
+            variables[f"{name}_probability_se"] = error_of_shares(
+                results["mean"], results["mean_se"], len(draws)
+            )
         else:
             variables |= {f"{name}_{what}": value for what, value in results.items()}
     return as_dataset(variables, own, [], coords, dims).assign_attrs(

@@ -27,7 +27,7 @@ from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.particles.weighted_moments import WeightedMoments
 from pyro_vae.prediction.dataset import ENDS, WEIGHTS, named
-from pyro_vae.prediction.expectations import expected_of, is_categorical, one_hot
+from pyro_vae.prediction.expectations import error_of_shares, expected_of, is_categorical, one_hot
 from pyro_vae.prediction.pairs import Prepared, prepared
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.observed import check_drawable
@@ -410,7 +410,10 @@ class _Prediction:
             results = each.results()
             if name in sites and is_categorical(sites[name].fn):
                 found[f"{name}_probability"] = results["mean"]
-                found[f"{name}_probability_se"] = results["mean_se"]
+                share, error = results["mean"], results["mean_se"]
+                if sites[name].kind != "observed":  # drawn, where others are expected values
+                    error = error_of_shares(share, error, self.num_draws)
+                found[f"{name}_probability_se"] = error
             else:
                 found |= {f"{name}_{what}": value for what, value in results.items()}
             if kept is not None and self.keep_draws:

@@ -23,6 +23,7 @@ def tensor_of(name: str, value: Any) -> Any:
 
     Raises:
         TypeError: for a masked array, and for one that holds no numbers.
+        ValueError: for whole numbers that PyTorch's integers do not hold.
     """
     what = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
@@ -35,6 +36,8 @@ def tensor_of(name: str, value: Any) -> Any:
         return value
     _check_numbers(name, what, value.dtype)
     if value.dtype.kind == "u" and value.dtype.itemsize > 1:
+        if value.size and value.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{name} of the batch holds numbers of 2**63 and more, beyond int64")
         value = value.astype(np.int64)  # PyTorch does not calculate with these
     if not value.flags.writeable or not value.dtype.isnative or min(value.strides) < 0:
         value = value.astype(value.dtype.newbyteorder("="), order="C")

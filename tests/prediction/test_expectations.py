@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_vae as pv
 from pyro_vae.particles.evaluator import prepare
 from pyro_vae.prediction.expectations import expected_of, is_categorical
 
@@ -75,3 +77,27 @@ def test_where_draws_are_far_from_what_it_says():
             return Off(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
 
     assert expected(lambda z: Off(z, 1.0))[0] is None
+
+
+def rare(x):
+    """Of which class 1 has probability 1e-3, of a latent that nothing tells about."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("c", dist.Categorical(torch.tensor([0.999, 0.001])))
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def of_z(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+
+def test_a_class_that_no_draw_has_is_not_certain_to_be_impossible():
+    found = pv.predict(rare, of_z, torch.zeros(50), sites="c", num_draws=100, seed=0)
+    made = pv.generate(rare, 20, sites="c", seed=0)
+    assert (found["c_probability"][:, 1] == 0).any() and made["c_probability"][1] == 0
+    for each in (found, made):
+        gap = np.abs(each["c_probability"] - [0.999, 0.001])
+        assert (gap < 4 * each["c_probability_se"]).all()
+        unseen = each["c_probability_se"].values[each["c_probability"] == 0]
+        assert (unseen < 0.05).all()

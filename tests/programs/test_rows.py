@@ -194,3 +194,9 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize("value", [X, torch.from_numpy(X), 0.5, None, "x", [1, 2]])
 def test_what_is_in_memory_has_no_rows_on_demand(value):
     assert rows_of("x", value) is None
+
+
+def test_numbers_beyond_the_integers_of_pytorch_are_refused():
+    with pytest.raises(ValueError, match=r"counts of the batch holds numbers of 2\*\*63"):
+        tensor_of("counts", np.array([1, 2**63], dtype="uint64"))
+    assert tensor_of("counts", np.array([1, 2**63 - 1], dtype="uint64"))[1] == 2**63 - 1
