@@ -388,7 +388,16 @@ class RowReader:
     def read(self, index: Tensor | None = None) -> Any:
         """Return some rows, all by default, as PyTorch's loaders collate them."""
         numbers = range(self.num_data) if index is None else index.tolist()
-        return torch_data.default_collate([self._dataset[i] for i in numbers])
+        rows = [self._dataset[i] for i in numbers]
+        try:
+            return torch_data.default_collate(rows)
+        except RuntimeError as error:
+            if "equal size" not in str(error):
+                raise
+            raise ValueError(
+                f"the rows of the {type(self._dataset).__name__} are not alike ({error}); pad them "
+                "to one size, and give their lengths as an argument of their own"
+            ) from error
 
 
 def _rows_of(value: Tensor, index: slice | Tensor) -> Tensor:

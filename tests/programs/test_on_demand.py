@@ -257,3 +257,14 @@ def test_rows_taken_of_a_dataset_that_draws_are_read_together():
         part = found.rows(index)
         assert torch.equal(part.kwargs["x"], part.kwargs["same"])
     assert found.drawn_anew and not on_demand(take(SPARSE, slice(0, 2))).drawn_anew
+
+
+class Uneven(Drawn):
+    def __getitem__(self, i):
+        return torch.ones(3 + (i > 7))
+
+
+@pytest.mark.parametrize("held", [0, 2**20])
+def test_rows_of_several_sizes_are_refused(held):
+    with pytest.raises(ValueError, match="rows of the Uneven are not alike.*pad them"):
+        on_demand(Uneven(), held=held).whole()
