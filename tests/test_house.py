@@ -119,14 +119,8 @@ TESTED_ELSEWHERE = {
 OF_MANY = {"laws", "closed_forms", "patterns", "recorded"}
 # Tests of pages, scripts and settings.
 OF_NO_MODULE = {
-    *(
-        "test_examples.py",
-        "test_house.py",
-        "test_models.py",
-        "test_howto.py",
-        "test_readme.py",
-        "test_theory.py",
-    ),
+    *("test_examples.py", "test_house.py", "test_howto.py", "test_models.py", "test_readme.py"),
+    "test_theory.py",
     *("test_report_figure.py", "compiler/test_cuda_graphs.py", "training/test_resume.py"),
     *("training/test_faults.py", "training/test_resume_anywhere.py"),
 }
