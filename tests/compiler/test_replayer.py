@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_vae import torch_internals
 from pyro_vae.compiler import graph as graphs
 from pyro_vae.compiler.tracing import UntraceableError, trace
 from tests.compiler.graphs import data, equal, scaled
@@ -87,15 +88,13 @@ def test_without_a_compiler(tmp_path):
 @pytest.fixture
 def compilations(monkeypatch) -> list[int]:
     """The number of graphs that went to the compiler, in a list of one; none is compiled."""
-    import torch._inductor as inductor
-
     count = [0]
 
-    def compile(module, arguments, **options):
+    def compile(module, arguments):
         count[0] += 1
         return module
 
-    monkeypatch.setattr(inductor, "compile", compile)
+    monkeypatch.setattr(torch_internals, "compiled", compile)
     monkeypatch.setattr(graphs, "_code", {})
     return count
 
@@ -139,15 +138,13 @@ def test_compiled_code_is_not_kept_for_ever(compilations, monkeypatch):
 
 def test_code_for_another_default_dtype_is_not_found(monkeypatch):
     """Of integers, a quotient has the default dtype, which no operation names."""
-    import torch._inductor as inductor
-
     compiled = []
 
-    def compile(module, arguments, options):
+    def compile(module, arguments):
         compiled.append(torch.get_default_dtype())
         return module
 
-    monkeypatch.setattr(inductor, "compile", compile)
+    monkeypatch.setattr(torch_internals, "compiled", compile)
     monkeypatch.setattr(graphs, "_code", {})
     x = torch.arange(3)
     before = torch.get_default_dtype()
