@@ -66,6 +66,8 @@ def _read_numpy(path: Path) -> Arrays:
         return Arrays(arrays)
     if path.suffix == ".npy":
         raise ValueError(f"{path}: expected one array, found an archive; is it an .npz file?")
+    if broken := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise ValueError(f"{path}: {broken[0]} in it is no array, or its header is damaged")
     if "x_train" in arrays:
         others = (arrays.get(name) for name in ("y_train", "x_test", "y_test"))
         return Arrays(arrays["x_train"], *others)

@@ -49,7 +49,10 @@ def write(
     try:
         with os.fdopen(handle, "wb") as file:
             hashed: Any = _Hashed(file)
-            torch.save(plain, hashed)
+            try:
+                torch.save(plain, hashed)
+            except RuntimeError as error:  # PyTorch's, where a write has failed in its midst
+                raise hashed.failure or error from error
             file.write(_SEAL % hashed.digest())
             file.flush()
             os.fsync(file.fileno())
@@ -123,14 +126,19 @@ def sync_folder(folder: Path) -> None:
 
 
 class _Hashed:
-    """A file that is written to, and the hash of what was."""
+    """A file that is written to, the hash of what was, and the first write that failed."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash = file, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def write(self, part: bytes) -> int:
         self._hash.update(part)
-        return self._file.write(part)
+        try:
+            return self._file.write(part)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

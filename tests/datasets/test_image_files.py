@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,15 @@ def test_pickled_objects_are_not_loaded(tmp_path: Path, suffix: str):
     else:
         np.save(path, ragged, allow_pickle=True)
     with pytest.raises(ValueError, match=r"could not read it .*allow_pickle=False"):
+        datasets.load(path)
+
+
+def test_a_member_of_an_archive_that_is_no_array_is_refused(tmp_path: Path):
+    """NumPy gives the bytes of those whose header it does not know."""
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", b"no header of NumPy's")
+    with pytest.raises(ValueError, match=r"a\.npz: x in it is no array, or its header is damaged"):
         datasets.load(path)
 
 

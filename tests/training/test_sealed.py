@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -139,6 +140,23 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch, erro
     monkeypatch.undo()
     assert "new" not in read(path)
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_disk_that_is_full_is_an_os_error_wherever_it_becomes_so(tmp_path):
+    """PyTorch's writer raises a RuntimeError of its own, where it had begun a piece."""
+    path = tmp_path / "a"
+    content = {"kind": 1, "x": torch.arange(2000.0), "text": "words " * 50}
+    sealed.write(content, path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in range(0, len(before) - 1, 97):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                sealed.write(content, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(tmp_path) == ["a"]
+    assert path.read_bytes() == before
 
 
 def test_a_link_keeps_its_target(tmp_path):
