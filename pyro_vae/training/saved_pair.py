@@ -60,6 +60,7 @@ def save(path: str | os.PathLike[str], model: Program, guide: Program, *batch: A
         >>> x = torch.linspace(-1, 1, 50)
         >>> guide = pv.LocalGuide(model, num_data=50, example=x)
         >>> _ = pv.fit(model, guide, x, epochs=2, progress=False)
+        >>> pyro.clear_param_store()  # of what other models left there
         >>> path = pathlib.Path(tempfile.mkdtemp(), "pair.pt")
         >>> pv.save(path, model, guide)
         >>> other = pv.LocalGuide(model, num_data=50, example=x)
