@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _COUNTED = 2**20  # bytes at a time
 _ONE_PRESS = 5.0  # seconds in which signals are one and the same Ctrl-C
+_DROPPED = 0.2  # seconds in which the tensors of a call are dropped after it
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 _alone = [0]  # contexts in which this process works for itself
@@ -210,6 +211,7 @@ def processes() -> Processes:
         if not _is_of_torchrun():
             return Processes()
         _initialize()
+    _end_in_peace()
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
@@ -277,10 +279,29 @@ def _initialize() -> None:
         torch.cuda.set_device(local % count)  # what "cuda" means from now on
         if size <= count:  # NCCL takes one process for each GPU
             backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # One agent keeps one store for all attempts: names of their own, for else a process that
+        # was started again may read the address of one that has ended.
+        names: Any = dist  # which PyTorch does not export by its types
+        store, rank, size = next(names.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = names.PrefixStore(f"pyro_vae/{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     atexit.register(_destroy)
     size = dist.get_world_size()
     logger.info("process %d of %d that share the work (%s)", dist.get_rank(), size, backend)
+
+
+@functools.cache
+def _end_in_peace() -> None:
+    """Have the process wait at its end for gloo's threads, to which it leaves the interpreter.
+
+    They drop the tensors of the last call some time after it, and take Python's lock for that: one
+    that asks for it while the interpreter ends aborts the process.
+    """
+    atexit.register(time.sleep, _DROPPED)
 
 
 def _destroy() -> None:

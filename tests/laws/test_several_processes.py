@@ -44,7 +44,8 @@ def arrays(found):
     if hasattr(found, "dataset"):
         found = found.dataset
     if hasattr(found, "data_vars"):
-        return {name: found[name].values for name in found.data_vars}
+        numbers = {name: found[name].values for name in found.data_vars}
+        return {n: v for n, v in numbers.items() if n not in ("cost", "seconds")}  # measured
     if isinstance(found, pv.LocalGuide):
         found = {"table": found.table, "converged": found.converged}
     values = found if isinstance(found, dict) else {n: getattr(found, n) for n in dir(found)}

@@ -71,7 +71,6 @@ def equal_to_single_runs(make, x, *, seeds=(3, 5, 8), at_once=True, rtol=1e-9, *
 CASES = {
     "VAE": (vae, {}),
     "BatchNorm, Dropout": (functools.partial(vae, layers=normed), {}),
-    "full rank": (functools.partial(vae, family=pv.families.FullRankNormal()), {}),
     "IWAE": (vae, {"loss": pv.IWAE(4)}),
     "Trace_ELBO": (vae, {"loss": pyro.infer.Trace_ELBO(), "rtol": 1e-6}),
     "clipped, warm-up": (vae, {"clip_norm": 0.5, "schedule": pv.schedules.LinearWarmup(60)}),
