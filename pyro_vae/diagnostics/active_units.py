@@ -18,8 +18,9 @@ from pyro_vae.diagnostics.rate_distortion import RateDistortion, measured
 from pyro_vae.diagnostics.rates import in_common_mode, pieces_of
 from pyro_vae.diagnostics.units import check_over_data, units_of
 from pyro_vae.markup import result
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import StreamingELBO
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.programs.messages import as_count

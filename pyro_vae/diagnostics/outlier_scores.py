@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.guides.amortized import AmortizedGuide
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import Estimate, LogWeights, calibrated
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given
 from pyro_vae.particles.run import is_observed
 from pyro_vae.programs.batch import Batch

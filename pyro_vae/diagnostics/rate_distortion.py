@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.rates import Piece, SiteRate, in_common_mode, pieces_of, rates_of
 from pyro_vae.markup import result
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import StreamingELBO, calibrated, mean_std_error
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.sites import Structure

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.units import units_of
 from pyro_vae.losses.kl import analytic_kl, factors, kl_per_dimension
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.blocks import Chunk
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.run import Run, is_latent
 from pyro_vae.programs.answers import agree
 from pyro_vae.programs.masks import lift_masks

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.diagnostics.psis import pareto_k_of_largest, tail_length
 from pyro_vae.diagnostics.verdict import Weights, tail_share_of
 from pyro_vae.markup import paragraphs
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import (
     LargestWeights,
     LogWeights,
@@ -24,7 +25,7 @@ from pyro_vae.particles.estimators import (
     calibrated,
     mean_std_error,
 )
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, given_text
 from pyro_vae.programs.messages import as_count
 from pyro_vae.programs.on_demand import on_demand

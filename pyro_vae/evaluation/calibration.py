@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_vae.evaluation.rank_tests import rank_dataset, settings_text, way_off
 from pyro_vae.evaluation.simulations import Settings, Simulate, Simulations
 from pyro_vae.markup import result
-from pyro_vae.particles.evaluator import Chunk
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.programs.types import DataPlate, GivenValues, Particles, Program, Values
 from pyro_vae.report import calibrating, sections

@@ -38,8 +38,8 @@ from pyro_vae.guides.base import FamilyGuide, of_family
 from pyro_vae.guides.coordinates import normal_moments
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
-from pyro_vae.particles.blocks import worth_parts
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.blocks import Chunk, worth_parts
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import fix_globals, given_text
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.messages import as_count, as_seed

@@ -16,9 +16,10 @@ from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.units import units_of
 from pyro_vae.diagnostics.verdict import Weights
 from pyro_vae.guides.local import LocalGuide
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.checks import refuse_nan
 from pyro_vae.particles.estimators import LogWeights
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import Given, fix_globals
 from pyro_vae.programs.batch import Batch, as_batch
 from pyro_vae.programs.guide_kinds import row_guide

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Weights
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.blocks import Chunk
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.pair_runner import draw_step
 from pyro_vae.programs.purposes import Purpose
 from pyro_vae.programs.types import Values

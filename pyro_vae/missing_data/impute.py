@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Weights
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import LogWeights
-from pyro_vae.particles.evaluator import Chunk, Evaluator, prepare
+from pyro_vae.particles.evaluator import Evaluator, prepare
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.weighted_moments import WeightedMoments
 from pyro_vae.programs.messages import as_count

@@ -1,13 +1,14 @@
-"""Rows that are read on demand, looked at block by block: each when it is its turn."""
+"""Blocks of data, each looked at when it is its turn, and chunks of draws for them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.pair_runner import PairRunner, first_block
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.guide_kinds import on_rows, row_guide
@@ -15,7 +16,24 @@ from pyro_vae.programs.on_demand import OnDemand
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.sites import Structure
 from pyro_vae.programs.structure import ModelLooks
-from pyro_vae.programs.types import DataPlate, Particles, Program
+from pyro_vae.programs.types import DataPlate, Particles, Program, Values
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Draws of some particles for some data, and their log weights.
+
+    Attributes:
+        rows: which data.
+        particles: which particles.
+        values: latent site (the guide's auxiliary ones too) to ``[K, *plates, *event]``.
+        weights: the LogWeights, [K, N] of this chunk.
+    """
+
+    rows: slice
+    particles: slice
+    values: Values
+    weights: LogWeights
 
 
 class BlockRunner(PairRunner):

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_vae.compiler.arguments import form_of, rebuilt
 from pyro_vae.compiler.recorder import Recorder
-from pyro_vae.particles.blocks import BlockRunner, worth_parts
+from pyro_vae.particles.blocks import BlockRunner, Chunk, worth_parts
 from pyro_vae.particles.checks import refuse_edges, refuse_nan
 from pyro_vae.particles.estimators import LogWeights
 from pyro_vae.particles.global_latents import Given, fix_globals
@@ -56,23 +56,6 @@ from pyro_vae.programs.types import (
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Draws of some particles for some data, and their log weights.
-
-    Attributes:
-        rows: which data.
-        particles: which particles.
-        values: latent site (the guide's auxiliary ones too) to ``[K, *plates, *event]``.
-        weights: the LogWeights, [K, N] of this chunk.
-    """
-
-    rows: slice
-    particles: slice
-    values: Values
-    weights: LogWeights
 
 
 class Evaluator(BlockRunner):

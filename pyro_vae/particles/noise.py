@@ -26,21 +26,31 @@ _MAX_THREADS = 8  # which bounds what is held ahead
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """A tensor that is filled with normal numbers, in one call.
+    """A tensor that is filled with standard normal numbers, in one call.
 
     Attributes:
         shape: of the tensor.
         dtype: of the tensor.
-        moments: mean and standard deviation, where they are given.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    moments: tuple[float, ...]
 
     def filled(self, generator: torch.Generator) -> Tensor:
         """Return these numbers from a stream."""
-        return torch.empty(self.shape, dtype=self.dtype).normal_(*self.moments, generator=generator)
+        return torch.empty(self.shape, dtype=self.dtype).normal_(generator=generator)
+
+
+def _is_standard(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Return whether an operator draws standard normal numbers.
+
+    Without a mean and a deviation, which may be others in a later draw.
+    """
+    return func in _MAKE or (func is _NORMAL and len(args) == 1 and not kwargs)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 class SeenNoise(DispatchMode):
@@ -63,10 +73,12 @@ class SeenNoise(DispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags and self.found is not None:
-            normal = func in _MAKE or (func is _NORMAL and not kwargs)
-            if normal and result.is_contiguous() and result.device.type == "cpu":
-                moments = tuple(args[1:]) if func is _NORMAL else ()
-                self.found.append(Noise(result.shape, result.dtype, moments))
+            if (
+                _is_standard(func, args, kwargs)
+                and result.is_contiguous()
+                and result.device.type == "cpu"
+            ):
+                self.found.append(Noise(result.shape, result.dtype))
             else:
                 self.found = None
         return result
@@ -99,11 +111,11 @@ class GivenNoise(DispatchMode):
     ) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        if func is not _NORMAL and func not in _MAKE:
+        if not _is_standard(func, args, kwargs):
             raise OtherNoiseError(f"{func} draws what was not drawn before")
         made = args[0] if func is _NORMAL else self._empty(func, args, kwargs or {})
-        if not self._noise or self._noise[0].shape != made.shape:
-            raise OtherNoiseError("more is drawn than before")
+        if not self._noise or not _alike(self._noise[0], made):
+            raise OtherNoiseError("something else is drawn than before")
         return made.copy_(self._noise.pop(0))
 
     def _empty(self, func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

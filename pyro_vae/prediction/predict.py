@@ -22,7 +22,8 @@ from pyro_vae.diagnostics.pareto_k import SmoothedWeights
 from pyro_vae.diagnostics.verdict import Weights
 from pyro_vae.export.deterministic import DeterministicSite, DeterministicValues
 from pyro_vae.export.draws import Resampling
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.blocks import Chunk
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.particles.global_latents import given_text
 from pyro_vae.particles.run import Run
 from pyro_vae.particles.weighted_moments import WeightedMoments

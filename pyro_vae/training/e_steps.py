@@ -21,8 +21,9 @@ from pyro_vae.guides.base import FamilyGuide
 from pyro_vae.guides.exact import ExactGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.losses.elbo import ELBO
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import Estimate, effective_sample_size
-from pyro_vae.particles.evaluator import Chunk, Evaluator
+from pyro_vae.particles.evaluator import Evaluator
 from pyro_vae.programs.batch import Batch
 from pyro_vae.programs.purposes import bits_of
 from pyro_vae.programs.sites import Structure

@@ -26,6 +26,23 @@ class NonFiniteLossError(ArithmeticError):
         self.step = step
         self.sites = sites
 
+    @classmethod
+    def of(cls, what: str, step: int, sites: list[str], kept: str) -> NonFiniteLossError:
+        """Return the error of a step, with what to do.
+
+        Args:
+            what: is not finite: the loss or the gradient.
+            step: counted from 1.
+            sites: as in the attributes.
+            kept: whose parameters model and guide have now: "the step before", say.
+        """
+        where = "though each site's log density is: a derivative, a sum or a KL overflows"
+        where = f"at sites {', '.join(sites)}" if sites else where
+        kept = f"Model and guide keep the parameters of {kept}"
+        advice = "Try a smaller learning rate, or bound the scale or logit there"
+        text = f"{what} of step {step} is not finite, {where}. {kept}. {advice}"
+        return cls(text, step, sites)
+
 
 class NotFiniteError(Exception):
     """The loss or a gradient of a step is not finite."""

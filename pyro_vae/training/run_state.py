@@ -182,7 +182,6 @@ def gather(
         "skipped_in_a_row": steps.in_a_row,
         "random": random_states(steps.data.source),
         "epoch": None if opened is None else _packed(opened),
-        "compiled": steps.compiled,
     }
 
 
@@ -255,8 +254,6 @@ def put_back(
         nothing takes.
     """
     progress = content["progress"]
-    if content.get("compiled") and steps.compile in (True, "auto"):
-        steps.rehearse(progress["epoch"])
     steps.resume(content["last"], progress["step"], progress["epoch"], content.get("now"))
     steps.skipped = progress.get("skipped", 0)
     steps.in_a_row = content.get("skipped_in_a_row", 0)

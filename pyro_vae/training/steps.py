@@ -263,32 +263,6 @@ class TrainingSteps:
             self.parameters.initialize()
             self._begin()
 
-    @property
-    def compiled(self) -> bool:
-        """Whether the last step ran compiled."""
-        return self._traced.mode == "compiled"
-
-    def rehearse(self, epochs: int) -> None:
-        """Trace steps before :meth:`resume`, which undoes all that they change.
-
-        The first call of a size is eager, the third is compiled, and compiled ones sum in another
-        order: a run that is taken up where it was compiled is to go on with its numbers.
-
-        Args:
-            epochs: that were taken, each with one minibatch of the last size.
-        """
-        data = self.data
-        last = (data.num_data or 0) % data.batch_size
-        calls = {last: min(epochs, 2)} if last else {}
-        for size, times in {**calls, data.batch_size: 2}.items():
-            known = not data.whole and not data.source.streamed
-            index = torch.arange(size) if known else None
-            batch = data.source.minibatch(index) if known else data.example
-            for _ in range(times):
-                with self._using_rows(index):
-                    self._traced(*batch.args, **batch.kwargs)
-        self.drop_gradients()
-
     def resume(self, last: State, steps: int, epochs: int, now: State | None = None) -> None:
         """Go on from the parameters at the end of an epoch, or after it.
 
@@ -535,9 +509,4 @@ class TrainingSteps:
             # The update before this step overflowed, or a running mean in this one.
             self.parameters.restore(self.last)
             kept = f"the end of epoch {self.epochs}" if self.epochs else "the start"
-        where = "though each site's log density is: a derivative, a sum or a KL overflows"
-        where = f"at sites {', '.join(sites)}" if sites else where
-        kept = f"Model and guide keep the parameters of {kept}"
-        advice = "Try a smaller learning rate, or bound the scale or logit there"
-        text = f"{what} of step {start.number} is not finite, {where}. {kept}. {advice}"
-        return NonFiniteLossError(text, start.number, sites)
+        return NonFiniteLossError.of(what, start.number, sites, kept)

@@ -244,9 +244,6 @@ class Trainer:
             run_state.check(content, steps, self.callbacks, self.settings)
             other = run_state.other_settings(content, steps.optimizer)
             progress = Progress(**content["progress"])
-            if content.get("compiled") and self.validation is not None:
-                for _ in range(min(progress.epoch, 2)):  # which are not compiled, as in rehearse
-                    self.validation.score()
             self.best, self.opened, missing = run_state.put_back(content, steps, self.callbacks)
         except Exception as error:
             steps.parameters.restore(before)

@@ -13,8 +13,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation.simulations import Simulations, _ranks, _resampled
+from pyro_vae.particles.blocks import Chunk
 from pyro_vae.particles.estimators import LogWeights
-from pyro_vae.particles.evaluator import Chunk
 from tests.evaluation.test_calibration import joint_posterior, shared_mean
 from tests.evaluation.test_rank_tests import settings
 from tests.models import NormalModel

@@ -35,7 +35,7 @@ def guide(x):
 
 
 def numbers() -> list[torch.Tensor]:
-    doubles = torch.empty(5, dtype=torch.float64).normal_(1.0, 2.0)
+    doubles = torch.empty(5, dtype=torch.float64).normal_()
     made = torch.randn(7, 2, dtype=torch.float64), torch.randn(3), torch.randn_like(doubles)
     return [doubles, *made, torch.empty(3, 40).normal_()]
 
@@ -55,6 +55,7 @@ def test_numbers_are_those_of_each_stream():
     [
         lambda: torch.empty(4).exponential_(),
         lambda: torch.bernoulli(torch.full((3,), 0.5)),
+        lambda: torch.empty(4).normal_(0.0, 2.0),  # whose deviation may be another one later
         lambda: torch.empty(4, 6).t().normal_(),  # whose order in memory is another one
     ],
 )
@@ -73,6 +74,11 @@ def test_more_or_less_than_before_is_an_error(count):
 
     with pytest.raises(OtherNoiseError):
         run()
+
+
+def test_another_precision_is_an_error():
+    with pytest.raises(OtherNoiseError), GivenNoise([torch.zeros(3)]):
+        torch.empty(3, dtype=torch.float64).normal_()
 
 
 def draws(guide, **options):

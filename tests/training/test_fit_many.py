@@ -73,6 +73,10 @@ CASES = {
     "BatchNorm, Dropout": (functools.partial(vae, layers=normed), {}),
     "IWAE": (vae, {"loss": pv.IWAE(4)}),
     "Trace_ELBO": (vae, {"loss": pyro.infer.Trace_ELBO(), "rtol": 1e-6}),
+    "full rank": (  # whose matrices are filled in place, which no vmap takes
+        functools.partial(vae, family=pv.families.FullRankNormal()),
+        {"at_once": False},
+    ),
     "clipped, warm-up": (vae, {"clip_norm": 0.5, "schedule": pv.schedules.LinearWarmup(60)}),
     "validation, patience": (
         vae,
